@@ -1,0 +1,50 @@
+"""Generalized influence functions for PyTorch Lightning: ask which data moved a model, and take it back.
+
+Add :class:`GIFCallback` to a trainer and fit. Then ``trainer.influence(batch)`` ranks the training examples by their
+effect on a batch, and ``trainer.unlearn(batch)`` edits a few parameters so that the model behaves as if it had not seen
+the batch. After Lyu, Jang, Ryu and Yang, "Generalized Influence Functions", arXiv 2312.05586.
+"""
+
+from .callback import GIFCallback, attach
+from .curvature import METHODS
+from .errors import (
+    BatchError,
+    ConfigurationError,
+    ConvergenceError,
+    ConvergenceWarning,
+    EditError,
+    GIFError,
+    GIFWarning,
+    NonFiniteError,
+    ObjectiveError,
+    SelectionError,
+    TrainingDataError,
+)
+from .mixin import GIFMixin
+from .reports import InfluenceReport, UnlearnReport
+from .selection import SELECTORS
+from .solvers import SOLVERS
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "SELECTORS",
+    "SOLVERS",
+    "BatchError",
+    "ConfigurationError",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "EditError",
+    "GIFCallback",
+    "GIFError",
+    "GIFMixin",
+    "GIFWarning",
+    "InfluenceReport",
+    "NonFiniteError",
+    "ObjectiveError",
+    "SelectionError",
+    "TrainingDataError",
+    "UnlearnReport",
+    "attach",
+]

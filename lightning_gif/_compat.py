@@ -1,0 +1,68 @@
+"""The one place that decides which of Lightning's two packages is used.
+
+``lightning`` and ``pytorch-lightning`` ship the same code under two names, and classes of one are not classes of the
+other. Everything below takes what it needs from here; nothing else in the package imports either of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+    from lightning.pytorch.utilities.seed import isolate_rng
+else:
+    try:
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+        from lightning.pytorch import Callback, LightningModule, Trainer
+        from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+        from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+        from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+        from lightning.pytorch.utilities.seed import isolate_rng
+    except ModuleNotFoundError:
+        from lightning_fabric.utilities.exceptions import MisconfigurationException
+        from lightning.pytorch.utilities.seed import isolate_rng
+        from pytorch_lightning import Callback, LightningModule, Trainer
+        from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+        from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
+        from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+__all__ = [
+    "Callback",
+    "LightningModule",
+    "MisconfigurationException",
+    "Trainer",
+    "attach_model",
+    "isolate_rng",
+    "rank_zero_info",
+    "rank_zero_warn",
+    "unsupported_strategy",
+]
+
+
+def attach_model(trainer: Trainer, model: LightningModule, train_dataloaders: Any, datamodule: Any) -> None:
+    """What every entry point of the trainer does before it runs: model, data and hooks know each other.
+
+    There is no public way to do this without running a loop; these three calls have been the same since Lightning 2.0.
+    """
+    trainer.strategy.connect(model)
+    trainer.strategy._lightning_module = model
+    trainer._data_connector.attach_data(model, train_dataloaders=train_dataloaders, datamodule=datamodule)
+
+
+def unsupported_strategy(trainer: Trainer) -> str | None:
+    """Why the computations cannot run under the trainer's strategy, or ``None`` where they can."""
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        return f"{name} trains in child processes, and what is gathered there is lost when they end"
+    if trainer.world_size > 1:
+        return f"the trainer has {trainer.world_size} processes"
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        return f"{name} may split the parameters, and their second derivatives are not supported there"
+    return None
+

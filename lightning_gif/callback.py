@@ -1,0 +1,571 @@
+"""The callback: watches training, picks targets at each epoch's end, and gives the trainer its two methods."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from typing_extensions import Unpack, override
+
+from ._compat import (
+    Callback,
+    LightningModule,
+    Trainer,
+    attach_model,
+    isolate_rng,
+    rank_zero_info,
+    rank_zero_warn,
+    unsupported_strategy,
+)
+from .data import Examples, batch_size, class_targets
+from .errors import BatchError, ConfigurationError, GIFWarning, SelectionError, TrainingDataError
+from .influence import influence
+from .objective import Objective
+from .parameters import Targets
+from .reports import InfluenceReport, UnlearnReport
+from .selection import GradientStatistics, NeuronStatistics, select
+from .settings import Overrides, Settings
+from .unlearning import Step, check_step, unlearn
+
+__all__ = ["GIFCallback", "attach"]
+
+_CHECKPOINT_KEY = "lightning_gif"
+
+TargetsChoice = Literal["cached", "class", "batch"]
+
+
+class GIFCallback(Callback):
+    """Adds ``trainer.influence(batch)`` and ``trainer.unlearn(batch)`` to a trainer.
+
+    During ``fit`` the callback gathers, from the passes that training makes anyway, the mean output and output gradient
+    of every Linear and Conv neuron by class, and the mean square of every parameter's gradient. At the end of each
+    training epoch it picks the target parameters: those that influence is measured on and that unlearning may change.
+    Training itself stays bit for bit what it is without the callback. From ``setup`` on the trainer has the two methods;
+    they work during ``fit``, after it, and after ``validate`` or ``test`` with a checkpoint that holds the targets. For a
+    model that was loaded and not fitted, see :func:`attach`.
+
+    Both methods leave everything but the requested edit as it was: weights, buffers, gradients, train/eval flags, random
+    generators, metrics, logged values, loaders.
+
+    Example::
+
+        trainer = Trainer(callbacks=[GIFCallback()], logger=WandbLogger())
+        trainer.fit(model, datamodule=data)
+        print(trainer.influence(batch))    # which training examples moved this batch's loss
+        report = trainer.unlearn(batch)    # as if the model had not seen it
+        report.undo()                      # bit for bit
+
+    Args:
+        selector: How targets are picked in each Linear and Conv layer: ``"highest_k_gradients"``,
+            ``"highest_k_outputs"``, ``"lowest_k_gradients"``, ``"lowest_k_outputs"``, ``"exclusive_k_gradients"``,
+            ``"exclusive_k_outputs"``, ``"random"``, ``"threshold"`` (of the GIF paper), ``"largest_gradients"``, or one
+            that was registered in ``lightning_gif.SELECTORS``. Or names or patterns of parameters of any layer, such as
+            ``["head.*", "*.norm.weight"]``, all of whose entries become targets.
+        ratio: Share of each layer's parameters that become targets, in (0, 1]; up to 0.5 for ``exclusive_k``.
+        method: ``"gif"`` (cancels the gradient change on all parameters by changing the targets), ``"fif"`` (ignores
+            the parameters that are not targets), ``"pif"`` (full influence function, cut to the targets) or ``"if"``
+            (full influence function on all parameters).
+        solver: ``"lissa"``, ``"dense"`` (small nets), or one that was registered in ``lightning_gif.SOLVERS``.
+        damping: ``λ`` in ``min ‖Ax − g‖² + λ²‖x‖²``, in the unit of the Hessian's eigenvalues.
+        max_iter: Most steps of the solve, each of two Hessian-vector products. Fewer steps regularise.
+        rtol: Relative normal-equation residual at which the solve counts as converged.
+        curvature_examples: How many training examples the Hessian is taken over, drawn with ``seed``; ``None`` for all.
+        batch_size: Examples in one pass of the computations; more is faster and needs more memory.
+        unconverged: What to do about a solve that stops before ``rtol``: ``"warn"``, ``"raise"`` or ``"ignore"``.
+        cache_neurons: Gather the statistics of neurons: 8 bytes for each neuron and class.
+        cache_gradients: Gather the mean squares of gradients: 4 bytes for each parameter.
+        log_reports: Log each report to the trainer's loggers, and each epoch's choice of targets.
+        seed: Of all random draws of the computations.
+
+    Raises:
+        ConfigurationError: For a value out of range or an unknown name (a ``MisconfigurationException``).
+    """
+
+    def __init__(
+        self,
+        selector: str | list[str] = "highest_k_gradients",
+        ratio: float = 0.1,
+        method: str = "gif",
+        solver: str = "lissa",
+        damping: float = 0.0,
+        max_iter: int = 100,
+        rtol: float = 1e-2,
+        curvature_examples: int | None = 2048,
+        batch_size: int = 256,
+        unconverged: Literal["warn", "raise", "ignore"] = "warn",
+        cache_neurons: bool = True,
+        cache_gradients: bool = True,
+        log_reports: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.settings = Settings(
+            selector=selector,
+            ratio=ratio,
+            method=method,
+            solver=solver,
+            damping=damping,
+            max_iter=max_iter,
+            rtol=rtol,
+            curvature_examples=curvature_examples,
+            batch_size=batch_size,
+            unconverged=unconverged,
+            seed=seed,
+        )
+        self.cache_neurons = cache_neurons
+        self.cache_gradients = cache_gradients
+        self.log_reports = log_reports
+
+        self.neurons = NeuronStatistics()
+        self.gradients = GradientStatistics()
+        self.targets: Targets | None = None
+        self.targets_epoch: int | None = None
+        self._train_loader: Any = None
+        self._rank_on_demand = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            selector=self.settings.selector, ratio=self.settings.ratio, seed=self.settings.seed
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The two methods
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def influence(
+        self,
+        trainer: Trainer,
+        batch: Any,
+        *,
+        k: int = 10,
+        per_example: bool = False,
+        targets: TargetsChoice = "cached",
+        dataloader: DataLoader[Any] | None = None,
+        **overrides: Unpack[Overrides],
+    ) -> InfluenceReport:
+        """Scores every training example by what removing it would do to the model's loss on a batch.
+
+        Bound to the trainer as ``trainer.influence(batch, …)``.
+
+        Args:
+            trainer: The trainer; filled in by the binding.
+            batch: A batch as the training loader gives them, or a ``DataLoader`` over several. Its mean loss is the
+                query, or what ``influence_measurement`` of the module returns.
+            k: How many proponents and opponents are shown and logged.
+            per_example: One query for each example of the batch instead of one for their mean.
+            targets: ``"cached"``: the choice made at the last epoch's end. ``"class"``: neurons ranked by what training
+                saw of the batch's classes. ``"batch"``: neurons ranked on the batch, as in the paper.
+            dataloader: The training data, where it is not that of ``fit``.
+            **overrides: Arguments of the constructor to change for this call: ``selector``, ``ratio``, ``method``,
+                ``solver``, ``damping``, ``max_iter``, ``rtol``, ``curvature_examples``, ``batch_size``,
+                ``unconverged``, ``seed``.
+
+        Returns:
+            Scores ``(n_queries, n_train)`` with the dataset index of each training example.
+
+        Raises:
+            ConfigurationError: For a bad argument or an unsupported trainer.
+            TrainingDataError: If there is no training loader, or its examples have no stable index.
+            SelectionError: If there are no targets, as before any ``fit``.
+            BatchError: If the batch is empty or not structured as training batches are.
+            ObjectiveError: If the loss cannot be had, or does not depend on the targets.
+            NonFiniteError: If a loss, gradient or product is not finite.
+            ConvergenceError: If the solve diverges, or does not converge and ``unconverged="raise"``.
+        """
+        settings = self.settings.override(overrides)
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ConfigurationError(f"`k` must be a whole number of at least 1, got {k!r}.")
+        with self._opened(trainer, targets, settings, dataloader) as (objective, train):
+            query = self._examples(batch, objective, settings)
+            choose = partial(self._choose_targets, objective, train, query, targets, settings, overrides)
+            report = influence(objective, train, query, settings, choose, per_example=per_example, k=k)
+        return self._deliver(trainer, report)
+
+    def unlearn(
+        self,
+        trainer: Trainer,
+        batch: Any,
+        *,
+        relabel: Tensor | int | Callable[[Any], Tensor] | None = None,
+        retain: DataLoader[Any] | None = None,
+        step: Step = "search",
+        targets: TargetsChoice = "cached",
+        dataloader: DataLoader[Any] | None = None,
+        dry_run: bool = False,
+        **overrides: Unpack[Overrides],
+    ) -> UnlearnReport:
+        """Changes the targets so that the model behaves as if it had not seen a batch, or had seen other labels.
+
+        Bound to the trainer as ``trainer.unlearn(batch, …)``. Only the weights change; the state of an optimizer
+        (momentum, Adam's averages) still remembers the data, so start a new optimizer to train on.
+
+        Args:
+            trainer: The trainer; filled in by the binding.
+            batch: The examples to forget, with the labels they were trained with: a batch as the training loader gives
+                them, or a ``DataLoader``. They are found in the training data by dataset index where the loader is over
+                the same dataset or a ``Subset`` of it, else by content, and are not part of the retained data.
+            relabel: The labels they should have had: a tensor in the order of the examples (of the dataset, for a
+                loader), one class for all, or a function from a batch to its new targets. ``None`` removes them.
+            retain: The data to keep, where it is not the rest of the training data.
+            step: ``"search"``: as far as the goal needs, decided on the forget and retained training data (see
+                :class:`~lightning_gif.steps.Goal`). ``"natural"``: 1, what the theory predicts. Or a number.
+            targets: As in :meth:`influence`.
+            dataloader: The training data, where it is not that of ``fit``.
+            dry_run: Plan and measure the edit but do not make it; ``report.apply()`` does.
+            **overrides: As in :meth:`influence`.
+
+        Returns:
+            The edit, with ``undo()``, ``save()`` and the change of the loss on both sides.
+
+        Raises:
+            EditError: Never here; by ``undo`` and ``apply``.
+            GIFError: As in :meth:`influence`. The weights are then as they were.
+        """
+        settings = self.settings.override(overrides)
+        check_step(step)
+        with self._opened(trainer, targets, settings, dataloader) as (objective, train):
+            forget = self._examples(batch, objective, settings)
+            kept = None if retain is None else self._examples(retain, objective, settings)
+            choose = partial(self._choose_targets, objective, train, forget, targets, settings, overrides)
+            report = unlearn(objective, train, forget, settings, choose, relabel=relabel, retain=kept, step=step)
+        report.module = trainer.lightning_module
+        if not dry_run:
+            report.apply()
+            if trainer.optimizers:
+                report.notes.append(
+                    "The optimizer's state (momentum, averages) was not edited and still remembers the forgotten data:"
+                    " start a new optimizer before training on."
+                )
+        return self._deliver(trainer, report)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Training, in the order of the hooks
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Binds the two methods and refuses what cannot work, before any work is done."""
+        self._check_trainer(trainer)
+        if stage == "fit":
+            Objective.check_module(pl_module)
+        self._bind(trainer)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hooks into the layers, which exist from here on."""
+        self._rank_on_demand = False
+        self._train_loader = trainer.train_dataloader
+        if self.cache_neurons:
+            self.neurons.attach(pl_module)
+            torch.compiler.reset()  # code compiled in an earlier fit knows nothing of hooks that were added since
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the epoch's statistics, unless the epoch is one that was interrupted and goes on."""
+        self._train_loader = trainer.train_dataloader
+        if trainer.fit_loop.epoch_loop.batch_progress.current.completed == 0:
+            self.neurons.reset()
+            self.gradients.reset()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Tells the hooks which classes are about to pass."""
+        if not self.cache_neurons:
+            return
+        try:
+            size = batch_size(batch)
+        except BatchError:
+            size = None
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        self.neurons.record(class_targets(batch), size, trainer.accumulate_grad_batches / scale)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Adds the gradients of this optimizer's parameters: summed over micro-batches, unscaled, not yet clipped."""
+        if not self.cache_gradients:
+            return
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        self.gradients.add(
+            (names[id(parameter)], parameter.grad)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if id(parameter) in names
+        )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Passes until the next batch are not training's."""
+        self.neurons.pause()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Picks the targets from what the epoch has shown."""
+        previous = self.targets
+        try:
+            self.targets = self._select(pl_module, self.settings)
+        except SelectionError as error:
+            self.targets = None
+            rank_zero_warn(f"No targets were picked at the end of epoch {trainer.current_epoch}: {error}", GIFWarning)
+            return
+        self.targets_epoch = trainer.current_epoch
+        if self.log_reports:
+            values = {
+                "gif/targets/count": float(self.targets.count),
+                "gif/targets/share": self.targets.count / sum(p.numel() for p in pl_module.parameters()),
+                "gif/targets/layers": float(len(self.targets)),
+            }
+            values |= {f"gif/targets/{name}": float(len(entries)) for name, entries in self.targets.items()}
+            if previous is not None:
+                values["gif/targets/jaccard"] = self.targets.jaccard(previous)
+            pl_module.log_dict(values, on_step=False, on_epoch=True, rank_zero_only=True, batch_size=1)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets go of the layers; the loader is kept, since ``trainer.test`` makes the trainer forget it."""
+        self._train_loader = trainer.train_dataloader
+        self._release()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lets go of the layers: ``teardown`` does not run after an exception."""
+        self._release()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets go of the layers."""
+        self._release()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # State
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch of the present targets."""
+        return {"targets_epoch": self.targets_epoch}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave."""
+        self.targets_epoch = state_dict["targets_epoch"]
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the targets and the statistics: tensors and primitives, so that ``weights_only=True`` can load them."""
+        checkpoint[_CHECKPOINT_KEY] = {
+            "state_key": self.state_key,
+            "targets": None if self.targets is None else dict(self.targets),
+            "neurons": self.neurons.state(),
+            "gradients": self.gradients.state(),
+        }
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes over targets and statistics; targets only from a callback that would have picked the same."""
+        state = checkpoint.get(_CHECKPOINT_KEY)
+        if state is None:
+            return
+        self.neurons.load_state(state["neurons"])
+        self.gradients.load_state(state["gradients"])
+        if state["state_key"] == self.state_key:
+            self.targets = None if state["targets"] is None else Targets(state["targets"])
+        elif state["targets"] is not None:
+            rank_zero_warn(
+                f"The checkpoint's targets were picked by {state['state_key']}, this callback is {self.state_key}: they"
+                " are picked anew from the checkpoint's statistics.",
+                category=GIFWarning,
+            )
+            self.targets = self._select(pl_module, self.settings)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Private
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _check_trainer(self, trainer: Trainer) -> None:
+        if sum(isinstance(callback, GIFCallback) for callback in trainer.callbacks) > 1:
+            raise ConfigurationError(
+                "The trainer has several GIFCallbacks, but only one can be behind trainer.influence. Keep one; every"
+                " setting can be changed for a call: trainer.unlearn(batch, ratio=0.05)."
+            )
+        reason = unsupported_strategy(trainer)
+        if reason is not None:
+            raise ConfigurationError(
+                f"GIFCallback works on one device in one process so far, but {reason}. Use devices=1, or train without"
+                " the callback and use lightning_gif.attach() on the trained model."
+            )
+
+    def _bind(self, trainer: Trainer) -> None:
+        # partial objects can be pickled; a lambda could not
+        trainer.influence = partial(self.influence, trainer)  # type: ignore[attr-defined]
+        trainer.unlearn = partial(self.unlearn, trainer)  # type: ignore[attr-defined]
+
+    def _release(self) -> None:
+        self.neurons.detach()
+
+    def _select(
+        self, module: LightningModule, settings: Settings, classes: Sequence[int] | None = None, **statistics: Any
+    ) -> Targets:
+        allowed = getattr(module, "influence_parameters", lambda: ["*"])()
+        return select(
+            module,
+            settings.selector,
+            settings.ratio,
+            allowed=list(allowed),
+            neurons=statistics.get("neurons", self.neurons),
+            gradients=statistics.get("gradients", self.gradients),
+            classes=classes,
+            seed=settings.seed,
+        )
+
+    def _choose_targets(
+        self,
+        objective: Objective,
+        train: Examples,
+        examples: Examples,
+        choice: TargetsChoice,
+        settings: Settings,
+        overrides: Overrides,
+    ) -> Targets:
+        module = objective.module
+        if choice == "batch":
+            neurons, gradients = objective.observe(examples)
+            return self._select(module, settings, neurons=neurons, gradients=gradients)
+        if self.targets is None and self._rank_on_demand:
+            sample = train.sample(settings.curvature_examples, settings.seed)
+            rank_zero_info(f"No statistics from training: neurons are ranked by one pass over {len(sample)} examples.")
+            self.neurons, self.gradients = objective.observe(sample)
+            self.targets = self._select(module, self.settings)
+        if choice == "class":
+            return self._select(module, settings, classes=_known_classes(examples))
+        repick = any(name in overrides for name in ("selector", "ratio", "seed"))
+        if repick or self.targets is None:
+            return self._select(module, settings)
+        return self.targets
+
+    @contextlib.contextmanager
+    def _opened(
+        self, trainer: Trainer, choice: TargetsChoice, settings: Settings, dataloader: DataLoader[Any] | None
+    ) -> Iterator[tuple[Objective, Examples]]:
+        if choice not in ("cached", "class", "batch"):
+            raise ConfigurationError(f"`targets` must be 'cached', 'class' or 'batch', got {choice!r}.")
+        module = trainer.lightning_module
+        if module is None:
+            raise ConfigurationError("The trainer has no model yet: fit, validate or test first, or use attach().")
+        with isolate_rng():
+            loader = self._loader(trainer) if dataloader is None else dataloader
+        if choice == "cached" and self.targets is None and not self._rank_on_demand and not settings.needs_no_cache:
+            raise SelectionError(
+                "There are no cached targets: the model was not fitted with this callback, and no checkpoint with its"
+                " state was loaded. Fit, pass targets='batch' to rank neurons on the batch at hand, or use"
+                " lightning_gif.attach(trainer, model, …) for a model that was trained before."
+            )
+        with Objective.open(trainer, module, seed=settings.seed) as objective:
+            most = trainer.fast_dev_run * settings.batch_size if trainer.fast_dev_run else None
+            train = Examples.from_loader(
+                loader, objective.prepare, batch_size=settings.batch_size, most=most, seed=settings.seed
+            )
+            train.warn_if_random()
+            yield objective, train
+
+    def _loader(self, trainer: Trainer) -> Any:
+        """The training loader: that of the last ``fit``, or the one that a datamodule or the module would give."""
+        found = self._train_loader if self._train_loader is not None else trainer.train_dataloader
+        if found is None and trainer.datamodule is not None:
+            trainer.datamodule.prepare_data()
+            trainer.datamodule.setup("fit")
+            found = trainer.datamodule.train_dataloader()
+        if found is None and type(trainer.lightning_module).train_dataloader is not LightningModule.train_dataloader:
+            found = trainer.lightning_module.train_dataloader()
+        if found is None:
+            raise TrainingDataError(
+                "There is no training data: the trainer has not fitted, and has no datamodule. Pass"
+                " `dataloader=` with a DataLoader over the training set."
+            )
+        self._train_loader = found
+        return found
+
+    def _examples(self, given: Any, objective: Objective, settings: Settings) -> Examples:
+        if isinstance(given, DataLoader):
+            return Examples.from_loader(
+                given, objective.prepare, batch_size=settings.batch_size, seed=settings.seed
+            )
+        batch_size(given)
+        return Examples.from_batch(given, objective.prepare, batch_size=settings.batch_size)
+
+    def _deliver(self, trainer: Trainer, report: Any) -> Any:
+        report.loggers = list(trainer.loggers)
+        report.global_step = trainer.global_step
+        if self.log_reports and not trainer.fast_dev_run:
+            report.log()
+        return report
+
+
+def _known_classes(examples: Examples) -> list[int]:
+    found: set[int] = set()
+    for batch in examples.batches():
+        classes = class_targets(batch.data)
+        if classes is None:
+            raise SelectionError(
+                "targets='class' needs a batch whose targets are classes (whole numbers, one for each example). Use"
+                " targets='cached' or 'batch'."
+            )
+        found.update(classes.unique().tolist())
+    return sorted(found)
+
+
+def attach(
+    trainer: Trainer,
+    model: LightningModule,
+    *,
+    train_dataloaders: DataLoader[Any] | None = None,
+    datamodule: Any = None,
+    callback: GIFCallback | None = None,
+) -> GIFCallback:
+    """Gives a trainer ``influence`` and ``unlearn`` for a model that was trained elsewhere.
+
+    There are no statistics from training then: unless the callback's state is loaded with a checkpoint, the first call
+    ranks the neurons by one pass over ``curvature_examples`` training examples.
+
+    Args:
+        trainer: A trainer; it need not have run.
+        model: The loaded model.
+        train_dataloaders: The training data.
+        datamodule: Or a datamodule that has it.
+        callback: The callback to use; by default that of the trainer, or else a new one.
+
+    Returns:
+        The callback, which is among the trainer's from now on.
+
+    Raises:
+        ConfigurationError: If the trainer is not supported, or both kinds of data are given.
+
+    Example::
+
+        model = Classifier.load_from_checkpoint("last.ckpt")
+        trainer = Trainer(logger=WandbLogger())
+        attach(trainer, model, datamodule=data)
+        trainer.unlearn(batch).save("edit.safetensors")
+    """
+    if train_dataloaders is not None and datamodule is not None:
+        raise ConfigurationError("Give `train_dataloaders` or `datamodule`, not both.")
+    present = [found for found in trainer.callbacks if isinstance(found, GIFCallback)]
+    callback = callback or (present[0] if present else GIFCallback())
+    if callback not in trainer.callbacks:
+        trainer.callbacks.append(callback)
+    callback._check_trainer(trainer)
+    attach_model(trainer, model, train_dataloaders, datamodule)
+    callback._train_loader = train_dataloaders
+    callback._rank_on_demand = True
+    callback._bind(trainer)
+    return callback

@@ -1,0 +1,473 @@
+"""Batches as examples: their size, their targets, and training data in a stable order with stable ids."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
+
+from .errors import BatchError, GIFWarning, TrainingDataError
+
+__all__ = [
+    "Batch",
+    "Examples",
+    "batch_size",
+    "class_targets",
+    "describe",
+    "find_targets",
+    "locate",
+    "map_tensors",
+    "relabelled",
+    "replace_targets",
+    "same_structure",
+    "slice_batch",
+    "tensors",
+]
+
+_TARGET_KEYS = ("label", "labels", "target", "targets", "y")
+
+
+class Batch(NamedTuple):
+    """One batch as the model gets it, with the ids of its examples ``(B,)`` and their number ``B``."""
+
+    data: Any
+    ids: Tensor
+    size: int
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The structure of a batch
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def map_tensors(data: Any, function: Callable[[Tensor], Any], sequence: Callable[[Any], Any] | None = None) -> Any:
+    """The same structure (tuples, lists, mappings, dataclasses, nested) with ``function`` applied to its tensors.
+
+    Args:
+        data: A batch, or anything a collate function returns.
+        function: Applied to each tensor, in a fixed order.
+        sequence: Applied to lists and tuples that hold no tensor at any depth (strings, numbers: one an example).
+    """
+    if isinstance(data, Tensor):
+        return function(data)
+    if isinstance(data, Mapping):
+        mapped = {key: map_tensors(value, function, sequence) for key, value in data.items()}
+        return mapped if type(data) is dict else type(data)(mapped)  # type: ignore[call-arg]
+    if isinstance(data, (list, tuple)):
+        if sequence is not None and not _has_tensor(data):
+            return sequence(data)
+        items = [map_tensors(value, function, sequence) for value in data]
+        return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
+    if is_dataclass(data) and not isinstance(data, type):
+        changes = {f.name: map_tensors(getattr(data, f.name), function, sequence) for f in fields(data) if f.init}
+        return replace(data, **changes)
+    return data
+
+
+def _has_tensor(data: Any) -> bool:
+    if isinstance(data, Mapping):
+        return any(_has_tensor(value) for value in data.values())
+    if isinstance(data, (list, tuple)):
+        return any(_has_tensor(value) for value in data)
+    return isinstance(data, Tensor) or (is_dataclass(data) and not isinstance(data, type))
+
+
+def tensors(data: Any) -> list[Tensor]:
+    """The tensors of a batch in the order of :func:`map_tensors`."""
+    found: list[Tensor] = []
+    map_tensors(data, lambda tensor: found.append(tensor))
+    return found
+
+
+def batch_size(data: Any) -> int:
+    """The number of examples in a batch: the first dimension that all its tensors share.
+
+    Raises:
+        BatchError: If there is no tensor with a dimension, if they disagree, or if there is no example.
+    """
+    sizes = {tensor.shape[0] for tensor in tensors(data) if tensor.ndim}
+    if not sizes:
+        raise BatchError(f"Expected a batch with at least one tensor of shape (B, …), got {describe(data)}.")
+    if len(sizes) > 1:
+        raise BatchError(
+            f"The tensors of the batch disagree on the number of examples: {describe(data)}. The first dimension of"
+            " each tensor must be the batch; where that cannot be, override `influence_loss` (see GIFMixin)."
+        )
+    size = sizes.pop()
+    if not size:
+        raise BatchError(f"The batch is empty: {describe(data)}. Pass at least one example.")
+    return size
+
+
+def slice_batch(data: Any, start: int, stop: int) -> Any:
+    """Examples ``start:stop`` of a batch, in its structure."""
+    size = batch_size(data)
+    return map_tensors(
+        data,
+        lambda tensor: tensor[start:stop] if tensor.ndim else tensor,
+        lambda items: items[start:stop] if len(items) == size else items,
+    )
+
+
+def describe(data: Any) -> str:
+    """The structure of a batch in words, for error messages."""
+    if isinstance(data, Tensor):
+        return f"{str(data.dtype).removeprefix('torch.')}{list(data.shape)}"
+    if isinstance(data, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in data.items()) + "}"
+    if isinstance(data, (list, tuple)):
+        if not _has_tensor(data):
+            return f"{type(data).__name__} of {len(data)} values"
+        inner = ", ".join(describe(value) for value in data)
+        return f"[{inner}]" if isinstance(data, list) else f"({inner})"
+    return type(data).__name__
+
+
+def same_structure(one: Any, other: Any) -> bool:
+    """Whether two batches have the same containers, and tensors of as many dimensions in the same places.
+
+    Lists and tuples count as the same: collate functions of different versions return one or the other.
+    """
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and one.ndim == other.ndim
+    if isinstance(one, Mapping) or isinstance(other, Mapping):
+        return (
+            isinstance(one, Mapping)
+            and isinstance(other, Mapping)
+            and one.keys() == other.keys()
+            and all(same_structure(one[key], other[key]) for key in one)
+        )
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        if not _has_tensor(one) and not _has_tensor(other):
+            return True
+        return len(one) == len(other) and all(map(same_structure, one, other))
+    return type(one) is type(other)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Targets
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _target_key(data: Any) -> Any:
+    """Where a batch keeps its targets: the last item of a tuple or list, or a key named like a target; else None."""
+    if isinstance(data, Mapping):
+        return next((key for key in _TARGET_KEYS if isinstance(data.get(key), Tensor)), None)
+    if isinstance(data, (list, tuple)) and len(data) >= 2 and isinstance(data[-1], Tensor):
+        return len(data) - 1
+    return None
+
+
+def find_targets(data: Any) -> Tensor | None:
+    """The targets ``(B, …)`` of a batch where its structure tells them, else ``None``."""
+    key = _target_key(data)
+    return None if key is None else data[key]
+
+
+def class_targets(data: Any) -> Tensor | None:
+    """The class of each example, ``(B,)`` integers ≥ 0, where the batch has such targets; else ``None``."""
+    found = find_targets(data)
+    if found is None or found.dtype.is_floating_point or found.dtype in (torch.bool, torch.complex64):
+        return None
+    if found.ndim == 2 and found.shape[1] == 1:
+        found = found[:, 0]
+    if found.ndim != 1 or not found.numel() or int(found.min()) < 0:
+        return None
+    return found.long()
+
+
+def replace_targets(data: Any, targets: Tensor | int) -> Any:
+    """The batch with other targets.
+
+    Args:
+        data: A batch whose targets are its last item or under a key such as ``"label"`` or ``"target"``.
+        targets: New targets in the shape of the old ones, or one class for all examples.
+
+    Raises:
+        BatchError: If the batch's targets cannot be found, or the new ones have another shape.
+    """
+    key = _target_key(data)
+    if key is None:
+        raise BatchError(
+            f"Cannot tell where this batch keeps its targets: {describe(data)}. Relabelling needs (inputs, …, targets)"
+            f" or a mapping with one of the keys {', '.join(_TARGET_KEYS)}."
+        )
+    old = data[key]
+    if isinstance(targets, int):
+        new = torch.full_like(old, targets)
+    elif targets.shape == old.shape:
+        new = targets.to(old.device, old.dtype)
+    else:
+        raise BatchError(
+            f"`relabel` has shape {list(targets.shape)}, but the targets of the batch have {list(old.shape)}. Give one"
+            " new target for each example, in the order of the batch."
+        )
+    if isinstance(data, Mapping):
+        changed = {**data, key: new}
+        return changed if type(data) is dict else type(data)(changed)  # type: ignore[call-arg]
+    items = [*data[:-1], new]
+    return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Examples in a stable order
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples that can be read again and again, always in the same order and the same batches.
+
+    Attributes:
+        dataset: Map-style; its items are collated.
+        ids: Dataset indices ``(n,)`` of these examples, in reading order.
+        batch_size: Examples in each batch but the last.
+        collate: Joins a list of items to a batch.
+        prepare: Brings a batch to where and how the model takes it.
+        loader_options: Options of the user's loader that are kept: workers and how they start.
+        seed: Set on the global generators before each pass, so that random augmentation repeats itself.
+        cached: The prepared batches if they are held in memory.
+    """
+
+    dataset: Any
+    ids: Tensor
+    batch_size: int
+    collate: Callable[[list[Any]], Any]
+    prepare: Callable[[Any], Any]
+    loader_options: Mapping[str, Any]
+    seed: int = 0
+    cached: tuple[Batch, ...] | None = None
+
+    @classmethod
+    def from_loader(
+        cls, loader: Any, prepare: Callable[[Any], Any], *, batch_size: int, most: int | None = None, seed: int = 0
+    ) -> Examples:
+        """The examples that a loader draws from, in dataset order. The loader itself is never iterated.
+
+        Args:
+            loader: A ``DataLoader`` over a map-style dataset.
+            prepare: See the class.
+            batch_size: See the class.
+            most: Keep only the first so many.
+            seed: See the class.
+
+        Raises:
+            TrainingDataError: If the order of its examples cannot be made stable, or there are none.
+        """
+        if not isinstance(loader, DataLoader):
+            raise TrainingDataError(
+                f"Expected a torch DataLoader, got {type(loader).__name__}. With several loaders, or one of your own"
+                " making, pass a DataLoader over the training set as `dataloader=`."
+            )
+        dataset: Dataset[Any] = loader.dataset
+        if isinstance(dataset, IterableDataset):
+            raise TrainingDataError(
+                f"{type(dataset).__name__} is an IterableDataset: its examples have no stable index. Pass a DataLoader"
+                " over a map-style dataset as `dataloader=`."
+            )
+        if loader.batch_sampler is None:
+            raise TrainingDataError(
+                "The loader has batch_size=None, so what an item of its dataset holds is a batch of unknown size. Pass"
+                " a DataLoader over single examples as `dataloader=`."
+            )
+        ids = _sampled_ids(loader)[:most]
+        if not len(ids):
+            raise TrainingDataError("The loader's dataset has no examples.")
+        options = {
+            name: getattr(loader, name)
+            for name in ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout")
+        }
+        return cls(dataset, ids, batch_size, loader.collate_fn, prepare, options, seed)
+
+    @classmethod
+    def from_batch(cls, data: Any, prepare: Callable[[Any], Any], *, batch_size: int) -> Examples:
+        """The examples of one batch in hand; their ids are their positions in it."""
+        prepared = prepare(data)
+        return _in_memory(prepared, batch_size)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batches(self) -> Iterator[Batch]:
+        """The examples as prepared batches, in order."""
+        if self.cached is not None:
+            yield from self.cached
+            return
+        _seed_global_generators(self.seed)
+        loader = DataLoader(
+            self.dataset,
+            batch_size=self.batch_size,
+            sampler=self.ids.tolist(),
+            collate_fn=self.collate,
+            generator=torch.Generator().manual_seed(self.seed),
+            **self.loader_options,
+        )
+        start = 0
+        for data in loader:
+            ids = self.ids[start : start + self.batch_size]
+            start += len(ids)
+            yield Batch(self.prepare(data), ids, len(ids))
+
+    def at(self, positions: Tensor) -> Examples:
+        """The examples at the given positions ``(m,)`` (not dataset indices), in the order given; read anew."""
+        if self.dataset is None:
+            raise TrainingDataError("The examples of a batch in memory cannot be read anew.")
+        return replace(self, ids=self.ids[positions], cached=None)
+
+    def sample(self, count: int | None, seed: int) -> Examples:
+        """``count`` of the examples, drawn without replacement and kept in order; all for ``None`` or if fewer."""
+        if count is None or count >= len(self):
+            return self
+        drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return self.at(drawn.sort().values)
+
+    def held(self) -> Examples:
+        """The same examples with their prepared batches held in memory."""
+        return self if self.cached is not None else replace(self, cached=tuple(self.batches()))
+
+    def warn_if_random(self) -> None:
+        """Warns if an item of the dataset is not the same twice, as under random augmentation."""
+        if self.cached is not None:
+            return
+        index = int(self.ids[0])
+        first, second = (self.collate([self.dataset[index]]) for _ in range(2))
+        same = all(
+            torch.equal(a, b) or bool((a.isnan() == b.isnan()).all()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+            for a, b in zip(tensors(first), tensors(second), strict=True)
+        )
+        if not same:
+            warnings.warn(
+                "The training dataset returns something else each time an example is read (random augmentation?). One"
+                " fixed draw is used; pass a `dataloader=` without augmentation for results that do not depend on it.",
+                GIFWarning,
+                stacklevel=2,
+            )
+
+
+def _in_memory(prepared: Any, size_of_batches: int) -> Examples:
+    """Examples of a batch that is in memory and prepared."""
+    size = batch_size(prepared)
+    ids = torch.arange(size)
+    pieces = []
+    for start in range(0, size, size_of_batches):
+        stop = min(start + size_of_batches, size)
+        data = prepared if stop - start == size else slice_batch(prepared, start, stop)
+        pieces.append(Batch(data, ids[start:stop], stop - start))
+    return Examples(None, ids, size_of_batches, list, lambda batch: batch, {}, cached=tuple(pieces))
+
+
+def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tensor]) -> Examples:
+    """The same examples, held in memory, with other targets.
+
+    Args:
+        examples: ``n`` examples.
+        targets: ``(n, …)`` in the order of ``examples``; or one class for all; or a function from a batch to its new
+            targets.
+    """
+    if isinstance(targets, Tensor) and targets.ndim and len(targets) != len(examples):
+        raise BatchError(
+            f"`relabel` has {len(targets)} targets for {len(examples)} examples. Give one for each, in dataset order."
+        )
+    changed, start = [], 0
+    for batch in examples.batches():
+        if isinstance(targets, Tensor):
+            new: Tensor | int = targets[start : start + batch.size] if targets.ndim else int(targets)
+        else:
+            new = targets(batch.data) if callable(targets) else targets
+        changed.append(batch._replace(data=replace_targets(batch.data, new)))
+        start += batch.size
+    return replace(examples, cached=tuple(changed))
+
+
+def _sampled_ids(loader: DataLoader[Any]) -> Tensor:
+    """Which dataset indices a loader draws, sorted; its sampler is asked, not iterated."""
+    sampler: Any = loader.sampler
+    if isinstance(loader.batch_sampler, BatchSampler) and isinstance(loader.batch_sampler.sampler, Sequence):
+        sampler = loader.batch_sampler.sampler
+    if isinstance(sampler, SubsetRandomSampler):
+        return torch.as_tensor(sampler.indices, dtype=torch.long).sort().values
+    if isinstance(sampler, Sequence):
+        return torch.as_tensor([int(index) for index in sampler], dtype=torch.long).sort().values
+    if not isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
+        warnings.warn(
+            f"The loader draws by {type(sampler).__name__}: each example of its dataset is counted once, however often"
+            " that draws it. Pass `dataloader=` with a plain loader to say otherwise.",
+            GIFWarning,
+            stacklevel=2,
+        )
+    try:
+        size = len(loader.dataset)  # type: ignore[arg-type]
+    except TypeError:
+        raise TrainingDataError(
+            f"{type(loader.dataset).__name__} has no length, so its examples cannot be numbered. Define `__len__`."
+        ) from None
+    return torch.arange(size)
+
+
+def _seed_global_generators(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    try:
+        import numpy
+    except ModuleNotFoundError:
+        return
+    numpy.random.seed(seed)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which training examples are these?
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def fingerprints(examples: Examples) -> list[bytes]:
+    """A hash of each example's tensors: equal for examples that are equal bit by bit after preparation."""
+    found = []
+    for batch in examples.batches():
+        parts = [tensor.detach().cpu().contiguous() for tensor in tensors(batch.data) if tensor.ndim]
+        rows = [part.view(batch.size, -1).view(torch.uint8).numpy() for part in parts]
+        heads = [f"{part.dtype}{tuple(part.shape[1:])}".encode() for part in parts]
+        for position in range(batch.size):
+            state = hashlib.blake2b(digest_size=16)
+            for head, row in zip(heads, rows, strict=True):
+                state.update(head)
+                state.update(row[position])
+            found.append(state.digest())
+    return found
+
+
+def locate(forget: Examples, train: Examples) -> Tensor:
+    """Positions ``(r,)`` in ``train`` of the examples that are also in ``forget``.
+
+    By dataset index where ``forget`` is over the same dataset or a ``Subset`` of it, else by content.
+    """
+    (dataset, ids), (train_dataset, train_ids) = _root(forget), _root(train)
+    if dataset is not None and dataset is train_dataset:
+        return torch.isin(train_ids, ids).nonzero().squeeze(1)
+    wanted = set(fingerprints(forget))
+    return torch.tensor([i for i, mark in enumerate(fingerprints(train)) if mark in wanted], dtype=torch.long)
+
+
+def _root(examples: Examples) -> tuple[Any, Tensor]:
+    """The dataset below all ``Subset`` views, and the examples' indices in it."""
+    dataset, ids = examples.dataset, examples.ids
+    while isinstance(dataset, Subset):
+        ids = torch.as_tensor(dataset.indices, dtype=torch.long)[ids]
+        dataset = dataset.dataset
+    return dataset, ids

@@ -1,0 +1,63 @@
+"""Every error and warning of the package. Each is raised before the user's weights are touched."""
+
+from __future__ import annotations
+
+from ._compat import MisconfigurationException
+
+__all__ = [
+    "BatchError",
+    "ConfigurationError",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "EditError",
+    "GIFError",
+    "GIFWarning",
+    "NonFiniteError",
+    "ObjectiveError",
+    "SelectionError",
+    "TrainingDataError",
+]
+
+
+class GIFError(Exception):
+    """Base class of the errors of this package."""
+
+
+class ConfigurationError(GIFError, MisconfigurationException, ValueError):
+    """An argument, or the trainer it meets, is not one the package can work with."""
+
+
+class SelectionError(GIFError, ValueError):
+    """No target parameters can be picked: nothing selectable, nothing cached, or names that match nothing."""
+
+
+class TrainingDataError(GIFError, ValueError):
+    """The training examples cannot be read in a stable order, or there are none."""
+
+
+class BatchError(GIFError, ValueError):
+    """A batch is empty or does not have the structure that the model trains on."""
+
+
+class ObjectiveError(GIFError, ValueError):
+    """The loss of the module cannot be had, or does not depend on what is to be changed."""
+
+
+class NonFiniteError(GIFError, ArithmeticError):
+    """A loss, a gradient or a solve produced NaN or infinity."""
+
+
+class ConvergenceError(GIFError, ArithmeticError):
+    """A solve diverged, or did not converge while ``unconverged="raise"`` was asked for."""
+
+
+class EditError(GIFError, ValueError):
+    """A recorded edit does not fit the model or the file it is used with."""
+
+
+class GIFWarning(UserWarning):
+    """Base class of the warnings of this package."""
+
+
+class ConvergenceWarning(GIFWarning):
+    """A solve stopped before its residual reached ``rtol``."""

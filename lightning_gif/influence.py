@@ -1,0 +1,84 @@
+"""From a query batch to a score for every training example."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+
+from .curvature import METHODS, Hessian
+from .data import Examples
+from .objective import Objective
+from .parameters import Targets
+from .reports.influence import InfluenceReport, first_items
+from .settings import Settings
+
+__all__ = ["influence"]
+
+
+def influence(
+    objective: Objective,
+    train: Examples,
+    query: Examples,
+    settings: Settings,
+    choose_targets: Callable[[], Targets],
+    *,
+    per_example: bool = False,
+    k: int = 10,
+) -> InfluenceReport:
+    """Scores every training example for a query.
+
+    The score of example ``i`` is ``(1/(n−1)) · qᵀ x(∇ℓ(zᵢ))``: what removing ``i`` would do to the query's mean
+    measurement, to first order, where ``q`` is the query's gradient on the targets and ``x(g)`` the change of the
+    targets that a method gives for a gradient ``g`` (GIF, arXiv 2312.05586, equation 6). ``x`` is linear in ``g``, so
+    one solve for its adjoint gives ``w`` with ``wᵀ∇ℓ(zᵢ) = qᵀ x(∇ℓ(zᵢ))``, and one pass over the training set gives all
+    of these inner products.
+
+    Args:
+        objective: An open objective.
+        train: The ``n`` training examples.
+        query: The query's examples.
+        settings: Method, solver and their parameters.
+        choose_targets: Called for the target parameters, unless the method changes all of them.
+        per_example: One query for each example instead of one for their mean.
+        k: How many proponents and opponents the report shows.
+
+    Raises:
+        BatchError: If the query is not structured as training batches are.
+        NonFiniteError: If a loss, gradient or product is not finite.
+        ObjectiveError: If the query does not depend on the targets.
+        ConvergenceError: See :meth:`~lightning_gif.settings.Settings.solve`.
+    """
+    start = time.perf_counter()
+    objective.check(query, train, "query")
+    method = METHODS[settings.method]
+    targets = method.targets(objective.space, choose_targets)
+    positions = targets.flat(objective.space).to(objective.device)
+    sample = train.sample(settings.curvature_examples, settings.seed).held()
+    with objective.progress("Hessian products") as bar:
+        hessian = Hessian(objective.loss_sum, objective.theta, sample, on_product=bar.update)
+        directions, solutions = [], []
+        for gradient in objective.query_gradients(query, per_example=per_example):
+            direction, solution = method.query(hessian, positions, gradient, settings.solve)
+            directions.append(direction)
+            solutions.append(solution)
+
+    stacked = torch.stack(directions)
+    scores = []
+    with objective.progress("Scoring training examples", len(train)) as bar:
+        for batch in train.batches():
+            scores.append(objective.directional_derivatives(batch.data, stacked).cpu())
+            bar.update(batch.size)
+    return InfluenceReport(
+        scores=torch.cat(scores, dim=1).double() / max(len(train) - 1, 1),
+        indices=train.ids,
+        solutions=solutions,
+        targets=targets,
+        k=k,
+        dataset=train.dataset,
+        queries=first_items(query),
+        settings=asdict(settings),
+        seconds=time.perf_counter() - start,
+    )

@@ -1,0 +1,525 @@
+"""A LightningModule as pure functions of a flat parameter vector, with everything else left as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchmetrics import Metric, MetricCollection
+from tqdm.auto import tqdm
+
+from ._compat import LightningModule, Trainer, isolate_rng
+from .data import Examples, batch_size, class_targets, describe, map_tensors, same_structure, slice_batch, tensors
+from .errors import BatchError, ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError
+from .mixin import overrides
+from .parameters import ParameterSpace
+from .selection import GradientStatistics, NeuronStatistics
+
+__all__ = ["Objective"]
+
+# How many examples the check of the derived losses looks at: two are enough to tell a mean from a sum.
+_PROBE = 3
+
+
+class Objective:
+    """The per-example training losses of a module as a function ``θ ↦ (B,)`` of a flat vector of its parameters.
+
+    Losses come from ``influence_loss`` where the module defines it. Otherwise they are *defined* as what
+    ``training_step`` returns for a batch of that one example, in evaluation mode, and computed for all examples of a
+    batch at once by ``torch.func.vmap``. A first look at the data checks that this gives the same numbers as one
+    example after the other, and falls back to that, with a warning, where it does not.
+
+    Use :meth:`open`. Inside of it the module is in evaluation mode on the trainer's device, and nothing that the
+    computations do to it lasts: parameters, buffers, metrics, logged values, attributes, train/eval flags and random
+    generators are as before.
+
+    Args:
+        trainer: Whose precision, strategy and hooks prepare batches.
+        module: The module, unwrapped.
+        seed: Of random numbers that a loss may draw; the same at every evaluation, so that the loss is one function.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, *, seed: int = 0) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.space = ParameterSpace(module)
+        self.device = trainer.strategy.root_device
+        self._seed = seed
+        self._own_loss = overrides(module, "influence_loss")
+        self._own_measurement = overrides(module, "influence_measurement")
+        self._vmap: bool | None = True if self._own_loss else None
+        self._reduction: str | None = None
+        self._reference: Any = None
+        self.check_module(module)
+
+    @staticmethod
+    def check_module(module: LightningModule) -> None:
+        """Raises a :class:`~lightning_gif.errors.ConfigurationError` if no loss can be had from the module.
+
+        Only ``influence_loss`` can give one where the optimisation is manual, or where ``training_step`` takes an
+        iterator.
+        """
+        if overrides(module, "influence_loss"):
+            return
+        remedy = "Define `influence_loss(self, batch) -> (B,)` on it (see GIFMixin)."
+        if not module.automatic_optimization:
+            raise ConfigurationError(
+                f"{type(module).__name__} optimises manually: calling its training_step to get a loss would step the"
+                f" optimizers. {remedy}"
+            )
+        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+            raise ConfigurationError(
+                f"{type(module).__name__}.training_step takes a dataloader_iter, so it cannot be called on one batch."
+                f" {remedy}"
+            )
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, trainer: Trainer, module: LightningModule, *, seed: int = 0) -> Iterator[Objective]:
+        """The objective, inside of everything that isolates its evaluation from the user's run."""
+        objective = cls(trainer, module, seed=seed)
+        with _isolated(module, objective.device):
+            dtype = torch.promote_types(next(iter(objective._parameters())).dtype, torch.float32)
+            objective.theta = objective.space.flatten(module, dtype)
+            objective._step = _Step(module)
+            yield objective
+
+    theta: Tensor
+    """The parameters as they are, ``(p,)``, in float32 or the module's own wider dtype."""
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Batches
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, data: Any) -> Any:
+        """A batch as the training loop would hand it to ``training_step``, but in the dtype of :attr:`theta`."""
+        strategy = self.trainer.strategy
+        # Inference tensors (from a test loop) cannot be saved for backward; a copy made outside of that mode can.
+        data = map_tensors(data, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+        data = strategy.precision_plugin.convert_input(data)
+        data = self.module._on_before_batch_transfer(data, dataloader_idx=0)
+        data = strategy.batch_to_device(data, device=self.device, dataloader_idx=0)
+        return map_tensors(data, self._widen)
+
+    def _widen(self, tensor: Tensor) -> Tensor:
+        narrow = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
+        return tensor.to(self.theta.dtype) if narrow else tensor
+
+    def check(self, examples: Examples, train: Examples, what: str) -> None:
+        """Makes sure that ``examples`` can be asked about: structure as in training, finite losses.
+
+        Raises:
+            BatchError: If a batch is not structured as training batches are.
+            NonFiniteError: If a loss is not finite.
+        """
+        if self._reference is None:
+            self._reference = next(train.batches()).data
+        for batch in examples.batches():
+            if not self._own_loss and not same_structure(batch.data, self._reference):
+                raise BatchError(
+                    f"The {what} batch is not structured as the training batches are. Given: {describe(batch.data)}."
+                    f" In training: {describe(self._reference)}."
+                )
+            try:
+                losses = self.losses(self.theta, batch.data)
+            except (BatchError, ObjectiveError, ConfigurationError):
+                raise
+            except Exception as error:
+                raise BatchError(
+                    f"The loss of the {what} batch could not be computed: {type(error).__name__}: {error}. Given:"
+                    f" {describe(batch.data)}. In training: {describe(self._reference)}."
+                ) from error
+            if not torch.isfinite(losses).all():
+                raise NonFiniteError(
+                    f"{int((~torch.isfinite(losses)).sum())} of {batch.size} losses of the {what} batch are not"
+                    f" finite{_why_not_finite(batch.data)}. Nothing was changed."
+                )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Functions of θ
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def losses(self, theta: Tensor, data: Any) -> Tensor:
+        """Training losses of a prepared batch, ``(B,)``, at ``theta`` ``(p,)``; differentiable in ``theta``."""
+        if self._own_loss:
+            return self._call_own(theta, data, "influence_loss")
+        if self._vmap is None:
+            self._probe(data)
+        return self._losses_vmap(theta, data) if self._vmap else self._losses_one_by_one(theta, data)
+
+    def measurements(self, theta: Tensor, data: Any) -> Tensor:
+        """What a query measures, ``(B,)``: ``influence_measurement`` where the module defines it, else the losses."""
+        if self._own_measurement:
+            return self._call_own(theta, data, "influence_measurement")
+        return self.losses(theta, data)
+
+    def loss_sum(self, theta: Tensor, data: Any) -> Tensor:
+        """The sum of the losses of a prepared batch, ``()``."""
+        if self._vmap is None:
+            self._probe(data)
+        if not self._vmap and self._reduction is not None:  # one pass instead of B of them
+            loss = self._training_step(theta, data)
+            return loss * batch_size(data) if self._reduction == "mean" else loss
+        return self.losses(theta, data).sum()
+
+    def mean_loss(self, examples: Examples, theta: Tensor | None = None) -> float:
+        """The mean loss over examples at ``theta``, by default at the present parameters."""
+        return float(self.all_losses(examples, theta).double().mean())
+
+    def all_losses(self, examples: Examples, theta: Tensor | None = None) -> Tensor:
+        """The losses of all examples, ``(n,)``, at ``theta``."""
+        with torch.no_grad():
+            at = self.theta if theta is None else theta
+            return torch.cat([self.losses(at, batch.data) for batch in examples.batches()])
+
+    def gradient(self, examples: Examples) -> Tensor:
+        """The gradient ``(p,)`` of the mean loss over examples.
+
+        Raises:
+            NonFiniteError: If it is not finite.
+        """
+        total = torch.zeros_like(self.theta)
+        for batch in examples.batches():
+            theta = self.theta.detach().requires_grad_()
+            total += self._gradient(self.loss_sum(theta, batch.data), theta)
+        return self._finite(total / len(examples))
+
+    def query_gradients(self, examples: Examples, *, per_example: bool) -> Tensor:
+        """Gradients of the measurement, ``(q, p)``: of its mean over all examples (q = 1), or of each (q = n).
+
+        Raises:
+            NonFiniteError: If one is not finite.
+        """
+        rows, total = [], torch.zeros_like(self.theta)
+        for batch in examples.batches():
+            theta = self.theta.detach().requires_grad_()
+            values = self.measurements(theta, batch.data)
+            if per_example:
+                rows += [self._gradient(value, theta, retain_graph=True) for value in values]
+            else:
+                total += self._gradient(values.sum(), theta)
+        return self._finite(torch.stack(rows) if per_example else total[None] / len(examples))
+
+    def observe(self, examples: Examples) -> tuple[NeuronStatistics, GradientStatistics]:
+        """What neurons and parameters would show if the examples were trained on now: one forward and backward pass."""
+        neurons, gradients = NeuronStatistics(), GradientStatistics()
+        neurons.attach(self.module)
+        try:
+            for batch in examples.batches():
+                theta = self.theta.detach().requires_grad_()
+                neurons.record(class_targets(batch.data), batch.size)
+                if self._own_loss:
+                    loss = self._call_own(theta, batch.data, "influence_loss").mean()
+                else:
+                    loss = self._training_step(theta, batch.data)
+                gradients.add(self.space.unflatten(self._gradient(loss, theta)).items())
+        finally:
+            neurons.detach()
+        return neurons, gradients
+
+    def directional_derivatives(self, data: Any, directions: Tensor) -> Tensor:
+        """``wᵀ∇ℓ(zᵢ)`` for each direction ``w`` and each example of a prepared batch.
+
+        Forward mode: the losses are evaluated once in dual numbers for each direction, and no per-example gradient is
+        ever formed. Where an operation of the module has no forward-mode rule, the same numbers come from two reverse
+        passes (the derivative of ``Σ uᵢ wᵀ∇ℓ(zᵢ)`` by the dummy weights ``u``).
+
+        Args:
+            data: A prepared batch of B examples.
+            directions: ``(q, p)``.
+
+        Returns:
+            ``(q, B)``.
+        """
+        if self._vmap is None:
+            self._probe(data)
+        try:
+            return torch.stack(
+                [torch.func.jvp(lambda t: self.losses(t, data), (self.theta,), (w,))[1] for w in directions]
+            )
+        except (NotImplementedError, RuntimeError) as error:
+            if "forward" not in str(error).lower():
+                raise
+        theta = self.theta.detach().requires_grad_()
+        losses = self.losses(theta, data)
+        weights = torch.ones_like(losses, requires_grad=True)
+        (gradient,) = torch.autograd.grad(losses, theta, weights, create_graph=True, materialize_grads=True)
+        return torch.stack(
+            [torch.autograd.grad(gradient, weights, w, retain_graph=True, materialize_grads=True)[0] for w in directions]
+        )
+
+    def progress(self, description: str, total: int | None = None) -> tqdm[Any]:
+        """A progress bar; silent where the trainer shows none, and on all ranks but the first."""
+        shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+        return tqdm(total=total, desc=description, disable=not shown, leave=False)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Calls into the module
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.module.parameters() if parameter.requires_grad)
+
+    def _call(self, theta: Tensor, function: str, *args: Any) -> Any:
+        """A method of the module with parameters from ``theta`` and throw-away copies of its buffers."""
+        frozen = {
+            name: self._widen(parameter.detach())
+            for name, parameter in self.module.named_parameters()
+            if not parameter.requires_grad
+        }
+        buffers = {name: self._widen(buffer.detach().clone()) for name, buffer in self.module.named_buffers()}
+        values = {**frozen, **buffers, **self.space.unflatten(theta)}
+        torch.manual_seed(self._seed)
+        return torch.func.functional_call(
+            self._step, {f"module.{name}": value for name, value in values.items()}, (function, *args)
+        )
+
+    def _call_own(self, theta: Tensor, data: Any, function: str) -> Tensor:
+        found = self._call(theta, function, data)
+        if not isinstance(found, Tensor) or found.ndim != 1:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ObjectiveError(
+                f"{type(self.module).__name__}.{function} must return one value for each example, shape (B,), not"
+                f" {shape}. With a loss of PyTorch, pass reduction='none'."
+            )
+        return found
+
+    def _training_step(self, theta: Tensor, data: Any) -> Tensor:
+        """The loss ``()`` that ``training_step`` returns for a prepared batch."""
+        # As the training loop does it: a second parameter, whatever its name, is the batch index.
+        parameters = inspect.signature(self.module.training_step).parameters.values()
+        takes_index = len(parameters) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        output = self._call(theta, "training_step", data, *([0] if takes_index else []))
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if loss is None:  # the step was skipped: these examples were not trained on
+            return theta.new_zeros(())
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ObjectiveError(
+                f"{type(self.module).__name__}.training_step must return a scalar loss, a dict with one under 'loss',"
+                f" or None; it returned {describe(output)}."
+            )
+        return loss.reshape(())
+
+    def _losses_one_by_one(self, theta: Tensor, data: Any) -> Tensor:
+        return torch.stack(
+            [self._training_step(theta, slice_batch(data, i, i + 1)) for i in range(batch_size(data))]
+        )
+
+    def _losses_vmap(self, theta: Tensor, data: Any) -> Tensor:
+        batch_size(data)
+        leaves = tensors(data)
+
+        def one(*rows: Tensor) -> Tensor:
+            remaining = iter(rows)
+
+            def put(tensor: Tensor) -> Tensor:
+                row = next(remaining)
+                return row.unsqueeze(0) if tensor.ndim else row
+
+            return self._training_step(theta, map_tensors(data, put))
+
+        in_dims = tuple(0 if leaf.ndim else None for leaf in leaves)
+        return torch.func.vmap(one, in_dims=in_dims, randomness="same")(*leaves)
+
+    def _probe(self, data: Any) -> None:
+        """Decides, on a few examples, how the losses are derived from ``training_step``."""
+        few = slice_batch(data, 0, min(_PROBE, batch_size(data)))
+        with torch.no_grad():
+            expected = self._losses_one_by_one(self.theta, few)
+            together = self._training_step(self.theta, few)
+            try:
+                found, reason = self._losses_vmap(self.theta, few), "it gave other losses than one example at a time"
+                self._vmap = _close(found, expected)
+            except Exception as error:
+                self._vmap, reason = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if _close(together, expected.mean()):
+            self._reduction = "mean"
+        elif _close(together, expected.sum()):
+            self._reduction = "sum"
+        elif torch.isfinite(expected).all() and torch.isfinite(together):
+            warnings.warn(
+                f"The loss that {type(self.module).__name__}.training_step gives for a batch is neither the mean nor the"
+                " sum of its losses for the single examples (they are coupled, or weighted). Influence and unlearning"
+                " refer to the losses of single examples. Override `influence_loss` (see GIFMixin) to define them.",
+                GIFWarning,
+                stacklevel=2,
+            )
+        if not self._vmap:
+            warnings.warn(
+                f"The losses of single examples are computed one after the other, which is slow: training_step could"
+                f" not be vectorised ({reason}). Override `influence_loss` (see GIFMixin) to compute them at once.",
+                GIFWarning,
+                stacklevel=2,
+            )
+
+    def _gradient(self, value: Tensor, theta: Tensor, *, retain_graph: bool = False) -> Tensor:
+        if not value.requires_grad:
+            return torch.zeros_like(theta)
+        (gradient,) = torch.autograd.grad(value, theta, retain_graph=retain_graph, materialize_grads=True)
+        return gradient
+
+    def _finite(self, gradient: Tensor) -> Tensor:
+        if torch.isfinite(gradient).all():
+            return gradient
+        where = self.space.unflatten(gradient.reshape(-1, self.space.size).abs().sum(0))
+        names = [name for name, part in where.items() if not torch.isfinite(part).all()]
+        raise NonFiniteError(
+            f"The gradient is not finite in {', '.join(names[:5])}{' …' if len(names) > 5 else ''}. Nothing was changed."
+        )
+
+
+class _Step(nn.Module):
+    """Lets ``functional_call`` reach any method of the module, not only ``forward``."""
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: str, *args: Any) -> Any:
+        return getattr(self.module, function)(*args)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    tolerance = 1e-4 if one.dtype == torch.float32 else 1e-9
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True)
+
+
+def _why_not_finite(data: Any) -> str:
+    bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors(data) if tensor.is_floating_point())
+    if bad:
+        return f": its tensors hold {bad} non-finite value(s)"
+    return ", though its tensors are: the model overflows, or its loss uses the value of a torchmetrics metric"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Isolation
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _isolated(module: LightningModule, device: torch.device) -> Iterator[None]:
+    """Everything under which the module may be evaluated and differentiated twice, undone at the end."""
+    home = next(module.parameters()).device
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(isolate_rng())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        # Neither compiled code nor fused attention has second derivatives.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(_attributes_restored(module))
+        stack.enter_context(_evaluation_mode(module))
+        stack.enter_context(_silenced(module))
+        if home != device:  # the strategy's teardown after fit moves the module to the CPU
+            stack.callback(module.to, home)
+            module.to(device)
+        yield
+
+
+@contextlib.contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    flags = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in flags.items():
+            submodule.training = training
+
+
+@contextlib.contextmanager
+def _attributes_restored(module: nn.Module) -> Iterator[None]:
+    """Undoes what a step does to plain attributes of the modules: counters, collected outputs."""
+    internal = vars(nn.Module()).keys()
+    saved = []
+    for submodule in module.modules():
+        own = {name: value for name, value in vars(submodule).items() if name not in internal}
+        contents = {
+            name: copy.copy(value) for name, value in own.items() if isinstance(value, (list, dict, set, bytearray))
+        }
+        saved.append((submodule, own, contents))
+    try:
+        yield
+    finally:
+        for submodule, own, contents in saved:
+            attributes = vars(submodule)
+            for name in attributes.keys() - own.keys() - internal:
+                del attributes[name]
+            attributes.update(own)
+            for name, content in contents.items():
+                _refill(own[name], content)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Puts the content back into the very same container, which others may hold."""
+    container.clear()
+    (container.extend if isinstance(container, (list, bytearray)) else container.update)(content)
+
+
+@contextlib.contextmanager
+def _silenced(module: LightningModule) -> Iterator[None]:
+    """Shadows ``log``, ``log_dict`` and all metrics of the module.
+
+    Outside of the loop ``log`` raises, and a metric would count the examples again. A metric answers NaN instead of
+    being asked: should its value enter the loss, the loss is NaN and says so, rather than wrong.
+    """
+    shadowed: list[tuple[Any, str, Any]] = []
+
+    def shadow(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+        shadowed.append((owner, name, vars(owner).get(name)))
+        object.__setattr__(owner, name, replacement)
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    try:
+        for name in ("log", "log_dict"):
+            shadow(module, name, nothing)
+        for metric in _metrics(module):
+            answer = _nan_for(metric)
+            for name in ("forward", "compute"):
+                shadow(metric, name, answer)
+            for name in ("update", "reset"):
+                shadow(metric, name, nothing)
+        yield
+    finally:
+        for owner, name, original in reversed(shadowed):
+            if original is None:
+                object.__delattr__(owner, name)
+            else:
+                object.__setattr__(owner, name, original)
+
+
+def _metrics(module: nn.Module) -> list[Metric | MetricCollection]:
+    """The metrics that are submodules, and those in plain lists and dictionaries of the modules."""
+    found: dict[int, Metric | MetricCollection] = {}
+    for submodule in module.modules():
+        held = [submodule]
+        for value in vars(submodule).values():
+            if isinstance(value, (list, tuple)):
+                held += value
+            elif isinstance(value, dict):
+                held += value.values()
+        for value in held:
+            if isinstance(value, (Metric, MetricCollection)):
+                found[id(value)] = value
+    return list(found.values())
+
+
+def _nan_for(metric: Metric | MetricCollection) -> Callable[..., Any]:
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        nan = torch.tensor(torch.nan)
+        return {name: nan for name in metric.keys()} if isinstance(metric, MetricCollection) else nan
+
+    return answer

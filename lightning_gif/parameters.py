@@ -1,0 +1,303 @@
+"""Parameters as one flat vector, the target parameters within it, and the sparse edit of them."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import EditError, NonFiniteError, SelectionError
+from .registry import nearest
+
+__all__ = ["Edit", "ParameterSpace", "Targets", "digest", "match_names"]
+
+
+class _Slot(NamedTuple):
+    """Where one parameter lies in the flat vector."""
+
+    offset: int
+    size: int
+    shape: torch.Size
+
+
+class ParameterSpace:
+    """The trainable parameters of a module, in the order of ``named_parameters()``, laid out as one flat vector.
+
+    Parameters with ``requires_grad=False`` were not trained, so the loss need not be stationary in them: they are no
+    part of the space. Tied parameters appear once.
+
+    Args:
+        module: The module whose parameters are laid out.
+
+    Raises:
+        SelectionError: If no parameter is trainable.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.slots: dict[str, _Slot] = {}
+        offset = 0
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                self.slots[name] = _Slot(offset, parameter.numel(), parameter.shape)
+                offset += parameter.numel()
+        self.size = offset
+        if not self.size:
+            raise SelectionError(
+                f"{type(module).__name__} has no trainable parameter: all of them have requires_grad=False. Unfreeze"
+                " the parameters that training moved."
+            )
+
+    def flatten(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
+        """A new vector ``(p,)`` of the present values, which shares no memory with the module."""
+        parameters = dict(module.named_parameters())
+        return torch.cat([parameters[name].detach().reshape(-1).to(dtype) for name in self.slots])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a flat vector ``(p,)`` by parameter name and in the parameters' shapes; differentiable."""
+        pieces = vector.split([slot.size for slot in self.slots.values()])
+        return {
+            name: piece.view(slot.shape) for (name, slot), piece in zip(self.slots.items(), pieces, strict=True)
+        }
+
+
+class Targets(Mapping[str, Tensor]):
+    """The target parameters ``S``: for each parameter's name, which of its entries, as sorted flat indices.
+
+    Args:
+        indices: Flat indices ``(k_name,)`` into each parameter; names without an entry are dropped.
+
+    Raises:
+        SelectionError: If nothing is left.
+    """
+
+    def __init__(self, indices: Mapping[str, Tensor]) -> None:
+        self._indices = {
+            name: entries.detach().cpu().long().unique() for name, entries in indices.items() if entries.numel()
+        }
+        self.count = sum(entries.numel() for entries in self._indices.values())
+        if not self.count:
+            raise SelectionError(
+                "The selection is empty: no layer has room for one parameter at this ratio. Raise `ratio`, or name"
+                " parameters explicitly."
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._indices[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}: {entries.numel()}" for name, entries in self._indices.items())
+        return f"Targets({self.count} parameters; {parts})"
+
+    @classmethod
+    def whole(cls, space: ParameterSpace, names: Iterable[str] | None = None) -> Targets:
+        """All entries of the named parameters of the space; of all of them by default."""
+        return cls({name: torch.arange(space.slots[name].size) for name in (space.slots if names is None else names)})
+
+    def flat(self, space: ParameterSpace) -> Tensor:
+        """Sorted positions ``(k,)`` of the targets in the flat vector of ``space``.
+
+        Raises:
+            SelectionError: If a name is missing from the space, or an index lies outside its parameter.
+        """
+        positions = []
+        for name, entries in self._indices.items():
+            slot = space.slots.get(name)
+            if slot is None:
+                raise SelectionError(
+                    f"The target parameter {name!r} is not a trainable parameter of this model (missing, renamed or"
+                    f" frozen). {nearest(name, space.slots)}"
+                )
+            if int(entries[-1]) >= slot.size:
+                raise SelectionError(
+                    f"The targets of {name!r} reach index {int(entries[-1])}, but the parameter has {slot.size}"
+                    " entries: the selection belongs to a model of another shape."
+                )
+            positions.append(entries + slot.offset)
+        return torch.cat(positions).sort().values
+
+    def jaccard(self, other: Targets) -> float:
+        """Share of common entries among all entries of both: 1 for equal selections, 0 for disjoint ones."""
+        common = sum(
+            int(torch.isin(entries, other[name], assume_unique=True).sum())
+            for name, entries in self._indices.items()
+            if name in other
+        )
+        return common / (self.count + other.count - common)
+
+
+def match_names(names: Iterable[str], patterns: Sequence[str], *, what: str = "trainable parameter") -> list[str]:
+    """Those of ``names`` that equal or match (``*``, ``?``, ``[…]``) one of ``patterns``, in the order of ``names``.
+
+    Raises:
+        SelectionError: If a pattern matches nothing.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise SelectionError(f"{pattern!r} matches no {what} of the model. {nearest(pattern, names)}")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def digest(values: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the given tensors; equal only for bit-equal values."""
+    state = hashlib.sha256()
+    for name in sorted(values):
+        value = values[name].detach().cpu().contiguous()
+        state.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        state.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+@dataclass
+class Edit:
+    """A sparse change of parameters that can be applied and taken back bit by bit.
+
+    Attributes:
+        indices: For each parameter's name the changed flat indices ``(k_name,)``, sorted.
+        old: The values before, ``(k_name,)``, in the parameter's own dtype.
+        new: The values after, likewise.
+        shapes: The shapes of the parameters, to recognise the model.
+        digest_before: SHA-256 of the touched parameters before the edit.
+        digest_after: The same after the edit.
+    """
+
+    indices: dict[str, Tensor]
+    old: dict[str, Tensor]
+    new: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    digest_before: str
+    digest_after: str
+
+    @classmethod
+    def plan(cls, module: nn.Module, targets: Targets, space: ParameterSpace, change: Tensor) -> Edit:
+        """The edit ``θ[S] ← θ[S] + change``, without making it.
+
+        The sum is taken in the precision of ``change`` and rounded once to each parameter's dtype.
+
+        Args:
+            module: The module that will be edited.
+            targets: The entries to change.
+            space: The layout that ``change`` refers to.
+            change: ``(k,)`` in the order of ``targets.flat(space)``.
+
+        Raises:
+            NonFiniteError: If a new value is NaN or infinite.
+        """
+        parameters = dict(module.named_parameters())
+        full = torch.zeros(space.size, dtype=change.dtype, device=change.device)
+        full[targets.flat(space).to(change.device)] = change
+        changes = space.unflatten(full)
+        indices, old, new, edited = {}, {}, {}, {}
+        for name, entries in targets.items():
+            value = parameters[name].detach()
+            here = entries.to(value.device)
+            before = value.reshape(-1)[here]
+            step = changes[name].reshape(-1)[entries.to(change.device)].to(value.device)
+            after = (before.to(step.dtype) + step).to(value.dtype)
+            if not torch.isfinite(after).all():
+                raise NonFiniteError(f"The edit would make {name!r} non-finite in {value.dtype}; nothing was changed.")
+            indices[name], old[name], new[name] = entries, before.cpu(), after.cpu()
+            edited[name] = value.reshape(-1).index_copy(0, here, after).view(value.shape)
+        return cls(
+            indices=indices,
+            old=old,
+            new=new,
+            shapes={name: tuple(value.shape) for name, value in edited.items()},
+            digest_before=digest({name: parameters[name] for name in indices}),
+            digest_after=digest(edited),
+        )
+
+    def flat_new(self, space: ParameterSpace) -> Tensor:
+        """The new values ``(k,)`` in the order of the flat vector, in float64."""
+        return torch.cat([self.new[name].double() for name in space.slots if name in self.new])
+
+    @property
+    def count(self) -> int:
+        """How many entries the edit changes."""
+        return sum(entries.numel() for entries in self.indices.values())
+
+    def check_fits(self, module: nn.Module) -> None:
+        """Raises an :class:`~lightning_gif.errors.EditError` if the module is not of the edited shape."""
+        parameters = dict(module.named_parameters())
+        for name, shape in self.shapes.items():
+            if name not in parameters:
+                raise EditError(
+                    f"The edit changes {name!r}, which {type(module).__name__} does not have. It was made on another"
+                    " model."
+                )
+            parameter = parameters[name]
+            if tuple(parameter.shape) != shape or parameter.dtype != self.old[name].dtype:
+                raise EditError(
+                    f"The edit changes {name!r} of shape {shape} and {self.old[name].dtype}, but here it has shape"
+                    f" {tuple(parameter.shape)} and {parameter.dtype}. It was made on another model."
+                )
+
+    def check_complete(self) -> None:
+        """Raises an :class:`~lightning_gif.errors.EditError` if the parts do not belong together, as in a bad file."""
+        for name, shape in self.shapes.items():
+            parts = [part.get(name) for part in (self.indices, self.old, self.new)]
+            if any(part is None or part.ndim != 1 for part in parts) or len({len(part) for part in parts}) > 1:  # type: ignore[arg-type]
+                raise EditError(f"The edit of {name!r} is incomplete: indices, old and new values do not match.")
+            entries = self.indices[name]
+            if entries.dtype != torch.int64 or not len(entries) or bool((entries.diff() <= 0).any()):
+                raise EditError(f"The indices of {name!r} are not sorted whole numbers, each once.")
+            if int(entries[0]) < 0 or int(entries[-1]) >= math.prod(shape):
+                raise EditError(f"The indices of {name!r} lie outside of its shape {shape}.")
+            if self.old[name].dtype != self.new[name].dtype:
+                raise EditError(f"The old and new values of {name!r} differ in dtype.")
+        for part in (self.indices, self.old, self.new):
+            if part.keys() != self.shapes.keys():
+                raise EditError("The edit is incomplete: it names parameters that it has no shapes for.")
+
+    def apply(self, module: nn.Module) -> None:
+        """Writes the new values.
+
+        Raises:
+            EditError: If the touched parameters are not bit-equal to what they were when the edit was made.
+        """
+        self._swap(module, self.new, self.digest_before, self.digest_after, "apply")
+
+    def undo(self, module: nn.Module) -> None:
+        """Writes the old values back, bit by bit.
+
+        Raises:
+            EditError: If the touched parameters are not bit-equal to what the edit left behind.
+        """
+        self._swap(module, self.old, self.digest_after, self.digest_before, "undo")
+
+    def _swap(self, module: nn.Module, values: dict[str, Tensor], expected: str, result: str, verb: str) -> None:
+        self.check_fits(module)
+        parameters = dict(module.named_parameters())
+        found = digest({name: parameters[name] for name in self.indices})
+        if found == expected:
+            self._write(module, values)
+        elif found == result:
+            state = "the edit is in the weights already" if verb == "apply" else "the edit is not in the weights"
+            raise EditError(f"Cannot {verb} the edit: {state}.")
+        else:
+            raise EditError(
+                f"Cannot {verb} the edit: the parameters it touches have changed since (training, a checkpoint, or"
+                " another edit). Undo later edits first, or load the weights that the edit was made on."
+            )
+
+    def _write(self, module: nn.Module, values: dict[str, Tensor]) -> None:
+        parameters = dict(module.named_parameters())
+        with torch.no_grad():
+            for name, entries in self.indices.items():
+                parameter = parameters[name]
+                flat = parameter.detach().reshape(-1)
+                flat[entries.to(parameter.device)] = values[name].to(parameter.device)
+                if flat.data_ptr() != parameter.data_ptr():  # reshape copied: the parameter is not contiguous
+                    parameter.copy_(flat.view(parameter.shape))

@@ -1,0 +1,76 @@
+"""Named choices: selectors, solvers and methods are looked up by the names the literature gives them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+from .errors import ConfigurationError
+
+__all__ = ["Registry", "nearest"]
+
+T = TypeVar("T")
+
+
+def nearest(given: str, names: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the likeliest meaning, or else all that there are."""
+    names = sorted(names)
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names)}."
+
+
+class Registry(Mapping[str, T]):
+    """A mapping from names to implementations that can be added to, and that answers a typing error helpfully.
+
+    Args:
+        kind: What is registered, as an error message would call it: ``"selector"``.
+
+    Example:
+        >>> solvers = Registry("solver")
+        >>> @solvers.register("noop")
+        ... def noop(): ...
+        >>> list(solvers)
+        ['noop']
+        >>> solvers["nop"]
+        Traceback (most recent call last):
+        ...
+        lightning_gif.errors.ConfigurationError: Unknown solver 'nop'. Did you mean 'noop'?
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that adds what it decorates under ``name``.
+
+        Raises:
+            ConfigurationError: If the name is taken.
+        """
+
+        def add(item: T) -> T:
+            if name in self._items:
+                raise ConfigurationError(f"A {self.kind} named {name!r} is registered already; choose another name.")
+            self._items[name] = item
+            return item
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        try:
+            return self._items[name]
+        except KeyError:
+            raise ConfigurationError(f"Unknown {self.kind} {name!r}. {nearest(name, self._items)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return f"Registry({self.kind}: {', '.join(self._items)})"

@@ -1,0 +1,275 @@
+"""What ``trainer.unlearn`` gives back: an edit, what it was for, and what it did."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import EditError
+from ..parameters import Edit
+from ..steps import Goal, Point
+from .loggers import log_scalars, log_table
+from .pictures import figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Change", "UnlearnReport"]
+
+_FORMAT = "lightning-gif edit 1"
+_PARTS = ("indices", "old", "new")
+
+
+class Change(NamedTuple):
+    """A mean loss before and after the edit, and what the solve predicted it to become.
+
+    Attributes:
+        before: At the weights before.
+        after: At the weights after.
+        predicted: ``before`` plus the change predicted by the local model: first order for the forgotten examples,
+            second order for the retained ones. Good for small steps only.
+    """
+
+    before: float
+    after: float
+    predicted: float
+
+
+@dataclass
+class UnlearnReport:
+    """A sparse, reversible edit of the weights with the evidence for it.
+
+    Attributes:
+        edit: Which entries changed, and their values before and after.
+        goal: ``"class"``, ``"examples"`` or ``"labels"``; see :class:`~lightning_gif.steps.Goal`.
+        step: The multiple of the solved change that was made; 1 is the natural step.
+        forget: Mean loss of the examples to be forgotten, with the labels they were trained with.
+        retain: Mean loss of (a sample of) the retained training data.
+        relabelled: Mean loss of the examples with their new labels; ``None`` when they were removed.
+        n_forget: How many examples were to be forgotten.
+        n_found: How many of the training examples are among them, by dataset index or by content.
+        n_retain: How many training examples are retained.
+        n_parameters: How many trainable parameters the model has.
+        path: What the search measured on the way, in order.
+        solve: Diagnostics of the solve, see :meth:`~lightning_gif.solvers.Solution.summary`.
+        residuals: The solve's relative residual after each number of steps.
+        settings: Method, solver and their parameters.
+        notes: What the user should know: data not found, a search that was cut short, stale optimizer state.
+        seconds: Wall time of the whole call.
+    """
+
+    edit: Edit = field(repr=False)
+    goal: Goal
+    step: float
+    forget: Change
+    retain: Change
+    relabelled: Change | None
+    n_forget: int
+    n_found: int
+    n_retain: int
+    n_parameters: int
+    path: list[Point] = field(repr=False)
+    solve: dict[str, Any] = field(repr=False)
+    residuals: list[float] = field(repr=False)
+    settings: dict[str, Any] = field(repr=False)
+    notes: list[str]
+    seconds: float
+    module: nn.Module | None = field(default=None, repr=False)
+    loggers: Sequence[Any] = field(default=(), repr=False)
+    global_step: int = field(default=0, repr=False)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The edit
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def apply(self, module: nn.Module | None = None) -> None:
+        """Makes the edit: after ``dry_run=True``, after :meth:`undo`, or on another copy of the same weights.
+
+        Args:
+            module: The model; by default the one that the edit was made on.
+
+        Raises:
+            EditError: If the model is another one, or its weights are not those that the edit starts from.
+        """
+        self.edit.apply(self._resolve(module))
+
+    def undo(self, module: nn.Module | None = None) -> None:
+        """Restores the values before the edit, bit by bit.
+
+        Args:
+            module: The model; by default the one that the edit was made on.
+
+        Raises:
+            EditError: If the model is another one, or its weights are not those that the edit left behind.
+        """
+        self.edit.undo(self._resolve(module))
+
+    def _resolve(self, module: nn.Module | None) -> nn.Module:
+        found = self.module if module is None else module
+        if found is None:
+            raise EditError("The report was loaded from a file; say which model: undo(model) or apply(model).")
+        return found
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Files
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the edit and the report to a safetensors file; an old file is replaced only by a whole new one.
+
+        Args:
+            path: Where to; ``.safetensors`` is a good ending.
+        """
+        tensors = {
+            f"{part}/{name}": value.contiguous()
+            for part in _PARTS
+            for name, value in getattr(self.edit, part).items()
+        }
+        unsaved = ("edit", "module", "loggers")
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unsaved}
+        record["path"] = [asdict(point) for point in self.path]
+        record["edit"] = {
+            "shapes": self.edit.shapes,
+            "digest_before": self.edit.digest_before,
+            "digest_after": self.edit.digest_after,
+        }
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata={"format": _FORMAT, "report": json.dumps(record)})
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], module: nn.Module | None = None) -> UnlearnReport:
+        """Reads what :meth:`save` wrote. Nothing is unpickled, and the model is not changed.
+
+        Args:
+            path: The file.
+            module: The model that :meth:`undo` and :meth:`apply` will act on.
+
+        Raises:
+            EditError: If the file is not an edit, is damaged, or does not fit ``module``.
+            FileNotFoundError: If there is no such file.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise EditError(f"{os.fspath(path)!r} is not an edit file of this package ({_FORMAT!r}).")
+                record = json.loads(metadata["report"])
+                parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+                for key in file.keys():
+                    part, name = key.split("/", 1)
+                    parts[part][name] = file.get_tensor(key)
+            report = cls._from_record(record, parts)
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, EditError):
+                raise
+            raise EditError(f"{os.fspath(path)!r} is damaged or no edit file: {type(error).__name__}: {error}") from error
+        report.edit.check_complete()
+        if module is not None:
+            report.edit.check_fits(module)
+            report.module = module
+        return report
+
+    @classmethod
+    def _from_record(cls, record: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> UnlearnReport:
+        stored = record.pop("edit")
+        edit = Edit(
+            **parts,
+            shapes={name: tuple(shape) for name, shape in stored["shapes"].items()},
+            digest_before=stored["digest_before"],
+            digest_after=stored["digest_after"],
+        )
+        for name in ("forget", "retain", "relabelled"):
+            record[name] = None if record[name] is None else Change(*record[name])
+        record["goal"] = Goal(record["goal"])
+        record["path"] = [Point(**point) for point in record["path"]]
+        return cls(edit=edit, **record)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Looking at it
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, Any]:
+        """The report in plain numbers and strings."""
+        changes = {"forget": self.forget, "retain": self.retain, "relabelled": self.relabelled}
+        return {
+            "goal": str(self.goal),
+            "step": self.step,
+            "n_forget": self.n_forget,
+            "n_found": self.n_found,
+            "n_retain": self.n_retain,
+            "n_changed": self.edit.count,
+            "share_changed": self.edit.count / self.n_parameters,
+            "seconds": self.seconds,
+            **{
+                f"{name}_loss_{when}": value
+                for name, change in changes.items()
+                if change is not None
+                for when, value in change._asdict().items()
+            },
+            **{f"solve_{name}": value for name, value in self.solve.items()},
+        }
+
+    def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/unlearn") -> None:
+        """Logs the report: numbers to every logger; to W&B also the search's path and the solve's curve as tables.
+
+        Args:
+            loggers: Lightning loggers; by default those of the trainer that was asked.
+            prefix: Start of every key.
+        """
+        loggers = list(self.loggers if loggers is None else loggers)
+        log_scalars(loggers, self.summary(), prefix=prefix, step=self.global_step)
+        columns = list(Point.__dataclass_fields__)
+        log_table(loggers, f"{prefix}/path", columns, [list(asdict(point).values()) for point in self.path])
+        log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], list(enumerate(self.residuals)))
+
+    def plot(self) -> Figure:
+        """The losses along the search, and the solve's residual.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        made, axes = figure(1, 2, width=9, height=3.2)
+        along, curve = axes[0]
+        path = sorted(self.path, key=lambda point: point.step)
+        for name, label in (("forget_loss", "forget"), ("retain_loss", "retain")):
+            along.plot([point.step for point in path], [getattr(point, name) for point in path], "o-", label=label)
+        along.axvline(self.step, color="grey", linestyle=":", label=f"step {self.step:.3g}")
+        along.set_xscale("symlog", linthresh=0.1)
+        along.set_yscale("log")
+        along.set_xlabel("step (1 = natural)")
+        along.set_ylabel("mean loss")
+        along.legend()
+        curve.semilogy(self.residuals)
+        curve.axhline(self.solve["rtol"], color="grey", linestyle=":")
+        curve.set_xlabel("step of the solve")
+        curve.set_ylabel("relative residual")
+        return made
+
+    def __str__(self) -> str:
+        share = 100 * self.edit.count / self.n_parameters
+        losses = [("forget", self.forget), ("retain", self.retain), ("relabelled", self.relabelled)]
+        lines = [
+            f"Unlearned {self.n_forget} examples (goal: {self.goal}; {self.n_retain} retained) by changing"
+            f" {self.edit.count} of {self.n_parameters} parameters ({share:.1f} %), step {self.step:.3g};"
+            f" {self.solve['solver']} {self.solve['status']} after {self.solve['iterations']} steps, residual"
+            f" {self.solve['residual']:.1e}; {self.seconds:.1f} s",
+            *(f"{name} loss: {c.before:.4g} -> {c.after:.4g} (predicted {c.predicted:.4g})" for name, c in losses if c),
+            *(f"note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,293 @@
+"""The selectors of the GIF paper: which parameters of a layer become targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError, SelectionError
+from ..parameters import ParameterSpace, Targets, match_names
+from ..registry import Registry
+from .statistics import GradientStatistics, NeuronStatistics, neuron_layers
+
+__all__ = ["SELECTORS", "Layer", "Selector", "check_selector", "select", "whole_neurons"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a selector sees of one Linear or Conv layer.
+
+    The layer's entries are numbered as its weight, flattened, and then its bias: neuron ``i`` of ``n`` owns entries
+    ``i·fan_in … (i+1)·fan_in − 1`` and, if there is a bias, ``n·fan_in + i``.
+
+    Attributes:
+        name: The layer's name.
+        neurons: Number of output neurons ``n``: output features or channels.
+        fan_in: Weights of one neuron; 0 if the weight is frozen or may not be changed.
+        bias: Whether there is a bias that may be changed.
+        outputs: ``|mean output|`` of each neuron, ``(n,)``, or ``None`` where not known.
+        gradients: ``|mean output gradient|`` of each neuron, ``(n,)``, or ``None`` where not known.
+        entries: Root-mean-square gradient of each entry, ``(size,)``, or ``None`` where not known.
+    """
+
+    name: str
+    neurons: int
+    fan_in: int
+    bias: bool
+    outputs: Tensor | None = None
+    gradients: Tensor | None = None
+    entries: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return self.neurons * (self.fan_in + self.bias)
+
+    def weights_of(self, neuron: int) -> Tensor:
+        """Entries ``(fan_in,)`` of one neuron's weights."""
+        return torch.arange(neuron * self.fan_in, (neuron + 1) * self.fan_in)
+
+    def need(self, kind: str) -> Tensor:
+        """The statistic of that name.
+
+        Raises:
+            SelectionError: If it is not known.
+        """
+        value: Tensor | None = getattr(self, kind)
+        if value is None:
+            cache = "cache_gradients" if kind == "entries" else "cache_neurons"
+            raise SelectionError(
+                f"The selector needs the {'gradients of the parameters' if kind == 'entries' else kind} of layer"
+                f" {self.name!r}, and there are none: they were not cached in training ({cache}=False, or the layer took"
+                " no part in it) and not computed on a batch. Use targets='batch', or a selector without statistics:"
+                " 'random', or parameter names."
+            )
+        return value
+
+
+Selector = Callable[[Layer, float, torch.Generator], Tensor]
+"""``selector(layer, ratio, generator) → entries``: which entries of the layer become targets, unique."""
+
+SELECTORS: Registry[Selector] = Registry("selector")
+"""All selectors by name; :meth:`Registry.register` adds one."""
+
+
+def whole_neurons(layer: Layer, order: Sequence[int], ratio: float, generator: torch.Generator) -> Tensor:
+    """``⌊ratio · size⌋`` entries: whole neurons in the given order, the rest drawn from the next one's weights.
+
+    Args:
+        layer: The layer.
+        order: Neurons, first choice first.
+        ratio: Share of the layer's entries, in (0, 1].
+        generator: Draws the leftover weights.
+    """
+    budget = int(ratio * layer.size)
+    each = layer.fan_in + layer.bias
+    whole, leftover = divmod(budget, each)
+    chosen = list(order[:whole])
+    parts = [layer.weights_of(neuron) for neuron in chosen]
+    if layer.bias:
+        parts.append(torch.tensor(chosen, dtype=torch.long) + layer.neurons * layer.fan_in)
+    if leftover and whole < len(order):
+        candidates = layer.weights_of(order[whole])
+        parts.append(candidates[torch.randperm(len(candidates), generator=generator)[:leftover]])
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+
+
+def _ranked(values: Tensor, *, descending: bool) -> list[int]:
+    # A stable sort makes ties (dead neurons) the same on every machine.
+    order: list[int] = values.cpu().sort(descending=descending, stable=True).indices.tolist()
+    return order
+
+
+def _by_rank(kind: str, *, descending: bool) -> Selector:
+    def selector(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
+        return whole_neurons(layer, _ranked(layer.need(kind), descending=descending), ratio, generator)
+
+    return selector
+
+
+def _outside_the_top(kind: str) -> Selector:
+    def selector(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
+        top = int(ratio * layer.size) // (layer.fan_in + layer.bias)
+        rest = _ranked(layer.need(kind), descending=True)[top:]
+        shuffled = [rest[i] for i in torch.randperm(len(rest), generator=generator).tolist()]
+        return whole_neurons(layer, shuffled, ratio, generator)
+
+    return selector
+
+
+SELECTORS.register("highest_k_outputs")(_by_rank("outputs", descending=True))
+SELECTORS.register("highest_k_gradients")(_by_rank("gradients", descending=True))
+SELECTORS.register("lowest_k_outputs")(_by_rank("outputs", descending=False))
+SELECTORS.register("lowest_k_gradients")(_by_rank("gradients", descending=False))
+SELECTORS.register("exclusive_k_outputs")(_outside_the_top("outputs"))
+SELECTORS.register("exclusive_k_gradients")(_outside_the_top("gradients"))
+
+
+@SELECTORS.register("random")
+def random(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
+    """``⌊ratio · n⌋`` of the weights and of the biases, drawn one by one."""
+    weights = layer.neurons * layer.fan_in
+    biases = layer.neurons * layer.bias
+    return torch.cat(
+        [
+            torch.randperm(weights, generator=generator)[: int(ratio * weights)],
+            torch.randperm(biases, generator=generator)[: int(ratio * biases)] + weights,
+        ]
+    )
+
+
+@SELECTORS.register("threshold")
+def threshold(layer: Layer, ratio: float, generator: torch.Generator, *, start: float = 1.0) -> Tensor:
+    """Weights and biases drawn from the neurons whose mean output passes a threshold.
+
+    The threshold starts at 1 and is lowered, in steps of 0.01 as in the paper's scripts, until the neurons above it
+    own ``⌊ratio · n⌋`` weights and as many biases; each layer starts anew.
+    """
+    outputs = layer.need("outputs").cpu()
+    weights, biases = int(ratio * layer.neurons * layer.fan_in), int(ratio * layer.neurons * layer.bias)
+    enough = max(-(-weights // layer.fan_in) if layer.fan_in else 0, biases)
+    if not enough:
+        return torch.empty(0, dtype=torch.long)
+    # The step at which the last needed neuron passes, instead of a loop over steps.
+    last = float(outputs.sort(descending=True).values[enough - 1])
+    steps = max(0, int((start - last) / 0.01) + 1) if last <= start else 0
+    pool = (outputs > start - 0.01 * steps).nonzero().squeeze(1)
+    if len(pool) < enough:  # a rounding error of the step
+        pool = outputs.sort(descending=True, stable=True).indices[:enough].sort().values
+    owned = torch.cat([layer.weights_of(int(neuron)) for neuron in pool])
+    return torch.cat(
+        [
+            owned[torch.randperm(len(owned), generator=generator)[:weights]],
+            pool[torch.randperm(len(pool), generator=generator)[:biases]] + layer.neurons * layer.fan_in,
+        ]
+    )
+
+
+@SELECTORS.register("largest_gradients")
+def largest_gradients(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
+    """The ``⌊ratio · size⌋`` entries with the largest root-mean-square gradient in training; not from the paper."""
+    return torch.tensor(_ranked(layer.need("entries"), descending=True)[: int(ratio * layer.size)], dtype=torch.long)
+
+
+def check_selector(selector: str | Sequence[str], ratio: float) -> None:
+    """Raises a :class:`~lightning_gif.errors.ConfigurationError` for what can be known to be wrong without a model."""
+    if not is_name(selector):
+        if not isinstance(selector, (str, Sequence)) or not selector or not all(isinstance(s, str) for s in selector):
+            raise ConfigurationError(
+                f"`selector` must be the name of a selector, or parameter names or patterns, got {selector!r}."
+                f" Selectors: {', '.join(SELECTORS)}."
+            )
+        return
+    SELECTORS[str(selector)]
+    most = 0.5 if str(selector).startswith("exclusive_k") else 1.0
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= most:
+        raise ConfigurationError(
+            f"`ratio` must be above 0 and at most {most} for selector {selector!r}, got {ratio!r}. It is the share of"
+            " each layer's parameters that become targets."
+        )
+
+
+def is_name(selector: str | Sequence[str]) -> bool:
+    """Whether this means a registered selector, rather than parameters: those have a dot or a wildcard in them."""
+    return isinstance(selector, str) and not any(mark in selector for mark in ".*?[")
+
+
+def select(
+    module: nn.Module,
+    selector: str | Sequence[str],
+    ratio: float,
+    *,
+    allowed: Sequence[str] = ("*",),
+    neurons: NeuronStatistics | None = None,
+    gradients: GradientStatistics | None = None,
+    classes: Iterable[int] | None = None,
+    seed: int = 0,
+) -> Targets:
+    """Picks the target parameters of a model.
+
+    Args:
+        module: The model.
+        selector: A registered name, applied to each Linear and Conv layer; or names or patterns of parameters of any
+            kind, all of whose entries become targets.
+        ratio: Share of each layer's entries; without meaning for explicit names.
+        allowed: Names or patterns of parameters that may be changed (``GIFMixin.influence_parameters``).
+        neurons: Statistics that rank neurons.
+        gradients: Statistics that rank single entries.
+        classes: Rank neurons by examples of these classes only.
+        seed: Of all random draws.
+
+    Raises:
+        ConfigurationError: For an unknown selector or a ratio out of range.
+        SelectionError: If there is nothing to select from, a name matches nothing, or a needed statistic is missing.
+    """
+    check_selector(selector, ratio)
+    space = ParameterSpace(module)
+    may_change = set(match_names(space.slots, list(allowed)))
+    if not is_name(selector):
+        patterns = [selector] if isinstance(selector, str) else list(selector)
+        named = [name for name in match_names(space.slots, patterns) if name in may_change]
+        if not named:
+            raise SelectionError(
+                f"All parameters that {patterns} matches are excluded by influence_parameters {list(allowed)}."
+            )
+        return Targets.whole(space, named)
+
+    pick = SELECTORS[str(selector)]
+    generator = torch.Generator().manual_seed(seed)
+    classes = None if classes is None else sorted(set(classes))
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    chosen: dict[str, Tensor] = {}
+    for name, layer in neuron_layers(module).items():
+        # A weight that is computed from other parameters (weight norm, LoRA) is no parameter itself.
+        weight, bias = names.get(id(layer.weight), ""), names.get(id(layer.bias), "")
+        use_weight, use_bias = weight in may_change, bias in may_change
+        if not (use_weight or use_bias) or weight in chosen:
+            continue
+        view = _view(layer, name, weight, bias, use_weight, use_bias, neurons, gradients, classes)
+        entries = pick(view, ratio, generator).sort().values
+        weights = view.neurons * view.fan_in
+        if use_weight:
+            chosen[weight] = entries[entries < weights]
+        if use_bias:
+            chosen[bias] = entries[entries >= weights] - weights
+    if not chosen:
+        raise SelectionError(
+            f"{type(module).__name__} has no Linear or Conv layer with parameters that are trainable and may be changed,"
+            " so there are no neurons to select from. Name parameters instead, for example selector=['*.weight']."
+        )
+    return Targets(chosen)
+
+
+def _view(
+    layer: Any,
+    name: str,
+    weight: str,
+    bias: str,
+    use_weight: bool,
+    use_bias: bool,
+    neurons: NeuronStatistics | None,
+    gradients: GradientStatistics | None,
+    classes: Iterable[int] | None,
+) -> Layer:
+    means = {
+        kind: None if neurons is None or (found := neurons.mean(kind, name, classes)) is None else found.abs()
+        for kind in ("outputs", "gradients")
+    }
+    parts = [gradients.root_mean_square(p) if gradients else None for p in [weight] * use_weight + [bias] * use_bias]
+    return Layer(
+        name=name,
+        neurons=layer.weight.shape[0],
+        fan_in=layer.weight[0].numel() if use_weight else 0,
+        bias=use_bias,
+        outputs=means["outputs"],
+        gradients=means["gradients"],
+        entries=torch.cat([part.flatten().cpu() for part in parts if part is not None])
+        if parts and all(part is not None for part in parts)
+        else None,
+    )

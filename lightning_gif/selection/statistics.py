@@ -1,0 +1,235 @@
+"""What training shows of each neuron and each parameter, gathered from the passes that training makes anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["GradientStatistics", "NeuronStatistics", "neuron_layers"]
+
+_CHANNELS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYERS = (nn.Linear, *_CHANNELS_FIRST)
+
+
+def neuron_layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+    """The layers that have output neurons to choose from, by name, in module order; shared layers appear once."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, _LAYERS) and not isinstance(layer.weight, nn.parameter.UninitializedParameter)
+    }
+
+
+class NeuronStatistics:
+    """Means of the outputs of every Linear and Conv neuron, and of the loss gradient at them, by class.
+
+    A neuron's value for one example is the mean over its positions (pixels, tokens). The gradient is that of the
+    example's own loss: a batch mean is multiplied by the batch's size again. Sums are kept in float32 for each class
+    and, in row 0, for examples of unknown class: ``O(neurons · classes)`` memory.
+
+    Attributes:
+        outputs: For each layer's name the sums of outputs, ``(1 + classes, neurons)``.
+        gradients: The same of output gradients.
+        counts: For each layer's name how many examples each row has seen, ``(1 + classes,)``.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self._rows: Tensor | None = None
+        self._size: int | None = None
+        self._weight = 1.0
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def attach(self, module: nn.Module) -> None:
+        """Hooks into the layers. The hooks read and never write: training is bit for bit what it is without them."""
+        self.detach()
+        for name, layer in neuron_layers(module).items():
+            self._handles.append(layer.register_forward_hook(partial(self._after_forward, name)))
+
+    def detach(self) -> None:
+        """Removes the hooks and ends recording."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.pause()
+
+    def record(self, classes: Tensor | None, size: int | None, weight: float = 1.0) -> None:
+        """What passes through the layers from now on is one batch.
+
+        Args:
+            classes: The class of each example, ``(B,)``, or ``None`` where unknown.
+            size: B, or ``None`` where unknown.
+            weight: What output gradients must be multiplied by to be those of the batch's mean loss (undoes gradient
+                accumulation and loss scaling).
+        """
+        self._rows = None if classes is None else classes.long() + 1
+        self._size = size
+        self._weight = weight
+        self._recording = True
+
+    def pause(self) -> None:
+        """What passes through the layers from now on is no training batch."""
+        self._recording = False
+        self._rows = None
+
+    _recording = False
+
+    def reset(self) -> None:
+        """Forgets all sums."""
+        self.outputs, self.gradients, self.counts = {}, {}, {}
+
+    def mean(self, kind: str, layer: str, classes: Iterable[int] | None = None) -> Tensor | None:
+        """The mean over examples ``(neurons,)`` of outputs or output gradients of a layer.
+
+        Args:
+            kind: ``"outputs"`` or ``"gradients"``.
+            layer: The layer's name.
+            classes: Over examples of these classes only; over all where ``None``.
+
+        Returns:
+            ``None`` if the layer saw no such example.
+        """
+        sums = getattr(self, kind).get(layer)
+        if sums is None:
+            return None
+        counts = self.counts[layer]
+        if classes is not None:
+            rows = [c + 1 for c in classes if c + 1 < len(counts)]
+            sums, counts = sums[rows], counts[rows]
+        total = float(counts.sum())
+        return sums.sum(0) / total if total else None
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The sums as tensors on the CPU, for a checkpoint."""
+        return {
+            kind: {name: value.cpu() for name, value in getattr(self, kind).items()}
+            for kind in ("outputs", "gradients", "counts")
+        }
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes over what :meth:`state` gave."""
+        self.outputs, self.gradients, self.counts = (
+            {name: value.clone() for name, value in state[kind].items()}
+            for kind in ("outputs", "gradients", "counts")
+        )
+
+    # A graph break is the price of a hook in compiled code; without it, what the hook does would be traced into it.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_forward(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
+        if not self._recording or not isinstance(output, Tensor) or not torch.is_grad_enabled():
+            return
+        channel = 1 if isinstance(layer, _CHANNELS_FIRST) else -1
+        if output.ndim < 2 or (channel == 1 and output.ndim != layer.weight.ndim):  # type: ignore[union-attr, operator]
+            return  # a single example without a batch dimension
+        rows = self._rows_for(output)
+        with torch.no_grad():
+            self._add(self.outputs, name, _per_example(output, channel), rows)
+            counts = torch.bincount(rows).float() if rows is not None else output.new_tensor([len(output)]).float()
+            known = self.counts.get(name)
+            self.counts[name] = counts if known is None else _sum(known, counts)
+        if output.requires_grad:
+            output.register_hook(partial(self._after_backward, name, channel, rows, self._weight))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_backward(
+        self, name: str, channel: int, rows: Tensor | None, weight: float, gradient: Tensor
+    ) -> None:
+        with torch.no_grad():
+            size = self._size if self._size is not None and rows is not None else len(gradient)
+            values = _per_example(gradient, channel) * (weight * size)
+            if torch.isfinite(values).all():  # an overflow under loss scaling: the optimizer skips this step too
+                self._add(self.gradients, name, values, rows)
+
+    def _rows_for(self, output: Tensor) -> Tensor | None:
+        """The row of each example in an output, unless its first dimension is not that of the batch."""
+        if self._rows is None or len(self._rows) != len(output):
+            return None
+        return self._rows.to(output.device)
+
+    @staticmethod
+    def _add(sums: dict[str, Tensor], name: str, values: Tensor, rows: Tensor | None) -> None:
+        height = 1 if rows is None else int(rows.max()) + 1
+        addition = values.new_zeros(height, values.shape[1])
+        if rows is None:
+            addition[0] = values.sum(0)
+        else:
+            addition.index_add_(0, rows, values)
+        known = sums.get(name)
+        sums[name] = addition if known is None else _sum(known, addition)
+
+
+def _per_example(values: Tensor, channel: int) -> Tensor:
+    """The mean over positions for each example and neuron, ``(B, neurons)``, in float32 at least."""
+    values = values.detach()
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    if values.ndim == 2:
+        return values
+    return values.flatten(2).mean(2) if channel == 1 else values.flatten(1, -2).mean(1)
+
+
+def _sum(one: Tensor, other: Tensor) -> Tensor:
+    """The sum of two tensors, one of which may have fewer rows; the taller one is updated in place."""
+    short, tall = sorted((one.to(other.device), other), key=len)
+    tall[: len(short)] += short
+    return tall
+
+
+class GradientStatistics:
+    """Mean squares of each parameter's gradient over optimizer steps: ``O(parameters)`` memory.
+
+    Attributes:
+        squares: For each parameter's name the sum of squared gradients, in the parameter's shape.
+        steps: For each parameter's name over how many steps.
+    """
+
+    def __init__(self) -> None:
+        self.squares: dict[str, Tensor] = {}
+        self.steps: dict[str, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.steps)
+
+    def reset(self) -> None:
+        """Forgets all sums."""
+        self.squares, self.steps = {}, {}
+
+    def add(self, gradients: Iterable[tuple[str, Tensor | None]]) -> None:
+        """Adds one gradient of each named parameter; those that are missing, sparse, NaN or infinite are left out."""
+        with torch.no_grad():
+            for name, gradient in gradients:
+                if gradient is None or gradient.is_sparse:
+                    continue
+                square = gradient.detach().float().square()
+                if not torch.isfinite(square.sum()):
+                    continue
+                if name in self.squares:
+                    self.squares[name] += square
+                else:
+                    self.squares[name] = square
+                self.steps[name] = self.steps.get(name, 0) + 1
+
+    def root_mean_square(self, name: str) -> Tensor | None:
+        """The root mean square of a parameter's gradient entries, or ``None`` if it had none."""
+        if name not in self.squares:
+            return None
+        return (self.squares[name] / self.steps[name]).sqrt()
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """The sums, for a checkpoint."""
+        return {"squares": {name: value.cpu() for name, value in self.squares.items()}, "steps": dict(self.steps)}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Takes over what :meth:`state` gave."""
+        self.squares = {name: value.clone() for name, value in state["squares"].items()}
+        self.steps = {name: int(count) for name, count in state["steps"].items()}

@@ -1,0 +1,93 @@
+"""The reference solver: the matrix itself, decomposed in double precision."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from .base import SOLVERS, LinearOperator, Solution, Status, require_finite
+
+__all__ = ["dense", "to_matrix"]
+
+_MOST_ENTRIES = 50_000_000
+
+
+def to_matrix(operator: LinearOperator) -> Tensor:
+    """The matrix ``(rows, cols)`` of an operator, built in as few products as its shorter side has.
+
+    Raises:
+        ConfigurationError: If it would have more than 50 million entries.
+        NonFiniteError: If it is not finite.
+    """
+    rows, cols = operator.shape
+    if rows * cols > _MOST_ENTRIES:
+        raise ConfigurationError(
+            f"solver='dense' would build a matrix of {rows} x {cols}; it is meant for small nets and stops at"
+            f" {_MOST_ENTRIES:,} entries. Use solver='lissa', or select fewer parameters."
+        )
+    identity = torch.eye(min(rows, cols), dtype=operator.dtype, device=operator.device)
+    if cols <= rows:
+        matrix = torch.stack([operator.matvec(column) for column in identity], dim=1)
+    else:
+        matrix = torch.stack([operator.rmatvec(row) for row in identity], dim=0)
+    require_finite(matrix, "The Hessian")
+    return matrix
+
+
+@SOLVERS.register("dense")
+def dense(
+    operator: LinearOperator,
+    rhs: Tensor,
+    *,
+    damping: float = 0.0,
+    rtol: float = 1e-3,
+    max_iter: int = 100,
+    seed: int = 0,
+) -> Solution:
+    """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` through the singular values of the whole matrix, in float64.
+
+    Without damping, singular values that the operator's own precision cannot tell from zero are dropped, so the result
+    is the minimiser of least norm. ``max_iter`` and ``seed`` have no meaning here; they are part of every solver's
+    signature.
+
+    Args:
+        operator: ``B``, ``(rows, cols)``, at most 50 million entries.
+        rhs: ``b``, ``(rows,)``.
+        damping: ``λ ≥ 0``.
+        rtol: Relative normal-equation residual that counts as converged.
+        max_iter: Unused.
+        seed: Unused.
+
+    Raises:
+        ConfigurationError: If the matrix would be too large.
+        NonFiniteError: If it, or the right-hand side, is not finite.
+    """
+    start = time.perf_counter()
+    products = operator.products
+    require_finite(rhs, "The right-hand side of the solve")
+    matrix, target = to_matrix(operator).double(), rhs.double()
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    sigma = float(values[0])
+    keep = values > max(matrix.shape) * torch.finfo(operator.dtype).eps * sigma
+    filtered = torch.where(keep, values / (values**2 + damping**2).clamp_min(torch.finfo(values.dtype).tiny), 0.0)
+    x = right.T @ (filtered * (left.T @ target))
+    normal = matrix.T @ target
+    scale = float(normal.norm())
+    residual = float((normal - matrix.T @ (matrix @ x) - damping**2 * x).norm()) / scale if scale else 0.0
+    norm = float(target.norm())
+    return Solution(
+        x=x.to(operator.dtype),
+        status=Status.CONVERGED if residual <= rtol else Status.STALLED,
+        solver="dense",
+        iterations=1,
+        hvps=operator.products - products,
+        residual=residual,
+        unexplained=float((target - matrix @ x).norm()) / norm if norm else 0.0,
+        sigma_max=sigma,
+        rtol=rtol,
+        seconds=time.perf_counter() - start,
+        residuals=[1.0 if scale else 0.0, residual],
+    )

@@ -1,0 +1,143 @@
+"""How far to go along a solved direction, decided on training-side data only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["Goal", "Point", "forget_class", "minimise_risk"]
+
+# The share of forgotten examples that must lose their label: all but the odd one that is not what its label says.
+_FORGOTTEN_SHARE = 0.99
+
+# How much retained loss a forgotten class may cost, as a share of the loss of guessing (log of the number of classes).
+_RETAIN_BUDGET = 0.05
+
+_LARGEST_STEP = 2.0**12
+_SMALLEST_STEP = 2.0**-6
+
+
+class Goal(str, Enum):
+    """What an edit is for, and so what a search for the step looks at.
+
+    ``CLASS``: the forgotten examples are all that is known of their classes; none of them may be predicted any more.
+    ``EXAMPLES``: others like them stay; the retained risk, which retraining would minimise, decides.
+    ``LABELS``: labels are corrected; the risk on retained and corrected data decides.
+    """
+
+    CLASS = "class"
+    EXAMPLES = "examples"
+    LABELS = "labels"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a step of a given size does, measured on training-side data.
+
+    Attributes:
+        step: The multiple ``s`` of the solved change.
+        forget_loss: Mean loss of the examples to be forgotten, with their old labels.
+        retain_loss: Mean loss of (a sample of) the retained training data.
+        risk: Mean loss of the data that retraining would see: the retained, plus the relabelled with new labels.
+        forgotten: Share of the examples to be forgotten whose loss is above that of guessing among the classes, so
+            that their label is no longer predicted; NaN where there are no classes.
+    """
+
+    step: float
+    forget_loss: float
+    retain_loss: float
+    risk: float
+    forgotten: float
+
+
+def forget_class(measure: Callable[[float], Point], guessing: float) -> tuple[float, list[Point], bool]:
+    """The smallest step, from the natural one up, after which the class is forgotten.
+
+    Steps are doubled until 99 % of the examples have a loss above that of guessing, and then the last doubling is
+    halved four times. A larger step forgets nothing more and costs retained loss. The search gives up where retained
+    loss has risen by 5 % of the loss of guessing.
+
+    Args:
+        measure: What a step does.
+        guessing: The loss of a guess: ``log`` of the number of classes.
+
+    Returns:
+        The step, all measured points in the order of measurement, and whether the class is forgotten there.
+    """
+    path = [measure(0.0)]
+    budget = path[0].retain_loss + _RETAIN_BUDGET * guessing
+
+    def affordable(point: Point) -> bool:
+        return math.isfinite(point.retain_loss) and point.retain_loss <= budget
+
+    low, high, best = 0.0, 0.0, path[0]
+    step = 1.0
+    while step <= _LARGEST_STEP:
+        point = measure(step)
+        path.append(point)
+        if point.forgotten >= _FORGOTTEN_SHARE or not affordable(point):
+            high = step
+            break
+        low, best = step, point
+        step *= 2
+    if path[-1].forgotten >= _FORGOTTEN_SHARE and affordable(path[-1]):
+        best = path[-1]
+    if low > 0.0 and high > 0.0:
+        for _ in range(4):
+            step = math.sqrt(low * high)
+            point = measure(step)
+            path.append(point)
+            if point.forgotten >= _FORGOTTEN_SHARE and affordable(point):
+                high, best = step, point
+            elif affordable(point):
+                low = step
+                best = point if best.forgotten < _FORGOTTEN_SHARE else best
+            else:
+                high = step
+    return best.step, path, best.forgotten >= _FORGOTTEN_SHARE
+
+
+def minimise_risk(measure: Callable[[float], Point]) -> tuple[float, list[Point]]:
+    """The step that gives the least risk on the data that retraining would see.
+
+    Steps are doubled or halved from the natural one while the risk falls; the interval around the best is then refined
+    by four more measurements. Zero is a possible answer: no step along this direction lowers the risk.
+
+    Args:
+        measure: What a step does.
+
+    Returns:
+        The step, and all measured points in the order of measurement.
+    """
+    path = [measure(0.0), measure(1.0)]
+
+    def risk(point: Point) -> float:
+        return point.risk if math.isfinite(point.risk) else math.inf
+
+    step = 2.0
+    while step <= _LARGEST_STEP:
+        path.append(measure(step))
+        if risk(path[-1]) >= risk(path[-2]):
+            break
+        step *= 2
+    step = 0.5
+    while min(path, key=risk).step <= 2 * step and step >= _SMALLEST_STEP:
+        path.append(measure(step))
+        if risk(path[-1]) >= min(risk(point) for point in path[:-1]) and min(path, key=risk).step > 0:
+            break
+        step /= 2
+    best = min(path, key=risk)
+    factor = math.sqrt(2.0)
+    for _ in range(2):
+        if best.step == 0.0:
+            break
+        centre = best.step
+        path += [measure(centre * factor), measure(centre / factor)]
+        best = min(path, key=risk)
+        factor = math.sqrt(factor)
+    return best.step, path
