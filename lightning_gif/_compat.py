@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
     from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-    from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.seed import isolate_rng
+    from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 else:
     try:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,8 +24,8 @@ else:
         from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
         from lightning.pytorch.utilities.seed import isolate_rng
     except ModuleNotFoundError:
-        from lightning_fabric.utilities.exceptions import MisconfigurationException
         from lightning.pytorch.utilities.seed import isolate_rng
+        from lightning_fabric.utilities.exceptions import MisconfigurationException
         from pytorch_lightning import Callback, LightningModule, Trainer
         from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
         from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
@@ -65,4 +65,3 @@ def unsupported_strategy(trainer: Trainer) -> str | None:
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         return f"{name} may split the parameters, and their second derivatives are not supported there"
     return None
-

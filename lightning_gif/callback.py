@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ _CHECKPOINT_KEY = "lightning_gif"
 
 TargetsChoice = Literal["cached", "class", "batch"]
 
+_Report = TypeVar("_Report", InfluenceReport, UnlearnReport)
+
 
 class GIFCallback(Callback):
     """Adds ``trainer.influence(batch)`` and ``trainer.unlearn(batch)`` to a trainer.
@@ -46,12 +48,12 @@ class GIFCallback(Callback):
     During ``fit`` the callback gathers, from the passes that training makes anyway, the mean output and output gradient
     of every Linear and Conv neuron by class, and the mean square of every parameter's gradient. At the end of each
     training epoch it picks the target parameters: those that influence is measured on and that unlearning may change.
-    Training itself stays bit for bit what it is without the callback. From ``setup`` on the trainer has the two methods;
-    they work during ``fit``, after it, and after ``validate`` or ``test`` with a checkpoint that holds the targets. For a
-    model that was loaded and not fitted, see :func:`attach`.
+    Training itself stays bit for bit what it is without the callback. From ``setup`` on the trainer has the two
+    methods; they work during ``fit``, after it, and after ``validate`` or ``test`` with a checkpoint that holds the
+    targets. For a model that was loaded and not fitted, see :func:`attach`.
 
-    Both methods leave everything but the requested edit as it was: weights, buffers, gradients, train/eval flags, random
-    generators, metrics, logged values, loaders.
+    Both methods leave everything but the requested edit as it was: weights, buffers, gradients, train/eval flags,
+    random generators, metrics, logged values, loaders.
 
     Example::
 
@@ -197,7 +199,7 @@ class GIFCallback(Callback):
         relabel: Tensor | int | Callable[[Any], Tensor] | None = None,
         retain: DataLoader[Any] | None = None,
         step: Step = "search",
-        targets: TargetsChoice = "cached",
+        targets: TargetsChoice = "batch",
         dataloader: DataLoader[Any] | None = None,
         dry_run: bool = False,
         **overrides: Unpack[Overrides],
@@ -217,7 +219,8 @@ class GIFCallback(Callback):
             retain: The data to keep, where it is not the rest of the training data.
             step: ``"search"``: as far as the goal needs, decided on the forget and retained training data (see
                 :class:`~lightning_gif.steps.Goal`). ``"natural"``: 1, what the theory predicts. Or a number.
-            targets: As in :meth:`influence`.
+            targets: As in :meth:`influence`. What is to be forgotten decides which neurons matter, so the default here
+                is ``"batch"``.
             dataloader: The training data, where it is not that of ``fit``.
             dry_run: Plan and measure the edit but do not make it; ``report.apply()`` does.
             **overrides: As in :meth:`influence`.
@@ -316,7 +319,9 @@ class GIFCallback(Callback):
             self.targets = self._select(pl_module, self.settings)
         except SelectionError as error:
             self.targets = None
-            rank_zero_warn(f"No targets were picked at the end of epoch {trainer.current_epoch}: {error}", GIFWarning)
+            rank_zero_warn(
+                f"No targets were picked at the end of epoch {trainer.current_epoch}: {error}", category=GIFWarning
+            )
             return
         self.targets_epoch = trainer.current_epoch
         if self.log_reports:
@@ -407,8 +412,8 @@ class GIFCallback(Callback):
 
     def _bind(self, trainer: Trainer) -> None:
         # partial objects can be pickled; a lambda could not
-        trainer.influence = partial(self.influence, trainer)  # type: ignore[attr-defined]
-        trainer.unlearn = partial(self.unlearn, trainer)  # type: ignore[attr-defined]
+        trainer.influence = partial(self.influence, trainer)
+        trainer.unlearn = partial(self.unlearn, trainer)
 
     def _release(self) -> None:
         self.neurons.detach()
@@ -497,13 +502,11 @@ class GIFCallback(Callback):
 
     def _examples(self, given: Any, objective: Objective, settings: Settings) -> Examples:
         if isinstance(given, DataLoader):
-            return Examples.from_loader(
-                given, objective.prepare, batch_size=settings.batch_size, seed=settings.seed
-            )
+            return Examples.from_loader(given, objective.prepare, batch_size=settings.batch_size, seed=settings.seed)
         batch_size(given)
         return Examples.from_batch(given, objective.prepare, batch_size=settings.batch_size)
 
-    def _deliver(self, trainer: Trainer, report: Any) -> Any:
+    def _deliver(self, trainer: Trainer, report: _Report) -> _Report:
         report.loggers = list(trainer.loggers)
         report.global_step = trainer.global_step
         if self.log_reports and not trainer.fast_dev_run:

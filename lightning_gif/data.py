@@ -349,7 +349,7 @@ class Examples:
         index = int(self.ids[0])
         first, second = (self.collate([self.dataset[index]]) for _ in range(2))
         same = all(
-            torch.equal(a, b) or bool((a.isnan() == b.isnan()).all()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+            torch.equal(a, b) or (bool((a.isnan() == b.isnan()).all()) and torch.equal(a.nan_to_num(), b.nan_to_num()))
             for a, b in zip(tensors(first), tensors(second), strict=True)
         )
         if not same:
@@ -428,7 +428,7 @@ def _seed_global_generators(seed: int) -> None:
         import numpy
     except ModuleNotFoundError:
         return
-    numpy.random.seed(seed)
+    numpy.random.seed(seed)  # noqa: NPY002: datasets draw from the global generator
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ class Objective:
         self._vmap: bool | None = True if self._own_loss else None
         self._reduction: str | None = None
         self._reference: Any = None
+        self._step = _Step(module)
         self.check_module(module)
 
     @staticmethod
@@ -88,7 +89,6 @@ class Objective:
         with _isolated(module, objective.device):
             dtype = torch.promote_types(next(iter(objective._parameters())).dtype, torch.float32)
             objective.theta = objective.space.flatten(module, dtype)
-            objective._step = _Step(module)
             yield objective
 
     theta: Tensor
@@ -252,7 +252,10 @@ class Objective:
         weights = torch.ones_like(losses, requires_grad=True)
         (gradient,) = torch.autograd.grad(losses, theta, weights, create_graph=True, materialize_grads=True)
         return torch.stack(
-            [torch.autograd.grad(gradient, weights, w, retain_graph=True, materialize_grads=True)[0] for w in directions]
+            [
+                torch.autograd.grad(gradient, weights, w, retain_graph=True, materialize_grads=True)[0]
+                for w in directions
+            ]
         )
 
     def progress(self, description: str, total: int | None = None) -> tqdm[Any]:
@@ -308,9 +311,7 @@ class Objective:
         return loss.reshape(())
 
     def _losses_one_by_one(self, theta: Tensor, data: Any) -> Tensor:
-        return torch.stack(
-            [self._training_step(theta, slice_batch(data, i, i + 1)) for i in range(batch_size(data))]
-        )
+        return torch.stack([self._training_step(theta, slice_batch(data, i, i + 1)) for i in range(batch_size(data))])
 
     def _losses_vmap(self, theta: Tensor, data: Any) -> Tensor:
         batch_size(data)
@@ -338,15 +339,18 @@ class Objective:
                 found, reason = self._losses_vmap(self.theta, few), "it gave other losses than one example at a time"
                 self._vmap = _close(found, expected)
             except Exception as error:
-                self._vmap, reason = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                self._vmap, reason = (
+                    False,
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                )
         if _close(together, expected.mean()):
             self._reduction = "mean"
         elif _close(together, expected.sum()):
             self._reduction = "sum"
         elif torch.isfinite(expected).all() and torch.isfinite(together):
             warnings.warn(
-                f"The loss that {type(self.module).__name__}.training_step gives for a batch is neither the mean nor the"
-                " sum of its losses for the single examples (they are coupled, or weighted). Influence and unlearning"
+                f"The loss that {type(self.module).__name__}.training_step gives for a batch is neither the mean nor"
+                " the sum of its losses for the single examples (they are coupled, or weighted). Influence and unlearning"
                 " refer to the losses of single examples. Override `influence_loss` (see GIFMixin) to define them.",
                 GIFWarning,
                 stacklevel=2,
@@ -371,7 +375,8 @@ class Objective:
         where = self.space.unflatten(gradient.reshape(-1, self.space.size).abs().sum(0))
         names = [name for name, part in where.items() if not torch.isfinite(part).all()]
         raise NonFiniteError(
-            f"The gradient is not finite in {', '.join(names[:5])}{' …' if len(names) > 5 else ''}. Nothing was changed."
+            f"The gradient is not finite in {', '.join(names[:5])}{' …' if len(names) > 5 else ''}. Nothing was"
+            " changed."
         )
 
 
@@ -520,6 +525,6 @@ def _metrics(module: nn.Module) -> list[Metric | MetricCollection]:
 def _nan_for(metric: Metric | MetricCollection) -> Callable[..., Any]:
     def answer(*args: Any, **kwargs: Any) -> Any:
         nan = torch.tensor(torch.nan)
-        return {name: nan for name in metric.keys()} if isinstance(metric, MetricCollection) else nan
+        return dict.fromkeys(metric.keys(), nan) if isinstance(metric, MetricCollection) else nan
 
     return answer

@@ -61,9 +61,7 @@ class ParameterSpace:
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a flat vector ``(p,)`` by parameter name and in the parameters' shapes; differentiable."""
         pieces = vector.split([slot.size for slot in self.slots.values()])
-        return {
-            name: piece.view(slot.shape) for (name, slot), piece in zip(self.slots.items(), pieces, strict=True)
-        }
+        return {name: piece.view(slot.shape) for (name, slot), piece in zip(self.slots.items(), pieces, strict=True)}
 
 
 class Targets(Mapping[str, Tensor]):

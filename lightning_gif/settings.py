@@ -105,8 +105,8 @@ class Settings:
         if not solution.converged and self.unconverged != "ignore":
             message = (
                 f"The {self.solver} solve ended as {str(solution.status)!r} with a relative residual of"
-                f" {solution.residual:.2g} after {solution.iterations} steps ({solution.hvps} Hessian products); rtol is"
-                f" {self.rtol:g}. The result is a regularised one: directions of small curvature are not followed to"
+                f" {solution.residual:.2g} after {solution.iterations} steps ({solution.hvps} Hessian products); rtol"
+                f" is {self.rtol:g}. The result is a regularised one: directions of small curvature are not followed to"
                 " their end. Raise `max_iter` or `damping`, or accept it by a larger `rtol` or unconverged='ignore'."
             )
             if self.unconverged == "raise":

@@ -49,8 +49,8 @@ def unlearn(
 
     With ``U`` the ``m`` examples and ``n − m`` others retained, the weighted gradient is ``g = m/(n−m) ∇ℓ̄(U)`` for
     removal and ``g = m/(n−m) ∇[ℓ̄(U, old) − ℓ̄(U, new)]`` for relabelling (GIF, arXiv 2312.05586, section 3). The method
-    turns it into a change ``x`` of the targets, and a step ``s`` is chosen: ``θ[S] ← θ[S] + s·x``. Nothing is written to
-    the model here.
+    turns it into a change ``x`` of the targets, and a step ``s`` is chosen: ``θ[S] ← θ[S] + s·x``. Nothing is written
+    to the model here.
 
     Args:
         objective: An open objective.
@@ -177,7 +177,9 @@ def _retained(train: Examples, forget: Examples, found: Tensor, notes: list[str]
 
 
 def _judged(examples: Examples, settings: Settings) -> Examples:
-    return examples if examples.cached is not None else examples.sample(settings.curvature_examples, settings.seed).held()
+    return (
+        examples if examples.cached is not None else examples.sample(settings.curvature_examples, settings.seed).held()
+    )
 
 
 def _goal(forget: Examples, corrected: Examples | None, retained: Examples) -> Goal:
@@ -211,8 +213,8 @@ def _choose(
         size, path, forgotten = forget_class(measure, guessing)
         if not forgotten:
             notes.append(
-                "The search stopped before the class was forgotten: a larger step would raise the retained loss too far."
-                " Try targets='batch', another selector, or a larger ratio; or give `step` a number."
+                "The search stopped before the class was forgotten: a larger step would raise the retained loss too"
+                " far. Try targets='batch', another selector, or a larger ratio; or give `step` a number."
             )
             rank_zero_warn(notes[-1], category=GIFWarning)
         return size, path

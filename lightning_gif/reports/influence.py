@@ -196,7 +196,8 @@ class InfluenceReport:
 def first_items(query: Examples, most: int = 8) -> list[Any]:
     """Up to ``most`` of a query's examples on the CPU, without their batch dimension."""
     batch = next(query.batches())
-    return [
-        map_tensors(batch.data, lambda tensor, i=i: tensor[i].detach().cpu() if tensor.ndim else tensor)
-        for i in range(min(most, batch.size))
-    ]
+
+    def item(position: int) -> Any:
+        return map_tensors(batch.data, lambda tensor: tensor[position].detach().cpu() if tensor.ndim else tensor)
+
+    return [item(position) for position in range(min(most, batch.size))]

@@ -130,9 +130,7 @@ class UnlearnReport:
             path: Where to; ``.safetensors`` is a good ending.
         """
         tensors = {
-            f"{part}/{name}": value.contiguous()
-            for part in _PARTS
-            for name, value in getattr(self.edit, part).items()
+            f"{part}/{name}": value.contiguous() for part in _PARTS for name, value in getattr(self.edit, part).items()
         }
         unsaved = ("edit", "module", "loggers")
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unsaved}
@@ -171,14 +169,16 @@ class UnlearnReport:
                     raise EditError(f"{os.fspath(path)!r} is not an edit file of this package ({_FORMAT!r}).")
                 record = json.loads(metadata["report"])
                 parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
-                for key in file.keys():
+                for key in file.keys():  # noqa: SIM118: a safetensors file is no mapping
                     part, name = key.split("/", 1)
                     parts[part][name] = file.get_tensor(key)
             report = cls._from_record(record, parts)
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, EditError):
                 raise
-            raise EditError(f"{os.fspath(path)!r} is damaged or no edit file: {type(error).__name__}: {error}") from error
+            raise EditError(
+                f"{os.fspath(path)!r} is damaged or no edit file: {type(error).__name__}: {error}"
+            ) from error
         report.edit.check_complete()
         if module is not None:
             report.edit.check_fits(module)

@@ -119,8 +119,7 @@ class NeuronStatistics:
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Takes over what :meth:`state` gave."""
         self.outputs, self.gradients, self.counts = (
-            {name: value.clone() for name, value in state[kind].items()}
-            for kind in ("outputs", "gradients", "counts")
+            {name: value.clone() for name, value in state[kind].items()} for kind in ("outputs", "gradients", "counts")
         )
 
     # A graph break is the price of a hook in compiled code; without it, what the hook does would be traced into it.
@@ -129,7 +128,7 @@ class NeuronStatistics:
         if not self._recording or not isinstance(output, Tensor) or not torch.is_grad_enabled():
             return
         channel = 1 if isinstance(layer, _CHANNELS_FIRST) else -1
-        if output.ndim < 2 or (channel == 1 and output.ndim != layer.weight.ndim):  # type: ignore[union-attr, operator]
+        if output.ndim < 2 or (channel == 1 and output.ndim != layer.weight.ndim):
             return  # a single example without a batch dimension
         rows = self._rows_for(output)
         with torch.no_grad():
@@ -141,9 +140,7 @@ class NeuronStatistics:
             output.register_hook(partial(self._after_backward, name, channel, rows, self._weight))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _after_backward(
-        self, name: str, channel: int, rows: Tensor | None, weight: float, gradient: Tensor
-    ) -> None:
+    def _after_backward(self, name: str, channel: int, rows: Tensor | None, weight: float, gradient: Tensor) -> None:
         with torch.no_grad():
             size = self._size if self._size is not None and rows is not None else len(gradient)
             values = _per_example(gradient, channel) * (weight * size)
