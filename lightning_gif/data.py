@@ -428,7 +428,7 @@ def _seed_global_generators(seed: int) -> None:
         import numpy
     except ModuleNotFoundError:
         return
-    numpy.random.seed(seed)  # noqa: NPY002: datasets draw from the global generator
+    numpy.random.seed(seed)  # noqa: NPY002
 
 
 # --------------------------------------------------------------------------------------------------------------------

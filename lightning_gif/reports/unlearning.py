@@ -169,7 +169,7 @@ class UnlearnReport:
                     raise EditError(f"{os.fspath(path)!r} is not an edit file of this package ({_FORMAT!r}).")
                 record = json.loads(metadata["report"])
                 parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
-                for key in file.keys():  # noqa: SIM118: a safetensors file is no mapping
+                for key in file.keys():  # noqa: SIM118
                     part, name = key.split("/", 1)
                     parts[part][name] = file.get_tensor(key)
             report = cls._from_record(record, parts)

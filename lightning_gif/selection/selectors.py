@@ -62,8 +62,8 @@ class Layer:
             cache = "cache_gradients" if kind == "entries" else "cache_neurons"
             raise SelectionError(
                 f"The selector needs the {'gradients of the parameters' if kind == 'entries' else kind} of layer"
-                f" {self.name!r}, and there are none: they were not cached in training ({cache}=False, or the layer"
-                " took no part in it) and not computed on a batch. Use targets='batch', or a selector without statistics:"
+                f" {self.name!r}, and there are none: they were not cached in training ({cache}=False, or the"
+                " layer took no part in it) and not computed on a batch. Use targets='batch', or a selector without statistics:"
                 " 'random', or parameter names."
             )
         return value
@@ -258,8 +258,8 @@ def select(
             chosen[bias] = entries[entries >= weights] - weights
     if not chosen:
         raise SelectionError(
-            f"{type(module).__name__} has no Linear or Conv layer with parameters that are trainable and may be"
-            " changed, so there are no neurons to select from. Name parameters instead, for example selector=['*.weight']."
+            f"{type(module).__name__} has no Linear or Conv layer with parameters that are trainable and may"
+            " be changed, so there are no neurons to select from. Name parameters instead, for example selector=['*.weight']."
         )
     return Targets(chosen)
 
