@@ -1,0 +1,109 @@
+"""What the tests share: small models with every kind of layer, and trainers that print and write nothing."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gif import GIFCallback
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Each test starts from the same random state, and warnings of Lightning about small data sets are silent."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="lightning.*")
+        yield
+
+
+class Classifier(pl.LightningModule):
+    """A module as its user wrote it: nothing in it knows of this package."""
+
+    def __init__(self, net: nn.Module | None = None, lr: float = 0.1) -> None:
+        super().__init__()
+        self.net = net if net is not None else nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.lr = lr
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self(x), y))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+
+def blobs(n: int = 48, features: int = 6, classes: int = 3, seed: int = 0) -> TensorDataset:
+    """Labelled points around one centre for each class."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    centres = torch.randn(classes, features, generator=torch.Generator().manual_seed(100)) * 1.5
+    return TensorDataset(centres[y] + torch.randn(n, features, generator=generator), y)
+
+
+def loader(dataset: Any, batch_size: int = 16, **options: Any) -> DataLoader[Any]:
+    return DataLoader(dataset, batch_size, **{"shuffle": True, **options})
+
+
+def batch_of(dataset: TensorDataset, indices: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor[indices] for tensor in dataset.tensors)
+
+
+def make_trainer(callback: GIFCallback | None = None, **options: Any) -> pl.Trainer:
+    """A trainer that prints nothing and writes nothing unless asked to."""
+    defaults: dict[str, Any] = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(callbacks=[] if callback is None else [callback], **{**defaults, **options})
+
+
+def fitted(
+    module: pl.LightningModule | None = None,
+    dataset: TensorDataset | None = None,
+    callback: GIFCallback | None = None,
+    **options: Any,
+) -> tuple[pl.Trainer, pl.LightningModule, TensorDataset]:
+    """A trainer with the callback after a short fit."""
+    module = Classifier() if module is None else module
+    dataset = blobs() if dataset is None else dataset
+    callback = GIFCallback(ratio=0.5, unconverged="ignore") if callback is None else callback
+    trainer = make_trainer(callback, **options)
+    trainer.fit(module, loader(dataset))
+    return trainer, module, dataset
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
