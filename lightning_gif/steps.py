@@ -23,8 +23,11 @@ class Goal(str, Enum):
     """What an edit is for, and so what a search for the step looks at.
 
     ``CLASS``: the forgotten examples are all that is known of their classes; none of them may be predicted any more.
-    ``EXAMPLES``: others like them stay; the retained risk, which retraining would minimise, decides.
+    ``EXAMPLES``: others like them stay; the risk on the retained data, which retraining would minimise, decides.
     ``LABELS``: labels are corrected; the risk on retained and corrected data decides.
+
+    No training ends in an exact minimum. The slope that it left in the risk on *all* data is subtracted from the risk, so
+    that the search answers the change of the data and does not go on training.
     """
 
     CLASS = "class"
@@ -43,7 +46,8 @@ class Point:
         step: The multiple ``s`` of the solved change.
         forget_loss: Mean loss of the examples to be forgotten, with their old labels.
         retain_loss: Mean loss of (a sample of) the retained training data.
-        risk: Mean loss of the data that retraining would see: the retained, plus the relabelled with new labels.
+        risk: Mean loss of the data that retraining would see (the retained, plus the relabelled with new labels), less
+            the slope that training left.
         forgotten: Share of the examples to be forgotten whose loss is above that of guessing among the classes, so
             that their label is no longer predicted; NaN where there are no classes.
     """

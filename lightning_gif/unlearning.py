@@ -115,13 +115,16 @@ def unlearn(
     judged_forget, judged_corrected = judged[0], judged[1]
     assert judged_forget is not None
 
+    retain_gradient = objective.gradient(sample)
+    slope = float((retain_gradient + share * forget_gradient)[positions] @ change)
+
     def measure(size: float) -> Point:
         theta = moved(size)
         losses = objective.all_losses(judged_forget, theta).double()
         retain_loss = objective.mean_loss(sample, theta)
-        risk = retain_loss
+        risk = retain_loss - size * slope
         if judged_corrected is not None:
-            risk = (retain_loss + share * objective.mean_loss(judged_corrected, theta)) / (1 + share)
+            risk = (risk + share * objective.mean_loss(judged_corrected, theta)) / (1 + share)
         forgotten = float((losses >= guessing).double().mean()) if guessing is not None else math.nan
         return Point(size, float(losses.mean()), retain_loss, risk, forgotten)
 
@@ -130,7 +133,7 @@ def unlearn(
     edited = objective.theta.clone()
     edited[positions] = edit.flat_new(objective.space).to(edited)
 
-    retain_slope = objective.gradient(sample)[positions] @ change
+    retain_slope = retain_gradient[positions] @ change
     report = UnlearnReport(
         edit=edit,
         goal=goal,

@@ -63,8 +63,8 @@ class Layer:
             raise SelectionError(
                 f"The selector needs the {'gradients of the parameters' if kind == 'entries' else kind} of layer"
                 f" {self.name!r}, and there are none: they were not cached in training ({cache}=False, or the"
-                " layer took no part in it) and not computed on a batch. Use targets='batch', or a selector without statistics:"
-                " 'random', or parameter names."
+                " layer took no part in it) and not computed on a batch. Use targets='batch', or a selector without"
+                " statistics: 'random', or parameter names."
             )
         return value
 
@@ -259,7 +259,8 @@ def select(
     if not chosen:
         raise SelectionError(
             f"{type(module).__name__} has no Linear or Conv layer with parameters that are trainable and may"
-            " be changed, so there are no neurons to select from. Name parameters instead, for example selector=['*.weight']."
+            " be changed, so there are no neurons to select from. Name parameters instead, for"
+            " example selector=['*.weight']."
         )
     return Targets(chosen)
 
