@@ -351,7 +351,8 @@ class Objective:
             warnings.warn(
                 f"The loss that {type(self.module).__name__}.training_step gives for a batch is neither the mean"
                 " nor the sum of its losses for the single examples (they are coupled, or weighted). Influence and"
-                " unlearning refer to the losses of single examples. Override `influence_loss` (see GIFMixin) to define them.",
+                " unlearning refer to the losses of single examples. Override `influence_loss` (see GIFMixin) to define"
+                " them.",
                 GIFWarning,
                 stacklevel=2,
             )

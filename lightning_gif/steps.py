@@ -16,6 +16,7 @@ _FORGOTTEN_SHARE = 0.99
 _RETAIN_BUDGET = 0.05
 
 _LARGEST_STEP = 2.0**12
+_LARGEST_NEAR_NATURAL = 4.0
 _SMALLEST_STEP = 2.0**-6
 
 
@@ -23,11 +24,10 @@ class Goal(str, Enum):
     """What an edit is for, and so what a search for the step looks at.
 
     ``CLASS``: the forgotten examples are all that is known of their classes; none of them may be predicted any more.
-    ``EXAMPLES``: others like them stay; the risk on the retained data, which retraining would minimise, decides.
+    ``EXAMPLES``: others like them stay; the risk on the retained data, which retraining would minimise, decides. No
+    training ends in an exact minimum: the slope that it left in the risk on *all* data is subtracted, so that the search
+    answers the removal and does not go on training. Only steps near the natural one are looked at.
     ``LABELS``: labels are corrected; the risk on retained and corrected data decides.
-
-    No training ends in an exact minimum. The slope that it left in the risk on *all* data is subtracted from the risk, so
-    that the search answers the change of the data and does not go on training.
     """
 
     CLASS = "class"
@@ -46,8 +46,7 @@ class Point:
         step: The multiple ``s`` of the solved change.
         forget_loss: Mean loss of the examples to be forgotten, with their old labels.
         retain_loss: Mean loss of (a sample of) the retained training data.
-        risk: Mean loss of the data that retraining would see (the retained, plus the relabelled with new labels), less
-            the slope that training left.
+        risk: What the goals ``EXAMPLES`` and ``LABELS`` minimise, see :class:`Goal`.
         forgotten: Share of the examples to be forgotten whose loss is above that of guessing among the classes, so
             that their label is no longer predicted; NaN where there are no classes.
     """
@@ -106,7 +105,7 @@ def forget_class(measure: Callable[[float], Point], guessing: float) -> tuple[fl
     return best.step, path, best.forgotten >= _FORGOTTEN_SHARE
 
 
-def minimise_risk(measure: Callable[[float], Point]) -> tuple[float, list[Point]]:
+def minimise_risk(measure: Callable[[float], Point], *, near_natural: bool) -> tuple[float, list[Point]]:
     """The step that gives the least risk on the data that retraining would see.
 
     Steps are doubled or halved from the natural one while the risk falls; the interval around the best is then refined
@@ -114,17 +113,19 @@ def minimise_risk(measure: Callable[[float], Point]) -> tuple[float, list[Point]
 
     Args:
         measure: What a step does.
+        near_natural: Try no step above 4.
 
     Returns:
         The step, and all measured points in the order of measurement.
     """
     path = [measure(0.0), measure(1.0)]
+    largest = _LARGEST_NEAR_NATURAL if near_natural else _LARGEST_STEP
 
     def risk(point: Point) -> float:
         return point.risk if math.isfinite(point.risk) else math.inf
 
     step = 2.0
-    while step <= _LARGEST_STEP:
+    while step <= largest:
         path.append(measure(step))
         if risk(path[-1]) >= risk(path[-2]):
             break
@@ -141,7 +142,7 @@ def minimise_risk(measure: Callable[[float], Point]) -> tuple[float, list[Point]
         if best.step == 0.0:
             break
         centre = best.step
-        path += [measure(centre * factor), measure(centre / factor)]
+        path += [measure(size) for size in (centre * factor, centre / factor) if size <= largest]
         best = min(path, key=risk)
         factor = math.sqrt(factor)
     return best.step, path

@@ -124,7 +124,7 @@ def unlearn(
         retain_loss = objective.mean_loss(sample, theta)
         risk = retain_loss - size * slope
         if judged_corrected is not None:
-            risk = (risk + share * objective.mean_loss(judged_corrected, theta)) / (1 + share)
+            risk = (retain_loss + share * objective.mean_loss(judged_corrected, theta)) / (1 + share)
         forgotten = float((losses >= guessing).double().mean()) if guessing is not None else math.nan
         return Point(size, float(losses.mean()), retain_loss, risk, forgotten)
 
@@ -221,7 +221,7 @@ def _choose(
             )
             rank_zero_warn(notes[-1], category=GIFWarning)
         return size, path
-    size, path = minimise_risk(measure)
+    size, path = minimise_risk(measure, near_natural=goal is Goal.EXAMPLES)
     if size == 0.0:
         notes.append("The search found no step that lowers the risk on the data to keep; the edit changes nothing.")
         rank_zero_warn(notes[-1], category=GIFWarning)

@@ -122,7 +122,7 @@ def require_finite(vector: Tensor, what: str) -> None:
 
 
 def largest_singular_value(
-    operator: LinearOperator, *, seed: int = 0, rtol: float = 0.05, max_iter: int = 20
+    operator: LinearOperator, *, seed: int = 0, rtol: float = 0.05, min_iter: int = 5, max_iter: int = 20
 ) -> tuple[float, float]:
     """An estimate of ``σ_max(B)`` from below, and a safe value above it.
 
@@ -134,6 +134,7 @@ def largest_singular_value(
         operator: ``B``.
         seed: Of the random start vector.
         rtol: Relative uncertainty of ``σ_max²`` that ends the iteration.
+        min_iter: Fewest steps: a start vector poor in the leading direction looks settled after one or two.
         max_iter: Most steps.
 
     Returns:
@@ -149,7 +150,7 @@ def largest_singular_value(
     diagonal: list[float] = []
     off_diagonal: list[float] = []
     ritz, uncertainty = 0.0, 0.0
-    for _ in range(min(max_iter, operator.shape[1])):
+    for step in range(min(max_iter, operator.shape[1])):
         image = operator.rmatvec(operator.matvec(vector))
         require_finite(image, "The product of the Hessian with a vector")
         diagonal.append(float(vector @ image))
@@ -161,7 +162,7 @@ def largest_singular_value(
             tridiagonal += torch.diag(side, 1) + torch.diag(side, -1)
         values, vectors = torch.linalg.eigh(tridiagonal)
         ritz, uncertainty = max(float(values[-1]), 0.0), beta * abs(float(vectors[-1, -1]))
-        if uncertainty <= rtol * ritz or beta == 0.0:
+        if (step + 1 >= min_iter and uncertainty <= rtol * ritz) or beta == 0.0:
             break
         off_diagonal.append(beta)
         previous, vector = vector, image / beta

@@ -12,8 +12,7 @@ from .base import SOLVERS, LinearOperator, Solution, Status, largest_singular_va
 
 __all__ = ["lissa"]
 
-# The recursion needs a scale at or above σ_max. The estimate comes with its uncertainty; this covers rounding, and a
-# start vector that misses the leading direction. It is paid once, instead of by restarting.
+# The recursion needs a scale at or above σ_max; this covers rounding.
 _SCALE_MARGIN = 1.02
 
 # A residual that is this many times the smallest one so far no longer comes from the recursion's own oscillation.
@@ -41,7 +40,9 @@ def lissa(
     same two products a step give ``1/j²`` when the step is weighted and a share of the last step is added, as in
     Brakhage's ν-method (ν = 1; Engl, Hanke and Neubauer, *Regularization of Inverse Problems*, 1996, section 6.3).
     ``T`` is positive semi-definite whatever the signs of the Hessian's eigenvalues, so both converge on non-convex nets
-    for ``c ≥ √(σ_max² + λ²)``. ``c`` is found once, by power iteration; there are no restarts.
+    for ``c ≥ √(σ_max² + λ²)``. ``c`` is estimated once, by power iteration, and the solve
+    never starts over. Should the steps themselves meet a larger singular value than the estimate (each shows one, its
+    Rayleigh quotient, for free), ``c`` is raised to it and the momentum begins anew from the best iterate.
 
     Fewer steps regularise: directions with singular values well below ``σ_max / max_iter`` are left alone. So
     ``max_iter`` bounds how far the solve follows directions in which the loss is nearly flat.
@@ -73,50 +74,59 @@ def lissa(
     norm = float(target.norm())
 
     # The iterate with the smallest residual is returned: an accelerated residual is not monotone.
-    best, best_difference, smallest, since = x, rhs, 1.0, 0
+    best, smallest, since = (x, rhs, target), 1.0, 0
     residuals = [1.0]
     status = Status.MAX_ITER
     if norm == 0.0 or sigma == 0.0:  # b is orthogonal to everything B can reach: x = 0 is the minimiser
         status, smallest, residuals, max_iter = Status.CONVERGED, 0.0, [0.0], 0
     scale = (_SCALE_MARGIN * bound) ** 2 + damping**2
 
-    residual_vector, last_step = target, torch.zeros_like(x)
-    iterations = 0
-    for j in range(1, max_iter + 1):
+    difference, residual_vector, last_step = rhs, target, torch.zeros_like(x)
+    j = iterations = 0
+    while iterations < max_iter:
+        iterations += 1
+        j += 1
         momentum, weight = _nu_method(j) if accelerate else (0.0, 1.0)
         last_step = momentum * last_step + (weight / scale) * residual_vector
         x = x + last_step
-        difference = rhs - operator.matvec(x)
+        previous, difference = difference, rhs - operator.matvec(x)
         residual_vector = operator.rmatvec(difference) - damping**2 * x
-        require_finite(residual_vector, f"LiSSA step {j}")
-        iterations = j
+        require_finite(residual_vector, f"LiSSA step {iterations}")
         residual = float(residual_vector.norm()) / norm
         residuals.append(residual)
         since += 1
         if residual < smallest:
-            best, best_difference, smallest, since = x, difference, residual, 0
+            best, smallest, since = (x, difference, residual_vector), residual, 0
         if smallest <= rtol:
             status = Status.CONVERGED
             break
         if residual > _DIVERGED * smallest:
             raise ConvergenceError(
-                f"LiSSA diverged: after {j} steps the relative residual is {residual:.3g}, from {smallest:.3g} at its"
-                f" smallest. sigma_max was estimated as {sigma:.3g}. Most often the loss is not the same function at"
-                " every evaluation (random augmentation, dropout outside of nn.Dropout, BatchNorm in training mode)."
+                f"LiSSA diverged: after {iterations} steps the relative residual is {residual:.3g}, from"
+                f" {smallest:.3g} at its smallest. sigma_max was estimated as {sigma:.3g}. Most often the loss is not the"
+                " same function at every evaluation (random augmentation, dropout outside of nn.Dropout, BatchNorm in"
+                " training mode)."
             )
         if since >= _PATIENCE:
             status = Status.STALLED
             break
+        seen = (difference - previous).norm() / last_step.norm()
+        if float(seen) ** 2 + damping**2 > scale:
+            sigma = float(seen)
+            scale = (_SCALE_MARGIN * sigma) ** 2 + damping**2
+            x, difference, residual_vector = best
+            last_step, j = torch.zeros_like(x), 0
 
+    x, difference, _ = best
     rhs_norm = float(rhs.norm())
     return Solution(
-        x=best,
+        x=x,
         status=status,
         solver="lissa",
         iterations=iterations,
         hvps=operator.products - products,
         residual=smallest,
-        unexplained=float(best_difference.norm()) / rhs_norm if rhs_norm else 0.0,
+        unexplained=float(difference.norm()) / rhs_norm if rhs_norm else 0.0,
         sigma_max=sigma,
         rtol=rtol,
         seconds=time.perf_counter() - start,
