@@ -25,8 +25,8 @@ class Goal(str, Enum):
 
     ``CLASS``: the forgotten examples are all that is known of their classes; none of them may be predicted any more.
     ``EXAMPLES``: others like them stay; the risk on the retained data, which retraining would minimise, decides. No
-    training ends in an exact minimum: the slope that it left in the risk on *all* data is subtracted, so that the search
-    answers the removal and does not go on training. Only steps near the natural one are looked at.
+    training ends in an exact minimum: the slope that it left in the risk on *all* data is subtracted, so that the
+    search answers the removal and does not go on training. Only steps near the natural one are looked at.
     ``LABELS``: labels are corrected; the risk on retained and corrected data decides.
     """
 

@@ -15,10 +15,12 @@ __all__ = ["lissa"]
 # The recursion needs a scale at or above σ_max; this covers rounding.
 _SCALE_MARGIN = 1.02
 
-# A residual that is this many times the smallest one so far no longer comes from the recursion's own oscillation.
+# A residual that is this many times the smallest one so far no longer comes from the recursion's own oscillation, and a
+# singular value this many times the estimate not from a poor estimate.
 _DIVERGED = 1e3
 
-# Steps without a new smallest residual, after which rounding, not the iteration, decides what the residual does.
+# Steps without a new smallest residual (and at least half of all steps), after which rounding, not the iteration,
+# decides what the residual does.
 _PATIENCE = 50
 
 
@@ -38,7 +40,9 @@ def lissa(
     The paper's recursion (arXiv 2312.05586, algorithm 1) is ``x_{j+1} = x_j + (v − T x_j)`` with
     ``T = (BᵀB + λ²)/c²`` and ``v = Bᵀb/c²``: Landweber iteration, whose error at a given step goes with ``1/j``. The
     same two products a step give ``1/j²`` when the step is weighted and a share of the last step is added, as in
-    Brakhage's ν-method (ν = 1; Engl, Hanke and Neubauer, *Regularization of Inverse Problems*, 1996, section 6.3).
+    Brakhage's ν-method (ν = 1; Engl, Hanke and Neubauer, *Regularization of Inverse Problems*, 1996, section 6.3). The
+    momentum is dropped where it points uphill (O'Donoghue and Candès 2015), which makes the rate linear without knowing
+    the smallest singular value.
     ``T`` is positive semi-definite whatever the signs of the Hessian's eigenvalues, so both converge on non-convex nets
     for ``c ≥ √(σ_max² + λ²)``. ``c`` is estimated once, by power iteration, and the solve
     never starts over. Should the steps themselves meet a larger singular value than the estimate (each shows one, its
@@ -61,8 +65,8 @@ def lissa(
 
     Raises:
         NonFiniteError: If a product or an iterate is not finite.
-        ConvergenceError: If the residual grows a thousandfold over its smallest value: ``B`` does not act like a fixed
-            matrix (a random or shuffled loss), or its scale was missed.
+        ConvergenceError: If the residual grows a thousandfold over its smallest value, or a step meets a singular value
+            a thousand times the estimate: ``B`` does not act like a fixed matrix (a random or shuffled loss).
     """
     start = time.perf_counter()
     products = operator.products
@@ -80,6 +84,7 @@ def lissa(
     if norm == 0.0 or sigma == 0.0:  # b is orthogonal to everything B can reach: x = 0 is the minimiser
         status, smallest, residuals, max_iter = Status.CONVERGED, 0.0, [0.0], 0
     scale = (_SCALE_MARGIN * bound) ** 2 + damping**2
+    rounding = 100 * torch.finfo(operator.dtype).eps * float(rhs.norm())
 
     difference, residual_vector, last_step = rhs, target, torch.zeros_like(x)
     j = iterations = 0
@@ -100,22 +105,25 @@ def lissa(
         if smallest <= rtol:
             status = Status.CONVERGED
             break
-        if residual > _DIVERGED * smallest:
-            raise ConvergenceError(
-                f"LiSSA diverged: after {iterations} steps the relative residual is {residual:.3g}, from"
-                f" {smallest:.3g} at its smallest. sigma_max was estimated as {sigma:.3g}. Most often the loss is not the"
-                " same function at every evaluation (random augmentation, dropout outside of nn.Dropout, BatchNorm in"
-                " training mode)."
-            )
-        if since >= _PATIENCE:
+        if since >= max(_PATIENCE, iterations // 2):
             status = Status.STALLED
             break
-        seen = (difference - previous).norm() / last_step.norm()
-        if float(seen) ** 2 + damping**2 > scale:
-            sigma = float(seen)
+        moved = float((difference - previous).norm())
+        seen = moved / float(last_step.norm()) if moved > rounding else 0.0
+        if residual > _DIVERGED * smallest or seen > _DIVERGED * bound:
+            raise ConvergenceError(
+                f"LiSSA diverged: after {iterations} steps the relative residual is {residual:.3g}, from"
+                f" {smallest:.3g} at its smallest. sigma_max was estimated as {sigma:.3g}. Most often the loss is not"
+                " the same function at every evaluation (random augmentation, dropout outside of nn.Dropout, BatchNorm"
+                " in training mode)."
+            )
+        if seen**2 + damping**2 > scale:
+            sigma = seen
             scale = (_SCALE_MARGIN * sigma) ** 2 + damping**2
             x, difference, residual_vector = best
-            last_step, j = torch.zeros_like(x), 0
+            j = 0
+        elif accelerate and float(residual_vector @ last_step) < 0:
+            j = 0
 
     x, difference, _ = best
     rhs_norm = float(rhs.norm())
