@@ -1,0 +1,248 @@
+"""Scores: what they equal, what they do not depend on, and what happens when an example really is removed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_gif import METHODS, ConvergenceError, ConvergenceWarning, GIFCallback, GIFMixin, attach
+
+from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
+
+
+def asked(module: Any, dataset: Any, **settings: Any) -> Any:
+    """A trainer for a model as it is, in double precision."""
+    trainer = make_trainer(precision="64-true")
+    callback = GIFCallback(**{"ratio": 0.5, "solver": "dense", "curvature_examples": None, **settings})
+    attach(trainer, module.double(), train_dataloaders=loader(dataset), callback=callback)
+    return trainer
+
+
+def gradients(module: Classifier, dataset: TensorDataset) -> Tensor:
+    """Explicit per-example gradients, ``(n, p)``."""
+    module.eval()
+    rows = []
+    for x, y in dataset:
+        loss = F.cross_entropy(module(x[None].to(module.dtype)), y[None])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize(
+    "net",
+    [
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2), nn.GELU(), nn.Flatten(), nn.Linear(8, 3)
+        ),
+    ],
+    ids=["mlp", "conv"],
+)
+def test_scores_are_inner_products_with_explicit_per_example_gradients(method: str, net: Any) -> None:
+    module, dataset = Classifier(net()).double(), blobs(20)
+    trainer = asked(module, dataset, method=method, batch_size=7)
+    query = batch_of(dataset, slice(0, 4))
+    report = trainer.influence(query, damping=0.1)
+
+    per_example = gradients(module, dataset)
+    matrix = torch.autograd.functional.hessian(
+        lambda theta: F.cross_entropy(
+            torch.func.functional_call(module, _unflatten(module, theta), (dataset.tensors[0].double(),)),
+            dataset.tensors[1],
+        ),
+        torch.cat([p.detach().flatten() for p in module.parameters()]),
+    )
+    offsets, start = {}, 0
+    for name, parameter in module.named_parameters():
+        offsets[name], start = start, start + parameter.numel()
+    s = torch.cat([entries + offsets[name] for name, entries in report.targets.items()]).sort().values
+    everything = torch.arange(start)
+    rows = {"gif": everything, "fif": s, "pif": everything, "if": everything}[method]
+    cols = {"gif": s, "fif": s, "pif": everything, "if": everything}[method]
+    part = matrix[rows][:, cols]
+    changes = torch.linalg.solve(part.T @ part + 0.01 * torch.eye(len(cols)), part.T @ per_example[:, rows].T)
+    q = torch.zeros(start, dtype=torch.float64)
+    q[s] = per_example[:4].mean(0)[s]
+    expected = (q[cols] @ changes) / (len(dataset) - 1)
+    torch.testing.assert_close(report.scores[0], expected, rtol=1e-5, atol=1e-9)
+
+
+def _unflatten(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
+    pieces = theta.split([p.numel() for p in module.parameters()])
+    return {n: piece.view(p.shape) for (n, p), piece in zip(module.named_parameters(), pieces, strict=True)}
+
+
+def test_scores_do_not_depend_on_the_batch_size() -> None:
+    module, dataset = Classifier().double(), blobs(50)
+    query = batch_of(dataset, slice(0, 3))
+    expected = asked(module, dataset).influence(query, batch_size=50).scores
+    for batch_size in (1, 7, 16, 49, 1000):  # also with a ragged last batch
+        found = asked(module, dataset).influence(query, batch_size=batch_size).scores
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_scores_follow_the_examples_when_the_dataset_is_reordered() -> None:
+    module, dataset = Classifier().double(), blobs(40)
+    query = batch_of(dataset, slice(0, 3))
+    order = torch.randperm(40)
+    reordered = TensorDataset(*(tensor[order] for tensor in dataset.tensors))
+    expected = asked(module, dataset).influence(query).scores[0]
+    found = asked(module, reordered).influence(query).scores[0]
+    torch.testing.assert_close(found, expected[order], rtol=1e-8, atol=1e-12)
+
+
+def test_the_aggregated_query_is_the_mean_of_the_queries_for_each_example() -> None:
+    module, dataset = Classifier().double(), blobs(30)
+    trainer = asked(module, dataset)
+    query = batch_of(dataset, slice(5, 9))
+    single = trainer.influence(query, targets="cached", damping=0.1)
+    each = trainer.influence(query, targets="cached", damping=0.1, per_example=True)
+    assert single.scores.shape == (1, 30)
+    assert each.scores.shape == (4, 30)
+    assert len(each.solutions) == 4
+    torch.testing.assert_close(each.scores.mean(0), single.scores[0], rtol=1e-8, atol=1e-12)
+    # and the batch's examples in a loader give the same query
+    loaded = trainer.influence(DataLoader(Subset(dataset, range(5, 9)), 3), targets="cached", damping=0.1)
+    torch.testing.assert_close(loaded.scores, single.scores, rtol=1e-8, atol=1e-12)
+
+
+def test_indices_are_those_of_the_dataset_although_the_loader_shuffles() -> None:
+    trainer, _, dataset = fitted()
+    report = trainer.influence(batch_of(dataset, slice(0, 1)), solver="dense")
+    assert torch.equal(report.indices, torch.arange(len(dataset)))
+    best = int(report.proponents(1).indices[0, 0])
+    # An example's own removal raises its loss the most here; the index leads to that very example.
+    alone = trainer.influence(batch_of(dataset, slice(best, best + 1)), solver="dense")
+    assert report.scores[0, best] == report.scores.max()
+    assert alone.scores.shape == (1, len(dataset))
+
+
+def test_a_subset_keeps_its_own_numbering() -> None:
+    dataset = blobs(40)
+    subset = Subset(dataset, [30, 3, 12, 25, 8, 9, 10])
+    trainer = asked(Classifier(), subset)
+    report = trainer.influence(batch_of(dataset, slice(0, 2)))
+    assert torch.equal(report.indices, torch.arange(7))  # positions in the dataset that the loader was given
+
+
+class Regression(GIFMixin, Classifier):
+    """Ridge regression; the penalty is part of each example's loss, so that its mean is the objective."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.influence_loss(batch).mean()
+
+    def influence_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        penalty = 0.01 * sum(p.square().sum() for p in self.parameters())
+        return (self(x).squeeze(1) - y).square() + penalty
+
+
+class Logistic(Regression):
+    def influence_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        penalty = 0.005 * sum(p.square().sum() for p in self.parameters())
+        return F.binary_cross_entropy_with_logits(self(x).squeeze(1), y, reduction="none") + penalty
+
+
+def train_to_optimum(module: Regression, x: Tensor, y: Tensor) -> None:
+    optimizer = torch.optim.LBFGS(
+        module.parameters(), max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = module.influence_loss((x, y)).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+@pytest.mark.parametrize("model", [Regression, Logistic], ids=["linear", "logistic"])
+@pytest.mark.parametrize("method", ["gif", "if"])
+def test_scores_predict_what_really_happens_when_an_example_is_left_out(model: Any, method: str) -> None:
+    n = 400
+    x = torch.randn(n + 10, 5, dtype=torch.float64)
+    signal = x @ torch.randn(5, dtype=torch.float64) + 0.7 * torch.randn(n + 10, dtype=torch.float64)
+    y = signal if model is Regression else (signal > 0).double()
+    train, query = TensorDataset(x[:n], y[:n]), (x[n:], y[n:])
+
+    module = model().double()
+    train_to_optimum(module, x[:n], y[:n])
+    base = module.influence_loss(query).mean().item()
+    report = asked(module, train, ratio=1.0, method=method, solver="lissa", rtol=1e-8, max_iter=5000).influence(query)
+
+    changes = []
+    for left_out in range(0, n, 4):
+        keep = torch.arange(n) != left_out
+        retrained = copy.deepcopy(module)
+        train_to_optimum(retrained, x[:n][keep], y[:n][keep])
+        changes.append(retrained.influence_loss(query).mean().item() - base)
+    truth, scores = torch.tensor(changes, dtype=torch.float64), report.scores[0, ::4]
+    assert float(torch.corrcoef(torch.stack([truth, scores]))[0, 1]) > 0.99
+    # The sign and the unit are right too: positive means that the query's loss rises.
+    slope = float((truth @ scores) / (scores @ scores))
+    assert slope == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_query_may_measure_something_else_than_the_loss() -> None:
+    class Margin(GIFMixin, Classifier):
+        def influence_loss(self, batch: Any) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1], reduction="none")
+
+        def influence_measurement(self, batch: Any) -> Tensor:
+            return -self.influence_loss(batch)
+
+    dataset = blobs(30)
+    module = Margin().double()
+    trainer = asked(module, dataset)
+    plain = asked(Classifier(module.net), dataset)
+    query = batch_of(dataset, slice(0, 3))
+    torch.testing.assert_close(trainer.influence(query).scores, -plain.influence(query).scores)
+
+
+def test_only_the_parameters_that_may_change_become_targets() -> None:
+    class Head(GIFMixin, Classifier):
+        def influence_parameters(self) -> list[str]:
+            return ["net.2.*"]
+
+    trainer, _, dataset = fitted(Head())
+    assert set(trainer.influence(batch_of(dataset, slice(0, 2))).targets) <= {"net.2.weight", "net.2.bias"}
+    assert set(trainer.unlearn(batch_of(dataset, slice(0, 2))).edit.indices) <= {"net.2.weight", "net.2.bias"}
+
+
+def test_a_solve_that_does_not_converge_warns_or_raises_as_asked() -> None:
+    trainer, _, dataset = fitted()
+    query = batch_of(dataset, slice(0, 2))
+    with pytest.warns(ConvergenceWarning, match="Raise `max_iter` or `damping`"):
+        report = trainer.influence(query, max_iter=2, unconverged="warn")
+    assert not report.solution.converged
+    with pytest.raises(ConvergenceError, match="'max_iter'"):
+        trainer.influence(query, max_iter=2, unconverged="raise")
+
+
+@pytest.mark.parametrize("targets", ["cached", "class", "batch"])
+def test_targets_come_from_where_they_were_asked_for(targets: str) -> None:
+    trainer, _, dataset = fitted()
+    query = batch_of(dataset, dataset.tensors[1] == 1)
+    report = trainer.influence(query, targets=targets, ratio=0.2)
+    assert 0.1 < report.targets.count / 83 <= 0.2
+    if targets != "cached":
+        cached = trainer.influence(query, targets="cached", ratio=0.2)
+        assert report.targets.jaccard(cached.targets) < 1
+
+
+def test_the_cached_choice_is_used_as_it_is() -> None:
+    trainer, _, dataset = fitted()
+    callback = trainer.callbacks[0]
+    assert trainer.influence(batch_of(dataset, slice(0, 2))).targets is callback.targets
