@@ -1,0 +1,321 @@
+"""Removal and relabelling: against closed forms, against retraining, and back to the very same bits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_gif import METHODS, ConvergenceWarning, GIFCallback, GIFMixin, GIFWarning, UnlearnReport, attach
+from lightning_gif.steps import Goal, Point, forget_class, minimise_risk
+
+from .conftest import Classifier, batch_of, fitted, loader, make_trainer, same_weights, weights
+
+
+class Quadratic(GIFMixin, Classifier):
+    """Least squares: its risk is quadratic, so one natural step must land exactly on the retrained weights."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.influence_loss(batch).mean()
+
+    def influence_loss(self, batch: Any) -> Tensor:
+        return (self(batch[0]).squeeze(1) - batch[1]).square()
+
+    def solve(self, x: Tensor, y: Tensor) -> Tensor:
+        """Sets the weights to the exact optimum and returns them, ``(5,)``."""
+        found = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), y).solution
+        with torch.no_grad():
+            self.net.weight.copy_(found[None, :4])
+            self.net.bias.copy_(found[4:])
+        return found
+
+    def flat(self) -> Tensor:
+        return torch.cat([self.net.weight.detach().flatten(), self.net.bias.detach()])
+
+
+def quadratic(n: int = 50) -> tuple[Any, Quadratic, Tensor, Tensor]:
+    x = torch.randn(n, 4, dtype=torch.float64)
+    y = x @ torch.randn(4, dtype=torch.float64) + torch.randn(n, dtype=torch.float64)
+    module = Quadratic().double()
+    module.solve(x, y)
+    trainer = make_trainer(precision="64-true")
+    callback = GIFCallback(ratio=1.0, solver="dense", curvature_examples=None)
+    attach(trainer, module, train_dataloaders=loader(TensorDataset(x, y)), callback=callback)
+    return trainer, module, x, y
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("m", [1, 7, 20])
+def test_the_natural_step_on_a_quadratic_risk_is_retraining(method: str, m: int) -> None:
+    trainer, module, x, y = quadratic()
+    report = trainer.unlearn((x[:m], y[:m]), step="natural", method=method)
+    found = module.flat()
+    torch.testing.assert_close(found, Quadratic().double().solve(x[m:], y[m:]), rtol=1e-8, atol=1e-10)
+    assert report.n_found == report.n_forget == m
+    assert report.n_retain == 50 - m
+    # The local model of the retained risk is exact here.
+    assert report.retain.predicted == pytest.approx(report.retain.after, rel=1e-8)
+
+
+def test_the_search_finds_the_natural_step_where_theory_is_exact() -> None:
+    trainer, _, x, y = quadratic()
+    report = trainer.unlearn((x[:7], y[:7]), step="search")
+    assert report.goal is Goal.EXAMPLES
+    assert report.step == 1.0
+
+
+def test_few_targets_give_the_best_gradient_match_that_they_can() -> None:
+    """GIF on some parameters: the gradient of the retained risk is as small as least squares allows."""
+    trainer, module, x, y = quadratic()
+    names = ["net.bias"]
+    report = trainer.unlearn((x[:7], y[:7]), step="natural", selector=names)
+    assert set(report.edit.indices) == set(names)
+    design = torch.cat([x[7:], torch.ones(43, 1, dtype=torch.float64)], 1)
+    column = (2 / 43 * design.T @ design)[:, 4]
+    before = Quadratic().double().solve(x, y)
+    g = -2 / 43 * design.T @ (y[7:] - design @ before)  # ∇L_R at the optimum of L, which is −g
+    expected = before[4] - column @ g / (column @ column)
+    torch.testing.assert_close(module.flat()[4], expected, rtol=1e-8, atol=0)
+
+
+def test_relabelling_moves_towards_the_corrected_optimum() -> None:
+    trainer, module, x, y = quadratic()
+    before, corrected = module.flat(), y.clone()
+    corrected[:5] += 3.0
+    truth = Quadratic().double().solve(x, corrected)
+    report = trainer.unlearn((x[:5], y[:5]), relabel=corrected[:5])
+    assert report.goal is Goal.LABELS
+    assert report.relabelled is not None
+    assert report.relabelled.after < report.relabelled.before
+    # One solve with the retained Hessian is not the corrected one, but most of the way.
+    assert (module.flat() - truth).norm() < 0.25 * (before - truth).norm()
+
+
+@pytest.mark.parametrize("relabel", [2, torch.tensor([2, 2, 2, 2]), lambda batch: torch.full((len(batch[1]),), 2)])
+def test_labels_can_be_given_as_a_class_a_tensor_or_a_function(relabel: Any) -> None:
+    trainer, module, dataset = fitted()
+    forget = batch_of(dataset, torch.arange(0, 12, 3))  # four examples of class 0
+    expected = trainer.unlearn(forget, relabel=torch.full((4,), 2), dry_run=True)
+    found = trainer.unlearn(forget, relabel=relabel)
+    assert found.relabelled == expected.relabelled
+    assert found.relabelled is not None
+    assert found.relabelled.after < found.relabelled.before
+    loss = F.cross_entropy(module.eval()(forget[0]), torch.full((4,), 2)).item()
+    assert loss == pytest.approx(found.relabelled.after, rel=1e-5)
+
+
+def test_a_relabelled_loader_takes_targets_in_dataset_order() -> None:
+    trainer, _, dataset = fitted()
+    chosen = [3, 30, 12, 6]
+    new = torch.tensor([1, 2, 1, 2])
+    expected = trainer.unlearn(batch_of(dataset, chosen), relabel=new, dry_run=True)
+    found = trainer.unlearn(DataLoader(Subset(dataset, chosen), 3), relabel=new, dry_run=True)
+    assert found.relabelled == pytest.approx(expected.relabelled)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is forgotten, and what is kept
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_examples_are_found_by_content_and_by_index_alike() -> None:
+    trainer, _, dataset = fitted()
+    chosen = [5, 17, 40]
+    by_content = trainer.unlearn(batch_of(dataset, chosen), dry_run=True)
+    by_index = trainer.unlearn(DataLoader(Subset(dataset, chosen), 2), dry_run=True)
+    nested = trainer.unlearn(DataLoader(Subset(Subset(dataset, range(5, 48)), [0, 12, 35]), 2), dry_run=True)
+    for report in (by_content, by_index, nested):
+        assert (report.n_forget, report.n_found, report.n_retain) == (3, 3, 45)
+        assert report.retain == pytest.approx(by_content.retain)
+
+
+def test_examples_that_are_not_in_the_training_data_are_pointed_out() -> None:
+    trainer, _, dataset = fitted()
+    x, y = batch_of(dataset, slice(0, 4))
+    with pytest.warns(GIFWarning, match="2 of the 4 forget examples were not found"):
+        report = trainer.unlearn((torch.cat([x[:2], x[2:] + 1]), y), dry_run=True)
+    assert report.n_found == 2
+    assert any("not found" in note for note in report.notes)
+
+
+def test_the_retained_data_can_be_given() -> None:
+    trainer, _, dataset = fitted()
+    keep = list(range(10, 30))
+    report = trainer.unlearn(batch_of(dataset, slice(0, 4)), retain=DataLoader(Subset(dataset, keep), 8), dry_run=True)
+    assert report.n_retain == 20
+    module = trainer.lightning_module.eval()
+    x, y = batch_of(dataset, keep)
+    assert report.retain.before == pytest.approx(F.cross_entropy(module(x), y).item(), rel=1e-5)
+
+
+def test_a_whole_class_is_told_from_single_examples() -> None:
+    trainer, _, dataset = fitted(max_epochs=20)
+    members = (dataset.tensors[1] == 1).nonzero().squeeze(1).tolist()
+    assert trainer.unlearn(DataLoader(Subset(dataset, members), 8), dry_run=True).goal is Goal.CLASS
+    assert trainer.unlearn(DataLoader(Subset(dataset, members[:-3]), 8), dry_run=True).goal is Goal.EXAMPLES
+
+
+def test_the_reported_losses_are_those_of_the_edited_model() -> None:
+    trainer, module, dataset = fitted(max_epochs=20)
+    members = dataset.tensors[1] == 1
+    report = trainer.unlearn(batch_of(dataset, members), dry_run=True)
+    module.eval()
+
+    def losses() -> tuple[float, float]:
+        with torch.no_grad():
+            return tuple(
+                F.cross_entropy(module(x), y).item()
+                for x, y in (batch_of(dataset, members), batch_of(dataset, ~members))
+            )  # type: ignore[return-value]
+
+    assert losses() == pytest.approx((report.forget.before, report.retain.before), rel=1e-5)
+    report.apply()
+    assert losses() == pytest.approx((report.forget.after, report.retain.after), rel=1e-5)
+    assert report.forget.after > math.log(3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The edit
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_influence_unlearn_undo_and_fit_again(tmp_path: Any) -> None:
+    """The story of the README, end to end."""
+    trainer, module, dataset = fitted(max_epochs=5)
+    before = weights(module)
+    report = trainer.influence(batch_of(dataset, slice(0, 2)))
+    worst = report.opponents(3).indices[0]
+    edit = trainer.unlearn(batch_of(dataset, worst), step="natural")
+    after = weights(module)
+    assert not same_weights(before, after)
+    edit.save(tmp_path / "edit.safetensors")
+    edit.undo()
+    assert same_weights(before, weights(module))
+    loaded = UnlearnReport.load(tmp_path / "edit.safetensors", module)
+    loaded.apply()
+    assert same_weights(after, weights(module))
+    loaded.undo()
+    assert same_weights(before, weights(module))
+    trainer.fit_loop.max_epochs = 7
+    trainer.fit(module, loader(dataset))
+    assert not same_weights(before, weights(module))
+
+
+def test_only_the_targets_change() -> None:
+    trainer, module, dataset = fitted()
+    before = weights(module)
+    report = trainer.unlearn(batch_of(dataset, slice(0, 4)), step="natural", ratio=0.2)
+    for name, value in weights(module).items():
+        changed = (value != before[name]).flatten().nonzero().squeeze(1)
+        assert set(changed.tolist()) <= set(report.edit.indices.get(name, torch.empty(0)).tolist())
+    assert 0 < report.edit.count <= 0.2 * 83
+
+
+def test_a_dry_run_changes_nothing_and_can_be_made_real() -> None:
+    trainer, module, dataset = fitted()
+    before = weights(module)
+    report = trainer.unlearn(batch_of(dataset, slice(0, 4)), step="natural", dry_run=True)
+    assert same_weights(before, weights(module))
+    report.apply()
+    assert not same_weights(before, weights(module))
+    report.undo()
+    assert same_weights(before, weights(module))
+
+
+def test_edits_are_undone_in_reverse_order_only() -> None:
+    trainer, module, dataset = fitted()
+    before = weights(module)
+    first = trainer.unlearn(batch_of(dataset, slice(0, 4)), step="natural", selector=["net.2.*"])
+    second = trainer.unlearn(batch_of(dataset, slice(4, 8)), step="natural", selector=["net.2.*"])
+    with pytest.raises(ValueError, match="Undo later edits first"):
+        first.undo()
+    second.undo()
+    first.undo()
+    assert same_weights(before, weights(module))
+
+
+def test_a_note_says_that_the_optimizer_still_remembers() -> None:
+    trainer, _, dataset = fitted()
+    assert any("optimizer" in note for note in trainer.unlearn(batch_of(dataset, slice(0, 4))).notes)
+
+
+@pytest.mark.parametrize("step", [0.25, 3])
+def test_a_given_step_is_taken(step: float) -> None:
+    trainer, _, dataset = fitted()
+    forget = batch_of(dataset, slice(0, 4))
+    natural = trainer.unlearn(forget, step="natural", dry_run=True)
+    given = trainer.unlearn(forget, step=step, dry_run=True)
+    assert given.step == step
+    for name in natural.edit.indices:
+        change = natural.edit.new[name] - natural.edit.old[name]
+        torch.testing.assert_close(given.edit.new[name] - given.edit.old[name], step * change, rtol=1e-3, atol=1e-6)
+
+
+def test_an_unconverged_solve_warns_and_the_record_says_so() -> None:
+    trainer, _, dataset = fitted()
+    with pytest.warns(ConvergenceWarning):
+        report = trainer.unlearn(batch_of(dataset, slice(0, 4)), max_iter=1, unconverged="warn", dry_run=True)
+    assert report.solve["status"] == "max_iter"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How far
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def path_of(forgotten: Any, retain: Any) -> Any:
+    return lambda s: Point(s, 0.0, retain(s), retain(s), forgotten(s))
+
+
+@pytest.mark.parametrize("needed", [0.3, 1.0, 5.0, 700.0])
+def test_a_class_is_forgotten_by_about_the_smallest_step_that_does_it(needed: float) -> None:
+    step, path, forgotten = forget_class(path_of(lambda s: float(s >= needed), lambda s: 0.1), math.log(10))
+    assert forgotten
+    assert max(needed, 1.0) <= step <= 1.05 * max(needed, 1.0)
+    assert path[0].step == 0.0
+    assert step in {point.step for point in path}
+
+
+def test_the_search_for_a_class_stops_at_its_budget_of_retained_loss() -> None:
+    step, path, forgotten = forget_class(path_of(lambda s: s / 100, lambda s: 0.01 * s), math.log(10))
+    assert not forgotten
+    chosen = next(point for point in path if point.step == step)
+    assert 0.08 < chosen.retain_loss <= 0.05 * math.log(10)
+
+
+@pytest.mark.parametrize("explodes", [math.nan, math.inf])
+def test_a_step_that_breaks_the_model_is_never_chosen(explodes: float) -> None:
+    step, _, forgotten = forget_class(
+        path_of(lambda s: float(s >= 8), lambda s: 0.1 if s < 5 else explodes), math.log(10)
+    )
+    assert step < 5
+    assert not forgotten
+    step, _ = minimise_risk(path_of(lambda s: 0.0, lambda s: -s if s < 1.5 else explodes), near_natural=True)
+    assert 1.0 <= step < 1.5
+
+
+@pytest.mark.parametrize("best", [0.1, 0.3, 1.0, 2.5, 90.0])
+def test_the_risk_is_minimised_along_the_direction(best: float) -> None:
+    risk = lambda s: (s / best - 1) ** 2  # noqa: E731
+    step, path = minimise_risk(path_of(lambda s: 0.0, risk), near_natural=False)
+    assert step == pytest.approx(best, rel=0.2)
+    assert min(point.risk for point in path) == risk(step)
+
+
+def test_no_step_is_a_possible_answer() -> None:
+    step, _ = minimise_risk(path_of(lambda s: 0.0, lambda s: s), near_natural=True)
+    assert step == 0.0
+
+
+def test_single_examples_are_not_chased_far_beyond_the_natural_step() -> None:
+    step, path = minimise_risk(path_of(lambda s: 0.0, lambda s: -s), near_natural=True)
+    assert step == 4.0
+    assert max(point.step for point in path) == 4.0
