@@ -1,0 +1,283 @@
+"""Batches of every structure, and training data in an order that does not depend on its loader."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from lightning_gif import BatchError, GIFWarning, TrainingDataError
+from lightning_gif.data import (
+    Examples,
+    batch_size,
+    class_targets,
+    describe,
+    find_targets,
+    locate,
+    map_tensors,
+    relabelled,
+    replace_targets,
+    same_structure,
+    slice_batch,
+    tensors,
+)
+
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+@dataclass
+class Record:
+    x: Tensor
+    y: Tensor
+
+
+X, Y = torch.arange(12.0).view(4, 3), torch.tensor([0, 1, 2, 1])
+STRUCTURES: dict[str, Any] = {
+    "tuple": (X, Y),
+    "list": [X, Y],
+    "namedtuple": Pair(X, Y),
+    "dict": {"x": X, "label": Y},
+    "dataclass": Record(X, Y),
+    "nested": ({"tokens": X, "mask": X > 3}, [Y]),
+    "with strings": (X, ["a", "b", "c", "d"], Y),
+    "with a scalar": (X, torch.tensor(3.0), Y),
+}
+
+
+@pytest.mark.parametrize("name", list(STRUCTURES))
+def test_slicing_keeps_the_structure(name: str) -> None:
+    batch = STRUCTURES[name]
+    assert batch_size(batch) == 4
+    piece = slice_batch(batch, 1, 3)
+    assert type(piece) is type(batch)
+    assert same_structure(piece, batch)
+    assert batch_size(piece) == 2
+    for part, whole in zip(tensors(piece), tensors(batch), strict=True):
+        assert torch.equal(part, whole[1:3] if whole.ndim else whole)
+    if name == "with strings":
+        assert piece[1] == ["b", "c"]
+
+
+def test_mapping_does_not_touch_the_original() -> None:
+    batch = {"x": X.clone(), "y": [Y.clone()]}
+    mapped = map_tensors(batch, lambda tensor: tensor * 2)
+    assert torch.equal(batch["x"], X)  # type: ignore[arg-type]
+    assert torch.equal(mapped["y"][0], Y * 2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((X, Y[:3]), r"disagree.*\(float32\[4, 3\], int64\[3\]\)"),
+        ((X[:0], Y[:0]), "empty"),
+        ("text", "at least one tensor.*got str"),
+        ((torch.tensor(1.0),), "at least one tensor"),
+    ],
+)
+def test_a_batch_that_is_none_is_described(batch: Any, message: str) -> None:
+    with pytest.raises(BatchError, match=message):
+        batch_size(batch)
+
+
+def test_structures_are_compared_and_described() -> None:
+    assert describe({"x": X, "y": [Y, "s"]}) == "{'x': float32[4, 3], 'y': [int64[4], str]}"
+    assert same_structure((X, Y), [X[:2], Y[:2]])  # collate functions give one or the other
+    for other in ((X,), X, (X, X), {"x": X, "y": Y}, (Y, X), (X, (Y,))):
+        assert not same_structure((X, Y), other)
+    assert not same_structure({"x": X}, {"z": X})
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ((X, Y), Y),
+        ({"labels": Y, "x": X}, Y),
+        ((X, Y[:, None]), Y),
+        ((X, X), None),
+        ((X, Y - 1), None),
+        (X, None),
+        ({"x": X}, None),
+        ((X, Y > 0), None),
+    ],
+)
+def test_classes_are_known_where_targets_are_whole_numbers(batch: Any, expected: Tensor | None) -> None:
+    found = class_targets(batch)
+    assert found is None if expected is None else torch.equal(found, expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["tuple", "list", "namedtuple", "dict", "with strings"])
+def test_targets_are_replaced_in_place_of_the_old(name: str) -> None:
+    batch = STRUCTURES[name]
+    changed = replace_targets(batch, torch.tensor([3, 3, 0, 0]))
+    assert type(changed) is type(batch)
+    assert find_targets(changed).tolist() == [3, 3, 0, 0]  # type: ignore[union-attr]
+    assert torch.equal(tensors(changed)[0], X)
+    assert torch.equal(Y, torch.tensor([0, 1, 2, 1]))
+    assert find_targets(replace_targets(batch, 5)).tolist() == [5] * 4  # type: ignore[union-attr]
+
+
+def test_targets_that_cannot_be_replaced_say_why() -> None:
+    with pytest.raises(BatchError, match=r"shape \[3\], but the targets of the batch have \[4\]"):
+        replace_targets((X, Y), torch.tensor([1, 2, 3]))
+    with pytest.raises(BatchError, match="Cannot tell where this batch keeps its targets"):
+        replace_targets({"x": X}, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Examples
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def numbered(n: int = 10) -> TensorDataset:
+    return TensorDataset(torch.arange(float(n))[:, None], torch.arange(n) % 2)
+
+
+def examples(loader: Any, **options: Any) -> Examples:
+    return Examples.from_loader(loader, lambda batch: batch, **{"batch_size": 4, **options})
+
+
+def read(found: Examples) -> list[float]:
+    return [value for batch in found.batches() for value in batch.data[0].squeeze(1).tolist()]
+
+
+@pytest.mark.parametrize("options", [{"shuffle": True}, {"shuffle": False}, {"drop_last": True}, {"num_workers": 1}])
+def test_the_order_is_that_of_the_dataset_every_time(options: dict[str, Any]) -> None:
+    found = examples(DataLoader(numbered(), 3, **options))
+    assert read(found) == read(found) == list(range(10))
+    assert [batch.size for batch in found.batches()] == [4, 4, 2]
+    assert torch.cat([batch.ids for batch in found.batches()]).tolist() == list(range(10))
+
+
+def test_the_loader_itself_is_never_iterated_and_its_generator_not_advanced() -> None:
+    class Counting(DataLoader[Any]):
+        iterations = 0
+
+        def __iter__(self) -> Any:
+            type(self).iterations += 1
+            return super().__iter__()
+
+    generator = torch.Generator().manual_seed(7)
+    loader = Counting(numbered(), 3, shuffle=True, generator=generator)
+    state = generator.get_state()
+    read(examples(loader))
+    assert Counting.iterations == 0
+    assert torch.equal(generator.get_state(), state)
+
+
+@pytest.mark.parametrize("sampler", [SubsetRandomSampler([7, 2, 5]), [7, 2, 5]], ids=["SubsetRandomSampler", "list"])
+def test_a_sampler_over_a_part_leaves_the_indices_of_the_dataset(sampler: Any) -> None:
+    found = examples(DataLoader(numbered(), 2, sampler=sampler))
+    assert found.ids.tolist() == [2, 5, 7]
+    assert read(found) == [2, 5, 7]
+
+
+def test_weights_of_a_sampler_are_pointed_out() -> None:
+    with pytest.warns(GIFWarning, match="WeightedRandomSampler"):
+        found = examples(DataLoader(numbered(), 2, sampler=WeightedRandomSampler([0.1] * 10, 10)))
+    assert len(found) == 10
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(numbered())
+
+
+class Endless(Dataset[Any]):
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(1), 0
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (lambda: DataLoader(Stream(), 2), "Stream is an IterableDataset"),
+        (lambda: DataLoader(numbered(), batch_size=None), "batch_size=None"),
+        (lambda: [DataLoader(numbered())], "Expected a torch DataLoader, got list"),
+        (lambda: DataLoader(Subset(numbered(), []), 2), "no examples"),
+        (lambda: DataLoader(Endless(), 2, sampler=SubsetRandomSampler([])), "no examples"),
+    ],
+)
+def test_data_without_a_stable_order_is_refused(loader: Any, message: str) -> None:
+    with pytest.raises(TrainingDataError, match=message):
+        examples(loader())
+
+
+def test_parts_and_samples_keep_ids() -> None:
+    found = examples(DataLoader(numbered(), 3))
+    assert read(found.at(torch.tensor([8, 1]))) == [8, 1]
+    sample = found.sample(4, seed=3)
+    assert len(sample) == 4
+    assert sample.ids.tolist() == sorted(sample.ids.tolist()) == [int(v) for v in read(sample)]
+    assert torch.equal(sample.ids, found.sample(4, seed=3).ids)
+    assert not torch.equal(sample.ids, found.sample(4, seed=4).ids)
+    assert found.sample(None, seed=0) is found
+    assert read(sample.held()) == read(sample)
+
+
+class Noisy(TensorDataset):
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return x + torch.rand(1), y
+
+
+def test_random_augmentation_repeats_itself_and_is_pointed_out() -> None:
+    found = examples(DataLoader(Noisy(*numbered().tensors), 3))
+    assert read(found) == read(found)
+    with pytest.warns(GIFWarning, match="augmentation"):
+        found.warn_if_random()
+    examples(DataLoader(numbered(), 3)).warn_if_random()
+
+
+def test_a_batch_in_memory_is_split_but_not_changed() -> None:
+    found = Examples.from_batch((X, Y), lambda batch: batch, batch_size=3)
+    assert [batch.size for batch in found.batches()] == [3, 1]
+    assert torch.equal(torch.cat([batch.data[0] for batch in found.batches()]), X)
+
+
+def test_relabelling_holds_all_examples_with_new_targets() -> None:
+    found = examples(DataLoader(numbered(), 3))
+    new = torch.arange(10) + 5
+    for targets in (new, lambda batch: batch[0].squeeze(1).long() + 5):
+        changed = relabelled(found, targets)
+        assert torch.equal(torch.cat([batch.data[1] for batch in changed.batches()]), new)
+        assert read(changed) == read(found)
+    assert all((batch.data[1] == 3).all() for batch in relabelled(found, 3).batches())
+    with pytest.raises(BatchError, match="3 targets for 10 examples"):
+        relabelled(found, torch.tensor([1, 2, 3]))
+
+
+def test_examples_are_located_by_index_or_by_content() -> None:
+    dataset = numbered(12)
+    train = examples(DataLoader(Subset(dataset, [11, 3, 5, 7, 9]), 2, shuffle=True))
+    cases = {
+        "the same view": (DataLoader(train.dataset, 2, sampler=[1, 3]), [1, 3]),
+        "the dataset below": (DataLoader(Subset(dataset, [7, 4, 11]), 2), [0, 3]),
+        "a view of the view": (DataLoader(Subset(train.dataset, [4]), 2), [4]),
+        "equal content": (DataLoader(TensorDataset(*(t[[5, 6]].clone() for t in dataset.tensors)), 2), [2]),
+    }
+    for name, (loader, expected) in cases.items():
+        assert locate(examples(loader), train).tolist() == expected, name
+    batch = Examples.from_batch(
+        (torch.tensor([[9.0], [3.0], [8.0]]), torch.tensor([1, 1, 0])), lambda b: b, batch_size=2
+    )
+    assert locate(batch, train).tolist() == [1, 4]
+
+
+def test_content_includes_the_label_and_the_dtype() -> None:
+    train = examples(DataLoader(numbered(4), 2))
+    for x, y in ((torch.tensor([[1.0]]), [0]), (torch.tensor([[1.0]], dtype=torch.float64), [1])):
+        batch = Examples.from_batch((x, torch.tensor(y)), lambda b: b, batch_size=2)
+        assert locate(batch, train).tolist() == []
