@@ -26,6 +26,7 @@ from torch.utils.data import (
 from .errors import BatchError, GIFWarning, TrainingDataError
 
 __all__ = [
+    "TARGET_KEYS",
     "Batch",
     "Examples",
     "batch_size",
@@ -41,7 +42,7 @@ __all__ = [
     "tensors",
 ]
 
-_TARGET_KEYS = ("label", "labels", "target", "targets", "y")
+TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 
 
 class Batch(NamedTuple):
@@ -169,7 +170,7 @@ def same_structure(one: Any, other: Any) -> bool:
 def _target_key(data: Any) -> Any:
     """Where a batch keeps its targets: the last item of a tuple or list, or a key named like a target; else None."""
     if isinstance(data, Mapping):
-        return next((key for key in _TARGET_KEYS if isinstance(data.get(key), Tensor)), None)
+        return next((key for key in TARGET_KEYS if isinstance(data.get(key), Tensor)), None)
     if isinstance(data, (list, tuple)) and len(data) >= 2 and isinstance(data[-1], Tensor):
         return len(data) - 1
     return None
@@ -207,18 +208,26 @@ def replace_targets(data: Any, targets: Tensor | int) -> Any:
     if key is None:
         raise BatchError(
             f"Cannot tell where this batch keeps its targets: {describe(data)}. Relabelling needs (inputs, …, targets)"
-            f" or a mapping with one of the keys {', '.join(_TARGET_KEYS)}."
+            f" or a mapping with one of the keys {', '.join(TARGET_KEYS)}."
         )
     old = data[key]
-    if isinstance(targets, int):
-        new = torch.full_like(old, targets)
-    elif targets.shape == old.shape:
-        new = targets.to(old.device, old.dtype)
-    else:
+    if isinstance(targets, bool) or not isinstance(targets, (Tensor, int, float)):
         raise BatchError(
-            f"`relabel` has shape {list(targets.shape)}, but the targets of the batch have {list(old.shape)}. Give one"
+            "`relabel` must be a tensor of new targets, one class for all examples, or a function from a batch to its"
+            f" new targets, got {targets!r}."
+        )
+    given = torch.as_tensor(targets)
+    if given.ndim and given.shape != old.shape:
+        raise BatchError(
+            f"`relabel` has shape {list(given.shape)}, but the targets of the batch have {list(old.shape)}. Give one"
             " new target for each example, in the order of the batch."
         )
+    if not torch.can_cast(given.dtype, old.dtype):
+        raise BatchError(
+            f"`relabel` has the dtype of {describe(given)} (got {targets!r}), but the targets of the batch are"
+            f" {describe(old)}: they would be rounded."
+        )
+    new = given.to(old.device, old.dtype).expand_as(old).clone()
     if isinstance(data, Mapping):
         changed = {**data, key: new}
         return changed if type(data) is dict else type(data)(changed)  # type: ignore[call-arg]
@@ -388,7 +397,7 @@ def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tenso
     changed, start = [], 0
     for batch in examples.batches():
         if isinstance(targets, Tensor):
-            new: Tensor | int = targets[start : start + batch.size] if targets.ndim else int(targets)
+            new: Tensor | int = targets[start : start + batch.size] if targets.ndim else targets
         else:
             new = targets(batch.data) if callable(targets) else targets
         changed.append(batch._replace(data=replace_targets(batch.data, new)))

@@ -58,10 +58,9 @@ class Registry(Mapping[str, T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        try:
-            return self._items[name]
-        except KeyError:
-            raise ConfigurationError(f"Unknown {self.kind} {name!r}. {nearest(name, self._items)}") from None
+        if not isinstance(name, str) or name not in self._items:
+            raise ConfigurationError(f"Unknown {self.kind} {name!r}. {nearest(str(name), self._items)}")
+        return self._items[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._items

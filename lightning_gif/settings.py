@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -59,14 +60,15 @@ class Settings:
         check_selector(self.selector, self.ratio)
         METHODS[self.method]
         SOLVERS[self.solver]
-        _require("damping", self.damping, (int, float), self.damping >= 0, "a number of at least 0")
-        _require("max_iter", self.max_iter, int, self.max_iter >= 1, "a whole number of at least 1")
-        _require("rtol", self.rtol, (int, float), 0 < self.rtol < 1, "a number between 0 and 1")
-        _require("batch_size", self.batch_size, int, self.batch_size >= 1, "a whole number of at least 1")
-        _require("seed", self.seed, int, self.seed >= 0, "a whole number of at least 0")
+        number = (int, float)
+        _require("damping", self.damping, number, lambda value: 0 <= value < math.inf, "a number of at least 0")
+        _require("max_iter", self.max_iter, int, lambda value: value >= 1, "a whole number of at least 1")
+        _require("rtol", self.rtol, number, lambda value: 0 < value < 1, "a number between 0 and 1")
+        _require("batch_size", self.batch_size, int, lambda value: value >= 1, "a whole number of at least 1")
+        _require("seed", self.seed, int, lambda value: value >= 0, "a whole number of at least 0")
         if self.curvature_examples is not None:
-            count = self.curvature_examples
-            _require("curvature_examples", count, int, count >= 1, "None (all) or a whole number of at least 1")
+            expected = "None (all) or a whole number of at least 1"
+            _require("curvature_examples", self.curvature_examples, int, lambda value: value >= 1, expected)
         if self.unconverged not in ("warn", "raise", "ignore"):
             raise ConfigurationError(f"`unconverged` must be 'warn', 'raise' or 'ignore', got {self.unconverged!r}.")
 
@@ -115,6 +117,6 @@ class Settings:
         return solution
 
 
-def _require(name: str, value: Any, kind: Any, fits: bool, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind) or not fits:
+def _require(name: str, value: Any, kind: Any, fits: Callable[[Any], bool], expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
         raise ConfigurationError(f"`{name}` must be {expected}, got {value!r}.")
