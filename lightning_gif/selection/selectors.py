@@ -243,6 +243,7 @@ def select(
     classes = None if classes is None else sorted(set(classes))
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     chosen: dict[str, Tensor] = {}
+    unknown: SelectionError | None = None
     for name, layer in neuron_layers(module).items():
         # A weight that is computed from other parameters (weight norm, LoRA) is no parameter itself.
         weight, bias = names.get(id(layer.weight), ""), names.get(id(layer.bias), "")
@@ -250,12 +251,20 @@ def select(
         if not (use_weight or use_bias) or weight in chosen:
             continue
         view = _view(layer, name, weight, bias, use_weight, use_bias, neurons, gradients, classes)
-        entries = pick(view, ratio, generator).sort().values
+        try:
+            entries = pick(view, ratio, generator).sort().values
+        except SelectionError as error:
+            # Its forward never ran: an attention's output projection, a head out of use. It cannot be ranked among
+            # itself, and is left out; only where that leaves nothing, it is an error.
+            unknown = error
+            continue
         weights = view.neurons * view.fan_in
         if use_weight:
             chosen[weight] = entries[entries < weights]
         if use_bias:
             chosen[bias] = entries[entries >= weights] - weights
+    if not chosen and unknown is not None:
+        raise unknown
     if not chosen:
         raise SelectionError(
             f"{type(module).__name__} has no Linear or Conv layer with parameters that are trainable and may"

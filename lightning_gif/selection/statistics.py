@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,20 +36,26 @@ class NeuronStatistics:
     Attributes:
         outputs: For each layer's name the sums of outputs, ``(1 + classes, neurons)``.
         gradients: The same of output gradients.
-        counts: For each layer's name how many examples each row has seen, ``(1 + classes,)``.
+        output_counts: For each layer's name how many examples are in each row of its outputs, ``(1 + classes,)``.
+        gradient_counts: The same of output gradients. An example that passes a layer need not send a gradient back,
+            and activation checkpointing makes it pass twice.
     """
+
+    _STATE = ("outputs", "gradients", "output_counts", "gradient_counts")
 
     def __init__(self) -> None:
         self.outputs: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        self.output_counts: dict[str, Tensor] = {}
+        self.gradient_counts: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._rows: Tensor | None = None
         self._size: int | None = None
         self._weight = 1.0
+        self._recording = False
 
     def __bool__(self) -> bool:
-        return bool(self.counts)
+        return bool(self.output_counts)
 
     def attach(self, module: nn.Module) -> None:
         """Hooks into the layers. The hooks read and never write: training is bit for bit what it is without them."""
@@ -82,11 +89,20 @@ class NeuronStatistics:
         self._recording = False
         self._rows = None
 
-    _recording = False
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What passes through the layers inside is no training batch; recording goes on afterwards if it was on."""
+        before = self._recording, self._rows
+        self.pause()
+        try:
+            yield
+        finally:
+            self._recording, self._rows = before
 
     def reset(self) -> None:
         """Forgets all sums."""
-        self.outputs, self.gradients, self.counts = {}, {}, {}
+        for kind in self._STATE:
+            setattr(self, kind, {})
 
     def mean(self, kind: str, layer: str, classes: Iterable[int] | None = None) -> Tensor | None:
         """The mean over examples ``(neurons,)`` of outputs or output gradients of a layer.
@@ -102,7 +118,7 @@ class NeuronStatistics:
         sums = getattr(self, kind).get(layer)
         if sums is None:
             return None
-        counts = self.counts[layer]
+        counts = (self.output_counts if kind == "outputs" else self.gradient_counts)[layer]
         if classes is not None:
             rows = [c + 1 for c in classes if c + 1 < len(counts)]
             sums, counts = sums[rows], counts[rows]
@@ -111,16 +127,12 @@ class NeuronStatistics:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The sums as tensors on the CPU, for a checkpoint."""
-        return {
-            kind: {name: value.cpu() for name, value in getattr(self, kind).items()}
-            for kind in ("outputs", "gradients", "counts")
-        }
+        return {kind: {name: _stored(value) for name, value in getattr(self, kind).items()} for kind in self._STATE}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Takes over what :meth:`state` gave."""
-        self.outputs, self.gradients, self.counts = (
-            {name: value.clone() for name, value in state[kind].items()} for kind in ("outputs", "gradients", "counts")
-        )
+        for kind in self._STATE:
+            setattr(self, kind, {name: value.clone() for name, value in state[kind].items()})
 
     # A graph break is the price of a hook in compiled code; without it, what the hook does would be traced into it.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -132,10 +144,7 @@ class NeuronStatistics:
             return  # a single example without a batch dimension
         rows = self._rows_for(output)
         with torch.no_grad():
-            self._add(self.outputs, name, _per_example(output, channel), rows)
-            counts = torch.bincount(rows).float() if rows is not None else output.new_tensor([len(output)]).float()
-            known = self.counts.get(name)
-            self.counts[name] = counts if known is None else _sum(known, counts)
+            self._add("output", name, _per_example(output, channel), rows)
         if output.requires_grad:
             output.register_hook(partial(self._after_backward, name, channel, rows, self._weight))
 
@@ -145,7 +154,7 @@ class NeuronStatistics:
             size = self._size if self._size is not None and rows is not None else len(gradient)
             values = _per_example(gradient, channel) * (weight * size)
             if torch.isfinite(values).all():  # an overflow under loss scaling: the optimizer skips this step too
-                self._add(self.gradients, name, values, rows)
+                self._add("gradient", name, values, rows)
 
     def _rows_for(self, output: Tensor) -> Tensor | None:
         """The row of each example in an output, unless its first dimension is not that of the batch."""
@@ -153,16 +162,13 @@ class NeuronStatistics:
             return None
         return self._rows.to(output.device)
 
-    @staticmethod
-    def _add(sums: dict[str, Tensor], name: str, values: Tensor, rows: Tensor | None) -> None:
-        height = 1 if rows is None else int(rows.max()) + 1
-        addition = values.new_zeros(height, values.shape[1])
+    def _add(self, kind: str, name: str, values: Tensor, rows: Tensor | None) -> None:
         if rows is None:
-            addition[0] = values.sum(0)
-        else:
-            addition.index_add_(0, rows, values)
-        known = sums.get(name)
-        sums[name] = addition if known is None else _sum(known, addition)
+            rows = torch.zeros(len(values), dtype=torch.long, device=values.device)
+        counts = torch.bincount(rows).to(values.dtype)
+        addition = values.new_zeros(len(counts), values.shape[1]).index_add_(0, rows, values)
+        for total, new in ((getattr(self, f"{kind}s"), addition), (getattr(self, f"{kind}_counts"), counts)):
+            total[name] = _sum(total[name], new) if name in total else new
 
 
 def _per_example(values: Tensor, channel: int) -> Tensor:
@@ -173,6 +179,11 @@ def _per_example(values: Tensor, channel: int) -> Tensor:
     if values.ndim == 2:
         return values
     return values.flatten(2).mean(2) if channel == 1 else values.flatten(1, -2).mean(1)
+
+
+def _stored(value: Tensor) -> Tensor:
+    """A copy on the CPU: a checkpoint may be written while training goes on adding to the original."""
+    return value.detach().to("cpu", copy=True)
 
 
 def _sum(one: Tensor, other: Tensor) -> Tensor:
@@ -224,7 +235,7 @@ class GradientStatistics:
 
     def state(self) -> dict[str, dict[str, Any]]:
         """The sums, for a checkpoint."""
-        return {"squares": {name: value.cpu() for name, value in self.squares.items()}, "steps": dict(self.steps)}
+        return {"squares": {name: _stored(value) for name, value in self.squares.items()}, "steps": dict(self.steps)}
 
     def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Takes over what :meth:`state` gave."""
