@@ -6,6 +6,8 @@ other. Everything below takes what it needs from here; nothing else in the packa
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
     from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-    from lightning.pytorch.utilities.seed import isolate_rng
+    from lightning.pytorch.utilities.seed import isolate_rng as _isolate_rng
     from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 else:
     try:
@@ -22,14 +24,14 @@ else:
         from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
         from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
         from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-        from lightning.pytorch.utilities.seed import isolate_rng
+        from lightning.pytorch.utilities.seed import isolate_rng as _isolate_rng
     except ModuleNotFoundError:
-        from lightning.pytorch.utilities.seed import isolate_rng
         from lightning_fabric.utilities.exceptions import MisconfigurationException
         from pytorch_lightning import Callback, LightningModule, Trainer
         from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
         from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
         from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+        from pytorch_lightning.utilities.seed import isolate_rng as _isolate_rng
 
 __all__ = [
     "Callback",
@@ -42,6 +44,17 @@ __all__ = [
     "rank_zero_warn",
     "unsupported_strategy",
 ]
+
+
+@contextlib.contextmanager
+def isolate_rng() -> Iterator[None]:
+    """Restores the global random generators at the end, also after an error, at which Lightning's own does not."""
+    isolation = _isolate_rng()
+    isolation.__enter__()
+    try:
+        yield
+    finally:
+        isolation.__exit__(None, None, None)
 
 
 def attach_model(trainer: Trainer, model: LightningModule, train_dataloaders: Any, datamodule: Any) -> None:

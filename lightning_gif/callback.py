@@ -272,11 +272,10 @@ class GIFCallback(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the epoch's statistics, unless the epoch is one that was interrupted and goes on."""
+        """Starts the epoch's statistics; not called for an epoch that was interrupted and goes on."""
         self._train_loader = trainer.train_dataloader
-        if trainer.fit_loop.epoch_loop.batch_progress.current.completed == 0:
-            self.neurons.reset()
-            self.gradients.reset()
+        self.neurons.reset()
+        self.gradients.reset()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -315,13 +314,8 @@ class GIFCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Picks the targets from what the epoch has shown."""
         previous = self.targets
-        try:
-            self.targets = self._select(pl_module, self.settings)
-        except SelectionError as error:
-            self.targets = None
-            rank_zero_warn(
-                f"No targets were picked at the end of epoch {trainer.current_epoch}: {error}", category=GIFWarning
-            )
+        self._pick(pl_module, f"at the end of epoch {trainer.current_epoch}")
+        if self.targets is None:
             return
         self.targets_epoch = trainer.current_epoch
         if self.log_reports:
@@ -391,14 +385,14 @@ class GIFCallback(Callback):
                 " are picked anew from the checkpoint's statistics.",
                 category=GIFWarning,
             )
-            self.targets = self._select(pl_module, self.settings)
+            self._pick(pl_module, "from the checkpoint")
 
     # ----------------------------------------------------------------------------------------------------------------
     # Private
     # ----------------------------------------------------------------------------------------------------------------
 
     def _check_trainer(self, trainer: Trainer) -> None:
-        if sum(isinstance(callback, GIFCallback) for callback in trainer.callbacks) > 1:
+        if any(isinstance(callback, GIFCallback) and callback is not self for callback in trainer.callbacks):
             raise ConfigurationError(
                 "The trainer has several GIFCallbacks, but only one can be behind trainer.influence. Keep one; every"
                 " setting can be changed for a call: trainer.unlearn(batch, ratio=0.05)."
@@ -417,6 +411,14 @@ class GIFCallback(Callback):
 
     def _release(self) -> None:
         self.neurons.detach()
+
+    def _pick(self, module: LightningModule, when: str) -> None:
+        """Picks the targets from the statistics. It is never worth a run that no targets can be picked."""
+        try:
+            self.targets = self._select(module, self.settings)
+        except SelectionError as error:
+            self.targets = None
+            rank_zero_warn(f"No targets were picked {when}: {error}", category=GIFWarning)
 
     def _select(
         self, module: LightningModule, settings: Settings, classes: Sequence[int] | None = None, **statistics: Any
@@ -475,7 +477,7 @@ class GIFCallback(Callback):
                 " state was loaded. Fit, pass targets='batch' to rank neurons on the batch at hand, or use"
                 " lightning_gif.attach(trainer, model, …) for a model that was trained before."
             )
-        with Objective.open(trainer, module, seed=settings.seed) as objective:
+        with self.neurons.paused(), Objective.open(trainer, module, seed=settings.seed) as objective:
             most = trainer.fast_dev_run * settings.batch_size if trainer.fast_dev_run else None
             train = Examples.from_loader(
                 loader, objective.prepare, batch_size=settings.batch_size, most=most, seed=settings.seed
@@ -510,7 +512,17 @@ class GIFCallback(Callback):
         report.loggers = list(trainer.loggers)
         report.global_step = trainer.global_step
         if self.log_reports and not trainer.fast_dev_run:
-            report.log()
+            for logger in report.loggers:
+                try:
+                    report.log([logger])
+                except (
+                    Exception
+                ) as error:  # the report is complete and an edit is made: no logger may cost the user both
+                    rank_zero_warn(
+                        f"{type(logger).__name__} did not take the report, which is returned nevertheless:"
+                        f" {type(error).__name__}: {error}. `report.log([logger])` tries again.",
+                        category=GIFWarning,
+                    )
         return report
 
 
@@ -564,9 +576,9 @@ def attach(
         raise ConfigurationError("Give `train_dataloaders` or `datamodule`, not both.")
     present = [found for found in trainer.callbacks if isinstance(found, GIFCallback)]
     callback = callback or (present[0] if present else GIFCallback())
+    callback._check_trainer(trainer)
     if callback not in trainer.callbacks:
         trainer.callbacks.append(callback)
-    callback._check_trainer(trainer)
     attach_model(trainer, model, train_dataloaders, datamodule)
     callback._train_loader = train_dataloaders
     callback._rank_on_demand = True

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -86,8 +87,8 @@ class Objective:
     def open(cls, trainer: Trainer, module: LightningModule, *, seed: int = 0) -> Iterator[Objective]:
         """The objective, inside of everything that isolates its evaluation from the user's run."""
         objective = cls(trainer, module, seed=seed)
-        with _isolated(module, objective.device):
-            dtype = torch.promote_types(next(iter(objective._parameters())).dtype, torch.float32)
+        dtype = torch.promote_types(next(iter(objective._parameters())).dtype, torch.float32)
+        with _isolated(module, objective.device, dtype):
             objective.theta = objective.space.flatten(module, dtype)
             yield objective
 
@@ -240,13 +241,14 @@ class Objective:
         """
         if self._vmap is None:
             self._probe(data)
-        try:
-            return torch.stack(
-                [torch.func.jvp(lambda t: self.losses(t, data), (self.theta,), (w,))[1] for w in directions]
-            )
-        except (NotImplementedError, RuntimeError) as error:
-            if "forward" not in str(error).lower():
-                raise
+        if self._vmap:  # code that is not for vmap is not for jvp either; plain reverse mode takes it
+            try:
+                return torch.stack(
+                    [torch.func.jvp(lambda t: self.losses(t, data), (self.theta,), (w,))[1] for w in directions]
+                )
+            except (NotImplementedError, RuntimeError) as error:
+                if "forward" not in str(error).lower():
+                    raise
         theta = self.theta.detach().requires_grad_()
         losses = self.losses(theta, data)
         weights = torch.ones_like(losses, requires_grad=True)
@@ -279,18 +281,22 @@ class Objective:
         }
         buffers = {name: self._widen(buffer.detach().clone()) for name, buffer in self.module.named_buffers()}
         values = {**frozen, **buffers, **self.space.unflatten(theta)}
-        torch.manual_seed(self._seed)
+        # torch.manual_seed would format a stack trace for every kind of accelerator that is not in use.
+        torch.default_generator.manual_seed(self._seed)
+        if self.device.type != "cpu":
+            torch.manual_seed(self._seed)
         return torch.func.functional_call(
             self._step, {f"module.{name}": value for name, value in values.items()}, (function, *args)
         )
 
     def _call_own(self, theta: Tensor, data: Any, function: str) -> Tensor:
         found = self._call(theta, function, data)
-        if not isinstance(found, Tensor) or found.ndim != 1:
+        sizes = {tensor.shape[0] for tensor in tensors(data) if tensor.ndim}
+        if not isinstance(found, Tensor) or found.ndim != 1 or (sizes and len(found) not in sizes):
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ObjectiveError(
                 f"{type(self.module).__name__}.{function} must return one value for each example, shape (B,), not"
-                f" {shape}. With a loss of PyTorch, pass reduction='none'."
+                f" {shape} for a batch {describe(data)}. With a loss of PyTorch, pass reduction='none'."
             )
         return found
 
@@ -335,14 +341,13 @@ class Objective:
         with torch.no_grad():
             expected = self._losses_one_by_one(self.theta, few)
             together = self._training_step(self.theta, few)
-            try:
-                found, reason = self._losses_vmap(self.theta, few), "it gave other losses than one example at a time"
-                self._vmap = _close(found, expected)
-            except Exception as error:
-                self._vmap, reason = (
-                    False,
-                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                )
+        try:
+            theta = self.theta.detach().requires_grad_()
+            found, reason = self._losses_vmap(theta, few), "it gave other losses than one example at a time"
+            self._gradient(found.sum(), theta)  # activation checkpointing fails here at the earliest
+            self._vmap = _close(found, expected)
+        except Exception as error:
+            self._vmap, reason = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if _close(together, expected.mean()):
             self._reduction = "mean"
         elif _close(together, expected.sum()):
@@ -410,7 +415,7 @@ def _why_not_finite(data: Any) -> str:
 
 
 @contextlib.contextmanager
-def _isolated(module: LightningModule, device: torch.device) -> Iterator[None]:
+def _isolated(module: LightningModule, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Everything under which the module may be evaluated and differentiated twice, undone at the end."""
     home = next(module.parameters()).device
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -424,6 +429,9 @@ def _isolated(module: LightningModule, device: torch.device) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
+        # A step may make tensors of its own; they should be of the dtype that everything is computed in.
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(dtype)
         stack.enter_context(_attributes_restored(module))
         stack.enter_context(_evaluation_mode(module))
         stack.enter_context(_silenced(module))
@@ -446,31 +454,49 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attributes_restored(module: nn.Module) -> Iterator[None]:
-    """Undoes what a step does to plain attributes of the modules: counters, collected outputs."""
+    """Undoes what a step does to plain attributes of the modules: counters, collected outputs, running totals."""
     internal = vars(nn.Module()).keys()
     saved = []
+    contents: dict[int, tuple[Any, Any]] = {}
     for submodule in module.modules():
         own = {name: value for name, value in vars(submodule).items() if name not in internal}
-        contents = {
-            name: copy.copy(value) for name, value in own.items() if isinstance(value, (list, dict, set, bytearray))
-        }
-        saved.append((submodule, own, contents))
+        for value in own.values():
+            _remember(value, contents)
+        saved.append((submodule, own))
     try:
         yield
     finally:
-        for submodule, own, contents in saved:
+        for submodule, own in saved:
             attributes = vars(submodule)
             for name in attributes.keys() - own.keys() - internal:
                 del attributes[name]
             attributes.update(own)
-            for name, content in contents.items():
-                _refill(own[name], content)
+        with torch.no_grad():
+            for container, content in contents.values():
+                _refill(container, content)
+
+
+def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
+    """Notes what is in a container or plain tensor, and in those within it."""
+    if id(value) in contents:
+        return
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        contents[id(value)] = (value, value.detach().clone())
+    elif isinstance(value, (list, dict, set, bytearray, deque)):
+        contents[id(value)] = (value, copy.copy(value))
+    if isinstance(value, (list, tuple, dict, deque)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _remember(item, contents)
 
 
 def _refill(container: Any, content: Any) -> None:
     """Puts the content back into the very same container, which others may hold."""
+    if isinstance(container, Tensor):
+        if not torch.equal(container, content):
+            container.copy_(content)
+        return
     container.clear()
-    (container.extend if isinstance(container, (list, bytearray)) else container.update)(content)
+    (container.update if isinstance(container, (dict, set)) else container.extend)(content)
 
 
 @contextlib.contextmanager
