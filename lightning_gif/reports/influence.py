@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from ..data import Examples, map_tensors
+from ..errors import ConfigurationError
 from ..parameters import Targets
 from ..solvers import Solution
-from .loggers import log_scalars, log_table
-from .pictures import figure, image_of, label_of, show_item
+from .loggers import log_scalars, log_table, takes_tables
+from .pictures import figure, image_of, label_of, show_item, text_of
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-__all__ = ["InfluenceReport", "Ranking"]
+__all__ = ["InfluenceReport", "Ranking", "first_items"]
+
+_MOST_QUERIES = 8
 
 
 class Ranking(NamedTuple):
@@ -34,7 +37,7 @@ class Ranking(NamedTuple):
     scores: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class InfluenceReport:
     """A score for every training example and query.
 
@@ -52,6 +55,8 @@ class InfluenceReport:
         queries: Up to eight of the query's examples as items, prepared, on the CPU.
         settings: Method, solver and their parameters.
         seconds: Wall time of the whole call.
+        loggers: Where :meth:`log` logs to by default: those of the trainer that was asked.
+        global_step: The trainer's optimizer steps when it was asked.
     """
 
     scores: Tensor = field(repr=False)
@@ -72,19 +77,36 @@ class InfluenceReport:
         return max(self.solutions, key=lambda solution: solution.residual)
 
     def proponents(self, k: int | None = None) -> Ranking:
-        """The ``k`` training examples with the highest scores: without them the query's loss would be higher."""
+        """The ``k`` training examples with the highest scores: without them the query's loss would be higher.
+
+        Equal scores are ranked in the order of :attr:`indices`. With ``k`` above the number of training examples, all
+        of them are ranked.
+
+        Args:
+            k: How many; by default the report's own ``k``.
+
+        Raises:
+            ConfigurationError: If ``k`` is not a whole number of at least 1.
+        """
         return self._top(k, largest=True)
 
     def opponents(self, k: int | None = None) -> Ranking:
-        """The ``k`` training examples with the lowest scores: without them the query's loss would be lower."""
+        """The ``k`` training examples with the lowest scores: without them the query's loss would be lower.
+
+        See :meth:`proponents`.
+        """
         return self._top(k, largest=False)
 
     def _top(self, k: int | None, *, largest: bool) -> Ranking:
-        count = min(self.k if k is None else k, self.scores.shape[1])
-        if count < 1:
-            raise ValueError(f"`k` must be at least 1, got {k}.")
-        found = self.scores.topk(count, dim=1, largest=largest)
-        return Ranking(self.indices[found.indices], found.values)
+        count = self._checked(k, self.k)
+        positions = self.scores.sort(dim=1, descending=largest, stable=True).indices[:, :count]
+        return Ranking(self.indices[positions], self.scores.gather(1, positions))
+
+    def _checked(self, k: int | None, default: int) -> int:
+        k = default if k is None else k
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ConfigurationError(f"`k` must be a whole number of at least 1, got {k!r}.")
+        return min(k, self.scores.shape[1])
 
     def to_dataframe(self) -> pandas.DataFrame:
         """All scores as a table with columns ``query``, ``index`` (of the dataset) and ``score``.
@@ -120,24 +142,32 @@ class InfluenceReport:
     def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/influence") -> None:
         """Logs the report: numbers to every logger; to W&B also tables of the ranking and of the solve's curve.
 
+        The table holds up to the first eight queries with their proponents and opponents: label, score, and picture or
+        values of each.
+
         Args:
             loggers: Lightning loggers; by default those of the trainer that was asked.
             prefix: Start of every key.
         """
         loggers = list(self.loggers if loggers is None else loggers)
         log_scalars(loggers, self.summary(), prefix=prefix, step=self.global_step)
-        if any(hasattr(logger, "log_table") for logger in loggers):
+        if any(map(takes_tables, loggers)):
             columns = ["query", "kind", "rank", "index", "score", "target", "example"]
             log_table(loggers, f"{prefix}/examples", columns, list(self._rows()))
             curve = list(enumerate(self.solution.residuals))
             log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], curve)
 
-    def _rows(self) -> Iterable[list[Any]]:
+    def _rows(self) -> Iterator[list[Any]]:
+        several = self.scores.shape[0] > 1
+        for position, item in enumerate(self.queries):
+            yield [position if several else 0, "query", position + 1, None, None, label_of(item), _looks(item)]
         for kind, ranking in (("proponent", self.proponents()), ("opponent", self.opponents())):
             for query, (indices, scores) in enumerate(zip(*ranking, strict=True)):
+                if query == _MOST_QUERIES:
+                    break
                 for rank, (index, score) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True), 1):
                     item = self.dataset[index]
-                    yield [query, kind, rank, index, score, label_of(item), image_of(item)]
+                    yield [query, kind, rank, index, score, label_of(item), _looks(item)]
 
     def plot(self, query: int = 0, k: int | None = None) -> Figure:
         """The query's strongest proponents and opponents, and the histogram of all scores.
@@ -147,32 +177,36 @@ class InfluenceReport:
             k: How many of each; by default up to 8.
 
         Raises:
+            ConfigurationError: If there is no such query, or ``k`` is not a whole number of at least 1.
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        count = min(k or min(self.k, 8), self.scores.shape[1])
-        made, axes = figure(3, count + 1, width=1.3 * (count + 1), height=5.2)
-        for row, (kind, ranking) in enumerate(
-            (("proponents", self.proponents(count)), ("opponents", self.opponents(count)))
-        ):
-            if self.scores.shape[0] == 1:
-                shown, what = self.queries[0], "query" if len(self.queries) == 1 else "query (first)"
-            else:
-                shown, what = (self.queries[query] if query < len(self.queries) else None), f"query {query}"
-            first = axes[row][0]
-            if shown is not None and row == 0:
-                show_item(first, shown, f"{what}\ntarget {label_of(shown)}")
-            else:
-                first.set_axis_off()
-            first.text(-0.1, 0.5, kind, rotation=90, va="center", ha="right", transform=first.transAxes)
-            for position in range(count):
-                index, score = int(ranking.indices[query, position]), float(ranking.scores[query, position])
-                item = self.dataset[index]
-                show_item(axes[row][position + 1], item, f"#{index}: {label_of(item)}\n{score:+.2g}")
+        queries = self.scores.shape[0]
+        if isinstance(query, bool) or not isinstance(query, int) or not 0 <= query < queries:
+            raise ConfigurationError(f"`query` must be a whole number from 0 to {queries - 1}, got {query!r}.")
+        count = self._checked(k, min(self.k, 8))
+        rankings = {"proponents": self.proponents(count), "opponents": self.opponents(count)}
+
+        made, axes = figure(3, count + 1, width=max(1.3 * (count + 1), 4.0), height=5.2)
+        beside, below, *_ = (row[0] for row in axes)
+        below.set_axis_off()
+        if query < len(self.queries):
+            shown = self.queries[query]
+            several = queries == 1 and len(self.queries) > 1
+            what = "query, first of several" if several else "query" if queries == 1 else f"query {query}"
+            show_item(beside, shown, f"{what}\ntarget {label_of(shown)}")
+        else:
+            beside.set_axis_off()
+        for row, (kind, ranking) in zip(axes, rankings.items(), strict=False):
+            row[1].set_ylabel(kind)
+            for axis, index, score in zip(row[1:], ranking.indices[query], ranking.scores[query], strict=True):
+                item = self.dataset[int(index)]
+                show_item(axis, item, f"#{int(index)}: {label_of(item)}\n{float(score):+.2g}")
         grid = axes[2][0].get_gridspec()
         for axis in axes[2]:
             axis.remove()
         histogram = made.add_subplot(grid[2, :])
         histogram.hist(self.scores[query].numpy(), bins=80, log=True)
+        histogram.axvline(0.0, color="grey", linestyle=":")
         histogram.set_xlabel("score: predicted change of the query's loss if the example were removed")
         histogram.set_ylabel("examples")
         return made
@@ -185,15 +219,25 @@ class InfluenceReport:
             f" ({self.settings['method']}, {self.targets.count} target parameters; {solution.solver}"
             f" {solution.status} after {solution.iterations} steps, residual {solution.residual:.1e};"
             f" {self.seconds:.1f} s)",
-            "score = predicted change of the query's loss if the example were removed",
+            "score = predicted change of the query's loss if the example were removed, by dataset index",
         ]
-        for kind, ranking in (("proponents", self.proponents()), ("opponents", self.opponents())):
-            first = zip(ranking.indices[0].tolist(), ranking.scores[0].tolist(), strict=True)
-            lines.append(f"{kind}: " + ", ".join(f"{index} ({score:+.2g})" for index, score in first))
+        rankings = {"proponents": self.proponents(), "opponents": self.opponents()}
+        for query in range(min(queries, _MOST_QUERIES)):
+            for kind, ranking in rankings.items():
+                pairs = zip(ranking.indices[query].tolist(), ranking.scores[query].tolist(), strict=True)
+                start = kind if queries == 1 else f"query {query} {kind}"
+                lines.append(f"{start}: " + ", ".join(f"{index} ({score:+.2g})" for index, score in pairs))
+        if queries > _MOST_QUERIES:
+            lines.append(f"and {queries - _MOST_QUERIES} more queries, in proponents() and opponents()")
         return "\n".join(lines)
 
 
-def first_items(query: Examples, most: int = 8) -> list[Any]:
+def _looks(item: Any) -> Any:
+    image = image_of(item)
+    return text_of(item) if image is None else image
+
+
+def first_items(query: Examples, most: int = _MOST_QUERIES) -> list[Any]:
     """Up to ``most`` of a query's examples on the CPU, without their batch dimension."""
     batch = next(query.batches())
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import EditError
@@ -44,7 +44,7 @@ class Change(NamedTuple):
     predicted: float
 
 
-@dataclass
+@dataclass(eq=False)
 class UnlearnReport:
     """A sparse, reversible edit of the weights with the evidence for it.
 
@@ -65,6 +65,9 @@ class UnlearnReport:
         settings: Method, solver and their parameters.
         notes: What the user should know: data not found, a search that was cut short, stale optimizer state.
         seconds: Wall time of the whole call.
+        module: The model that :meth:`undo` and :meth:`apply` act on by default.
+        loggers: Where :meth:`log` logs to by default: those of the trainer that was asked.
+        global_step: The trainer's optimizer steps when it was asked.
     """
 
     edit: Edit = field(repr=False)
@@ -127,7 +130,7 @@ class UnlearnReport:
         """Writes the edit and the report to a safetensors file; an old file is replaced only by a whole new one.
 
         Args:
-            path: Where to; ``.safetensors`` is a good ending.
+            path: Where to; ``.safetensors`` is a good ending. Folders that are missing are made.
         """
         tensors = {
             f"{part}/{name}": value.contiguous() for part in _PARTS for name, value in getattr(self.edit, part).items()
@@ -141,13 +144,14 @@ class UnlearnReport:
             "digest_after": self.edit.digest_after,
         }
         target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = save(tensors, metadata={"format": _FORMAT, "report": json.dumps(record)})
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
-            save_file(tensors, temporary, metadata={"format": _FORMAT, "report": json.dumps(record)})
+            temporary.write_bytes(content)  # with the permissions of any new file
             os.replace(temporary, target)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -247,25 +251,32 @@ class UnlearnReport:
         made, axes = figure(1, 2, width=9, height=3.2)
         along, curve = axes[0]
         path = sorted(self.path, key=lambda point: point.step)
-        for name, label in (("forget_loss", "forget"), ("retain_loss", "retain")):
-            along.plot([point.step for point in path], [getattr(point, name) for point in path], "o-", label=label)
+        lines = {name: [getattr(point, f"{name}_loss") for point in path] for name in ("forget", "retain")}
+        for name, losses in lines.items():
+            along.plot([point.step for point in path], losses, "o-", markersize=4, label=name)
         along.axvline(self.step, color="grey", linestyle=":", label=f"step {self.step:.3g}")
         along.set_xscale("symlog", linthresh=0.1)
-        along.set_yscale("log")
+        if path[0].step >= 0:
+            along.set_xlim(left=0.0, right=path[-1].step * 1.5 or None)
+        if all(loss > 0 for losses in lines.values() for loss in losses):  # other losses than cross-entropy may not be
+            along.set_yscale("log")
+        along.set_title(f"losses along the search, goal: {self.goal}", fontsize=10)
         along.set_xlabel("step (1 = natural)")
         along.set_ylabel("mean loss")
         along.legend()
         curve.semilogy(self.residuals)
-        curve.axhline(self.solve["rtol"], color="grey", linestyle=":")
+        curve.axhline(self.solve["rtol"], color="grey", linestyle=":", label=f"rtol {self.solve['rtol']:g}")
+        curve.set_title(f"solve: {self.solve['solver']} {self.solve['status']}", fontsize=10)
         curve.set_xlabel("step of the solve")
         curve.set_ylabel("relative residual")
+        curve.legend()
         return made
 
     def __str__(self) -> str:
         share = 100 * self.edit.count / self.n_parameters
         losses = [("forget", self.forget), ("retain", self.retain), ("relabelled", self.relabelled)]
         lines = [
-            f"Unlearned {self.n_forget} examples (goal: {self.goal}; {self.n_retain} retained) by changing"
+            f"Edit for {self.n_forget} examples (goal: {self.goal}; {self.n_retain} retained) by changing"
             f" {self.edit.count} of {self.n_parameters} parameters ({share:.1f} %), step {self.step:.3g};"
             f" {self.solve['solver']} {self.solve['status']} after {self.solve['iterations']} steps, residual"
             f" {self.solve['residual']:.1e}; {self.seconds:.1f} s",

@@ -1,0 +1,640 @@
+"""Reports as people use them: printed, drawn, sorted, logged to real loggers, saved, loaded and taken back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from lightning_gif import (
+    ConfigurationError,
+    EditError,
+    GIFCallback,
+    GIFWarning,
+    InfluenceReport,
+    UnlearnReport,
+)
+from lightning_gif.parameters import Targets
+from lightning_gif.reports.loggers import log_scalars, log_table
+from lightning_gif.reports.pictures import image_of, label_of, text_of
+from lightning_gif.solvers import Solution
+from lightning_gif.solvers.base import Status
+
+from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
+
+
+def images(n: int = 24) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.rand(n, 1, 8, 8, generator=generator), torch.arange(n) % 3)
+
+
+def image_net() -> Classifier:
+    return Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+
+
+def report_of(scores: Any, **changes: Any) -> InfluenceReport:
+    """A report with given scores on a data set whose indices are not their positions."""
+    scores = torch.as_tensor(scores, dtype=torch.float64)
+    n = scores.shape[1]
+    solution = Solution(torch.zeros(2), Status.CONVERGED, "lissa", 2, 6, 1e-3, 0.1, 1.0, 1e-2, 0.1, [1.0, 0.1, 1e-3])
+    values: dict[str, Any] = {
+        "scores": scores,
+        "indices": 100 + torch.arange(n),
+        "solutions": [solution] * len(scores),
+        "targets": Targets({"weight": torch.tensor([0, 1])}),
+        "k": 10,
+        "dataset": None,
+        "queries": [],
+        "settings": {"method": "gif"},
+        "seconds": 1.0,
+    }
+    return InfluenceReport(**{**values, **changes})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The ranking
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ranking_is_that_of_a_direct_sort_by_dataset_index() -> None:
+    dataset = blobs()
+    kept = [5, 40, 3, 22, 11, 17, 30, 8]
+    trainer = make_trainer(GIFCallback(ratio=0.5, unconverged="ignore"))
+    trainer.fit(Classifier(), loader(Subset(dataset, kept)))
+    report = trainer.influence(batch_of(dataset, [0, 1]), per_example=True)
+    ids = report.indices.tolist()
+    for query, scores in enumerate(report.scores.tolist()):
+        ranked = sorted(zip(scores, ids, strict=True), reverse=True)
+        assert report.proponents(3).indices[query].tolist() == [index for _, index in ranked[:3]]
+        assert report.proponents(3).scores[query].tolist() == [score for score, _ in ranked[:3]]
+        assert report.opponents(3).indices[query].tolist() == [index for _, index in ranked[::-1][:3]]
+        assert report.opponents(3).scores[query].tolist() == [score for score, _ in ranked[::-1][:3]]
+    assert report.scores.shape == (2, 8)
+
+
+def test_equal_scores_are_ranked_in_order() -> None:
+    scores = torch.zeros(1, 500)
+    scores[0, 7] = 1.0
+    report = report_of(scores)
+    assert report.proponents(4).indices[0].tolist() == [107, 100, 101, 102]
+    assert report.opponents(3).indices[0].tolist() == [100, 101, 102]
+
+
+def test_more_than_all_are_all() -> None:
+    report = report_of([[0.1, -0.2, 0.3]])
+    assert report.proponents().indices.tolist() == [[102, 100, 101]]
+    assert report.opponents(50).indices.tolist() == [[101, 100, 102]]
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, True, "3"])
+def test_a_bad_k_is_refused(k: Any) -> None:
+    report = report_of([[0.1, -0.2, 0.3]])
+    for ask in (report.proponents, report.opponents, lambda value: report.plot(k=value)):
+        with pytest.raises(ConfigurationError, match="`k` must be a whole number of at least 1"):
+            ask(k)
+
+
+def test_a_table_of_all_scores() -> None:
+    frame = report_of([[0.1, -0.2], [0.3, 0.4]]).to_dataframe()
+    assert frame.values.tolist() == [[0, 100, 0.1], [0, 101, -0.2], [1, 100, 0.3], [1, 101, 0.4]]
+    assert list(frame.columns) == ["query", "index", "score"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Printed
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_print_names_the_strongest_and_how_the_solve_went() -> None:
+    text = str(report_of([[0.1, -0.2, 0.3]], k=2))
+    assert "3 training examples on 1 query (gif, 2 target parameters; lissa converged after 2 steps" in text
+    assert "proponents: 102 (+0.3), 100 (+0.1)" in text
+    assert "opponents: 101 (-0.2), 100 (+0.1)" in text
+
+
+def test_print_shows_each_of_several_queries_up_to_eight() -> None:
+    text = str(report_of(torch.arange(20.0).view(10, 2), k=1))
+    assert "on 10 queries" in text
+    assert "query 0 proponents: 101 (+1)" in text
+    assert "query 7 opponents: 100 (+14)" in text
+    assert "query 8" not in text
+    assert "2 more queries" in text
+
+
+def test_print_of_an_edit_has_both_sides_and_the_notes() -> None:
+    trainer, _, dataset = fitted()
+    report = trainer.unlearn(batch_of(dataset, [0, 1]), step="natural")
+    text = str(report)
+    assert f"Edit for 2 examples (goal: examples; 46 retained) by changing {report.edit.count} of 83" in text
+    assert f"forget loss: {report.forget.before:.4g} -> {report.forget.after:.4g}" in text
+    assert f"retain loss: {report.retain.before:.4g} -> {report.retain.after:.4g}" in text
+    assert "note: The optimizer's state" in text
+    corrected = trainer.unlearn(batch_of(dataset, [2, 3]), relabel=0, step="natural")
+    assert corrected.relabelled is not None
+    assert f"relabelled loss: {corrected.relabelled.before:.4g}" in str(corrected)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Drawn
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def titles(figure: Any) -> list[str]:
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+def test_a_plot_of_images_shows_query_proponents_opponents_and_histogram() -> None:
+    trainer, _, dataset = fitted(image_net(), images())
+    report = trainer.influence(batch_of(dataset, [4]), k=3)
+    figure = report.plot()
+    strongest = int(report.proponents().indices[0, 0])
+    score = float(report.proponents().scores[0, 0])
+    assert titles(figure)[0] == "query\ntarget 1"
+    assert f"#{strongest}: {strongest % 3}\n{score:+.2g}" in titles(figure)
+    assert len(titles(figure)) == 1 + 3 + 3
+    assert sum(len(axes.images) for axes in figure.axes) == 7
+    assert {"proponents", "opponents"} <= {axes.get_ylabel() for axes in figure.axes}
+    assert sum(int(patch.get_height()) for patch in figure.axes[-1].patches) == len(dataset)
+    shown = next(axes for axes in figure.axes if axes.get_title().startswith(f"#{strongest}:"))
+    np.testing.assert_array_equal(shown.images[0].get_array(), image_of(dataset[strongest]))
+
+
+def test_a_plot_of_other_data_shows_their_values() -> None:
+    trainer, _, dataset = fitted()
+    report = trainer.influence(batch_of(dataset, [4, 5]), per_example=True, k=2)
+    figure = report.plot(query=1)
+    assert titles(figure)[0] == "query 1\ntarget 2"
+    words = " ".join(text.get_text() for axes in figure.axes for text in axes.texts).replace("\n", " ")
+    assert text_of(dataset[5]) in words
+    assert text_of(dataset[int(report.opponents().indices[1, 0])]) in words
+    figure.canvas.draw()
+
+
+def test_a_plot_of_a_query_of_several_says_so_and_a_missing_query_is_refused() -> None:
+    trainer, _, dataset = fitted()
+    report = trainer.influence(batch_of(dataset, [4, 5]))
+    assert titles(report.plot())[0] == "query, first of several\ntarget 1"
+    for query in (-1, 1, 0.5):
+        with pytest.raises(ConfigurationError, match="whole number from 0 to 0"):
+            report.plot(query=query)  # type: ignore[arg-type]
+
+
+def test_queries_beyond_the_kept_ones_are_drawn_without_a_picture() -> None:
+    trainer, _, dataset = fitted(image_net(), images())
+    report = trainer.influence(batch_of(dataset, list(range(10))), per_example=True, k=1)
+    assert len(report.queries) == 8
+    assert len(titles(report.plot(query=9))) == 2
+
+
+def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
+    trainer, _, dataset = fitted()
+    report = trainer.unlearn(batch_of(dataset, [0, 1]))
+    search, solve = report.plot().axes
+    assert search.get_title() == "losses along the search, goal: examples"
+    assert solve.get_title() == f"solve: lissa {report.solve['status']}"
+    forget, retain, chosen = search.lines
+    assert forget.get_label() == "forget"
+    steps = sorted(point.step for point in report.path)
+    assert forget.get_xdata().tolist() == steps == retain.get_xdata().tolist()
+    assert chosen.get_xdata()[0] == report.step
+    assert solve.lines[0].get_ydata().tolist() == report.residuals
+    assert search.get_yscale() == "log"
+
+
+def test_losses_that_are_not_positive_are_drawn_on_a_plain_scale() -> None:
+    class Shifted(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) - 5.0
+
+    trainer, _, dataset = fitted(Shifted())
+    search = trainer.unlearn(batch_of(dataset, [0, 1]), step=0.5).plot().axes[0]
+    assert search.get_yscale() == "linear"
+    low, high = search.get_ylim()
+    assert low < high < 0
+
+
+@pytest.mark.parametrize(
+    ("item", "shape"),
+    [
+        ((torch.rand(1, 8, 9), 3), (8, 9)),
+        (torch.rand(8, 9), (8, 9)),
+        ({"x": torch.rand(3, 8, 9), "y": 1}, (8, 9, 3)),
+        ((torch.rand(8, 9, 3), 1), (8, 9, 3)),
+        ((torch.zeros(1, 8, 8), 3), (8, 8)),
+        ((torch.full((1, 8, 8), math.nan), 3), (8, 8)),
+        ((torch.rand(12), 3), None),
+        ((torch.rand(4, 4), 3), None),
+        ((torch.rand(2, 8, 8), 3), None),
+        ("words", None),
+    ],
+)
+def test_what_counts_as_an_image(item: Any, shape: tuple[int, ...] | None) -> None:
+    found = image_of(item)
+    assert (None if found is None else found.shape) == shape
+    assert found is None or found.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("item", "label", "text"),
+    [
+        ((torch.tensor([0.12345, 2.0]), torch.tensor(3)), 3, "0.123, 2"),
+        ((torch.tensor([1, 2]), 3), 3, "1, 2"),
+        ((torch.tensor([1, 2]), np.int64(4)), 4, "1, 2"),
+        (("a good film", "positive"), "positive", "a good film"),
+        ({"text": "a film", "label": 2}, 2, "text: a film"),
+        ({"a": torch.tensor([1]), "b": torch.tensor([2.5]), "target": torch.tensor([0.5])}, 0.5, "a: 1; b: 2.5"),
+        ((torch.tensor([1.0]), torch.tensor([2.0, 3.0])), None, "1, 2, 3"),
+        (torch.tensor([7.0]), None, "7"),
+        ((torch.arange(99), 1), 1, "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, … [99]"),
+    ],
+)
+def test_labels_and_values_in_words(item: Any, label: Any, text: str) -> None:
+    assert label_of(item) == label
+    assert text_of(item) == text
+
+
+def test_a_long_text_is_cut() -> None:
+    assert len(text_of(("word " * 1000, 1))) <= 200
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Logged
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def csv_values(logger: CSVLogger) -> dict[str, float]:
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        return {key: float(value) for row in csv.DictReader(file) for key, value in row.items() if value}
+
+
+def event_values(folder: str) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(folder).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_csv_has_the_values_as_soon_as_the_call_returns(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    trainer, _, dataset = fitted(logger=logger)
+    answer = trainer.influence(batch_of(dataset, [0]))
+    values = csv_values(logger)
+    assert values["gif/influence/score_max"] == float(answer.scores.max())
+    assert values["gif/influence/solve_iterations"] == answer.solution.iterations
+    edit = trainer.unlearn(batch_of(dataset, [0]), step="natural")
+    values = csv_values(logger)
+    assert values["gif/unlearn/forget_loss_after"] == edit.forget.after
+    assert values["gif/unlearn/n_changed"] == edit.edit.count
+    assert values["gif/influence/score_min"] == float(answer.scores.min())  # rewritten with more columns, not lost
+    assert values["gif/targets/count"] > 0
+    assert "gif/unlearn/goal" not in values  # words are not metrics
+
+
+def test_tensorboard_has_the_values_at_the_step_of_training(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    trainer, _, dataset = fitted(logger=logger)
+    answer = trainer.influence(batch_of(dataset, [0]))
+    edit = trainer.unlearn(batch_of(dataset, [0]), step="natural")
+    found = event_values(logger.log_dir)
+    assert found["gif/influence/score_max"] == [(6, pytest.approx(float(answer.scores.max())))]
+    assert found["gif/unlearn/retain_loss_before"] == [(6, pytest.approx(edit.retain.before))]
+    assert trainer.global_step == 6
+
+
+@pytest.fixture
+def wandb_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbLogger]:
+    """An offline run. The logger sets WANDB_MODE for the whole process; it is put back."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    yield logger
+    logger.experiment.finish()
+
+
+def wandb_tables(logger: WandbLogger, key: str) -> list[dict[str, Any]]:
+    found = sorted(Path(logger.experiment.dir, "media", "table").glob(f"{key}_*.table.json"), key=os.path.getmtime)
+    return [json.loads(path.read_text()) for path in found]
+
+
+def test_wandb_has_values_tables_and_pictures_beside_other_loggers(tmp_path: Path, wandb_logger: WandbLogger) -> None:
+    others = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path)]
+    trainer, _, dataset = fitted(image_net(), images(), logger=[wandb_logger, *others])
+    answer = trainer.influence(batch_of(dataset, [4, 7]), k=3)
+    trainer.unlearn(batch_of(dataset, [4]), step="natural")
+    run = wandb_logger.experiment
+
+    summary = dict(run.summary)
+    assert summary["gif/influence/score_max"] == float(answer.scores.max())
+    assert summary["gif/unlearn/step"] == 1.0
+    assert summary["trainer/global_step"] == trainer.global_step
+
+    (examples,) = wandb_tables(wandb_logger, "gif/influence/examples")
+    assert examples["columns"] == ["query", "kind", "rank", "index", "score", "target", "example"]
+    rows = [dict(zip(examples["columns"], row, strict=True)) for row in examples["data"]]
+    assert [row["kind"] for row in rows] == ["query"] * 2 + ["proponent"] * 3 + ["opponent"] * 3
+    assert [row["target"] for row in rows[:2]] == [1, 1]
+    assert [row["index"] for row in rows[2:5]] == answer.proponents().indices[0].tolist()
+    assert [row["score"] for row in rows[5:]] == answer.opponents().scores[0].tolist()
+    assert all(row["target"] == row["index"] % 3 for row in rows[2:])
+    assert all(row["example"] == "Image" for row in rows)  # the pictures themselves are in the table's artifact
+
+    (solve,) = wandb_tables(wandb_logger, "gif/influence/solve")
+    assert [row[1] for row in solve["data"]] == answer.solution.residuals
+    (path,) = wandb_tables(wandb_logger, "gif/unlearn/path")
+    assert [row[0] for row in path["data"]] == [0.0, 1.0]
+
+    assert csv_values(others[0])["gif/unlearn/step"] == 1.0
+    assert event_values(others[1].log_dir)["gif/unlearn/step"] == [(trainer.global_step, 1.0)]
+    run.log({"mine": 1})  # the run goes on
+    assert run.summary["mine"] == 1
+
+
+def test_wandb_tables_of_other_data_hold_their_values_for_each_query(wandb_logger: WandbLogger) -> None:
+    trainer, _, dataset = fitted(logger=wandb_logger)
+    trainer.influence(batch_of(dataset, list(range(10))), per_example=True, k=2)
+    (examples,) = wandb_tables(wandb_logger, "gif/influence/examples")
+    rows = [dict(zip(examples["columns"], row, strict=True)) for row in examples["data"]]
+    queries = [row for row in rows if row["kind"] == "query"]
+    assert [row["example"] for row in queries] == [text_of(dataset[index]) for index in range(8)]
+    assert [row["query"] for row in queries] == list(range(8))
+    assert len(rows) == 8 + 8 * 4
+    assert all(row["example"] == text_of(dataset[row["index"]]) for row in rows if row["kind"] != "query")
+
+
+def test_a_finished_wandb_run_costs_neither_report_nor_edit(wandb_logger: WandbLogger, tmp_path: Path) -> None:
+    after = CSVLogger(tmp_path)
+    trainer, module, dataset = fitted(logger=[wandb_logger, after])
+    before = weights(module)
+    wandb_logger.experiment.finish()
+    with pytest.warns(GIFWarning, match="WandbLogger did not take the report.*finished"):
+        report = trainer.unlearn(batch_of(dataset, [0]), step="natural")
+    assert csv_values(after)["gif/unlearn/step"] == 1.0
+    assert not same_weights(weights(module), before)
+    report.undo()
+    assert same_weights(weights(module), before)
+
+
+class Broken(CSVLogger):
+    """Takes what training logs, and fails at a report."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if any(name.startswith(("gif/influence", "gif/unlearn")) for name in metrics):
+            raise OSError("disk full")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_fails_is_named_and_the_others_are_served(tmp_path: Path) -> None:
+    loggers = [Broken(tmp_path, name="broken"), CSVLogger(tmp_path, name="whole")]
+    trainer, module, dataset = fitted(logger=loggers)
+    with pytest.warns(GIFWarning, match="Broken did not take the report.*OSError: disk full"):
+        answer = trainer.influence(batch_of(dataset, [0]))
+    assert csv_values(loggers[1])["gif/influence/n_train"] == 48
+    before = weights(module)
+    with pytest.warns(GIFWarning, match="Broken did not take the report"):
+        edit = trainer.unlearn(batch_of(dataset, [0]), step="natural")
+    edit.undo()
+    assert same_weights(weights(module), before)
+    with pytest.raises(OSError, match="disk full"):
+        answer.log()
+
+
+def test_logging_can_be_left_out_and_made_up_for(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    trainer, _, dataset = fitted(
+        callback=GIFCallback(ratio=0.5, unconverged="ignore", log_reports=False), logger=logger
+    )
+    answer = trainer.influence(batch_of(dataset, [0]))
+    assert not any(name.startswith("gif") for name in csv_values(logger))
+    answer.log(prefix="mine")
+    assert csv_values(logger)["mine/n_train"] == 48
+    elsewhere = CSVLogger(tmp_path, name="elsewhere")
+    answer.log([elsewhere])
+    assert csv_values(elsewhere)["gif/influence/n_train"] == 48
+
+
+def test_no_logger_and_a_dry_run_of_the_trainer_log_nothing(tmp_path: Path) -> None:
+    trainer, _, dataset = fitted(logger=False)
+    report = trainer.influence(batch_of(dataset, [0]))
+    assert report.loggers == []
+    report.log()
+    trainer, _, dataset = fitted(logger=CSVLogger(tmp_path), fast_dev_run=True)
+    trainer.influence(batch_of(dataset, [0]), targets="batch").log()
+    trainer.unlearn(batch_of(dataset, [0]), step=0.1)
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+class Recorder:
+    """The least that a logger can be."""
+
+    def __init__(self) -> None:
+        self.metrics: list[tuple[dict[str, float], int]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.metrics.append((metrics, step))
+
+
+def test_only_finite_numbers_reach_a_logger_and_tables_only_those_that_take_them() -> None:
+    logger = Recorder()
+    values = {"a": 1, "b": 2.5, "words": "no", "nan": math.nan, "inf": math.inf, "none": None}
+    log_scalars([logger], values, prefix="x", step=3)
+    assert logger.metrics == [({"x/a": 1.0, "x/b": 2.5}, 3)]
+    log_table([logger], "t", ["a"], [[1]])
+    assert len(logger.metrics) == 1
+
+
+def test_pictures_in_tables_are_enlarged_and_show_the_example() -> None:
+    import wandb
+
+    class Tables(Recorder):
+        def log_table(self, key: str, columns: list[str], data: list[list[Any]]) -> None:
+            self.cells = data[0]
+
+    logger = Tables()
+    small = image_of(images()[0])
+    log_table([logger], "t", ["image", "number"], [[small, 3]])
+    picture, number = logger.cells
+    assert number == 3
+    assert isinstance(picture, wandb.Image)
+    shown = np.asarray(picture.image)
+    assert shown.shape == (64, 64)
+    np.testing.assert_array_equal(shown[::8, ::8], small)
+
+
+def test_importing_the_package_loads_neither_wandb_nor_matplotlib() -> None:
+    code = """
+import sys
+import lightning.pytorch, torchmetrics, torch.func
+before = set(sys.modules)
+import lightning_gif
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "lightning_gif" in out
+    for name in ("wandb", "matplotlib", "pandas"):
+        assert name not in out
+
+
+def test_wandb_is_not_loaded_for_other_loggers(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from lightning.pytorch.loggers import CSVLogger
+from tests.conftest import fitted, batch_of
+trainer, module, data = fitted(logger=CSVLogger({str(tmp_path)!r}))
+trainer.influence(batch_of(data, [0]))
+trainer.unlearn(batch_of(data, [0]), step="natural")
+print("wandb" in sys.modules)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split()[-1] == "False"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Saved and loaded
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def assert_same_report(one: UnlearnReport, other: UnlearnReport) -> None:
+    for name in ("indices", "old", "new"):
+        first, second = getattr(one.edit, name), getattr(other.edit, name)
+        assert first.keys() == second.keys()
+        for key in first:
+            assert first[key].dtype == second[key].dtype
+            assert torch.equal(first[key], second[key])
+    assert one.edit.shapes == other.edit.shapes
+    assert (one.edit.digest_before, one.edit.digest_after) == (other.edit.digest_before, other.edit.digest_after)
+    for name in ("goal", "step", "forget", "retain", "relabelled", "n_forget", "n_found", "n_retain", "n_parameters"):
+        assert getattr(one, name) == getattr(other, name)
+    for name in ("path", "solve", "residuals", "settings", "notes", "seconds", "global_step"):
+        assert repr(getattr(one, name)) == repr(getattr(other, name))  # NaN equals itself in words only
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_report_comes_back_from_its_file_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    class Cast(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(self.net[0].weight.dtype)).float()
+
+    module = Cast().to(dtype)
+    trainer, _, dataset = fitted(module)
+    before = weights(module)
+    report = trainer.unlearn(batch_of(dataset, [0, 1]), relabel=2, step="natural")
+    after = weights(module)
+    assert {value.dtype for value in report.edit.new.values()} == {dtype}
+    assert not same_weights(before, after)
+
+    report.save(tmp_path / "edit.safetensors")
+    loaded = UnlearnReport.load(tmp_path / "edit.safetensors")
+    assert_same_report(report, loaded)
+    with pytest.raises(EditError, match="say which model"):
+        loaded.undo()
+    loaded.undo(module)
+    assert same_weights(weights(module), before)
+    bound = UnlearnReport.load(str(tmp_path / "edit.safetensors"), module)
+    bound.apply()
+    assert same_weights(weights(module), after)
+    assert str(bound) == str(report)
+    bound.plot()
+    bound.log()
+
+
+def test_a_search_with_its_path_comes_back(tmp_path: Path) -> None:
+    trainer, _, dataset = fitted()
+    report = trainer.unlearn(batch_of(dataset, [0, 1, 2]))
+    report.save(tmp_path / "edit")
+    loaded = UnlearnReport.load(tmp_path / "edit")
+    assert len(loaded.path) > 2
+    assert_same_report(report, loaded)
+
+
+def some_edit() -> tuple[pl.LightningModule, UnlearnReport]:
+    trainer, module, dataset = fitted()
+    return module, trainer.unlearn(batch_of(dataset, [0]), step="natural")
+
+
+def test_saving_replaces_a_file_whole_and_makes_folders(tmp_path: Path) -> None:
+    _, report = some_edit()
+    path = tmp_path / "new" / "folder" / "edit.safetensors"
+    report.save(path)
+    path.write_bytes(b"old")
+    report.save(path)
+    assert_same_report(report, UnlearnReport.load(path))
+    assert os.listdir(path.parent) == [path.name]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # others may read it as they may any new file
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, report = some_edit()
+    path = tmp_path / "edit.safetensors"
+    path.write_bytes(b"old")
+
+    def fail(*args: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        report.save(path)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_bad_files_are_refused(tmp_path: Path) -> None:
+    module, report = some_edit()
+    path = tmp_path / "edit.safetensors"
+    report.save(path)
+    content = path.read_bytes()
+    for bad in (b"", b"no edit", content[:-8], content.replace(b"lightning-gif edit 1", b"lightning-gif edit 9")):
+        path.write_bytes(bad)
+        with pytest.raises(EditError, match=r"damaged|not an edit"):
+            UnlearnReport.load(path)
+    path.write_bytes(content)
+    with pytest.raises(EditError, match="another model"):
+        UnlearnReport.load(path, image_net())
+    with pytest.raises(FileNotFoundError):
+        UnlearnReport.load(tmp_path / "missing")
+    UnlearnReport.load(path, module).undo()
+
+
+class Words(Dataset[Any]):
+    """Items of a mapping with a text and a plain number as label."""
+
+    def __init__(self) -> None:
+        self.data = blobs()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        x, y = self.data[index]
+        return {"x": x, "text": f"number {index}", "label": int(y)}
+
+
+def test_mappings_with_texts_are_shown_by_text_and_label() -> None:
+    class OfMappings(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step((batch["x"], batch["label"]), batch_idx)
+
+    trainer, _, _ = fitted(OfMappings(), Words())  # type: ignore[arg-type]
+    report = trainer.influence(DataLoader(Subset(Words(), [7]), 1), k=1)
+    strongest = int(report.proponents().indices[0, 0])
+    figure = report.plot()
+    assert f"#{strongest}: {strongest % 3}" in titles(figure)[1]
+    words = [text.get_text().replace("\n", " ") for axes in figure.axes for text in axes.texts]
+    assert any(f"number {strongest}" in text for text in words)
