@@ -1,0 +1,109 @@
+"""What the examples share: scikit-learn's 8x8 digits, a small convolutional net, and where things are logged."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+CLASSES = 10
+SPLIT_SEED = 0  # the split is part of the data: --seed changes the training only
+
+
+class DigitsModel(pl.LightningModule):
+    """A small convolutional classifier. Nothing in it knows of influence functions."""
+
+    def __init__(self, lr: float = 3e-3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, CLASSES)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), self.hparams["lr"])
+
+
+def digits() -> tuple[TensorDataset, TensorDataset]:
+    """The 1797 digits in a fixed random split: 75 % for training, 25 % for testing."""
+    data = load_digits()
+    x, y = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    train, test = order[: len(y) * 3 // 4], order[len(y) * 3 // 4 :]
+    return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
+
+
+def fit(
+    model: pl.LightningModule, data: TensorDataset, *, epochs: int, seed: int, **trainer_options: Any
+) -> tuple[pl.Trainer, pl.LightningModule]:
+    """Trains a model from the start and gives it back with its trainer."""
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=10,
+        **{"logger": False, **trainer_options},
+    )
+    order = torch.Generator().manual_seed(seed)
+    trainer.fit(model, DataLoader(data, batch_size=64, shuffle=True, generator=order))
+    return trainer, model
+
+
+@torch.no_grad()
+def logits(model: pl.LightningModule, data: TensorDataset) -> Tensor:
+    """``(n, 10)``, for the examples in order."""
+    return model.eval()(data.tensors[0])
+
+
+def make_logger(name: str, output: Path, project: str) -> Any:
+    """A logger that needs no account: W&B offline, CSV files, or none."""
+    if name == "wandb":
+        logger = WandbLogger(project=project, save_dir=output, offline=True)
+        _ = logger.experiment  # starts the run here, not in the time that training takes
+        return logger
+    return CSVLogger(output, name="csv") if name == "csv" else False
+
+
+def make_parser(description: str | None, output: str, *, epochs: int) -> ArgumentParser:
+    """A parser with the options that the examples have in common."""
+    parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=epochs, help="training epochs of each model")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of training")
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder for pictures, files and logs")
+    parser.add_argument(
+        "--logger", choices=("wandb", "csv", "none"), default="wandb", help="wandb works offline, without an account"
+    )
+    return parser
+
+
+def quiet() -> None:
+    """Silences what Lightning says about hardware and tiny data sets; warnings of this package stay.
+
+    So small a net gains nothing from a second thread, and loses much on a busy machine.
+    """
+    torch.set_num_threads(1)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")

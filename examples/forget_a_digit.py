@@ -1,0 +1,138 @@
+"""Trains a classifier of handwritten digits, forgets one of them, and compares with a model that never saw it."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+
+import lightning.pytorch as pl
+import torch
+from digits import CLASSES, DigitsModel, digits, fit, logits, make_logger, make_parser, quiet
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_gif import GIFCallback, UnlearnReport
+
+
+def accuracy(predicted: Tensor, data: TensorDataset, classes: list[int]) -> float:
+    y = data.tensors[1]
+    of_classes = torch.isin(y, torch.tensor(classes))
+    return float((predicted == y)[of_classes].float().mean())
+
+
+def save_bars(path: str, predictions: dict[str, Tensor], test: TensorDataset, digit: int) -> None:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(predictions)
+    for position, (name, predicted) in enumerate(predictions.items()):
+        heights = [accuracy(predicted, test, [c]) for c in range(CLASSES)]
+        bars = axes.bar([c + (position - 1) * width for c in range(CLASSES)], heights, width * 0.92, label=name)
+        axes.bar_label(bars, ["" if height else "0" for height in heights], fontsize=8, padding=1)
+    axes.axvspan(digit - 0.5, digit + 0.5, color="grey", alpha=0.15, zorder=0)
+    axes.set_xticks(range(CLASSES))
+    axes.set_xlabel("digit (shaded: forgotten)")
+    axes.set_ylabel("test accuracy")
+    axes.set_ylim(0, 1.02)
+    axes.set_title(f"Forgetting the digit {digit}")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main(args: Namespace) -> None:
+    quiet()
+    console = Console()
+    args.output.mkdir(parents=True, exist_ok=True)
+    train, test = digits()
+    seconds = {}
+
+    logger = make_logger(args.logger, args.output, "forget-a-digit")
+    pl.seed_everything(args.seed, verbose=False)
+    start = time.perf_counter()
+    trainer, model = fit(
+        DigitsModel(),
+        train,
+        epochs=args.epochs,
+        seed=args.seed,
+        callbacks=[GIFCallback(ratio=args.ratio)],
+        logger=logger,
+    )
+    seconds["fit"] = time.perf_counter() - start
+    predictions = {"before": logits(model, test).argmax(1)}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Forget. All that is told is which training examples; no test data is looked at.
+    # ------------------------------------------------------------------------------------------------------------
+    is_digit = train.tensors[1] == args.digit
+    forget = DataLoader(Subset(train, is_digit.nonzero().flatten().tolist()), batch_size=256)
+    start = time.perf_counter()
+    edit = trainer.unlearn(forget)
+    seconds["unlearn"] = time.perf_counter() - start
+    predictions["after"] = logits(model, test).argmax(1)
+    console.print(f"\n{edit}", markup=False, highlight=False, soft_wrap=True)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # What it should be like: a model that has never seen the digit.
+    # ------------------------------------------------------------------------------------------------------------
+    pl.seed_everything(args.seed, verbose=False)
+    rest = TensorDataset(*(tensor[~is_digit] for tensor in train.tensors))
+    start = time.perf_counter()
+    _, never = fit(DigitsModel(), rest, epochs=args.epochs, seed=args.seed)
+    seconds["retrain"] = time.perf_counter() - start
+    predictions["retrained"] = logits(never, test).argmax(1)
+
+    others = [c for c in range(CLASSES) if c != args.digit]
+    table = Table(title=f"Test accuracy when the digit {args.digit} is forgotten")
+    table.add_column("")
+    for name in predictions:
+        table.add_column(name, justify="right")
+    for title, classes in (("the other digits", others), (f"digit {args.digit}", [args.digit])):
+        table.add_row(title, *(f"{accuracy(p, test, classes):.1%}" for p in predictions.values()))
+    agreement = [(p == predictions["retrained"]).float().mean() for p in predictions.values()]
+    table.add_row("same answer as retrained", *(f"{share:.1%}" for share in agreement))
+    console.print(table)
+
+    table = Table(title="Seconds")
+    for phase in seconds:
+        table.add_column(phase, justify="right")
+    table.add_row(*(f"{value:.1f}" for value in seconds.values()))
+    console.print(table)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Keep the edit, and take it back.
+    # ------------------------------------------------------------------------------------------------------------
+    edit.save(args.output / "edit.safetensors")
+    edit.undo()
+    identical = all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    console.print(f"Undone: the weights are {'' if identical else 'NOT '}bit-identical to those before.")
+    UnlearnReport.load(args.output / "edit.safetensors", model).apply()
+    again = bool((logits(model, test).argmax(1) == predictions["after"]).all())
+    edit.undo()
+    console.print(f"The edit from the file {'gives' if again else 'does NOT give'} the same predictions again.\n")
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Ask about a test digit that the model misreads, or the one that it is least sure of.
+    # ------------------------------------------------------------------------------------------------------------
+    x, y = test.tensors
+    losses = torch.nn.functional.cross_entropy(logits(model, test), y, reduction="none")
+    asked = int(losses.argmax())
+    read_as = int(predictions["before"][asked])
+    console.print(f"Test digit {asked} is a {int(y[asked])} and is read as a {read_as}. Why?")
+    answer = trainer.influence((x[asked : asked + 1], y[asked : asked + 1]), k=8)
+    console.print(str(answer), markup=False, highlight=False, soft_wrap=True)
+
+    save_bars(str(args.output / "accuracy.png"), predictions, test, args.digit)
+    edit.plot().savefig(args.output / "unlearning.png", dpi=150)
+    answer.plot().savefig(args.output / "influence.png", dpi=150)
+    console.print(f"\nPictures and the edit are in {args.output}/", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    parser = make_parser(__doc__, "outputs/forget_a_digit", epochs=15)
+    parser.add_argument("--digit", type=int, default=3, choices=range(CLASSES), help="the class to forget")
+    parser.add_argument("--ratio", type=float, default=0.1, help="share of each layer's parameters that may change")
+    main(parser.parse_args())

@@ -1,0 +1,82 @@
+"""The examples run from the command line, and what they print and write is what they promise."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_gif import UnlearnReport
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, *args: object) -> str:
+    """What an example prints; colours and progress do not matter here."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "WANDB_SILENT": "true", "NO_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *map(str, args)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def row(printed: str, start: str) -> list[str]:
+    """The cells of the first table row that starts with a text."""
+    line = next(line for line in printed.splitlines() if line.startswith(f"│ {start}"))
+    return [cell.strip() for cell in line.strip("│").split("│")][1:]
+
+
+def percent(cell: str) -> float:
+    assert cell.endswith("%")
+    return float(cell[:-1])
+
+
+def assert_pictures(folder: Path, *names: str) -> None:
+    for name in names:
+        content = (folder / name).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) > 5000
+
+
+@pytest.mark.slow
+def test_forget_a_digit(tmp_path: Path) -> None:
+    printed = run("forget_a_digit.py", "--output", tmp_path, "--epochs", 4, "--digit", 3, "--logger", "csv")
+    before, after, retrained = map(percent, row(printed, "digit 3"))
+    assert before > 50 > 20 > after >= retrained == 0
+    before, after, _ = map(percent, row(printed, "the other digits"))
+    assert before > 80
+    assert after > before - 20
+    assert "Undone: the weights are bit-identical" in printed
+    assert "from the file gives the same predictions" in printed
+    assert "proponents: " in printed
+    assert_pictures(tmp_path, "accuracy.png", "unlearning.png", "influence.png")
+    report = UnlearnReport.load(tmp_path / "edit.safetensors")
+    assert report.n_forget == report.n_found == 137
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        columns = next(csv.reader(file))
+    assert {"train/loss", "gif/unlearn/step", "gif/influence/score_max"} <= set(columns)
+
+
+@pytest.mark.slow
+def test_find_mislabeled(tmp_path: Path) -> None:
+    printed = run("find_mislabeled.py", "--output", tmp_path, "--epochs", 6)
+    assert "101 of 1078 training examples have a wrong label." in printed
+    for ranking in ("influence", "training loss"):
+        auc, tenth, fifth, _ = row(printed, ranking)
+        assert float(auc) > 0.8
+        assert percent(fifth) >= percent(tenth) > 50
+    assert_pictures(tmp_path, "suspects.png", "influence.png")
+    assert list(tmp_path.rglob("offline-run-*/**/gif/influence/examples_*.table.json"))
+
+
+@pytest.mark.parametrize("name", ["forget_a_digit.py", "find_mislabeled.py"])
+def test_help_tells_the_story_and_the_defaults(name: str) -> None:
+    printed = run(name, "--help")
+    assert "handwritten digits" in printed
+    assert "--epochs EPOCHS" in printed
+    assert "(default: 15)" in printed
