@@ -180,16 +180,16 @@ class Objective:
             at = self.theta if theta is None else theta
             return torch.cat([self.losses(at, batch.data) for batch in examples.batches()])
 
-    def gradient(self, examples: Examples) -> Tensor:
-        """The gradient ``(p,)`` of the mean loss over examples.
+    def gradient(self, examples: Examples, theta: Tensor | None = None) -> Tensor:
+        """The gradient ``(p,)`` of the mean loss over examples at ``theta``, by default at the present parameters.
 
         Raises:
             NonFiniteError: If it is not finite.
         """
         total = torch.zeros_like(self.theta)
         for batch in examples.batches():
-            theta = self.theta.detach().requires_grad_()
-            total += self._gradient(self.loss_sum(theta, batch.data), theta)
+            at = (self.theta if theta is None else theta).detach().requires_grad_()
+            total += self._gradient(self.loss_sum(at, batch.data), at)
         return self._finite(total / len(examples))
 
     def query_gradients(self, examples: Examples, *, per_example: bool) -> Tensor:

@@ -19,7 +19,7 @@ from .objective import Objective
 from .parameters import Edit, Targets
 from .reports.unlearning import Change, UnlearnReport
 from .settings import Settings
-from .steps import Goal, Point, forget_class, minimise_risk
+from .steps import Goal, Point, forget_class, minimise_risk, restore
 
 __all__ = ["Step", "check_step", "unlearn"]
 
@@ -104,9 +104,6 @@ def unlearn(
             " curvature along them. Use other targets, a larger ratio, or method='if'."
         )
 
-    def moved(size: float) -> Tensor:
-        return objective.theta.index_add(0, positions, size * change)
-
     goal = _goal(forget, corrected, sample)
     guessing = _loss_of_guessing(forget, sample)
 
@@ -118,18 +115,35 @@ def unlearn(
     retain_gradient = objective.gradient(sample)
     slope = float((retain_gradient + share * forget_gradient)[positions] @ change)
 
-    def measure(size: float) -> Point:
-        theta = moved(size)
+    def moved(size: float, repair: float = 0.0) -> Tensor:
+        total = size * change if not repair else size * change + repair * second
+        return objective.theta.index_add(0, positions, total)
+
+    def measure(size: float, repair: float = 0.0) -> Point:
+        theta = moved(size, repair)
         losses = objective.all_losses(judged_forget, theta).double()
         retain_loss = objective.mean_loss(sample, theta)
         risk = retain_loss - size * slope
         if judged_corrected is not None:
             risk = (retain_loss + share * objective.mean_loss(judged_corrected, theta)) / (1 + share)
         forgotten = float((losses >= guessing).double().mean()) if guessing is not None else math.nan
-        return Point(size, float(losses.mean()), retain_loss, risk, forgotten)
+        return Point(size, repair, float(losses.mean()), retain_loss, risk, forgotten)
 
     size, path = _choose(step, goal, guessing, measure, notes)
-    edit = Edit.plan(objective.module, targets, objective.space, (size * change).to(objective.theta.dtype))
+    repair, second, repair_solve = 0.0, torch.zeros_like(change), None
+    if step == "search" and goal is Goal.CLASS and size:
+        # A step that forgets a class is far from the natural one, where the local model of the retained risk no longer
+        # holds. At the new weights it is solved anew, for the gradient that the retained risk has there.
+        with objective.progress("Hessian products, at the new weights") as bar:
+            there = moved(size)
+            hessian = Hessian(objective.loss_sum, there, sample, on_product=bar.update)
+            second, again = method.edit(hessian, positions, -objective.gradient(sample, there), settings.solve)
+        best, measured = restore(measure, next(point for point in path if point.step == size))
+        path += measured
+        size, repair = best.step, best.repair
+        repair_solve = again.summary()
+    total = moved(size, repair)[positions] - objective.theta[positions]
+    edit = Edit.plan(objective.module, targets, objective.space, total)
     edited = objective.theta.clone()
     edited[positions] = edit.flat_new(objective.space).to(edited)
 
@@ -138,6 +152,7 @@ def unlearn(
         edit=edit,
         goal=goal,
         step=size,
+        repair=repair,
         forget=_change(objective, judged_forget, edited, size * forget_gradient[positions] @ change),
         retain=_change(objective, sample, edited, size * retain_slope + size**2 * curvature / 2),
         relabelled=None
@@ -149,6 +164,7 @@ def unlearn(
         n_parameters=objective.space.size,
         path=path,
         solve=solution.summary(),
+        repair_solve=repair_solve,
         residuals=solution.residuals,
         settings=asdict(settings),
         notes=notes,

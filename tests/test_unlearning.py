@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_gif import METHODS, ConvergenceWarning, GIFCallback, GIFMixin, GIFWarning, UnlearnReport, attach
-from lightning_gif.steps import Goal, Point, forget_class, minimise_risk
+from lightning_gif.steps import Goal, Point, forget_class, minimise_risk, restore
 
 from .conftest import Classifier, batch_of, fitted, loader, make_trainer, same_weights, weights
 
@@ -272,7 +272,7 @@ def test_an_unconverged_solve_warns_and_the_record_says_so() -> None:
 
 
 def path_of(forgotten: Any, retain: Any) -> Any:
-    return lambda s: Point(s, 0.0, retain(s), retain(s), forgotten(s))
+    return lambda s: Point(s, 0.0, 0.0, retain(s), retain(s), forgotten(s))
 
 
 @pytest.mark.parametrize("needed", [0.3, 1.0, 5.0, 700.0])
@@ -319,3 +319,28 @@ def test_single_examples_are_not_chased_far_beyond_the_natural_step() -> None:
     step, path = minimise_risk(path_of(lambda s: 0.0, lambda s: -s), near_natural=True)
     assert step == 4.0
     assert max(point.step for point in path) == 4.0
+
+
+def test_the_repair_restores_retained_loss_and_keeps_the_class_forgotten() -> None:
+    """The first change forgets and harms, the second repairs and brings back: together they do both."""
+
+    def measure(step: float, repair: float = 0.0) -> Point:
+        return Point(step, repair, 0.0, step - 0.9 * repair, 0.0, float(step - 0.2 * repair >= 1.0))
+
+    best, path = restore(measure, measure(1.0))
+    assert best.forgotten == 1.0
+    assert best.repair == 1.0
+    assert best.retain_loss < 0.5
+    assert best in path
+
+
+def test_no_repair_is_made_where_none_helps() -> None:
+    start = Point(3.0, 0.0, 0.0, 0.1, 0.0, 1.0)
+    best, _ = restore(lambda step, repair: Point(step, repair, 0.0, 0.2 if repair else 0.1, 0.0, 1.0), start)
+    assert best is start
+
+
+def test_a_natural_step_that_costs_too_much_is_shortened() -> None:
+    step, _, forgotten = forget_class(path_of(lambda s: float(s > 0.2), lambda s: s * 0.5), math.log(10))
+    assert forgotten
+    assert 0.2 < step < 0.25

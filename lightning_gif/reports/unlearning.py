@@ -35,8 +35,8 @@ class Change(NamedTuple):
     Attributes:
         before: At the weights before.
         after: At the weights after.
-        predicted: ``before`` plus the change predicted by the local model: first order for the forgotten examples,
-            second order for the retained ones. Good for small steps only.
+        predicted: ``before`` plus the change predicted for the first change by the local model: first order for the
+            forgotten examples, second order for the retained ones. Good for small steps only.
     """
 
     before: float
@@ -52,6 +52,8 @@ class UnlearnReport:
         edit: Which entries changed, and their values before and after.
         goal: ``"class"``, ``"examples"`` or ``"labels"``; see :class:`~lightning_gif.steps.Goal`.
         step: The multiple of the solved change that was made; 1 is the natural step.
+        repair: The multiple of a second change that was made to restore the retained loss, solved at the weights that
+            the first one led to; 0 if there was none.
         forget: Mean loss of the examples to be forgotten, with the labels they were trained with.
         retain: Mean loss of (a sample of) the retained training data.
         relabelled: Mean loss of the examples with their new labels; ``None`` when they were removed.
@@ -61,6 +63,7 @@ class UnlearnReport:
         n_parameters: How many trainable parameters the model has.
         path: What the search measured on the way, in order.
         solve: Diagnostics of the solve, see :meth:`~lightning_gif.solvers.Solution.summary`.
+        repair_solve: The same of the second solve; ``None`` if there was none.
         residuals: The solve's relative residual after each number of steps.
         settings: Method, solver and their parameters.
         notes: What the user should know: data not found, a search that was cut short, stale optimizer state.
@@ -73,6 +76,7 @@ class UnlearnReport:
     edit: Edit = field(repr=False)
     goal: Goal
     step: float
+    repair: float
     forget: Change
     retain: Change
     relabelled: Change | None
@@ -82,6 +86,7 @@ class UnlearnReport:
     n_parameters: int
     path: list[Point] = field(repr=False)
     solve: dict[str, Any] = field(repr=False)
+    repair_solve: dict[str, Any] | None = field(repr=False)
     residuals: list[float] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
     notes: list[str]
@@ -214,6 +219,7 @@ class UnlearnReport:
         return {
             "goal": str(self.goal),
             "step": self.step,
+            "repair": self.repair,
             "n_forget": self.n_forget,
             "n_found": self.n_found,
             "n_retain": self.n_retain,
@@ -227,6 +233,7 @@ class UnlearnReport:
                 for when, value in change._asdict().items()
             },
             **{f"solve_{name}": value for name, value in self.solve.items()},
+            **{f"repair_solve_{name}": value for name, value in (self.repair_solve or {}).items()},
         }
 
     def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/unlearn") -> None:
@@ -250,7 +257,7 @@ class UnlearnReport:
         """
         made, axes = figure(1, 2, width=9, height=3.2)
         along, curve = axes[0]
-        path = sorted(self.path, key=lambda point: point.step)
+        path = sorted((point for point in self.path if not point.repair), key=lambda point: point.step)
         lines = {name: [getattr(point, f"{name}_loss") for point in path] for name in ("forget", "retain")}
         for name, losses in lines.items():
             along.plot([point.step for point in path], losses, "o-", markersize=4, label=name)
@@ -275,9 +282,10 @@ class UnlearnReport:
     def __str__(self) -> str:
         share = 100 * self.edit.count / self.n_parameters
         losses = [("forget", self.forget), ("retain", self.retain), ("relabelled", self.relabelled)]
+        repair = f" and repair {self.repair:.3g}" if self.repair else ""
         lines = [
             f"Edit for {self.n_forget} examples (goal: {self.goal}; {self.n_retain} retained) by changing"
-            f" {self.edit.count} of {self.n_parameters} parameters ({share:.1f} %), step {self.step:.3g};"
+            f" {self.edit.count} of {self.n_parameters} parameters ({share:.1f} %), step {self.step:.3g}{repair};"
             f" {self.solve['solver']} {self.solve['status']} after {self.solve['iterations']} steps, residual"
             f" {self.solve['residual']:.1e}; {self.seconds:.1f} s",
             *(f"{name} loss: {c.before:.4g} -> {c.after:.4g} (predicted {c.predicted:.4g})" for name, c in losses if c),

@@ -1,0 +1,90 @@
+"""The whole job on MNIST: fit TinyNet, ask which data moved a batch, forget a class. Seconds, accuracy, peak memory.
+
+    python benchmarks/tinynet_forget.py --data path/to/MNIST/raw
+
+Prints one JSON object. Peak memory is the largest resident set of the process up to the end of each phase.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import time
+import warnings
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from mnist import TinyNet, accuracy, load
+from torch.utils.data import DataLoader, Subset
+
+from lightning_gif import GIFCallback
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
+    parser.add_argument("--digit", type=int, default=8, help="the class to forget")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--retrain", action="store_true", help="also retrain without the class")
+    options = parser.parse_args()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+
+    train, test = load(options.data)
+    result: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "digit": options.digit}
+
+    def phase(name: str, start: float, **values: Any) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        result[name] = {"seconds": round(time.perf_counter() - start, 1), "peak_mib": round(peak), **values}
+        print(name, result[name], flush=True)
+
+    def scores(model: pl.LightningModule) -> dict[str, float]:
+        gone = test.tensors[1] == options.digit
+        parts = {"remaining": ~gone, "forgotten": gone}
+        return {f"{name}_accuracy": round(100 * accuracy(model, test, mask), 2) for name, mask in parts.items()}
+
+    def fit(data: Any, callbacks: list[Any]) -> tuple[pl.Trainer, pl.LightningModule]:
+        pl.seed_everything(options.seed, verbose=False)
+        model = TinyNet()
+        trainer = pl.Trainer(
+            max_epochs=options.epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            callbacks=callbacks,
+        )
+        trainer.fit(model, DataLoader(data, 128, shuffle=True))
+        return trainer, model
+
+    phase("load", time.perf_counter())
+    start = time.perf_counter()
+    trainer, model = fit(train, [GIFCallback()])
+    phase("fit", start, **scores(model))
+
+    start = time.perf_counter()
+    report = trainer.influence(tuple(tensor[:1] for tensor in test.tensors))
+    phase("influence", start, solve=report.solution.summary())
+
+    kept = train.tensors[1] != options.digit
+    start = time.perf_counter()
+    edit = trainer.unlearn(DataLoader(Subset(train, (~kept).nonzero().squeeze(1).tolist()), 256))
+    phase("unlearn", start, step=edit.step, solve=edit.solve, **scores(model))
+    edit.undo()
+
+    if options.retrain:
+        start = time.perf_counter()
+        _, retrained = fit(Subset(train, kept.nonzero().squeeze(1).tolist()), [])
+        phase("retrain", start, **scores(retrained))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
