@@ -48,7 +48,8 @@ class GIFCallback(Callback):
     During ``fit`` the callback gathers, from the passes that training makes anyway, the mean output and output gradient
     of every Linear and Conv neuron by class, and the mean square of every parameter's gradient. At the end of each
     training epoch it picks the target parameters: those that influence is measured on and that unlearning may change.
-    Training itself stays bit for bit what it is without the callback. From ``setup`` on the trainer has the two
+    Training itself stays bit for bit what it is without the callback (in compiled modules up to rounding, since hooks
+    split the compiled graph; ``cache_neurons=False`` hooks into nothing). From ``setup`` on the trainer has the two
     methods; they work during ``fit``, after it, and after ``validate`` or ``test`` with a checkpoint that holds the
     targets. For a model that was loaded and not fitted, see :func:`attach`.
 
@@ -130,6 +131,7 @@ class GIFCallback(Callback):
         self.targets_epoch: int | None = None
         self._train_loader: Any = None
         self._rank_on_demand = False
+        self._observed: LightningModule | None = None  # whose statistics and targets these are
 
     @property
     @override
@@ -216,7 +218,7 @@ class GIFCallback(Callback):
                 the same dataset or a ``Subset`` of it, else by content, and are not part of the retained data.
             relabel: The labels they should have had: a tensor in the order of the examples (of the dataset, for a
                 loader), one class for all, or a function from a batch to its new targets. ``None`` removes them.
-            retain: The data to keep, where it is not the rest of the training data.
+            retain: A loader of the data to keep, where it is not the rest of the training data.
             step: ``"search"``: as far as the goal needs, decided on the forget and retained training data (see
                 :class:`~lightning_gif.steps.Goal`). ``"natural"``: 1, what the theory predicts. Or a number.
             targets: As in :meth:`influence`. What is to be forgotten decides which neurons matter, so the default here
@@ -229,24 +231,28 @@ class GIFCallback(Callback):
             The edit, with ``undo()``, ``save()`` and the change of the loss on both sides.
 
         Raises:
-            EditError: Never here; by ``undo`` and ``apply``.
             GIFError: As in :meth:`influence`. The weights are then as they were.
         """
         settings = self.settings.override(overrides)
         check_step(step)
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
             forget = self._examples(batch, objective, settings)
+            if retain is not None and not isinstance(retain, DataLoader):
+                raise ConfigurationError(
+                    f"`retain` must be a DataLoader over the data to keep, got {type(retain).__name__}. Leave it out to"
+                    " keep the rest of the training data."
+                )
             kept = None if retain is None else self._examples(retain, objective, settings)
             choose = partial(self._choose_targets, objective, train, forget, targets, settings, overrides)
             report = unlearn(objective, train, forget, settings, choose, relabel=relabel, retain=kept, step=step)
         report.module = trainer.lightning_module
+        if trainer.optimizers and report.step:
+            report.notes.append(
+                "The optimizer's state (momentum, averages) is no part of the edit and still remembers the forgotten"
+                " data: start a new optimizer before training on."
+            )
         if not dry_run:
             report.apply()
-            if trainer.optimizers:
-                report.notes.append(
-                    "The optimizer's state (momentum, averages) was not edited and still remembers the forgotten data:"
-                    " start a new optimizer before training on."
-                )
         return self._deliver(trainer, report)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -264,6 +270,9 @@ class GIFCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hooks into the layers, which exist from here on."""
+        if self._observed is not None and self._observed is not pl_module:
+            self._forget_statistics()
+        self._observed = pl_module
         self._rank_on_demand = False
         self._train_loader = trainer.train_dataloader
         if self.cache_neurons:
@@ -409,6 +418,11 @@ class GIFCallback(Callback):
         trainer.influence = partial(self.influence, trainer)
         trainer.unlearn = partial(self.unlearn, trainer)
 
+    def _forget_statistics(self) -> None:
+        """Drops what was gathered on another model."""
+        self.neurons, self.gradients = NeuronStatistics(), GradientStatistics()
+        self.targets = self.targets_epoch = None
+
     def _release(self) -> None:
         self.neurons.detach()
 
@@ -452,6 +466,7 @@ class GIFCallback(Callback):
             sample = train.sample(settings.curvature_examples, settings.seed)
             rank_zero_info(f"No statistics from training: neurons are ranked by one pass over {len(sample)} examples.")
             self.neurons, self.gradients = objective.observe(sample)
+            self._observed = module
             self.targets = self._select(module, self.settings)
         if choice == "class":
             return self._select(module, settings, classes=_known_classes(examples))
@@ -479,10 +494,17 @@ class GIFCallback(Callback):
             )
         with self.neurons.paused(), Objective.open(trainer, module, seed=settings.seed) as objective:
             most = trainer.fast_dev_run * settings.batch_size if trainer.fast_dev_run else None
+            if not trainer.fast_dev_run and (trainer.overfit_batches or trainer.limit_train_batches != 1.0):
+                rank_zero_warn(
+                    "The trainer limits its training batches (overfit_batches or limit_train_batches), but all examples"
+                    " of the training loader are counted as trained on. Pass `dataloader=` with those that were.",
+                    category=GIFWarning,
+                )
             train = Examples.from_loader(
                 loader, objective.prepare, batch_size=settings.batch_size, most=most, seed=settings.seed
             )
             train.warn_if_random()
+            objective.learn_structure(train)
             yield objective, train
 
     def _loader(self, trainer: Trainer) -> Any:
@@ -496,8 +518,8 @@ class GIFCallback(Callback):
             found = trainer.lightning_module.train_dataloader()
         if found is None:
             raise TrainingDataError(
-                "There is no training data: the trainer has not fitted, and has no datamodule. Pass"
-                " `dataloader=` with a DataLoader over the training set."
+                "There is no training data: the trainer has not fitted, and has no datamodule. Pass `dataloader=` with"
+                " a DataLoader over the training set, or `train_dataloaders=` to lightning_gif.attach()."
             )
         self._train_loader = found
         return found
@@ -505,7 +527,6 @@ class GIFCallback(Callback):
     def _examples(self, given: Any, objective: Objective, settings: Settings) -> Examples:
         if isinstance(given, DataLoader):
             return Examples.from_loader(given, objective.prepare, batch_size=settings.batch_size, seed=settings.seed)
-        batch_size(given)
         return Examples.from_batch(given, objective.prepare, batch_size=settings.batch_size)
 
     def _deliver(self, trainer: Trainer, report: _Report) -> _Report:
@@ -515,9 +536,7 @@ class GIFCallback(Callback):
             for logger in report.loggers:
                 try:
                     report.log([logger])
-                except (
-                    Exception
-                ) as error:  # the report is complete and an edit is made: no logger may cost the user both
+                except Exception as error:  # the report is done and the edit made: no logger may cost the user both
                     rank_zero_warn(
                         f"{type(logger).__name__} did not take the report, which is returned nevertheless:"
                         f" {type(error).__name__}: {error}. `report.log([logger])` tries again.",
@@ -579,6 +598,8 @@ def attach(
     callback._check_trainer(trainer)
     if callback not in trainer.callbacks:
         trainer.callbacks.append(callback)
+    if callback._observed is not None and callback._observed is not model:
+        callback._forget_statistics()
     attach_model(trainer, model, train_dataloaders, datamodule)
     callback._train_loader = train_dataloaders
     callback._rank_on_demand = True

@@ -45,6 +45,9 @@ __all__ = [
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 
 
+_MOST_CLASSES = 10_000
+
+
 class Batch(NamedTuple):
     """One batch as the model gets it, with the ids of its examples ``(B,)`` and their number ``B``."""
 
@@ -97,6 +100,13 @@ def tensors(data: Any) -> list[Tensor]:
     return found
 
 
+def _sequences(data: Any) -> list[Sequence[Any]]:
+    """The lists and tuples of a batch that hold no tensors."""
+    found: list[Sequence[Any]] = []
+    map_tensors(data, lambda tensor: tensor, lambda items: found.append(items))
+    return found
+
+
 def batch_size(data: Any) -> int:
     """The number of examples in a batch: the first dimension that all its tensors share.
 
@@ -109,7 +119,8 @@ def batch_size(data: Any) -> int:
     if len(sizes) > 1:
         raise BatchError(
             f"The tensors of the batch disagree on the number of examples: {describe(data)}. The first dimension of"
-            " each tensor must be the batch; where that cannot be, override `influence_loss` (see GIFMixin)."
+            " each tensor must be the batch; where that cannot be, give the examples as a DataLoader, and define"
+            " `influence_loss` (see GIFMixin)."
         )
     size = sizes.pop()
     if not size:
@@ -183,13 +194,16 @@ def find_targets(data: Any) -> Tensor | None:
 
 
 def class_targets(data: Any) -> Tensor | None:
-    """The class of each example, ``(B,)`` integers ≥ 0, where the batch has such targets; else ``None``."""
+    """The class of each example, ``(B,)`` integers ≥ 0, where the batch has such targets; else ``None``.
+
+    Integers of 10 000 and more are taken for ids, counts or times, not for classes.
+    """
     found = find_targets(data)
     if found is None or found.dtype.is_floating_point or found.dtype in (torch.bool, torch.complex64):
         return None
     if found.ndim == 2 and found.shape[1] == 1:
         found = found[:, 0]
-    if found.ndim != 1 or not found.numel() or int(found.min()) < 0:
+    if found.ndim != 1 or not found.numel() or not 0 <= int(found.min()) <= int(found.max()) < _MOST_CLASSES:
         return None
     return found.long()
 
@@ -408,11 +422,13 @@ def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tenso
 def _sampled_ids(loader: DataLoader[Any]) -> Tensor:
     """Which dataset indices a loader draws, sorted; its sampler is asked, not iterated."""
     sampler: Any = loader.sampler
-    if isinstance(loader.batch_sampler, BatchSampler) and isinstance(loader.batch_sampler.sampler, Sequence):
+    if isinstance(loader.batch_sampler, BatchSampler):
         sampler = loader.batch_sampler.sampler
+    elif loader.batch_sampler is not None:
+        sampler = loader.batch_sampler
     if isinstance(sampler, SubsetRandomSampler):
         return torch.as_tensor(sampler.indices, dtype=torch.long).sort().values
-    if isinstance(sampler, Sequence):
+    if isinstance(sampler, Sequence) and sampler is not loader.batch_sampler:
         return torch.as_tensor([int(index) for index in sampler], dtype=torch.long).sort().values
     if not isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
         warnings.warn(
@@ -446,9 +462,10 @@ def _seed_global_generators(seed: int) -> None:
 
 
 def fingerprints(examples: Examples) -> list[bytes]:
-    """A hash of each example's tensors: equal for examples that are equal bit by bit after preparation."""
+    """A hash of each example: equal for examples whose tensors and texts are equal bit by bit after preparation."""
     found = []
     for batch in examples.batches():
+        texts = [items for items in _sequences(batch.data) if len(items) == batch.size]
         parts = [tensor.detach().cpu().contiguous() for tensor in tensors(batch.data) if tensor.ndim]
         rows = [part.view(batch.size, -1).view(torch.uint8).numpy() for part in parts]
         heads = [f"{part.dtype}{tuple(part.shape[1:])}".encode() for part in parts]
@@ -457,6 +474,8 @@ def fingerprints(examples: Examples) -> list[bytes]:
             for head, row in zip(heads, rows, strict=True):
                 state.update(head)
                 state.update(row[position])
+            for items in texts:
+                state.update(repr(items[position]).encode())
             found.append(state.digest())
     return found
 

@@ -52,7 +52,7 @@ def influence(
         ConvergenceError: See :meth:`~lightning_gif.settings.Settings.solve`.
     """
     start = time.perf_counter()
-    objective.check(query, train, "query")
+    objective.check(query, "query", measured=True)
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
     positions = targets.flat(objective.space).to(objective.device)

@@ -7,7 +7,7 @@ import copy
 import inspect
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class Objective:
         """The objective, inside of everything that isolates its evaluation from the user's run."""
         objective = cls(trainer, module, seed=seed)
         dtype = torch.promote_types(next(iter(objective._parameters())).dtype, torch.float32)
-        with _isolated(module, objective.device, dtype):
+        with _isolated(module, objective.device, dtype, trainer.loggers):
             objective.theta = objective.space.flatten(module, dtype)
             yield objective
 
@@ -113,34 +113,52 @@ class Objective:
         narrow = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
         return tensor.to(self.theta.dtype) if narrow else tensor
 
-    def check(self, examples: Examples, train: Examples, what: str) -> None:
-        """Makes sure that ``examples`` can be asked about: structure as in training, finite losses.
+    def learn_structure(self, train: Examples) -> None:
+        """Takes from the first training examples how batches look and how losses are derived.
+
+        Never from a query: a single example could not tell a mean from a sum.
+        """
+        few = train.at(torch.arange(min(_PROBE, len(train))))
+        self._reference = next(few.batches()).data
+        if not self._own_loss:
+            self._probe(self._reference)
+
+    def check(self, examples: Examples, what: str, *, measured: bool = False) -> None:
+        """Makes sure that ``examples`` can be asked about: structure as in training, finite values.
+
+        Args:
+            examples: The examples.
+            what: What they are, for messages.
+            measured: Look at the measurement of a query instead of the loss.
 
         Raises:
             BatchError: If a batch is not structured as training batches are.
-            NonFiniteError: If a loss is not finite.
+            NonFiniteError: If a value is not finite.
         """
-        if self._reference is None:
-            self._reference = next(train.batches()).data
+        if measured and self._own_measurement:
+            own, function, name = True, self.measurements, "measurements"
+        else:
+            own, function, name = self._own_loss, self.losses, "losses"
         for batch in examples.batches():
-            if not self._own_loss and not same_structure(batch.data, self._reference):
+            if not own and not same_structure(batch.data, self._reference):
                 raise BatchError(
                     f"The {what} batch is not structured as the training batches are. Given: {describe(batch.data)}."
-                    f" In training: {describe(self._reference)}."
+                    f" In training, three at a time: {describe(self._reference)}."
                 )
             try:
-                losses = self.losses(self.theta, batch.data)
+                with torch.no_grad():
+                    values = function(self.theta, batch.data)
             except (BatchError, ObjectiveError, ConfigurationError):
                 raise
             except Exception as error:
                 raise BatchError(
-                    f"The loss of the {what} batch could not be computed: {type(error).__name__}: {error}. Given:"
-                    f" {describe(batch.data)}. In training: {describe(self._reference)}."
+                    f"The {name} of the {what} batch could not be computed: {type(error).__name__}: {error}. Given:"
+                    f" {describe(batch.data)}. In training, three at a time: {describe(self._reference)}."
                 ) from error
-            if not torch.isfinite(losses).all():
+            if not torch.isfinite(values).all():
                 raise NonFiniteError(
-                    f"{int((~torch.isfinite(losses)).sum())} of {batch.size} losses of the {what} batch are not"
-                    f" finite{_why_not_finite(batch.data)}. Nothing was changed."
+                    f"{int((~torch.isfinite(values)).sum())} of {batch.size} {name} of the {what} batch are"
+                    f" not finite{_why_not_finite(batch.data)}. Nothing was changed."
                 )
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -415,7 +433,9 @@ def _why_not_finite(data: Any) -> str:
 
 
 @contextlib.contextmanager
-def _isolated(module: LightningModule, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def _isolated(
+    module: LightningModule, device: torch.device, dtype: torch.dtype, loggers: Sequence[Any]
+) -> Iterator[None]:
     """Everything under which the module may be evaluated and differentiated twice, undone at the end."""
     home = next(module.parameters()).device
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -434,7 +454,7 @@ def _isolated(module: LightningModule, device: torch.device, dtype: torch.dtype)
         torch.set_default_dtype(dtype)
         stack.enter_context(_attributes_restored(module))
         stack.enter_context(_evaluation_mode(module))
-        stack.enter_context(_silenced(module))
+        stack.enter_context(_silenced(module, loggers))
         if home != device:  # the strategy's teardown after fit moves the module to the CPU
             stack.callback(module.to, home)
             module.to(device)
@@ -454,7 +474,10 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attributes_restored(module: nn.Module) -> Iterator[None]:
-    """Undoes what a step does to plain attributes of the modules: counters, collected outputs, running totals."""
+    """Undoes what a step does to plain attributes of the modules: counters, collected outputs, random generators.
+
+    State inside of other objects that a module holds is theirs, and is not restored.
+    """
     internal = vars(nn.Module()).keys()
     saved = []
     contents: dict[int, tuple[Any, Any]] = {}
@@ -482,6 +505,8 @@ def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
         return
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         contents[id(value)] = (value, value.detach().clone())
+    elif isinstance(value, torch.Generator):
+        contents[id(value)] = (value, value.get_state())
     elif isinstance(value, (list, dict, set, bytearray, deque)):
         contents[id(value)] = (value, copy.copy(value))
     if isinstance(value, (list, tuple, dict, deque)):
@@ -491,6 +516,9 @@ def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
 
 def _refill(container: Any, content: Any) -> None:
     """Puts the content back into the very same container, which others may hold."""
+    if isinstance(container, torch.Generator):
+        container.set_state(content)
+        return
     if isinstance(container, Tensor):
         if not torch.equal(container, content):
             container.copy_(content)
@@ -500,8 +528,8 @@ def _refill(container: Any, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def _silenced(module: LightningModule) -> Iterator[None]:
-    """Shadows ``log``, ``log_dict`` and all metrics of the module.
+def _silenced(module: LightningModule, loggers: Sequence[Any]) -> Iterator[None]:
+    """Shadows ``log``, ``log_dict``, the loggers' ``log_metrics``, and all metrics of the module.
 
     Outside of the loop ``log`` raises, and a metric would count the examples again. A metric answers NaN instead of
     being asked: should its value enter the loss, the loss is NaN and says so, rather than wrong.
@@ -518,6 +546,8 @@ def _silenced(module: LightningModule) -> Iterator[None]:
     try:
         for name in ("log", "log_dict"):
             shadow(module, name, nothing)
+        for logger in loggers:
+            shadow(logger, "log_metrics", nothing)
         for metric in _metrics(module):
             answer = _nan_for(metric)
             for name in ("forward", "compute"):

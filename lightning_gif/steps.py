@@ -28,10 +28,12 @@ class Goal(str, Enum):
 
     ``CLASS``: the forgotten examples are all that is known of their classes; none of them may be predicted any more.
     Once that is so, a second solve at the new weights takes back what it cost on the retained data.
-    ``EXAMPLES``: others like them stay; the risk on the retained data, which retraining would minimise, decides. No
-    training ends in an exact minimum: the slope that it left in the risk on *all* data is subtracted, so that the
-    search answers the removal and does not go on training. Only steps near the natural one are looked at.
+    ``EXAMPLES``: others like them stay; the risk on the retained data, which retraining would minimise, decides. Only
+    steps near the natural one are looked at.
     ``LABELS``: labels are corrected; the risk on retained and corrected data decides.
+
+    No training ends in an exact minimum: the slope that it left in the risk on *all* data is subtracted from the risk,
+    so that the search answers the change of the data and does not go on training.
     """
 
     CLASS = "class"
@@ -65,7 +67,7 @@ class Point:
 
 
 def forget_class(measure: Callable[[float], Point], guessing: float) -> tuple[float, list[Point], bool]:
-    """The smallest step, from the natural one up, after which the class is forgotten.
+    """The smallest step, from the natural one up where that is affordable, after which the class is forgotten.
 
     Steps are doubled until 99 % of the examples have a loss above that of guessing, and then the last doubling is
     halved four times. A larger step forgets nothing more and costs retained loss. The search turns back where retained
@@ -107,7 +109,7 @@ def forget_class(measure: Callable[[float], Point], guessing: float) -> tuple[fl
                 low = path[-1].step
             else:
                 high = path[-1].step
-    enough = [point for point in path if forgotten(point)]
+    enough = [point for point in path if point.step and forgotten(point)]
     if enough:
         return min(point.step for point in enough), path, True
     return max((point.step for point in path if affordable(point)), default=0.0), path, False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -71,22 +71,23 @@ def unlearn(
     """
     start = time.perf_counter()
     notes: list[str] = []
-    objective.check(forget, train, "forget")
+    objective.check(forget, "forget")
     corrected = None if relabel is None else relabelled(forget, relabel)
     if corrected is not None:
-        objective.check(corrected, train, "relabelled")
+        objective.check(corrected, "relabelled")
 
     found = locate(forget, train)
-    retained = _retained(train, forget, found, notes) if retain is None else retain
-    objective.check(retained.sample(1, settings.seed), train, "retain")
-    sample = retained.sample(settings.curvature_examples, settings.seed).held()
+    retained = _retained(train, forget, found, notes) if retain is None else _without(retain, forget, notes)
+    sample_size = settings.curvature_examples
+    sample = retained.sample(sample_size, settings.seed).held()
+    objective.check(sample, "retain")
 
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
     positions = targets.flat(objective.space).to(objective.device)
     forget_gradient = objective.gradient(forget)
     corrected_gradient = None if corrected is None else objective.gradient(corrected)
-    share = len(forget) / len(retained)
+    share = max(len(forget), len(found)) / len(retained)
     gradient = share * (forget_gradient if corrected_gradient is None else forget_gradient - corrected_gradient)
     if not gradient[positions].any():
         raise ObjectiveError(
@@ -104,13 +105,13 @@ def unlearn(
             " curvature along them. Use other targets, a larger ratio, or method='if'."
         )
 
-    goal = _goal(forget, corrected, sample)
-    guessing = _loss_of_guessing(forget, sample)
+    forgotten_classes, kept_classes = _classes(forget), _classes(retained)
+    goal = _goal(forgotten_classes, kept_classes, relabelled=corrected is not None)
+    classes = len(forgotten_classes | kept_classes)
+    guessing = math.log(classes) if classes > 1 else None
 
-    # Removal and correction are judged by the same losses; those of a large forget set are taken on a sample of it.
-    judged = [e if e is None else _judged(e, settings) for e in (forget, corrected)]
-    judged_forget, judged_corrected = judged[0], judged[1]
-    assert judged_forget is not None
+    # The losses of a large set to be removed are judged on a sample of it; corrected examples are in memory anyway.
+    judged = forget if corrected is not None or forget.cached else forget.sample(sample_size, settings.seed).held()
 
     retain_gradient = objective.gradient(sample)
     slope = float((retain_gradient + share * forget_gradient)[positions] @ change)
@@ -121,17 +122,17 @@ def unlearn(
 
     def measure(size: float, repair: float = 0.0) -> Point:
         theta = moved(size, repair)
-        losses = objective.all_losses(judged_forget, theta).double()
+        losses = objective.all_losses(judged, theta).double()
         retain_loss = objective.mean_loss(sample, theta)
         risk = retain_loss - size * slope
-        if judged_corrected is not None:
-            risk = (retain_loss + share * objective.mean_loss(judged_corrected, theta)) / (1 + share)
+        if corrected is not None:
+            risk = (risk + share * objective.mean_loss(corrected, theta)) / (1 + share)
         forgotten = float((losses >= guessing).double().mean()) if guessing is not None else math.nan
         return Point(size, repair, float(losses.mean()), retain_loss, risk, forgotten)
 
-    size, path = _choose(step, goal, guessing, measure, notes)
+    size, path, forgotten = _choose(step, goal, guessing, measure, notes)
     repair, second, repair_solve = 0.0, torch.zeros_like(change), None
-    if step == "search" and goal is Goal.CLASS and size:
+    if forgotten:
         # A step that forgets a class is far from the natural one, where the local model of the retained risk no longer
         # holds. At the new weights it is solved anew, for the gradient that the retained risk has there.
         with objective.progress("Hessian products, at the new weights") as bar:
@@ -153,11 +154,11 @@ def unlearn(
         goal=goal,
         step=size,
         repair=repair,
-        forget=_change(objective, judged_forget, edited, size * forget_gradient[positions] @ change),
+        forget=_change(objective, judged, edited, size * forget_gradient[positions] @ change),
         retain=_change(objective, sample, edited, size * retain_slope + size**2 * curvature / 2),
         relabelled=None
-        if judged_corrected is None or corrected_gradient is None
-        else _change(objective, judged_corrected, edited, size * corrected_gradient[positions] @ change),
+        if corrected is None or corrected_gradient is None
+        else _change(objective, corrected, edited, size * corrected_gradient[positions] @ change),
         n_forget=len(forget),
         n_found=len(found),
         n_retain=len(retained),
@@ -181,11 +182,23 @@ def unlearn(
 
 def _retained(train: Examples, forget: Examples, found: Tensor, notes: list[str]) -> Examples:
     """The training examples that are not to be forgotten."""
+    if not len(found):
+        raise TrainingDataError(
+            f"None of the {len(forget)} examples to be forgotten is in the training data, by dataset index or by"
+            " content: the model was not trained on them, or in another form (random augmentation). In that case give a"
+            " DataLoader over a Subset of the training set, or the data to keep as `retain`."
+        )
+    if len(found) > len(forget):
+        notes.append(
+            f"The training data hold {len(found)} copies of the {len(forget)} forget examples; all of them are"
+            " forgotten."
+        )
     if len(found) < len(forget):
         notes.append(
             f"{len(forget) - len(found)} of the {len(forget)} forget examples were not found in the training data, by"
-            " dataset index or by content. If the model was trained on them in another form (random augmentation), pass"
-            " the data to keep as `retain`, or they count as retained."
+            " dataset index or by content. If the model was trained on them in another form (random augmentation),"
+            " these forms are still among the data to keep: give a DataLoader over a Subset of the training set, or the"
+            " data to keep as `retain`."
         )
         rank_zero_warn(notes[-1], category=GIFWarning)
     keep = torch.ones(len(train), dtype=torch.bool)
@@ -195,39 +208,42 @@ def _retained(train: Examples, forget: Examples, found: Tensor, notes: list[str]
     return train.at(keep.nonzero().squeeze(1))
 
 
-def _judged(examples: Examples, settings: Settings) -> Examples:
-    return (
-        examples if examples.cached is not None else examples.sample(settings.curvature_examples, settings.seed).held()
-    )
+def _without(retain: Examples, forget: Examples, notes: list[str]) -> Examples:
+    """The given examples to keep, less those to be forgotten."""
+    both = locate(forget, retain)
+    if len(both):
+        notes.append(f"{len(both)} of the examples given as `retain` are to be forgotten; they are not retained.")
+        rank_zero_warn(notes[-1], category=GIFWarning)
+    keep = torch.ones(len(retain), dtype=torch.bool)
+    keep[both] = False
+    if not keep.any():
+        raise TrainingDataError("All examples given as `retain` are to be forgotten; nothing would be retained.")
+    return retain.at(keep.nonzero().squeeze(1)) if len(both) else retain
 
 
-def _goal(forget: Examples, corrected: Examples | None, retained: Examples) -> Goal:
-    if corrected is not None:
-        return Goal.LABELS
-    forgotten, kept = set(_classes(forget)), set(_classes(retained))
-    return Goal.CLASS if forgotten and kept and not forgotten & kept else Goal.EXAMPLES
-
-
-def _classes(examples: Examples) -> Iterator[int]:
-    """The classes of examples, batch by batch; nothing where they have none."""
+def _classes(examples: Examples) -> set[int]:
+    """The classes of examples; none where they have no classes."""
+    found: set[int] = set()
     for batch in examples.batches():
         classes = class_targets(batch.data)
         if classes is not None:
-            yield from classes.unique().tolist()
+            found.update(classes.unique().tolist())
+    return found
 
 
-def _loss_of_guessing(forget: Examples, retained: Examples) -> float | None:
-    """The cross-entropy of guessing among the classes in the data, or ``None`` where there are no classes."""
-    classes = {*_classes(forget), *_classes(retained)}
-    return math.log(len(classes)) if len(classes) > 1 else None
+def _goal(forgotten: set[int], kept: set[int], *, relabelled: bool) -> Goal:
+    if relabelled:
+        return Goal.LABELS
+    return Goal.CLASS if forgotten and kept and not forgotten & kept else Goal.EXAMPLES
 
 
 def _choose(
     step: Step, goal: Goal, guessing: float | None, measure: Callable[[float], Point], notes: list[str]
-) -> tuple[float, list[Point]]:
+) -> tuple[float, list[Point], bool]:
+    """The step, what was measured on the way, and whether a class was searched for and is forgotten there."""
     if step != "search":
         size = 1.0 if step == "natural" else float(step)
-        return size, [measure(0.0), measure(size)]
+        return size, [measure(0.0), measure(size)], False
     if goal is Goal.CLASS and guessing is not None:
         size, path, forgotten = forget_class(measure, guessing)
         if not forgotten:
@@ -235,13 +251,22 @@ def _choose(
                 "The search stopped before the class was forgotten: a larger step would raise the retained loss too"
                 " far. Try targets='batch', another selector, or a larger ratio; or give `step` a number."
             )
+        elif path[0].forgotten >= forgotten:
+            notes.append(
+                "The losses of the class are above that of guessing before any step, so the search cannot tell when it"
+                " is forgotten (is the loss a cross-entropy?). The natural step was made; or give `step` a number."
+            )
+        if notes:
             rank_zero_warn(notes[-1], category=GIFWarning)
-        return size, path
+        return size, path, forgotten
     size, path = minimise_risk(measure, near_natural=goal is Goal.EXAMPLES)
     if size == 0.0:
-        notes.append("The search found no step that lowers the risk on the data to keep; the edit changes nothing.")
+        notes.append(
+            "The search found no step that lowers the risk on the data that retraining would see; the edit changes"
+            " nothing. step='natural' makes the step of the theory all the same."
+        )
         rank_zero_warn(notes[-1], category=GIFWarning)
-    return size, path
+    return size, path, False
 
 
 def _change(objective: Objective, examples: Examples, edited: Tensor, predicted: Tensor | float) -> Change:

@@ -224,7 +224,7 @@ X, Y = batch_of(blobs(), slice(4))
         (X, ["not structured", "float32[4, 6]", "In training"]),
         ((X[0], Y[0]), ["float32[6]", "In training"]),
         ((X, Y[:3]), ["disagree", "int64[3]"]),
-        ((X[:, :5], Y), ["could not be computed", "float32[4, 5]", "In training", "float32[48, 6]"]),
+        ((X[:, :5], Y), ["could not be computed", "float32[4, 5]", "In training", "float32[3, 6]"]),
         ((X, Y + 7), ["could not be computed", "In training"]),
         ((X[:0], Y[:0]), ["empty", "float32[0, 6]", "at least one"]),
         (None, ["at least one tensor", "NoneType"]),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -111,6 +112,7 @@ def test_structures_are_compared_and_described() -> None:
         (X, None),
         ({"x": X}, None),
         ((X, Y > 0), None),
+        ((X, Y + 10_000), None),  # ids or counts rather than classes
     ],
 )
 def test_classes_are_known_where_targets_are_whole_numbers(batch: Any, expected: Tensor | None) -> None:
@@ -177,9 +179,17 @@ def test_the_loader_itself_is_never_iterated_and_its_generator_not_advanced() ->
     assert torch.equal(generator.get_state(), state)
 
 
-@pytest.mark.parametrize("sampler", [SubsetRandomSampler([7, 2, 5]), [7, 2, 5]], ids=["SubsetRandomSampler", "list"])
-def test_a_sampler_over_a_part_leaves_the_indices_of_the_dataset(sampler: Any) -> None:
-    found = examples(DataLoader(numbered(), 2, sampler=sampler))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 2, "sampler": SubsetRandomSampler([7, 2, 5])},
+        {"batch_size": 2, "sampler": [7, 2, 5]},
+        {"batch_sampler": BatchSampler(SubsetRandomSampler([7, 2, 5]), 2, drop_last=False)},
+    ],
+    ids=["SubsetRandomSampler", "list", "batch sampler"],
+)
+def test_a_sampler_over_a_part_leaves_the_indices_of_the_dataset(options: dict[str, Any]) -> None:
+    found = examples(DataLoader(numbered(), **options))
     assert found.ids.tolist() == [2, 5, 7]
     assert read(found) == [2, 5, 7]
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_gif import METHODS, ConvergenceError, ConvergenceWarning, GIFCallback, GIFMixin, attach
+from lightning_gif import METHODS, ConvergenceError, ConvergenceWarning, GIFCallback, GIFMixin, GIFWarning, attach
+from lightning_gif.parameters import ParameterSpace
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 
@@ -246,3 +247,53 @@ def test_the_cached_choice_is_used_as_it_is() -> None:
     trainer, _, dataset = fitted()
     callback = trainer.callbacks[0]
     assert trainer.influence(batch_of(dataset, slice(0, 2))).targets is callback.targets
+
+
+def test_a_summed_loss_counts_each_example_once_also_for_a_query_of_one() -> None:
+    class Summed(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = F.cross_entropy(self(batch[0]), batch[1], reduction="sum")
+            return loss if float(loss) > -1 else 2 * loss  # a decision on a value, which vmap cannot take
+
+    dataset = blobs(30)
+    query = batch_of(dataset, slice(0, 1))
+    module = Classifier().double()
+    expected = asked(module, dataset).influence(query).scores
+    with pytest.warns(GIFWarning, match="one after the other"):
+        found = asked(Summed(module.net), dataset).influence(query, batch_size=7).scores
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
+
+
+def test_coupled_losses_are_pointed_out_also_for_a_query_of_one() -> None:
+    class Coupled(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logits = self(batch[0])
+            return F.cross_entropy(logits * logits.norm(), batch[1])
+
+    dataset = blobs(30)
+    with pytest.warns(GIFWarning, match="neither the mean nor the sum"):
+        asked(Coupled(), dataset).influence(batch_of(dataset, slice(0, 1)), damping=0.1)
+
+
+def test_a_measurement_without_labels_needs_none() -> None:
+    class Entropy(GIFMixin, Classifier):
+        def influence_loss(self, batch: Any) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1], reduction="none")
+
+        def influence_measurement(self, batch: Any) -> Tensor:
+            return torch.distributions.Categorical(logits=self(batch[0])).entropy()
+
+    dataset = blobs(30)
+    report = asked(Entropy(), dataset).influence((dataset.tensors[0][:3],), selector=["net.2.*"], damping=0.1)
+    assert report.scores.shape == (1, 30)
+
+
+def test_a_callback_attached_to_another_model_ranks_anew() -> None:
+    trainer, first, dataset = fitted()
+    chosen = trainer.callbacks[0].targets
+    other = Classifier(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)))
+    attach(trainer, other, train_dataloaders=loader(dataset))
+    report = trainer.influence(batch_of(dataset, slice(0, 2)))
+    assert report.targets is not chosen
+    report.targets.flat(ParameterSpace(other))
+    assert first is not other

@@ -11,10 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_gif import METHODS, ConvergenceWarning, GIFCallback, GIFMixin, GIFWarning, UnlearnReport, attach
+from lightning_gif import (
+    METHODS,
+    ConvergenceWarning,
+    GIFCallback,
+    GIFMixin,
+    GIFWarning,
+    TrainingDataError,
+    UnlearnReport,
+    attach,
+)
 from lightning_gif.steps import Goal, Point, forget_class, minimise_risk, restore
 
-from .conftest import Classifier, batch_of, fitted, loader, make_trainer, same_weights, weights
+from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
 
 
 class Quadratic(GIFMixin, Classifier):
@@ -135,6 +144,74 @@ def test_examples_are_found_by_content_and_by_index_alike() -> None:
     for report in (by_content, by_index, nested):
         assert (report.n_forget, report.n_found, report.n_retain) == (3, 3, 45)
         assert report.retain == pytest.approx(by_content.retain)
+
+
+def test_examples_that_the_model_never_saw_are_refused() -> None:
+    trainer, module, dataset = fitted()
+    before = weights(module)
+    x, y = batch_of(dataset, slice(0, 4))
+    with pytest.raises(TrainingDataError, match="None of the 4 examples to be forgotten is in the training data"):
+        trainer.unlearn((x + 1, y))
+    assert same_weights(before, weights(module))
+
+
+def test_all_copies_of_an_example_are_forgotten() -> None:
+    x, y = blobs().tensors
+    dataset = TensorDataset(torch.cat([x, x[:1].expand(5, -1)]), torch.cat([y, y[:1].expand(5)]))
+    trainer, _, _ = fitted(dataset=dataset)
+    report = trainer.unlearn((x[:1], y[:1]), dry_run=True)
+    assert (report.n_forget, report.n_found, report.n_retain) == (1, 6, 47)
+    assert any("6 copies" in note for note in report.notes)
+
+
+def test_the_classes_that_stay_are_those_of_all_retained_data() -> None:
+    """Not only of the examples that the Hessian happens to be taken over."""
+    dataset = blobs(120, classes=12)
+    trainer, _, _ = fitted(Classifier(nn.Linear(6, 12)), dataset, GIFCallback(unconverged="ignore"))
+    for index in range(12):
+        report = trainer.unlearn(batch_of(dataset, slice(index, index + 1)), curvature_examples=5, dry_run=True)
+        assert report.goal is Goal.EXAMPLES
+
+
+def test_unfinished_training_does_not_keep_labels_from_being_corrected() -> None:
+    trainer, _, dataset = fitted(max_epochs=1)
+    for index in range(4):
+        report = trainer.unlearn(batch_of(dataset, slice(index, index + 1)), relabel=(index + 1) % 3, dry_run=True)
+        assert 0.2 < report.step < 8
+        assert report.relabelled is not None
+        assert report.relabelled.after < report.relabelled.before
+
+
+def test_a_loss_that_is_no_cross_entropy_gets_the_natural_step_and_a_note() -> None:
+    class Scaled(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return 200 * F.cross_entropy(self(batch[0]), batch[1])
+
+    trainer, _, dataset = fitted(Scaled(lr=1e-3), max_epochs=10)
+    with pytest.warns(GIFWarning, match="is the loss a cross-entropy"):
+        report = trainer.unlearn(batch_of(dataset, dataset.tensors[1] == 1), dry_run=True)
+    assert report.step > 0
+
+
+def test_data_to_keep_that_is_to_be_forgotten_is_not_kept() -> None:
+    trainer, _, dataset = fitted()
+    with pytest.warns(GIFWarning, match="3 of the examples given as `retain`"):
+        report = trainer.unlearn(batch_of(dataset, slice(0, 3)), retain=loader(dataset), dry_run=True)
+    assert report.n_retain == 45
+
+
+def test_texts_tell_examples_apart() -> None:
+    class Texts(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            lengths = torch.tensor([[float(len(text)), text.count("a")] for text in batch[0]])
+            return F.cross_entropy(self(lengths), batch[1])
+
+    words = ["a" * i + "b" * (i % 5) for i in range(1, 25)]
+    dataset = [(word, i % 2) for i, word in enumerate(words)]
+    trainer, _, _ = fitted(Texts(nn.Linear(2, 2), lr=1e-3), dataset)  # type: ignore[arg-type]
+    with pytest.warns(GIFWarning, match="one after the other"):
+        report = trainer.unlearn((words[:2], torch.tensor([0, 1])), targets="cached", dry_run=True)
+    assert (report.n_found, report.n_retain, report.goal) == (2, 22, Goal.EXAMPLES)
 
 
 def test_examples_that_are_not_in_the_training_data_are_pointed_out() -> None:

@@ -183,8 +183,8 @@ def check_selector(selector: str | Sequence[str], ratio: float) -> None:
                 f"`selector` must be the name of a selector, or parameter names or patterns, got {selector!r}."
                 f" Selectors: {', '.join(SELECTORS)}."
             )
-        return
-    SELECTORS[str(selector)]
+    else:
+        SELECTORS[str(selector)]
     most = 0.5 if str(selector).startswith("exclusive_k") else 1.0
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= most:
         raise ConfigurationError(

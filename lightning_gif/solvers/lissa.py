@@ -44,7 +44,8 @@ def lissa(
     momentum is dropped where it points uphill (O'Donoghue and Candès 2015), which makes the rate linear without knowing
     the smallest singular value.
     ``T`` is positive semi-definite whatever the signs of the Hessian's eigenvalues, so both converge on non-convex nets
-    for ``c ≥ √(σ_max² + λ²)``. ``c`` is estimated once, by power iteration, and the solve
+    for ``c ≥ √(σ_max² + λ²)``. ``c`` is estimated once, by power iteration with the
+    Lanczos recurrence, and the solve
     never starts over. Should the steps themselves meet a larger singular value than the estimate (each shows one, its
     Rayleigh quotient, for free), ``c`` is raised to it and the momentum begins anew from the best iterate.
 
