@@ -206,7 +206,9 @@ def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
     search, solve = report.plot().axes
     assert search.get_title() == "losses along the search, goal: examples"
     assert solve.get_title() == f"solve: lissa {report.solve['status']}"
-    forget, retain, chosen = search.lines
+    forget, forget_after, retain, retain_after, _, chosen = search.lines
+    assert forget_after.get_ydata()[0] == report.forget.after
+    assert retain_after.get_ydata()[0] == report.retain.after
     assert forget.get_label() == "forget"
     steps = sorted(point.step for point in report.path)
     assert forget.get_xdata().tolist() == steps == retain.get_xdata().tolist()

@@ -28,6 +28,9 @@ __all__ = ["Change", "UnlearnReport"]
 _FORMAT = "lightning-gif edit 1"
 _PARTS = ("indices", "old", "new")
 
+# Beyond this multiple of the natural step the local model says nothing about the loss, and is not printed.
+_PREDICTABLE = 4.0
+
 
 class Change(NamedTuple):
     """A mean loss before and after the edit, and what the solve predicted it to become.
@@ -260,7 +263,9 @@ class UnlearnReport:
         path = sorted((point for point in self.path if not point.repair), key=lambda point: point.step)
         lines = {name: [getattr(point, f"{name}_loss") for point in path] for name in ("forget", "retain")}
         for name, losses in lines.items():
-            along.plot([point.step for point in path], losses, "o-", markersize=4, label=name)
+            (line,) = along.plot([point.step for point in path], losses, "o-", markersize=4, label=name)
+            along.plot([self.step], [getattr(self, name).after], "*", markersize=11, color=line.get_color())
+        along.plot([], [], "k*", label="the edit, repair included" if self.repair else "the edit")
         along.axvline(self.step, color="grey", linestyle=":", label=f"step {self.step:.3g}")
         along.set_xscale("symlog", linthresh=0.1)
         if path[0].step >= 0:
@@ -282,13 +287,19 @@ class UnlearnReport:
     def __str__(self) -> str:
         share = 100 * self.edit.count / self.n_parameters
         losses = [("forget", self.forget), ("retain", self.retain), ("relabelled", self.relabelled)]
-        repair = f" and repair {self.repair:.3g}" if self.repair else ""
+        repair = f" and, solved at the new weights, repair {self.repair:.3g}" if self.repair else ""
+        changed = f"{self.edit.count} of {self.n_parameters} parameters ({share:.1f} %)" if self.step else "nothing"
+
+        def predicted(change: Change) -> str:
+            near = abs(self.step) <= _PREDICTABLE
+            return f" (predicted {change.predicted:.4g})" if near else ""
+
         lines = [
             f"Edit for {self.n_forget} examples (goal: {self.goal}; {self.n_retain} retained) by changing"
-            f" {self.edit.count} of {self.n_parameters} parameters ({share:.1f} %), step {self.step:.3g}{repair};"
+            f" {changed}, step {self.step:.3g}{repair};"
             f" {self.solve['solver']} {self.solve['status']} after {self.solve['iterations']} steps, residual"
             f" {self.solve['residual']:.1e}; {self.seconds:.1f} s",
-            *(f"{name} loss: {c.before:.4g} -> {c.after:.4g} (predicted {c.predicted:.4g})" for name, c in losses if c),
+            *(f"{name} loss: {c.before:.4g} -> {c.after:.4g}{predicted(c)}" for name, c in losses if c),
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
