@@ -13,23 +13,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
     from lightning.pytorch.utilities.seed import isolate_rng as _isolate_rng
     from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 else:
     try:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
         from lightning.pytorch import Callback, LightningModule, Trainer
-        from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-        from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
         from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
         from lightning.pytorch.utilities.seed import isolate_rng as _isolate_rng
     except ModuleNotFoundError:
         from lightning_fabric.utilities.exceptions import MisconfigurationException
         from pytorch_lightning import Callback, LightningModule, Trainer
-        from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
-        from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
         from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
         from pytorch_lightning.utilities.seed import isolate_rng as _isolate_rng
 
@@ -39,6 +33,7 @@ __all__ = [
     "MisconfigurationException",
     "Trainer",
     "attach_model",
+    "brings_own",
     "isolate_rng",
     "rank_zero_info",
     "rank_zero_warn",
@@ -71,10 +66,20 @@ def unsupported_strategy(trainer: Trainer) -> str | None:
     """Why the computations cannot run under the trainer's strategy, or ``None`` where they can."""
     strategy = trainer.strategy
     name = type(strategy).__name__
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if _is_a(strategy.launcher, "_MultiProcessingLauncher"):
         return f"{name} trains in child processes, and what is gathered there is lost when they end"
     if trainer.world_size > 1:
         return f"the trainer has {trainer.world_size} processes"
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if not _is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
         return f"{name} may split the parameters, and their second derivatives are not supported there"
     return None
+
+
+def brings_own(owner: object, hook: str) -> bool:
+    """Whether a module or datamodule defines the hook itself instead of inheriting Lightning's empty one."""
+    return getattr(type(owner), hook).__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+
+
+def _is_a(instance: object, *names: str) -> bool:
+    """``isinstance`` by class name: the class may come from either package, whichever this module took."""
+    return any(kind.__name__ in names for kind in type(instance).__mro__)

@@ -18,6 +18,7 @@ from ._compat import (
     LightningModule,
     Trainer,
     attach_model,
+    brings_own,
     isolate_rng,
     rank_zero_info,
     rank_zero_warn,
@@ -462,17 +463,18 @@ class GIFCallback(Callback):
         if choice == "batch":
             neurons, gradients = objective.observe(examples)
             return self._select(module, settings, neurons=neurons, gradients=gradients)
-        if self.targets is None and self._rank_on_demand:
+        if self._rank_on_demand and self.targets is None and not self.neurons:
             sample = train.sample(settings.curvature_examples, settings.seed)
             rank_zero_info(f"No statistics from training: neurons are ranked by one pass over {len(sample)} examples.")
             self.neurons, self.gradients = objective.observe(sample)
             self._observed = module
-            self.targets = self._select(module, self.settings)
         if choice == "class":
             return self._select(module, settings, classes=_known_classes(examples))
         repick = any(name in overrides for name in ("selector", "ratio", "seed"))
-        if repick or self.targets is None:
+        if repick:
             return self._select(module, settings)
+        if self.targets is None:
+            self.targets = self._select(module, self.settings)
         return self.targets
 
     @contextlib.contextmanager
@@ -514,7 +516,7 @@ class GIFCallback(Callback):
             trainer.datamodule.prepare_data()
             trainer.datamodule.setup("fit")
             found = trainer.datamodule.train_dataloader()
-        if found is None and type(trainer.lightning_module).train_dataloader is not LightningModule.train_dataloader:
+        if found is None and brings_own(trainer.lightning_module, "train_dataloader"):
             found = trainer.lightning_module.train_dataloader()
         if found is None:
             raise TrainingDataError(
