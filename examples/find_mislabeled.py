@@ -94,10 +94,10 @@ def main(args: Namespace) -> None:
     truth, wrong = clean.tensors[1][held_out:], is_wrong[held_out:]
     console.print(f"{int(wrong.sum())} of {len(train)} training examples have a wrong label.", highlight=False)
 
-    # Only the last layer is asked. In trials with planted labels, after 15 epochs, it found more of them than a tenth of
-    # each layer (the default) or all parameters (method="if"), at less cost; after many more epochs "if" was sometimes
-    # ahead. Damping, which smooths the answer, made it worse from 1 on. The Hessian is taken over all of the small
-    # training set.
+    # Only the last layer is asked. In trials with planted labels, after 15 epochs, it found more of them than a tenth
+    # of each layer (the default) or all parameters (method="if"), at less cost; after many more epochs "if" was
+    # sometimes ahead. Damping, which smooths the answer, made it worse from 1 on. The Hessian is taken over all of the
+    # small training set.
     logger = make_logger(args.logger, args.output, "find-mislabeled")
     callback = GIFCallback(selector=["net.9.*"], curvature_examples=None)
     pl.seed_everything(args.seed, verbose=False)
