@@ -116,9 +116,10 @@ def unlearn(
     retain_gradient = objective.gradient(sample)
     slope = float((retain_gradient + share * forget_gradient)[positions] @ change)
 
+    repair, second, repair_solve = 0.0, torch.zeros_like(change), None
+
     def moved(size: float, repair: float = 0.0) -> Tensor:
-        total = size * change if not repair else size * change + repair * second
-        return objective.theta.index_add(0, positions, total)
+        return objective.theta.index_add(0, positions, size * change + repair * second)
 
     def measure(size: float, repair: float = 0.0) -> Point:
         theta = moved(size, repair)
@@ -131,7 +132,6 @@ def unlearn(
         return Point(size, repair, float(losses.mean()), retain_loss, risk, forgotten)
 
     size, path, forgotten = _choose(step, goal, guessing, measure, notes)
-    repair, second, repair_solve = 0.0, torch.zeros_like(change), None
     if forgotten:
         # A step that forgets a class is far from the natural one, where the local model of the retained risk no longer
         # holds. At the new weights it is solved anew, for the gradient that the retained risk has there.
@@ -194,13 +194,13 @@ def _retained(train: Examples, forget: Examples, found: Tensor, notes: list[str]
             " forgotten."
         )
     if len(found) < len(forget):
-        notes.append(
+        _warn(
+            notes,
             f"{len(forget) - len(found)} of the {len(forget)} forget examples were not found in the training data, by"
             " dataset index or by content. If the model was trained on them in another form (random augmentation),"
             " these forms are still among the data to keep: give a DataLoader over a Subset of the training set, or the"
-            " data to keep as `retain`."
+            " data to keep as `retain`.",
         )
-        rank_zero_warn(notes[-1], category=GIFWarning)
     keep = torch.ones(len(train), dtype=torch.bool)
     keep[found] = False
     if not keep.any():
@@ -212,13 +212,18 @@ def _without(retain: Examples, forget: Examples, notes: list[str]) -> Examples:
     """The given examples to keep, less those to be forgotten."""
     both = locate(forget, retain)
     if len(both):
-        notes.append(f"{len(both)} of the examples given as `retain` are to be forgotten; they are not retained.")
-        rank_zero_warn(notes[-1], category=GIFWarning)
+        _warn(notes, f"{len(both)} of the examples given as `retain` are to be forgotten; they are not retained.")
     keep = torch.ones(len(retain), dtype=torch.bool)
     keep[both] = False
     if not keep.any():
         raise TrainingDataError("All examples given as `retain` are to be forgotten; nothing would be retained.")
     return retain.at(keep.nonzero().squeeze(1)) if len(both) else retain
+
+
+def _warn(notes: list[str], text: str) -> None:
+    """Says something now and in the report."""
+    notes.append(text)
+    rank_zero_warn(text, category=GIFWarning)
 
 
 def _classes(examples: Examples) -> set[int]:
@@ -247,25 +252,25 @@ def _choose(
     if goal is Goal.CLASS and guessing is not None:
         size, path, forgotten = forget_class(measure, guessing)
         if not forgotten:
-            notes.append(
+            _warn(
+                notes,
                 "The search stopped before the class was forgotten: a larger step would raise the retained loss too"
-                " far. Try targets='batch', another selector, or a larger ratio; or give `step` a number."
+                " far. Try targets='batch', another selector, or a larger ratio; or give `step` a number.",
             )
-        elif path[0].forgotten >= forgotten:
-            notes.append(
+        elif path[0].forgotten == 1.0:
+            _warn(
+                notes,
                 "The losses of the class are above that of guessing before any step, so the search cannot tell when it"
-                " is forgotten (is the loss a cross-entropy?). The natural step was made; or give `step` a number."
+                " is forgotten (is the loss a cross-entropy?). The natural step was made; or give `step` a number.",
             )
-        if notes:
-            rank_zero_warn(notes[-1], category=GIFWarning)
         return size, path, forgotten
     size, path = minimise_risk(measure, near_natural=goal is Goal.EXAMPLES)
     if size == 0.0:
-        notes.append(
+        _warn(
+            notes,
             "The search found no step that lowers the risk on the data that retraining would see; the edit changes"
-            " nothing. step='natural' makes the step of the theory all the same."
+            " nothing. step='natural' makes the step of the theory all the same.",
         )
-        rank_zero_warn(notes[-1], category=GIFWarning)
     return size, path, False
 
 
