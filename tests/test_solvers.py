@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_gif import SOLVERS, ConfigurationError, ConvergenceError, NonFiniteError
-from lightning_gif.solvers import Status, dense, largest_singular_value, lissa, to_matrix
+from lightning_gif.solvers import Solution, Status, dense, spectrum, stochastic_lissa, to_matrix
 
 
 class Matrix:
-    """A dense matrix that is only known by its products."""
+    """A dense matrix that is only known by its products; each goes through ten examples."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -19,13 +19,40 @@ class Matrix:
         self.shape = (matrix.shape[0], matrix.shape[1])
         self.dtype, self.device = matrix.dtype, matrix.device
 
-    def matvec(self, vector: Tensor) -> Tensor:
-        self.products += 1
-        return self.matrix @ vector
+    @property
+    def examples(self) -> int:
+        return 10 * self.products
 
-    def rmatvec(self, vector: Tensor) -> Tensor:
-        self.products += 1
-        return self.matrix.T @ vector
+    def matvec(self, vectors: Tensor) -> Tensor:
+        self.products += 1 if vectors.ndim == 1 else vectors.shape[1]
+        return self.matrix @ vectors
+
+    def rmatvec(self, vectors: Tensor) -> Tensor:
+        self.products += 1 if vectors.ndim == 1 else vectors.shape[1]
+        return self.matrix.T @ vectors
+
+
+class Mean(Matrix):
+    """The mean of several matrices, of which a draw shows one."""
+
+    def __init__(self, parts: Tensor) -> None:
+        super().__init__(parts.mean(0))
+        self.parts = parts
+
+    def draw(self, seed: int) -> Matrix:
+        part = torch.randint(len(self.parts), (), generator=torch.Generator().manual_seed(seed))
+        return Matrix(self.parts[part])
+
+
+# Those that need only products, and take many or few steps.
+ITERATIVE = ["lissa", "plain_lissa", "cgls", "lsmr"]
+DETERMINISTIC = [*ITERATIVE, "dense"]
+
+
+def solve(solver: str, matrix: Tensor, rhs: Tensor, **options: object) -> Solution:
+    found = SOLVERS[solver](Matrix(matrix), rhs, **options)
+    assert isinstance(found, Solution)
+    return found
 
 
 def with_singular_values(rows: int, values: Tensor, seed: int = 0) -> Tensor:
@@ -50,16 +77,16 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("accelerate", [True, False])
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 @pytest.mark.parametrize("matrix", [TALL, INDEFINITE, TALL.T], ids=["tall", "indefinite", "wide"])
-def test_lissa_finds_the_least_squares_solution_of_least_norm(matrix: Tensor, accelerate: bool) -> None:
+def test_the_solution_is_the_least_squares_one_of_least_norm(matrix: Tensor, solver: str) -> None:
     rhs = torch.randn(matrix.shape[0], dtype=torch.float64)
-    found = lissa(Matrix(matrix), rhs, rtol=1e-10, max_iter=5000, accelerate=accelerate)
+    found = solve(solver, matrix, rhs, rtol=1e-10, max_iter=5000)
     assert found.converged
     assert relative(found.x, torch.linalg.pinv(matrix) @ rhs) < 1e-6
 
 
-@pytest.mark.parametrize("solver", list(SOLVERS))
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 @pytest.mark.parametrize("matrix", [TALL, INDEFINITE], ids=["tall", "indefinite"])
 def test_damping_is_the_ridge_of_the_normal_equations(solver: str, matrix: Tensor) -> None:
     rhs = torch.randn(matrix.shape[0], dtype=torch.float64)
@@ -77,17 +104,21 @@ def test_dense_drops_what_precision_cannot_tell_from_zero() -> None:
 def test_acceleration_needs_far_fewer_steps_on_an_ill_conditioned_problem() -> None:
     matrix = with_singular_values(80, torch.logspace(0, -2, 40, dtype=torch.float64))
     rhs = torch.randn(80, dtype=torch.float64)
-    fast = lissa(Matrix(matrix), rhs, rtol=1e-4, max_iter=1000)
-    plain = lissa(Matrix(matrix), rhs, rtol=1e-4, max_iter=10 * fast.iterations, accelerate=False)
+    fast = solve("lissa", matrix, rhs, rtol=1e-4, max_iter=1000)
+    plain = solve("plain_lissa", matrix, rhs, rtol=1e-4, max_iter=10 * fast.iterations)
+    krylov = solve("lsmr", matrix, rhs, rtol=1e-4, max_iter=1000)
     assert fast.converged
+    assert krylov.converged
     assert plain.residual > 5 * fast.residual
+    assert krylov.hvps < fast.hvps
 
 
-@pytest.mark.parametrize("solver", list(SOLVERS))
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_the_diagnostics_are_those_of_the_returned_solution(solver: str) -> None:
     operator = Matrix(TALL)
     rhs = torch.randn(60, dtype=torch.float64)
     found = SOLVERS[solver](operator, rhs, damping=0.3, rtol=1e-5, max_iter=7, seed=0)
+    assert isinstance(found, Solution)
     normal = TALL.T @ rhs
     residual = normal - TALL.T @ (TALL @ found.x) - 0.3**2 * found.x
     # The iterate's own residual; rounding decides where it is at the level of rounding itself.
@@ -95,88 +126,197 @@ def test_the_diagnostics_are_those_of_the_returned_solution(solver: str) -> None
     assert found.unexplained == pytest.approx(float((TALL @ found.x - rhs).norm() / rhs.norm()))
     assert found.sigma_max == pytest.approx(float(torch.linalg.matrix_norm(TALL, 2)), rel=0.05)
     assert found.hvps == operator.products
+    assert found.examples == 10 * operator.products
     assert len(found.residuals) == found.iterations + 1
     assert min(found.residuals) == pytest.approx(found.residual)
+    assert found.solver == solver
+    assert found.peak_memory is None or found.peak_memory > 1e7  # this process holds torch
+
+
+@pytest.mark.parametrize("solver", DETERMINISTIC)
+def test_columns_are_solved_as_if_each_were_alone(solver: str) -> None:
+    easy, hard = TALL[:, 0], torch.randn(60, dtype=torch.float64)
+    rhs = torch.stack([easy, hard, torch.zeros_like(hard), 1e-3 * hard], dim=1)
+    together = SOLVERS[solver](Matrix(TALL), rhs, damping=0.1, rtol=1e-9, max_iter=3000)
+    assert isinstance(together, list)
+    for column, found in zip(rhs.T, together, strict=True):
+        alone = solve(solver, TALL, column, damping=0.1, rtol=1e-9, max_iter=3000)
+        assert found.status is alone.status
+        assert float((found.x - alone.x).norm()) <= 1e-6 * float(alone.x.norm())
+    if solver != "dense":
+        operator = Matrix(TALL)
+        found = SOLVERS[solver](operator, rhs, damping=0.1, rtol=1e-6, max_iter=400)
+        assert isinstance(found, list)
+        assert sum(solution.hvps for solution in found) == operator.products
+        assert found[2].iterations == 0  # nothing to do, and nothing spent on it while the others went on
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_a_warm_start_goes_on_from_there(solver: str) -> None:
+    rhs = torch.randn(60, dtype=torch.float64)
+    exact = torch.linalg.pinv(TALL) @ rhs
+    cold = solve(solver, TALL, rhs, rtol=1e-6, max_iter=3000)
+    warm = solve(solver, TALL, rhs, rtol=1e-6, max_iter=3000, start=exact + 1e-4 * torch.randn(20, dtype=torch.float64))
+    assert warm.converged
+    assert warm.hvps < cold.hvps
+    assert warm.residuals[0] < 1e-2
+    done = solve(solver, TALL, rhs, rtol=1e-6, max_iter=3000, start=exact)
+    assert done.iterations == 0
+    assert done.hvps == 4  # two for the start, and one to make sure of the answer
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_a_start_that_is_worse_than_zero_is_not_taken(solver: str) -> None:
+    rhs = torch.randn(60, dtype=torch.float64)
+    found = solve(solver, TALL, rhs, rtol=1e-6, max_iter=3000, start=torch.full((20,), 1e6, dtype=torch.float64))
+    assert found.residuals[0] == 1.0
+    assert found.converged
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_the_solve_stops_where_the_right_hand_side_is_known_no_better(solver: str) -> None:
+    matrix = with_singular_values(80, torch.logspace(0, -3, 40, dtype=torch.float64))
+    truth = torch.randn(40, dtype=torch.float64)
+    noise = torch.randn(80, dtype=torch.float64)
+    rhs = matrix @ truth
+    noise *= 0.05 * rhs.norm() / noise.norm()
+    found = solve(solver, matrix, rhs + noise, rtol=1e-12, max_iter=20_000, discrepancy=0.06)
+    assert found.status is Status.DISCREPANCY
+    assert found.converged
+    assert found.unexplained <= 0.06
+    assert found.residual > 1e-12
 
 
 def test_running_out_of_steps_is_not_called_convergence() -> None:
     rhs = torch.randn(60, dtype=torch.float64)
-    assert lissa(Matrix(TALL), rhs, rtol=1e-12, max_iter=3).status is Status.MAX_ITER
-    assert lissa(Matrix(TALL), rhs, rtol=1e-2, max_iter=500).status is Status.CONVERGED
+    for solver in ITERATIVE:
+        found = solve(solver, TALL, rhs, rtol=1e-12, max_iter=3)
+        assert found.status is Status.MAX_ITER
+        assert not found.converged
+        assert found.iterations == 3
+        assert solve(solver, TALL, rhs, rtol=1e-2, max_iter=500).status is Status.CONVERGED
 
 
-def test_a_residual_below_float32_is_reported_as_stalled() -> None:
-    found = lissa(Matrix(TALL.float()), torch.randn(60), rtol=1e-14, max_iter=5000)
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_a_residual_below_float32_is_reported_as_stalled(solver: str) -> None:
+    found = solve(solver, TALL.float(), torch.randn(60), rtol=1e-14, max_iter=5000)
     assert found.status is Status.STALLED
     assert found.iterations < 5000
     assert found.residual < 1e-5
+    assert torch.isfinite(found.x).all()
+
+
+@pytest.mark.parametrize("solver", ["cgls", "lsmr"])
+@pytest.mark.parametrize("rank", [1, 3, 20])
+def test_krylov_stops_past_convergence_and_does_not_turn_to_nan(solver: str, rank: int) -> None:
+    """After as many steps as there are singular values nothing is left; the public versions divide by it."""
+    values = torch.cat([torch.logspace(0, -1, rank), torch.zeros(20 - rank)])
+    matrix = with_singular_values(60, values.double()).float()
+    rhs = torch.randn(60)
+    found = solve(solver, matrix, rhs, rtol=1e-30, max_iter=10_000)
+    assert found.status is Status.STALLED
+    assert found.iterations < 500
+    assert relative(found.x, torch.linalg.pinv(matrix.double(), rtol=1e-5).float() @ rhs) < 1e-3
+
+
+def test_lsmr_gives_the_iterates_of_lsmr() -> None:
+    sparse = pytest.importorskip("scipy.sparse.linalg")
+    matrix = with_singular_values(80, torch.logspace(0, -2, 40, dtype=torch.float64))
+    rhs = torch.randn(80, dtype=torch.float64)
+    for steps in (1, 2, 5, 12):
+        found = solve("lsmr", matrix, rhs, damping=0.05, rtol=1e-14, max_iter=steps)
+        theirs = sparse.lsmr(matrix.numpy(), rhs.numpy(), damp=0.05, atol=0, btol=0, conlim=0, maxiter=steps)[0]
+        torch.testing.assert_close(found.x, torch.from_numpy(theirs), rtol=1e-7, atol=1e-10)
+        assert found.residuals == sorted(found.residuals, reverse=True)
+
+
+def test_lsmr_has_the_smallest_residual_of_all_at_every_count() -> None:
+    matrix = with_singular_values(80, torch.logspace(0, -2, 40, dtype=torch.float64))
+    rhs = matrix @ torch.randn(40, dtype=torch.float64)
+    for steps in (3, 8, 15):
+        options = {"rtol": 1e-14, "max_iter": steps}
+        every = {solver: solve(solver, matrix, rhs, **options) for solver in ITERATIVE}
+        assert every["lsmr"].residual <= min(found.residual for found in every.values()) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_lissa_converges_when_the_leading_direction_is_nearly_invisible_at_first(seed: int) -> None:
-    """The power iteration misses a singular value that its start vector hardly sees; the steps themselves find it."""
+    """The Lanczos start misses a singular value that the right-hand side hardly has; the steps themselves find it."""
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(31, generator=generator, dtype=torch.float64)  # as the estimate draws it
-    hidden = torch.randn(31, generator=generator, dtype=torch.float64)
-    hidden = hidden - (hidden @ start) / (start @ start) * start + 1e-9 * start
-    others = torch.randn(31, 30, generator=generator, dtype=torch.float64)
-    right = torch.linalg.qr(torch.cat([hidden[:, None], others], dim=1)).Q
+    right = torch.linalg.qr(torch.randn(31, 31, generator=generator, dtype=torch.float64)).Q
     values = torch.cat([torch.tensor([1.6], dtype=torch.float64), torch.linspace(0.3, 1, 30, dtype=torch.float64)])
     matrix = right @ torch.diag(values) @ right.T
-    estimate, bound = largest_singular_value(Matrix(matrix), seed=seed)
-    assert bound < 1.2  # the premise
-    rhs = torch.randn(31, dtype=torch.float64)
-    found = lissa(Matrix(matrix), rhs, rtol=1e-8, max_iter=2000, seed=seed)
+    shares = torch.randn(31, generator=generator, dtype=torch.float64)
+    shares[0] = 1e-9
+    rhs = right @ shares
+    assert solve("lissa", matrix, rhs, rtol=1e-8, max_iter=5).sigma_max < 1.2  # the premise
+    found = solve("lissa", matrix, rhs, rtol=1e-12, max_iter=4000)
     assert found.converged
-    assert found.sigma_max > 1.5 > estimate
+    assert found.sigma_max > 1.5
     assert relative(found.x, torch.linalg.solve(matrix, rhs)) < 1e-6
 
 
-@pytest.mark.parametrize("values", [torch.logspace(0, -4, 50), torch.linspace(0, 1, 50) ** 3, torch.randn(50)])
-def test_the_scale_is_estimated_from_below_and_bounded_from_above(values: Tensor) -> None:
-    matrix = symmetric_indefinite(values.double())
-    truth = float(values.abs().max())
-    for seed in range(10):
-        estimate, bound = largest_singular_value(Matrix(matrix), seed=seed)
-        assert estimate <= truth * (1 + 1e-9)
-        assert bound >= 0.9 * truth
-        assert bound <= 1.05 * truth
+@pytest.mark.parametrize("solver", ITERATIVE)
+@pytest.mark.parametrize("sigma", [1.0, 1e2, 1e4])
+def test_the_size_of_the_hessian_does_not_matter(solver: str, sigma: float) -> None:
+    """The paper's script starts with scale 1 and starts over with a larger one until it stops diverging."""
+    rhs = torch.randn(60, dtype=torch.float64)
+    small, large = (solve(solver, scale * TALL, rhs, rtol=1e-9, max_iter=5000) for scale in (1.0, sigma))
+    assert small.converged
+    assert large.converged
+    assert abs(small.iterations - large.iterations) <= 2
+    assert relative(large.x * sigma, small.x) < 1e-6
 
 
-def test_the_same_seed_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_the_same_input_gives_the_same_bits(solver: str) -> None:
     rhs = torch.randn(60)
-    first, second = (lissa(Matrix(TALL.float()), rhs, seed=3, max_iter=20) for _ in range(2))
+    first, second = (solve(solver, TALL.float(), rhs, seed=3, max_iter=20) for _ in range(2))
     assert torch.equal(first.x, second.x)
     assert first.residuals == second.residuals
 
 
-@pytest.mark.parametrize("solver", list(SOLVERS))
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_a_right_hand_side_that_nothing_can_answer_gives_zero(solver: str) -> None:
     for matrix, rhs in ((TALL, torch.zeros(60, dtype=torch.float64)), (torch.zeros(5, 3), torch.ones(5))):
-        found = SOLVERS[solver](Matrix(matrix), rhs, damping=0.0, rtol=1e-6, max_iter=10, seed=0)
+        found = solve(solver, matrix, rhs, damping=0.0, rtol=1e-6, max_iter=10, seed=0)
         assert found.converged
         assert not found.x.any()
 
 
-@pytest.mark.parametrize("solver", list(SOLVERS))
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_numbers_raise(solver: str, bad: float) -> None:
     matrix, rhs = TALL.clone(), torch.randn(60, dtype=torch.float64)
     matrix[3, 4] = bad
     with pytest.raises(NonFiniteError, match="non-finite"):
-        SOLVERS[solver](Matrix(matrix), rhs, damping=0.0, rtol=1e-6, max_iter=10, seed=0)
+        solve(solver, matrix, rhs, rtol=1e-6, max_iter=10)
     rhs[0] = bad
     with pytest.raises(NonFiniteError, match="right-hand side"):
-        SOLVERS[solver](Matrix(TALL), rhs, damping=0.0, rtol=1e-6, max_iter=10, seed=0)
+        solve(solver, TALL, rhs, rtol=1e-6, max_iter=10)
 
 
-def test_an_operator_that_changes_between_products_is_called_out() -> None:
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_shapes_that_do_not_fit_are_told(solver: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"right-hand side .* \(60,\)"):
+        solve(solver, TALL, torch.ones(59, dtype=torch.float64))
+    with pytest.raises(ConfigurationError, match=r"start .* \(20,\)"):
+        solve(solver, TALL, torch.ones(60, dtype=torch.float64), start=torch.ones(60, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_an_operator_that_changes_between_products_is_called_out(solver: str) -> None:
     class Restless(Matrix):
-        def matvec(self, vector: Tensor) -> Tensor:
-            return super().matvec(vector) if self.products < 30 else -super().matvec(vector)
+        def matvec(self, vectors: Tensor) -> Tensor:
+            return super().matvec(vectors) if self.products < 20 else -super().matvec(vectors)
 
-    with pytest.raises(ConvergenceError, match="not the same function"):
-        lissa(Restless(TALL), torch.randn(60, dtype=torch.float64), rtol=1e-10, max_iter=2000)
+    class Noisy(Matrix):
+        def matvec(self, vectors: Tensor) -> Tensor:
+            return super().matvec(vectors) + 0.2 * torch.randn_like(self.matrix) @ vectors
+
+    for operator in (Restless(TALL), Noisy(TALL)):
+        with pytest.raises(ConvergenceError, match="not the same function"):
+            SOLVERS[solver](operator, torch.randn(60, dtype=torch.float64), rtol=1e-12, max_iter=1000)
 
 
 def test_dense_refuses_a_matrix_that_would_not_fit() -> None:
@@ -191,3 +331,104 @@ def test_to_matrix_spends_as_few_products_as_the_shorter_side(matrix: Tensor) ->
     operator = Matrix(matrix)
     assert torch.equal(to_matrix(operator), matrix)
     assert operator.products == min(matrix.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Random batches
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parts(noise: float) -> Tensor:
+    base = with_singular_values(30, torch.linspace(1, 0.5, 8, dtype=torch.float64))
+    return base + noise * torch.randn(16, 30, 8, dtype=torch.float64)
+
+
+def test_stochastic_lissa_finds_the_solution_of_the_mean() -> None:
+    """With the same batch for both factors the answer would be that of ``E[BᵢᵀBᵢ]``, a ridge of the noise."""
+    operator = Mean(parts(0.2))
+    rhs = torch.randn(30, dtype=torch.float64)
+    found = stochastic_lissa(operator, rhs, rtol=0.05, max_iter=4000)
+    assert isinstance(found, Solution)
+    exact = torch.linalg.pinv(operator.matrix) @ rhs
+    second_moment = torch.stack([part.T @ part for part in operator.parts]).mean(0)
+    biased = torch.linalg.solve(second_moment, operator.matrix.T @ rhs)
+    assert relative(found.x, exact) < 0.05
+    assert relative(biased, exact) > 0.2  # what the test is about
+    assert found.converged
+    assert found.iterations == 4000
+
+
+def test_repeats_average_the_noise_out() -> None:
+    operator = Mean(parts(0.3))
+    rhs = torch.randn(30, dtype=torch.float64)
+    exact = torch.linalg.pinv(operator.matrix) @ rhs
+
+    def error(repeats: int) -> float:
+        errors = []
+        for seed in range(6):
+            found = stochastic_lissa(operator, rhs, max_iter=150, repeats=repeats, seed=seed)
+            assert isinstance(found, Solution)
+            errors.append(relative(found.x, exact))
+        return sum(errors) / len(errors)
+
+    assert error(8) < 0.75 * error(1)
+
+
+def test_a_stochastic_solve_that_is_too_noisy_does_not_call_itself_converged() -> None:
+    found = stochastic_lissa(Mean(parts(1.0)), torch.randn(30, dtype=torch.float64), rtol=1e-6, max_iter=20)
+    assert isinstance(found, Solution)
+    assert found.status is Status.MAX_ITER
+    assert len(found.residuals) == 2
+
+
+def test_stochastic_lissa_with_one_batch_is_deterministic_and_repeats_by_its_seed() -> None:
+    operator = Mean(TALL[None])
+    rhs = torch.randn(60, dtype=torch.float64)
+    found = stochastic_lissa(operator, rhs, rtol=1e-3, max_iter=2000)
+    assert isinstance(found, Solution)
+    assert relative(found.x, torch.linalg.pinv(TALL) @ rhs) < 1e-2
+    noisy = Mean(parts(0.2))
+    rhs = torch.randn(30, dtype=torch.float64)
+    first, second, other = (stochastic_lissa(noisy, rhs, max_iter=20, seed=seed) for seed in (1, 1, 2))
+    assert isinstance(first, Solution)
+    assert isinstance(second, Solution)
+    assert isinstance(other, Solution)
+    assert torch.equal(first.x, second.x)
+    assert not torch.equal(first.x, other.x)
+
+
+def test_an_operator_without_draws_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="draw batches"):
+        stochastic_lissa(Matrix(TALL), torch.randn(60, dtype=torch.float64))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The spectrum
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ends_of_the_spectrum_are_those_of_the_matrix() -> None:
+    values = torch.cat([torch.linspace(-1, 1, 300), torch.tensor([9.0, 7.0, 5.0, -6.0, -4.0])]).double()
+    found = spectrum(Matrix(symmetric_indefinite(values)), 3, steps=60)
+    assert found.largest == pytest.approx([9.0, 7.0, 5.0], rel=1e-6)
+    assert found.smallest[:2] == pytest.approx([-6.0, -4.0], rel=1e-6)
+    assert found.largest == sorted(found.largest, reverse=True)
+    assert found.smallest == sorted(found.smallest)
+
+
+@pytest.mark.parametrize("negative", [0.0, 0.1, 0.4, 1.0])
+def test_the_share_of_negative_eigenvalues_is_estimated(negative: float) -> None:
+    size = 400
+    values = torch.linspace(0.5, 1.5, size, dtype=torch.float64)
+    values[: round(negative * size)] *= -1
+    found = spectrum(Matrix(symmetric_indefinite(values)), 2, probes=10)
+    assert found.negative_share == pytest.approx(negative, abs=0.05)
+
+
+def test_zeros_are_not_counted_as_negative() -> None:
+    values = torch.cat([torch.tensor([3.0, -2.0, 1.0]), torch.zeros(97)])
+    found = spectrum(Matrix(symmetric_indefinite(values.double())), 2)
+    assert found.negative_share < 0.05
+    assert found.zero_share > 0.9
+    assert found.largest[0] == pytest.approx(3.0)
+    assert found.smallest[0] == pytest.approx(-2.0)

@@ -1,17 +1,26 @@
 """LiSSA and its peers. Pure linear algebra: nothing here knows that a model exists."""
 
-from .base import SOLVERS, LinearOperator, Solution, Solver, Status, largest_singular_value
+from .base import SOLVERS, LinearOperator, Solution, Solver, Status
+from .cgls import cgls
 from .dense import dense, to_matrix
-from .lissa import lissa
+from .lissa import lissa, plain_lissa
+from .lsmr import lsmr
+from .spectrum import Spectrum, spectrum
+from .stochastic import stochastic_lissa
 
 __all__ = [
     "SOLVERS",
     "LinearOperator",
     "Solution",
     "Solver",
+    "Spectrum",
     "Status",
+    "cgls",
     "dense",
-    "largest_singular_value",
     "lissa",
+    "lsmr",
+    "plain_lissa",
+    "spectrum",
+    "stochastic_lissa",
     "to_matrix",
 ]

@@ -1,7 +1,8 @@
-"""What a solver gets and what it gives: an operator and a right-hand side in, a :class:`Solution` out."""
+"""What a solver gets and what it gives: an operator and right-hand sides in, a :class:`Solution` for each out."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,10 +11,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ..errors import ConfigurationError, ConvergenceError, NonFiniteError
 from ..registry import Registry
 
-__all__ = ["SOLVERS", "LinearOperator", "Solution", "Solver", "Status", "largest_singular_value", "require_finite"]
+__all__ = ["SOLVERS", "LinearOperator", "Run", "Solution", "Solver", "Status", "require_finite"]
+
+# Steps without a new smallest residual (and at least half of all steps), after which rounding, not the iteration,
+# decides what the residual does.
+_PATIENCE = 50
+
+# How far a share of the right-hand side may be from what it was computed to be, beyond rounding.
+_SAME = 1e-3
 
 
 class LinearOperator(Protocol):
@@ -24,6 +32,7 @@ class LinearOperator(Protocol):
         dtype: The dtype of the vectors that go in and out.
         device: Their device.
         products: How many Hessian-vector products were spent since the operator was made.
+        examples: How many examples they went through.
     """
 
     @property
@@ -34,18 +43,27 @@ class LinearOperator(Protocol):
     def device(self) -> torch.device: ...
     @property
     def products(self) -> int: ...
+    @property
+    def examples(self) -> int: ...
 
-    def matvec(self, vector: Tensor) -> Tensor:
-        """``B v``: ``(cols,) → (rows,)``."""
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``B V``: ``(cols,) → (rows,)``, or ``(cols, q) → (rows, q)`` for several at once."""
 
-    def rmatvec(self, vector: Tensor) -> Tensor:
-        """``Bᵀ v``: ``(rows,) → (cols,)``."""
+    def rmatvec(self, vectors: Tensor) -> Tensor:
+        """``Bᵀ V``: ``(rows,) → (cols,)``, or ``(rows, q) → (cols, q)`` for several at once."""
 
 
 class Status(str, Enum):
-    """How a solve ended. Outcomes that give no usable numbers are errors, not a status."""
+    """How a solve ended. Outcomes that give no usable numbers (divergence, NaN) are errors, not a status.
+
+    ``CONVERGED``: the normal-equation residual passed ``rtol``.
+    ``DISCREPANCY``: ``‖B x − b‖ ≤ discrepancy·‖b‖``, which was asked for as enough.
+    ``MAX_ITER``: the steps ran out.
+    ``STALLED``: rounding (or the noise of a stochastic operator) keeps the residual above ``rtol``.
+    """
 
     CONVERGED = "converged"
+    DISCREPANCY = "discrepancy"
     MAX_ITER = "max_iter"
     STALLED = "stalled"
 
@@ -62,14 +80,17 @@ class Solution:
         status: :class:`Status`.
         solver: The solver's registered name.
         iterations: Steps taken.
-        hvps: Hessian-vector products spent, those for ``sigma_max`` included.
+        hvps: Hessian-vector products spent, those for the scale included.
+        examples: Examples that these products went through.
         residual: Relative normal-equation residual ``‖Bᵀ(b − B x) − λ²x‖ / ‖Bᵀb‖`` of ``x``; 0 at the minimiser.
         unexplained: ``‖B x − b‖ / ‖b‖``: the share of ``b`` that no ``x`` found so far accounts for.
-        sigma_max: Estimate of the largest singular value of ``B``.
+        sigma_max: Largest singular value of ``B`` that the solve has seen: an estimate from below.
         rtol: The residual that counts as converged.
-        seconds: Wall time.
+        seconds: Wall time, of all right-hand sides that were solved together.
+        peak_memory: The most bytes that the process had needed when the solve ended: allocated on the GPU, or resident
+            on the CPU; ``None`` where the system does not tell.
         residuals: The relative normal-equation residual after each number of steps, from 0 on, ``iterations + 1``
-            values.
+            values; of a stochastic solve at its start and end.
     """
 
     x: Tensor = field(repr=False)
@@ -77,35 +98,41 @@ class Solution:
     solver: str
     iterations: int
     hvps: int
+    examples: int
     residual: float
     unexplained: float
     sigma_max: float
     rtol: float
     seconds: float
+    peak_memory: int | None
     residuals: list[float] = field(repr=False)
 
     @property
     def converged(self) -> bool:
-        """Whether the residual passed ``rtol``."""
-        return self.status is Status.CONVERGED
+        """Whether the solve got as far as it was asked to: the residual passed ``rtol``, or the discrepancy."""
+        return self.status in (Status.CONVERGED, Status.DISCREPANCY)
 
     def summary(self) -> dict[str, float | int | str]:
         """The diagnostics as plain numbers and strings, for logs and records."""
-        return {
+        found: dict[str, float | int | str] = {
             "solver": self.solver,
             "status": str(self.status),
             "iterations": self.iterations,
             "hvps": self.hvps,
+            "examples": self.examples,
             "residual": self.residual,
             "unexplained": self.unexplained,
             "sigma_max": self.sigma_max,
             "rtol": self.rtol,
             "seconds": self.seconds,
         }
+        return found if self.peak_memory is None else {**found, "peak_memory": self.peak_memory}
 
 
-Solver = Callable[..., Solution]
-"""``solver(operator, rhs, *, damping, rtol, max_iter, seed) → Solution``, see :func:`~lightning_gif.solvers.lissa`."""
+Solver = Callable[..., "Solution | list[Solution]"]
+"""``solver(operator, rhs, *, damping, rtol, max_iter, seed, start, discrepancy)``, see
+:func:`~lightning_gif.solvers.lissa`: one solution for a right-hand side ``(rows,)``, a list of ``q`` for ``(rows, q)``.
+"""
 
 SOLVERS: Registry[Solver] = Registry("solver")
 """All solvers by name; :meth:`Registry.register` adds one."""
@@ -121,49 +148,268 @@ def require_finite(vector: Tensor, what: str) -> None:
         )
 
 
-def largest_singular_value(
-    operator: LinearOperator, *, seed: int = 0, rtol: float = 0.05, min_iter: int = 5, max_iter: int = 20
-) -> tuple[float, float]:
-    """An estimate of ``σ_max(B)`` from below, and a safe value above it.
+class _Trace:
+    """What became of one right-hand side so far, and its best iterate."""
 
-    Power iteration on ``BᵀB`` from a random vector, whose iterates are combined by the Lanczos recurrence (Golub and
-    Van Loan, *Matrix Computations*, section 10.1): the same two products a step give a far better estimate than the
-    last iterate alone, and the residual of the Ritz value bounds what is missing. Stops when that is below ``rtol``.
+    def __init__(self) -> None:
+        self.residuals = [1.0]
+        self.smallest = 1.0
+        self.unexplained = 1.0
+        self.since = 0
+        self.products = 0
+        self.sigma = 0.0
+        self.status: Status | None = None
+        self.x: Tensor
+
+
+class Run:
+    """The bookkeeping that the iterative solvers share: where to start, when to stop, what was best, what happened.
+
+    A solver keeps its vectors as matrices of one column for each right-hand side that is not done, calls
+    :meth:`record` after each step, and drops the columns that this says are done. The best iterate is returned, not the
+    last: residuals are not monotone.
 
     Args:
-        operator: ``B``.
-        seed: Of the random start vector.
-        rtol: Relative uncertainty of ``σ_max²`` that ends the iteration.
-        min_iter: Fewest steps: a start vector poor in the leading direction looks settled after one or two.
+        solver: The solver's registered name.
+        operator: ``B``, ``(rows, cols)``.
+        rhs: ``b``, ``(rows,)``, or several as columns ``(rows, q)``.
+        damping: ``λ ≥ 0``.
+        rtol: Relative normal-equation residual at which to stop.
         max_iter: Most steps.
+        start: First iterate, ``(cols,)`` or ``(cols, q)``; where its residual is larger than that of zero, zero is.
+        discrepancy: Stop where ``‖B x − b‖ ≤ discrepancy·‖b‖`` (Morozov's principle).
 
-    Returns:
-        The estimate, and the estimate plus its uncertainty; both 0 for a zero operator.
+    Attributes:
+        active: The columns of ``rhs`` that are not done, ``(a,)``.
+        b: The right-hand sides of these, ``(rows, a)``.
+        x: The first iterates, ``(cols, a)``.
+        difference: ``b − B x`` of these, ``(rows, a)``.
+        normal: ``Bᵀ(b − B x) − λ²x`` of these, ``(cols, a)``.
 
     Raises:
-        NonFiniteError: If a product is not finite.
+        NonFiniteError: If the right-hand side or a product is not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(operator.shape[1], generator=generator, dtype=torch.float64)
-    vector = (start / start.norm()).to(operator.device, operator.dtype)
-    previous, beta = torch.zeros_like(vector), 0.0
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
-    ritz, uncertainty = 0.0, 0.0
-    for step in range(min(max_iter, operator.shape[1])):
-        image = operator.rmatvec(operator.matvec(vector))
-        require_finite(image, "The product of the Hessian with a vector")
-        diagonal.append(float(vector @ image))
-        image = image - diagonal[-1] * vector - beta * previous
-        beta = float(image.norm())
-        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-        if off_diagonal:
-            side = torch.tensor(off_diagonal, dtype=torch.float64)
-            tridiagonal += torch.diag(side, 1) + torch.diag(side, -1)
-        values, vectors = torch.linalg.eigh(tridiagonal)
-        ritz, uncertainty = max(float(values[-1]), 0.0), beta * abs(float(vectors[-1, -1]))
-        if (step + 1 >= min_iter and uncertainty <= rtol * ritz) or beta == 0.0:
-            break
-        off_diagonal.append(beta)
-        previous, vector = vector, image / beta
-    return ritz**0.5, (ritz + uncertainty) ** 0.5
+
+    def __init__(
+        self,
+        solver: str,
+        operator: LinearOperator,
+        rhs: Tensor,
+        *,
+        damping: float,
+        rtol: float,
+        max_iter: int,
+        start: Tensor | None,
+        discrepancy: float,
+    ) -> None:
+        self._start = time.perf_counter()
+        self._solver, self._operator = solver, operator
+        self._rtol, self._max_iter, self._discrepancy = rtol, max_iter, discrepancy
+        self._before = operator.products, operator.examples
+        self._single = rhs.ndim == 1
+        self.b = rhs[:, None] if self._single else rhs
+        self.damping = damping
+        self.iterations = 0
+        self._traces = [_Trace() for _ in range(self.b.shape[1])]
+        self.active = torch.arange(self.b.shape[1])
+        _check_shape("right-hand side", self.b, operator.shape[0], self.b.shape[1])
+        require_finite(rhs, "The right-hand side of the solve")
+
+        self.x = torch.zeros(operator.shape[1], len(self.active), dtype=operator.dtype, device=operator.device)
+        self.difference = self.b.clone()
+        self.normal = self.rmatvec(self.b)
+        require_finite(self.normal, "The right-hand side of the solve")
+        self._rhs, self._rhs_norms = self.b, self.b.norm(dim=0)
+        self._norms = self.normal.norm(dim=0)
+        if start is not None:
+            self._begin_at(start[:, None] if start.ndim == 1 else start)
+        for column, trace in enumerate(self._traces):
+            trace.x = self.x[:, column].clone()
+            if self._norms[column] == 0:  # b is orthogonal to everything B can reach: x = 0 is the minimiser
+                trace.status, trace.smallest, trace.residuals = Status.CONVERGED, 0.0, [0.0]
+                trace.unexplained = 1.0 if self._rhs_norms[column] else 0.0
+                continue
+            trace.smallest = float(self.normal[:, column].norm() / self._norms[column])
+            trace.unexplained = float(self.difference[:, column].norm() / self._rhs_norms[column])
+            trace.residuals = [trace.smallest]
+            trace.status = self._reached(trace)
+        self._narrow()
+
+    def _begin_at(self, start: Tensor) -> None:
+        _check_shape("start", start, *self.x.shape)
+        require_finite(start, "The start of the solve")
+        start = start.to(self.x)
+        difference = self.b - self.matvec(start)
+        normal = self.rmatvec(difference) - self.damping**2 * start
+        better = normal.norm(dim=0) < self._norms
+        self.x = torch.where(better, start, self.x)
+        self.difference = torch.where(better, difference, self.difference)
+        self.normal = torch.where(better, normal, self.normal)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``B V`` for the active columns, counted for each of them."""
+        self._count()
+        return self._operator.matvec(vectors)
+
+    def rmatvec(self, vectors: Tensor) -> Tensor:
+        """``Bᵀ V`` for the active columns, counted for each of them."""
+        self._count()
+        return self._operator.rmatvec(vectors)
+
+    def _count(self) -> None:
+        for column in self.active:
+            self._traces[column].products += 1
+
+    @property
+    def running(self) -> bool:
+        """Whether a right-hand side is not done."""
+        return len(self.active) > 0
+
+    def saw(self, sigma: Tensor) -> None:
+        """Notes singular values ``(a,)`` that the steps have shown; the largest is reported."""
+        for column, value in zip(self.active.tolist(), sigma.tolist(), strict=True):
+            self._traces[column].sigma = max(self._traces[column].sigma, value)
+
+    def record(self, x: Tensor, difference: Tensor, normal: Tensor, *, stuck: Tensor | None = None) -> Tensor | None:
+        """Takes note of a step.
+
+        Args:
+            x: Iterates ``(cols, a)``.
+            difference: ``b − B x``, ``(rows, a)``.
+            normal: ``Bᵀ(b − B x) − λ²x``, ``(cols, a)``.
+            stuck: Columns ``(a,)`` that cannot go on: nothing that a step could change is left in this precision.
+
+        Returns:
+            Which columns ``(a,)`` go on; ``None`` if all do.
+
+        Raises:
+            NonFiniteError: If a residual is not finite.
+        """
+        self.iterations += 1
+        require_finite(normal, f"Step {self.iterations} of the solve ({self._solver})")
+        residuals = (normal.norm(dim=0) / self._norms[self.active]).tolist()
+        unexplained = (difference.norm(dim=0) / self._rhs_norms[self.active]).tolist()
+        for position, column in enumerate(self.active.tolist()):
+            trace = self._traces[column]
+            trace.residuals.append(residuals[position])
+            trace.since += 1
+            if residuals[position] < trace.smallest:
+                trace.smallest, trace.unexplained, trace.since = residuals[position], unexplained[position], 0
+                trace.x = x[:, position].clone()
+            trace.status = self._reached(trace)
+            if trace.status is None and unexplained[position] <= self._discrepancy:
+                trace.smallest, trace.unexplained = residuals[position], unexplained[position]
+                trace.x, trace.status = x[:, position].clone(), Status.DISCREPANCY
+            if trace.status is None and self.iterations >= self._max_iter:
+                trace.status = Status.MAX_ITER
+            patience = max(_PATIENCE, self.iterations // 2)
+            if trace.status is None and (trace.since >= patience or (stuck is not None and bool(stuck[position]))):
+                trace.status = Status.STALLED
+        return self._narrow()
+
+    def _reached(self, trace: _Trace) -> Status | None:
+        if trace.smallest <= self._rtol:
+            return Status.CONVERGED
+        return Status.DISCREPANCY if trace.unexplained <= self._discrepancy else None
+
+    def _narrow(self) -> Tensor | None:
+        keep = torch.tensor([self._traces[column].status is None for column in self.active.tolist()], dtype=torch.bool)
+        if keep.all():
+            return None
+        self.active = self.active[keep]
+        self.b, self.x, self.difference, self.normal = columns(keep, self.b, self.x, self.difference, self.normal)
+        return keep
+
+    def best(self) -> Tensor:
+        """The iterates of smallest residual so far, ``(cols, a)``."""
+        return torch.stack([self._traces[column].x for column in self.active.tolist()], dim=1)
+
+    def growth(self) -> Tensor:
+        """By what factor the last residual of each active column is above its smallest, ``(a,)``."""
+        traces = [self._traces[column] for column in self.active.tolist()]
+        return torch.tensor([trace.residuals[-1] / trace.smallest for trace in traces], dtype=torch.float64)
+
+    def _verify(self) -> None:
+        """Makes sure, by one more product, that the residuals are those of the solutions.
+
+        A solver carries ``b − B x`` along instead of computing it anew; where ``B`` is not the same at every product,
+        it would find a solution of nothing, and call it converged.
+        """
+        self.active = torch.tensor([i for i, trace in enumerate(self._traces) if trace.x.any()], dtype=torch.long)
+        if not self.running:
+            return
+        x = self.best()
+        found = ((self._rhs[:, self.active] - self.matvec(x)).norm(dim=0) / self._rhs_norms[self.active]).tolist()
+        lengths = (x.norm(dim=0) / self._rhs_norms[self.active]).tolist()
+        for column, unexplained, length in zip(self.active.tolist(), found, lengths, strict=True):
+            trace = self._traces[column]
+            rounding = 100 * torch.finfo(x.dtype).eps * trace.sigma * length
+            if not abs(unexplained - trace.unexplained) <= _SAME + rounding:
+                raise different_products(
+                    f"after {len(trace.residuals) - 1} steps ‖B x − b‖/‖b‖ should be {trace.unexplained:.3g}, but is"
+                    f" {unexplained:.3g}"
+                )
+
+    def solutions(self, *, iterations: int | None = None) -> Solution | list[Solution]:
+        """What was found: one solution for a vector, a list for columns.
+
+        Args:
+            iterations: How many steps were taken with draws of the operator, whose products were not counted here.
+        """
+        self._verify()
+        seconds = time.perf_counter() - self._start
+        total = sum(trace.products for trace in self._traces)
+        products, examples = self._operator.products - self._before[0], self._operator.examples - self._before[1]
+        memory = peak_memory(self._operator.device)
+        found = [
+            Solution(
+                x=trace.x,
+                status=Status.MAX_ITER if trace.status is None else trace.status,
+                solver=self._solver,
+                iterations=len(trace.residuals) - 1 if iterations is None else iterations,
+                hvps=round(products * trace.products / max(total, 1)),
+                examples=round(examples * trace.products / max(total, 1)),
+                residual=trace.smallest,
+                unexplained=trace.unexplained,
+                sigma_max=trace.sigma,
+                rtol=self._rtol,
+                seconds=seconds,
+                peak_memory=memory,
+                residuals=trace.residuals,
+            )
+            for trace in self._traces
+        ]
+        return found[0] if self._single else found
+
+
+def different_products(what: str) -> ConvergenceError:
+    """The error for an operator that does not act like one fixed matrix."""
+    return ConvergenceError(
+        f"The solve diverged: {what}. Most often the loss is not the same function at every evaluation (random"
+        " augmentation, dropout outside of nn.Dropout, BatchNorm in training mode)."
+    )
+
+
+def columns(keep: Tensor | None, *matrices: Tensor) -> tuple[Tensor, ...]:
+    """The columns ``keep`` of some matrices ``(…, a)``; the matrices as they are for ``None``."""
+    return matrices if keep is None else tuple(matrix[..., keep.to(matrix.device)] for matrix in matrices)
+
+
+def _check_shape(what: str, matrix: Tensor, rows: int, cols: int) -> None:
+    if matrix.ndim != 2 or matrix.shape != (rows, cols):
+        raise ConfigurationError(
+            f"The {what} of a solve must have the shape ({rows},) or ({rows}, q), got {list(matrix.shape)}."
+        )
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has needed so far; ``None`` where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+        import sys
+    except ModuleNotFoundError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .base import SOLVERS, LinearOperator, Solution, Status, require_finite
+from .base import SOLVERS, LinearOperator, Solution, Status, peak_memory, require_finite
 
 __all__ = ["dense", "to_matrix"]
 
@@ -46,48 +46,58 @@ def dense(
     rtol: float = 1e-3,
     max_iter: int = 100,
     seed: int = 0,
-) -> Solution:
+    start: Tensor | None = None,
+    discrepancy: float = 0.0,
+) -> Solution | list[Solution]:
     """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` through the singular values of the whole matrix, in float64.
 
     Without damping, singular values that the operator's own precision cannot tell from zero are dropped, so the result
-    is the minimiser of least norm. ``max_iter`` and ``seed`` have no meaning here; they are part of every solver's
-    signature.
+    is the minimiser of least norm.
 
     Args:
         operator: ``B``, ``(rows, cols)``, at most 50 million entries.
-        rhs: ``b``, ``(rows,)``.
+        rhs: ``b``, ``(rows,)``, or several as columns ``(rows, q)``.
         damping: ``λ ≥ 0``.
         rtol: Relative normal-equation residual that counts as converged.
-        max_iter: Unused.
+        max_iter: Unused, as are the following: there are no steps. They are part of every solver's signature.
         seed: Unused.
+        start: Unused.
+        discrepancy: Unused.
 
     Raises:
         ConfigurationError: If the matrix would be too large.
         NonFiniteError: If it, or the right-hand side, is not finite.
     """
-    start = time.perf_counter()
-    products = operator.products
+    begin = time.perf_counter()
+    products, examples = operator.products, operator.examples
     require_finite(rhs, "The right-hand side of the solve")
-    matrix, target = to_matrix(operator).double(), rhs.double()
+    matrix = to_matrix(operator).double()
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     sigma = float(values[0])
     keep = values > max(matrix.shape) * torch.finfo(operator.dtype).eps * sigma
     filtered = torch.where(keep, values / (values**2 + damping**2).clamp_min(torch.finfo(values.dtype).tiny), 0.0)
-    x = right.T @ (filtered * (left.T @ target))
-    normal = matrix.T @ target
-    scale = float(normal.norm())
-    residual = float((normal - matrix.T @ (matrix @ x) - damping**2 * x).norm()) / scale if scale else 0.0
-    norm = float(target.norm())
-    return Solution(
-        x=x.to(operator.dtype),
-        status=Status.CONVERGED if residual <= rtol else Status.STALLED,
-        solver="dense",
-        iterations=1,
-        hvps=operator.products - products,
-        residual=residual,
-        unexplained=float((target - matrix @ x).norm()) / norm if norm else 0.0,
-        sigma_max=sigma,
-        rtol=rtol,
-        seconds=time.perf_counter() - start,
-        residuals=[1.0 if scale else 0.0, residual],
-    )
+
+    def solution(target: Tensor) -> Solution:
+        x = right.T @ (filtered * (left.T @ target))
+        normal = matrix.T @ target
+        scale, norm = float(normal.norm()), float(target.norm())
+        residual = float((normal - matrix.T @ (matrix @ x) - damping**2 * x).norm()) / scale if scale else 0.0
+        return Solution(
+            x=x.to(operator.dtype),
+            status=Status.CONVERGED if residual <= rtol else Status.STALLED,
+            solver="dense",
+            iterations=1,
+            hvps=operator.products - products,
+            examples=operator.examples - examples,
+            residual=residual,
+            unexplained=float((target - matrix @ x).norm()) / norm if norm else 0.0,
+            sigma_max=sigma,
+            rtol=rtol,
+            seconds=time.perf_counter() - begin,
+            peak_memory=peak_memory(operator.device),
+            residuals=[1.0 if scale else 0.0, residual],
+        )
+
+    if rhs.ndim == 1:
+        return solution(rhs.double())
+    return [solution(target.double()) for target in rhs.T]

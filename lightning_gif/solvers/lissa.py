@@ -1,27 +1,25 @@
-"""LiSSA for the GIF normal equations, with its scale estimated once and its steps accelerated."""
+"""LiSSA for the GIF normal equations: the paper's recursion, and the same accelerated."""
 
 from __future__ import annotations
-
-import time
 
 import torch
 from torch import Tensor
 
-from ..errors import ConvergenceError
-from .base import SOLVERS, LinearOperator, Solution, Status, largest_singular_value, require_finite
+from .base import SOLVERS, LinearOperator, Run, Solution, columns, different_products
+from .krylov import ConjugateGradients
 
-__all__ = ["lissa"]
+__all__ = ["lissa", "plain_lissa"]
 
 # The recursion needs a scale at or above σ_max; this covers rounding.
 _SCALE_MARGIN = 1.02
 
+# The scale counts as known when σ_max² is certain to this share, after at least 4 steps: fewer can look settled before
+# the leading direction has come up.
+_SCALE_RTOL, _SCALE_MIN_ITER, _SCALE_MAX_ITER = 0.02, 4, 20
+
 # A residual that is this many times the smallest one so far no longer comes from the recursion's own oscillation, and a
 # singular value this many times the estimate not from a poor estimate.
 _DIVERGED = 1e3
-
-# Steps without a new smallest residual (and at least half of all steps), after which rounding, not the iteration,
-# decides what the residual does.
-_PATIENCE = 50
 
 
 @SOLVERS.register("lissa")
@@ -33,8 +31,9 @@ def lissa(
     rtol: float = 1e-3,
     max_iter: int = 100,
     seed: int = 0,
-    accelerate: bool = True,
-) -> Solution:
+    start: Tensor | None = None,
+    discrepancy: float = 0.0,
+) -> Solution | list[Solution]:
     """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` by the modified LiSSA recursion of GIF, accelerated.
 
     The paper's recursion (arXiv 2312.05586, algorithm 1) is ``x_{j+1} = x_j + (v − T x_j)`` with
@@ -44,111 +43,145 @@ def lissa(
     momentum is dropped where it points uphill (O'Donoghue and Candès 2015), which makes the rate linear without knowing
     the smallest singular value.
     ``T`` is positive semi-definite whatever the signs of the Hessian's eigenvalues, so both converge on non-convex nets
-    for ``c ≥ √(σ_max² + λ²)``. ``c`` is estimated once, by power iteration with the
-    Lanczos recurrence, and the solve
-    never starts over. Should the steps themselves meet a larger singular value than the estimate (each shows one, its
-    Rayleigh quotient, for free), ``c`` is raised to it and the momentum begins anew from the best iterate.
+    for ``c ≥ √(σ_max² + λ²)``.
+
+    ``c`` is found once, by the Lanczos process started at ``Bᵀb``, and the solve never starts over. The recursion stays
+    in the Krylov space of that start, so a singular value that it does not show cannot be met, and the same products
+    minimise over that space: the recursion sets out from this minimiser, some four to six steps on. Should its own
+    steps meet a larger singular value all the same (each shows one, its Rayleigh quotient, for free), ``c`` is raised
+    to it and the momentum begins anew from the best iterate.
 
     Fewer steps regularise: directions with singular values well below ``σ_max / max_iter`` are left alone. So
     ``max_iter`` bounds how far the solve follows directions in which the loss is nearly flat.
 
     Args:
         operator: ``B``, ``(rows, cols)``.
-        rhs: ``b``, ``(rows,)``.
+        rhs: ``b``, ``(rows,)``, or several as columns ``(rows, q)``.
         damping: ``λ ≥ 0``, in the unit of ``B``'s singular values.
         rtol: Relative normal-equation residual at which to stop.
         max_iter: Most steps; each costs one product with ``B`` and one with ``Bᵀ``.
-        seed: Of the power iteration's start vector.
-        accelerate: ``False`` gives the paper's plain recursion.
+        seed: Unused: nothing is drawn.
+        start: First iterate, ``(cols,)`` or ``(cols, q)``; zero by default.
+        discrepancy: Stop where ``‖B x − b‖ ≤ discrepancy·‖b‖``.
 
     Returns:
-        The iterate with the smallest residual, in a :class:`Solution`.
+        The iterate with the smallest residual in a :class:`~lightning_gif.solvers.Solution`; a list for columns.
 
     Raises:
         NonFiniteError: If a product or an iterate is not finite.
         ConvergenceError: If the residual grows a thousandfold over its smallest value, or a step meets a singular value
             a thousand times the estimate: ``B`` does not act like a fixed matrix (a random or shuffled loss).
     """
-    start = time.perf_counter()
-    products = operator.products
-    require_finite(rhs, "The right-hand side of the solve")
-    sigma, bound = largest_singular_value(operator, seed=seed)
-    x = torch.zeros(operator.shape[1], dtype=operator.dtype, device=operator.device)
-    target = operator.rmatvec(rhs)
-    require_finite(target, "The right-hand side of the solve")
-    norm = float(target.norm())
-
-    # The iterate with the smallest residual is returned: an accelerated residual is not monotone.
-    best, smallest, since = (x, rhs, target), 1.0, 0
-    residuals = [1.0]
-    status = Status.MAX_ITER
-    if norm == 0.0 or sigma == 0.0:  # b is orthogonal to everything B can reach: x = 0 is the minimiser
-        status, smallest, residuals, max_iter = Status.CONVERGED, 0.0, [0.0], 0
-    scale = (_SCALE_MARGIN * bound) ** 2 + damping**2
-    rounding = 100 * torch.finfo(operator.dtype).eps * float(rhs.norm())
-
-    difference, residual_vector, last_step = rhs, target, torch.zeros_like(x)
-    j = iterations = 0
-    while iterations < max_iter:
-        iterations += 1
-        j += 1
-        momentum, weight = _nu_method(j) if accelerate else (0.0, 1.0)
-        last_step = momentum * last_step + (weight / scale) * residual_vector
-        x = x + last_step
-        previous, difference = difference, rhs - operator.matvec(x)
-        residual_vector = operator.rmatvec(difference) - damping**2 * x
-        require_finite(residual_vector, f"LiSSA step {iterations}")
-        residual = float(residual_vector.norm()) / norm
-        residuals.append(residual)
-        since += 1
-        if residual < smallest:
-            best, smallest, since = (x, difference, residual_vector), residual, 0
-        if smallest <= rtol:
-            status = Status.CONVERGED
-            break
-        if since >= max(_PATIENCE, iterations // 2):
-            status = Status.STALLED
-            break
-        moved = float((difference - previous).norm())
-        seen = moved / float(last_step.norm()) if moved > rounding else 0.0
-        if residual > _DIVERGED * smallest or seen > _DIVERGED * bound:
-            raise ConvergenceError(
-                f"LiSSA diverged: after {iterations} steps the relative residual is {residual:.3g}, from"
-                f" {smallest:.3g} at its smallest. sigma_max was estimated as {sigma:.3g}. Most often the loss is not"
-                " the same function at every evaluation (random augmentation, dropout outside of nn.Dropout, BatchNorm"
-                " in training mode)."
-            )
-        if seen**2 + damping**2 > scale:
-            sigma = seen
-            scale = (_SCALE_MARGIN * sigma) ** 2 + damping**2
-            x, difference, residual_vector = best
-            j = 0
-        elif accelerate and float(residual_vector @ last_step) < 0:
-            j = 0
-
-    x, difference, _ = best
-    rhs_norm = float(rhs.norm())
-    return Solution(
-        x=x,
-        status=status,
-        solver="lissa",
-        iterations=iterations,
-        hvps=operator.products - products,
-        residual=smallest,
-        unexplained=float(difference.norm()) / rhs_norm if rhs_norm else 0.0,
-        sigma_max=sigma,
+    run = Run(
+        "lissa",
+        operator,
+        rhs,
+        damping=damping,
         rtol=rtol,
-        seconds=time.perf_counter() - start,
-        residuals=residuals,
+        max_iter=max_iter,
+        start=start,
+        discrepancy=discrepancy,
     )
+    return _iterate(run, accelerate=True)
 
 
-def _nu_method(j: int, nu: float = 1.0) -> tuple[float, float]:
+@SOLVERS.register("plain_lissa")
+def plain_lissa(
+    operator: LinearOperator,
+    rhs: Tensor,
+    *,
+    damping: float = 0.0,
+    rtol: float = 1e-3,
+    max_iter: int = 100,
+    seed: int = 0,
+    start: Tensor | None = None,
+    discrepancy: float = 0.0,
+) -> Solution | list[Solution]:
+    """The recursion of the paper as it stands, at a scale that is found once.
+
+    It starts at zero (or ``start``), and takes the number of steps that :func:`lissa` takes, squared. Arguments and
+    errors are those of :func:`lissa`; the steps that find the scale do not count towards ``max_iter``.
+    """
+    run = Run(
+        "plain_lissa",
+        operator,
+        rhs,
+        damping=damping,
+        rtol=rtol,
+        max_iter=max_iter,
+        start=start,
+        discrepancy=discrepancy,
+    )
+    return _iterate(run, accelerate=False)
+
+
+def _iterate(run: Run, *, accelerate: bool) -> Solution | list[Solution]:
+    krylov = ConjugateGradients(run)
+    sigma = bound = torch.zeros(len(run.active), dtype=torch.float64)
+    for step in range(_SCALE_MAX_ITER):
+        if not run.running:
+            break
+        krylov.step()
+        sigma, bound = krylov.sigma()
+        if accelerate:
+            keep = run.record(krylov.x, krylov.difference, krylov.normal, stuck=krylov.stuck)
+            krylov.keep(keep)
+            sigma, bound = columns(keep, sigma, bound)
+        known = bound**2 - sigma**2 <= _SCALE_RTOL * sigma**2
+        if bool(krylov.stuck.all()) or (step + 1 >= _SCALE_MIN_ITER and bool(known.all())):
+            break
+    if accelerate:
+        x, difference, normal = krylov.x, krylov.difference, krylov.normal
+    else:
+        x, difference, normal = run.x, run.difference, run.normal
+
+    damped = run.damping**2
+    scale = (_SCALE_MARGIN * bound) ** 2 + damped
+    rounding = 100 * torch.finfo(x.dtype).eps * run.b.norm(dim=0)
+    last_step = torch.zeros_like(x)
+    steps = torch.zeros(len(run.active), dtype=torch.float64)  # since the momentum began
+    while run.running:
+        steps = steps + 1
+        momentum, weight = _nu_method(steps) if accelerate else (torch.zeros_like(steps), torch.ones_like(steps))
+        last_step = momentum.to(x) * last_step + (weight / scale).to(x) * normal
+        x = x + last_step
+        previous, difference = difference, run.b - run.matvec(x)
+        normal = run.rmatvec(difference) - damped * x
+        keep = run.record(x, difference, normal)
+
+        moved = (difference - previous).norm(dim=0)
+        seen = torch.where(moved > rounding, moved / last_step.norm(dim=0), 0.0).double().cpu()
+        uphill = ((normal * last_step).sum(0) < 0).cpu()
+        x, difference, normal, last_step, rounding = columns(keep, x, difference, normal, last_step, rounding)
+        seen, uphill, scale, sigma, steps = columns(keep, seen, uphill, scale, sigma, steps)
+        if not run.running:
+            break
+        _check_progress(run, seen, sigma)
+
+        too_small = (seen**2 + damped > scale) & (seen > sigma)
+        if too_small.any():
+            sigma = torch.where(too_small, seen, sigma)
+            run.saw(sigma)
+            scale = torch.where(too_small, (_SCALE_MARGIN * sigma) ** 2 + damped, scale)
+            x = torch.where(too_small.to(x.device), run.best(), x)
+            difference = run.b - run.matvec(x)
+            normal = run.rmatvec(difference) - damped * x
+        steps = torch.where(too_small | uphill, 0.0, steps)
+    return run.solutions()
+
+
+def _check_progress(run: Run, seen: Tensor, sigma: Tensor) -> None:
+    grown = float(run.growth().max())
+    if grown > _DIVERGED or bool((seen > _DIVERGED * sigma).any()):
+        raise different_products(
+            f"after {run.iterations} steps the residual is {grown:.3g} times what it was at its smallest; sigma_max was"
+            f" estimated as {float(sigma.max()):.3g}"
+        )
+
+
+def _nu_method(j: Tensor, nu: float = 1.0) -> tuple[Tensor, Tensor]:
     """Momentum and weight of step ``j ≥ 1`` of Brakhage's ν-method."""
-    if j == 1:
-        return 0.0, (4 * nu + 2) / (4 * nu + 1)
     momentum = ((j - 1) * (2 * j - 3) * (2 * j + 2 * nu - 1)) / (
         (j + 2 * nu - 1) * (2 * j + 4 * nu - 1) * (2 * j + 2 * nu - 3)
     )
-    weight = 4 * ((2 * j + 2 * nu - 1) * (j + nu - 1)) / ((j + 2 * nu - 1) * (2 * j + 4 * nu - 1))
-    return momentum, weight
+    return momentum, 4 * ((2 * j + 2 * nu - 1) * (j + nu - 1)) / ((j + 2 * nu - 1) * (2 * j + 4 * nu - 1))

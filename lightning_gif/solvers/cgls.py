@@ -1,0 +1,57 @@
+"""Conjugate gradients for least squares."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import SOLVERS, LinearOperator, Run, Solution
+from .krylov import ConjugateGradients
+
+__all__ = ["cgls"]
+
+
+@SOLVERS.register("cgls")
+def cgls(
+    operator: LinearOperator,
+    rhs: Tensor,
+    *,
+    damping: float = 0.0,
+    rtol: float = 1e-3,
+    max_iter: int = 100,
+    seed: int = 0,
+    start: Tensor | None = None,
+    discrepancy: float = 0.0,
+) -> Solution | list[Solution]:
+    """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` by conjugate gradients on the normal equations.
+
+    Of all methods that spend two products a step it makes ``‖B x − b‖`` smallest. The normal-equation residual, by
+    which convergence is judged, wavers on the way; :func:`~lightning_gif.solvers.lsmr` makes that one smallest.
+
+    Args:
+        operator: ``B``, ``(rows, cols)``.
+        rhs: ``b``, ``(rows,)``, or several as columns ``(rows, q)``.
+        damping: ``λ ≥ 0``, in the unit of ``B``'s singular values.
+        rtol: Relative normal-equation residual at which to stop.
+        max_iter: Most steps; each costs one product with ``B`` and one with ``Bᵀ``.
+        seed: Unused: nothing is drawn.
+        start: First iterate, ``(cols,)`` or ``(cols, q)``; zero by default.
+        discrepancy: Stop where ``‖B x − b‖ ≤ discrepancy·‖b‖``.
+
+    Raises:
+        NonFiniteError: If a product is not finite.
+    """
+    run = Run(
+        "cgls",
+        operator,
+        rhs,
+        damping=damping,
+        rtol=rtol,
+        max_iter=max_iter,
+        start=start,
+        discrepancy=discrepancy,
+    )
+    iteration = ConjugateGradients(run)
+    while run.running:
+        iteration.step()
+        iteration.keep(run.record(iteration.x, iteration.difference, iteration.normal, stuck=iteration.stuck))
+    return run.solutions()

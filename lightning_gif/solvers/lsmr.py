@@ -1,0 +1,69 @@
+"""LSMR: least squares with the smallest normal-equation residual at each step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import SOLVERS, LinearOperator, Run, Solution, columns
+from .krylov import ConjugateGradients
+
+__all__ = ["lsmr"]
+
+
+@SOLVERS.register("lsmr")
+def lsmr(
+    operator: LinearOperator,
+    rhs: Tensor,
+    *,
+    damping: float = 0.0,
+    rtol: float = 1e-3,
+    max_iter: int = 100,
+    seed: int = 0,
+    start: Tensor | None = None,
+    discrepancy: float = 0.0,
+) -> Solution | list[Solution]:
+    """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` with the smallest normal-equation residual at each step.
+
+    LSMR (Fong and Saunders, *SIAM Journal on Scientific Computing* 33, 2011) is MINRES on the normal equations. Its
+    iterates are computed here as those of CGLS with minimal-residual smoothing (Zhou and Walker, *SIAM Journal on
+    Scientific Computing* 15, 1994): each is the point on the line to the new CGLS iterate where the residual is
+    smallest. So the residual never grows, and is at hand by its definition instead of by a recurrence's estimate.
+
+    Args:
+        operator: ``B``, ``(rows, cols)``.
+        rhs: ``b``, ``(rows,)``, or several as columns ``(rows, q)``.
+        damping: ``λ ≥ 0``, in the unit of ``B``'s singular values.
+        rtol: Relative normal-equation residual at which to stop.
+        max_iter: Most steps; each costs one product with ``B`` and one with ``Bᵀ``.
+        seed: Unused: nothing is drawn.
+        start: First iterate, ``(cols,)`` or ``(cols, q)``; zero by default.
+        discrepancy: Stop where ``‖B x − b‖ ≤ discrepancy·‖b‖``.
+
+    Raises:
+        NonFiniteError: If a product is not finite.
+    """
+    run = Run(
+        "lsmr",
+        operator,
+        rhs,
+        damping=damping,
+        rtol=rtol,
+        max_iter=max_iter,
+        start=start,
+        discrepancy=discrepancy,
+    )
+    iteration = ConjugateGradients(run)
+    x, difference, normal = run.x, run.difference, run.normal
+    while run.running:
+        iteration.step()
+        change = iteration.normal - normal
+        length = change.square().sum(0)
+        share = torch.where(length > 0, -(normal * change).sum(0) / length, 0.0)
+        x = x + share * (iteration.x - x)
+        difference = difference + share * (iteration.difference - difference)
+        normal = normal + share * change
+        keep = run.record(x, difference, normal, stuck=iteration.stuck)
+        iteration.keep(keep)
+        x, difference, normal = columns(keep, x, difference, normal)
+    return run.solutions()
