@@ -1,8 +1,8 @@
-"""The Hessian of the training loss as an operator on vectors, streamed over data, and its rows and columns."""
+"""The curvature of the training loss as an operator on vectors, streamed over data, and its rows and columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,112 +10,331 @@ import torch
 from torch import Tensor
 
 from .data import Examples
-from .errors import ObjectiveError
+from .errors import ConfigurationError, ObjectiveError
+from .objective import Objective
 from .parameters import ParameterSpace, Targets
 from .registry import Registry
 from .solvers import LinearOperator, Solution
 
-__all__ = ["METHODS", "Hessian", "Method", "Submatrix"]
+__all__ = [
+    "CURVATURES",
+    "METHODS",
+    "Combination",
+    "Curvature",
+    "Group",
+    "Linearise",
+    "Method",
+    "Submatrix",
+    "gauss_newton",
+    "graph_bytes",
+    "hessian",
+]
+
+Product = Callable[[Tensor], Tensor]
+"""``v ↦ C v``, ``(p,) → (p,)``, where ``C`` is the *sum* of the curvatures of a micro-batch's examples."""
+
+Linearise = Callable[[Tensor, Any], tuple[Product, Tensor]]
+"""``(θ, batch) ↦`` the product at ``θ``, and a tensor whose autograd graph is all that the product keeps."""
 
 
-class Hessian:
-    """``H = ∇²L(θ)`` of the mean loss ``L`` over examples, acting on flat vectors ``(p,)``.
-
-    A product is the reverse-mode derivative of ``∇L(θ)·v`` (Pearlmutter 1994), summed over micro-batches with the
-    weight of their true sizes, so a ragged last batch counts as what it is. Memory is that of one micro-batch, however
-    many examples there are.
+def hessian(loss_sum: Callable[[Tensor, Any], Tensor]) -> Linearise:
+    """The second derivative: the product is the reverse-mode derivative of ``∇L(θ)·v`` (Pearlmutter 1994).
 
     Args:
         loss_sum: ``(θ, batch) → ()``, the sum of the losses of a batch's examples; twice differentiable in ``θ``.
-        theta: Where the Hessian is taken, ``(p,)``.
+    """
+
+    def linearise(theta: Tensor, data: Any) -> tuple[Product, Tensor]:
+        theta = theta.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_sum(theta, data), theta, create_graph=True, materialize_grads=True)
+        if not gradient.requires_grad:  # the loss is linear in θ here and the second derivative is zero
+            return torch.zeros_like, gradient
+
+        def product(vector: Tensor) -> Tensor:
+            return torch.autograd.grad(gradient, theta, vector, retain_graph=True, materialize_grads=True)[0]
+
+        return product, gradient
+
+    return linearise
+
+
+def gauss_newton(
+    outputs: Callable[[Tensor, Any], Tensor], loss_sum_at: Callable[[Tensor, Any], Callable[[Tensor], Tensor]]
+) -> Linearise:
+    """The generalised Gauss–Newton matrix ``Σ JᵢᵀHᵢJᵢ`` (Schraudolph 2002; Martens, JMLR 21, 2020, section 8).
+
+    ``J`` is the Jacobian of the model's outputs, ``Hᵢ`` the second derivative of the loss in these outputs: the Hessian
+    without the curvature of the model itself. Where the loss is convex in the outputs it is positive semi-definite.
+
+    Args:
+        outputs: ``(θ, batch) → (…)``, what the loss is a function of.
+        loss_sum_at: ``(θ, batch) →`` the sum of the batch's losses as a function of the outputs alone.
+    """
+
+    def linearise(theta: Tensor, data: Any) -> tuple[Product, Tensor]:
+        theta = theta.detach().requires_grad_()
+        out = outputs(theta, data)
+        at = out.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss_sum_at(theta.detach(), data)(at), at, create_graph=True)
+        if not slope.requires_grad or not out.requires_grad:
+            return torch.zeros_like, out
+        # Jᵀu is linear in u, so that its derivative by u in the direction v is J v: forward mode from two reverse ones.
+        dummy = torch.zeros_like(out, requires_grad=True)
+        (pulled,) = torch.autograd.grad(out, theta, dummy, create_graph=True, materialize_grads=True)
+
+        def product(vector: Tensor) -> Tensor:
+            (pushed,) = torch.autograd.grad(pulled, dummy, vector, retain_graph=True, materialize_grads=True)
+            (curved,) = torch.autograd.grad(slope, at, pushed, retain_graph=True, materialize_grads=True)
+            return torch.autograd.grad(out, theta, curved, retain_graph=True, materialize_grads=True)[0]
+
+        return product, pulled
+
+    return linearise
+
+
+CURVATURES: dict[str, Callable[[Objective], Linearise]] = {
+    "hessian": lambda objective: hessian(objective.loss_sum),
+    "ggn": lambda objective: gauss_newton(objective.outputs, objective.loss_sum_at),
+}
+"""The curvatures of an objective by name."""
+
+
+class Curvature:
+    """``C = (1/n) Σᵢ Cᵢ + w·I`` over examples, acting on flat vectors ``(p,)``, or several as columns ``(p, q)``.
+
+    Micro-batches count with their true sizes, so a ragged last batch counts as what it is. At a fixed ``θ`` the first
+    pass of a product, which does not depend on the vector, is kept for as many micro-batches as ``memory`` allows, and
+    done anew for the others: memory does not grow with the number of examples. Several vectors share it.
+
+    Args:
+        linearise: The curvature of a micro-batch: :func:`hessian` or :func:`gauss_newton`.
+        theta: Where it is taken, ``(p,)``.
         examples: Over which data, iterated once for each product.
+        weight_decay: ``w``: the training objective's ``(w/2)‖θ‖²``.
+        memory: Bytes that kept passes may take.
         on_product: Called at each product, to show progress.
     """
 
     def __init__(
         self,
-        loss_sum: Callable[[Tensor, Any], Tensor],
+        linearise: Linearise,
         theta: Tensor,
         examples: Examples,
         *,
+        weight_decay: float = 0.0,
+        memory: float = 0.0,
         on_product: Callable[[], Any] = lambda: None,
     ) -> None:
-        self._loss_sum = loss_sum
+        self._linearise = linearise
         self._theta = theta
-        self._examples = examples
+        self._examples = self._rest = examples
+        self._weight_decay = weight_decay
+        self._memory = memory
         self._on_product = on_product
+        self._kept: list[Product] = []
+        self._full = memory <= 0  # no room for a further pass
         self.products = 0
+        self.examples = 0
         self.shape = (theta.numel(), theta.numel())
         self.dtype, self.device = theta.dtype, theta.device
 
-    def matvec(self, vector: Tensor) -> Tensor:
-        """``H v``: ``(p,) → (p,)``."""
-        self.products += 1
-        self._on_product()
-        total = torch.zeros_like(self._theta)
-        for batch in self._examples.batches():
-            theta = self._theta.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(
-                self._loss_sum(theta, batch.data), theta, create_graph=True, materialize_grads=True
-            )
-            if gradient.requires_grad:  # otherwise the loss is linear in θ here and the second derivative is zero
-                (product,) = torch.autograd.grad(gradient, theta, vector, materialize_grads=True)
-                total += product
-        return total / len(self._examples)
+    def summary(self) -> dict[str, int]:
+        """How the products were made: micro-batches, of how many the first pass was kept, products and examples."""
+        return {
+            "batches": -(-len(self._examples) // self._examples.batch_size),
+            "batches_kept": len(self._kept),
+            "products": self.products,
+            "examples": self.examples,
+        }
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``C V``: ``(p,) → (p,)`` or ``(p, q) → (p, q)``."""
+        columns = vectors[:, None] if vectors.ndim == 1 else vectors
+        for _ in range(columns.shape[1]):
+            self.products += 1
+            self.examples += len(self._examples)
+            self._on_product()
+        total = torch.zeros_like(columns)
+        for product in self._passes():
+            total += torch.stack([product(column) for column in columns.T], dim=1)
+        total = total / len(self._examples) + self._weight_decay * columns
+        return total[:, 0] if vectors.ndim == 1 else total
 
     rmatvec = matvec
-    """``Hᵀ v = H v``."""
+    """``Cᵀ V = C V``."""
+
+    def _passes(self) -> Iterator[Product]:
+        """The products of the micro-batches: those that are kept, then the others, one at a time."""
+        yield from self._kept
+        rest = self._rest
+        for batch in rest.batches():
+            product, graph = self._linearise(self._theta, batch.data)
+            if not self._full:
+                self._memory -= graph_bytes(graph)
+                self._full = self._memory < 0
+            if not self._full:
+                self._kept.append(product)
+                self._rest = self._rest.after(batch.size)
+            yield product
+
+    def draw(self, seed: int) -> Curvature:
+        """The same curvature over one micro-batch of examples drawn at random: an unbiased estimate of it.
+
+        Its products count as its own and, by the share of the examples, as this operator's.
+        """
+        count = min(self._examples.batch_size, len(self._examples))
+        return _Draw(self, self._examples.sample(count, seed))
+
+
+class _Draw(Curvature):
+    """The curvature over a few of another's examples, whose counts it adds to."""
+
+    def __init__(self, whole: Curvature, examples: Examples) -> None:
+        super().__init__(whole._linearise, whole._theta, examples, weight_decay=whole._weight_decay)
+        self._whole = whole
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        before = self.products, self.examples
+        found = super().matvec(vectors)
+        self._whole.products += self.products - before[0]
+        self._whole.examples += self.examples - before[1]
+        return found
+
+    rmatvec = matvec
+
+
+def graph_bytes(result: Tensor) -> int:
+    """How many bytes the autograd graph of a tensor keeps alive: each storage once, and no more of it than is used.
+
+    Found by walking the graph and asking each node for what it saved, which works under ``torch.func.vmap`` as well,
+    where hooks on saved tensors do not.
+    """
+    found: dict[int, int] = {}
+    seen: set[Any] = set()
+    queue = [result.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        saved = list(getattr(node, "saved_tensors", ()))
+        saved += [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for value in saved:
+            for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    used = min(storage.nbytes(), tensor.numel() * tensor.element_size())  # not a whole data set's
+                    found[storage.data_ptr()] = max(used, found.get(storage.data_ptr(), 0))
+        queue += [following for following, _ in node.next_functions]
+    return sum(found.values())
 
 
 class Submatrix:
-    """``H[rows, cols]`` of a symmetric operator ``H``, without forming it.
+    """``C[rows, cols]`` of a symmetric operator ``C``, without forming it.
 
     Args:
-        hessian: ``H``, ``(p, p)``, symmetric.
+        curvature: ``C``, ``(p, p)``, symmetric.
         rows: Sorted positions ``(r,)`` of the kept rows, or ``None`` for all.
         cols: Sorted positions ``(c,)`` of the kept columns, or ``None`` for all.
     """
 
-    def __init__(self, hessian: LinearOperator, rows: Tensor | None, cols: Tensor | None) -> None:
-        self._hessian = hessian
+    def __init__(self, curvature: LinearOperator, rows: Tensor | None, cols: Tensor | None) -> None:
+        self._curvature = curvature
         self._rows, self._cols = rows, cols
-        size = hessian.shape[0]
+        size = curvature.shape[0]
         self.shape = (size if rows is None else rows.numel(), size if cols is None else cols.numel())
-        self.dtype, self.device = hessian.dtype, hessian.device
+        self.dtype, self.device = curvature.dtype, curvature.device
 
     @property
     def products(self) -> int:
-        """Products of the underlying Hessian spent so far."""
-        return self._hessian.products
+        """Products of the underlying curvature spent so far."""
+        return self._curvature.products
+
+    @property
+    def examples(self) -> int:
+        """Examples that these went through."""
+        return self._curvature.examples
 
     @property
     def T(self) -> Submatrix:
-        """The transpose ``H[cols, rows]``."""
-        return Submatrix(self._hessian, self._cols, self._rows)
+        """The transpose ``C[cols, rows]``."""
+        return Submatrix(self._curvature, self._cols, self._rows)
 
-    def matvec(self, vector: Tensor) -> Tensor:
-        """``(c,) → (r,)``."""
-        image = self._hessian.matvec(_scatter(vector, self._cols, self._hessian.shape[0]))
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``(c,) → (r,)``, or ``(c, q) → (r, q)``."""
+        image = self._curvature.matvec(_scatter(vectors, self._cols, self._curvature.shape[0]))
         return image if self._rows is None else image[self._rows]
 
-    def rmatvec(self, vector: Tensor) -> Tensor:
-        """``(r,) → (c,)``."""
-        return self.T.matvec(vector)
+    def rmatvec(self, vectors: Tensor) -> Tensor:
+        """``(r,) → (c,)``, or ``(r, q) → (c, q)``."""
+        return self.T.matvec(vectors)
+
+    def draw(self, seed: int) -> Submatrix:
+        """The same rows and columns of the curvature over a few random examples, see :meth:`Curvature.draw`."""
+        return Submatrix(self._curvature.draw(seed), self._rows, self._cols)  # type: ignore[attr-defined]
 
 
-def _scatter(vector: Tensor, positions: Tensor | None, size: int) -> Tensor:
-    """The vector ``(size,)`` that has ``vector`` at ``positions`` and zeros elsewhere."""
+class Combination:
+    """``Σ wᵢ Cᵢ`` of symmetric operators ``(p, p)``.
+
+    Args:
+        terms: Pairs of a weight and an operator.
+    """
+
+    def __init__(self, *terms: tuple[float, LinearOperator]) -> None:
+        self._terms = terms
+        (_, first), *_ = terms
+        self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
+
+    @property
+    def products(self) -> int:
+        """Products of all terms."""
+        return sum(operator.products for _, operator in self._terms)
+
+    @property
+    def examples(self) -> int:
+        """Examples that these went through."""
+        return sum(operator.examples for _, operator in self._terms)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``(p,) → (p,)``, or ``(p, q) → (p, q)``."""
+        images = [weight * operator.matvec(vectors) for weight, operator in self._terms]
+        return torch.stack(images).sum(0)
+
+    rmatvec = matvec
+
+
+def _scatter(vectors: Tensor, positions: Tensor | None, size: int) -> Tensor:
+    """The vectors ``(size, …)`` that have ``vectors`` at ``positions`` and zeros elsewhere."""
     if positions is None:
-        return vector
-    return torch.zeros(size, dtype=vector.dtype, device=vector.device).index_copy(0, positions, vector)
+        return vectors
+    return vectors.new_zeros(size, *vectors.shape[1:]).index_copy(0, positions, vectors)
+
+
+Solve = Callable[[LinearOperator, Tensor], "Solution | list[Solution]"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The examples in question, for methods that look at their curvature as well.
+
+    Attributes:
+        share: ``p = m/n``, of all training examples.
+        old: Their curvature with the labels that they were trained with.
+        new: The same with corrected labels; ``None`` if they are removed.
+    """
+
+    share: float
+    old: LinearOperator
+    new: LinearOperator | None
 
 
 @dataclass(frozen=True)
 class Method:
-    """Which rows and columns of the Hessian an influence method inverts, in the least-squares sense.
+    """Which rows and columns of the curvature an influence method inverts, in the least-squares sense.
 
-    With ``M = H[rows, cols]``, the change of the targets for a weighted gradient ``g`` is ``x = (M⁺ g[rows])[S]``. All
-    methods of the GIF paper (arXiv 2312.05586, section 4) are of this form.
+    With ``M = C[rows, cols]``, the change of the targets for a weighted gradient ``g`` is ``x = (M⁺ g[rows])[S]``. The
+    first-order methods of the GIF paper (arXiv 2312.05586, section 4) are all of this form.
 
     Attributes:
         rows: ``"all"`` or ``"targets"``.
@@ -123,45 +342,56 @@ class Method:
         selects: ``False`` if the method changes every parameter, whatever was selected.
     """
 
-    rows: str
-    cols: str
+    rows: str = "all"
+    cols: str = "all"
     selects: bool = True
 
     def edit(
-        self, hessian: LinearOperator, targets: Tensor, gradient: Tensor, solve: Callable[..., Solution]
-    ) -> tuple[Tensor, Solution]:
-        """The change ``x`` ``(k,)`` of the targets that answers the weighted gradient ``g`` ``(p,)``, and the solve."""
-        matrix = self._matrix(hessian, targets)
-        solution = solve(matrix, gradient if self.rows == "all" else gradient[targets])
-        return (solution.x if self.cols == "targets" else solution.x[targets]), solution
+        self, curvature: LinearOperator, targets: Tensor, gradient: Tensor, solve: Solve, group: Group | None = None
+    ) -> tuple[Tensor, list[Solution]]:
+        """The change ``x`` ``(k,)`` of the targets that answers a weighted gradient ``g`` ``(p,)``, and the solves."""
+        matrix = self._matrix(curvature, targets)
+        (solution,) = _as_list(solve(matrix, gradient if self.rows == "all" else gradient[targets]))
+        return (solution.x if self.cols == "targets" else solution.x[targets]), [solution]
 
     def query(
-        self, hessian: LinearOperator, targets: Tensor, gradient: Tensor, solve: Callable[..., Solution]
-    ) -> tuple[Tensor, Solution]:
-        """The vector ``w`` ``(p,)`` for which ``wᵀg = q[S]ᵀx(g)`` for every ``g``, and the solve.
+        self, curvature: LinearOperator, targets: Tensor, gradients: Tensor, solve: Solve
+    ) -> tuple[Tensor, list[Solution]]:
+        """The vectors ``w`` for which ``wᵀg = q[S]ᵀx(g)`` for every ``g``, and the solves.
 
-        The map ``g → x`` is linear, so its adjoint takes the query's gradient ``q`` to ``w`` once, and then each
+        The map ``g → x`` is linear, so its adjoint takes a query's gradient ``q`` to ``w`` once, and then each
         training example costs one inner product with its gradient. The adjoint of a pseudo-inverse is the
-        pseudo-inverse of the transpose: the same solver on ``Mᵀ``, right-hand side ``q[S]``.
+        pseudo-inverse of the transpose: the same solver on ``Mᵀ``, right-hand side ``q[S]``. All queries are solved
+        together.
+
+        Args:
+            curvature: ``C``, ``(p, p)``.
+            targets: ``S``, ``(k,)``.
+            gradients: Of the queries, ``(n_queries, p)``.
+            solve: See :meth:`~lightning_gif.settings.Settings.solve`.
+
+        Returns:
+            ``(n_queries, p)``, and a solution for each.
 
         Raises:
-            ObjectiveError: If the query's gradient vanishes on all targets.
+            ObjectiveError: If the gradient of a query vanishes on all targets.
         """
-        size = hessian.shape[0]
-        on_targets = gradient[targets]
-        if not on_targets.any():
+        size = curvature.shape[0]
+        on_targets = gradients[:, targets].T
+        if not on_targets.any(dim=0).all():
             raise ObjectiveError(
                 "The query does not depend on the target parameters: its gradient on all of them is exactly zero, so"
                 " no training example could have moved it through them. Use targets='batch', a larger ratio, or"
                 " method='if'."
             )
         rhs = on_targets if self.cols == "targets" else _scatter(on_targets, targets, size)
-        solution = solve(self._matrix(hessian, targets).T, rhs)
-        return (solution.x if self.rows == "all" else _scatter(solution.x, targets, size)), solution
+        solutions = _as_list(solve(self._matrix(curvature, targets).T, rhs))
+        found = torch.stack([solution.x for solution in solutions], dim=1)
+        return (found if self.rows == "all" else _scatter(found, targets, size)).T, solutions
 
-    def _matrix(self, hessian: LinearOperator, targets: Tensor) -> Submatrix:
+    def _matrix(self, curvature: LinearOperator, targets: Tensor) -> Submatrix:
         return Submatrix(
-            hessian,
+            curvature,
             targets if self.rows == "targets" else None,
             targets if self.cols == "targets" else None,
         )
@@ -171,6 +401,47 @@ class Method:
         return selected() if self.selects else Targets.whole(space)
 
 
+@dataclass(frozen=True)
+class SecondOrder(Method):
+    """The second-order influence of a group on all parameters (Basu, You and Feizi, ICML 2020).
+
+    The risk is led from that on all data, ``L``, to the one that should hold, ``L'``, along the straight line
+    ``L + t(L' − L)``; its minimiser is expanded in ``t`` up to ``t²``, without third derivatives of the losses. With
+    ``C`` the curvature of ``L`` and ``C'`` that of ``L'``, ``θ₁ = C⁻¹∇(L − L')`` is the first order, and
+    ``C⁻¹(C − C')θ₁`` the second.
+    """
+
+    def edit(
+        self, curvature: LinearOperator, targets: Tensor, gradient: Tensor, solve: Solve, group: Group | None = None
+    ) -> tuple[Tensor, list[Solution]]:
+        """The change of all parameters, and the two solves; without a group there is no second order."""
+        if group is None:
+            return super().edit(curvature, targets, gradient, solve)
+        whole = Combination((1 - group.share, curvature), (group.share, group.old))
+        # Removal: L' is the risk on the retained data, and C − C' = p (C_U − C_R). Relabelling: L' is that on all
+        # data with the new labels, and C − C' = p (C_old − C_new).
+        removal = group.new is None
+        difference = Combination(
+            (group.share, group.old), (-group.share, curvature if group.new is None else group.new)
+        )
+        (first,) = _as_list(solve(whole, gradient if removal else (1 - group.share) * gradient))
+        (second,) = _as_list(solve(whole, difference.matvec(first.x)))
+        return first.x + second.x, [first, second]
+
+    def query(
+        self, curvature: LinearOperator, targets: Tensor, gradients: Tensor, solve: Solve
+    ) -> tuple[Tensor, list[Solution]]:
+        """Raises: the second order is that of one given group, not of each training example."""
+        raise ConfigurationError(
+            "method='sif' is the second-order influence of a group that is removed or relabelled; it has no score for"
+            " single training examples other than that of method='if'. Use 'if', or 'gif'."
+        )
+
+
+def _as_list(found: Solution | list[Solution]) -> list[Solution]:
+    return found if isinstance(found, list) else [found]
+
+
 METHODS: Registry[Method] = Registry("method")
 """The influence methods by the paper's names."""
 
@@ -178,3 +449,4 @@ METHODS.register("gif")(Method(rows="all", cols="targets"))
 METHODS.register("fif")(Method(rows="targets", cols="targets"))
 METHODS.register("pif")(Method(rows="all", cols="all"))
 METHODS.register("if")(Method(rows="all", cols="all", selects=False))
+METHODS.register("sif")(SecondOrder(selects=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ __all__ = [
     "replace_targets",
     "same_structure",
     "slice_batch",
+    "take",
     "tensors",
 ]
 
@@ -126,6 +128,16 @@ def batch_size(data: Any) -> int:
     if not size:
         raise BatchError(f"The batch is empty: {describe(data)}. Pass at least one example.")
     return size
+
+
+def take(data: Any, rows: Tensor) -> Any:
+    """The examples at positions ``rows`` ``(m,)`` of a batch, in its structure."""
+    size = batch_size(data)
+    return map_tensors(
+        data,
+        lambda tensor: tensor[rows.to(tensor.device)] if tensor.ndim else tensor,
+        lambda items: type(items)(items[i] for i in rows.tolist()) if len(items) == size else items,
+    )
 
 
 def slice_batch(data: Any, start: int, stop: int) -> Any:
@@ -349,10 +361,30 @@ class Examples:
             yield Batch(self.prepare(data), ids, len(ids))
 
     def at(self, positions: Tensor) -> Examples:
-        """The examples at the given positions ``(m,)`` (not dataset indices), in the order given; read anew."""
-        if self.dataset is None:
-            raise TrainingDataError("The examples of a batch in memory cannot be read anew.")
-        return replace(self, ids=self.ids[positions], cached=None)
+        """The examples at the given positions ``(m,)`` (not dataset indices), in the order given; read anew.
+
+        Examples that are only held in memory are given in the order they are held in.
+        """
+        if self.dataset is not None:
+            return replace(self, ids=self.ids[positions], cached=None)
+        wanted = torch.zeros(len(self), dtype=torch.bool)
+        wanted[positions] = True
+        pieces, start = [], 0
+        for batch in self.batches():
+            here = wanted[start : start + batch.size].nonzero().squeeze(1)
+            start += batch.size
+            if len(here):
+                pieces.append(Batch(take(batch.data, here), batch.ids[here], len(here)))
+        return replace(self, ids=self.ids[wanted], cached=tuple(pieces))
+
+    def after(self, count: int) -> Examples:
+        """The examples without the first so many, which must be whole batches; in the same batches."""
+        if self.cached is None:
+            return replace(self, ids=self.ids[count:])
+        pieces, skipped = list(self.cached), 0
+        while skipped < count:
+            skipped += pieces.pop(0).size
+        return replace(self, ids=self.ids[count:], cached=tuple(pieces))
 
     def sample(self, count: int | None, seed: int) -> Examples:
         """``count`` of the examples, drawn without replacement and kept in order; all for ``None`` or if fewer."""
@@ -361,9 +393,17 @@ class Examples:
         drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
         return self.at(drawn.sort().values)
 
-    def held(self) -> Examples:
-        """The same examples with their prepared batches held in memory."""
-        return self if self.cached is not None else replace(self, cached=tuple(self.batches()))
+    def held(self, most: float = math.inf) -> Examples:
+        """The same examples with their prepared batches held in memory, if they take no more than ``most`` bytes."""
+        if self.cached is not None:
+            return self
+        pieces, size = [], 0
+        for batch in self.batches():
+            size += sum(tensor.numel() * tensor.element_size() for tensor in tensors(batch.data))
+            if size > most:
+                return self
+            pieces.append(batch)
+        return replace(self, cached=tuple(pieces))
 
     def warn_if_random(self) -> None:
         """Warns if an item of the dataset is not the same twice, as under random augmentation."""

@@ -21,6 +21,7 @@ from .data import Examples, batch_size, class_targets, describe, map_tensors, sa
 from .errors import BatchError, ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError
 from .mixin import overrides
 from .parameters import ParameterSpace
+from .predictions import Predictions
 from .selection import GradientStatistics, NeuronStatistics
 
 __all__ = ["Objective"]
@@ -84,16 +85,26 @@ class Objective:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, trainer: Trainer, module: LightningModule, *, seed: int = 0) -> Iterator[Objective]:
-        """The objective, inside of everything that isolates its evaluation from the user's run."""
+    def open(
+        cls, trainer: Trainer, module: LightningModule, *, seed: int = 0, double: bool = False
+    ) -> Iterator[Objective]:
+        """The objective, inside of everything that isolates its evaluation from the user's run.
+
+        Args:
+            trainer: See the class.
+            module: See the class.
+            seed: See the class.
+            double: Compute in float64 instead of float32.
+        """
         objective = cls(trainer, module, seed=seed)
-        dtype = torch.promote_types(next(iter(objective._parameters())).dtype, torch.float32)
+        least = torch.float64 if double else torch.float32
+        dtype = torch.promote_types(next(iter(objective._parameters())).dtype, least)
         with _isolated(module, objective.device, dtype, trainer.loggers):
             objective.theta = objective.space.flatten(module, dtype)
             yield objective
 
     theta: Tensor
-    """The parameters as they are, ``(p,)``, in float32 or the module's own wider dtype."""
+    """The parameters as they are, ``(p,)``, in float32 or wider."""
 
     # ----------------------------------------------------------------------------------------------------------------
     # Batches
@@ -110,7 +121,7 @@ class Objective:
         return map_tensors(data, self._widen)
 
     def _widen(self, tensor: Tensor) -> Tensor:
-        narrow = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
+        narrow = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < torch.finfo(self.theta.dtype).bits
         return tensor.to(self.theta.dtype) if narrow else tensor
 
     def learn_structure(self, train: Examples) -> None:
@@ -187,6 +198,87 @@ class Objective:
             loss = self._training_step(theta, data)
             return loss * batch_size(data) if self._reduction == "mean" else loss
         return self.losses(theta, data).sum()
+
+    def outputs(self, theta: Tensor, data: Any) -> Tensor:
+        """The predictions of a prepared batch that the loss is computed from, ``(B, d)`` or flat; differentiable.
+
+        Raises:
+            ObjectiveError: If the loss is not computed by a loss function of PyTorch.
+        """
+
+        def predictions(*example: Any) -> Tensor:
+            with Predictions() as noted:
+                self._loss_of(theta, *example)
+            found = noted.flat()
+            if found is None:
+                raise ObjectiveError(
+                    "curvature='ggn' needs the predictions that the loss is computed from, but"
+                    f" {type(self.module).__name__} calls none of PyTorch's losses (F.cross_entropy, F.mse_loss,"
+                    " nn.BCEWithLogitsLoss, …). Use curvature='hessian', or one of these."
+                )
+            return found
+
+        return self._over_examples(predictions, data)
+
+    def features(self, data: Any) -> Tensor:
+        """What enters the last Linear layer for each example of a prepared batch, ``(B, d)``, on the CPU.
+
+        Positions of a sequence are averaged.
+
+        Raises:
+            ConfigurationError: If the module has no Linear layer, or it does not see one row an example.
+        """
+        entered: list[Tensor] = []
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0].detach()))
+            for layer in self.module.modules()
+            if isinstance(layer, nn.Linear)
+        ]
+        try:
+            with torch.no_grad():
+                if self._own_loss:
+                    self._call_own(self.theta, data, "influence_loss")
+                else:
+                    self._training_step(self.theta, data)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not entered or len(entered[-1]) != batch_size(data):
+            raise ConfigurationError(
+                f"curvature_sampling='features' needs a Linear layer that sees one row for each example, which"
+                f" {type(self.module).__name__} does not end in. Use 'logits' or 'random'."
+            )
+        last = entered[-1]
+        return last.reshape(len(last), -1, last.shape[-1]).mean(1).cpu()
+
+    def loss_sum_at(self, theta: Tensor, data: Any) -> Callable[[Tensor], Tensor]:
+        """The sum of a prepared batch's losses as a function of its predictions alone, shaped as by :meth:`outputs`."""
+
+        def loss_sum(outputs: Tensor) -> Tensor:
+            def loss(part: Tensor, *example: Any) -> Tensor:
+                with Predictions(part):
+                    return self._loss_of(theta, *example)
+
+            return self._over_examples(loss, data, outputs).sum()
+
+        return loss_sum
+
+    def _loss_of(self, theta: Tensor, data: Any) -> Tensor:
+        """The loss of what :meth:`_over_examples` hands out: one example, or a whole batch."""
+        return self._training_step(theta, data) if self._vmap and not self._own_loss else self.loss_sum(theta, data)
+
+    def _over_examples(self, function: Callable[..., Tensor], data: Any, *rows: Tensor) -> Tensor:
+        """``function(*rows, data)`` of each example where that can be vectorised, else of the whole batch."""
+        if self._vmap is None:
+            self._probe(data)
+        if self._vmap and not self._own_loss:
+            return self._map_examples(function, data, *rows)
+        if not self._own_loss and self._reduction is None:
+            raise ObjectiveError(
+                f"curvature='ggn' needs the losses of {type(self.module).__name__} for a whole batch at once, but its"
+                " training_step can be neither vectorised nor taken for a mean. Define `influence_loss` (see GIFMixin)."
+            )
+        return function(*rows, data)
 
     def mean_loss(self, examples: Examples, theta: Tensor | None = None) -> float:
         """The mean loss over examples at ``theta``, by default at the present parameters."""
@@ -338,20 +430,24 @@ class Objective:
         return torch.stack([self._training_step(theta, slice_batch(data, i, i + 1)) for i in range(batch_size(data))])
 
     def _losses_vmap(self, theta: Tensor, data: Any) -> Tensor:
+        return self._map_examples(lambda example: self._training_step(theta, example), data)
+
+    def _map_examples(self, function: Callable[..., Tensor], data: Any, *rows: Tensor) -> Tensor:
+        """``function(*rows, example)`` for all examples of a batch at once; each is a batch of one."""
         batch_size(data)
         leaves = tensors(data)
 
-        def one(*rows: Tensor) -> Tensor:
-            remaining = iter(rows)
+        def one(*parts: Tensor) -> Tensor:
+            remaining = iter(parts[len(rows) :])
 
             def put(tensor: Tensor) -> Tensor:
                 row = next(remaining)
                 return row.unsqueeze(0) if tensor.ndim else row
 
-            return self._training_step(theta, map_tensors(data, put))
+            return function(*parts[: len(rows)], map_tensors(data, put))
 
-        in_dims = tuple(0 if leaf.ndim else None for leaf in leaves)
-        return torch.func.vmap(one, in_dims=in_dims, randomness="same")(*leaves)
+        in_dims = (0,) * len(rows) + tuple(0 if leaf.ndim else None for leaf in leaves)
+        return torch.func.vmap(one, in_dims=in_dims, randomness="same")(*rows, *leaves)
 
     def _probe(self, data: Any) -> None:
         """Decides, on a few examples, how the losses are derived from ``training_step``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,15 +11,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from lightning_gif import METHODS, SOLVERS, GIFCallback, ObjectiveError, attach
-from lightning_gif.curvature import Hessian, Submatrix
+from lightning_gif import (
+    METHODS,
+    SOLVERS,
+    ConfigurationError,
+    GIFCallback,
+    GIFMixin,
+    GIFWarning,
+    ObjectiveError,
+    attach,
+)
+from lightning_gif.curvature import CURVATURES, Curvature, Group, Submatrix, graph_bytes, hessian
 from lightning_gif.data import Examples
 from lightning_gif.objective import Objective
 from lightning_gif.parameters import Targets
 from lightning_gif.solvers import dense, lissa, to_matrix
 
 from .conftest import Classifier, blobs, loader, make_trainer
+from .nets import NETS as NETS_OF_ALL_KINDS
+from .nets import Regressor, make
 
 NETS = {
     "mlp": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
@@ -40,6 +53,10 @@ def opened(net: str = "mlp", n: int = 23, batch_size: int = 23) -> Iterator[tupl
         yield objective, Examples.from_loader(loader(dataset), objective.prepare, batch_size=batch_size)
 
 
+def hessian_of(objective: Objective, examples: Examples, **options: Any) -> Curvature:
+    return Curvature(hessian(objective.loss_sum), objective.theta, examples, **options)
+
+
 def dense_hessian(objective: Objective, examples: Examples) -> Tensor:
     """By autograd on a loss that is written out here, not derived by the objective."""
     data = [batch.data for batch in examples.batches()]
@@ -59,7 +76,7 @@ def test_a_product_is_that_of_the_dense_hessian_whatever_the_batches(net: str, b
     with opened(net, batch_size=batch_size) as (objective, train):
         matrix = dense_hessian(objective, train)
         assert torch.linalg.eigvalsh(matrix).min() < -1e-3  # the case that matters
-        found = to_matrix(Hessian(objective.loss_sum, objective.theta, train))
+        found = to_matrix(hessian_of(objective, train))
         torch.testing.assert_close(found, matrix, rtol=1e-10, atol=1e-12)
 
 
@@ -73,16 +90,16 @@ def test_a_loss_that_is_linear_in_the_parameters_has_no_curvature() -> None:
     attach(trainer, module, train_dataloaders=loader(blobs()))
     with Objective.open(trainer, module) as objective:
         train = Examples.from_loader(loader(blobs()), objective.prepare, batch_size=16)
-        assert not Hessian(objective.loss_sum, objective.theta, train).matvec(objective.theta).any()
+        assert not hessian_of(objective, train).matvec(objective.theta).any()
 
 
 def test_rows_and_columns_are_those_of_the_matrix() -> None:
     with opened() as (objective, train):
-        hessian = Hessian(objective.loss_sum, objective.theta, train)
-        matrix = to_matrix(hessian)
+        curvature = hessian_of(objective, train)
+        matrix = to_matrix(curvature)
         rows, cols = torch.tensor([0, 3, 40]), torch.tensor([1, 2, 5, 52])
         for r, c in ((rows, cols), (None, cols), (rows, None), (None, None)):
-            part = Submatrix(hessian, r, c)
+            part = Submatrix(curvature, r, c)
             expected = matrix[slice(None) if r is None else r][:, slice(None) if c is None else c]
             torch.testing.assert_close(to_matrix(part), expected)
             torch.testing.assert_close(to_matrix(part.T), expected.T)
@@ -92,11 +109,11 @@ def test_rows_and_columns_are_those_of_the_matrix() -> None:
 
 def test_every_product_is_counted() -> None:
     with opened() as (objective, train):
-        hessian = Hessian(objective.loss_sum, objective.theta, train)
-        part = Submatrix(hessian, None, torch.tensor([1, 2]))
+        curvature = hessian_of(objective, train)
+        part = Submatrix(curvature, None, torch.tensor([1, 2]))
         part.rmatvec(part.matvec(torch.ones(2, dtype=torch.float64)))
         part.T.matvec(objective.theta)
-        assert hessian.products == part.products == 3
+        assert curvature.products == part.products == 3
 
 
 def some_targets(objective: Objective) -> Tensor:
@@ -125,12 +142,12 @@ def precise(solver: str) -> Any:
 )
 def test_methods_agree_with_dense_algebra_on_an_indefinite_hessian(method: str, solver: str) -> None:
     with opened() as (objective, train):
-        hessian = Hessian(objective.loss_sum, objective.theta, train)
+        curvature = hessian_of(objective, train)
         matrix = dense_hessian(objective, train)
         targets = some_targets(objective) if METHODS[method].selects else torch.arange(objective.space.size)
         gradient = matrix @ torch.randn(objective.space.size, dtype=torch.float64)
         gradient += 0.1 * torch.randn_like(gradient) if method in ("gif", "fif") else 0.0
-        change, solution = METHODS[method].edit(hessian, targets, gradient, precise(solver))
+        change, (solution,) = METHODS[method].edit(curvature, targets, gradient, precise(solver))
         expected = dense_edit(method, matrix, targets, gradient)
         assert float((change - expected).norm() / expected.norm()) < 1e-6
         assert solution.residual < 1e-8
@@ -140,52 +157,309 @@ def test_methods_agree_with_dense_algebra_on_an_indefinite_hessian(method: str, 
 def test_lissa_inverts_a_damped_full_hessian(method: str) -> None:
     with opened() as (objective, train):
         matrix = dense_hessian(objective, train)
-        hessian = Hessian(objective.loss_sum, objective.theta, train)
+        curvature = hessian_of(objective, train)
         targets = some_targets(objective) if method == "pif" else torch.arange(objective.space.size)
         gradient = torch.randn(objective.space.size, dtype=torch.float64)
         change, _ = METHODS[method].edit(
-            hessian, targets, gradient, lambda a, b: lissa(a, b, damping=0.05, rtol=1e-11, max_iter=50_000)
+            curvature, targets, gradient, lambda a, b: lissa(a, b, damping=0.05, rtol=1e-11, max_iter=50_000)
         )
         normal = matrix @ matrix + 0.05**2 * torch.eye(len(matrix), dtype=torch.float64)
         expected = torch.linalg.solve(normal, matrix @ gradient)[targets]
         assert float((change - expected).norm() / expected.norm()) < 1e-6
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["gif", "fif", "pif", "if"])
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 def test_a_query_is_the_adjoint_of_the_edit(method: str, damping: float) -> None:
     """``wᵀg = q[S]ᵀx(g)`` for every ``g``: what makes one solve a query enough."""
     with opened() as (objective, train):
-        hessian = Hessian(objective.loss_sum, objective.theta, train)
+        curvature = hessian_of(objective, train)
         targets = some_targets(objective) if METHODS[method].selects else torch.arange(objective.space.size)
         query = torch.randn(objective.space.size, dtype=torch.float64)
 
         def solve(operator: Any, rhs: Tensor) -> Any:
             return dense(operator, rhs, damping=damping)
 
-        direction, _ = METHODS[method].query(hessian, targets, query, solve)
+        (direction,), _ = METHODS[method].query(curvature, targets, query[None], solve)
         for _ in range(3):
             gradient = torch.randn(objective.space.size, dtype=torch.float64)
-            change, _ = METHODS[method].edit(hessian, targets, gradient, solve)
+            change, _ = METHODS[method].edit(curvature, targets, gradient, solve)
             assert float(direction @ gradient) == pytest.approx(float(query[targets] @ change), rel=1e-6)
 
 
 def test_a_query_that_does_not_depend_on_the_targets_says_so() -> None:
     with opened() as (objective, train):
-        hessian = Hessian(objective.loss_sum, objective.theta, train)
+        curvature = hessian_of(objective, train)
         query = torch.zeros(objective.space.size, dtype=torch.float64)
         query[-1] = 1.0
         with pytest.raises(ObjectiveError, match="does not depend on the target parameters"):
-            METHODS["gif"].query(hessian, torch.tensor([0, 1]), query, dense)
-        assert hessian.products == 0
+            METHODS["gif"].query(curvature, torch.tensor([0, 1]), query[None], dense)
+        assert curvature.products == 0
 
 
 def test_the_settings_reach_the_solver() -> None:
     settings = GIFCallback(max_iter=3, rtol=1e-9, damping=0.25, unconverged="ignore").settings
     with opened() as (objective, train):
-        hessian = Hessian(objective.loss_sum, objective.theta, train)
+        curvature = hessian_of(objective, train)
         rhs = torch.randn(objective.space.size, dtype=torch.float64)
-        found = settings.solve(hessian, rhs)
-        expected = lissa(hessian, rhs, damping=0.25, rtol=1e-9, max_iter=3)
+        (found,) = settings.solve(curvature, rhs)
+        expected = lissa(curvature, rhs, damping=0.25, rtol=1e-9, max_iter=3)
         assert torch.equal(found.x, expected.x)
         assert found.iterations == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every kind of net
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened_net(name: str, module: type[Classifier] = Classifier) -> Iterator[tuple[Objective, Examples]]:
+    net, dataset = make(name, 13)
+    trained = module(net).double()
+    data = TensorDataset(*(x.double() if x.is_floating_point() else x for x in dataset.tensors))
+    trainer = make_trainer(precision="64-true")
+    attach(trainer, trained, train_dataloaders=loader(data))
+    with warnings.catch_warnings(), Objective.open(trainer, trained) as objective:
+        warnings.simplefilter("ignore", GIFWarning)  # recurrent layers cannot be vectorised
+        train = Examples.from_loader(loader(data), objective.prepare, batch_size=5)
+        objective.learn_structure(train)
+        yield objective, train
+
+
+def logits(objective: Objective, train: Examples) -> tuple[Any, Tensor]:
+    batches = [batch.data for batch in train.batches()]
+    x, y = (torch.cat([data[i] for data in batches]) for i in (0, 1))
+
+    def outputs(theta: Tensor) -> Tensor:
+        parameters = {f"net.{name.removeprefix('net.')}": v for name, v in objective.space.unflatten(theta).items()}
+        return torch.func.functional_call(objective.module, parameters, (x,))
+
+    return outputs, y
+
+
+@pytest.mark.parametrize("name", list(NETS_OF_ALL_KINDS))
+def test_hessian_and_gauss_newton_are_the_dense_ones_on_every_kind_of_net(name: str) -> None:
+    with opened_net(name) as (objective, train):
+        outputs, y = logits(objective, train)
+        theta = objective.theta
+
+        dense_one = torch.autograd.functional.hessian(lambda t: F.cross_entropy(outputs(t), y), theta)
+        torch.testing.assert_close(to_matrix(hessian_of(objective, train)), dense_one, rtol=1e-8, atol=1e-11)
+
+        jacobian = torch.autograd.functional.jacobian(outputs, theta)  # (n, 3, p)
+        p = torch.softmax(outputs(theta), 1)
+        inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        expected = torch.einsum("ncp,ncd,ndq->pq", jacobian, inner, jacobian) / len(y)
+        found = to_matrix(Curvature(CURVATURES["ggn"](objective), theta, train))
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+        assert torch.linalg.eigvalsh(found).min() > -1e-12
+        assert not torch.allclose(found, dense_one, atol=1e-4)  # the two differ here
+
+
+class LogSoftmax(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.nll_loss(torch.log_softmax(self(batch[0]), dim=1), batch[1])
+
+
+class Criterion(Classifier):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.criterion = nn.CrossEntropyLoss()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.criterion(self(batch[0]), target=batch[1])
+
+
+class OwnLosses(Classifier, GIFMixin):
+    def influence_loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(input=self(batch[0]), target=batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("module", [LogSoftmax, Criterion, OwnLosses])
+def test_the_predictions_are_found_however_the_loss_is_written(module: type[Classifier]) -> None:
+    def matrix(kind: type[Classifier]) -> Tensor:
+        torch.manual_seed(3)
+        with opened_net("perceptron", kind) as (objective, train):
+            return to_matrix(Curvature(CURVATURES["ggn"](objective), objective.theta, train))
+
+    torch.testing.assert_close(matrix(module), matrix(Classifier), rtol=1e-9, atol=1e-12)
+
+
+def test_gauss_newton_of_a_regression_is_that_of_least_squares() -> None:
+    with opened_net("perceptron", Regressor) as (objective, train):
+        outputs, _ = logits(objective, train)
+        jacobian = torch.autograd.functional.jacobian(lambda t: outputs(t)[:, 0], objective.theta)
+        found = to_matrix(Curvature(CURVATURES["ggn"](objective), objective.theta, train))
+        torch.testing.assert_close(found, 2 * jacobian.T @ jacobian / len(jacobian), rtol=1e-8, atol=1e-12)
+
+
+def test_gauss_newton_without_a_loss_function_of_pytorch_is_refused() -> None:
+    class ByHand(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return (torch.logsumexp(self(batch[0]), 1) - self(batch[0]).gather(1, batch[1][:, None])[:, 0]).mean()
+
+    with opened_net("perceptron", ByHand) as (objective, train):
+        to_matrix(hessian_of(objective, train))  # which is fine
+        with pytest.raises(ObjectiveError, match="curvature='hessian'"):
+            Curvature(CURVATURES["ggn"](objective), objective.theta, train).matvec(objective.theta)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a product costs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(CURVATURES))
+def test_kept_passes_give_the_same_products_and_are_not_done_again(kind: str) -> None:
+    with opened(batch_size=5) as (objective, train):
+        calls = 0
+        linearise = CURVATURES[kind](objective)
+
+        def counted(theta: Tensor, data: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return linearise(theta, data)
+
+        vectors = torch.randn(objective.space.size, 3, dtype=torch.float64)
+        found, passes = {}, {}
+        for memory in (0.0, 1.0, float("inf")):
+            calls = 0
+            curvature = Curvature(counted, objective.theta, train, memory=memory)
+            found[memory] = [curvature.matvec(column) for column in vectors.T]
+            passes[memory] = calls
+        assert passes == {0.0: 15, 1.0: 15, float("inf"): 5}  # 23 examples in fives; one byte is not enough for a pass
+        for memory in (0.0, 1.0):
+            for one, other in zip(found[memory], found[float("inf")], strict=True):
+                assert torch.equal(one, other)
+        assert curvature.summary()["batches_kept"] == curvature.summary()["batches"] == 5
+
+
+def test_a_budget_keeps_some_passes_and_does_the_others_anew() -> None:
+    for held in (False, True):
+        with opened(batch_size=5) as (objective, train):
+            examples = train.held() if held else train
+            one = graph_bytes(hessian(objective.loss_sum)(objective.theta, next(train.batches()).data)[1])
+            curvature = Curvature(hessian(objective.loss_sum), objective.theta, examples, memory=2.5 * one)
+            expected = hessian_of(objective, train)
+            for _ in range(3):
+                vector = torch.randn_like(objective.theta)
+                torch.testing.assert_close(curvature.matvec(vector), expected.matvec(vector))
+            assert curvature.summary()["batches_kept"] == 2
+            assert curvature.examples == 3 * 23
+
+
+def test_the_memory_of_a_graph_is_what_it_saved() -> None:
+    x = torch.randn(100, requires_grad=True)
+    y = x.tanh()  # saves its result
+    assert graph_bytes(y) == 400
+    assert graph_bytes(y * y) == 400  # the same tensor, once
+    assert graph_bytes(y.exp()) == 800
+    weight = torch.randn(1_000_000)[:100]  # a view does not pay for all that it is a view of
+    assert graph_bytes((x * weight).sum()) == 400
+
+
+def test_several_vectors_are_multiplied_as_each_alone() -> None:
+    with opened(batch_size=7) as (objective, train):
+        vectors = torch.randn(objective.space.size, 4, dtype=torch.float64)
+        curvature = hessian_of(objective, train, weight_decay=0.3)
+        expected = torch.stack([hessian_of(objective, train, weight_decay=0.3).matvec(v) for v in vectors.T], 1)
+        torch.testing.assert_close(curvature.matvec(vectors), expected)
+        assert curvature.products == 4
+        assert curvature.examples == 4 * 23
+
+
+def test_weight_decay_is_a_multiple_of_the_identity() -> None:
+    with opened() as (objective, train):
+        plain, decayed = (to_matrix(hessian_of(objective, train, weight_decay=w)) for w in (0.0, 0.3))
+        torch.testing.assert_close(decayed - plain, 0.3 * torch.eye(len(plain), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_draws_are_unbiased_and_counted(held: bool) -> None:
+    with opened(n=24, batch_size=6) as (objective, train):
+        curvature = hessian_of(objective, train.held() if held else train)
+        vector = torch.randn_like(objective.theta)
+        draws = torch.stack([curvature.draw(seed).matvec(vector) for seed in range(400)])
+        assert curvature.products == 400
+        assert curvature.examples == 400 * 6
+        whole = curvature.matvec(vector)
+        error = (draws.mean(0) - whole).norm() / whole.norm()
+        scatter = (draws - whole).norm(dim=1).mean() / whole.norm()
+        assert error < 3 * scatter / 400**0.5
+        assert scatter > 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The second-order influence of a group
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_order_is_closer_to_retraining_than_the_first_on_least_squares() -> None:
+    """A quadratic risk has no third derivatives: the error falls with the cube of the share removed."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 5, generator=generator, dtype=torch.float64)
+    y = x @ torch.randn(5, generator=generator, dtype=torch.float64) + torch.randn(400, dtype=torch.float64)
+    x[:80] *= 1.5  # the group is not like the others
+
+    def moments(rows: slice) -> tuple[Tensor, Tensor]:
+        return x[rows].T @ x[rows] / len(x[rows]), x[rows].T @ y[rows] / len(x[rows])
+
+    group, rest = moments(slice(80)), moments(slice(80, 400))
+
+    class Dense:
+        products = examples = 0
+
+        def __init__(self, matrix: Tensor) -> None:
+            self.matrix, self.shape = matrix, (5, 5)
+            self.dtype, self.device = matrix.dtype, matrix.device
+
+        def matvec(self, vectors: Tensor) -> Tensor:
+            return self.matrix @ vectors
+
+        rmatvec = matvec
+
+    def solve(operator: Any, rhs: Tensor) -> Any:
+        return dense(operator, rhs)
+
+    errors = {}
+    everything = torch.arange(5)
+    for share in (0.02, 0.04, 0.08):
+        whole = tuple((1 - share) * r + share * g for r, g in zip(rest, group, strict=True))
+        start = torch.linalg.solve(*whole)
+        truth = torch.linalg.solve(*rest) - start
+        gradient = share / (1 - share) * (group[0] @ start - group[1])
+        removed = Group(share, Dense(group[0]), None)
+        second, solutions = METHODS["sif"].edit(Dense(rest[0]), everything, gradient, solve, removed)
+        first, _ = METHODS["if"].edit(Dense(whole[0]), everything, gradient, solve)
+        errors[share] = float((second - truth).norm())
+        assert len(solutions) == 2
+        assert errors[share] < 0.5 * float((first - truth).norm())
+        # Over the retained data, as the others take it, the first order is exact where the risk is quadratic.
+        exact, _ = METHODS["if"].edit(Dense(rest[0]), everything, gradient, solve)
+        torch.testing.assert_close(exact, truth)
+    assert errors[0.08] / errors[0.04] > 6
+    assert errors[0.04] / errors[0.02] > 6
+
+
+def test_relabelling_by_the_second_order_uses_both_curvatures() -> None:
+    """Logistic regression with corrected labels, for which the inputs change the curvature but the labels do not."""
+    with opened() as (objective, train):
+        curvature = hessian_of(objective, train)
+        group = Group(0.2, curvature, curvature)
+        gradient = torch.randn_like(objective.theta)
+        first, _ = METHODS["if"].edit(curvature, torch.arange(len(gradient)), 0.8 * gradient, damped)
+        both, _ = METHODS["sif"].edit(curvature, torch.arange(len(gradient)), gradient, damped, group)
+        torch.testing.assert_close(both, first)  # no difference of curvature, so no second order
+
+
+def damped(operator: Any, rhs: Tensor) -> Any:
+    return dense(operator, rhs, damping=0.1)
+
+
+def test_there_is_no_second_order_score_of_single_examples() -> None:
+    with opened() as (objective, train):
+        curvature = hessian_of(objective, train)
+        with pytest.raises(ConfigurationError, match="'if'"):
+            METHODS["sif"].query(curvature, torch.arange(3), objective.theta[None], dense)
+        assert curvature.products == 0

@@ -1,0 +1,83 @@
+"""What a loss is a function of: the predictions that a step hands to a loss function of PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Predictions"]
+
+# Loss functions that are convex in their first argument, the prediction.
+_LOSSES: set[Callable[..., Any]] = {
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.cross_entropy,
+    F.huber_loss,
+    F.mse_loss,
+    F.multi_margin_loss,
+    F.multilabel_soft_margin_loss,
+    F.poisson_nll_loss,
+    F.smooth_l1_loss,
+    F.soft_margin_loss,
+}
+
+# Linear in log-probabilities: the convex function is the one of the logits before.
+_OF_LOG_PROBABILITIES: set[Callable[..., Any]] = {F.nll_loss, F.kl_div}
+_LOG_SOFTMAX: set[Callable[..., Any]] = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
+
+
+class Predictions(TorchFunctionMode):
+    """Inside of it, the predictions that go into PyTorch's loss functions are noted, or replaced by others.
+
+    Args:
+        others: Flat predictions that take the place of those computed, in the order of the calls.
+    """
+
+    def __init__(self, others: Tensor | None = None) -> None:
+        super().__init__()
+        self._others = others
+        self._used = 0
+        self._found: list[Tensor] = []
+        self._logits: dict[int, tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = {}
+
+    def flat(self) -> Tensor | None:
+        """All predictions that were noted, as one vector; ``None`` if no loss function was called."""
+        return torch.cat([found.reshape(-1) for found in self._found]) if self._found else None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _LOG_SOFTMAX:
+            logits, rest = _first(args, kwargs)
+            result = func(logits, *rest, **kwargs)
+            # The result is kept with it, so that no other tensor takes its id.
+            self._logits[id(result)] = (result, logits, lambda other: func(other, *rest, **kwargs))
+            return result
+        if func in _LOSSES:
+            prediction, rest = _first(args, kwargs)
+            return func(self._note(prediction), *rest, **kwargs)
+        if func in _OF_LOG_PROBABILITIES:
+            prediction, rest = _first(args, kwargs)
+            if id(prediction) in self._logits:
+                _, logits, log_softmax = self._logits[id(prediction)]
+                return func(log_softmax(self._note(logits)), *rest, **kwargs)
+            return func(self._note(prediction), *rest, **kwargs)
+        return func(*args, **kwargs)
+
+    def _note(self, prediction: Tensor) -> Tensor:
+        self._found.append(prediction)
+        if self._others is None:
+            return prediction
+        start, self._used = self._used, self._used + prediction.numel()
+        return self._others[start : self._used].view(prediction.shape)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    """The first argument, however it is passed, taken from ``kwargs`` if need be; and the other positional ones."""
+    return (args[0], args[1:]) if args else (kwargs.pop("input"), ())
