@@ -22,6 +22,7 @@ from .errors import (
 )
 from .mixin import GIFMixin
 from .reports import InfluenceReport, UnlearnReport
+from .sampling import SAMPLERS
 from .selection import SELECTORS
 from .solvers import SOLVERS
 
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "SAMPLERS",
     "SELECTORS",
     "SOLVERS",
     "BatchError",

@@ -75,12 +75,27 @@ class GIFCallback(Callback):
         method: ``"gif"`` (cancels the gradient change on all parameters by changing the targets), ``"fif"`` (ignores
             the parameters that are not targets), ``"pif"`` (full influence function, cut to the targets) or ``"if"``
             (full influence function on all parameters).
-        solver: ``"lissa"``, ``"dense"`` (small nets), or one that was registered in ``lightning_gif.SOLVERS``.
+        solver: ``"lsmr"``, ``"cgls"``, ``"lissa"``, ``"plain_lissa"``, ``"stochastic_lissa"``, ``"dense"`` (small
+            nets), or one that was registered in ``lightning_gif.SOLVERS``.
         damping: ``λ`` in ``min ‖Ax − g‖² + λ²‖x‖²``, in the unit of the Hessian's eigenvalues.
         max_iter: Most steps of the solve, each of two Hessian-vector products. Fewer steps regularise.
         rtol: Relative normal-equation residual at which the solve counts as converged.
-        curvature_examples: How many training examples the Hessian is taken over, drawn with ``seed``; ``None`` for all.
+        discrepancy: Stop the solve as well where ``‖Ax − g‖ ≤ discrepancy·‖g‖``: as closely as ``g`` is known.
+        curvature: ``"hessian"``, or ``"ggn"``: the generalised Gauss–Newton matrix, which leaves out the curvature of
+            the model itself, is positive semi-definite for convex losses, and costs less a product. It is taken at the
+            predictions that ``training_step`` gives to a loss function of PyTorch.
+        curvature_examples: How many training examples the curvature is taken over; ``None`` for all.
+        curvature_sampling: How they are drawn: ``"random"``, ``"balanced"`` (as many of each class), ``"features"`` or
+            ``"logits"`` (representative of how each class spreads there), or one that was registered in
+            ``lightning_gif.SAMPLERS``.
+        weight_decay: ``w``, if training minimised ``(w/2)‖θ‖²`` besides the losses: the ``weight_decay`` of ``SGD`` or
+            ``Adam`` (not of ``AdamW``, which decays outside of the loss).
+        eigenvalues: How many extreme eigenvalues of the curvature to estimate at either end, and the share of negative
+            ones; 0 for none. Takes some 30 products or more on top of the solve.
         batch_size: Examples in one pass of the computations; more is faster and needs more memory.
+        memory: GiB that may be kept between the products of a solve, so that part of each need not be done anew;
+            ``None``: a quarter of what is free.
+        double: Compute in float64.
         unconverged: What to do about a solve that stops before ``rtol``: ``"warn"``, ``"raise"`` or ``"ignore"``.
         cache_neurons: Gather the statistics of neurons: 8 bytes for each neuron and class.
         cache_gradients: Gather the mean squares of gradients: 4 bytes for each parameter.
@@ -100,8 +115,15 @@ class GIFCallback(Callback):
         damping: float = 0.0,
         max_iter: int = 100,
         rtol: float = 1e-2,
+        discrepancy: float = 0.0,
+        curvature: Literal["hessian", "ggn"] = "hessian",
         curvature_examples: int | None = 2048,
+        curvature_sampling: str = "random",
+        weight_decay: float = 0.0,
+        eigenvalues: int = 0,
         batch_size: int = 256,
+        memory: float | None = None,
+        double: bool = False,
         unconverged: Literal["warn", "raise", "ignore"] = "warn",
         cache_neurons: bool = True,
         cache_gradients: bool = True,
@@ -117,8 +139,15 @@ class GIFCallback(Callback):
             damping=damping,
             max_iter=max_iter,
             rtol=rtol,
+            discrepancy=discrepancy,
+            curvature=curvature,
             curvature_examples=curvature_examples,
+            curvature_sampling=curvature_sampling,
+            weight_decay=weight_decay,
+            eigenvalues=eigenvalues,
             batch_size=batch_size,
+            memory=memory,
+            double=double,
             unconverged=unconverged,
             seed=seed,
         )
@@ -169,9 +198,8 @@ class GIFCallback(Callback):
             targets: ``"cached"``: the choice made at the last epoch's end. ``"class"``: neurons ranked by what training
                 saw of the batch's classes. ``"batch"``: neurons ranked on the batch, as in the paper.
             dataloader: The training data, where it is not that of ``fit``.
-            **overrides: Arguments of the constructor to change for this call: ``selector``, ``ratio``, ``method``,
-                ``solver``, ``damping``, ``max_iter``, ``rtol``, ``curvature_examples``, ``batch_size``,
-                ``unconverged``, ``seed``.
+            **overrides: Arguments of the constructor to change for this call: all but ``cache_neurons``,
+                ``cache_gradients`` and ``log_reports``.
 
         Returns:
             Scores ``(n_queries, n_train)`` with the dataset index of each training example.
@@ -494,7 +522,10 @@ class GIFCallback(Callback):
                 " state was loaded. Fit, pass targets='batch' to rank neurons on the batch at hand, or use"
                 " lightning_gif.attach(trainer, model, …) for a model that was trained before."
             )
-        with self.neurons.paused(), Objective.open(trainer, module, seed=settings.seed) as objective:
+        with (
+            self.neurons.paused(),
+            Objective.open(trainer, module, seed=settings.seed, double=settings.double) as objective,
+        ):
             most = trainer.fast_dev_run * settings.batch_size if trainer.fast_dev_run else None
             if not trainer.fast_dev_run and (trainer.overfit_batches or trainer.limit_train_batches != 1.0):
                 rank_zero_warn(

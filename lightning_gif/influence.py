@@ -8,11 +8,12 @@ from dataclasses import asdict
 
 import torch
 
-from .curvature import METHODS, Hessian
+from .curvature import METHODS
 from .data import Examples
 from .objective import Objective
 from .parameters import Targets
 from .reports.influence import InfluenceReport, first_items
+from .sampling import curvature_sample
 from .settings import Settings
 
 __all__ = ["influence"]
@@ -49,6 +50,7 @@ def influence(
         BatchError: If the query is not structured as training batches are.
         NonFiniteError: If a loss, gradient or product is not finite.
         ObjectiveError: If the query does not depend on the targets.
+        ConfigurationError: For ``method="sif"``, which has no scores for single examples.
         ConvergenceError: See :meth:`~lightning_gif.settings.Settings.solve`.
     """
     start = time.perf_counter()
@@ -56,25 +58,28 @@ def influence(
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
     positions = targets.flat(objective.space).to(objective.device)
-    sample = train.sample(settings.curvature_examples, settings.seed).held()
+    examples = curvature_sample(
+        objective, train, settings.curvature_examples, settings.curvature_sampling, settings.seed
+    )
+    examples = examples.held(settings.bytes_to_keep(objective.device) / 2)
     with objective.progress("Hessian products") as bar:
-        hessian = Hessian(objective.loss_sum, objective.theta, sample, on_product=bar.update)
-        directions, solutions = [], []
-        for gradient in objective.query_gradients(query, per_example=per_example):
-            direction, solution = method.query(hessian, positions, gradient, settings.solve)
-            directions.append(direction)
-            solutions.append(solution)
+        curvature = settings.open_curvature(objective, examples, on_product=bar.update)
+        gradients = objective.query_gradients(query, per_example=per_example)
+        directions, solutions = method.query(curvature, positions, gradients, settings.solve)
+        description = settings.describe(curvature)
 
-    stacked = torch.stack(directions)
     scores = []
     with objective.progress("Scoring training examples", len(train)) as bar:
         for batch in train.batches():
-            scores.append(objective.directional_derivatives(batch.data, stacked).cpu())
+            scores.append(objective.directional_derivatives(batch.data, directions).cpu())
             bar.update(batch.size)
+    # Weight decay does not become less where one example is removed, so each example's loss carries its share.
+    decay = settings.weight_decay * (directions @ objective.theta).double().cpu()
     return InfluenceReport(
-        scores=torch.cat(scores, dim=1).double() / max(len(train) - 1, 1),
+        scores=(torch.cat(scores, dim=1).double() + decay[:, None]) / max(len(train) - 1, 1),
         indices=train.ids,
         solutions=solutions,
+        curvature=description,
         targets=targets,
         k=k,
         dataset=train.dataset,

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypedDict
 
+import psutil
+import torch
 from torch import Tensor
 
 from ._compat import rank_zero_warn
-from .curvature import METHODS
+from .curvature import CURVATURES, METHODS, Curvature
+from .data import Examples
 from .errors import ConfigurationError, ConvergenceError, ConvergenceWarning
+from .objective import Objective
 from .registry import nearest
+from .sampling import SAMPLERS
 from .selection import check_selector, is_name
-from .solvers import SOLVERS, LinearOperator, Solution
+from .solvers import SOLVERS, LinearOperator, Solution, spectrum
 
 __all__ = ["Overrides", "Settings"]
 
@@ -30,8 +34,15 @@ class Overrides(TypedDict, total=False):
     damping: float
     max_iter: int
     rtol: float
+    discrepancy: float
+    curvature: Literal["hessian", "ggn"]
     curvature_examples: int | None
+    curvature_sampling: str
+    weight_decay: float
+    eigenvalues: int
     batch_size: int
+    memory: float | None
+    double: bool
     unconverged: Literal["warn", "raise", "ignore"]
     seed: int
 
@@ -51,8 +62,15 @@ class Settings:
     damping: float
     max_iter: int
     rtol: float
+    discrepancy: float
+    curvature: str
     curvature_examples: int | None
+    curvature_sampling: str
+    weight_decay: float
+    eigenvalues: int
     batch_size: int
+    memory: float | None
+    double: bool
     unconverged: str
     seed: int
 
@@ -60,8 +78,19 @@ class Settings:
         check_selector(self.selector, self.ratio)
         METHODS[self.method]
         SOLVERS[self.solver]
+        SAMPLERS[self.curvature_sampling]
         number = (int, float)
-        _require("damping", self.damping, number, lambda value: 0 <= value < math.inf, "a number of at least 0")
+        at_least_0 = "a number of at least 0"
+        _require("damping", self.damping, number, lambda value: 0 <= value < math.inf, at_least_0)
+        _require("weight_decay", self.weight_decay, number, lambda value: 0 <= value < math.inf, at_least_0)
+        _require("discrepancy", self.discrepancy, number, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+        _require("eigenvalues", self.eigenvalues, int, lambda value: value >= 0, "a whole number of at least 0")
+        if self.memory is not None:
+            _require("memory", self.memory, number, lambda value: 0 <= value < math.inf, f"None or {at_least_0} (GiB)")
+        if not isinstance(self.double, bool):
+            raise ConfigurationError(f"`double` must be True or False, got {self.double!r}.")
+        if not isinstance(self.curvature, str) or self.curvature not in CURVATURES:
+            raise ConfigurationError(f"`curvature` must be 'hessian' or 'ggn', got {self.curvature!r}.")
         _require("max_iter", self.max_iter, int, lambda value: value >= 1, "a whole number of at least 1")
         _require("rtol", self.rtol, number, lambda value: 0 < value < 1, "a number between 0 and 1")
         _require("batch_size", self.batch_size, int, lambda value: value >= 1, "a whole number of at least 1")
@@ -89,32 +118,76 @@ class Settings:
                 raise ConfigurationError(f"Unknown argument {name!r}. {nearest(name, known)}")
         return replace(self, **changes)
 
-    def solve(self, operator: LinearOperator, rhs: Tensor) -> Solution:
+    def bytes_to_keep(self, device: torch.device) -> float:
+        """How many bytes may be kept between products: ``memory``, or a quarter of what is free."""
+        if self.memory is not None:
+            return self.memory * 2**30
+        if device.type == "cuda":
+            return torch.cuda.mem_get_info(device)[0] / 4
+        return psutil.virtual_memory().available / 4
+
+    def open_curvature(
+        self,
+        objective: Objective,
+        examples: Examples,
+        theta: Tensor | None = None,
+        on_product: Callable[[], Any] = lambda: None,
+    ) -> Curvature:
+        """The curvature of the loss over examples at ``theta`` ``(p,)``, by default at the present parameters."""
+        return Curvature(
+            CURVATURES[self.curvature](objective),
+            objective.theta if theta is None else theta,
+            examples,
+            weight_decay=float(self.weight_decay),
+            memory=self.bytes_to_keep(objective.device),
+            on_product=on_product,
+        )
+
+    def describe(self, curvature: Curvature) -> dict[str, Any]:
+        """How the products were made, and the ends of the spectrum if these were asked for, in plain numbers."""
+        ends: dict[str, Any] = {}
+        if self.eigenvalues:
+            ends = asdict(spectrum(curvature, self.eigenvalues, seed=self.seed))
+        return {"kind": self.curvature, **curvature.summary(), **ends}
+
+    def solve(self, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
         """Runs the chosen solver.
+
+        Args:
+            operator: ``B``, ``(rows, cols)``.
+            rhs: ``(rows,)``, or several as columns ``(rows, q)``.
+
+        Returns:
+            A solution for each right-hand side.
 
         Raises:
             ConvergenceError: If it did not converge and ``unconverged="raise"``, or if it diverged.
             NonFiniteError: If it met a non-finite number.
         """
-        solver: Callable[..., Solution] = partial(
-            SOLVERS[self.solver],
+        found = SOLVERS[self.solver](
+            operator,
+            rhs,
             damping=float(self.damping),
             rtol=self.rtol,
             max_iter=self.max_iter,
             seed=self.seed,
+            discrepancy=self.discrepancy,
         )
-        solution = solver(operator, rhs)
-        if not solution.converged and self.unconverged != "ignore":
+        solutions = found if isinstance(found, list) else [found]
+        short = [solution for solution in solutions if not solution.converged]
+        if short and self.unconverged != "ignore":
+            worst = max(short, key=lambda solution: solution.residual)
+            several = f" ({len(short)} of {len(solutions)} queries; the worst is told)" if len(solutions) > 1 else ""
             message = (
-                f"The {self.solver} solve ended as {str(solution.status)!r} with a relative residual of"
-                f" {solution.residual:.2g} after {solution.iterations} steps ({solution.hvps} Hessian products); rtol"
+                f"The {self.solver} solve ended as {str(worst.status)!r} with a relative residual of"
+                f" {worst.residual:.2g} after {worst.iterations} steps ({worst.hvps} Hessian products){several}; rtol"
                 f" is {self.rtol:g}. The result is a regularised one: directions of small curvature are not followed to"
                 " their end. Raise `max_iter` or `damping`, or accept it by a larger `rtol` or unconverged='ignore'."
             )
             if self.unconverged == "raise":
                 raise ConvergenceError(message)
             rank_zero_warn(message, category=ConvergenceWarning)
-        return solution
+        return solutions
 
 
 def _require(name: str, value: Any, kind: Any, fits: Callable[[Any], bool], expected: str) -> None:

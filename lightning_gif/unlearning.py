@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ._compat import rank_zero_warn
-from .curvature import METHODS, Hessian, Submatrix
+from .curvature import METHODS, Curvature, Group, Submatrix
 from .data import Examples, class_targets, locate, relabelled
 from .errors import ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError, TrainingDataError
 from .objective import Objective
 from .parameters import Edit, Targets
 from .reports.unlearning import Change, UnlearnReport
+from .sampling import curvature_sample
 from .settings import Settings
 from .steps import Goal, Point, forget_class, minimise_risk, restore
 
@@ -78,8 +79,10 @@ def unlearn(
 
     found = locate(forget, train)
     retained = _retained(train, forget, found, notes) if retain is None else _without(retain, forget, notes)
-    sample_size = settings.curvature_examples
-    sample = retained.sample(sample_size, settings.seed).held()
+    memory = settings.bytes_to_keep(objective.device) / 2
+    sample = curvature_sample(
+        objective, retained, settings.curvature_examples, settings.curvature_sampling, settings.seed
+    ).held(memory)
     objective.check(sample, "retain")
 
     method = METHODS[settings.method]
@@ -88,7 +91,9 @@ def unlearn(
     forget_gradient = objective.gradient(forget)
     corrected_gradient = None if corrected is None else objective.gradient(corrected)
     share = max(len(forget), len(found)) / len(retained)
-    gradient = share * (forget_gradient if corrected_gradient is None else forget_gradient - corrected_gradient)
+    # Weight decay does not become less where fewer examples are in the mean, so each example's loss carries its share.
+    decay = settings.weight_decay * objective.theta
+    gradient = share * (forget_gradient + decay if corrected_gradient is None else forget_gradient - corrected_gradient)
     if not gradient[positions].any():
         raise ObjectiveError(
             "The loss of the forget examples does not depend on the target parameters: its gradient on all of them is"
@@ -96,9 +101,16 @@ def unlearn(
         )
 
     with objective.progress("Hessian products") as bar:
-        hessian = Hessian(objective.loss_sum, objective.theta, sample, on_product=bar.update)
-        change, solution = method.edit(hessian, positions, gradient, settings.solve)
-        curvature = float(change @ Submatrix(hessian, positions, positions).matvec(change))
+
+        def opened(examples: Examples, theta: Tensor | None = None) -> Curvature:
+            return settings.open_curvature(objective, examples, theta, on_product=bar.update)
+
+        curvature = opened(sample)
+        members = len(forget) / (len(forget) + len(retained))
+        group = Group(members, opened(forget), None if corrected is None else opened(corrected))
+        change, solutions = method.edit(curvature, positions, gradient, settings.solve, group)
+        bend = float(change @ Submatrix(curvature, positions, positions).matvec(change))
+        description = settings.describe(curvature)
     if not change.any():
         raise ObjectiveError(
             "The solve found no change of the target parameters that would answer the removal: the retained loss has no"
@@ -111,10 +123,13 @@ def unlearn(
     guessing = math.log(classes) if classes > 1 else None
 
     # The losses of a large set to be removed are judged on a sample of it; corrected examples are in memory anyway.
-    judged = forget if corrected is not None or forget.cached else forget.sample(sample_size, settings.seed).held()
+    judged = (
+        forget if corrected is not None or forget.cached else forget.sample(settings.curvature_examples, settings.seed)
+    )
+    judged = judged.held(memory)
 
     retain_gradient = objective.gradient(sample)
-    slope = float((retain_gradient + share * forget_gradient)[positions] @ change)
+    slope = float((retain_gradient + decay + share * (forget_gradient + decay))[positions] @ change)
 
     repair, second, repair_solve = 0.0, torch.zeros_like(change), None
 
@@ -128,6 +143,7 @@ def unlearn(
         risk = retain_loss - size * slope
         if corrected is not None:
             risk = (risk + share * objective.mean_loss(corrected, theta)) / (1 + share)
+        risk += settings.weight_decay / 2 * float(theta @ theta)
         forgotten = float((losses >= guessing).double().mean()) if guessing is not None else math.nan
         return Point(size, repair, float(losses.mean()), retain_loss, risk, forgotten)
 
@@ -137,25 +153,28 @@ def unlearn(
         # holds. At the new weights it is solved anew, for the gradient that the retained risk has there.
         with objective.progress("Hessian products, at the new weights") as bar:
             there = moved(size)
-            hessian = Hessian(objective.loss_sum, there, sample, on_product=bar.update)
-            second, again = method.edit(hessian, positions, -objective.gradient(sample, there), settings.solve)
+            slope_there = objective.gradient(sample, there) + settings.weight_decay * there
+            again = settings.open_curvature(objective, sample, there, on_product=bar.update)
+            second, (repaired, *_) = method.edit(again, positions, -slope_there, settings.solve)
         best, measured = restore(measure, next(point for point in path if point.step == size))
         path += measured
         size, repair = best.step, best.repair
-        repair_solve = again.summary()
+        repair_solve = repaired.summary()
     total = moved(size, repair)[positions] - objective.theta[positions]
     edit = Edit.plan(objective.module, targets, objective.space, total)
     edited = objective.theta.clone()
     edited[positions] = edit.flat_new(objective.space).to(edited)
 
     retain_slope = retain_gradient[positions] @ change
+    bend -= settings.weight_decay * float(change @ change)  # the loss alone
+    solution = max(solutions, key=lambda solution: solution.residual)
     report = UnlearnReport(
         edit=edit,
         goal=goal,
         step=size,
         repair=repair,
         forget=_change(objective, judged, edited, size * forget_gradient[positions] @ change),
-        retain=_change(objective, sample, edited, size * retain_slope + size**2 * curvature / 2),
+        retain=_change(objective, sample, edited, size * retain_slope + size**2 * bend / 2),
         relabelled=None
         if corrected is None or corrected_gradient is None
         else _change(objective, corrected, edited, size * corrected_gradient[positions] @ change),
@@ -167,6 +186,7 @@ def unlearn(
         solve=solution.summary(),
         repair_solve=repair_solve,
         residuals=solution.residuals,
+        curvature=description,
         settings=asdict(settings),
         notes=notes,
         seconds=time.perf_counter() - start,

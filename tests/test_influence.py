@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_gif import METHODS, ConvergenceError, ConvergenceWarning, GIFCallback, GIFMixin, GIFWarning, attach
+from lightning_gif import (
+    ConfigurationError,
+    ConvergenceError,
+    ConvergenceWarning,
+    GIFCallback,
+    GIFMixin,
+    GIFWarning,
+    attach,
+)
 from lightning_gif.parameters import ParameterSpace
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
@@ -35,7 +43,7 @@ def gradients(module: Classifier, dataset: TensorDataset) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["gif", "fif", "pif", "if"])
 @pytest.mark.parametrize(
     "net",
     [
@@ -194,6 +202,69 @@ def test_scores_predict_what_really_happens_when_an_example_is_left_out(model: A
     # The sign and the unit are right too: positive means that the query's loss rises.
     slope = float((truth @ scores) / (scores @ scores))
     assert slope == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.4])
+def test_weight_decay_of_the_optimizer_is_part_of_the_objective(weight_decay: float) -> None:
+    """Leave-one-out of ridge regression whose penalty is the optimizer's, in closed form."""
+
+    class Least(GIFMixin, Classifier):
+        def influence_loss(self, batch: Any) -> Tensor:
+            return (self(batch[0]).squeeze(1) - batch[1]).square()
+
+    n = 60
+    x = torch.randn(n, 3, dtype=torch.float64)
+    y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) + torch.randn(n, dtype=torch.float64)
+    ridge = weight_decay * torch.eye(3, dtype=torch.float64)
+
+    def optimum(keep: Tensor) -> Tensor:
+        a, b = x[keep], y[keep]
+        return torch.linalg.solve(2 * a.T @ a / len(a) + ridge, 2 * a.T @ b / len(a))
+
+    everything = torch.ones(n, dtype=torch.bool)
+    module = Least(nn.Linear(3, 1, bias=False)).double()
+    with torch.no_grad():
+        module.net.weight.copy_(optimum(everything)[None])
+    trainer = asked(module, TensorDataset(x, y))
+    query = (torch.randn(4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64))
+    report = trainer.influence(query, method="if", solver="dense", curvature_examples=None, weight_decay=weight_decay)
+
+    def loss(theta: Tensor) -> Tensor:
+        return (query[0] @ theta - query[1]).square().mean()
+
+    truth = []
+    for i in range(n):
+        keep = everything.clone()
+        keep[i] = False
+        truth.append(float(loss(optimum(keep)) - loss(optimum(everything))))
+    scores, truth = report.scores[0], torch.tensor(truth, dtype=torch.float64)
+    assert torch.corrcoef(torch.stack([scores, truth]))[0, 1] > 0.99
+    assert float((scores - truth).norm() / truth.norm()) < 0.15
+
+
+def test_the_extreme_eigenvalues_come_on_request() -> None:
+    trainer, _, dataset = fitted()
+    query = batch_of(dataset, slice(0, 2))
+    assert "largest" not in trainer.influence(query).curvature
+    report = trainer.influence(query, eigenvalues=2)
+    assert len(report.curvature["largest"]) == len(report.curvature["smallest"]) == 2
+    assert report.curvature["kind"] == "hessian"
+
+
+def test_float64_is_computed_in_on_request() -> None:
+    trainer, module, dataset = fitted()
+    query = batch_of(dataset, slice(0, 2))
+    single, double = (trainer.influence(query, solver="dense", damping=0.1, double=d) for d in (False, True))
+    assert single.solution.x.dtype == torch.float32
+    assert double.solution.x.dtype == torch.float64
+    torch.testing.assert_close(single.scores, double.scores, rtol=1e-2, atol=1e-5)
+    assert next(module.parameters()).dtype == torch.float32
+
+
+def test_there_are_no_second_order_scores() -> None:
+    trainer, _, dataset = fitted()
+    with pytest.raises(ConfigurationError, match="method='sif'"):
+        trainer.influence(batch_of(dataset, slice(0, 2)), method="sif")
 
 
 def test_a_query_may_measure_something_else_than_the_loss() -> None:

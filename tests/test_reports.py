@@ -50,11 +50,26 @@ def report_of(scores: Any, **changes: Any) -> InfluenceReport:
     """A report with given scores on a data set whose indices are not their positions."""
     scores = torch.as_tensor(scores, dtype=torch.float64)
     n = scores.shape[1]
-    solution = Solution(torch.zeros(2), Status.CONVERGED, "lissa", 2, 6, 1e-3, 0.1, 1.0, 1e-2, 0.1, [1.0, 0.1, 1e-3])
+    solution = Solution(
+        x=torch.zeros(2),
+        status=Status.CONVERGED,
+        solver="lissa",
+        iterations=2,
+        hvps=6,
+        examples=60,
+        residual=1e-3,
+        unexplained=0.1,
+        sigma_max=1.0,
+        rtol=1e-2,
+        seconds=0.1,
+        peak_memory=None,
+        residuals=[1.0, 0.1, 1e-3],
+    )
     values: dict[str, Any] = {
         "scores": scores,
         "indices": 100 + torch.arange(n),
         "solutions": [solution] * len(scores),
+        "curvature": {"kind": "hessian"},
         "targets": Targets({"weight": torch.tensor([0, 1])}),
         "k": 10,
         "dataset": None,

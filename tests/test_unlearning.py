@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_gif import (
-    METHODS,
     ConvergenceWarning,
     GIFCallback,
     GIFMixin,
@@ -38,9 +37,11 @@ class Quadratic(GIFMixin, Classifier):
     def influence_loss(self, batch: Any) -> Tensor:
         return (self(batch[0]).squeeze(1) - batch[1]).square()
 
-    def solve(self, x: Tensor, y: Tensor) -> Tensor:
+    def solve(self, x: Tensor, y: Tensor, weight_decay: float = 0.0) -> Tensor:
         """Sets the weights to the exact optimum and returns them, ``(5,)``."""
-        found = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), y).solution
+        design = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+        normal = 2 * design.T @ design / len(x) + weight_decay * torch.eye(5, dtype=x.dtype)
+        found = torch.linalg.solve(normal, 2 * design.T @ y / len(x))
         with torch.no_grad():
             self.net.weight.copy_(found[None, :4])
             self.net.bias.copy_(found[4:])
@@ -50,18 +51,18 @@ class Quadratic(GIFMixin, Classifier):
         return torch.cat([self.net.weight.detach().flatten(), self.net.bias.detach()])
 
 
-def quadratic(n: int = 50) -> tuple[Any, Quadratic, Tensor, Tensor]:
+def quadratic(n: int = 50, weight_decay: float = 0.0) -> tuple[Any, Quadratic, Tensor, Tensor]:
     x = torch.randn(n, 4, dtype=torch.float64)
     y = x @ torch.randn(4, dtype=torch.float64) + torch.randn(n, dtype=torch.float64)
     module = Quadratic().double()
-    module.solve(x, y)
+    module.solve(x, y, weight_decay)
     trainer = make_trainer(precision="64-true")
-    callback = GIFCallback(ratio=1.0, solver="dense", curvature_examples=None)
+    callback = GIFCallback(ratio=1.0, solver="dense", curvature_examples=None, weight_decay=weight_decay)
     attach(trainer, module, train_dataloaders=loader(TensorDataset(x, y)), callback=callback)
     return trainer, module, x, y
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["gif", "fif", "pif", "if"])
 @pytest.mark.parametrize("m", [1, 7, 20])
 def test_the_natural_step_on_a_quadratic_risk_is_retraining(method: str, m: int) -> None:
     trainer, module, x, y = quadratic()
@@ -72,6 +73,77 @@ def test_the_natural_step_on_a_quadratic_risk_is_retraining(method: str, m: int)
     assert report.n_retain == 50 - m
     # The local model of the retained risk is exact here.
     assert report.retain.predicted == pytest.approx(report.retain.after, rel=1e-8)
+
+
+@pytest.mark.parametrize("m", [1, 7, 20])
+def test_the_natural_step_is_retraining_with_weight_decay_too(m: int) -> None:
+    trainer, module, x, y = quadratic(weight_decay=0.3)
+    report = trainer.unlearn((x[:m], y[:m]), step="natural")
+    expected = Quadratic().double().solve(x[m:], y[m:], weight_decay=0.3)
+    torch.testing.assert_close(module.flat(), expected, rtol=1e-8, atol=1e-10)
+    assert report.retain.predicted == pytest.approx(report.retain.after, rel=1e-8)
+    report.undo()
+    assert trainer.unlearn((x[:m], y[:m]), step="search").step == 1.0
+
+
+def test_the_second_order_of_a_group_is_closer_than_the_first_over_all_data() -> None:
+    trainer, module, x, y = quadratic()
+    before, truth = module.flat(), Quadratic().double().solve(x[10:], y[10:])
+    report = trainer.unlearn((x[:10], y[:10]), step="natural", method="sif")
+    assert report.edit.count == 5
+    design = torch.cat([x, torch.ones(50, 1, dtype=torch.float64)], 1)
+    g = 2 / 40 * design[:10].T @ (design[:10] @ before - y[:10])
+    first = before + torch.linalg.solve(2 / 50 * design.T @ design, g)
+    assert (module.flat() - truth).norm() < 0.6 * (first - truth).norm()
+    # A repair or a correction works with it as well.
+    report.undo()
+    corrected = y[:10] + 1.0
+    trainer.unlearn((x[:10], y[:10]), relabel=corrected, step="natural", method="sif")
+    truth = Quadratic().double().solve(x, torch.cat([corrected, y[10:]]))
+    torch.testing.assert_close(module.flat(), truth, rtol=1e-8, atol=1e-10)  # labels do not bend a squared loss
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"curvature": "ggn"},
+        {"double": True},
+        {"memory": 0.0},
+        {"curvature_sampling": "balanced", "curvature_examples": 30},
+        {"curvature_sampling": "logits", "curvature_examples": 30},
+        {"curvature_sampling": "features", "curvature_examples": 30},
+        {"solver": "lissa"},
+        {"solver": "cgls"},
+        {"solver": "plain_lissa"},
+        {"solver": "stochastic_lissa", "batch_size": 8},
+        {"discrepancy": 0.9},
+        {"weight_decay": 1e-3},
+        {"eigenvalues": 2},
+    ],
+    ids=str,
+)
+def test_every_choice_forgets_a_class_and_is_recorded(options: dict[str, Any]) -> None:
+    trainer, module, dataset = fitted(max_epochs=20)
+    before = weights(module)
+    forget = batch_of(dataset, dataset.tensors[1] == 0)
+    report = trainer.unlearn(forget, **options)
+    assert report.forget.after > report.forget.before
+    assert report.retain.after < 1.5 * report.retain.before + 0.1
+    for name, value in options.items():
+        assert report.settings[name] == value
+    assert report.curvature["kind"] == options.get("curvature", "hessian")
+    assert report.curvature["products"] > 0
+    if "eigenvalues" in options:
+        assert len(report.curvature["largest"]) == len(report.curvature["smallest"]) == 2
+        assert report.curvature["largest"][0] > 0
+        assert 0 <= report.curvature["negative_share"] <= 1
+    if options.get("memory") == 0.0:
+        assert report.curvature["batches_kept"] == 0
+    assert {name: value.dtype for name, value in weights(module).items()} == {
+        name: value.dtype for name, value in before.items()
+    }
+    report.undo()
+    assert same_weights(weights(module), before)
 
 
 def test_the_search_finds_the_natural_step_where_theory_is_exact() -> None:

@@ -49,6 +49,7 @@ class InfluenceReport:
         scores: ``(n_queries, n_train)``, float64; one query unless ``per_example=True``.
         indices: The dataset index of each column, ``(n_train,)``.
         solutions: How each query's solve went, ``n_queries`` of them.
+        curvature: How the Hessian products were made, and the ends of the spectrum if ``eigenvalues`` were asked for.
         targets: The target parameters that the scores are about.
         k: How many proponents and opponents are shown and logged.
         dataset: The training dataset, for looking at examples.
@@ -62,6 +63,7 @@ class InfluenceReport:
     scores: Tensor = field(repr=False)
     indices: Tensor = field(repr=False)
     solutions: list[Solution]
+    curvature: dict[str, Any]
     targets: Targets
     k: int
     dataset: Any = field(repr=False)

@@ -65,9 +65,11 @@ class UnlearnReport:
         n_retain: How many training examples are retained.
         n_parameters: How many trainable parameters the model has.
         path: What the search measured on the way, in order.
-        solve: Diagnostics of the solve, see :meth:`~lightning_gif.solvers.Solution.summary`.
+        solve: Diagnostics of the solve, see :meth:`~lightning_gif.solvers.Solution.summary`; where a method takes
+            several, of the one with the largest residual.
         repair_solve: The same of the second solve; ``None`` if there was none.
         residuals: The solve's relative residual after each number of steps.
+        curvature: How the Hessian products were made, and the ends of the spectrum if ``eigenvalues`` were asked for.
         settings: Method, solver and their parameters.
         notes: What the user should know: data not found, a search that was cut short, stale optimizer state.
         seconds: Wall time of the whole call.
@@ -91,6 +93,7 @@ class UnlearnReport:
     solve: dict[str, Any] = field(repr=False)
     repair_solve: dict[str, Any] | None = field(repr=False)
     residuals: list[float] = field(repr=False)
+    curvature: dict[str, Any] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
     notes: list[str]
     seconds: float
