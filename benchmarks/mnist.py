@@ -1,8 +1,10 @@
-"""MNIST data and the net called TinyNet in the GIF paper's scripts, for the benchmarks."""
+"""MNIST-like data and the net called TinyNet in the GIF paper's scripts, for the benchmarks."""
 
 from __future__ import annotations
 
 import gzip
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 
 def read_idx(path: Path) -> Tensor:
@@ -53,6 +55,26 @@ class TinyNet(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), self.lr)
+
+
+def fit(data: Any, callbacks: list[Any], *, epochs: int, seed: int = 0) -> tuple[pl.Trainer, TinyNet]:
+    """A trained TinyNet and its trainer, which prints nothing."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    pl.seed_everything(seed, verbose=False)
+    model = TinyNet()
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        callbacks=callbacks,
+    )
+    trainer.fit(model, DataLoader(data, 128, shuffle=True))
+    return trainer, model
 
 
 @torch.no_grad()

@@ -8,17 +8,15 @@ Prints one JSON object. Peak memory is the largest resident set of the process u
 from __future__ import annotations
 
 import json
-import logging
 import resource
 import time
-import warnings
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from mnist import TinyNet, accuracy, load
+from mnist import accuracy, fit, load
 from torch.utils.data import DataLoader, Subset
 
 from lightning_gif import GIFCallback
@@ -32,10 +30,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--retrain", action="store_true", help="also retrain without the class")
     options = parser.parse_args()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning.*")
-
     train, test = load(options.data)
     result: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "digit": options.digit}
 
@@ -49,24 +43,9 @@ def main() -> None:
         parts = {"remaining": ~gone, "forgotten": gone}
         return {f"{name}_accuracy": round(100 * accuracy(model, test, mask), 2) for name, mask in parts.items()}
 
-    def fit(data: Any, callbacks: list[Any]) -> tuple[pl.Trainer, pl.LightningModule]:
-        pl.seed_everything(options.seed, verbose=False)
-        model = TinyNet()
-        trainer = pl.Trainer(
-            max_epochs=options.epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            callbacks=callbacks,
-        )
-        trainer.fit(model, DataLoader(data, 128, shuffle=True))
-        return trainer, model
-
     phase("load", time.perf_counter())
     start = time.perf_counter()
-    trainer, model = fit(train, [GIFCallback()])
+    trainer, model = fit(train, [GIFCallback()], epochs=options.epochs, seed=options.seed)
     phase("fit", start, **scores(model))
 
     start = time.perf_counter()
@@ -81,7 +60,8 @@ def main() -> None:
 
     if options.retrain:
         start = time.perf_counter()
-        _, retrained = fit(Subset(train, kept.nonzero().squeeze(1).tolist()), [])
+        rest = Subset(train, kept.nonzero().squeeze(1).tolist())
+        _, retrained = fit(rest, [], epochs=options.epochs, seed=options.seed)
         phase("retrain", start, **scores(retrained))
     print(json.dumps(result))
 

@@ -116,7 +116,7 @@ class GIFCallback(Callback):
         max_iter: int = 100,
         rtol: float = 1e-2,
         discrepancy: float = 0.0,
-        curvature: Literal["hessian", "ggn"] = "hessian",
+        curvature: str = "hessian",
         curvature_examples: int | None = 2048,
         curvature_sampling: str = "random",
         weight_decay: float = 0.0,
@@ -489,6 +489,8 @@ class GIFCallback(Callback):
     ) -> Targets:
         module = objective.module
         if choice == "batch":
+            if settings.needs_no_cache:
+                return self._select(module, settings)
             neurons, gradients = objective.observe(examples)
             return self._select(module, settings, neurons=neurons, gradients=gradients)
         if self._rank_on_demand and self.targets is None and not self.neurons:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .data import Examples
 from .errors import ConfigurationError, ObjectiveError
-from .objective import Objective
 from .parameters import ParameterSpace, Targets
 from .registry import Registry
 from .solvers import LinearOperator, Solution
@@ -23,6 +22,7 @@ __all__ = [
     "Curvature",
     "Group",
     "Linearise",
+    "Losses",
     "Method",
     "Submatrix",
     "gauss_newton",
@@ -92,11 +92,19 @@ def gauss_newton(
     return linearise
 
 
-CURVATURES: dict[str, Callable[[Objective], Linearise]] = {
-    "hessian": lambda objective: hessian(objective.loss_sum),
-    "ggn": lambda objective: gauss_newton(objective.outputs, objective.loss_sum_at),
-}
+class Losses(Protocol):
+    """What a curvature needs of an objective, see :class:`~lightning_gif.objective.Objective`."""
+
+    def loss_sum(self, theta: Tensor, data: Any) -> Tensor: ...
+    def outputs(self, theta: Tensor, data: Any) -> Tensor: ...
+    def loss_sum_at(self, theta: Tensor, data: Any) -> Callable[[Tensor], Tensor]: ...
+
+
+CURVATURES: Registry[Callable[[Losses], Linearise]] = Registry("curvature")
 """The curvatures of an objective by name."""
+
+CURVATURES.register("hessian")(lambda objective: hessian(objective.loss_sum))
+CURVATURES.register("ggn")(lambda objective: gauss_newton(objective.outputs, objective.loss_sum_at))
 
 
 class Curvature:

@@ -61,7 +61,7 @@ def influence(
     examples = curvature_sample(
         objective, train, settings.curvature_examples, settings.curvature_sampling, settings.seed
     )
-    examples = examples.held(settings.bytes_to_keep(objective.device) / 2)
+    examples = examples.held(settings.bytes_to_keep(objective.device))
     with objective.progress("Hessian products") as bar:
         curvature = settings.open_curvature(objective, examples, on_product=bar.update)
         gradients = objective.query_gradients(query, per_example=per_example)

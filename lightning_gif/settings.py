@@ -35,7 +35,7 @@ class Overrides(TypedDict, total=False):
     max_iter: int
     rtol: float
     discrepancy: float
-    curvature: Literal["hessian", "ggn"]
+    curvature: str
     curvature_examples: int | None
     curvature_sampling: str
     weight_decay: float
@@ -78,6 +78,7 @@ class Settings:
         check_selector(self.selector, self.ratio)
         METHODS[self.method]
         SOLVERS[self.solver]
+        CURVATURES[self.curvature]
         SAMPLERS[self.curvature_sampling]
         number = (int, float)
         at_least_0 = "a number of at least 0"
@@ -89,8 +90,6 @@ class Settings:
             _require("memory", self.memory, number, lambda value: 0 <= value < math.inf, f"None or {at_least_0} (GiB)")
         if not isinstance(self.double, bool):
             raise ConfigurationError(f"`double` must be True or False, got {self.double!r}.")
-        if not isinstance(self.curvature, str) or self.curvature not in CURVATURES:
-            raise ConfigurationError(f"`curvature` must be 'hessian' or 'ggn', got {self.curvature!r}.")
         _require("max_iter", self.max_iter, int, lambda value: value >= 1, "a whole number of at least 1")
         _require("rtol", self.rtol, number, lambda value: 0 < value < 1, "a number between 0 and 1")
         _require("batch_size", self.batch_size, int, lambda value: value >= 1, "a whole number of at least 1")
@@ -119,27 +118,42 @@ class Settings:
         return replace(self, **changes)
 
     def bytes_to_keep(self, device: torch.device) -> float:
-        """How many bytes may be kept between products: ``memory``, or a quarter of what is free."""
+        """How many bytes of batches, and again of passes, may be kept between products.
+
+        Half of ``memory`` each; of a quarter of what is free, where that is ``None``.
+        """
         if self.memory is not None:
-            return self.memory * 2**30
-        if device.type == "cuda":
-            return torch.cuda.mem_get_info(device)[0] / 4
-        return psutil.virtual_memory().available / 4
+            most = self.memory * 2**30
+        elif device.type == "cuda":
+            most = torch.cuda.mem_get_info(device)[0] / 4
+        else:
+            most = psutil.virtual_memory().available / 4
+        return most / 2
 
     def open_curvature(
         self,
         objective: Objective,
         examples: Examples,
         theta: Tensor | None = None,
+        *,
+        keep: bool = True,
         on_product: Callable[[], Any] = lambda: None,
     ) -> Curvature:
-        """The curvature of the loss over examples at ``theta`` ``(p,)``, by default at the present parameters."""
+        """The curvature of the loss over examples.
+
+        Args:
+            objective: Whose loss.
+            examples: Over which data.
+            theta: Where, ``(p,)``; by default at the present parameters.
+            keep: Keep passes between products, within ``memory``.
+            on_product: Called at each product.
+        """
         return Curvature(
             CURVATURES[self.curvature](objective),
             objective.theta if theta is None else theta,
             examples,
             weight_decay=float(self.weight_decay),
-            memory=self.bytes_to_keep(objective.device),
+            memory=self.bytes_to_keep(objective.device) if keep else 0.0,
             on_product=on_product,
         )
 

@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ._compat import rank_zero_warn
-from .curvature import METHODS, Curvature, Group, Submatrix
+from .curvature import METHODS, Group, Submatrix
 from .data import Examples, class_targets, locate, relabelled
 from .errors import ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError, TrainingDataError
 from .objective import Objective
@@ -79,7 +80,7 @@ def unlearn(
 
     found = locate(forget, train)
     retained = _retained(train, forget, found, notes) if retain is None else _without(retain, forget, notes)
-    memory = settings.bytes_to_keep(objective.device) / 2
+    memory = settings.bytes_to_keep(objective.device)
     sample = curvature_sample(
         objective, retained, settings.curvature_examples, settings.curvature_sampling, settings.seed
     ).held(memory)
@@ -101,13 +102,11 @@ def unlearn(
         )
 
     with objective.progress("Hessian products") as bar:
-
-        def opened(examples: Examples, theta: Tensor | None = None) -> Curvature:
-            return settings.open_curvature(objective, examples, theta, on_product=bar.update)
-
+        opened = partial(settings.open_curvature, objective, on_product=bar.update)
         curvature = opened(sample)
         members = len(forget) / (len(forget) + len(retained))
-        group = Group(members, opened(forget), None if corrected is None else opened(corrected))
+        old, new = opened(forget, keep=False), None if corrected is None else opened(corrected, keep=False)
+        group = Group(members, old, new)
         change, solutions = method.edit(curvature, positions, gradient, settings.solve, group)
         bend = float(change @ Submatrix(curvature, positions, positions).matvec(change))
         description = settings.describe(curvature)
@@ -117,7 +116,8 @@ def unlearn(
             " curvature along them. Use other targets, a larger ratio, or method='if'."
         )
 
-    forgotten_classes, kept_classes = _classes(forget), _classes(retained)
+    forgotten_classes = _classes(forget)
+    kept_classes = _classes(retained) if forgotten_classes else set()
     goal = _goal(forgotten_classes, kept_classes, relabelled=corrected is not None)
     classes = len(forgotten_classes | kept_classes)
     guessing = math.log(classes) if classes > 1 else None

@@ -33,6 +33,7 @@ from lightning_gif.data import (
     replace_targets,
     same_structure,
     slice_batch,
+    take,
     tensors,
 )
 
@@ -56,6 +57,16 @@ STRUCTURES: dict[str, Any] = {
     "with strings": (X, ["a", "b", "c", "d"], Y),
     "with a scalar": (X, torch.tensor(3.0), Y),
 }
+
+
+@pytest.mark.parametrize("name", list(STRUCTURES))
+def test_taking_rows_keeps_the_structure(name: str) -> None:
+    taken = take(STRUCTURES[name], torch.tensor([3, 1]))
+    assert type(taken) is type(STRUCTURES[name])
+    assert batch_size(taken) == 2
+    assert torch.equal(tensors(taken)[0], X[[3, 1]])
+    if name == "with strings":
+        assert taken[1] == ["d", "b"]
 
 
 @pytest.mark.parametrize("name", list(STRUCTURES))
@@ -235,6 +246,32 @@ def test_parts_and_samples_keep_ids() -> None:
     assert not torch.equal(sample.ids, found.sample(4, seed=4).ids)
     assert found.sample(None, seed=0) is found
     assert read(sample.held()) == read(sample)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_the_batches_after_some_are_the_rest(held: bool) -> None:
+    found = examples(DataLoader(numbered(), 3))
+    found = found.held() if held else found
+    assert read(found.after(4)) == read(found)[4:]
+    assert read(found.after(4).after(4)) == read(found)[8:]
+    assert len(found.after(10)) == 0
+    assert read(found.after(0)) == read(found)
+
+
+def test_examples_are_held_within_a_budget_only() -> None:
+    found = examples(DataLoader(numbered(), 3))
+    size = sum(tensor.nbytes for batch in found.batches() for tensor in tensors(batch.data))
+    assert found.held(size).cached is not None
+    assert found.held(size - 1) is found
+    assert found.held(0) is found
+
+
+def test_some_of_a_batch_in_memory_are_taken_from_there() -> None:
+    found = Examples.from_batch((X, Y), lambda batch: batch, batch_size=3)
+    some = found.at(torch.tensor([3, 1]))
+    assert some.ids.tolist() == [1, 3]
+    assert torch.equal(torch.cat([batch.data[0] for batch in some.batches()]), X[[1, 3]])
+    assert len(found.sample(2, seed=0)) == 2
 
 
 class Noisy(TensorDataset):

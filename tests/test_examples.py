@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import subprocess
 import sys
@@ -72,6 +73,27 @@ def test_find_mislabeled(tmp_path: Path) -> None:
         assert percent(fifth) >= percent(tenth) > 50
     assert_pictures(tmp_path, "suspects.png", "influence.png")
     assert list(tmp_path.rglob("offline-run-*/**/gif/influence/examples_*.table.json"))
+
+
+def test_toxic_samples(tmp_path: Path) -> None:
+    printed = run("toxic_samples.py", "--output", tmp_path, "--per-step", 50)
+    assert "after 10 steps" in printed
+    names = ("trained", "gif", "fif", "pif", "least gradient", "least loss", "retrained")
+    values = {name: [float(cell) for cell in row(printed, name)] for name in names}
+    moved = {name: cells[:2] for name, cells in values.items()}
+    loss, norm = ({name: cells[i] for name, cells in values.items()} for i in (2, 3))
+
+    assert moved["retrained"] == pytest.approx([-12, 9], abs=1e-3)  # the inverse of the mixture, times ones
+    assert loss["retrained"] == norm["retrained"] == 0
+    assert values["fif"] == pytest.approx(values["least loss"], abs=2e-4)
+    assert values["gif"] == pytest.approx(values["least gradient"], abs=2e-3)
+    assert math.dist(moved["least gradient"], moved["least loss"]) > 0.1  # so that the two lines above say something
+    assert 0 < loss["fif"] < loss["gif"] < loss["trained"] / 5
+    assert 0 < norm["gif"] < norm["fif"] / 2
+    assert math.dist(moved["pif"], moved["retrained"]) < 0.3
+    assert loss["pif"] > loss["trained"]
+    assert "the weights are bit-identical to those trained" in printed
+    assert_pictures(tmp_path, "trajectories.png")
 
 
 @pytest.mark.parametrize("name", ["forget_a_digit.py", "find_mislabeled.py"])

@@ -350,7 +350,7 @@ def wandb_tables(logger: WandbLogger, key: str) -> list[dict[str, Any]]:
 def test_wandb_has_values_tables_and_pictures_beside_other_loggers(tmp_path: Path, wandb_logger: WandbLogger) -> None:
     others = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path)]
     trainer, _, dataset = fitted(image_net(), images(), logger=[wandb_logger, *others])
-    answer = trainer.influence(batch_of(dataset, [4, 7]), k=3)
+    answer = trainer.influence(batch_of(dataset, [4, 7]), k=3, eigenvalues=2)
     trainer.unlearn(batch_of(dataset, [4]), step="natural")
     run = wandb_logger.experiment
 
@@ -371,6 +371,8 @@ def test_wandb_has_values_tables_and_pictures_beside_other_loggers(tmp_path: Pat
 
     (solve,) = wandb_tables(wandb_logger, "gif/influence/solve")
     assert [row[1] for row in solve["data"]] == answer.solution.residuals
+    (ends,) = wandb_tables(wandb_logger, "gif/influence/eigenvalues")
+    assert [row[2] for row in ends["data"]] == answer.curvature["largest"] + answer.curvature["smallest"]
     (path,) = wandb_tables(wandb_logger, "gif/unlearn/path")
     assert [row[0] for row in path["data"]] == [0.0, 1.0]
 

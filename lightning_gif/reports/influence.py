@@ -13,7 +13,7 @@ from ..data import Examples, map_tensors
 from ..errors import ConfigurationError
 from ..parameters import Targets
 from ..solvers import Solution
-from .loggers import log_scalars, log_table, takes_tables
+from .loggers import log_eigenvalues, log_scalars, log_table, takes_tables
 from .pictures import figure, image_of, label_of, show_item, text_of
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ class InfluenceReport:
             "score_max": float(self.scores.max()),
             "score_min": float(self.scores.min()),
             "seconds": self.seconds,
+            **{f"curvature_{name}": value for name, value in self.curvature.items() if not isinstance(value, list)},
             **{f"solve_{name}": value for name, value in self.solution.summary().items()},
         }
 
@@ -158,6 +159,7 @@ class InfluenceReport:
             log_table(loggers, f"{prefix}/examples", columns, list(self._rows()))
             curve = list(enumerate(self.solution.residuals))
             log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], curve)
+            log_eigenvalues(loggers, prefix, self.curvature)
 
     def _rows(self) -> Iterator[list[Any]]:
         several = self.scores.shape[0] > 1

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["log_scalars", "log_table", "takes_tables"]
+__all__ = ["log_eigenvalues", "log_scalars", "log_table", "takes_tables"]
 
 _SMALLEST_SHOWN = 64
 
@@ -43,6 +43,17 @@ def log_table(loggers: Iterable[Any], key: str, columns: Sequence[str], rows: Se
     """
     for logger in filter(takes_tables, loggers):
         logger.log_table(key=key, columns=list(columns), data=[[_cell(value) for value in row] for row in rows])
+
+
+def log_eigenvalues(loggers: Iterable[Any], prefix: str, curvature: Mapping[str, Any]) -> None:
+    """Gives the ends of the spectrum to the loggers that take tables, where they were asked for."""
+    rows = [
+        [end, rank, value]
+        for end in ("largest", "smallest")
+        for rank, value in enumerate(curvature.get(end, ()), start=1)
+    ]
+    if rows:
+        log_table(loggers, f"{prefix}/eigenvalues", ["end", "rank", "eigenvalue"], rows)
 
 
 def _cell(value: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import EditError
 from ..parameters import Edit
 from ..steps import Goal, Point
-from .loggers import log_scalars, log_table
+from .loggers import log_eigenvalues, log_scalars, log_table
 from .pictures import figure
 
 if TYPE_CHECKING:
@@ -238,6 +238,7 @@ class UnlearnReport:
                 if change is not None
                 for when, value in change._asdict().items()
             },
+            **{f"curvature_{name}": value for name, value in self.curvature.items() if not isinstance(value, list)},
             **{f"solve_{name}": value for name, value in self.solve.items()},
             **{f"repair_solve_{name}": value for name, value in (self.repair_solve or {}).items()},
         }
@@ -254,6 +255,7 @@ class UnlearnReport:
         columns = list(Point.__dataclass_fields__)
         log_table(loggers, f"{prefix}/path", columns, [list(asdict(point).values()) for point in self.path])
         log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], list(enumerate(self.residuals)))
+        log_eigenvalues(loggers, prefix, self.curvature)
 
     def plot(self) -> Figure:
         """The losses along the search, and the solve's residual.

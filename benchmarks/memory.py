@@ -1,0 +1,92 @@
+"""Peak memory of a product with 1 000, 10 000 and 60 000 curvature examples of TinyNet, each in its own process.
+
+    python benchmarks/memory.py --data path/to/MNIST/raw [--reference path/to/GIF]
+
+Two products with each budget for kept passes (`memory=` of the callback, in GiB); the paper's script keeps the graph of
+every batch. The peak is the largest resident set of the process, the data set and PyTorch included; a process that does
+everything but the products is the base.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+from mnist import TinyNet, load
+from problem import load_reference
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gif import attach
+
+
+def measure(options: Namespace) -> None:
+    """In a process of its own: prints the peak in MiB after the products."""
+    import lightning.pytorch as pl
+
+    from lightning_gif.data import Examples
+    from lightning_gif.objective import Objective
+    from lightning_gif.settings import Settings
+
+    train, _ = load(options.data)
+    model = TinyNet()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    dataset = TensorDataset(*(tensor[: options.examples] for tensor in train.tensors))
+    loader = DataLoader(dataset, 256)
+    callback = attach(trainer, model, train_dataloaders=loader)
+    with Objective.open(trainer, model) as objective:
+        examples = Examples.from_loader(loader, objective.prepare, batch_size=256)
+        objective.learn_structure(examples)
+        vector = torch.randn(objective.space.size)
+        if options.how == "reference":
+            reference = load_reference(options.reference)
+            # As its scripts do it: the mean over batches, each with its graph.
+            loss = sum(
+                torch.nn.functional.cross_entropy(model.net(x), y, reduction="sum")
+                for x, y in (batch.data for batch in examples.batches())
+            ) / len(examples)
+            for _ in range(2):
+                reference.hvp(model.net, loss, vector)
+        elif options.how != "base":
+            settings: Settings = callback.settings.override({"memory": float(options.how)})
+            held = examples.held(settings.bytes_to_keep(objective.device))
+            curvature = settings.open_curvature(objective, held)
+            for _ in range(2):
+                curvature.matvec(vector)
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
+    parser.add_argument("--reference", type=Path, help="checkout of the paper's scripts")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000, 60_000])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.0, 0.25, 2.0], help="GiB")
+    parser.add_argument("--how", help="measure this one, in this process")
+    parser.add_argument("--examples", type=int, default=1000)
+    options = parser.parse_args()
+    if options.how:
+        measure(options)
+        return
+    names = {"base": "no product", **{str(budget): f"ours, memory={budget:g}" for budget in options.budgets}}
+    if options.reference:
+        names["reference"] = "the paper's script"
+    print("| peak memory (MiB) | " + " | ".join(f"{count:,} examples" for count in options.counts) + " |")
+    print("| --- |" + " --- |" * len(options.counts))
+    for how, name in names.items():
+        cells = []
+        for count in options.counts:
+            command = [sys.executable, __file__, "--data", str(options.data), "--how", how, "--examples", str(count)]
+            command += ["--reference", str(options.reference)] if options.reference else []
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            lines = done.stdout.strip().splitlines()
+            cells.append(f"{json.loads(lines[-1]):.0f}" if done.returncode == 0 else f"killed ({done.returncode})")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Cost of a product and of a solve against the number of parameters and of targets, with the machine's limit beside it.
+
+    python benchmarks/scaling.py [--plot scaling.png]
+
+Perceptrons on random data in the shape of MNIST, 256 examples. The limit is one forward and backward pass, of which a
+product of an exact Hessian is at least two: PyTorch runs it at about that multiple. Prints Markdown tables.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from problem import timed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gif import GIFCallback, attach
+from lightning_gif.curvature import Submatrix
+from lightning_gif.data import Examples
+from lightning_gif.objective import Objective
+from lightning_gif.solvers import lsmr
+
+
+class Perceptron(pl.LightningModule):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def data(examples: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(examples) % 10
+    centres = torch.randn(10, 784, generator=generator)
+    return TensorDataset(centres[y] + torch.randn(examples, 784, generator=generator), y)
+
+
+def measure(width: int, ratio: float, examples: int, repeats: int) -> dict[str, float]:
+    """Seconds of a pass, a product and a solve, its products, and the sizes."""
+    torch.manual_seed(0)
+    model, dataset = Perceptron(width), data(examples)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(10):  # away from the symmetric start
+        optimizer.zero_grad()
+        model.training_step(dataset.tensors, 0).backward()
+        optimizer.step()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    callback: GIFCallback = attach(trainer, model, train_dataloaders=DataLoader(dataset, examples))
+    with Objective.open(trainer, model) as objective:
+        held = Examples.from_batch(dataset.tensors, objective.prepare, batch_size=examples)
+        objective.learn_structure(held)
+        vector = torch.randn(objective.space.size)
+        kept = callback.settings.open_curvature(objective, held)
+        anew = callback.settings.override({"memory": 0.0}).open_curvature(objective, held)
+        parameters = list(model.parameters())
+
+        def passes() -> None:
+            torch.autograd.grad(model.training_step(dataset.tensors, 0), parameters)
+
+        seconds = timed(
+            {"pass": passes, "kept": lambda: kept.matvec(vector), "anew": lambda: anew.matvec(vector)}, repeats
+        )
+        count = max(1, round(ratio * objective.space.size))
+        positions = torch.randperm(objective.space.size, generator=torch.Generator().manual_seed(0))[:count]
+        of_one = Examples.from_batch(tuple(t[:1] for t in dataset.tensors), objective.prepare, batch_size=1)
+        start = time.perf_counter()
+        matrix = Submatrix(kept, None, positions.sort().values)
+        solution: Any = lsmr(matrix, objective.gradient(of_one), rtol=1e-2, max_iter=100)
+        seconds["solve"] = time.perf_counter() - start
+    return {**seconds, "p": objective.space.size, "k": count, "products": solution.hvps}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--widths", type=int, nargs="+", default=[12, 64, 300, 1000, 2800])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.001, 0.01, 0.05, 0.1, 0.3, 1.0])
+    parser.add_argument("--width", type=int, default=300, help="of the net in the table over ratios")
+    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--plot", type=Path, help="where to put a picture of both tables")
+    options = parser.parse_args()
+
+    by_size = [measure(width, 0.05, options.examples, options.repeats) for width in options.widths]
+    print(
+        "| parameters | forward and backward (ms) | product, kept | product, anew | products of a solve | solve (s) |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in by_size:
+        multiples = f"{row['kept'] / row['pass']:.1f} x | {row['anew'] / row['pass']:.1f} x"
+        print(f"| {row['p']:,} | {1e3 * row['pass']:.1f} | {multiples} | {row['products']} | {row['solve']:.2f} |")
+    by_ratio = [measure(options.width, ratio, options.examples, options.repeats) for ratio in options.ratios]
+    print("\n| targets | share (%) | products of a solve | solve (s) |")
+    print("| --- | --- | --- | --- |")
+    for row in by_ratio:
+        print(f"| {row['k']:,} | {100 * row['k'] / row['p']:.3g} | {row['products']} | {row['solve']:.2f} |")
+    if options.plot:
+        plot(by_size, by_ratio, options.plot)
+
+
+def plot(by_size: list[dict[str, float]], by_ratio: list[dict[str, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for key, name in (("anew", "product, nothing kept"), ("kept", "product, first passes kept")):
+        left.loglog([row["p"] for row in by_size], [row[key] for row in by_size], "o-", label=name)
+    limit = [row["pass"] for row in by_size]
+    left.loglog([row["p"] for row in by_size], limit, "k--", label="limit: one forward and backward pass")
+    left.set_xlabel("parameters p")
+    left.set_ylabel("seconds")
+    left.legend()
+    right.semilogx([row["k"] for row in by_ratio], [row["products"] for row in by_ratio], "o-")
+    right.set_xlabel(f"targets k, of {by_ratio[0]['p']:,} parameters")
+    right.set_ylabel("products to a residual of 1e-2 (lsmr)")
+    right.set_ylim(bottom=0)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

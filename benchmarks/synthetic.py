@@ -1,0 +1,295 @@
+"""What each solver costs, and how far it gets, on indefinite matrices of known spectrum: no net, no data.
+
+    python benchmarks/synthetic.py [--reference path/to/GIF]
+
+`H` is symmetric, 600 x 600, in float64, with eigenvalues of both signs whose magnitudes are spaced evenly on a log scale
+from sigma_max down to sigma_max / condition. Two least-squares problems are made of each: all of `H`, and 60 of its
+columns drawn at random, `A`, whose own condition number is computed. The right-hand side is `A x` for a normal `x`, plus
+noise of 1 % of its length outside the range of `A` (all of `H` has no outside).
+
+The first table counts Hessian products until the normal-equation residual is `--rtol` of what it is at zero; where the
+steps ran out before, it gives the residual of the best iterate and the status instead. The second table has the relative
+error against the least-squares solution after at most so many products, those for the scale and for the check of the
+answer included. `dense` has no answer before all its products are spent.
+
+With `--reference`, the script of the paper runs as it is on the same problems, with its default `tol` and `step` and
+our number of steps. Its scale `c` starts at 1, and it starts over with `c + 0.5` each time it finds itself diverging,
+so what it costs grows with sigma_max; it converges for `c > sigma_max / √2`. It stops by a rule of its own, so its
+residual is given as well; the run is ended after `--most-products`.
+
+Prints two Markdown tables and then all numbers as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from problem import load_reference
+from torch import Tensor, nn
+
+from lightning_gif import SOLVERS
+from lightning_gif.curvature import Submatrix
+from lightning_gif.solvers import Solution
+
+_NOISE = 0.01
+
+
+class Matrix:
+    """A symmetric matrix that is only known by its products."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.products = self.examples = 0
+        self.shape = (matrix.shape[0], matrix.shape[1])
+        self.dtype, self.device = matrix.dtype, matrix.device
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        self.products += 1 if vectors.ndim == 1 else vectors.shape[1]
+        return self.matrix @ vectors
+
+    rmatvec = matvec
+
+
+@dataclass
+class Problem:
+    """``min_x ‖H[:, S] x − g‖``.
+
+    Attributes:
+        name: ``"columns"`` or ``"full"``.
+        sigma_max: The largest magnitude of an eigenvalue of ``H``.
+        stated: The condition number of ``H``.
+        condition: That of ``A = H[:, S]``, computed.
+        hessian: ``H``, ``(p, p)``.
+        positions: ``S``, sorted, ``(k,)``.
+        gradient: ``g``, ``(p,)``.
+        exact: The least-squares solution, ``(k,)``.
+    """
+
+    name: str
+    sigma_max: float
+    stated: float
+    condition: float
+    hessian: Tensor
+    positions: Tensor
+    gradient: Tensor
+    exact: Tensor
+
+    def operator(self) -> Submatrix:
+        return Submatrix(Matrix(self.hessian), None, self.positions)
+
+    def residual(self, x: Tensor) -> float:
+        """The relative normal-equation residual of a solution."""
+        a = self.hessian[:, self.positions]
+        return float((a.T @ (self.gradient - a @ x)).norm() / (a.T @ self.gradient).norm())
+
+    def error(self, x: Tensor) -> float:
+        return float((x - self.exact).norm() / self.exact.norm())
+
+
+def problems(sigma_max: float, condition: float, size: int, columns: int, seed: int) -> Iterator[Problem]:
+    """Both problems of one spectrum; the random numbers are the same for every spectrum."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    basis = torch.linalg.qr(normal(size, size)).Q
+    signs = torch.where(torch.rand(size, generator=generator) < 0.5, -1.0, 1.0)
+    values = signs * sigma_max * torch.logspace(0, -1, size, base=condition, dtype=torch.float64)
+    hessian = (basis * values) @ basis.T
+    hessian = (hessian + hessian.T) / 2
+    some = torch.randperm(size, generator=generator)[:columns].sort().values
+    for name, positions in (("columns", some), ("full", torch.arange(size))):
+        a = hessian[:, positions]
+        gradient = a @ normal(len(positions))
+        if len(positions) < size:
+            noise, range_of_a = normal(size), torch.linalg.qr(a).Q
+            noise -= range_of_a @ (range_of_a.T @ noise)
+            gradient += _NOISE * gradient.norm() * noise / noise.norm()
+        singular = torch.linalg.svdvals(a)
+        exact = torch.linalg.lstsq(a, gradient[:, None], driver="gelsd").solution[:, 0]
+        yield Problem(
+            name, sigma_max, condition, float(singular[0] / singular[-1]), hessian, positions, gradient, exact
+        )
+
+
+def solve(solver: str, problem: Problem, **options: Any) -> Solution:
+    found = SOLVERS[solver](problem.operator(), problem.gradient, **options)
+    assert isinstance(found, Solution)
+    return found
+
+
+def within(solver: str, problem: Problem, budget: int) -> Solution | None:
+    """As far as a solver gets with so many products; ``None`` if it has no answer by then."""
+    if solver == "dense" and len(problem.positions) > budget:
+        return None
+    steps = budget // 2
+    while steps > 0:
+        found = solve(solver, problem, rtol=1e-14, max_iter=steps)
+        if found.hvps <= budget:
+            return found
+        steps -= (found.hvps - budget + 1) // 2
+    return None
+
+
+class QuadraticNet(nn.Module):
+    """Parameters, and a loss whose Hessian is a given matrix: what the paper's script takes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+    def loss(self, hessian: Tensor) -> Tensor:
+        return self.theta @ (hessian @ self.theta) / 2
+
+
+class TooManyProducts(Exception):
+    """Ends a run of the paper's script."""
+
+
+def run_reference(reference: Any, problem: Problem, max_iter: int, most: int) -> dict[str, Any]:
+    """Products, restarts and accuracy of the paper's script."""
+    products = starts = 0
+    product, gradient = reference.hvp, reference.compute_gradient
+
+    def counted_product(*arguments: Any, **options: Any) -> Any:
+        nonlocal products
+        if products >= most:
+            raise TooManyProducts
+        products += 1
+        return product(*arguments, **options)
+
+    def counted_gradient(*arguments: Any, **options: Any) -> Any:
+        nonlocal starts
+        starts += 1  # it asks for the target's gradient once at each start
+        return gradient(*arguments, **options)
+
+    net = QuadraticNet(len(problem.gradient))
+    reference.hvp, reference.compute_gradient = counted_product, counted_gradient
+    found: Tensor | None = None
+    try:
+        found = reference.generalized_influence(
+            net, net.loss(problem.hessian), net.theta @ problem.gradient, problem.positions.numpy(), max_iter=max_iter
+        ).detach()
+    except TooManyProducts:
+        pass
+    finally:
+        reference.hvp, reference.compute_gradient = product, gradient
+    return {
+        "returned": found is not None,
+        "products": products,
+        "restarts": starts - 1,
+        "scale": 1 + 0.5 * (starts - 1),
+        "residual": None if found is None else problem.residual(found),
+        "error": None if found is None else problem.error(found),
+    }
+
+
+def measure(problem: Problem, options: Namespace, reference: Any) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "problem": problem.name,
+        "sigma_max": problem.sigma_max,
+        "condition_of_hessian": problem.stated,
+        "condition": problem.condition,
+        "solvers": {},
+    }
+    for solver in options.solvers:
+        found = solve(solver, problem, rtol=options.rtol, max_iter=options.max_iter)
+        budgets = {budget: within(solver, problem, budget) for budget in options.budgets}
+        record["solvers"][solver] = {
+            "status": str(found.status),
+            "products": found.hvps,
+            "residual": found.residual,
+            "error": problem.error(found.x),
+            "errors": {budget: None if best is None else problem.error(best.x) for budget, best in budgets.items()},
+        }
+    if reference is not None:
+        record["reference"] = run_reference(reference, problem, options.max_iter, options.most_products)
+    return record
+
+
+def spent(found: dict[str, Any]) -> str:
+    if found["status"] == "converged":
+        return str(found["products"])
+    return f"— ({found['residual']:.1g}, {found['status']})"
+
+
+def spent_by_reference(found: dict[str, Any]) -> str:
+    if not found["returned"]:
+        return f">{found['products']} ({found['restarts']} restarts)"
+    return f"{found['products']} ({found['restarts']} restarts; residual {found['residual']:.1g})"
+
+
+def errors(found: dict[str, Any]) -> str:
+    return " / ".join("—" if error is None else f"{error:.2g}" for error in found["errors"].values())
+
+
+def table(title: str, heads: list[str], rows: list[list[str]]) -> None:
+    first = ["problem", "sigma_max", "condition of H", "of A"]
+    print(f"{title}\n\n| " + " | ".join(first + heads) + " |")
+    print("|" + " --- |" * len(first + heads))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print(flush=True)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--reference", type=Path, help="checkout of the paper's scripts")
+    parser.add_argument("--size", type=int, default=600)
+    parser.add_argument("--columns", type=int, default=60)
+    parser.add_argument("--sigma", type=float, nargs="+", default=[1.0, 1e2, 1e4])
+    parser.add_argument("--condition", type=float, nargs="+", default=[1e2, 1e4, 1e6])
+    parser.add_argument("--solvers", nargs="+", default=["lissa", "plain_lissa", "cgls", "lsmr", "dense"])
+    parser.add_argument("--rtol", type=float, default=1e-2)
+    parser.add_argument("--max-iter", type=int, default=500, help="most steps, of the paper's script as well")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[50, 200], help="products for the second table")
+    parser.add_argument("--most-products", type=int, default=20_000, help="where the paper's script is ended")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    reference = load_reference(options.reference) if options.reference else None
+
+    records = [
+        measure(problem, options, reference)
+        for condition in options.condition
+        for sigma in options.sigma
+        for problem in problems(sigma, condition, options.size, options.columns, options.seed)
+    ]
+    records.sort(key=lambda record: record["problem"])  # stable
+
+    def rows(cells: Any) -> list[list[str]]:
+        names = ("sigma_max", "condition_of_hessian", "condition")
+        return [[record["problem"], *(f"{record[name]:.3g}" for name in names), *cells(record)] for record in records]
+
+    script = [] if reference is None else ["the paper's script"]
+    table(
+        f"Hessian products to a residual of {options.rtol:g}",
+        options.solvers + script,
+        rows(
+            lambda record: [
+                *map(spent, record["solvers"].values()),
+                *([spent_by_reference(record["reference"])] if script else []),
+            ]
+        ),
+    )
+    table(
+        "Relative error after " + " / ".join(map(str, options.budgets)) + " products",
+        options.solvers + (["the paper's script, when it returns"] if script else []),
+        rows(
+            lambda record: [
+                *map(errors, record["solvers"].values()),
+                *(["—" if (e := record["reference"]["error"]) is None else f"{e:.2g}"] if script else []),
+            ]
+        ),
+    )
+    print(json.dumps({"torch": torch.__version__, "rtol": options.rtol, "max_iter": options.max_iter, "runs": records}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The predictions that go into PyTorch's loss functions are found, and can be replaced, however the loss is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_gif.predictions import Predictions
+
+LOGITS = torch.randn(4, 3)
+LABELS = torch.tensor([0, 2, 1, 1])
+VALUES = torch.rand(4, 3)
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "cross_entropy": lambda z: F.cross_entropy(z, LABELS),
+    "keyword": lambda z: F.cross_entropy(input=z, target=LABELS, label_smoothing=0.1),
+    "module": lambda z: nn.CrossEntropyLoss(reduction="sum")(z, LABELS),
+    "nll": lambda z: F.nll_loss(F.log_softmax(z, dim=1), LABELS),
+    "nll of a method": lambda z: nn.NLLLoss()(z.log_softmax(1), LABELS),
+    "kl": lambda z: F.kl_div(torch.log_softmax(z, 1), torch.softmax(VALUES, 1), reduction="batchmean"),
+    "mse": lambda z: F.mse_loss(z, VALUES),
+    "huber": lambda z: nn.HuberLoss()(z, VALUES),
+    "smooth_l1": lambda z: F.smooth_l1_loss(z, VALUES),
+    "bce": lambda z: F.binary_cross_entropy_with_logits(z, VALUES),
+    "bce module": lambda z: nn.BCEWithLogitsLoss()(z, VALUES),
+    "poisson": lambda z: F.poisson_nll_loss(z, VALUES),
+    "margins": lambda z: F.multi_margin_loss(z, LABELS),
+}
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_predictions_are_noted_and_replaced(name: str) -> None:
+    loss, other = LOSSES[name], torch.randn(4, 3)
+    with Predictions() as noted:
+        value = loss(LOGITS)
+    found = noted.flat()
+    assert found is not None
+    assert torch.equal(found.view(4, 3), LOGITS)
+    torch.testing.assert_close(value, loss(LOGITS))
+    with Predictions(other.flatten()):
+        replaced = loss(LOGITS)
+    torch.testing.assert_close(replaced, loss(other))
+
+
+def test_of_probabilities_the_probabilities_are_the_predictions() -> None:
+    with Predictions() as noted:
+        F.binary_cross_entropy(torch.sigmoid(LOGITS), VALUES)
+    found = noted.flat()
+    assert found is not None
+    assert torch.equal(found.view(4, 3), torch.sigmoid(LOGITS))
+
+
+def test_several_losses_are_noted_in_their_order() -> None:
+    """Two heads, as in a model of classes and boxes."""
+
+    def loss(one: Tensor, other: Tensor) -> Tensor:
+        return F.cross_entropy(one, LABELS) + 0.5 * F.mse_loss(other, VALUES[:, :2])
+
+    heads = LOGITS, torch.randn(4, 2)
+    with Predictions() as noted:
+        loss(*heads)
+    found = noted.flat()
+    assert found is not None
+    assert torch.equal(found, torch.cat([head.flatten() for head in heads]))
+    others = torch.randn(4, 3), torch.randn(4, 2)
+    with Predictions(torch.cat([other.flatten() for other in others])):
+        replaced = loss(*heads)
+    torch.testing.assert_close(replaced, loss(*others))
+
+
+def test_a_softmax_inside_of_the_model_is_not_a_prediction() -> None:
+    with Predictions() as noted:
+        attention = torch.softmax(LOGITS, 1) + torch.log_softmax(LOGITS, 1)
+        F.mse_loss(attention, VALUES)
+    found = noted.flat()
+    assert found is not None
+    assert torch.equal(found.view(4, 3), attention)
+
+
+def test_nothing_is_noted_where_no_loss_function_is_called() -> None:
+    with Predictions() as noted:
+        LOGITS.square().mean()
+    assert noted.flat() is None
