@@ -2,9 +2,9 @@
 
     python benchmarks/defaults.py --data path/to/MNIST/raw path/to/FashionMNIST/raw
 
-A class is forgotten by `trainer.unlearn` with each solver and tolerance. What is judged is training data that neither
-the solve nor the search has seen: retained examples outside of the sample that the curvature is taken over, and
-forgotten examples outside of the sample that the search looks at. Prints a Markdown table.
+A class is forgotten by `trainer.unlearn` with each solver and tolerance, and judged on training data: all examples of
+the class, a third of which the search looks at, and 5000 others, drawn independently of the 2048 that the curvature is
+taken over. No test image is looked at. Prints a Markdown table.
 """
 
 from __future__ import annotations

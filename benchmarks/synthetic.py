@@ -2,22 +2,23 @@
 
     python benchmarks/synthetic.py [--reference path/to/GIF]
 
-`H` is symmetric, 600 x 600, in float64, with eigenvalues of both signs whose magnitudes are spaced evenly on a log scale
-from sigma_max down to sigma_max / condition. Two least-squares problems are made of each: all of `H`, and 60 of its
-columns drawn at random, `A`, whose own condition number is computed. The right-hand side is `A x` for a normal `x`, plus
-noise of 1 % of its length outside the range of `A` (all of `H` has no outside).
+`H` is symmetric, 600 x 600, in float64, with eigenvalues of both signs whose magnitudes are spaced evenly on a log
+scale from sigma_max down to sigma_max / condition. Two least-squares problems are made of each: one of 60 of its
+columns drawn at random, `A`, whose own condition number is computed, and one of all of `H`. The right-hand side is
+`A x` for a normal `x`, plus noise of 1 % of its length outside the range of `A` (all of `H` has no outside).
 
 The first table counts Hessian products until the normal-equation residual is `--rtol` of what it is at zero; where the
-steps ran out before, it gives the residual of the best iterate and the status instead. The second table has the relative
-error against the least-squares solution after at most so many products, those for the scale and for the check of the
-answer included. `dense` has no answer before all its products are spent.
+steps run out before, it gives the residual of the best iterate and the status instead. The second table has the
+relative error against the least-squares solution after at most so many products, those for the scale and for the check
+of the answer included. `dense` has no answer before all its products are spent. Directions of small curvature hardly
+show in a residual, so on an ill-conditioned problem the error is far above it.
 
 With `--reference`, the script of the paper runs as it is on the same problems, with its default `tol` and `step` and
-our number of steps. Its scale `c` starts at 1, and it starts over with `c + 0.5` each time it finds itself diverging,
-so what it costs grows with sigma_max; it converges for `c > sigma_max / √2`. It stops by a rule of its own, so its
-residual is given as well; the run is ended after `--most-products`.
+our number of steps. Its scale `c` starts at 1, and it starts over from nothing with `c + 0.5` each time that its steps
+grow, so what it costs grows with sigma_max: they stop growing for `c` above 1/√2 of the largest singular value of `A`.
+It ends by a rule of its own, so its residual is given as well; a run is cut off after `--most-products`.
 
-Prints two Markdown tables and then all numbers as one line of JSON.
+Prints two Markdown tables, and then all numbers as one line of JSON.
 """
 
 from __future__ import annotations
@@ -221,9 +222,9 @@ def spent(found: dict[str, Any]) -> str:
 
 
 def spent_by_reference(found: dict[str, Any]) -> str:
-    if not found["returned"]:
-        return f">{found['products']} ({found['restarts']} restarts)"
-    return f"{found['products']} ({found['restarts']} restarts; residual {found['residual']:.1g})"
+    count = str(found["products"]) if found["returned"] else f">{found['products']}"
+    end = f", residual {found['residual']:.1g}" if found["returned"] else ""
+    return f"{count} ({found['restarts']} restarts, c = {found['scale']:g}{end})"
 
 
 def errors(found: dict[str, Any]) -> str:

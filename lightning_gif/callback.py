@@ -73,13 +73,15 @@ class GIFCallback(Callback):
             ``["head.*", "*.norm.weight"]``, all of whose entries become targets.
         ratio: Share of each layer's parameters that become targets, in (0, 1]; up to 0.5 for ``exclusive_k``.
         method: ``"gif"`` (cancels the gradient change on all parameters by changing the targets), ``"fif"`` (ignores
-            the parameters that are not targets), ``"pif"`` (full influence function, cut to the targets) or ``"if"``
-            (full influence function on all parameters).
+            the parameters that are not targets), ``"pif"`` (full influence function, cut to the targets), ``"if"``
+            (full influence function on all parameters) or ``"sif"`` (second-order influence of a group on all
+            parameters; for ``unlearn`` only).
         solver: ``"lsmr"``, ``"cgls"``, ``"lissa"``, ``"plain_lissa"``, ``"stochastic_lissa"``, ``"dense"`` (small
             nets), or one that was registered in ``lightning_gif.SOLVERS``.
         damping: ``λ`` in ``min ‖Ax − g‖² + λ²‖x‖²``, in the unit of the Hessian's eigenvalues.
         max_iter: Most steps of the solve, each of two Hessian-vector products. Fewer steps regularise.
-        rtol: Relative normal-equation residual at which the solve counts as converged.
+        rtol: Relative normal-equation residual at which the solve counts as converged. Directions of small curvature
+            hardly show in it: smaller values follow them further.
         discrepancy: Stop the solve as well where ``‖Ax − g‖ ≤ discrepancy·‖g‖``: as closely as ``g`` is known.
         curvature: ``"hessian"``, or ``"ggn"``: the generalised Gauss–Newton matrix, which leaves out the curvature of
             the model itself, is positive semi-definite for convex losses, and costs less a product. It is taken at the
@@ -91,7 +93,7 @@ class GIFCallback(Callback):
         weight_decay: ``w``, if training minimised ``(w/2)‖θ‖²`` besides the losses: the ``weight_decay`` of ``SGD`` or
             ``Adam`` (not of ``AdamW``, which decays outside of the loss).
         eigenvalues: How many extreme eigenvalues of the curvature to estimate at either end, and the share of negative
-            ones; 0 for none. Takes some 30 products or more on top of the solve.
+            ones; 0 for none. Takes some 60 products or more on top of the solve.
         batch_size: Examples in one pass of the computations; more is faster and needs more memory.
         memory: GiB that may be kept between the products of a solve, so that part of each need not be done anew;
             ``None``: a quarter of what is free.
@@ -111,9 +113,9 @@ class GIFCallback(Callback):
         selector: str | list[str] = "highest_k_gradients",
         ratio: float = 0.1,
         method: str = "gif",
-        solver: str = "lissa",
+        solver: str = "lsmr",
         damping: float = 0.0,
-        max_iter: int = 100,
+        max_iter: int = 200,
         rtol: float = 1e-2,
         discrepancy: float = 0.0,
         curvature: str = "hessian",
@@ -518,7 +520,8 @@ class GIFCallback(Callback):
             raise ConfigurationError("The trainer has no model yet: fit, validate or test first, or use attach().")
         with isolate_rng():
             loader = self._loader(trainer) if dataloader is None else dataloader
-        if choice == "cached" and self.targets is None and not self._rank_on_demand and not settings.needs_no_cache:
+        nothing_seen = self.targets is None and not self.neurons and not self.gradients and not self._rank_on_demand
+        if choice == "cached" and nothing_seen and not settings.needs_no_cache:
             raise SelectionError(
                 "There are no cached targets: the model was not fitted with this callback, and no checkpoint with its"
                 " state was loaded. Fit, pass targets='batch' to rank neurons on the batch at hand, or use"

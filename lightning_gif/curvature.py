@@ -33,8 +33,8 @@ __all__ = [
 Product = Callable[[Tensor], Tensor]
 """``v ↦ C v``, ``(p,) → (p,)``, where ``C`` is the *sum* of the curvatures of a micro-batch's examples."""
 
-Linearise = Callable[[Tensor, Any], tuple[Product, Tensor]]
-"""``(θ, batch) ↦`` the product at ``θ``, and a tensor whose autograd graph is all that the product keeps."""
+Linearise = Callable[[Tensor, Any], tuple[Product, tuple[Tensor, ...]]]
+"""``(θ, batch) ↦`` the product at ``θ``, and tensors whose autograd graphs are all that the product keeps."""
 
 
 def hessian(loss_sum: Callable[[Tensor, Any], Tensor]) -> Linearise:
@@ -44,22 +44,24 @@ def hessian(loss_sum: Callable[[Tensor, Any], Tensor]) -> Linearise:
         loss_sum: ``(θ, batch) → ()``, the sum of the losses of a batch's examples; twice differentiable in ``θ``.
     """
 
-    def linearise(theta: Tensor, data: Any) -> tuple[Product, Tensor]:
+    def linearise(theta: Tensor, data: Any) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss_sum(theta, data), theta, create_graph=True, materialize_grads=True)
         if not gradient.requires_grad:  # the loss is linear in θ here and the second derivative is zero
-            return torch.zeros_like, gradient
+            return torch.zeros_like, ()
 
         def product(vector: Tensor) -> Tensor:
             return torch.autograd.grad(gradient, theta, vector, retain_graph=True, materialize_grads=True)[0]
 
-        return product, gradient
+        return product, (gradient,)
 
     return linearise
 
 
 def gauss_newton(
-    outputs: Callable[[Tensor, Any], Tensor], loss_sum_at: Callable[[Tensor, Any], Callable[[Tensor], Tensor]]
+    outputs: Callable[[Tensor, Any], Tensor],
+    loss_sum_at: Callable[[Tensor, Any], Callable[[Tensor], Tensor]],
+    loss_sum: Callable[[Tensor, Any], Tensor],
 ) -> Linearise:
     """The generalised Gauss–Newton matrix ``Σ JᵢᵀHᵢJᵢ`` (Schraudolph 2002; Martens, JMLR 21, 2020, section 8).
 
@@ -69,15 +71,40 @@ def gauss_newton(
     Args:
         outputs: ``(θ, batch) → (…)``, what the loss is a function of.
         loss_sum_at: ``(θ, batch) →`` the sum of the batch's losses as a function of the outputs alone.
-    """
+        loss_sum: ``(θ, batch) → ()``, the same as a function of ``θ``; to check, at the first batch, that the whole
+            loss goes through the outputs.
 
-    def linearise(theta: Tensor, data: Any) -> tuple[Product, Tensor]:
+    Raises:
+        ObjectiveError: From the product, if it does not.
+    """
+    checked = False
+
+    def check(theta: Tensor, data: Any, out: Tensor, slope: Tensor) -> None:
+        nonlocal checked
+        if checked:
+            return
+        (expected,) = torch.autograd.grad(loss_sum(theta, data), theta, materialize_grads=True)
+        through = torch.zeros_like(theta)
+        if out.requires_grad:
+            (through,) = torch.autograd.grad(out, theta, slope.detach(), retain_graph=True, materialize_grads=True)
+        if float((through - expected).norm()) > 1e-3 * float(expected.norm()):
+            raise ObjectiveError(
+                "curvature='ggn' needs a loss that is a function of the model's predictions alone, given to a loss"
+                " function of PyTorch as its first argument, but the gradient through them is not the loss's."
+                " Most often a penalty is added to the loss (give it as `weight_decay`), arguments are swapped, or"
+                " log-probabilities are reshaped before F.nll_loss (use F.cross_entropy). Or use curvature='hessian'."
+            )
+        checked = True
+
+    def linearise(theta: Tensor, data: Any) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()
         out = outputs(theta, data)
         at = out.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(loss_sum_at(theta.detach(), data)(at), at, create_graph=True)
-        if not slope.requires_grad or not out.requires_grad:
-            return torch.zeros_like, out
+        loss = loss_sum_at(theta.detach(), data)(at)
+        (slope,) = torch.autograd.grad(loss, at, create_graph=True, materialize_grads=True)
+        check(theta, data, out, slope)
+        if not slope.requires_grad:  # the loss is linear in its predictions here
+            return torch.zeros_like, ()
         # Jᵀu is linear in u, so that its derivative by u in the direction v is J v: forward mode from two reverse ones.
         dummy = torch.zeros_like(out, requires_grad=True)
         (pulled,) = torch.autograd.grad(out, theta, dummy, create_graph=True, materialize_grads=True)
@@ -87,7 +114,7 @@ def gauss_newton(
             (curved,) = torch.autograd.grad(slope, at, pushed, retain_graph=True, materialize_grads=True)
             return torch.autograd.grad(out, theta, curved, retain_graph=True, materialize_grads=True)[0]
 
-        return product, pulled
+        return product, (pulled, slope)
 
     return linearise
 
@@ -104,7 +131,7 @@ CURVATURES: Registry[Callable[[Losses], Linearise]] = Registry("curvature")
 """The curvatures of an objective by name."""
 
 CURVATURES.register("hessian")(lambda objective: hessian(objective.loss_sum))
-CURVATURES.register("ggn")(lambda objective: gauss_newton(objective.outputs, objective.loss_sum_at))
+CURVATURES.register("ggn")(lambda objective: gauss_newton(objective.outputs, objective.loss_sum_at, objective.loss_sum))
 
 
 class Curvature:
@@ -135,7 +162,7 @@ class Curvature:
     ) -> None:
         self._linearise = linearise
         self._theta = theta
-        self._examples = self._rest = examples
+        self._examples = examples
         self._weight_decay = weight_decay
         self._memory = memory
         self._on_product = on_product
@@ -146,10 +173,14 @@ class Curvature:
         self.shape = (theta.numel(), theta.numel())
         self.dtype, self.device = theta.dtype, theta.device
 
+    @property
+    def _batches(self) -> int:
+        return len(self._examples.cached or ()) or -(-len(self._examples) // self._examples.batch_size)
+
     def summary(self) -> dict[str, int]:
         """How the products were made: micro-batches, of how many the first pass was kept, products and examples."""
         return {
-            "batches": -(-len(self._examples) // self._examples.batch_size),
+            "batches": self._batches,
             "batches_kept": len(self._kept),
             "products": self.products,
             "examples": self.examples,
@@ -165,6 +196,7 @@ class Curvature:
         total = torch.zeros_like(columns)
         for product in self._passes():
             total += torch.stack([product(column) for column in columns.T], dim=1)
+            del product  # before the next is made, so that there is one at a time
         total = total / len(self._examples) + self._weight_decay * columns
         return total[:, 0] if vectors.ndim == 1 else total
 
@@ -173,17 +205,22 @@ class Curvature:
 
     def _passes(self) -> Iterator[Product]:
         """The products of the micro-batches: those that are kept, then the others, one at a time."""
-        yield from self._kept
-        rest = self._rest
-        for batch in rest.batches():
-            product, graph = self._linearise(self._theta, batch.data)
+        if len(self._kept) == self._batches:
+            yield from self._kept
+            return
+        # All batches are read, also those whose passes are kept: random augmentation repeats itself only as a whole.
+        for position, batch in enumerate(self._examples.batches()):
+            if position < len(self._kept):
+                yield self._kept[position]
+                continue
+            product, graphs = self._linearise(self._theta, batch.data)
             if not self._full:
-                self._memory -= graph_bytes(graph)
+                self._memory -= graph_bytes(*graphs)
                 self._full = self._memory < 0
             if not self._full:
                 self._kept.append(product)
-                self._rest = self._rest.after(batch.size)
             yield product
+            del product, graphs
 
     def draw(self, seed: int) -> Curvature:
         """The same curvature over one micro-batch of examples drawn at random: an unbiased estimate of it.
@@ -211,15 +248,15 @@ class _Draw(Curvature):
     rmatvec = matvec
 
 
-def graph_bytes(result: Tensor) -> int:
-    """How many bytes the autograd graph of a tensor keeps alive: each storage once, and no more of it than is used.
+def graph_bytes(*results: Tensor) -> int:
+    """How many bytes the autograd graphs of tensors keep alive: each storage once, and no more of it than is used.
 
     Found by walking the graph and asking each node for what it saved, which works under ``torch.func.vmap`` as well,
     where hooks on saved tensors do not.
     """
     found: dict[int, int] = {}
     seen: set[Any] = set()
-    queue = [result.grad_fn]
+    queue = [result.grad_fn for result in results]
     while queue:
         node = queue.pop()
         if node is None or node in seen:
@@ -386,9 +423,11 @@ class Method:
         """
         size = curvature.shape[0]
         on_targets = gradients[:, targets].T
-        if not on_targets.any(dim=0).all():
+        blind = (~on_targets.any(dim=0)).nonzero().flatten().tolist()
+        if blind:
+            which = f"The query {blind[0]}" if len(gradients) > 1 else "The query"
             raise ObjectiveError(
-                "The query does not depend on the target parameters: its gradient on all of them is exactly zero, so"
+                f"{which} does not depend on the target parameters: its gradient on all of them is exactly zero, so"
                 " no training example could have moved it through them. Use targets='batch', a larger ratio, or"
                 " method='if'."
             )

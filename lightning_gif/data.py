@@ -367,6 +367,9 @@ class Examples:
         """
         if self.dataset is not None:
             return replace(self, ids=self.ids[positions], cached=None)
+        return self._in_memory(positions)
+
+    def _in_memory(self, positions: Tensor) -> Examples:
         wanted = torch.zeros(len(self), dtype=torch.bool)
         wanted[positions] = True
         pieces, start = [], 0
@@ -377,21 +380,12 @@ class Examples:
                 pieces.append(Batch(take(batch.data, here), batch.ids[here], len(here)))
         return replace(self, ids=self.ids[wanted], cached=tuple(pieces))
 
-    def after(self, count: int) -> Examples:
-        """The examples without the first so many, which must be whole batches; in the same batches."""
-        if self.cached is None:
-            return replace(self, ids=self.ids[count:])
-        pieces, skipped = list(self.cached), 0
-        while skipped < count:
-            skipped += pieces.pop(0).size
-        return replace(self, ids=self.ids[count:], cached=tuple(pieces))
-
     def sample(self, count: int | None, seed: int) -> Examples:
         """``count`` of the examples, drawn without replacement and kept in order; all for ``None`` or if fewer."""
         if count is None or count >= len(self):
             return self
         drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return self.at(drawn.sort().values)
+        return self.at(drawn.sort().values) if self.cached is None else self._in_memory(drawn)
 
     def held(self, most: float = math.inf) -> Examples:
         """The same examples with their prepared batches held in memory, if they take no more than ``most`` bytes."""
@@ -456,7 +450,7 @@ def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tenso
             new = targets(batch.data) if callable(targets) else targets
         changed.append(batch._replace(data=replace_targets(batch.data, new)))
         start += batch.size
-    return replace(examples, cached=tuple(changed))
+    return replace(examples, dataset=None, cached=tuple(changed))  # the dataset has the old targets
 
 
 def _sampled_ids(loader: DataLoader[Any]) -> Tensor:

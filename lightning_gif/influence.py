@@ -18,6 +18,9 @@ from .settings import Settings
 
 __all__ = ["influence"]
 
+# Queries that are solved together share the passes that are not kept, but each takes some vectors of the model's size.
+_MOST_TOGETHER, _VECTORS = 16, 12
+
 
 def influence(
     objective: Objective,
@@ -65,8 +68,15 @@ def influence(
     with objective.progress("Hessian products") as bar:
         curvature = settings.open_curvature(objective, examples, on_product=bar.update)
         gradients = objective.query_gradients(query, per_example=per_example)
-        directions, solutions = method.query(curvature, positions, gradients, settings.solve)
+        together = int(settings.bytes_to_keep(objective.device) // (_VECTORS * gradients[0].nbytes))
+        blocks = [
+            method.query(curvature, positions, block, settings.solve)
+            for block in gradients.split(min(max(together, 1), _MOST_TOGETHER))
+        ]
+        directions = torch.cat([found for found, _ in blocks])
+        solutions = [solution for _, found in blocks for solution in found]
         description = settings.describe(curvature)
+    del curvature, blocks  # and the passes that it kept
 
     scores = []
     with objective.progress("Scoring training examples", len(train)) as bar:

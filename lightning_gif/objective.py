@@ -212,13 +212,35 @@ class Objective:
             found = noted.flat()
             if found is None:
                 raise ObjectiveError(
-                    "curvature='ggn' needs the predictions that the loss is computed from, but"
+                    "curvature='ggn' and curvature_sampling='logits' need the predictions of the loss, but"
                     f" {type(self.module).__name__} calls none of PyTorch's losses (F.cross_entropy, F.mse_loss,"
                     " nn.BCEWithLogitsLoss, …). Use curvature='hessian', or one of these."
                 )
             return found
 
         return self._over_examples(predictions, data)
+
+    def predictions(self, data: Any) -> Tensor:
+        """The predictions for each example of a prepared batch, ``(B, d)``, on the CPU; of several heads side by side.
+
+        Raises:
+            ObjectiveError: If the loss is not computed by a loss function of PyTorch.
+            ConfigurationError: If a prediction does not have one row for each example.
+        """
+        size = batch_size(data)
+        with torch.no_grad():
+            found = self.outputs(self.theta, data)
+            if found.ndim == 2:
+                return found.cpu()
+            with Predictions() as noted:
+                self.loss_sum(self.theta, data)
+        rows = noted.rows(size)
+        if rows is None:
+            raise ConfigurationError(
+                f"curvature_sampling='logits' needs predictions with one row for each example, which"
+                f" {type(self.module).__name__} does not make. Use 'features' or 'random'."
+            )
+        return rows.cpu()
 
     def features(self, data: Any) -> Tensor:
         """What enters the last Linear layer for each example of a prepared batch, ``(B, d)``, on the CPU.
@@ -543,6 +565,20 @@ def _isolated(
         # Neither compiled code nor fused attention has second derivatives.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # Nor have cuDNN's recurrent layers, which in evaluation mode have no first ones either; and float32 is meant to
+        # be float32, whatever the trainer was told for speed.
+        recurrent = any(isinstance(submodule, nn.RNNBase) for submodule in module.modules())
+        cudnn = torch.backends.cudnn
+        stack.enter_context(
+            cudnn.flags(
+                enabled=cudnn.enabled and not recurrent,
+                benchmark=cudnn.benchmark,
+                deterministic=cudnn.deterministic,
+                allow_tf32=False,
+            )
+        )
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
         # A step may make tensors of its own; they should be of the dtype that everything is computed in.

@@ -49,6 +49,12 @@ class Predictions(TorchFunctionMode):
         """All predictions that were noted, as one vector; ``None`` if no loss function was called."""
         return torch.cat([found.reshape(-1) for found in self._found]) if self._found else None
 
+    def rows(self, size: int) -> Tensor | None:
+        """The predictions of several calls side by side, ``(size, d)``; ``None`` if one has not ``size`` rows."""
+        if not all(found.ndim and len(found) == size for found in self._found):
+            return None
+        return torch.cat([found.reshape(size, -1) for found in self._found], dim=1)
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

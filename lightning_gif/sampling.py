@@ -72,11 +72,8 @@ def by_logits(objective: Objective, examples: Examples, count: int, generator: t
 
     After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
     """
-    with torch.no_grad():
-        outputs = [
-            objective.outputs(objective.theta, batch.data).view(batch.size, -1).cpu() for batch in examples.batches()
-        ]
-    return _representative(torch.cat(outputs), _classes(examples, None), count, generator)
+    found = torch.cat([objective.predictions(batch.data) for batch in examples.batches()])
+    return _representative(found, _classes(examples, None), count, generator)
 
 
 def _representative(found: Tensor, classes: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import psutil
@@ -19,7 +20,7 @@ from .objective import Objective
 from .registry import nearest
 from .sampling import SAMPLERS
 from .selection import check_selector, is_name
-from .solvers import SOLVERS, LinearOperator, Solution, spectrum
+from .solvers import SOLVERS, LinearOperator, Solution, Status, require_finite, spectrum
 
 __all__ = ["Overrides", "Settings"]
 
@@ -127,7 +128,7 @@ class Settings:
         elif device.type == "cuda":
             most = torch.cuda.mem_get_info(device)[0] / 4
         else:
-            most = psutil.virtual_memory().available / 4
+            most = _free_memory() / 4
         return most / 2
 
     def open_curvature(
@@ -188,6 +189,15 @@ class Settings:
             discrepancy=self.discrepancy,
         )
         solutions = found if isinstance(found, list) else [found]
+        expected = (operator.shape[1],)
+        if len(solutions) != (1 if rhs.ndim == 1 else rhs.shape[1]) or any(s.x.shape != expected for s in solutions):
+            raise ConfigurationError(
+                f"The solver {self.solver!r} must give one solution of shape {expected} for each of the right-hand"
+                f" sides {list(rhs.shape)}, a list of them for columns; it gave"
+                f" {[list(solution.x.shape) for solution in solutions]}."
+            )
+        for solution in solutions:
+            require_finite(solution.x, f"The solution of {self.solver!r}")
         short = [solution for solution in solutions if not solution.converged]
         if short and self.unconverged != "ignore":
             worst = max(short, key=lambda solution: solution.residual)
@@ -195,13 +205,32 @@ class Settings:
             message = (
                 f"The {self.solver} solve ended as {str(worst.status)!r} with a relative residual of"
                 f" {worst.residual:.2g} after {worst.iterations} steps ({worst.hvps} Hessian products){several}; rtol"
-                f" is {self.rtol:g}. The result is a regularised one: directions of small curvature are not followed to"
-                " their end. Raise `max_iter` or `damping`, or accept it by a larger `rtol` or unconverged='ignore'."
+                f" is {self.rtol:g}. {_ADVICE[worst.status]}, or accept it by a larger `rtol` or unconverged='ignore'."
             )
             if self.unconverged == "raise":
                 raise ConvergenceError(message)
             rank_zero_warn(message, category=ConvergenceWarning)
         return solutions
+
+
+def _free_memory() -> float:
+    """Bytes that are free on the machine, or in the container where that is less."""
+    found = float(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return found if limit == "max" else min(found, float(limit) - float(used))
+    except (OSError, ValueError):  # another system, or another version of control groups
+        return found
+
+
+_ADVICE = {
+    Status.MAX_ITER: (
+        "The result is a regularised one: directions of small curvature are not followed to their end. Raise `max_iter`"
+        " or `damping`, or take solver='lsmr'"
+    ),
+    Status.STALLED: "More steps do not help, rounding decides: use double=True, or a `damping` above 0",
+}
 
 
 def _require(name: str, value: Any, kind: Any, fits: Callable[[Any], bool], expected: str) -> None:

@@ -112,7 +112,8 @@ def forget_class(measure: Callable[[float], Point], guessing: float) -> tuple[fl
     enough = [point for point in path if point.step and forgotten(point)]
     if enough:
         return min(point.step for point in enough), path, True
-    return max((point.step for point in path if affordable(point)), default=0.0), path, False
+    worth = [point.step for point in path if affordable(point) and point.forget_loss > path[0].forget_loss]
+    return max(worth, default=0.0), path, False
 
 
 def restore(measure: Callable[[float, float], Point], start: Point) -> tuple[Point, list[Point]]:

@@ -91,7 +91,8 @@ def unlearn(
     positions = targets.flat(objective.space).to(objective.device)
     forget_gradient = objective.gradient(forget)
     corrected_gradient = None if corrected is None else objective.gradient(corrected)
-    share = max(len(forget), len(found)) / len(retained)
+    members = max(len(forget), len(found))
+    share = members / len(retained)
     # Weight decay does not become less where fewer examples are in the mean, so each example's loss carries its share.
     decay = settings.weight_decay * objective.theta
     gradient = share * (forget_gradient + decay if corrected_gradient is None else forget_gradient - corrected_gradient)
@@ -101,15 +102,21 @@ def unlearn(
             " exactly zero. Use targets='batch', a larger ratio, or method='if'."
         )
 
+    # The losses of a large set to be removed are judged on a sample of it; corrected examples are in memory anyway.
+    judged = (
+        forget if corrected is not None or forget.cached else forget.sample(settings.curvature_examples, settings.seed)
+    )
+    judged = judged.held(memory)
+
     with objective.progress("Hessian products") as bar:
         opened = partial(settings.open_curvature, objective, on_product=bar.update)
         curvature = opened(sample)
-        members = len(forget) / (len(forget) + len(retained))
-        old, new = opened(forget, keep=False), None if corrected is None else opened(corrected, keep=False)
-        group = Group(members, old, new)
+        old, new = opened(judged, keep=False), None if corrected is None else opened(corrected, keep=False)
+        group = Group(members / (members + len(retained)), old, new)
         change, solutions = method.edit(curvature, positions, gradient, settings.solve, group)
         bend = float(change @ Submatrix(curvature, positions, positions).matvec(change))
         description = settings.describe(curvature)
+    del curvature, group, old, new  # and the passes that they kept
     if not change.any():
         raise ObjectiveError(
             "The solve found no change of the target parameters that would answer the removal: the retained loss has no"
@@ -121,12 +128,6 @@ def unlearn(
     goal = _goal(forgotten_classes, kept_classes, relabelled=corrected is not None)
     classes = len(forgotten_classes | kept_classes)
     guessing = math.log(classes) if classes > 1 else None
-
-    # The losses of a large set to be removed are judged on a sample of it; corrected examples are in memory anyway.
-    judged = (
-        forget if corrected is not None or forget.cached else forget.sample(settings.curvature_examples, settings.seed)
-    )
-    judged = judged.held(memory)
 
     retain_gradient = objective.gradient(sample)
     slope = float((retain_gradient + decay + share * (forget_gradient + decay))[positions] @ change)
@@ -155,11 +156,15 @@ def unlearn(
             there = moved(size)
             slope_there = objective.gradient(sample, there) + settings.weight_decay * there
             again = settings.open_curvature(objective, sample, there, on_product=bar.update)
-            second, (repaired, *_) = method.edit(again, positions, -slope_there, settings.solve)
+            # A repair is measured before it is made, so it may be as good as it gets.
+            solve = settings.override({"unconverged": "ignore"}).solve
+            second, (repaired, *_) = method.edit(again, positions, -slope_there, solve)
         best, measured = restore(measure, next(point for point in path if point.step == size))
         path += measured
         size, repair = best.step, best.repair
         repair_solve = repaired.summary()
+        if not repaired.converged:
+            notes.append(f"The second solve, for the repair, ended as {str(repaired.status)!r}.")
     total = moved(size, repair)[positions] - objective.theta[positions]
     edit = Edit.plan(objective.module, targets, objective.space, total)
     edited = objective.theta.clone()

@@ -198,7 +198,7 @@ def test_a_query_that_does_not_depend_on_the_targets_says_so() -> None:
 
 
 def test_the_settings_reach_the_solver() -> None:
-    settings = GIFCallback(max_iter=3, rtol=1e-9, damping=0.25, unconverged="ignore").settings
+    settings = GIFCallback(solver="lissa", max_iter=3, rtol=1e-9, damping=0.25, unconverged="ignore").settings
     with opened() as (objective, train):
         curvature = hessian_of(objective, train)
         rhs = torch.randn(objective.space.size, dtype=torch.float64)
@@ -339,7 +339,7 @@ def test_a_budget_keeps_some_passes_and_does_the_others_anew() -> None:
     for held in (False, True):
         with opened(batch_size=5) as (objective, train):
             examples = train.held() if held else train
-            one = graph_bytes(hessian(objective.loss_sum)(objective.theta, next(train.batches()).data)[1])
+            one = graph_bytes(*hessian(objective.loss_sum)(objective.theta, next(train.batches()).data)[1])
             curvature = Curvature(hessian(objective.loss_sum), objective.theta, examples, memory=2.5 * one)
             expected = hessian_of(objective, train)
             for _ in range(3):

@@ -248,16 +248,6 @@ def test_parts_and_samples_keep_ids() -> None:
     assert read(sample.held()) == read(sample)
 
 
-@pytest.mark.parametrize("held", [False, True])
-def test_the_batches_after_some_are_the_rest(held: bool) -> None:
-    found = examples(DataLoader(numbered(), 3))
-    found = found.held() if held else found
-    assert read(found.after(4)) == read(found)[4:]
-    assert read(found.after(4).after(4)) == read(found)[8:]
-    assert len(found.after(10)) == 0
-    assert read(found.after(0)) == read(found)
-
-
 def test_examples_are_held_within_a_budget_only() -> None:
     found = examples(DataLoader(numbered(), 3))
     size = sum(tensor.nbytes for batch in found.batches() for tensor in tensors(batch.data))

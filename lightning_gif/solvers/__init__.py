@@ -1,6 +1,6 @@
 """LiSSA and its peers. Pure linear algebra: nothing here knows that a model exists."""
 
-from .base import SOLVERS, LinearOperator, Solution, Solver, Status
+from .base import SOLVERS, LinearOperator, Solution, Solver, Status, require_finite
 from .cgls import cgls
 from .dense import dense, to_matrix
 from .lissa import lissa, plain_lissa
@@ -20,6 +20,7 @@ __all__ = [
     "lissa",
     "lsmr",
     "plain_lissa",
+    "require_finite",
     "spectrum",
     "stochastic_lissa",
     "to_matrix",

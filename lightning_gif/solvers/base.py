@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -129,10 +128,23 @@ class Solution:
         return found if self.peak_memory is None else {**found, "peak_memory": self.peak_memory}
 
 
-Solver = Callable[..., "Solution | list[Solution]"]
-"""``solver(operator, rhs, *, damping, rtol, max_iter, seed, start, discrepancy)``, see
-:func:`~lightning_gif.solvers.lissa`: one solution for a right-hand side ``(rows,)``, a list of ``q`` for ``(rows, q)``.
-"""
+class Solver(Protocol):
+    """What :data:`SOLVERS` holds; :func:`~lightning_gif.solvers.lissa` says what the arguments mean."""
+
+    def __call__(
+        self,
+        operator: LinearOperator,
+        rhs: Tensor,
+        *,
+        damping: float,
+        rtol: float,
+        max_iter: int,
+        seed: int,
+        start: Tensor | None = None,
+        discrepancy: float = 0.0,
+    ) -> Solution | list[Solution]:
+        """One solution for a right-hand side ``(rows,)``; a list of ``q`` for several as columns ``(rows, q)``."""
+
 
 SOLVERS: Registry[Solver] = Registry("solver")
 """All solvers by name; :meth:`Registry.register` adds one."""
@@ -160,6 +172,11 @@ class _Trace:
         self.sigma = 0.0
         self.status: Status | None = None
         self.x: Tensor
+        self.difference: Tensor
+
+    @property
+    def iterations(self) -> int:
+        return len(self.residuals) - 1
 
 
 class Run:
@@ -208,40 +225,44 @@ class Run:
         self._before = operator.products, operator.examples
         self._single = rhs.ndim == 1
         self.b = rhs[:, None] if self._single else rhs
+        check_shape("right-hand side", self.b, operator.shape[0])
+        require_finite(rhs, "The right-hand side of the solve")
+        # To about unit norm, by powers of two, which round nothing: squares of tiny gradients vanish in float32.
+        exponents = torch.frexp(norms(self.b)).exponent
+        self._unit = torch.where(norms(self.b) > 0, 2.0 ** exponents.double(), 1.0)
+        self.b = (self.b / self._unit).to(rhs.dtype)
         self.damping = damping
         self.iterations = 0
         self._traces = [_Trace() for _ in range(self.b.shape[1])]
         self.active = torch.arange(self.b.shape[1])
-        _check_shape("right-hand side", self.b, operator.shape[0], self.b.shape[1])
-        require_finite(rhs, "The right-hand side of the solve")
 
         self.x = torch.zeros(operator.shape[1], len(self.active), dtype=operator.dtype, device=operator.device)
         self.difference = self.b.clone()
         self.normal = self.rmatvec(self.b)
         require_finite(self.normal, "The right-hand side of the solve")
-        self._rhs, self._rhs_norms = self.b, self.b.norm(dim=0)
-        self._norms = self.normal.norm(dim=0)
+        self._rhs, self._rhs_norms = self.b, norms(self.b)
+        self._target, self._norms = self.normal, norms(self.normal)
         if start is not None:
             self._begin_at(start[:, None] if start.ndim == 1 else start)
         for column, trace in enumerate(self._traces):
-            trace.x = self.x[:, column].clone()
+            trace.x, trace.difference = self.x[:, column].clone(), self.difference[:, column].clone()
             if self._norms[column] == 0:  # b is orthogonal to everything B can reach: x = 0 is the minimiser
                 trace.status, trace.smallest, trace.residuals = Status.CONVERGED, 0.0, [0.0]
                 trace.unexplained = 1.0 if self._rhs_norms[column] else 0.0
                 continue
-            trace.smallest = float(self.normal[:, column].norm() / self._norms[column])
-            trace.unexplained = float(self.difference[:, column].norm() / self._rhs_norms[column])
+            trace.smallest = float(norms(self.normal[:, column]) / self._norms[column])
+            trace.unexplained = float(norms(self.difference[:, column]) / self._rhs_norms[column])
             trace.residuals = [trace.smallest]
             trace.status = self._reached(trace)
         self._narrow()
 
     def _begin_at(self, start: Tensor) -> None:
-        _check_shape("start", start, *self.x.shape)
+        check_shape("start", start, len(self.x))
         require_finite(start, "The start of the solve")
-        start = start.to(self.x)
+        start = (start / self._unit).to(self.x)
         difference = self.b - self.matvec(start)
         normal = self.rmatvec(difference) - self.damping**2 * start
-        better = normal.norm(dim=0) < self._norms
+        better = norms(normal) < self._norms
         self.x = torch.where(better, start, self.x)
         self.difference = torch.where(better, difference, self.difference)
         self.normal = torch.where(better, normal, self.normal)
@@ -287,19 +308,21 @@ class Run:
         """
         self.iterations += 1
         require_finite(normal, f"Step {self.iterations} of the solve ({self._solver})")
-        residuals = (normal.norm(dim=0) / self._norms[self.active]).tolist()
-        unexplained = (difference.norm(dim=0) / self._rhs_norms[self.active]).tolist()
+        active = self.active.to(normal.device)
+        residuals = (norms(normal) / self._norms[active]).tolist()
+        unexplained = (norms(difference) / self._rhs_norms[active]).tolist()
         for position, column in enumerate(self.active.tolist()):
             trace = self._traces[column]
             trace.residuals.append(residuals[position])
             trace.since += 1
             if residuals[position] < trace.smallest:
                 trace.smallest, trace.unexplained, trace.since = residuals[position], unexplained[position], 0
-                trace.x = x[:, position].clone()
+                trace.x, trace.difference = x[:, position].clone(), difference[:, position].clone()
             trace.status = self._reached(trace)
             if trace.status is None and unexplained[position] <= self._discrepancy:
                 trace.smallest, trace.unexplained = residuals[position], unexplained[position]
-                trace.x, trace.status = x[:, position].clone(), Status.DISCREPANCY
+                trace.x, trace.difference = x[:, position].clone(), difference[:, position].clone()
+                trace.status = Status.DISCREPANCY
             if trace.status is None and self.iterations >= self._max_iter:
                 trace.status = Status.MAX_ITER
             patience = max(_PATIENCE, self.iterations // 2)
@@ -329,26 +352,52 @@ class Run:
         traces = [self._traces[column] for column in self.active.tolist()]
         return torch.tensor([trace.residuals[-1] / trace.smallest for trace in traces], dtype=torch.float64)
 
-    def _verify(self) -> None:
-        """Makes sure, by one more product, that the residuals are those of the solutions.
+    def verify(self, *, carried: float) -> None:
+        """Makes sure, by one or two more products, that what is known of the solutions is true of them.
 
-        A solver carries ``b − B x`` along instead of computing it anew; where ``B`` is not the same at every product,
-        it would find a solution of nothing, and call it converged.
+        An operator that is not the same at every product would be solved for nothing; and residuals that a recurrence
+        carries along drift away from those of its iterate, where rounding is all that is left.
+
+        Args:
+            carried: For how many steps the solver updated ``b − B x`` instead of computing it anew.
+
+        Raises:
+            ConvergenceError: If the operator has changed.
         """
-        self.active = torch.tensor([i for i, trace in enumerate(self._traces) if trace.x.any()], dtype=torch.long)
+        self.active = torch.tensor([i for i, trace in enumerate(self._traces) if trace.iterations], dtype=torch.long)
         if not self.running:
             return
-        x = self.best()
-        found = ((self._rhs[:, self.active] - self.matvec(x)).norm(dim=0) / self._rhs_norms[self.active]).tolist()
-        lengths = (x.norm(dim=0) / self._rhs_norms[self.active]).tolist()
-        for column, unexplained, length in zip(self.active.tolist(), found, lengths, strict=True):
+        active = self.active.to(self._rhs.device)
+        x, before = self.best(), torch.stack([self._traces[i].difference for i in self.active.tolist()], dim=1)
+        image = self.matvec(x)
+        difference = self._rhs[:, active] - image
+        sigma = torch.tensor([self._traces[i].sigma for i in self.active.tolist()], dtype=torch.float64)
+        rounding = 100 * torch.finfo(x.dtype).eps * (sigma.to(x.device) * norms(x) + self._rhs_norms[active])
+        changed = norms(difference - before) > _SAME * norms(image) + rounding
+        nothing = norms(x) == 0
+        if nothing.any():  # there is no product of the solution to compare
+            target = self._target[:, active]
+            images = [self.matvec(target), self.matvec(target)]
+            changed |= nothing & (norms(images[1] - images[0]) > _SAME * norms(images[0]))
+            again = self.rmatvec(self._rhs[:, active])
+            changed |= nothing & (norms(again - target) > _SAME * self._norms[active])
+        if changed.any():
+            raise different_products(
+                f"after {self.iterations} steps a product is not what it was before, for the same vector"
+            )
+        drifted = torch.tensor([self._traces[i].iterations <= carried for i in self.active.tolist()])
+        if not drifted.any():
+            return
+        self.active, active = self.active[drifted], active[drifted.to(active.device)]
+        x, difference = columns(drifted, x, difference)
+        normal = self.rmatvec(difference) - self.damping**2 * x
+        residuals = (norms(normal) / self._norms[active]).tolist()
+        unexplained = (norms(difference) / self._rhs_norms[active]).tolist()
+        for position, column in enumerate(self.active.tolist()):
             trace = self._traces[column]
-            rounding = 100 * torch.finfo(x.dtype).eps * trace.sigma * length
-            if not abs(unexplained - trace.unexplained) <= _SAME + rounding:
-                raise different_products(
-                    f"after {len(trace.residuals) - 1} steps ‖B x − b‖/‖b‖ should be {trace.unexplained:.3g}, but is"
-                    f" {unexplained:.3g}"
-                )
+            trace.smallest, trace.unexplained = residuals[position], unexplained[position]
+            if trace.status is Status.CONVERGED and trace.smallest > 1.01 * self._rtol:
+                trace.status = Status.STALLED
 
     def solutions(self, *, iterations: int | None = None) -> Solution | list[Solution]:
         """What was found: one solution for a vector, a list for columns.
@@ -356,17 +405,16 @@ class Run:
         Args:
             iterations: How many steps were taken with draws of the operator, whose products were not counted here.
         """
-        self._verify()
         seconds = time.perf_counter() - self._start
         total = sum(trace.products for trace in self._traces)
         products, examples = self._operator.products - self._before[0], self._operator.examples - self._before[1]
         memory = peak_memory(self._operator.device)
         found = [
             Solution(
-                x=trace.x,
+                x=(trace.x * unit).to(trace.x.dtype),
                 status=Status.MAX_ITER if trace.status is None else trace.status,
                 solver=self._solver,
-                iterations=len(trace.residuals) - 1 if iterations is None else iterations,
+                iterations=trace.iterations if iterations is None or not trace.iterations else iterations,
                 hvps=round(products * trace.products / max(total, 1)),
                 examples=round(examples * trace.products / max(total, 1)),
                 residual=trace.smallest,
@@ -377,7 +425,7 @@ class Run:
                 peak_memory=memory,
                 residuals=trace.residuals,
             )
-            for trace in self._traces
+            for trace, unit in zip(self._traces, self._unit, strict=True)
         ]
         return found[0] if self._single else found
 
@@ -390,13 +438,19 @@ def different_products(what: str) -> ConvergenceError:
     )
 
 
+def norms(matrix: Tensor) -> Tensor:
+    """The lengths of the columns, accumulated in float64: ``(rows, a) → (a,)``, or ``(rows,) → ()``."""
+    return torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64)
+
+
 def columns(keep: Tensor | None, *matrices: Tensor) -> tuple[Tensor, ...]:
     """The columns ``keep`` of some matrices ``(…, a)``; the matrices as they are for ``None``."""
     return matrices if keep is None else tuple(matrix[..., keep.to(matrix.device)] for matrix in matrices)
 
 
-def _check_shape(what: str, matrix: Tensor, rows: int, cols: int) -> None:
-    if matrix.ndim != 2 or matrix.shape != (rows, cols):
+def check_shape(what: str, matrix: Tensor, rows: int) -> None:
+    """Raises a :class:`~lightning_gif.errors.ConfigurationError` unless the columns have ``rows`` entries."""
+    if matrix.ndim != 2 or matrix.shape[0] != rows:
         raise ConfigurationError(
             f"The {what} of a solve must have the shape ({rows},) or ({rows}, q), got {list(matrix.shape)}."
         )

@@ -37,8 +37,12 @@ def cgls(
         start: First iterate, ``(cols,)`` or ``(cols, q)``; zero by default.
         discrepancy: Stop where ``‖B x − b‖ ≤ discrepancy·‖b‖``.
 
+    Returns:
+        The iterate with the smallest residual in a :class:`~lightning_gif.solvers.Solution`; a list for columns.
+
     Raises:
         NonFiniteError: If a product is not finite.
+        ConvergenceError: If ``B`` does not act like a fixed matrix (a random or shuffled loss).
     """
     run = Run(
         "cgls",
@@ -54,4 +58,5 @@ def cgls(
     while run.running:
         iteration.step()
         iteration.keep(run.record(iteration.x, iteration.difference, iteration.normal, stuck=iteration.stuck))
+    run.verify(carried=max_iter)
     return run.solutions()

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .base import SOLVERS, LinearOperator, Solution, Status, peak_memory, require_finite
+from .base import SOLVERS, LinearOperator, Solution, Status, check_shape, peak_memory, require_finite
 
 __all__ = ["dense", "to_matrix"]
 
 _MOST_ENTRIES = 50_000_000
+
+# Columns that are multiplied together; they share the passes that do not depend on the vector.
+_AT_ONCE = 64
 
 
 def to_matrix(operator: LinearOperator) -> Tensor:
@@ -30,9 +33,9 @@ def to_matrix(operator: LinearOperator) -> Tensor:
         )
     identity = torch.eye(min(rows, cols), dtype=operator.dtype, device=operator.device)
     if cols <= rows:
-        matrix = torch.stack([operator.matvec(column) for column in identity], dim=1)
+        matrix = torch.cat([operator.matvec(some) for some in identity.split(_AT_ONCE, dim=1)], dim=1)
     else:
-        matrix = torch.stack([operator.rmatvec(row) for row in identity], dim=0)
+        matrix = torch.cat([operator.rmatvec(some) for some in identity.split(_AT_ONCE, dim=1)], dim=1).T
     require_finite(matrix, "The Hessian")
     return matrix
 
@@ -51,8 +54,8 @@ def dense(
 ) -> Solution | list[Solution]:
     """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` through the singular values of the whole matrix, in float64.
 
-    Without damping, singular values that the operator's own precision cannot tell from zero are dropped, so the result
-    is the minimiser of least norm.
+    Singular values that the operator's own precision cannot tell from zero are dropped, so the result is the minimiser
+    of least norm.
 
     Args:
         operator: ``B``, ``(rows, cols)``, at most 50 million entries.
@@ -70,12 +73,15 @@ def dense(
     """
     begin = time.perf_counter()
     products, examples = operator.products, operator.examples
+    check_shape("right-hand side", rhs if rhs.ndim == 2 else rhs[:, None], operator.shape[0])
     require_finite(rhs, "The right-hand side of the solve")
     matrix = to_matrix(operator).double()
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     sigma = float(values[0])
     keep = values > max(matrix.shape) * torch.finfo(operator.dtype).eps * sigma
     filtered = torch.where(keep, values / (values**2 + damping**2).clamp_min(torch.finfo(values.dtype).tiny), 0.0)
+
+    count = 1 if rhs.ndim == 1 else rhs.shape[1]
 
     def solution(target: Tensor) -> Solution:
         x = right.T @ (filtered * (left.T @ target))
@@ -87,8 +93,8 @@ def dense(
             status=Status.CONVERGED if residual <= rtol else Status.STALLED,
             solver="dense",
             iterations=1,
-            hvps=operator.products - products,
-            examples=operator.examples - examples,
+            hvps=round((operator.products - products) / count),
+            examples=round((operator.examples - examples) / count),
             residual=residual,
             unexplained=float((target - matrix @ x).norm()) / norm if norm else 0.0,
             sigma_max=sigma,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Run, columns, require_finite
+from .base import Run, columns, norms, require_finite
 
 __all__ = ["ConjugateGradients"]
 
@@ -30,29 +30,32 @@ class ConjugateGradients:
         self._run = run
         self.x, self.difference, self.normal = run.x, run.difference, run.normal
         self._direction = self.normal
-        self._gamma = self.normal.square().sum(0)
+        self._gamma = norms(self.normal).square()
         self._alphas: list[Tensor] = []
         self._betas: list[Tensor] = []
+        self._first = self._gamma
         self._largest = torch.zeros_like(self._gamma)
         self.stuck = torch.zeros(len(run.active), dtype=torch.bool)
 
     def step(self) -> None:
         """One step of each active column."""
         image = self._run.matvec(self._direction)
-        curvature = image.square().sum(0) + self._run.damping**2 * self._direction.square().sum(0)
-        length = self._direction.square().sum(0)
+        length = norms(self._direction).square()
+        curvature = norms(image).square() + self._run.damping**2 * length
         self._largest = torch.maximum(self._largest, torch.where(length > 0, curvature / length, 0.0))
-        # A direction whose curvature rounding cannot tell from none: following it would fill x with noise.
-        stuck = curvature <= (10 * torch.finfo(curvature.dtype).eps) ** 2 * self._largest * length
+        # Rounding cannot tell the direction's curvature from none, or the residual from none: steps along noise grow.
+        eps = torch.finfo(image.dtype).eps
+        noise = self._largest * norms(self.difference).square() + 1e-6 * self._first
+        stuck = (curvature <= (10 * eps) ** 2 * self._largest * length) | (self._gamma <= eps**2 * noise)
         alpha = torch.where(stuck, 0.0, self._gamma / curvature)
         self.stuck = stuck.cpu()
-        self.x = self.x + alpha * self._direction
-        self.difference = self.difference - alpha * image
+        self.x = self.x + alpha.to(image.dtype) * self._direction
+        self.difference = self.difference - alpha.to(image.dtype) * image
         self.normal = self._run.rmatvec(self.difference) - self._run.damping**2 * self.x
         require_finite(self.normal, "The product of the Hessian with a vector")
-        gamma = self.normal.square().sum(0)
+        gamma = norms(self.normal).square()
         beta = torch.where(self._gamma > 0, gamma / self._gamma, 0.0)
-        self._direction = self.normal + beta * self._direction
+        self._direction = self.normal + beta.to(image.dtype) * self._direction
         self._gamma = gamma
         if len(self._alphas) < _MOST_COEFFICIENTS:
             self._alphas.append(alpha)
@@ -61,9 +64,11 @@ class ConjugateGradients:
 
     def keep(self, which: Tensor | None) -> None:
         """Drops the columns that are done."""
-        self.x, self.difference, self.normal, self._direction, self._gamma, self._largest = columns(
-            which, self.x, self.difference, self.normal, self._direction, self._gamma, self._largest
+        self.x, self.difference, self.normal, self._direction = columns(
+            which, self.x, self.difference, self.normal, self._direction
         )
+        self._gamma, self._first, self._largest = columns(which, self._gamma, self._first, self._largest)
+        (self.stuck,) = columns(which, self.stuck)
         self._alphas = list(columns(which, *self._alphas))
         self._betas = list(columns(which, *self._betas))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import SOLVERS, LinearOperator, Run, Solution, columns, different_products
+from .base import SOLVERS, LinearOperator, Run, Solution, columns, different_products, norms
 from .krylov import ConjugateGradients
 
 __all__ = ["lissa", "plain_lissa"]
@@ -16,6 +16,10 @@ _SCALE_MARGIN = 1.02
 # The scale counts as known when σ_max² is certain to this share, after at least 4 steps: fewer can look settled before
 # the leading direction has come up.
 _SCALE_RTOL, _SCALE_MIN_ITER, _SCALE_MAX_ITER = 0.02, 4, 20
+
+# The accelerated recursion takes all of these steps: what they leave is flat and spread out, which is what it is for;
+# separate singular values, as those of the classes, would hold it up for hundreds of steps.
+_KRYLOV_STEPS = 20
 
 # A residual that is this many times the smallest one so far no longer comes from the recursion's own oscillation, and a
 # singular value this many times the estimate not from a poor estimate.
@@ -46,10 +50,10 @@ def lissa(
     for ``c ≥ √(σ_max² + λ²)``.
 
     ``c`` is found once, by the Lanczos process started at ``Bᵀb``, and the solve never starts over. The recursion stays
-    in the Krylov space of that start, so a singular value that it does not show cannot be met, and the same products
-    minimise over that space: the recursion sets out from this minimiser, some four to six steps on. Should its own
-    steps meet a larger singular value all the same (each shows one, its Rayleigh quotient, for free), ``c`` is raised
-    to it and the momentum begins anew from the best iterate.
+    in the Krylov space of that start, so a singular value that it does not show cannot be met; and the same products
+    minimise over that space, so the recursion sets out from this minimiser, 20 steps on: up to there the iterates are
+    those of CGLS. Should its own steps meet a larger singular value all the same (each shows one, its Rayleigh
+    quotient, for free), ``c`` is raised to it and the momentum begins anew from the best iterate.
 
     Fewer steps regularise: directions with singular values well below ``σ_max / max_iter`` are left alone. So
     ``max_iter`` bounds how far the solve follows directions in which the loss is nearly flat.
@@ -128,16 +132,18 @@ def _iterate(run: Run, *, accelerate: bool) -> Solution | list[Solution]:
             krylov.keep(keep)
             sigma, bound = columns(keep, sigma, bound)
         known = bound**2 - sigma**2 <= _SCALE_RTOL * sigma**2
-        if bool(krylov.stuck.all()) or (step + 1 >= _SCALE_MIN_ITER and bool(known.all())):
+        least = _KRYLOV_STEPS if accelerate else _SCALE_MIN_ITER
+        if bool(krylov.stuck.all()) or (step + 1 >= least and bool(known.all())):
             break
     if accelerate:
         x, difference, normal = krylov.x, krylov.difference, krylov.normal
     else:
         x, difference, normal = run.x, run.difference, run.normal
 
+    begun = run.iterations
     damped = run.damping**2
     scale = (_SCALE_MARGIN * bound) ** 2 + damped
-    rounding = 100 * torch.finfo(x.dtype).eps * run.b.norm(dim=0)
+    rounding = 100 * torch.finfo(x.dtype).eps * norms(run.b)
     last_step = torch.zeros_like(x)
     steps = torch.zeros(len(run.active), dtype=torch.float64)  # since the momentum began
     while run.running:
@@ -149,9 +155,9 @@ def _iterate(run: Run, *, accelerate: bool) -> Solution | list[Solution]:
         normal = run.rmatvec(difference) - damped * x
         keep = run.record(x, difference, normal)
 
-        moved = (difference - previous).norm(dim=0)
-        seen = torch.where(moved > rounding, moved / last_step.norm(dim=0), 0.0).double().cpu()
-        uphill = ((normal * last_step).sum(0) < 0).cpu()
+        moved = norms(difference - previous)
+        seen = torch.where(moved > rounding, moved / norms(last_step), 0.0).cpu()
+        uphill = ((normal * last_step).sum(0, dtype=torch.float64) < 0).cpu()
         x, difference, normal, last_step, rounding = columns(keep, x, difference, normal, last_step, rounding)
         seen, uphill, scale, sigma, steps = columns(keep, seen, uphill, scale, sigma, steps)
         if not run.running:
@@ -167,6 +173,7 @@ def _iterate(run: Run, *, accelerate: bool) -> Solution | list[Solution]:
             difference = run.b - run.matvec(x)
             normal = run.rmatvec(difference) - damped * x
         steps = torch.where(too_small | uphill, 0.0, steps)
+    run.verify(carried=begun)
     return run.solutions()
 
 

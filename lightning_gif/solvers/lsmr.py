@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import SOLVERS, LinearOperator, Run, Solution, columns
+from .base import SOLVERS, LinearOperator, Run, Solution, columns, norms
 from .krylov import ConjugateGradients
 
 __all__ = ["lsmr"]
@@ -40,8 +40,12 @@ def lsmr(
         start: First iterate, ``(cols,)`` or ``(cols, q)``; zero by default.
         discrepancy: Stop where ``‖B x − b‖ ≤ discrepancy·‖b‖``.
 
+    Returns:
+        The iterate with the smallest residual in a :class:`~lightning_gif.solvers.Solution`; a list for columns.
+
     Raises:
         NonFiniteError: If a product is not finite.
+        ConvergenceError: If ``B`` does not act like a fixed matrix (a random or shuffled loss).
     """
     run = Run(
         "lsmr",
@@ -58,12 +62,13 @@ def lsmr(
     while run.running:
         iteration.step()
         change = iteration.normal - normal
-        length = change.square().sum(0)
-        share = torch.where(length > 0, -(normal * change).sum(0) / length, 0.0)
+        length = norms(change).square()
+        share = torch.where(length > 0, -(normal * change).sum(0, dtype=torch.float64) / length, 0.0).to(x.dtype)
         x = x + share * (iteration.x - x)
         difference = difference + share * (iteration.difference - difference)
         normal = normal + share * change
         keep = run.record(x, difference, normal, stuck=iteration.stuck)
         iteration.keep(keep)
         x, difference, normal = columns(keep, x, difference, normal)
+    run.verify(carried=max_iter)
     return run.solutions()

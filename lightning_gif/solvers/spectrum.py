@@ -17,8 +17,8 @@ class Spectrum:
     """Eigenvalues of a symmetric operator, as far as a Lanczos process shows them.
 
     Attributes:
-        largest: The largest eigenvalues, descending; each is an estimate from below.
-        smallest: The smallest eigenvalues, ascending; each is an estimate from above.
+        largest: The largest distinct eigenvalues, descending; each is an estimate from below.
+        smallest: The smallest distinct eigenvalues, ascending; each is an estimate from above.
         negative_share: Estimated share of the eigenvalues that are negative, those within rounding of zero not counted.
         zero_share: Estimated share of the eigenvalues within rounding of zero, as far as the process could tell.
     """
@@ -39,7 +39,7 @@ def spectrum(operator: LinearOperator, count: int, *, steps: int = 0, probes: in
 
     Args:
         operator: ``(p, p)``, symmetric.
-        count: How many eigenvalues at either end.
+        count: How many eigenvalues at either end; fewer are given where fewer can be told apart.
         steps: Products for each start vector; by default ``4·count``, at least 30.
         probes: Start vectors.
         seed: Of the start vectors.
@@ -57,12 +57,15 @@ def spectrum(operator: LinearOperator, count: int, *, steps: int = 0, probes: in
         values.append(nodes)
         weights.append(shares / probes)
     nodes, shares = torch.cat(values), torch.cat(weights)
-    # The nodes of one start vector are apart from each other; those of several repeat the converged ones.
-    best = max(values, key=lambda ritz: float(ritz.abs().max()))
+    # The nodes of one start vector are apart from each other, those of several repeat the converged ones: each end is
+    # that of the start vector which got furthest there.
+    top = max(values, key=lambda ritz: float(ritz[-1]))
+    bottom = min(values, key=lambda ritz: float(ritz[0]))
+    count = min(count, (len(top) + 1) // 2, (len(bottom) + 1) // 2)
     rounding = torch.finfo(operator.dtype).eps * float(nodes.abs().max()) * size**0.5
     return Spectrum(
-        largest=best.flip(0)[:count].tolist(),
-        smallest=best[:count].tolist(),
+        largest=top.flip(0)[:count].tolist(),
+        smallest=bottom[:count].tolist(),
         negative_share=float(shares[nodes < -rounding].sum()),
         zero_share=float(shares[nodes.abs() <= rounding].sum()),
     )
