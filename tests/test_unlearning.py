@@ -421,7 +421,7 @@ def test_an_unconverged_solve_warns_and_the_record_says_so() -> None:
 
 
 def path_of(forgotten: Any, retain: Any) -> Any:
-    return lambda s: Point(s, 0.0, 0.0, retain(s), retain(s), forgotten(s))
+    return lambda s: Point(s, 0.0, s, retain(s), retain(s), forgotten(s))
 
 
 @pytest.mark.parametrize("needed", [0.3, 1.0, 5.0, 700.0])
@@ -438,6 +438,12 @@ def test_the_search_for_a_class_stops_at_its_budget_of_retained_loss() -> None:
     assert not forgotten
     chosen = next(point for point in path if point.step == step)
     assert 0.08 < chosen.retain_loss <= 0.05 * math.log(10)
+
+
+def test_no_step_is_made_that_does_not_even_raise_the_loss_of_the_class() -> None:
+    step, _, forgotten = forget_class(lambda s: Point(s, 0.0, 1.2 - 0.1 * s, 1.0 + 0.01 * s, 1.0, 0.0), math.log(10))
+    assert step == 0.0
+    assert not forgotten
 
 
 @pytest.mark.parametrize("explodes", [math.nan, math.inf])
