@@ -1,0 +1,691 @@
+"""How well a model has forgotten, as ``torchmetrics`` metrics: each is usable alone, on one process or on many.
+
+A model that was retrained without the examples is the yardstick wherever there is one: :class:`AccuracyGap`,
+:class:`PredictionAgreement` and :class:`JensenShannonDivergence` compare with its predictions, and
+:class:`MembershipInference` and :class:`RelearnTime` are to be read beside its value. A value that is not defined yet,
+because a metric has seen no example, or none of a group that it needs, is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "AccuracyGap",
+    "JensenShannonDivergence",
+    "MembershipInference",
+    "PredictionAgreement",
+    "RelabelF1",
+    "RelearnTime",
+    "RemovalF1",
+]
+
+# How far probabilities may be from a sum of 1: what a softmax over many classes loses in half precision.
+_SUM_TOLERANCE = 1e-2
+
+# Stands for the logarithm of 0: its exponential is 0 in float64, and products with that 0 are no NaN.
+_LOG_ZERO = -1e4
+
+
+class _UnlearningMetric(Metric):
+    """What the metrics have in common: sums or lists of what batches add, and a plot.
+
+    Values are computed in float32 at least, also where half precision is the default type, and states are replaced, not
+    changed in place: a state that came to be in inference mode could not be changed outside of it.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure | None, Axes]:
+        """Draws one value, or several in their order.
+
+        Args:
+            val: What ``compute`` or ``forward`` returned, or a list of such values; by default, ``compute`` is called.
+            ax: Where to draw; by default, a new figure.
+
+        Returns:
+            The figure (``None`` if ``ax`` is given) and the axes.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        return self._plot(val, ax)  # type: ignore[return-value] # torchmetrics' type says arrays of axes too
+
+
+class _GroupsF1(_UnlearningMetric):
+    """The harmonic mean of two shares, each the share of good predictions in one of two groups of examples."""
+
+    higher_is_better = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    good: Tensor
+    seen: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("good", torch.zeros(2, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("seen", torch.zeros(2, dtype=torch.long), dist_reduce_fx="sum")
+
+    def _count(self, first: Tensor, good: Tensor) -> None:
+        """Counts a batch: which examples are in the first group, ``(N,)``, and whose prediction is good, ``(N,)``."""
+        groups = torch.stack([first, ~first])
+        self.good = self.good + (groups & good).sum(1)
+        self.seen = self.seen + groups.sum(1)
+
+    def compute(self) -> Tensor:
+        first, second = self.good.float() / self.seen
+        total = first + second
+        return torch.where(total == 0, 0.0, 2 * first * second / total)
+
+
+class RemovalF1(_GroupsF1):
+    r"""How well classes were removed: they are no longer predicted, and the others are predicted as they should be.
+
+    .. math::
+        F_1 = \frac{2\,(1 - a_f)\,a_r}{(1 - a_f) + a_r}
+
+    with :math:`a_f` the accuracy on the examples of the forgotten classes, taken together, and :math:`a_r` that on all
+    other examples (Lyu et al., arXiv 2312.05586). A prediction counts as right only if it is the example's own label:
+    one forgotten class taken for another is forgotten.
+
+    As input to ``forward`` and ``update`` the metric accepts:
+
+    - ``preds`` (:class:`~torch.Tensor`): logits or probabilities ``(N, C)``, or predicted labels ``(N,)``.
+    - ``target`` (:class:`~torch.Tensor`): the true labels ``(N,)``, those of the forgotten classes included.
+
+    As output of ``forward`` and ``compute`` the metric returns:
+
+    - ``f1`` (:class:`~torch.Tensor`): a scalar between 0 and 1, and 1 is best. NaN as long as no example of a forgotten
+      class, or none of another class, has been seen.
+
+    Args:
+        classes: The forgotten class, or classes.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ConfigurationError: If ``classes`` is empty or not made of whole numbers from 0 up; of ``update``, if an input
+            has not the shape, the type or the range it should have.
+
+    Example:
+        Of three examples of class 0 one is still recognised, 1 - 1/3 = 2/3; of two others both are:
+
+        >>> import torch
+        >>> from lightning_gif.metrics import RemovalF1
+        >>> metric = RemovalF1(classes=0)
+        >>> metric(torch.tensor([1, 2, 0, 1, 2]), torch.tensor([0, 0, 0, 1, 2]))
+        tensor(0.8000)
+    """
+
+    def __init__(self, classes: int | Iterable[int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.classes = _class_indices(classes)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        labels = _labels("preds", preds)
+        target = _targets(target, preds)
+        if preds.ndim == 2 and self.classes[-1] >= preds.shape[1]:
+            raise ConfigurationError(
+                f"Class {self.classes[-1]} is to be forgotten, but `preds` has {preds.shape[1]} columns, for the"
+                f" classes 0 to {preds.shape[1] - 1}; correct `classes`, or give the predictions for all classes."
+            )
+        forgotten = torch.isin(target, torch.tensor(self.classes, device=target.device))
+        self._count(forgotten, (labels == target) ^ forgotten)
+
+
+class RelabelF1(_GroupsF1):
+    r"""How well labels were corrected: the new ones are predicted, and other examples are predicted as before.
+
+    .. math::
+        F_1 = \frac{2\,a_n\,a_c}{a_n + a_c}
+
+    with :math:`a_n` the share of the relabelled examples (those with a trigger, for a backdoor) that are given their
+    corrected label, and :math:`a_c` the accuracy on the clean ones (Lyu et al., arXiv 2312.05586).
+
+    As input to ``forward`` and ``update`` the metric accepts:
+
+    - ``preds`` (:class:`~torch.Tensor`): logits or probabilities ``(N, C)``, or predicted labels ``(N,)``.
+    - ``target`` (:class:`~torch.Tensor`): the correct labels ``(N,)``; for relabelled examples, the new ones.
+    - ``relabelled`` (:class:`~torch.Tensor`): which examples were relabelled, ``(N,)`` bool.
+
+    As output of ``forward`` and ``compute`` the metric returns:
+
+    - ``f1`` (:class:`~torch.Tensor`): a scalar between 0 and 1, and 1 is best. NaN as long as no relabelled example, or
+      no clean one, has been seen.
+
+    Args:
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ConfigurationError: Of ``update``, if an input has not the shape, the type or the range it should have.
+
+    Example:
+        One of two relabelled examples is given its new label, and all of the clean ones are right:
+
+        >>> import torch
+        >>> from lightning_gif.metrics import RelabelF1
+        >>> metric = RelabelF1()
+        >>> relabelled = torch.tensor([True, True, False, False])
+        >>> metric(torch.tensor([1, 0, 2, 0]), torch.tensor([1, 1, 2, 0]), relabelled)
+        tensor(0.6667)
+    """
+
+    def update(self, preds: Tensor, target: Tensor, relabelled: Tensor) -> None:
+        labels = _labels("preds", preds)
+        target = _targets(target, preds)
+        self._count(_mask("relabelled", relabelled, len(preds)), labels == target)
+
+
+class AccuracyGap(_UnlearningMetric):
+    """The accuracy of a model minus that of a reference, on the same examples, in percentage points.
+
+    With a retrained model as the reference, the good value is 0 on every set of examples. Keep one instance for each
+    set: above 0 on the examples to be forgotten, the model still knows them; below 0 there, it was made to fail on them
+    more than retraining would; below 0 on retained or test examples is what the unlearning cost.
+
+    As input to ``forward`` and ``update`` the metric accepts:
+
+    - ``preds`` (:class:`~torch.Tensor`): logits or probabilities ``(N, C)``, or predicted labels ``(N,)``.
+    - ``reference`` (:class:`~torch.Tensor`): the same of the reference model, in either form.
+    - ``target`` (:class:`~torch.Tensor`): the true labels ``(N,)``.
+
+    As output of ``forward`` and ``compute`` the metric returns:
+
+    - ``gap`` (:class:`~torch.Tensor`): a scalar between -100 and 100, in percentage points. NaN before any example.
+
+    Args:
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ConfigurationError: Of ``update``, if an input has not the shape, the type or the range it should have.
+
+    Example:
+        Three of four are right, and two of four in the reference:
+
+        >>> import torch
+        >>> from lightning_gif.metrics import AccuracyGap
+        >>> gap = AccuracyGap()
+        >>> gap(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 1, 0]), torch.tensor([0, 1, 1, 1]))
+        tensor(25.)
+    """
+
+    higher_is_better = None  # 0 is best
+    plot_lower_bound = -100.0
+    plot_upper_bound = 100.0
+
+    difference: Tensor
+    seen: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("difference", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, reference: Tensor, target: Tensor) -> None:
+        labels, others = _labels("preds", preds), _labels("reference", reference)
+        _same_length(preds, reference)
+        target = _targets(target, preds)
+        self.difference = self.difference + (labels == target).sum() - (others == target).sum()
+        self.seen = self.seen + len(labels)
+
+    def compute(self) -> Tensor:
+        return 100 * self.difference.float() / self.seen
+
+
+class PredictionAgreement(_UnlearningMetric):
+    """The share of examples for which two models predict the same label, right or wrong.
+
+    As input to ``forward`` and ``update`` the metric accepts:
+
+    - ``preds`` (:class:`~torch.Tensor`): logits or probabilities ``(N, C)``, or predicted labels ``(N,)``.
+    - ``reference`` (:class:`~torch.Tensor`): the same of another model, such as a retrained one, in either form.
+
+    As output of ``forward`` and ``compute`` the metric returns:
+
+    - ``agreement`` (:class:`~torch.Tensor`): a scalar between 0 and 1, and 1 is best. NaN before any example.
+
+    Args:
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ConfigurationError: Of ``update``, if an input has not the shape or the type it should have.
+
+    Example:
+        >>> import torch
+        >>> from lightning_gif.metrics import PredictionAgreement
+        >>> agreement = PredictionAgreement()
+        >>> agreement(torch.tensor([[2.0, -1.0], [0.3, 0.1]]), torch.tensor([0, 1]))
+        tensor(0.5000)
+    """
+
+    higher_is_better = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    same: Tensor
+    seen: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("same", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, reference: Tensor) -> None:
+        labels, others = _labels("preds", preds), _labels("reference", reference)
+        _same_length(preds, reference)
+        self.same = self.same + (labels == others).sum()
+        self.seen = self.seen + len(labels)
+
+    def compute(self) -> Tensor:
+        return self.same.float() / self.seen
+
+
+class JensenShannonDivergence(_UnlearningMetric):
+    r"""How far apart the predicted distributions of two models are, as the mean over examples of
+
+    .. math::
+        \mathrm{JSD}(p, q) = \tfrac12 \mathrm{KL}(p \,\|\, m) + \tfrac12 \mathrm{KL}(q \,\|\, m),
+        \quad m = \tfrac12 (p + q)
+
+    (Lin, 1991). It is symmetric, 0 for equal distributions, and ln 2 for those that share no class; classes of
+    probability 0 are no difficulty. Published numbers can be compared only if they are of this definition: some
+    implementations leave out a factor ½, some take KL(p ‖ q) alone, and some give the square root, which is a distance.
+
+    Divergences and their sums are computed in float64, whatever the inputs are. On a device without float64, keep the
+    metric on the CPU and move its inputs there.
+
+    As input to ``forward`` and ``update`` the metric accepts:
+
+    - ``preds`` (:class:`~torch.Tensor`): logits, or probabilities with ``from_logits=False``, ``(N, C)``.
+    - ``reference`` (:class:`~torch.Tensor`): the same of another model, such as a retrained one.
+
+    As output of ``forward`` and ``compute`` the metric returns:
+
+    - ``divergence`` (:class:`~torch.Tensor`): a scalar between 0 and ln 2, in nats, or in the unit of ``base``; 0 is
+      best. NaN before any example.
+
+    Args:
+        from_logits: The inputs are logits or log-probabilities; else probabilities, which are scaled to a sum of 1.
+        base: Of the logarithm: e for nats, 2 for bits, in which the divergence is between 0 and 1.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ConfigurationError: If ``base`` is not above 1; of ``update``, if the shapes differ, an input has NaN, or what
+            should be probabilities are none.
+
+    Example:
+        For p = (½, ½) and q = (1, 0) it is ¾ ln(4/3); for distributions that share nothing, one bit:
+
+        >>> import torch
+        >>> from lightning_gif.metrics import JensenShannonDivergence
+        >>> divergence = JensenShannonDivergence(from_logits=False)
+        >>> divergence(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]]))
+        tensor(0.2158)
+        >>> bits = JensenShannonDivergence(from_logits=False, base=2)
+        >>> bits(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
+        tensor(1.)
+    """
+
+    is_differentiable = True
+    higher_is_better = False
+    plot_lower_bound = 0.0
+
+    total: Tensor
+    seen: Tensor
+
+    def __init__(self, from_logits: bool = True, base: float = math.e, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(base, (int, float)) or not 1 < base < math.inf:
+            raise ConfigurationError(f"`base` is {base!r}; expected a number above 1: math.e for nats, 2 for bits.")
+        self.from_logits = from_logits
+        self.base = base
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
+
+    @property
+    def plot_upper_bound(self) -> float:  # type: ignore[override] # depends on the base
+        """The divergence of distributions that share no class."""
+        return math.log(2) / math.log(self.base)
+
+    def update(self, preds: Tensor, reference: Tensor) -> None:
+        log_p = _log_probabilities("preds", preds, self.from_logits).clamp_min(_LOG_ZERO)
+        log_q = _log_probabilities("reference", reference, self.from_logits).clamp_min(_LOG_ZERO)
+        if log_p.shape != log_q.shape:
+            raise ConfigurationError(
+                f"`preds` has the shape {tuple(preds.shape)} and `reference` {tuple(reference.shape)}; expected the"
+                " predictions of both models for the same examples and classes."
+            )
+        # In this form, m equals p and q bit for bit where they are equal.
+        log_m = torch.maximum(log_p, log_q) + torch.log1p(torch.expm1(-(log_p - log_q).abs()) / 2)
+        divergence = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(1)
+        self.total = self.total + divergence.clamp_min(0.0).sum()  # of near ones, rounding can leave -1e-17
+        self.seen = self.seen + len(divergence)
+
+    def compute(self) -> Tensor:
+        return (self.total / self.seen / math.log(self.base)).float()
+
+
+class MembershipInference(_UnlearningMetric):
+    r"""How well an attacker can tell the examples in question from examples that the model never saw.
+
+    The attacker knows one number of each example and calls those above a threshold members of the training set. The
+    metric is the area under the attack's ROC curve, over all thresholds: the probability that a random member has a
+    higher number than a random non-member, ties counted half,
+
+    .. math::
+        \mathrm{AUROC} = P(s_+ > s_-) + \tfrac12 P(s_+ = s_-).
+
+    The number is, by ``score``,
+
+    - ``"loss"``: minus the cross-entropy of the true label (Yeom et al., 2018): members have the lower loss;
+    - ``"confidence"``: the largest predicted probability (Salem et al., 2019): members have the higher confidence.
+
+    **The good value is that of a retrained model, which is near 0.5.** Clearly above 0.5, the examples are still
+    remembered. Clearly below 0.5, they are forgotten too well: a model that is worse on them than on examples it never
+    saw gives away as much (the "Streisand effect"). So neither higher nor lower is better.
+
+    Compare like with like: the non-members should be drawn as the members were. If one class is to be forgotten, take
+    test examples of that class; against those of all classes, the metric shows how hard classes are, not who was a
+    member. It is one simple attack: a value near 0.5 does not exclude that a stronger one succeeds.
+
+    As input to ``forward`` and ``update`` the metric accepts:
+
+    - ``preds`` (:class:`~torch.Tensor`): logits, or probabilities with ``from_logits=False``, ``(N, C)``.
+    - ``target`` (:class:`~torch.Tensor`): the true labels ``(N,)``; may be ``None`` for ``"confidence"``.
+    - ``member`` (:class:`~torch.Tensor`): ``(N,)`` bool, true for the examples in question (those that were to be
+      forgotten), false for those that the model never saw.
+
+    As output of ``forward`` and ``compute`` the metric returns:
+
+    - ``auroc`` (:class:`~torch.Tensor`): a scalar between 0 and 1. NaN as long as members or non-members are missing.
+
+    Args:
+        score: What the attacker looks at.
+        from_logits: The predictions are logits or log-probabilities; else probabilities.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ConfigurationError: If ``score`` is neither; of ``update``, if an input has not the shape, the type or the range
+            it should have, or has NaN.
+
+    Example:
+        The true label is predicted with .9 and .6 for members, .7 and .5 for others: three of four pairs are in order.
+
+        >>> import torch
+        >>> from lightning_gif.metrics import MembershipInference
+        >>> attack = MembershipInference(score="loss", from_logits=False)
+        >>> preds = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3], [0.5, 0.5]])
+        >>> attack(preds, torch.tensor([0, 1, 0, 1]), torch.tensor([True, True, False, False]))
+        tensor(0.7500)
+    """
+
+    higher_is_better = None  # 0.5 is best
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    members: list[Tensor]
+    others: list[Tensor]
+
+    def __init__(self, score: Literal["loss", "confidence"] = "loss", from_logits: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if score not in ("loss", "confidence"):
+            raise ConfigurationError(f"`score` is {score!r}; expected 'loss' or 'confidence'.")
+        self.score = score
+        self.from_logits = from_logits
+        self.add_state("members", [], dist_reduce_fx="cat")
+        self.add_state("others", [], dist_reduce_fx="cat")
+
+    def update(self, preds: Tensor, target: Tensor | None, member: Tensor) -> None:
+        # Confidence too is compared by its logarithm: that of 1 - 1e-9 is not rounded to that of 1.
+        scores = _log_probabilities("preds", preds, self.from_logits)
+        member = _mask("member", member, len(preds))
+        if self.score == "confidence":
+            scores = scores.amax(1)
+        elif target is None:
+            raise ConfigurationError(
+                "`target` is None, but score='loss' needs the true labels (N,); give them, or use score='confidence'."
+            )
+        else:
+            scores = scores.gather(1, _targets(target, preds).long()[:, None])[:, 0]
+        # float32 is what a process without examples contributes when processes exchange their lists.
+        scores = scores.detach().float()
+        self.members.append(scores[member])
+        self.others.append(scores[~member])
+
+    def compute(self) -> Tensor:
+        # By counts of pairs, which are exact. A ROC curve in float32 is not, and torchmetrics' passes scores outside of
+        # [0, 1] through a sigmoid, which makes equal what differs.
+        members, others = _joined(self.members), _joined(self.others)
+        others = others.sort().values
+        below = torch.searchsorted(others, members, side="left").sum()
+        not_above = torch.searchsorted(others, members, side="right").sum()
+        return (below + not_above).float() / (2 * len(members) * len(others))
+
+
+class RelearnTime(_UnlearningMetric):
+    """How many optimisation steps on the forgotten examples it takes until the model knows them again.
+
+    A model that relearns much faster than one that was retrained without the examples had not forgotten them (Golatkar
+    et al., 2020; Tarun et al., 2023). The good value is that of the retrained model, under the same optimiser, learning
+    rate and batches; a much longer time shows that the model was damaged.
+
+    Train on the forgotten examples with a plain loop, and give the metric their loss, or their accuracy, once a step,
+    *before* the step is made. So the first value is that of the model at hand, and the value number ``k``, from 0, is
+    that after ``k`` steps::
+
+        metric = RelearnTime(target=loss_of_the_original_model, patience=3)
+        for batch in itertools.islice(itertools.cycle(forget_loader), 1000):
+            loss = loss_function(model(batch.x), batch.y)
+            metric.update(loss)
+            if metric.compute().isfinite():
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    Work on a copy of the model. Values of small batches are noisy: ask for several in a row by ``patience``, or measure
+    on all forgotten examples. On several processes, give each the same value, averaged over all of them; else the time
+    of the last one counts.
+
+    As input to ``update`` the metric accepts (``forward`` sees one value alone and returns 0 or infinity for it):
+
+    - ``value`` (:class:`~torch.Tensor` or float): the loss or the accuracy, a single number. NaN is not at the target.
+
+    As output of ``compute`` the metric returns:
+
+    - ``steps`` (:class:`~torch.Tensor`): a scalar: the number of steps after which the target was reached, 0 if the
+      model was there before any, and infinity if it has not been reached. NaN before any value.
+
+    Args:
+        target: The value to get back to, usually that of the model before unlearning, or a little short of it.
+        mode: ``"min"`` for what falls, as a loss does: reached at ``target`` or below; ``"max"`` for what rises, as an
+            accuracy does: at ``target`` or above.
+        patience: How many values in a row must have reached the target; the time is that of the first of them.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ConfigurationError: If ``target`` is not a finite number, ``mode`` is neither or ``patience`` is below 1; of
+            ``update``, if ``value`` is not a single number.
+
+    Example:
+        Gradient descent on w² with a rate of ¼ halves w at each step, so that 64 falls to 1 in three steps:
+
+        >>> import torch
+        >>> from lightning_gif.metrics import RelearnTime
+        >>> metric = RelearnTime(target=1.0)
+        >>> w = torch.tensor(8.0, requires_grad=True)
+        >>> optimizer = torch.optim.SGD([w], lr=0.25)
+        >>> for _ in range(5):
+        ...     loss = w**2
+        ...     metric.update(loss)
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> metric.compute()
+        tensor(3.)
+    """
+
+    higher_is_better = None  # the time of a retrained model is best
+    full_state_update = True  # which step a value belongs to depends on those before
+    plot_lower_bound = 0.0
+
+    steps: Tensor
+    streak: Tensor
+    reached: Tensor
+
+    def __init__(self, target: float, mode: Literal["min", "max"] = "min", patience: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        try:
+            self.target = float(target)
+        except (TypeError, ValueError):
+            self.target = math.nan
+        if not math.isfinite(self.target):
+            raise ConfigurationError(f"`target` is {target!r}; expected a finite number, such as the original loss.")
+        if mode not in ("min", "max"):
+            raise ConfigurationError(f"`mode` is {mode!r}; expected 'min' for a loss or 'max' for an accuracy.")
+        if not isinstance(patience, int) or patience < 1:
+            raise ConfigurationError(f"`patience` is {patience!r}; expected a whole number of values, at least 1.")
+        self.mode = mode
+        self.patience = patience
+        self.add_state("steps", torch.tensor(0), dist_reduce_fx="max")
+        self.add_state("streak", torch.tensor(0), dist_reduce_fx="max")
+        self.add_state("reached", torch.tensor(math.inf, dtype=torch.float32), dist_reduce_fx="max")
+
+    def update(self, value: Tensor | float) -> None:
+        given = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+        if given.numel() != 1 or given.is_complex():
+            raise ConfigurationError(
+                f"`value` is {given.dtype} of shape {tuple(given.shape)}; expected one number for each step: average"
+                " the losses of a batch."
+            )
+        # In half precision, the target would be rounded as the value is.
+        given = given.reshape(()).to(self.device, torch.promote_types(given.dtype, torch.float32))
+        there = given <= self.target if self.mode == "min" else given >= self.target
+        self.streak = torch.where(there, self.streak + 1, 0)
+        first = (self.steps - (self.patience - 1)).float()
+        self.reached = torch.where(self.reached.isinf() & (self.streak >= self.patience), first, self.reached)
+        self.steps = self.steps + 1
+
+    def compute(self) -> Tensor:
+        return torch.where(self.steps > 0, self.reached, math.nan)
+
+
+def _class_indices(classes: int | Iterable[int]) -> tuple[int, ...]:
+    """One or several class indices, sorted, each once."""
+    single = isinstance(classes, int) or getattr(classes, "ndim", None) == 0
+    try:
+        indices = torch.as_tensor([classes] if single else list(classes))  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # of other things than numbers
+        indices = torch.empty(0)
+    whole = indices.ndim == 1 and not indices.is_floating_point() and indices.dtype != torch.bool
+    if not whole or not len(indices) or min(indices) < 0:
+        raise ConfigurationError(
+            f"`classes` is {classes!r}; expected the index of the forgotten class, or several, as whole numbers from 0"
+            " up: RemovalF1(classes=3) or RemovalF1(classes=[3, 5])."
+        )
+    return tuple(sorted(set(indices.tolist())))
+
+
+def _described(given: Any) -> str:
+    return f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+
+
+def _labels(name: str, given: Tensor) -> Tensor:
+    """Predicted labels ``(N,)`` of logits or probabilities ``(N, C)``, or of labels."""
+    if isinstance(given, Tensor):
+        if given.ndim == 2 and given.is_floating_point() and given.shape[1] > 1:
+            if given.isnan().any():
+                raise ConfigurationError(f"`{name}` has NaN, so that no label is predicted; look at the model first.")
+            return given.argmax(1)
+        if given.ndim == 1 and not given.is_floating_point() and not given.is_complex():
+            return given
+    raise ConfigurationError(
+        f"`{name}` is {_described(given)}; expected logits or probabilities, floating-point (N, C) with a column for"
+        " each of two or more classes, or predicted labels, integers (N,). Of one score an example, take the labels:"
+        " (scores > threshold).long()."
+    )
+
+
+def _targets(target: Tensor, preds: Tensor) -> Tensor:
+    """True labels ``(N,)`` that fit the predictions."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex() or target.ndim != 1:
+        raise ConfigurationError(
+            f"`target` is {_described(target)}; expected labels, integers (N,). Of one-hot or soft targets, take"
+            " target.argmax(1)."
+        )
+    if len(target) != len(preds):
+        raise ConfigurationError(
+            f"`target` has {len(target)} labels for {len(preds)} predictions; expected one for each."
+        )
+    below = preds.shape[1] if preds.ndim == 2 else math.inf
+    extremes = (int(target.min()), int(target.max())) if len(target) else ()
+    if wrong := [label for label in extremes if not 0 <= label < below]:
+        raise ConfigurationError(
+            f"`target` has the label {wrong[0]}; expected labels from 0 up"
+            f"{f', below {below}' if preds.ndim == 2 else ''}. Leave out examples that have none, such as those with"
+            " -100."
+        )
+    return target
+
+
+def _mask(name: str, mask: Tensor, size: int) -> Tensor:
+    """A mask of the examples ``(N,)``."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (size,):
+        raise ConfigurationError(
+            f"`{name}` is {_described(mask)}; expected a mask, torch.bool of shape ({size},), one entry for each"
+            " prediction. If it holds 0 and 1, take .bool()."
+        )
+    return mask
+
+
+def _same_length(preds: Tensor, reference: Tensor) -> None:
+    if len(preds) != len(reference):
+        raise ConfigurationError(
+            f"`preds` has {len(preds)} predictions and `reference` {len(reference)}; expected those of both models for"
+            " the same examples."
+        )
+
+
+def _log_probabilities(name: str, given: Tensor, from_logits: bool) -> Tensor:
+    """Log-probabilities ``(N, C)`` in float64: of a well-fitted example, float32 would leave nothing but rounding."""
+    if not isinstance(given, Tensor) or given.ndim != 2 or not given.is_floating_point() or given.shape[1] < 2:
+        raise ConfigurationError(
+            f"`{name}` is {_described(given)}; expected {'logits' if from_logits else 'probabilities'}, floating-point"
+            " (N, C) with a column for each of two or more classes. Of one score z an example, take"
+            " torch.stack([-z / 2, z / 2], 1) as logits, or of one probability, torch.stack([1 - p, p], 1)."
+        )
+    given = given.double()
+    if from_logits:
+        logs = given.log_softmax(1)
+        if logs.isnan().any():
+            raise ConfigurationError(
+                f"`{name}` has logits that give no probabilities: NaN, +inf, or -inf for all classes; look at the model"
+                " first."
+            )
+        return logs
+    total = given.sum(1, keepdim=True)
+    if not ((given >= 0).all() and ((total - 1).abs() <= _SUM_TOLERANCE).all()):
+        raise ConfigurationError(
+            f"`{name}` should be probabilities, but has rows with negative values or NaN, or that do not sum to 1; give"
+            " the softmax, or the logits with from_logits=True."
+        )
+    return given.log() - total.log()
+
+
+def _joined(scores: list[Tensor] | Tensor) -> Tensor:
+    """What batches, or processes, added to a list state; empty if there is nothing."""
+    return dim_zero_cat(scores) if len(scores) else torch.empty(0)
