@@ -1,10 +1,12 @@
-"""MNIST-like data and the net called TinyNet in the GIF paper's scripts, for the benchmarks."""
+"""MNIST-like data, the net called TinyNet in the GIF paper's scripts, and a ResNet with BatchNorm."""
 
 from __future__ import annotations
 
 import gzip
 import logging
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,17 @@ def load(folder: Path) -> tuple[TensorDataset, TensorDataset]:
 class TinyNet(pl.LightningModule):
     """Four stride-2 convolutions (32, 64, 128, 256 channels) and a linear layer: 398 090 parameters."""
 
-    def __init__(self, lr: float = 1e-3) -> None:
+    def __init__(self, lr: float = 1e-3, *, decay: bool = False) -> None:
         super().__init__()
+        self.net = self.build()
+        self.lr, self.decay = lr, decay
+
+    @staticmethod
+    def build() -> nn.Module:
         layers: list[nn.Module] = []
         for inputs, outputs in ((1, 32), (32, 64), (64, 128), (128, 256)):
             layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.ReLU()]
-        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256 * 2 * 2, 10))
-        self.lr = lr
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256 * 2 * 2, 10))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -53,17 +59,56 @@ class TinyNet(pl.LightningModule):
         self.log("train/loss", loss)
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), self.lr)
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), self.lr)
+        if not self.decay:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def fit(data: Any, callbacks: list[Any], *, epochs: int, seed: int = 0) -> tuple[pl.Trainer, TinyNet]:
-    """A trained TinyNet and its trainer, which prints nothing."""
+class Block(nn.Module):
+    """Two convolutions with BatchNorm, around which the input is led."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()),
+            *(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)),
+        )
+        self.around: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.around = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.around(x))
+
+
+class ResNet(TinyNet):
+    """Three residual blocks of 16, 32 and 64 channels on 14 × 14 positions: 77 754 parameters."""
+
+    @staticmethod
+    def build() -> nn.Module:
+        return nn.Sequential(
+            *(nn.Conv2d(1, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+            *(Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2)),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
+        )
+
+
+NETS: dict[str, Callable[..., TinyNet]] = {"tinynet": TinyNet, "resnet": partial(ResNet, lr=2e-3)}
+
+
+def fit(
+    data: Any, callbacks: list[Any], *, epochs: int, seed: int = 0, net: str = "tinynet", decay: bool = False
+) -> tuple[pl.Trainer, TinyNet]:
+    """A trained net and its trainer, which prints nothing; the learning rate is constant, or decays to zero."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     pl.seed_everything(seed, verbose=False)
-    model = TinyNet()
+    model = NETS[net](decay=decay)
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -78,8 +123,12 @@ def fit(data: Any, callbacks: list[Any], *, epochs: int, seed: int = 0) -> tuple
 
 
 @torch.no_grad()
+def logits(model: nn.Module, data: TensorDataset) -> Tensor:
+    """``(n, 10)``, in evaluation mode, in the order of the data."""
+    return torch.cat([model.eval()(part) for part in data.tensors[0].split(1000)])
+
+
 def accuracy(model: nn.Module, data: TensorDataset, chosen: Tensor) -> float:
     """Share of the chosen examples, a mask ``(n,)``, that are classified right."""
-    x, y = (tensor[chosen] for tensor in data.tensors)
-    right = torch.cat([model.eval()(part).argmax(1) for part in x.split(1000)]) == y
-    return float(right.double().mean())
+    part = TensorDataset(*(tensor[chosen] for tensor in data.tensors))
+    return float((logits(model, part).argmax(1) == part.tensors[1]).double().mean())

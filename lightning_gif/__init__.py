@@ -25,6 +25,7 @@ from .reports import InfluenceReport, UnlearnReport
 from .sampling import SAMPLERS
 from .selection import SELECTORS
 from .solvers import SOLVERS
+from .steps import STRATEGIES
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "SAMPLERS",
     "SELECTORS",
     "SOLVERS",
+    "STRATEGIES",
     "BatchError",
     "ConfigurationError",
     "ConvergenceError",

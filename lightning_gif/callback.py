@@ -24,8 +24,15 @@ from ._compat import (
     rank_zero_warn,
     unsupported_strategy,
 )
-from .data import Examples, batch_size, class_targets
-from .errors import BatchError, ConfigurationError, GIFWarning, SelectionError, TrainingDataError
+from .data import Examples, batch_size, class_targets, example_classes
+from .errors import (
+    BatchError,
+    ConfigurationError,
+    GIFWarning,
+    NonFiniteError,
+    SelectionError,
+    TrainingDataError,
+)
 from .influence import influence
 from .objective import Objective
 from .parameters import Targets
@@ -79,9 +86,12 @@ class GIFCallback(Callback):
         solver: ``"lsmr"``, ``"cgls"``, ``"lissa"``, ``"plain_lissa"``, ``"stochastic_lissa"``, ``"dense"`` (small
             nets), or one that was registered in ``lightning_gif.SOLVERS``.
         damping: ``λ`` in ``min ‖Ax − g‖² + λ²‖x‖²``, in the unit of the Hessian's eigenvalues.
-        max_iter: Most steps of the solve, each of two Hessian-vector products. Fewer steps regularise.
+        max_iter: Most steps of the solve, each of two Hessian-vector products; ``None``: 200 where there is an ``rtol``
+            to reach, and 10 elsewhere. Fewer steps regularise.
         rtol: Relative normal-equation residual at which the solve counts as converged. Directions of small curvature
-            hardly show in it: smaller values follow them further.
+            hardly show in it: smaller values follow them further. ``None``: 1e-3 for influence, whose scores are
+            compared with each other; none for unlearning, where each step is measured before it is made, so that a
+            number of steps is all that a solve is asked for.
         discrepancy: Stop the solve as well where ``‖Ax − g‖ ≤ discrepancy·‖g‖``: as closely as ``g`` is known.
         curvature: ``"hessian"``, or ``"ggn"``: the generalised Gauss–Newton matrix, which leaves out the curvature of
             the model itself, is positive semi-definite for convex losses, and costs less a product. It is taken at the
@@ -115,8 +125,8 @@ class GIFCallback(Callback):
         method: str = "gif",
         solver: str = "lsmr",
         damping: float = 0.0,
-        max_iter: int = 200,
-        rtol: float = 1e-2,
+        max_iter: int | None = None,
+        rtol: float | None = None,
         discrepancy: float = 0.0,
         curvature: str = "hessian",
         curvature_examples: int | None = 2048,
@@ -215,7 +225,7 @@ class GIFCallback(Callback):
             NonFiniteError: If a loss, gradient or product is not finite.
             ConvergenceError: If the solve diverges, or does not converge and ``unconverged="raise"``.
         """
-        settings = self.settings.override(overrides)
+        settings = self.settings.override(overrides).for_influence()
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ConfigurationError(f"`k` must be a whole number of at least 1, got {k!r}.")
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
@@ -231,7 +241,8 @@ class GIFCallback(Callback):
         *,
         relabel: Tensor | int | Callable[[Any], Tensor] | None = None,
         retain: DataLoader[Any] | None = None,
-        step: Step = "search",
+        unseen: DataLoader[Any] | None = None,
+        step: Step = "relinearise",
         targets: TargetsChoice = "batch",
         dataloader: DataLoader[Any] | None = None,
         dry_run: bool = False,
@@ -245,13 +256,22 @@ class GIFCallback(Callback):
         Args:
             trainer: The trainer; filled in by the binding.
             batch: The examples to forget, with the labels they were trained with: a batch as the training loader gives
-                them, or a ``DataLoader``. They are found in the training data by dataset index where the loader is over
-                the same dataset or a ``Subset`` of it, else by content, and are not part of the retained data.
+                them, or a ``DataLoader``, which are found in the training data by dataset index where the loader is
+                over the same dataset or a ``Subset`` of it, else by content. Or their indices in the training dataset,
+                a list of whole numbers; or a function from a batch to the truth value of each of its examples, which is
+                asked about all training data: ``lambda batch: batch[1] == 3``. All others are retained.
             relabel: The labels they should have had: a tensor in the order of the examples (of the dataset, for a
                 loader), one class for all, or a function from a batch to its new targets. ``None`` removes them.
             retain: A loader of the data to keep, where it is not the rest of the training data.
-            step: ``"search"``: as far as the goal needs, decided on the forget and retained training data (see
-                :class:`~lightning_gif.steps.Goal`). ``"natural"``: 1, what the theory predicts. Or a number.
+            unseen: A loader of examples like the training data that the model was not trained on, and that nothing is
+                reported on: single examples are forgotten until their losses look like these. By default the
+                validation loader of ``fit``, where there is one and its batches look like those of training.
+            step: How far to go, decided on the forget, retained and unseen data (see
+                :class:`~lightning_gif.steps.Goal`). ``"search"``: as far along the one solved change as the goal needs.
+                ``"relinearise"``: that, and up to three further solves at the new weights, which lower the risk that
+                should hold afterwards. ``"natural"``: 1, what the theory predicts. Or a number; or a strategy of your
+                own (see :mod:`lightning_gif.steps`), also by a name it was registered under in
+                ``lightning_gif.STRATEGIES``.
             targets: As in :meth:`influence`. What is to be forgotten decides which neurons matter, so the default here
                 is ``"batch"``.
             dataloader: The training data, where it is not that of ``fit``.
@@ -267,15 +287,25 @@ class GIFCallback(Callback):
         settings = self.settings.override(overrides)
         check_step(step)
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
-            forget = self._examples(batch, objective, settings)
-            if retain is not None and not isinstance(retain, DataLoader):
-                raise ConfigurationError(
-                    f"`retain` must be a DataLoader over the data to keep, got {type(retain).__name__}. Leave it out to"
-                    " keep the rest of the training data."
-                )
-            kept = None if retain is None else self._examples(retain, objective, settings)
+            forget = self._forget_examples(batch, train, objective, settings)
+            for name, given in (("retain", retain), ("unseen", unseen)):
+                if given is not None and not isinstance(given, DataLoader):
+                    raise ConfigurationError(
+                        f"`{name}` must be a DataLoader, got {type(given).__name__}. Leave it out to keep the rest of"
+                        " the training data, and to compare with the validation data of `fit`."
+                    )
             choose = partial(self._choose_targets, objective, train, forget, targets, settings, overrides)
-            report = unlearn(objective, train, forget, settings, choose, relabel=relabel, retain=kept, step=step)
+            report = unlearn(
+                objective,
+                train,
+                forget,
+                settings,
+                choose,
+                relabel=relabel,
+                retain=None if retain is None else self._examples(retain, objective, settings),
+                unseen=self._unseen_examples(unseen, trainer, objective, settings),
+                step=step,
+            )
         report.module = trainer.lightning_module
         if trainer.optimizers and report.step:
             report.notes.append(
@@ -567,6 +597,31 @@ class GIFCallback(Callback):
             return Examples.from_loader(given, objective.prepare, batch_size=settings.batch_size, seed=settings.seed)
         return Examples.from_batch(given, objective.prepare, batch_size=settings.batch_size)
 
+    def _forget_examples(self, given: Any, train: Examples, objective: Objective, settings: Settings) -> Examples:
+        if callable(given) and not isinstance(given, Tensor):
+            return train.where(given)
+        if isinstance(given, range) or (
+            isinstance(given, (list, tuple)) and given and all(type(index) is int for index in given)
+        ):
+            return train.with_ids(given)
+        return self._examples(given, objective, settings)
+
+    def _unseen_examples(
+        self, given: DataLoader[Any] | None, trainer: Trainer, objective: Objective, settings: Settings
+    ) -> Examples | None:
+        """Examples that were not trained on: those given, or of the validation loader of ``fit``."""
+        loader = trainer.val_dataloaders if given is None else given
+        if not isinstance(loader, DataLoader):
+            return None
+        try:
+            found = self._examples(loader, objective, settings)
+            objective.check(found.at(torch.arange(1)), "unseen")
+        except (TrainingDataError, BatchError, NonFiniteError):
+            if given is not None:
+                raise
+            return None  # validation may look at something else altogether
+        return found
+
     def _deliver(self, trainer: Trainer, report: _Report) -> _Report:
         report.loggers = list(trainer.loggers)
         report.global_step = trainer.global_step
@@ -584,16 +639,13 @@ class GIFCallback(Callback):
 
 
 def _known_classes(examples: Examples) -> list[int]:
-    found: set[int] = set()
-    for batch in examples.batches():
-        classes = class_targets(batch.data)
-        if classes is None:
-            raise SelectionError(
-                "targets='class' needs a batch whose targets are classes (whole numbers, one for each example). Use"
-                " targets='cached' or 'batch'."
-            )
-        found.update(classes.unique().tolist())
-    return sorted(found)
+    classes = example_classes(examples)
+    if classes is None:
+        raise SelectionError(
+            "targets='class' needs a batch whose targets are classes (whole numbers, one for each example). Use"
+            " targets='cached' or 'batch'."
+        )
+    return classes.unique().tolist()
 
 
 def attach(

@@ -348,6 +348,10 @@ class Combination:
 
     rmatvec = matvec
 
+    def draw(self, seed: int) -> Combination:
+        """The same of the curvatures over a few random examples each, see :meth:`Curvature.draw`."""
+        return Combination(*((weight, operator.draw(seed)) for weight, operator in self._terms))  # type: ignore[attr-defined]
+
 
 def _scatter(vectors: Tensor, positions: Tensor | None, size: int) -> Tensor:
     """The vectors ``(size, …)`` that have ``vectors`` at ``positions`` and zeros elsewhere."""

@@ -33,6 +33,7 @@ __all__ = [
     "batch_size",
     "class_targets",
     "describe",
+    "example_classes",
     "find_targets",
     "locate",
     "map_tensors",
@@ -220,6 +221,17 @@ def class_targets(data: Any) -> Tensor | None:
     return found.long()
 
 
+def example_classes(examples: Examples) -> Tensor | None:
+    """The class of each example, ``(n,)`` on the CPU, in order; ``None`` where the targets are no classes."""
+    found = []
+    for batch in examples.batches():
+        classes = class_targets(batch.data)
+        if classes is None:
+            return None
+        found.append(classes.cpu())
+    return torch.cat(found)
+
+
 def replace_targets(data: Any, targets: Tensor | int) -> Any:
     """The batch with other targets.
 
@@ -379,6 +391,50 @@ class Examples:
             if len(here):
                 pieces.append(Batch(take(batch.data, here), batch.ids[here], len(here)))
         return replace(self, ids=self.ids[wanted], cached=tuple(pieces))
+
+    def with_ids(self, ids: Sequence[int]) -> Examples:
+        """Those with the given dataset indices, in their order here.
+
+        Raises:
+            TrainingDataError: If there are none, or an index is not among them.
+        """
+        wanted = torch.as_tensor([int(index) for index in ids], dtype=torch.long)
+        missing = wanted[~torch.isin(wanted, self.ids)].tolist()
+        if missing or not len(wanted):
+            raise TrainingDataError(
+                f"Of the {len(wanted)} dataset indices given, {len(missing)} are none of a training example:"
+                f" {missing[:5]}{' …' if len(missing) > 5 else ''}. Give at least one of those that the training loader"
+                f" draws, {int(self.ids.min())} to {int(self.ids.max())}."
+            )
+        return self.at(torch.isin(self.ids, wanted).nonzero().squeeze(1))
+
+    def where(self, predicate: Callable[[Any], Any]) -> Examples:
+        """Those that a function of a prepared batch is true for.
+
+        Args:
+            predicate: From a batch of B examples to B truth values.
+
+        Raises:
+            BatchError: If it returns anything else.
+            TrainingDataError: If it is true for none.
+        """
+        found = []
+        for batch in self.batches():
+            mask = predicate(batch.data)
+            mask = torch.as_tensor(mask).cpu() if isinstance(mask, (Tensor, list, tuple)) else mask
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch.size,):
+                raise BatchError(
+                    f"The function that says which examples to forget must return one truth value for each example of a"
+                    f" batch, a bool tensor of shape [{batch.size}]; it returned {describe(mask)}."
+                )
+            found.append(mask)
+        positions = torch.cat(found).nonzero().squeeze(1)
+        if not len(positions):
+            raise TrainingDataError(
+                f"The function that says which examples to forget is true for none of the {len(self)} training"
+                " examples."
+            )
+        return self.at(positions)
 
     def sample(self, count: int | None, seed: int) -> Examples:
         """``count`` of the examples, drawn without replacement and kept in order; all for ``None`` or if fewer."""

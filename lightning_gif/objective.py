@@ -312,8 +312,18 @@ class Objective:
             at = self.theta if theta is None else theta
             return torch.cat([self.losses(at, batch.data) for batch in examples.batches()])
 
-    def gradient(self, examples: Examples, theta: Tensor | None = None) -> Tensor:
+    def gradient(
+        self,
+        examples: Examples,
+        theta: Tensor | None = None,
+        loss_sum: Callable[[Tensor, Any], Tensor] | None = None,
+    ) -> Tensor:
         """The gradient ``(p,)`` of the mean loss over examples at ``theta``, by default at the present parameters.
+
+        Args:
+            examples: The examples.
+            theta: ``(p,)``.
+            loss_sum: The sum over a batch of another function of its examples, see :meth:`loss_sum`.
 
         Raises:
             NonFiniteError: If it is not finite.
@@ -321,7 +331,7 @@ class Objective:
         total = torch.zeros_like(self.theta)
         for batch in examples.batches():
             at = (self.theta if theta is None else theta).detach().requires_grad_()
-            total += self._gradient(self.loss_sum(at, batch.data), at)
+            total += self._gradient((loss_sum or self.loss_sum)(at, batch.data), at)
         return self._finite(total / len(examples))
 
     def query_gradients(self, examples: Examples, *, per_example: bool) -> Tensor:

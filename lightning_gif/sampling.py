@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .data import Examples, class_targets
+from .data import Examples, example_classes
 from .errors import ConfigurationError
 from .objective import Objective
 from .registry import Registry
@@ -98,13 +98,10 @@ def _representative(found: Tensor, classes: Tensor, count: int, generator: torch
 
 def _classes(examples: Examples, needed_by: str | None) -> Tensor:
     """The class of each example, ``(n,)``; all one class where there are none, unless they are needed."""
-    parts = []
-    for batch in examples.batches():
-        classes = class_targets(batch.data)
-        if classes is None and needed_by is not None:
-            raise ConfigurationError(
-                f"curvature_sampling={needed_by!r} needs targets that are classes (whole numbers, one for each"
-                " example). Use 'random'."
-            )
-        parts.append(torch.zeros(batch.size, dtype=torch.long) if classes is None else classes.cpu())
-    return torch.cat(parts)
+    classes = example_classes(examples)
+    if classes is None and needed_by is not None:
+        raise ConfigurationError(
+            f"curvature_sampling={needed_by!r} needs targets that are classes (whole numbers, one for each"
+            " example). Use 'random'."
+        )
+    return torch.zeros(len(examples), dtype=torch.long) if classes is None else classes

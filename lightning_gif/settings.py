@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._compat import rank_zero_warn
-from .curvature import CURVATURES, METHODS, Curvature
+from .curvature import CURVATURES, METHODS, Curvature, hessian
 from .data import Examples
 from .errors import ConfigurationError, ConvergenceError, ConvergenceWarning
 from .objective import Objective
@@ -25,6 +25,16 @@ from .solvers import SOLVERS, LinearOperator, Solution, Status, require_finite, 
 __all__ = ["Overrides", "Settings"]
 
 
+# Where scores of single examples stop to change much: see benchmarks/README.md.
+_INFLUENCE_RTOL = 1e-3
+
+# How many steps a solve takes, and the most that it takes towards a residual.
+_STEPS, _MOST_STEPS = 10, 200
+
+# Where a number of steps is asked for and no residual, those that float32 can still tell from rounding.
+_LEAST_RTOL = 1e-4
+
+
 class Overrides(TypedDict, total=False):
     """Settings that one call may change; see :class:`~lightning_gif.GIFCallback` for their meaning."""
 
@@ -33,8 +43,8 @@ class Overrides(TypedDict, total=False):
     method: str
     solver: str
     damping: float
-    max_iter: int
-    rtol: float
+    max_iter: int | None
+    rtol: float | None
     discrepancy: float
     curvature: str
     curvature_examples: int | None
@@ -61,8 +71,8 @@ class Settings:
     method: str
     solver: str
     damping: float
-    max_iter: int
-    rtol: float
+    max_iter: int | None
+    rtol: float | None
     discrepancy: float
     curvature: str
     curvature_examples: int | None
@@ -91,8 +101,11 @@ class Settings:
             _require("memory", self.memory, number, lambda value: 0 <= value < math.inf, f"None or {at_least_0} (GiB)")
         if not isinstance(self.double, bool):
             raise ConfigurationError(f"`double` must be True or False, got {self.double!r}.")
-        _require("max_iter", self.max_iter, int, lambda value: value >= 1, "a whole number of at least 1")
-        _require("rtol", self.rtol, number, lambda value: 0 < value < 1, "a number between 0 and 1")
+        if self.max_iter is not None:
+            expected = "None or a whole number of at least 1"
+            _require("max_iter", self.max_iter, int, lambda value: value >= 1, expected)
+        if self.rtol is not None:
+            _require("rtol", self.rtol, number, lambda value: 0 < value < 1, "None or a number between 0 and 1")
         _require("batch_size", self.batch_size, int, lambda value: value >= 1, "a whole number of at least 1")
         _require("seed", self.seed, int, lambda value: value >= 0, "a whole number of at least 0")
         if self.curvature_examples is not None:
@@ -118,6 +131,10 @@ class Settings:
                 raise ConfigurationError(f"Unknown argument {name!r}. {nearest(name, known)}")
         return replace(self, **changes)
 
+    def for_influence(self) -> Settings:
+        """The same with the residual that scores need, where none is given."""
+        return replace(self, rtol=_INFLUENCE_RTOL) if self.rtol is None else self
+
     def bytes_to_keep(self, device: torch.device) -> float:
         """How many bytes of batches, and again of passes, may be kept between products.
 
@@ -137,6 +154,7 @@ class Settings:
         examples: Examples,
         theta: Tensor | None = None,
         *,
+        loss_sum: Callable[[Tensor, Any], Tensor] | None = None,
         keep: bool = True,
         on_product: Callable[[], Any] = lambda: None,
     ) -> Curvature:
@@ -146,14 +164,16 @@ class Settings:
             objective: Whose loss.
             examples: Over which data.
             theta: Where, ``(p,)``; by default at the present parameters.
+            loss_sum: The sum over a batch of another function of its examples, without weight decay; its curvature is
+                always the Hessian.
             keep: Keep passes between products, within ``memory``.
             on_product: Called at each product.
         """
         return Curvature(
-            CURVATURES[self.curvature](objective),
+            CURVATURES[self.curvature](objective) if loss_sum is None else hessian(loss_sum),
             objective.theta if theta is None else theta,
             examples,
-            weight_decay=float(self.weight_decay),
+            weight_decay=float(self.weight_decay) if loss_sum is None else 0.0,
             memory=self.bytes_to_keep(objective.device) if keep else 0.0,
             on_product=on_product,
         )
@@ -173,7 +193,7 @@ class Settings:
             rhs: ``(rows,)``, or several as columns ``(rows, q)``.
 
         Returns:
-            A solution for each right-hand side.
+            A solution for each right-hand side. Without an ``rtol``, a number of steps is all that was asked for.
 
         Raises:
             ConvergenceError: If it did not converge and ``unconverged="raise"``, or if it diverged.
@@ -183,8 +203,8 @@ class Settings:
             operator,
             rhs,
             damping=float(self.damping),
-            rtol=self.rtol,
-            max_iter=self.max_iter,
+            rtol=_LEAST_RTOL if self.rtol is None else self.rtol,
+            max_iter=self.max_iter or (_STEPS if self.rtol is None else _MOST_STEPS),
             seed=self.seed,
             discrepancy=self.discrepancy,
         )
@@ -199,7 +219,7 @@ class Settings:
         for solution in solutions:
             require_finite(solution.x, f"The solution of {self.solver!r}")
         short = [solution for solution in solutions if not solution.converged]
-        if short and self.unconverged != "ignore":
+        if self.rtol is not None and short and self.unconverged != "ignore":
             worst = max(short, key=lambda solution: solution.residual)
             several = f" ({len(short)} of {len(solutions)} queries; the worst is told)" if len(solutions) > 1 else ""
             message = (

@@ -1,4 +1,4 @@
-"""How far to go along a solved direction, decided on training-side data only."""
+"""How far an edit goes, and when it is solved anew on the way: strategies, which see training-side data only."""
 
 from __future__ import annotations
 
@@ -6,34 +6,49 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple, Protocol
 
-__all__ = ["Goal", "Point", "forget_class", "minimise_risk", "restore"]
+from .registry import Registry
 
-# The share of forgotten examples that must lose their label: all but the odd one that is not what its label says.
-_FORGOTTEN_SHARE = 0.99
-
-# How much retained loss a forgotten class may cost, as a share of the loss of guessing (log of the number of classes).
-_RETAIN_BUDGET = 0.05
-
-# A repair is worth making while the first step need not grow beyond 1.15^8, about three times.
-_LENGTHEN, _LENGTHENED = 1.15, 9
+__all__ = ["STRATEGIES", "Goal", "LocalModel", "Point", "Strategy", "Walk", "natural", "relinearise", "search"]
 
 _LARGEST_STEP = 2.0**12
 _LARGEST_NEAR_NATURAL = 4.0
 _SMALLEST_STEP = 2.0**-6
 
+# The most solves of the risk, each at the weights that the last one led to.
+_MOST_SOLVES = 6
+
+# A step is kept where the risk falls by this share of what the local model predicts; else half of it is tried.
+_TRUSTED, _HALVINGS = 0.25, 3
+
+# Where it falls by more than predicted, twice the step is tried, up to this one.
+_LONGEST = 4.0
+
+# No further step for less than this share of the risk that is left, or of what was gained so far if that is less.
+_WORTH = 0.05
+
+# A further solve is for where the local model fails: not where the first step does to 10 % what was predicted.
+_HOLDS = 0.1
+
+# While a later step is made, the first one need not grow beyond 1.15^8, about three times.
+_LENGTHEN, _LENGTHENED = 1.15, 8
+
 
 class Goal(str, Enum):
-    """What an edit is for, and so what a search for the step looks at.
+    """What an edit is for, and so what the risk is that it should lower.
 
-    ``CLASS``: the forgotten examples are all that is known of their classes; none of them may be predicted any more.
-    Once that is so, a second solve at the new weights takes back what it cost on the retained data.
-    ``EXAMPLES``: others like them stay; the risk on the retained data, which retraining would minimise, decides. Only
+    ``CLASS``: the forgotten examples are all that is known of their classes; none of them may be predicted any more,
+    and nothing says what is to be predicted instead. The risk is the retained loss and half of the mean of
+    ``−log(1 − p)``, with ``p = exp(−ℓ)`` the probability that an example's own label has (unlikelihood; Welleck et al.,
+    ICLR 2020): unlike the loss with its sign turned, it has a minimum.
+    ``EXAMPLES``: others like them stay. The risk is that on the retained data, which retraining would minimise. Where
+    there are unseen examples to compare with, theirs is the loss that the forgotten ones should have; elsewhere only
     steps near the natural one are looked at.
-    ``LABELS``: labels are corrected; the risk on retained and corrected data decides.
+    ``LABELS``: labels are corrected. The risk is that on the retained and the corrected data.
 
-    No training ends in an exact minimum: the slope that it left in the risk on *all* data is subtracted from the risk,
-    so that the search answers the change of the data and does not go on training.
+    No training ends in an exact minimum: for ``EXAMPLES`` and ``LABELS`` the slope that it left in the risk on *all*
+    data is subtracted from the risk, so that an edit answers the change of the data and does not go on training.
     """
 
     CLASS = "class"
@@ -46,140 +61,235 @@ class Goal(str, Enum):
 
 @dataclass(frozen=True)
 class Point:
-    """What a step of a given size does, measured on training-side data.
+    """What a model is at a point of the way, measured on training-side data that no solve has seen.
 
     Attributes:
-        step: The multiple ``s`` of the solved change.
-        repair: The multiple of the second change, solved anew at the new weights to restore the retained loss.
-        forget_loss: Mean loss of the examples to be forgotten, with their old labels.
+        steps: How much of each solved change is made, in the order of the solves: multiples, 1 is the natural step.
+        forget_loss: Mean loss of (a sample of) the examples to be forgotten, with their old labels.
         retain_loss: Mean loss of (a sample of) the retained training data.
-        risk: What the goals ``EXAMPLES`` and ``LABELS`` minimise, see :class:`Goal`.
-        forgotten: Share of the examples to be forgotten whose loss is above that of guessing among the classes, so
-            that their label is no longer predicted; NaN where there are no classes.
+        risk: What should become small, see :class:`Goal`.
+        remembered: For a class, the share of its examples whose loss is below that of guessing. For single examples,
+            how well a threshold on the loss tells them from unseen ones of the same class (AUROC, 0.5: not at all).
+            NaN where neither is known.
     """
 
-    step: float
-    repair: float
+    steps: tuple[float, ...]
     forget_loss: float
     retain_loss: float
     risk: float
-    forgotten: float
+    remembered: float
+
+    @property
+    def step(self) -> float:
+        """The multiple of the first change."""
+        return self.steps[0] if self.steps else 0.0
+
+    @property
+    def moved(self) -> bool:
+        """Whether anything is changed here."""
+        return any(self.steps)
 
 
-def forget_class(measure: Callable[[float], Point], guessing: float) -> tuple[float, list[Point], bool]:
-    """The smallest step, from the natural one up where that is affordable, after which the class is forgotten.
+class LocalModel(NamedTuple):
+    """The risk along a solved change, to second order: ``risk(s) − risk(0) ≈ slope·s + bend·s²/2``."""
 
-    Steps are doubled until 99 % of the examples have a loss above that of guessing, and then the last doubling is
-    halved four times. A larger step forgets nothing more and costs retained loss. The search turns back where retained
-    loss has risen by 5 % of the loss of guessing; where the natural step costs more than that, it looks below it.
+    slope: float
+    bend: float
 
-    Args:
-        measure: What a step does.
-        guessing: The loss of a guess: ``log`` of the number of classes.
+    def change(self, step: float) -> float:
+        """By how much the risk should change."""
+        return self.slope * step + self.bend * step**2 / 2
 
-    Returns:
-        The step, all measured points in the order of measurement, and whether the class is forgotten there.
+
+class Walk(Protocol):
+    """The way from the trained weights to the edited ones, as a strategy sees it.
+
+    Attributes:
+        goal: What the edit is for.
+        enough: The largest :attr:`Point.remembered` that counts as forgotten; ``None`` where nothing tells.
+        affordable: The largest retained loss that forgetting may cost.
+        path: All points that were measured, in order. The first is the trained model.
     """
-    path = [measure(0.0)]
-    budget = path[0].retain_loss + _RETAIN_BUDGET * guessing
 
-    def affordable(point: Point) -> bool:
-        return math.isfinite(point.retain_loss) and point.retain_loss <= budget
+    goal: Goal
+    enough: float | None
+    affordable: float
+    path: list[Point]
 
-    def forgotten(point: Point) -> bool:
-        return point.forgotten >= _FORGOTTEN_SHARE and affordable(point)
+    def answer(self) -> LocalModel:
+        """Solves for the change of the theory: what answers the removal or relabelling at the trained weights."""
+
+    def descend(self, at: Point) -> LocalModel:
+        """Solves, at the weights of a point, for what lowers the risk."""
+
+    def measure(self, *steps: float) -> Point:
+        """The point that so much of each change leads to that was solved for, in the order of the solves."""
+
+
+Strategy = Callable[[Walk], Point]
+"""``walk →`` the point to go to, one of those measured."""
+
+STRATEGIES: Registry[Strategy] = Registry("step")
+"""All strategies by name; :meth:`Registry.register` adds one."""
+
+
+@STRATEGIES.register("natural")
+def natural(walk: Walk) -> Point:
+    """The step of the theory, 1, whatever it does."""
+    walk.answer()
+    return walk.measure(1.0)
+
+
+@STRATEGIES.register("search")
+def search(walk: Walk) -> Point:
+    """The best step along the change of the theory: the smallest that forgets, or the one of least risk."""
+    walk.answer()
+    return _best_along_answer(walk)
+
+
+@STRATEGIES.register("relinearise")
+def relinearise(walk: Walk) -> Point:
+    """Up to six steps, each solved at the weights that the last one led to.
+
+    For a class and for labels each lowers the risk: steps of a Gauss-Newton kind, kept as far as the risk on examples
+    that the solve has not seen falls as predicted. Single examples take the best step along the change of the theory
+    first. Where the local model fails on the way, as for a large share of the data, further ones take back what that
+    cost; if this brings back some of what was forgotten, the first step is lengthened until that is forgotten again.
+    """
+    first = best = walk.path[0]
+    if walk.goal is Goal.EXAMPLES or (walk.goal is Goal.CLASS and walk.enough is None):
+        expected = walk.answer()
+        best = _best_along_answer(walk)
+        actual, predicted = best.risk - first.risk, expected.change(best.step)
+        if not best.moved or not _forgotten(walk, best) or abs(actual - predicted) <= _HOLDS * abs(predicted):
+            return best
+    while len(best.steps) < _MOST_SOLVES:
+        model = walk.descend(best)
+        left, gained = abs(best.risk), first.risk - best.risk
+        worth = min(left, gained) if gained >= 0 else left  # forgetting may have cost more than was gained
+        if _forgotten(walk, best) and -model.change(1.0) < _WORTH * worth:
+            break
+        found = _trusted(walk, best, model)
+        if found is None:
+            break
+        best = found
+    return best
+
+
+def _forgotten(walk: Walk, point: Point) -> bool:
+    return walk.enough is None or point.remembered <= walk.enough
+
+
+def _affordable(walk: Walk, point: Point) -> bool:
+    return math.isfinite(point.retain_loss) and point.retain_loss <= walk.affordable
+
+
+def _trusted(walk: Walk, start: Point, model: LocalModel) -> Point | None:
+    """How much of the last change to make: as far as the risk falls as predicted, or twice that if it falls by more."""
+    before = start.steps
+
+    def lowers(point: Point, step: float) -> bool:
+        return point.risk - start.risk <= _TRUSTED * model.change(step)  # NaN does not
+
+    step, there = 1.0, walk.measure(*before, 1.0)
+    for _ in range(_HALVINGS):
+        if lowers(there, step):
+            break
+        step /= 2
+        there = walk.measure(*before, step)
+    if not lowers(there, step) or not there.risk < start.risk:
+        return None
+    while step >= 1.0 and 2 * step <= _LONGEST and there.risk - start.risk <= model.change(1.0):
+        further = walk.measure(*before, 2 * step)
+        if not further.risk < there.risk:
+            break
+        step, there = 2 * step, further
+    if walk.goal is Goal.EXAMPLES:
+        for _ in range(_LENGTHENED):
+            if _forgotten(walk, there):
+                break
+            first, *later = there.steps
+            there = walk.measure(first * _LENGTHEN, *later)
+        if not _forgotten(walk, there) or not there.risk < start.risk:
+            return None
+    return there
+
+
+def _best_along_answer(walk: Walk) -> Point:
+    return _least_risk(walk) if walk.enough is None else _smallest_that_forgets(walk)
+
+
+def _smallest_that_forgets(walk: Walk) -> Point:
+    """The smallest step, from the natural one up where that is affordable, after which the examples are forgotten.
+
+    Steps are doubled until they are, and then the last doubling is halved four times. A larger step forgets nothing
+    more and costs retained loss. The search turns back where that is no longer affordable; where it is not at the
+    natural step, smaller ones are looked at. If no step forgets, the longest affordable one that does forget something.
+    """
+    before = walk.path[0]
+    tried = [before, walk.measure(1.0)]
+
+    def enough(point: Point) -> bool:
+        return _forgotten(walk, point) and _affordable(walk, point)
 
     step = 1.0
-    path.append(measure(step))
-    while not affordable(path[-1]) and step > _SMALLEST_STEP:
+    while not _affordable(walk, tried[-1]) and step > _SMALLEST_STEP:
         step /= 2
-        path.append(measure(step))
+        tried.append(walk.measure(step))
     if step == 1.0:
-        while not forgotten(path[-1]) and affordable(path[-1]) and step < _LARGEST_STEP:
+        while not enough(tried[-1]) and _affordable(walk, tried[-1]) and step < _LARGEST_STEP:
             step *= 2
-            path.append(measure(step))
+            tried.append(walk.measure(step))
     # The natural step is enough, or the answer lies between the last step that is affordable and does not forget, and
     # the first that is not or does.
-    if not (forgotten(path[-1]) and step == 1.0):
-        low = max((p.step for p in path if affordable(p) and not forgotten(p)), default=0.0)
-        high = min((p.step for p in path if p.step > low), default=0.0)
+    if not (enough(tried[-1]) and step == 1.0):
+        short = [p.steps[0] for p in tried if p.moved and _affordable(walk, p) and not enough(p)]
+        low = max(short, default=0.0)
+        high = min((p.steps[0] for p in tried if p.moved and p.steps[0] > low), default=0.0)
         for _ in range(4 if low and high else 0):
-            path.append(measure(math.sqrt(low * high)))
-            if affordable(path[-1]) and not forgotten(path[-1]):
-                low = path[-1].step
+            tried.append(walk.measure(math.sqrt(low * high)))
+            if _affordable(walk, tried[-1]) and not enough(tried[-1]):
+                low = tried[-1].steps[0]
             else:
-                high = path[-1].step
-    enough = [point for point in path if point.step and forgotten(point)]
-    if enough:
-        return min(point.step for point in enough), path, True
-    worth = [point.step for point in path if affordable(point) and point.forget_loss > path[0].forget_loss]
-    return max(worth, default=0.0), path, False
+                high = tried[-1].steps[0]
+    found = [point for point in tried if point.moved and enough(point)]
+    if found:
+        return min(found, key=lambda point: point.steps)
+    worth = [point for point in tried if _affordable(walk, point) and point.forget_loss > before.forget_loss]
+    return max(worth, key=lambda point: point.steps, default=before)
 
 
-def restore(measure: Callable[[float, float], Point], start: Point) -> tuple[Point, list[Point]]:
-    """How much of the second change to make, and how much more of the first, so that the class stays forgotten.
-
-    The second change restores the retained loss and brings back some of what was forgotten. For each of a few multiples
-    of it, the first step is lengthened until 99 % of the examples have lost their label again.
-
-    Args:
-        measure: What a step and a multiple of the second change do together.
-        start: What the first change did.
-
-    Returns:
-        The point of least retained loss at which the class is forgotten, and all measured points.
-    """
-    path, best = [], start
-    for repair in (1.0, 0.5, 0.25):
-        step = start.step
-        for _ in range(_LENGTHENED):
-            path.append(measure(step, repair))
-            if path[-1].forgotten >= _FORGOTTEN_SHARE or not path[-1].retain_loss < best.retain_loss:
-                break
-            step *= _LENGTHEN
-        if path[-1].forgotten >= _FORGOTTEN_SHARE and path[-1].retain_loss < best.retain_loss:
-            best = path[-1]
-    return best, path
-
-
-def minimise_risk(measure: Callable[[float], Point], *, near_natural: bool) -> tuple[float, list[Point]]:
-    """The step that gives the least risk on the data that retraining would see.
+def _least_risk(walk: Walk) -> Point:
+    """The step that gives the least risk.
 
     Steps are doubled or halved from the natural one while the risk falls; the interval around the best is then refined
-    by four more measurements. Zero is a possible answer: no step along this direction lowers the risk.
-
-    Args:
-        measure: What a step does.
-        near_natural: Try no step above 4.
-
-    Returns:
-        The step, and all measured points in the order of measurement.
+    by four more measurements. Zero is a possible answer: no step along this change lowers the risk.
     """
-    path = [measure(0.0), measure(1.0)]
-    largest = _LARGEST_NEAR_NATURAL if near_natural else _LARGEST_STEP
+    tried = [walk.path[0], walk.measure(1.0)]
+    largest = _LARGEST_NEAR_NATURAL if walk.goal is Goal.EXAMPLES else _LARGEST_STEP
 
     def risk(point: Point) -> float:
         return point.risk if math.isfinite(point.risk) else math.inf
 
     step = 2.0
     while step <= largest:
-        path.append(measure(step))
-        if risk(path[-1]) >= risk(path[-2]):
+        tried.append(walk.measure(step))
+        if risk(tried[-1]) >= risk(tried[-2]):
             break
         step *= 2
     step = 0.5
-    while min(path, key=risk).step <= 2 * step and step >= _SMALLEST_STEP:
-        path.append(measure(step))
-        if risk(path[-1]) >= min(risk(point) for point in path[:-1]) and min(path, key=risk).step > 0:
+    while min(tried, key=risk).step <= 2 * step and step >= _SMALLEST_STEP:
+        tried.append(walk.measure(step))
+        if risk(tried[-1]) >= min(risk(point) for point in tried[:-1]) and min(tried, key=risk).moved:
             break
         step /= 2
-    best = min(path, key=risk)
+    best = min(tried, key=risk)
     factor = math.sqrt(2.0)
     for _ in range(2):
-        if best.step == 0.0:
+        if not best.moved:
             break
-        centre = best.step
-        path += [measure(size) for size in (centre * factor, centre / factor) if size <= largest]
-        best = min(path, key=risk)
+        centre = best.steps[0]
+        tried += [walk.measure(size) for size in (centre * factor, centre / factor) if size <= largest]
+        best = min(tried, key=risk)
         factor = math.sqrt(factor)
-    return best.step, path
+    return best

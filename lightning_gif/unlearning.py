@@ -5,35 +5,57 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._compat import rank_zero_warn
-from .curvature import METHODS, Group, Submatrix
-from .data import Examples, class_targets, locate, relabelled
+from .curvature import METHODS, Combination, Group, Method, Submatrix
+from .data import Examples, example_classes, locate, relabelled
 from .errors import ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError, TrainingDataError
 from .objective import Objective
 from .parameters import Edit, Targets
 from .reports.unlearning import Change, UnlearnReport
 from .sampling import curvature_sample
 from .settings import Settings
-from .steps import Goal, Point, forget_class, minimise_risk, restore
+from .solvers import LinearOperator, Solution
+from .steps import STRATEGIES, Goal, LocalModel, Point, Strategy
 
 __all__ = ["Step", "check_step", "unlearn"]
 
-Step = Literal["search", "natural"] | float
+Step = str | float | Strategy
+
+# The share of a class that may keep its label: the odd example that is not what its label says.
+_CLASS_ENOUGH = 0.01
+
+# A threshold on the loss that tells forgotten examples from unseen ones no better than a coin.
+_EXAMPLES_ENOUGH = 0.5
+
+# What the unlikelihood of a forgotten class weighs beside the retained loss.
+_CLASS_WEIGHT = 0.5
+
+# What forgetting may cost in retained loss: for a class a share of the loss of guessing, and for single examples half
+# the way to the loss of unseen ones, beyond which the others would be forgotten rather than remembered as well.
+_CLASS_BUDGET, _EXAMPLES_BUDGET = 0.05, 0.5
+
+# The forgotten or corrected examples get at least this share of the curvature's examples, where they are part of it.
+_LEAST_SHARE = 0.25
 
 
 def check_step(step: Step) -> None:
-    """Raises a :class:`~lightning_gif.errors.ConfigurationError` unless ``step`` is a known name or a finite number."""
-    if step in ("search", "natural"):
-        return
-    if isinstance(step, bool) or not isinstance(step, (int, float)) or not math.isfinite(step):
-        raise ConfigurationError(f"`step` must be 'search', 'natural' or a finite number, got {step!r}.")
+    """Raises a :class:`~lightning_gif.errors.ConfigurationError` unless ``step`` can be made."""
+    if isinstance(step, str):
+        STRATEGIES[step]
+    elif not callable(step) and (
+        isinstance(step, bool) or not isinstance(step, (int, float)) or not math.isfinite(step)
+    ):
+        raise ConfigurationError(
+            f"`step` must be one of {', '.join(map(repr, STRATEGIES))}, a finite number, or a function from a walk to a"
+            f" point (see lightning_gif.steps), got {step!r}."
+        )
 
 
 def unlearn(
@@ -45,14 +67,15 @@ def unlearn(
     *,
     relabel: Tensor | int | Callable[[Any], Tensor] | None = None,
     retain: Examples | None = None,
-    step: Step = "search",
+    unseen: Examples | None = None,
+    step: Step = "relinearise",
 ) -> UnlearnReport:
     """Plans the edit after which the model behaves as if it had not seen some examples, or had seen other labels.
 
     With ``U`` the ``m`` examples and ``n − m`` others retained, the weighted gradient is ``g = m/(n−m) ∇ℓ̄(U)`` for
     removal and ``g = m/(n−m) ∇[ℓ̄(U, old) − ℓ̄(U, new)]`` for relabelling (GIF, arXiv 2312.05586, section 3). The method
-    turns it into a change ``x`` of the targets, and a step ``s`` is chosen: ``θ[S] ← θ[S] + s·x``. Nothing is written
-    to the model here.
+    turns it into a change ``x`` of the targets. A strategy decides how far to go along it, and whether to solve anew at
+    the weights that this leads to: see :mod:`lightning_gif.steps`. Nothing is written to the model here.
 
     Args:
         objective: An open objective.
@@ -62,7 +85,8 @@ def unlearn(
         choose_targets: Called for the target parameters, unless the method changes all of them.
         relabel: New targets, see :func:`~lightning_gif.data.relabelled`; ``None`` removes the examples.
         retain: The retained examples; by default all of ``train`` that are not found in ``forget``.
-        step: ``"search"``, ``"natural"`` (1), or a number.
+        unseen: Examples like the training data that the model was not trained on.
+        step: The name of a strategy or one itself, or a number: that multiple of the one change.
 
     Raises:
         BatchError: If the examples are not structured as training batches are.
@@ -80,118 +104,43 @@ def unlearn(
 
     found = locate(forget, train)
     retained = _retained(train, forget, found, notes) if retain is None else _without(retain, forget, notes)
-    memory = settings.bytes_to_keep(objective.device)
-    sample = curvature_sample(
-        objective, retained, settings.curvature_examples, settings.curvature_sampling, settings.seed
-    ).held(memory)
-    objective.check(sample, "retain")
+    members = max(len(forget), len(found))
+    task = _Task.prepare(objective, forget, corrected, retained, unseen, settings, members / len(retained))
+    objective.check(task.sample, "retain")
 
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
-    positions = targets.flat(objective.space).to(objective.device)
-    forget_gradient = objective.gradient(forget)
-    corrected_gradient = None if corrected is None else objective.gradient(corrected)
-    members = max(len(forget), len(found))
-    share = members / len(retained)
-    # Weight decay does not become less where fewer examples are in the mean, so each example's loss carries its share.
-    decay = settings.weight_decay * objective.theta
-    gradient = share * (forget_gradient + decay if corrected_gradient is None else forget_gradient - corrected_gradient)
-    if not gradient[positions].any():
-        raise ObjectiveError(
-            "The loss of the forget examples does not depend on the target parameters: its gradient on all of them is"
-            " exactly zero. Use targets='batch', a larger ratio, or method='if'."
-        )
+    walk = _Walk(objective, task, settings, method, targets.flat(objective.space).to(objective.device))
+    if isinstance(step, (int, float)):
+        walk.answer()
+        chosen = walk.measure(float(step))
+    else:
+        chosen = (STRATEGIES[step] if isinstance(step, str) else step)(walk)
+        if step != "natural":
+            _tell(walk, chosen, notes)
 
-    # The losses of a large set to be removed are judged on a sample of it; corrected examples are in memory anyway.
-    judged = (
-        forget if corrected is not None or forget.cached else forget.sample(settings.curvature_examples, settings.seed)
-    )
-    judged = judged.held(memory)
-
-    with objective.progress("Hessian products") as bar:
-        opened = partial(settings.open_curvature, objective, on_product=bar.update)
-        curvature = opened(sample)
-        old, new = opened(judged, keep=False), None if corrected is None else opened(corrected, keep=False)
-        group = Group(members / (members + len(retained)), old, new)
-        change, solutions = method.edit(curvature, positions, gradient, settings.solve, group)
-        bend = float(change @ Submatrix(curvature, positions, positions).matvec(change))
-        description = settings.describe(curvature)
-    del curvature, group, old, new  # and the passes that they kept
-    if not change.any():
-        raise ObjectiveError(
-            "The solve found no change of the target parameters that would answer the removal: the retained loss has no"
-            " curvature along them. Use other targets, a larger ratio, or method='if'."
-        )
-
-    forgotten_classes = _classes(forget)
-    kept_classes = _classes(retained) if forgotten_classes else set()
-    goal = _goal(forgotten_classes, kept_classes, relabelled=corrected is not None)
-    classes = len(forgotten_classes | kept_classes)
-    guessing = math.log(classes) if classes > 1 else None
-
-    retain_gradient = objective.gradient(sample)
-    slope = float((retain_gradient + decay + share * (forget_gradient + decay))[positions] @ change)
-
-    repair, second, repair_solve = 0.0, torch.zeros_like(change), None
-
-    def moved(size: float, repair: float = 0.0) -> Tensor:
-        return objective.theta.index_add(0, positions, size * change + repair * second)
-
-    def measure(size: float, repair: float = 0.0) -> Point:
-        theta = moved(size, repair)
-        losses = objective.all_losses(judged, theta).double()
-        retain_loss = objective.mean_loss(sample, theta)
-        risk = retain_loss - size * slope
-        if corrected is not None:
-            risk = (risk + share * objective.mean_loss(corrected, theta)) / (1 + share)
-        risk += settings.weight_decay / 2 * float(theta @ theta)
-        forgotten = float((losses >= guessing).double().mean()) if guessing is not None else math.nan
-        return Point(size, repair, float(losses.mean()), retain_loss, risk, forgotten)
-
-    size, path, forgotten = _choose(step, goal, guessing, measure, notes)
-    if forgotten:
-        # A step that forgets a class is far from the natural one, where the local model of the retained risk no longer
-        # holds. At the new weights it is solved anew, for the gradient that the retained risk has there.
-        with objective.progress("Hessian products, at the new weights") as bar:
-            there = moved(size)
-            slope_there = objective.gradient(sample, there) + settings.weight_decay * there
-            again = settings.open_curvature(objective, sample, there, on_product=bar.update)
-            # A repair is measured before it is made, so it may be as good as it gets.
-            solve = settings.override({"unconverged": "ignore"}).solve
-            second, (repaired, *_) = method.edit(again, positions, -slope_there, solve)
-        best, measured = restore(measure, next(point for point in path if point.step == size))
-        path += measured
-        size, repair = best.step, best.repair
-        repair_solve = repaired.summary()
-        if not repaired.converged:
-            notes.append(f"The second solve, for the repair, ended as {str(repaired.status)!r}.")
-    total = moved(size, repair)[positions] - objective.theta[positions]
-    edit = Edit.plan(objective.module, targets, objective.space, total)
+    change = walk.moved(chosen.steps)[walk.positions] - objective.theta[walk.positions]
+    edit = Edit.plan(objective.module, targets, objective.space, change)
     edited = objective.theta.clone()
-    edited[positions] = edit.flat_new(objective.space).to(edited)
-
-    retain_slope = retain_gradient[positions] @ change
-    bend -= settings.weight_decay * float(change @ change)  # the loss alone
-    solution = max(solutions, key=lambda solution: solution.residual)
+    edited[walk.positions] = edit.flat_new(objective.space).to(edited)
+    forget_change, retain_change, relabelled_change = walk.changes(edited, chosen)
     report = UnlearnReport(
         edit=edit,
-        goal=goal,
-        step=size,
-        repair=repair,
-        forget=_change(objective, judged, edited, size * forget_gradient[positions] @ change),
-        retain=_change(objective, sample, edited, size * retain_slope + size**2 * bend / 2),
-        relabelled=None
-        if corrected is None or corrected_gradient is None
-        else _change(objective, corrected, edited, size * corrected_gradient[positions] @ change),
+        goal=task.goal,
+        steps=list(chosen.steps) or [0.0],
+        forget=forget_change,
+        retain=retain_change,
+        relabelled=relabelled_change,
+        remembered=(walk.path[0].remembered, chosen.remembered),
         n_forget=len(forget),
         n_found=len(found),
         n_retain=len(retained),
+        n_unseen=0 if task.unseen is None else len(task.unseen),
         n_parameters=objective.space.size,
-        path=path,
-        solve=solution.summary(),
-        repair_solve=repair_solve,
-        residuals=solution.residuals,
-        curvature=description,
+        path=walk.path,
+        solves=[solution.summary() for solution in walk.solutions],
+        residuals=walk.solutions[0].residuals,
+        curvature=walk.description,
         settings=asdict(settings),
         notes=notes,
         seconds=time.perf_counter() - start,
@@ -199,10 +148,310 @@ def unlearn(
     for name, after in (("forget", report.forget.after), ("retain", report.retain.after)):
         if not math.isfinite(after):
             raise NonFiniteError(
-                f"At step {size:.3g} the {name} loss would be {after}. Nothing was changed. Choose a smaller `step`, or"
-                " 'search'."
+                f"At step {report.step:.3g} the {name} loss would be {after}. Nothing was changed. Choose a smaller"
+                " `step`, or 'search'."
             )
     return report
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What an edit is for and the data that it is decided on.
+
+    Attributes:
+        goal: See :class:`~lightning_gif.steps.Goal`.
+        forget: The examples in question.
+        judged: Those of them whose losses are looked at.
+        corrected: The same with their new labels; ``None`` for removal.
+        sample: The retained examples that the curvature is taken over.
+        check: The retained examples that steps are measured on: others, where there are enough.
+        unseen: Examples that the model was not trained on; ``None`` where there are none, or the goal needs none.
+        share: ``m/(n−m)``, the weight of the forgotten examples.
+        guessing: The loss of a guess among the classes; ``None`` where there are none.
+    """
+
+    goal: Goal
+    forget: Examples
+    judged: Examples
+    corrected: Examples | None
+    sample: Examples
+    check: Examples
+    unseen: Examples | None
+    share: float
+    guessing: float | None
+
+    @classmethod
+    def prepare(
+        cls,
+        objective: Objective,
+        forget: Examples,
+        corrected: Examples | None,
+        retained: Examples,
+        unseen: Examples | None,
+        settings: Settings,
+        share: float,
+    ) -> _Task:
+        memory, count, seed = settings.bytes_to_keep(objective.device), settings.curvature_examples, settings.seed
+        sample = curvature_sample(objective, retained, count, settings.curvature_sampling, seed)
+        rest = torch.ones(len(retained), dtype=torch.bool)
+        rest[torch.isin(retained.ids, sample.ids)] = False
+        # A solve lowers the loss of the examples that it sees more than that of others like them, so steps are measured
+        # on others.
+        enough = len(sample) < len(retained) and int(rest.sum()) >= len(sample) // 2
+        check = retained.at(rest.nonzero().squeeze(1)).sample(count, seed) if enough else sample
+
+        gone = example_classes(forget)
+        kept = None if gone is None else example_classes(retained)
+        classes = 0 if gone is None or kept is None else len(torch.cat([gone, kept]).unique())
+        if corrected is not None:
+            goal = Goal.LABELS
+        else:
+            whole = gone is not None and kept is not None and not torch.isin(gone, kept).any()
+            goal = Goal.CLASS if whole else Goal.EXAMPLES
+        # The losses of a large set are judged on a sample of it; corrected examples are in memory anyway.
+        judged = forget if corrected is not None or forget.cached else forget.sample(count, seed)
+        compared = None if unseen is None or goal is not Goal.EXAMPLES else unseen.sample(count, seed).held(memory)
+        return cls(
+            goal=goal,
+            forget=forget,
+            judged=judged.held(memory),
+            corrected=corrected,
+            sample=sample.held(memory),
+            check=check.held(memory),
+            unseen=compared,
+            share=share,
+            guessing=math.log(classes) if classes > 1 else None,
+        )
+
+
+class _Walk:
+    """The weights on their way, see :class:`~lightning_gif.steps.Walk`.
+
+    Args:
+        objective: An open objective.
+        task: What the way is for.
+        settings: Method, solver and their parameters.
+        method: The method that is named there.
+        positions: The targets ``(k,)``.
+
+    Raises:
+        ObjectiveError: If the examples do not depend on the targets.
+    """
+
+    def __init__(
+        self, objective: Objective, task: _Task, settings: Settings, method: Method, positions: Tensor
+    ) -> None:
+        self.goal, self.positions = task.goal, positions
+        self.path: list[Point] = []
+        self.solutions: list[Solution] = []
+        self.description: dict[str, Any] = {}
+        self._objective, self._task, self._settings, self._method = objective, task, settings, method
+        self._changes: list[Tensor] = []
+        self._answer: LocalModel | None = None
+        self._unseen_losses = None if task.unseen is None else _by_class(objective, task.unseen)
+        self._classes = None if task.unseen is None else _classes(task.judged)
+        # What the risk is made of: the retained loss and that of the corrected examples, or a class's unlikelihood.
+        self._weights = (1.0, 0.0)
+        if task.corrected is not None:
+            self._weights = (1 / (1 + task.share), task.share / (1 + task.share))
+        elif task.goal is Goal.CLASS and task.guessing is not None:
+            self._weights = (1.0, _CLASS_WEIGHT)
+
+        theta, share = objective.theta, task.share
+        decay = settings.weight_decay * theta
+        self._old = objective.gradient(task.forget)
+        self._new = None if task.corrected is None else objective.gradient(task.corrected)
+        # Weight decay does not become less where fewer examples are in the mean, so each loss carries its share of it.
+        self._gradient = share * (self._old + decay if self._new is None else self._old - self._new)
+        if not self._gradient[positions].any():
+            raise ObjectiveError(
+                "The loss of the forget examples does not depend on the target parameters: its gradient on all of them"
+                " is exactly zero. Use targets='batch', a larger ratio, or method='if'."
+            )
+        # The slope that training left in the risk on all data, as the two samples of the retained data show it.
+        self._retain_slope = objective.gradient(task.check)
+        left = share * (self._old + decay) + decay
+        self._left_check = self._left_sample = torch.zeros_like(theta)
+        if task.goal is not Goal.CLASS:
+            self._left_check = self._left_sample = self._retain_slope + left
+            if task.check is not task.sample:
+                self._left_sample = objective.gradient(task.sample) + left
+        self.enough, self.affordable = self._limits(self.measure())
+
+    def _limits(self, start: Point) -> tuple[float | None, float]:
+        task = self._task
+        if task.goal is Goal.CLASS and task.guessing is not None:
+            return _CLASS_ENOUGH, start.retain_loss + _CLASS_BUDGET * task.guessing
+        if self._unseen_losses is not None and not math.isnan(start.remembered):
+            losses = torch.cat(list(self._unseen_losses.values()))
+            budget = _EXAMPLES_BUDGET * max(float(losses.mean()) - start.retain_loss, 0.0)
+            return _EXAMPLES_ENOUGH, start.retain_loss + budget
+        return None, math.inf
+
+    def moved(self, steps: tuple[float, ...]) -> Tensor:
+        """The weights ``(p,)`` at a point."""
+        theta = self._objective.theta.clone()
+        for size, change in zip(steps, self._changes, strict=False):
+            theta.index_add_(0, self.positions, size * change)
+        return theta
+
+    def measure(self, *steps: float) -> Point:
+        objective, task = self._objective, self._task
+        theta = self.moved(steps)
+        losses = objective.all_losses(task.judged, theta).double()
+        retain = objective.mean_loss(task.check, theta)
+        of_retained, of_others = self._weights
+        risk = of_retained * (retain - float(self._left_check @ (theta - objective.theta)))
+        if task.corrected is not None:
+            risk += of_others * objective.mean_loss(task.corrected, theta)
+        elif of_others:
+            risk += of_others * float(_unlikelihood(losses).mean())
+        risk += self._settings.weight_decay / 2 * float(theta @ theta)
+        point = Point(tuple(steps), float(losses.mean()), retain, risk, self._remembered(losses, theta))
+        self.path.append(point)
+        return point
+
+    def _remembered(self, losses: Tensor, theta: Tensor) -> float:
+        task = self._task
+        if task.goal is Goal.CLASS and task.guessing is not None:
+            return float((losses < task.guessing).double().mean())
+        if task.unseen is None or self._classes is None:
+            return math.nan
+        unseen = _by_class(self._objective, task.unseen, theta)
+        told, pairs = 0.0, 0
+        for label, others in unseen.items():
+            mine = losses[self._classes == label].cpu()
+            if len(mine):
+                others = others.sort().values
+                above = len(others) - torch.searchsorted(others, mine, right=True)
+                equal = torch.searchsorted(others, mine, right=True) - torch.searchsorted(others, mine)
+                told += float((above + equal / 2).double().sum()) / len(others)
+                pairs += len(mine)
+        return told / pairs if pairs else math.nan
+
+    def answer(self) -> LocalModel:
+        objective, task, settings = self._objective, self._task, self._settings
+        with objective.progress("Hessian products") as bar:
+            opened = partial(settings.open_curvature, objective, on_product=bar.update)
+            curvature = opened(task.sample)
+            new = None if task.corrected is None else opened(task.corrected, keep=False)
+            group = Group(task.share / (1 + task.share), opened(task.judged, keep=False), new)
+            bend = self._take(curvature, self._gradient, settings, group)
+            self.description = self.description or settings.describe(curvature)
+        of_retained, of_others = self._weights
+        decay = settings.weight_decay * objective.theta
+        slope = of_retained * (self._retain_slope + decay - self._left_check)
+        if self._new is not None:
+            slope = slope + of_others * (self._new + decay)
+        self._answer = LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
+        return self._answer
+
+    def descend(self, at: Point) -> LocalModel:
+        objective, task, settings = self._objective, self._task, self._settings
+        there = self.moved(at.steps)
+        of_retained, of_others = self._weights
+        slope = of_retained * (objective.gradient(task.sample, there) - self._left_sample)
+        with objective.progress("Hessian products, at the new weights") as bar:
+            opened = partial(settings.open_curvature, objective, theta=there, on_product=bar.update)
+            curvature = opened(task.sample)
+            whole: LinearOperator = curvature
+            if of_others:
+                examples = task.judged if task.corrected is None else task.corrected
+                loss_sum = self._unlikelihood_sum if task.corrected is None else None
+                few = math.ceil(len(task.sample) * max(_LEAST_SHARE, min(of_others, 1 - of_retained)))
+                slope = slope + of_others * objective.gradient(examples, there, loss_sum)
+                others = opened(examples.sample(few, settings.seed), loss_sum=loss_sum)
+                whole = Combination((of_retained, curvature), (of_others, others))
+            slope = slope + settings.weight_decay * there
+            # A step is measured before it is made, so the solve may be as good as it gets.
+            bend = self._take(whole, -slope, settings.override({"unconverged": "ignore"}))
+            self.description = self.description or settings.describe(curvature)
+        return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
+
+    def _unlikelihood_sum(self, theta: Tensor, data: Any) -> Tensor:
+        return _unlikelihood(self._objective.losses(theta, data)).sum()
+
+    def _take(
+        self, curvature: LinearOperator, gradient: Tensor, settings: Settings, group: Group | None = None
+    ) -> float:
+        """Solves for a change, and says how the risk bends along it."""
+        change, solutions = self._method.edit(curvature, self.positions, gradient, settings.solve, group)
+        if not change.any():
+            raise ObjectiveError(
+                "The solve found no change of the target parameters that would answer the removal: the retained loss"
+                " has no curvature along them. Use other targets, a larger ratio, or method='if'."
+            )
+        self._changes.append(change)
+        self.solutions.append(max(solutions, key=lambda solution: solution.residual))
+        return float(change @ Submatrix(curvature, self.positions, self.positions).matvec(change))
+
+    def changes(self, edited: Tensor, chosen: Point) -> tuple[Change, Change, Change | None]:
+        """The losses before and after, forgotten, retained and relabelled, and what the theory made of them.
+
+        Args:
+            edited: The new weights ``(p,)`` as they are rounded in the model.
+            chosen: The point that they come from.
+        """
+        objective, task, change = self._objective, self._task, self._changes[0]
+        told = self._answer is not None and not any(chosen.steps[1:])
+        # Of the loss alone.
+        bend = 0.0 if self._answer is None else self._answer.bend
+        bend -= self._settings.weight_decay * float(change @ change)
+
+        def of(examples: Examples, slope: Tensor, before: float, bend: float = 0.0) -> Change:
+            predicted = before + chosen.step * float(slope[self.positions] @ change) + chosen.step**2 * bend / 2
+            return Change(before, objective.mean_loss(examples, edited), predicted if told else math.nan)
+
+        start, corrected = self.path[0], task.corrected
+        return (
+            of(task.judged, self._old, start.forget_loss),
+            of(task.check, self._retain_slope, start.retain_loss, bend),
+            None
+            if corrected is None or self._new is None
+            else of(corrected, self._new, objective.mean_loss(corrected)),
+        )
+
+
+def _unlikelihood(losses: Tensor) -> Tensor:
+    """``−log(1 − p)`` with ``p = exp(−ℓ)`` the probability of an example's own label, from its cross-entropy ``ℓ``."""
+    return -torch.log(-torch.expm1(-losses.clamp_min(torch.finfo(losses.dtype).tiny)))
+
+
+def _by_class(objective: Objective, examples: Examples, theta: Tensor | None = None) -> dict[int, Tensor]:
+    """The losses of the examples of each class."""
+    losses, classes = objective.all_losses(examples, theta).double().cpu(), _classes(examples)
+    return {int(label): losses[classes == label] for label in classes.unique()}
+
+
+def _classes(examples: Examples) -> Tensor:
+    """The class of each example, ``(n,)``; one class for all where there are none."""
+    found = example_classes(examples)
+    return torch.zeros(len(examples), dtype=torch.long) if found is None else found
+
+
+def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
+    """Warns of a search that did not find what it was for."""
+    first = walk.path[0]
+    if walk.enough is not None and chosen.remembered > walk.enough:
+        what = "class was" if walk.goal is Goal.CLASS else "examples were"
+        _warn(
+            notes,
+            f"The search stopped before the {what} forgotten ({chosen.remembered:.2f} are remembered, {walk.enough:g}"
+            " would do; see Point.remembered): a larger step would raise the retained loss too far. Try"
+            " targets='batch', another selector, or a larger ratio; or give `step` a number.",
+        )
+    elif walk.goal is Goal.CLASS and walk.enough is not None and first.remembered == 0.0:
+        _warn(
+            notes,
+            "The losses of the class are above that of guessing before any step, so the search cannot tell when it is"
+            " forgotten (is the loss a cross-entropy?). The natural step was made; or give `step` a number.",
+        )
+    elif not chosen.moved:
+        _warn(
+            notes,
+            "The search found no step that lowers the risk on the data that retraining would see; the edit changes"
+            " nothing. step='natural' makes the step of the theory all the same.",
+        )
 
 
 def _retained(train: Examples, forget: Examples, found: Tensor, notes: list[str]) -> Examples:
@@ -249,56 +498,3 @@ def _warn(notes: list[str], text: str) -> None:
     """Says something now and in the report."""
     notes.append(text)
     rank_zero_warn(text, category=GIFWarning)
-
-
-def _classes(examples: Examples) -> set[int]:
-    """The classes of examples; none where they have no classes."""
-    found: set[int] = set()
-    for batch in examples.batches():
-        classes = class_targets(batch.data)
-        if classes is not None:
-            found.update(classes.unique().tolist())
-    return found
-
-
-def _goal(forgotten: set[int], kept: set[int], *, relabelled: bool) -> Goal:
-    if relabelled:
-        return Goal.LABELS
-    return Goal.CLASS if forgotten and kept and not forgotten & kept else Goal.EXAMPLES
-
-
-def _choose(
-    step: Step, goal: Goal, guessing: float | None, measure: Callable[[float], Point], notes: list[str]
-) -> tuple[float, list[Point], bool]:
-    """The step, what was measured on the way, and whether a class was searched for and is forgotten there."""
-    if step != "search":
-        size = 1.0 if step == "natural" else float(step)
-        return size, [measure(0.0), measure(size)], False
-    if goal is Goal.CLASS and guessing is not None:
-        size, path, forgotten = forget_class(measure, guessing)
-        if not forgotten:
-            _warn(
-                notes,
-                "The search stopped before the class was forgotten: a larger step would raise the retained loss too"
-                " far. Try targets='batch', another selector, or a larger ratio; or give `step` a number.",
-            )
-        elif path[0].forgotten == 1.0:
-            _warn(
-                notes,
-                "The losses of the class are above that of guessing before any step, so the search cannot tell when it"
-                " is forgotten (is the loss a cross-entropy?). The natural step was made; or give `step` a number.",
-            )
-        return size, path, forgotten
-    size, path = minimise_risk(measure, near_natural=goal is Goal.EXAMPLES)
-    if size == 0.0:
-        _warn(
-            notes,
-            "The search found no step that lowers the risk on the data that retraining would see; the edit changes"
-            " nothing. step='natural' makes the step of the theory all the same.",
-        )
-    return size, path, False
-
-
-def _change(objective: Objective, examples: Examples, edited: Tensor, predicted: Tensor | float) -> Change:
-    before = objective.mean_loss(examples)
-    return Change(before=before, after=objective.mean_loss(examples, edited), predicted=before + float(predicted))

@@ -26,6 +26,9 @@ BOTH_FITS = pytest.mark.parametrize("long", [False, True], ids=["short", "long"]
 # The losses of recurrent nets are computed one example after the other, or little faster.
 EXAMPLES = dict.fromkeys(NETS, 96) | {"gru": 24, "lstm": 48, "cells": 9}
 
+# Unlearning asks for a number of steps unless it is given this.
+RTOL = 1e-2
+
 # What it takes to tell the classes by a mean of embeddings.
 LEARNING_RATES = dict.fromkeys(NETS, 0.01) | {"embedding": 0.05}
 
@@ -63,22 +66,21 @@ def check_influence(report: InfluenceReport, solver: str) -> None:
     found = report.solution
     assert found.solver == solver
     assert found.status is Status.CONVERGED
-    assert found.residual <= found.rtol == GIFCallback().settings.rtol
+    assert found.residual <= found.rtol == 1e-3
     assert torch.isfinite(found.x).all()
     assert torch.isfinite(report.scores).all()
     assert report.scores.any()
 
 
 def check_edit(report: UnlearnReport, solver: str) -> None:
-    solves = [report.solve] if report.repair_solve is None else [report.solve, report.repair_solve]
-    for found in solves:
+    for found in report.solves:
         assert found["solver"] == solver
         assert found["status"] == "converged"
-        assert found["residual"] <= found["rtol"] == GIFCallback().settings.rtol
+        assert found["residual"] <= found["rtol"] == RTOL
     assert all(torch.isfinite(new).all() for new in report.edit.new.values())
     changed = any((report.edit.new[name] != old).any() for name, old in report.edit.old.items())
     assert changed == bool(report.step)  # no step, where none of those that can be afforded forgets anything
-    assert torch.isfinite(torch.tensor([*report.forget, *report.retain])).all()
+    assert torch.isfinite(torch.tensor([report.forget.after, report.retain.after])).all()
 
 
 @ALL_SOLVERS
@@ -94,7 +96,7 @@ def test_influence_converges_on_every_net(name: str, long: bool, solver: str) ->
 @pytest.mark.parametrize("name", list(NETS))
 def test_forgetting_a_class_converges_on_every_net(name: str, long: bool, solver: str) -> None:
     net = trained(name, long)
-    check_edit(net.trainer.unlearn(net.one_class, solver=solver, dry_run=True), solver)
+    check_edit(net.trainer.unlearn(net.one_class, solver=solver, rtol=RTOL, step="search", dry_run=True), solver)
 
 
 @ALL_SOLVERS
@@ -103,7 +105,10 @@ def test_solves_for_all_weights_of_a_recurrent_net_converge(long: bool, solver: 
     """By default nine weights of its head are targets, which no solver finds hard."""
     net = trained("gru", long)
     check_influence(net.trainer.influence(net.query, solver=solver, selector=["*"]), solver)
-    check_edit(net.trainer.unlearn(net.one_class, solver=solver, selector=["*"], dry_run=True), solver)
+    check_edit(
+        net.trainer.unlearn(net.one_class, solver=solver, selector=["*"], rtol=RTOL, step="search", dry_run=True),
+        solver,
+    )
 
 
 @BOTH_FITS

@@ -219,8 +219,8 @@ def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
     trainer, _, dataset = fitted()
     report = trainer.unlearn(batch_of(dataset, [0, 1]))
     search, solve = report.plot().axes
-    assert search.get_title() == "losses along the search, goal: examples"
-    assert solve.get_title() == f"solve: lsmr {report.solve['status']}"
+    assert search.get_title() == "losses along the first change, goal: examples"
+    assert solve.get_title() == f"first solve: lsmr {report.solve['status']}"
     forget, forget_after, retain, retain_after, _, chosen = search.lines
     assert forget_after.get_ydata()[0] == report.forget.after
     assert retain_after.get_ydata()[0] == report.retain.after
@@ -619,7 +619,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "edit.safetensors"
     report.save(path)
     content = path.read_bytes()
-    for bad in (b"", b"no edit", content[:-8], content.replace(b"lightning-gif edit 1", b"lightning-gif edit 9")):
+    for bad in (b"", b"no edit", content[:-8], content.replace(b"lightning-gif edit 2", b"lightning-gif edit 9")):
         path.write_bytes(bad)
         with pytest.raises(EditError, match=r"damaged|not an edit"):
             UnlearnReport.load(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "UnlearnReport"]
 
-_FORMAT = "lightning-gif edit 1"
+_FORMAT = "lightning-gif edit 2"
 _PARTS = ("indices", "old", "new")
 
 # Beyond this multiple of the natural step the local model says nothing about the loss, and is not printed.
@@ -38,8 +39,9 @@ class Change(NamedTuple):
     Attributes:
         before: At the weights before.
         after: At the weights after.
-        predicted: ``before`` plus the change predicted for the first change by the local model: first order for the
-            forgotten examples, second order for the retained ones. Good for small steps only.
+        predicted: ``before`` plus what the local model predicts of the one change that answers the removal: first order
+            for the forgotten examples, second order for the retained ones. Good for small steps only. NaN where other
+            changes were made.
     """
 
     before: float
@@ -54,21 +56,22 @@ class UnlearnReport:
     Attributes:
         edit: Which entries changed, and their values before and after.
         goal: ``"class"``, ``"examples"`` or ``"labels"``; see :class:`~lightning_gif.steps.Goal`.
-        step: The multiple of the solved change that was made; 1 is the natural step.
-        repair: The multiple of a second change that was made to restore the retained loss, solved at the weights that
-            the first one led to; 0 if there was none.
-        forget: Mean loss of the examples to be forgotten, with the labels they were trained with.
+        steps: The multiple of each solved change that was made; 1 is the natural step. The first change answers the
+            removal or relabelling at the trained weights, or lowers the risk that should hold afterwards, as all later
+            ones do, each solved at the weights that those before led to.
+        forget: Mean loss of (a sample of) the examples to be forgotten, with the labels they were trained with.
         retain: Mean loss of (a sample of) the retained training data.
         relabelled: Mean loss of the examples with their new labels; ``None`` when they were removed.
+        remembered: How far the examples are remembered before and after: see :class:`~lightning_gif.steps.Point`.
         n_forget: How many examples were to be forgotten.
         n_found: How many of the training examples are among them, by dataset index or by content.
         n_retain: How many training examples are retained.
+        n_unseen: How many unseen examples the forgotten ones were compared with.
         n_parameters: How many trainable parameters the model has.
-        path: What the search measured on the way, in order.
-        solve: Diagnostics of the solve, see :meth:`~lightning_gif.solvers.Solution.summary`; where a method takes
-            several, of the one with the largest residual.
-        repair_solve: The same of the second solve; ``None`` if there was none.
-        residuals: The solve's relative residual after each number of steps.
+        path: What was measured on the way, in order.
+        solves: Diagnostics of each solve, see :meth:`~lightning_gif.solvers.Solution.summary`; where a method takes
+            several for one change, of the one with the largest residual.
+        residuals: The first solve's relative residual after each number of steps.
         curvature: How the Hessian products were made, and the ends of the spectrum if ``eigenvalues`` were asked for.
         settings: Method, solver and their parameters.
         notes: What the user should know: data not found, a search that was cut short, stale optimizer state.
@@ -80,18 +83,18 @@ class UnlearnReport:
 
     edit: Edit = field(repr=False)
     goal: Goal
-    step: float
-    repair: float
+    steps: list[float]
     forget: Change
     retain: Change
     relabelled: Change | None
+    remembered: tuple[float, float]
     n_forget: int
     n_found: int
     n_retain: int
+    n_unseen: int
     n_parameters: int
     path: list[Point] = field(repr=False)
-    solve: dict[str, Any] = field(repr=False)
-    repair_solve: dict[str, Any] | None = field(repr=False)
+    solves: list[dict[str, Any]] = field(repr=False)
     residuals: list[float] = field(repr=False)
     curvature: dict[str, Any] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
@@ -100,6 +103,16 @@ class UnlearnReport:
     module: nn.Module | None = field(default=None, repr=False)
     loggers: Sequence[Any] = field(default=(), repr=False)
     global_step: int = field(default=0, repr=False)
+
+    @property
+    def step(self) -> float:
+        """The multiple of the first change."""
+        return self.steps[0]
+
+    @property
+    def solve(self) -> dict[str, Any]:
+        """Diagnostics of the first solve."""
+        return self.solves[0]
 
     # ----------------------------------------------------------------------------------------------------------------
     # The edit
@@ -212,7 +225,8 @@ class UnlearnReport:
         for name in ("forget", "retain", "relabelled"):
             record[name] = None if record[name] is None else Change(*record[name])
         record["goal"] = Goal(record["goal"])
-        record["path"] = [Point(**point) for point in record["path"]]
+        record["path"] = [Point(**{**point, "steps": tuple(point["steps"])}) for point in record["path"]]
+        record["remembered"] = tuple(record["remembered"])
         return cls(edit=edit, **record)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -225,7 +239,9 @@ class UnlearnReport:
         return {
             "goal": str(self.goal),
             "step": self.step,
-            "repair": self.repair,
+            "further_steps": sum(map(bool, self.steps[1:])),
+            "remembered_before": self.remembered[0],
+            "remembered_after": self.remembered[1],
             "n_forget": self.n_forget,
             "n_found": self.n_found,
             "n_retain": self.n_retain,
@@ -240,7 +256,8 @@ class UnlearnReport:
             },
             **{f"curvature_{name}": value for name, value in self.curvature.items() if not isinstance(value, list)},
             **{f"solve_{name}": value for name, value in self.solve.items()},
-            **{f"repair_solve_{name}": value for name, value in (self.repair_solve or {}).items()},
+            "solves": len(self.solves),
+            "hvps": sum(solve["hvps"] for solve in self.solves),
         }
 
     def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/unlearn") -> None:
@@ -252,8 +269,14 @@ class UnlearnReport:
         """
         loggers = list(self.loggers if loggers is None else loggers)
         log_scalars(loggers, self.summary(), prefix=prefix, step=self.global_step)
-        columns = list(Point.__dataclass_fields__)
-        log_table(loggers, f"{prefix}/path", columns, [list(asdict(point).values()) for point in self.path])
+        names = ("forget_loss", "retain_loss", "risk", "remembered")
+        solves = range(1, len(self.solves) + 1)
+        rows = [
+            [*(point.steps[i - 1] if i <= len(point.steps) else 0.0 for i in solves)]
+            + [getattr(point, name) for name in names]
+            for point in self.path
+        ]
+        log_table(loggers, f"{prefix}/path", [*(f"step_{i}" for i in solves), *names], rows)
         log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], list(enumerate(self.residuals)))
         log_eigenvalues(loggers, prefix, self.curvature)
 
@@ -265,25 +288,26 @@ class UnlearnReport:
         """
         made, axes = figure(1, 2, width=9, height=3.2)
         along, curve = axes[0]
-        path = sorted((point for point in self.path if not point.repair), key=lambda point: point.step)
+        path = sorted((point for point in self.path if not any(point.steps[1:])), key=lambda point: point.steps)
         lines = {name: [getattr(point, f"{name}_loss") for point in path] for name in ("forget", "retain")}
         for name, losses in lines.items():
             (line,) = along.plot([point.step for point in path], losses, "o-", markersize=4, label=name)
             along.plot([self.step], [getattr(self, name).after], "*", markersize=11, color=line.get_color())
-        along.plot([], [], "k*", label="the edit, repair included" if self.repair else "the edit")
+        further = sum(map(bool, self.steps[1:]))
+        along.plot([], [], "k*", label=f"the edit, {further} further step(s) included" if further else "the edit")
         along.axvline(self.step, color="grey", linestyle=":", label=f"step {self.step:.3g}")
         along.set_xscale("symlog", linthresh=0.1)
         if path[0].step >= 0:
             along.set_xlim(left=0.0, right=path[-1].step * 1.5 or None)
         if all(loss > 0 for losses in lines.values() for loss in losses):  # other losses than cross-entropy may not be
             along.set_yscale("log")
-        along.set_title(f"losses along the search, goal: {self.goal}", fontsize=10)
+        along.set_title(f"losses along the first change, goal: {self.goal}", fontsize=10)
         along.set_xlabel("step (1 = natural)")
         along.set_ylabel("mean loss")
         along.legend()
         curve.semilogy(self.residuals)
         curve.axhline(self.solve["rtol"], color="grey", linestyle=":", label=f"rtol {self.solve['rtol']:g}")
-        curve.set_title(f"solve: {self.solve['solver']} {self.solve['status']}", fontsize=10)
+        curve.set_title(f"first solve: {self.solve['solver']} {self.solve['status']}", fontsize=10)
         curve.set_xlabel("step of the solve")
         curve.set_ylabel("relative residual")
         curve.legend()
@@ -292,19 +316,30 @@ class UnlearnReport:
     def __str__(self) -> str:
         share = 100 * self.edit.count / self.n_parameters
         losses = [("forget", self.forget), ("retain", self.retain), ("relabelled", self.relabelled)]
-        repair = f" and, solved at the new weights, repair {self.repair:.3g}" if self.repair else ""
+        later = [f"{step:.3g}" for step in self.steps[1:] if step]
+        further = f" and, solved at the new weights, {' and '.join(later)}" if later else ""
         changed = f"{self.edit.count} of {self.n_parameters} parameters ({share:.1f} %)" if self.step else "nothing"
 
         def predicted(change: Change) -> str:
-            near = abs(self.step) <= _PREDICTABLE
+            near = abs(self.step) <= _PREDICTABLE and not math.isnan(change.predicted)
             return f" (predicted {change.predicted:.4g})" if near else ""
 
+        solved = "" if self.settings["rtol"] is None else f" {self.solve['status']}"
+        if math.isnan(self.remembered[1]):
+            remembered = []
+        elif self.goal is Goal.CLASS:
+            before, after = (100 * share for share in self.remembered)
+            remembered = [f"loss below that of guessing: {before:.1f} % of the class -> {after:.1f} %"]
+        else:
+            before, after = self.remembered
+            remembered = [f"told from {self.n_unseen} unseen examples by the loss (AUROC): {before:.3f} -> {after:.3f}"]
         lines = [
             f"Edit for {self.n_forget} examples (goal: {self.goal}; {self.n_retain} retained) by changing"
-            f" {changed}, step {self.step:.3g}{repair};"
-            f" {self.solve['solver']} {self.solve['status']} after {self.solve['iterations']} steps, residual"
+            f" {changed}, step {self.step:.3g}{further};"
+            f" {self.solve['solver']}{solved} after {self.solve['iterations']} steps, residual"
             f" {self.solve['residual']:.1e}; {self.seconds:.1f} s",
             *(f"{name} loss: {c.before:.4g} -> {c.after:.4g}{predicted(c)}" for name, c in losses if c),
+            *remembered,
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""What the unlearning benchmarks share: retrained models as the truth, what is measured of a model beside them, tables.
+
+A model is known by its logits on a few named sets of examples, so that retrained ones, which cost the most, are kept as
+files in a cache folder and made once.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+import torch
+from mnist import logits
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lightning_gif.metrics import AccuracyGap, JensenShannonDivergence, MembershipInference, PredictionAgreement
+
+__all__ = ["Known", "Sets", "gap", "know", "membership", "part", "retrained", "say", "table"]
+
+Sets = Mapping[str, TensorDataset]
+"""Named sets of examples that models are asked about."""
+
+
+@dataclass
+class Known:
+    """A model by what it answers.
+
+    Attributes:
+        logits: For each set of examples ``(n, C)``.
+        seconds: What it took to make the model.
+    """
+
+    logits: dict[str, Tensor] = field(repr=False)
+    seconds: float
+
+
+def say(*parts: object) -> None:
+    print(*parts, file=sys.stderr, flush=True)
+
+
+def part(data: TensorDataset, chosen: Tensor, most: int | None = None, seed: int = 0) -> TensorDataset:
+    """The examples that are chosen, a mask ``(n,)``; at random ``most`` of them."""
+    positions = chosen.nonzero().squeeze(1)
+    if most is not None and len(positions) > most:
+        drawn = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))[:most]
+        positions = positions[drawn.sort().values]
+    return TensorDataset(*(tensor[positions] for tensor in data.tensors))
+
+
+def know(model: nn.Module, sets: Sets, seconds: float) -> Known:
+    return Known({name: logits(model, data) for name, data in sets.items()}, seconds)
+
+
+def retrained(
+    make: Callable[[int], nn.Module], sets: Sets, *, seeds: Sequence[int], cache: Path | None, name: str
+) -> list[Known]:
+    """Models that were trained without the examples in question, one for each seed.
+
+    Args:
+        make: From a seed to a trained model.
+        sets: The examples that are asked about.
+        seeds: Of the trainings.
+        cache: Folder of the files that keep what is known of each.
+        name: Start of their names, which must say what was trained on what and how.
+    """
+    found = []
+    for seed in seeds:
+        file = None if cache is None else cache / f"{name}_seed{seed}.pt"
+        if file is not None and file.exists():
+            stored = torch.load(file)
+            known = Known({key: value.float() for key, value in stored["logits"].items()}, stored["seconds"])
+            if known.logits.keys() != sets.keys() or any(len(known.logits[key]) != len(sets[key]) for key in sets):
+                raise SystemExit(f"{file} is about other sets of examples than those asked about; remove it.")
+        else:
+            start = time.perf_counter()
+            model = make(seed)
+            known = know(model, sets, time.perf_counter() - start)
+            say(f"retrained {name}, seed {seed}: {known.seconds:.0f} s")
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                halves = {key: value.half() for key, value in known.logits.items()}
+                torch.save({"logits": halves, "seconds": known.seconds}, file)
+        found.append(known)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is measured
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def accuracy(known: Known, sets: Sets, name: str) -> float:
+    """In percent."""
+    return 100 * float((known.logits[name].argmax(1) == sets[name].tensors[1]).double().mean())
+
+
+def gap(known: Known, others: Sequence[Known], sets: Sets, name: str) -> float:
+    """The accuracy less that of retrained models, in points, on average over these."""
+    metric = AccuracyGap()
+    return mean(float(metric(known.logits[name], other.logits[name], sets[name].tensors[1])) for other in others)
+
+
+def divergence(known: Known, others: Sequence[Known], name: str) -> float:
+    """The Jensen–Shannon divergence of the predictions from those of retrained models, in nats, on average."""
+    metric = JensenShannonDivergence()
+    return mean(float(metric(known.logits[name], other.logits[name])) for other in others)
+
+
+def agreement(known: Known, others: Sequence[Known], name: str) -> float:
+    """The share of equal predictions, in percent, on average over retrained models."""
+    metric = PredictionAgreement()
+    return 100 * mean(float(metric(known.logits[name], other.logits[name])) for other in others)
+
+
+def membership(known: Known, sets: Sets, members: str, strangers: str) -> float:
+    """How well a threshold on the loss tells the examples in question from test examples like them (AUROC)."""
+    metric = MembershipInference()
+    for name, member in ((members, True), (strangers, False)):
+        targets = sets[name].tensors[1]
+        metric.update(known.logits[name], targets, torch.full((len(targets),), member))
+    return float(metric.compute())
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; numbers with two digits after the point."""
+
+    def cell(value: object) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    lines = [columns, ["---"] * len(columns), *([cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,180 @@
+"""Every class forgotten in turn: an edit, the baselines at the same cost, and models retrained without the class.
+
+    python benchmarks/forget_class.py --data path/to/MNIST/raw --net resnet [--cache folder] [--baselines all]
+
+The edit is `trainer.unlearn` with its defaults. A baseline gets as many seconds as the edit took, for each of its
+trials. `default`: as its authors set it. `tuned`: the best of six settings by the paper's F1 on training data (a sample
+of the forgotten and of the retained examples), found on the first class and used on all of them; the seconds of the
+search are not counted. Test images are only looked at to report. Prints a Markdown table, and one with each class.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+import warnings
+from argparse import ArgumentParser
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from baselines import BASELINES, Baseline, tuned
+from evidence import Known, Sets, accuracy, divergence, gap, know, membership, part, retrained, say, table
+from mnist import fit, load, logits
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from lightning_gif import GIFCallback
+from lightning_gif.metrics import RemovalF1
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
+    parser.add_argument("--net", default="tinynet", choices=["tinynet", "resnet"])
+    parser.add_argument("--classes", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3, help="retrained models of each class")
+    parser.add_argument("--cache", type=Path, help="folder where what is known of retrained models is kept")
+    parser.add_argument("--steps", nargs="*", default=["relinearise"], help="strategies of the edit")
+    parser.add_argument("--baselines", nargs="*", default=[], help="their names, or all")
+    parser.add_argument("--only-retrain", action="store_true", help="fill the cache")
+    parser.add_argument("--options", type=json.loads, default={}, help="of trainer.unlearn, as JSON")
+    options = parser.parse_args()
+    names = list(BASELINES) if options.baselines == ["all"] else options.baselines
+    warnings.filterwarnings("ignore", message=".*search stopped before.*")
+    torch.set_num_threads(torch.get_num_threads())
+
+    train, test = load(options.data)
+    data, labels = options.data.parent.name, train.tensors[1]
+    common = {"epochs": options.epochs, "net": options.net, "decay": True}
+    trainer, model, fit_seconds = None, None, 0.0
+    rows: dict[str, list[dict[str, float]]] = {}
+    chosen: dict[str, dict[str, Any]] = {}
+    for label in options.classes:
+        is_label = labels == label
+        sets = {
+            "forget": part(train, is_label, 2000),
+            "retain": part(train, ~is_label, 5000),
+            "test_forget": part(test, test.tensors[1] == label),
+            "test_retain": part(test, test.tensors[1] != label),
+        }
+        rest = Subset(train, (~is_label).nonzero().squeeze(1).tolist())
+        others = retrained(
+            lambda seed, rest=rest: fit(rest, [], seed=seed, **common)[1],
+            sets,
+            seeds=range(1, options.seeds + 1),
+            cache=options.cache,
+            name=f"{data}_{options.net}_{options.epochs}_without{label}",
+        )
+        if options.only_retrain:
+            continue
+        if trainer is None or model is None:
+            start = time.perf_counter()
+            trainer, model = fit(train, [GIFCallback()], **common)
+            fit_seconds = time.perf_counter() - start
+
+        def note(name: str, known: Known, label: int = label, sets: Sets = sets, others: Any = others) -> None:
+            rows.setdefault(name, []).append(measured(known, others, sets, label))
+            say(data, options.net, label, name, {key: round(v, 3) for key, v in rows[name][-1].items()})
+
+        note("before", know(model, sets, fit_seconds))
+        for position, other in enumerate(others):
+            beside = others[:position] + others[position + 1 :]
+            if beside:
+                rows.setdefault("retrained", []).append(measured(other, beside, sets, label))
+        forget = DataLoader(Subset(train, is_label.nonzero().squeeze(1).tolist()), 256)
+        seconds = 0.0
+        for step in options.steps:
+            edit = trainer.unlearn(forget, step=step, **options.options)
+            seconds = edit.seconds
+            say(edit)
+            note(f"edit, {step}", know(model, sets, seconds))
+            edit.undo()
+        for name in names:
+            for how in ("default", "tuned"):
+                baseline = BASELINES[name]
+                if how == "default" or name in chosen:
+                    only = chosen[name] if how == "tuned" else baseline.published
+                    baseline = Baseline(baseline.function, only, [only])
+                retain = DataLoader(rest, 128)
+                outcome = tuned(
+                    baseline,
+                    copy.deepcopy(model),
+                    forget,
+                    retain,
+                    lambda module, sets=sets, label=label: score(module, sets, label),
+                    seed=0,
+                    seconds=seconds,
+                )
+                if how == "tuned":
+                    chosen[name] = outcome.chosen.hyperparameters
+                note(f"{name}, {how}", know(outcome.module, sets, outcome.chosen.seconds))
+    if rows:
+        report(rows, options.classes)
+
+
+def score(module: nn.Module, sets: Sets, label: int) -> float:
+    """The paper's F1 on training data."""
+    metric = RemovalF1(label)
+    for name in ("forget", "retain"):
+        metric.update(logits(module, sets[name]), sets[name].tensors[1])
+    return float(metric.compute())
+
+
+def measured(known: Known, others: list[Known], sets: Sets, label: int) -> dict[str, float]:
+    metric = RemovalF1(label)
+    for name in ("test_forget", "test_retain"):
+        metric.update(known.logits[name], sets[name].tensors[1])
+    return {
+        "forgotten": accuracy(known, sets, "test_forget"),
+        "remaining": accuracy(known, sets, "test_retain"),
+        "gap": gap(known, others, sets, "test_retain"),
+        "train gap": gap(known, others, sets, "retain"),
+        "f1": float(metric.compute()),
+        "jsd forgotten": divergence(known, others, "test_forget"),
+        "jsd remaining": divergence(known, others, "test_retain"),
+        "membership": membership(known, sets, "forget", "test_forget"),
+        "seconds": known.seconds,
+    }
+
+
+def report(rows: dict[str, list[dict[str, float]]], classes: list[int]) -> None:
+    columns = ["", "forgotten, mean", "worst", "remaining", "gap to retraining, mean", "worst", "F1"]
+    columns += ["JSD forgotten", "JSD remaining", "membership", "seconds"]
+
+    def mean_of(values: list[dict[str, float]], key: str) -> float:
+        return mean(value[key] for value in values)
+
+    lines = []
+    for name, values in rows.items():
+        lines.append(
+            [
+                name,
+                mean_of(values, "forgotten"),
+                max(value["forgotten"] for value in values),
+                mean_of(values, "remaining"),
+                f"{mean_of(values, 'gap'):+.2f}",
+                f"{min(value['gap'] for value in values):+.2f}",
+                f"{mean_of(values, 'f1'):.4f}",
+                f"{mean_of(values, 'jsd forgotten'):.3f}",
+                f"{mean_of(values, 'jsd remaining'):.4f}",
+                f"{mean_of(values, 'membership'):.3f}",
+                f"{mean_of(values, 'seconds'):.1f}",
+            ]
+        )
+    print(table(columns, lines))
+    print()
+    each = [name for name in rows if name != "retrained"]
+    print(table(["class", *each], [[c, *(cell(rows[name][i]) for name in each)] for i, c in enumerate(classes)]))
+
+
+def cell(values: dict[str, float]) -> str:
+    """Accuracy on the forgotten class, and the gap on the others."""
+    return f"{values['forgotten']:.1f}, {values['gap']:+.2f}"
+
+
+if __name__ == "__main__":
+    main()
