@@ -25,8 +25,8 @@ _TRUSTED, _HALVINGS = 0.25, 3
 # Where it falls by more than predicted, twice the step is tried, up to this one.
 _LONGEST = 4.0
 
-# No further step for less than this share of the risk that is left, or of what was gained so far if that is less.
-_WORTH = 0.05
+# No further step after one that gained less than this share of the risk that is left.
+_WORTH = 0.1
 
 # A further solve is for where the local model fails: not where the first step does to 10 % what was predicted.
 _HOLDS = 0.1
@@ -164,15 +164,12 @@ def relinearise(walk: Walk) -> Point:
         if not best.moved or not _forgotten(walk, best) or abs(actual - predicted) <= _HOLDS * abs(predicted):
             return best
     while len(best.steps) < _MOST_SOLVES:
-        model = walk.descend(best)
-        left, gained = abs(best.risk), first.risk - best.risk
-        worth = min(left, gained) if gained >= 0 else left  # forgetting may have cost more than was gained
-        if _forgotten(walk, best) and -model.change(1.0) < _WORTH * worth:
-            break
-        found = _trusted(walk, best, model)
+        found = _trusted(walk, best, walk.descend(best))
         if found is None:
             break
-        best = found
+        gained, best = best.risk - found.risk, found
+        if _forgotten(walk, best) and gained < _WORTH * abs(best.risk):
+            break
     return best
 
 

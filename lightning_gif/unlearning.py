@@ -41,7 +41,11 @@ _CLASS_WEIGHT = 0.5
 # the way to the loss of unseen ones, beyond which the others would be forgotten rather than remembered as well.
 _CLASS_BUDGET, _EXAMPLES_BUDGET = 0.05, 0.5
 
-# The forgotten or corrected examples get at least this share of the curvature's examples, where they are part of it.
+# A step that lowers the risk is measured before it is made, so that its curvature need not be known as closely as the
+# slope: it is taken over a part of the slope's examples (Byrd et al., SIAM J. Optim. 21, 2011).
+_CURVED_SHARE, _LEAST_CURVED = 0.25, 256
+
+# The forgotten or corrected examples get at least this share of the retained ones, where the curvature is theirs too.
 _LEAST_SHARE = 0.25
 
 
@@ -353,12 +357,14 @@ class _Walk:
         slope = of_retained * (objective.gradient(task.sample, there) - self._left_sample)
         with objective.progress("Hessian products, at the new weights") as bar:
             opened = partial(settings.open_curvature, objective, theta=there, on_product=bar.update)
-            curvature = opened(task.sample)
+            count = max(math.ceil(_CURVED_SHARE * len(task.sample)), _LEAST_CURVED)
+            part = task.sample.sample(count, settings.seed + len(self._changes))
+            curvature = opened(part)
             whole: LinearOperator = curvature
             if of_others:
                 examples = task.judged if task.corrected is None else task.corrected
                 loss_sum = self._unlikelihood_sum if task.corrected is None else None
-                few = math.ceil(len(task.sample) * max(_LEAST_SHARE, min(of_others, 1 - of_retained)))
+                few = math.ceil(count * max(_LEAST_SHARE, min(of_others, 1 - of_retained)))
                 slope = slope + of_others * objective.gradient(examples, there, loss_sum)
                 others = opened(examples.sample(few, settings.seed), loss_sum=loss_sum)
                 whole = Combination((of_retained, curvature), (of_others, others))

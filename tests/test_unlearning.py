@@ -668,8 +668,8 @@ def test_a_step_is_made_longer_where_the_risk_falls_by_more_than_predicted() -> 
 def test_no_step_is_made_where_none_helps() -> None:
     walk = Told(risk=lambda *steps: 0.1 + sum(steps), models=[LocalModel(-1.0, 1.0)])
     assert not relinearise(walk).moved
-    walk = Told(risk=lambda *steps: 1.0 - 0.6 * sum(steps), models=[LocalModel(-1.0, 1.0), LocalModel(-1e-3, 1e-3)])
-    assert len(relinearise(walk).steps) == 1  # the second is not worth it
+    walk = Told(risk=lambda *steps: 1.0 - 0.05 * sum(steps), models=[LocalModel(-0.2, 0.2)] * 9)
+    assert relinearise(walk).steps == (1.0,)  # a second is not worth it
 
 
 def test_further_steps_take_back_what_the_first_cost_and_keep_what_is_forgotten() -> None:
@@ -679,7 +679,7 @@ def test_further_steps_take_back_what_the_first_cost_and_keep_what_is_forgotten(
         lambda s=0.0, *later: s - 0.9 * sum(later) + 0.4 * sum(later) ** 2,
         goal=Goal.EXAMPLES,
         enough=0.5,
-        models=[FLAT, LocalModel(-0.9, 0.8), LocalModel(-1e-3, 1e-3)],
+        models=[FLAT, LocalModel(-0.9, 0.8), FLAT],
     )
     point = relinearise(walk)
     assert point.remembered <= 0.5
