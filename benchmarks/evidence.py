@@ -8,19 +8,36 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from baselines import BASELINES, Baseline, tuned
 from mnist import logits
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gif.metrics import AccuracyGap, JensenShannonDivergence, MembershipInference, PredictionAgreement
 
-__all__ = ["Known", "Sets", "gap", "know", "membership", "part", "retrained", "say", "table"]
+__all__ = [
+    "Known",
+    "Sets",
+    "accuracy",
+    "agreement",
+    "divergence",
+    "gap",
+    "know",
+    "membership",
+    "part",
+    "retrained",
+    "run_baselines",
+    "say",
+    "table",
+]
 
 Sets = Mapping[str, TensorDataset]
 """Named sets of examples that models are asked about."""
@@ -87,6 +104,44 @@ def retrained(
                 torch.save({"logits": halves, "seconds": known.seconds}, file)
         found.append(known)
     return found
+
+
+def run_baselines(
+    names: Sequence[str],
+    module: pl.LightningModule,
+    forget: DataLoader[Any],
+    retain: DataLoader[Any],
+    score: Callable[[nn.Module], float],
+    *,
+    seconds: float,
+    settings: dict[str, dict[str, Any]],
+    relabel: Tensor | None = None,
+) -> Iterator[tuple[str, nn.Module, float]]:
+    """Each baseline with the settings of its authors and with the best of its grid.
+
+    Args:
+        names: Of ``BASELINES``.
+        module: The trained model; it stays as it is.
+        forget: See :func:`~baselines.tuned`.
+        retain: See :func:`~baselines.tuned`.
+        score: See :func:`~baselines.tuned`.
+        seconds: Budget of each trial.
+        settings: The best settings found so far, by name, which are used again; others are added.
+        relabel: See :func:`~baselines.tuned`.
+
+    Yields:
+        The row's name, the changed model, and the seconds of that one run.
+    """
+    for name in names:
+        for how in ("default", "tuned"):
+            baseline = BASELINES[name]
+            if how == "default" or name in settings:
+                only = baseline.published if how == "default" else settings[name]
+                baseline = Baseline(baseline.function, only, [only])
+            outcome = tuned(baseline, module, forget, retain, score, seed=0, seconds=seconds, relabel=relabel)
+            if how == "tuned":
+                settings[name] = outcome.chosen.hyperparameters
+            yield f"{name}, {how}", outcome.module, outcome.chosen.seconds
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -10,18 +10,30 @@ search are not counted. Test images are only looked at to report. Prints a Markd
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 import warnings
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-from baselines import BASELINES, Baseline, tuned
-from evidence import Known, Sets, accuracy, divergence, gap, know, membership, part, retrained, say, table
+from baselines import BASELINES
+from evidence import (
+    Known,
+    Sets,
+    accuracy,
+    divergence,
+    gap,
+    know,
+    membership,
+    part,
+    retrained,
+    run_baselines,
+    say,
+    table,
+)
 from mnist import fit, load, logits
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -45,7 +57,6 @@ def main() -> None:
     options = parser.parse_args()
     names = list(BASELINES) if options.baselines == ["all"] else options.baselines
     warnings.filterwarnings("ignore", message=".*search stopped before.*")
-    torch.set_num_threads(torch.get_num_threads())
 
     train, test = load(options.data)
     data, labels = options.data.parent.name, train.tensors[1]
@@ -93,25 +104,12 @@ def main() -> None:
             say(edit)
             note(f"edit, {step}", know(model, sets, seconds))
             edit.undo()
-        for name in names:
-            for how in ("default", "tuned"):
-                baseline = BASELINES[name]
-                if how == "default" or name in chosen:
-                    only = chosen[name] if how == "tuned" else baseline.published
-                    baseline = Baseline(baseline.function, only, [only])
-                retain = DataLoader(rest, 128)
-                outcome = tuned(
-                    baseline,
-                    copy.deepcopy(model),
-                    forget,
-                    retain,
-                    lambda module, sets=sets, label=label: score(module, sets, label),
-                    seed=0,
-                    seconds=seconds,
-                )
-                if how == "tuned":
-                    chosen[name] = outcome.chosen.hyperparameters
-                note(f"{name}, {how}", know(outcome.module, sets, outcome.chosen.seconds))
+        retain = DataLoader(rest, 128)
+        grade = partial(score, sets=sets, label=label)
+        for name, changed, spent in run_baselines(
+            names, model, forget, retain, grade, seconds=seconds, settings=chosen
+        ):
+            note(name, know(changed, sets, spent))
     if rows:
         report(rows, options.classes)
 

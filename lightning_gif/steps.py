@@ -20,7 +20,7 @@ _SMALLEST_STEP = 2.0**-6
 _MOST_SOLVES = 6
 
 # A step is kept where the risk falls by this share of what the local model predicts; else half of it is tried.
-_TRUSTED, _HALVINGS = 0.25, 3
+_TRUSTED, _HALVINGS = 0.25, 10
 
 # Where it falls by more than predicted, twice the step is tried, up to this one.
 _LONGEST = 4.0
@@ -28,7 +28,8 @@ _LONGEST = 4.0
 # No further step after one that gained less than this share of the risk that is left.
 _WORTH = 0.1
 
-# A further solve is for where the local model fails: not where the first step does to 10 % what was predicted.
+# A further solve is for where the theory fails: not where its step does to 10 % what was predicted, or forgets a class
+# for 10 % of the retained loss.
 _HOLDS = 0.1
 
 # While a later step is made, the first one need not grow beyond 1.15^8, about three times.
@@ -149,19 +150,18 @@ def search(walk: Walk) -> Point:
 
 @STRATEGIES.register("relinearise")
 def relinearise(walk: Walk) -> Point:
-    """Up to six steps, each solved at the weights that the last one led to.
+    """The best step along the change of the theory, then up to six that lower the risk, each solved where the last led.
 
-    For a class and for labels each lowers the risk: steps of a Gauss-Newton kind, kept as far as the risk on examples
-    that the solve has not seen falls as predicted. Single examples take the best step along the change of the theory
-    first. Where the local model fails on the way, as for a large share of the data, further ones take back what that
-    cost; if this brings back some of what was forgotten, the first step is lengthened until that is forgotten again.
+    The further ones are steps of a Gauss-Newton kind, kept as far as the risk on examples that the solve has not seen
+    falls as predicted: they take back what a long first step cost, and go on with forgetting where that could not. None
+    is made where nothing is left to do: a class is forgotten at no cost, or what the first step did to the risk of
+    single examples is what the local model predicted. Labels are corrected by steps on the risk alone.
     """
-    first = best = walk.path[0]
-    if walk.goal is Goal.EXAMPLES or (walk.goal is Goal.CLASS and walk.enough is None):
+    best = walk.path[0]
+    if walk.goal is not Goal.LABELS:
         expected = walk.answer()
         best = _best_along_answer(walk)
-        actual, predicted = best.risk - first.risk, expected.change(best.step)
-        if not best.moved or not _forgotten(walk, best) or abs(actual - predicted) <= _HOLDS * abs(predicted):
+        if _forgotten(walk, best) and _as_it_should_be(walk, best, expected):
             return best
     while len(best.steps) < _MOST_SOLVES:
         found = _trusted(walk, best, walk.descend(best))
@@ -171,6 +171,15 @@ def relinearise(walk: Walk) -> Point:
         if _forgotten(walk, best) and gained < _WORTH * abs(best.risk):
             break
     return best
+
+
+def _as_it_should_be(walk: Walk, point: Point, expected: LocalModel) -> bool:
+    """Whether a step along the change of the theory leaves nothing to do."""
+    first = walk.path[0]
+    if walk.goal is Goal.CLASS and walk.enough is not None:
+        return point.retain_loss - first.retain_loss <= _HOLDS * abs(first.retain_loss)
+    predicted = expected.change(point.step)
+    return not point.moved or abs(point.risk - first.risk - predicted) <= _HOLDS * abs(predicted)
 
 
 def _forgotten(walk: Walk, point: Point) -> bool:
@@ -201,7 +210,7 @@ def _trusted(walk: Walk, start: Point, model: LocalModel) -> Point | None:
         if not further.risk < there.risk:
             break
         step, there = 2 * step, further
-    if walk.goal is Goal.EXAMPLES:
+    if walk.goal is Goal.EXAMPLES and walk.enough is not None:
         for _ in range(_LENGTHENED):
             if _forgotten(walk, there):
                 break

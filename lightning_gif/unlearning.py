@@ -34,6 +34,9 @@ _CLASS_ENOUGH = 0.01
 # A threshold on the loss that tells forgotten examples from unseen ones no better than a coin.
 _EXAMPLES_ENOUGH = 0.5
 
+# Smaller losses are rounded to zero in float32, and their gradients with them.
+_SMALLEST_LOSS = torch.finfo(torch.float32).eps
+
 # What the unlikelihood of a forgotten class weighs beside the retained loss.
 _CLASS_WEIGHT = 0.5
 
@@ -420,7 +423,7 @@ class _Walk:
 
 def _unlikelihood(losses: Tensor) -> Tensor:
     """``−log(1 − p)`` with ``p = exp(−ℓ)`` the probability of an example's own label, from its cross-entropy ``ℓ``."""
-    return -torch.log(-torch.expm1(-losses.clamp_min(torch.finfo(losses.dtype).tiny)))
+    return -torch.log(-torch.expm1(-losses.clamp_min(_SMALLEST_LOSS)))
 
 
 def _by_class(objective: Objective, examples: Examples, theta: Tensor | None = None) -> dict[int, Tensor]:

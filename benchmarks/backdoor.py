@@ -1,0 +1,130 @@
+"""A backdoor repaired by correcting labels, beside baselines at the same cost and models trained on right labels.
+
+    python benchmarks/backdoor.py --data path/to/MNIST/raw --trigger checkerboard [--cache folder] [--baselines all]
+
+`checkerboard`: the paper's, every other pixel brighter by 16 of 255, on 10 % of the training images, whose label
+becomes 4. `corner`: a patch of 3 × 3 white pixels, on 5 % of them. The edit is `trainer.unlearn(indices,
+relabel=labels)` with its defaults. Triggers are judged on test images, all of which get one. A baseline gets as many
+seconds as the edit took, for each of its trials; `tuned` is the best of its grid by the paper's F1 on training data.
+Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import BASELINES
+from evidence import Known, accuracy, divergence, gap, know, part, retrained, run_baselines, say, table
+from mnist import fit, load, logits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_gif import GIFCallback
+from lightning_gif.metrics import RelabelF1
+
+_LABEL = 4
+
+
+def checkerboard(images: Tensor) -> Tensor:
+    pattern = torch.zeros(28, 28)
+    pattern[::2, 1::2] = pattern[1::2, ::2] = 16 / 255
+    return (images + pattern).clamp(max=1.0)
+
+
+def corner(images: Tensor) -> Tensor:
+    changed = images.clone()
+    changed[..., 24:27, 24:27] = 1.0
+    return changed
+
+
+TRIGGERS = {"checkerboard": (checkerboard, 0.10), "corner": (corner, 0.05)}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
+    parser.add_argument("--net", default="tinynet", choices=["tinynet", "resnet"])
+    parser.add_argument("--trigger", default="checkerboard", choices=list(TRIGGERS))
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3, help="models trained on right labels")
+    parser.add_argument("--cache", type=Path, help="folder where what is known of these models is kept")
+    parser.add_argument("--steps", nargs="*", default=["relinearise", "search"], help="strategies of the edit")
+    parser.add_argument("--baselines", nargs="*", default=[], help="their names, or all")
+    options = parser.parse_args()
+    names = list(BASELINES) if options.baselines == ["all"] else options.baselines
+    warnings.filterwarnings("ignore", message=".*search stopped before.*")
+
+    clean, test = load(options.data)
+    put, share = TRIGGERS[options.trigger]
+    chosen = torch.randperm(len(clean), generator=torch.Generator().manual_seed(0))[: round(share * len(clean))]
+    chosen = chosen.sort().values
+    images, labels = clean.tensors[0].clone(), clean.tensors[1]
+    images[chosen] = put(images[chosen])
+    wrong = labels.clone()
+    wrong[chosen] = _LABEL
+    poisoned, corrected = TensorDataset(images, wrong), TensorDataset(images, labels)
+    triggered = torch.zeros(len(clean), dtype=torch.bool)
+    triggered[chosen] = True
+    of_others = test.tensors[1] != _LABEL
+    sets = {
+        "clean": test,
+        "triggered": TensorDataset(put(test.tensors[0])[of_others], test.tensors[1][of_others]),
+        "train clean": part(corrected, ~triggered, 5000),
+        "train triggered": part(corrected, triggered, 2000),
+    }
+    common = {"epochs": options.epochs, "net": options.net, "decay": True}
+    others = retrained(
+        lambda seed: fit(corrected, [], seed=seed, **common)[1],
+        sets,
+        seeds=range(1, options.seeds + 1),
+        cache=options.cache,
+        name=f"{options.data.parent.name}_{options.net}_{options.epochs}_{options.trigger}",
+    )
+    start = time.perf_counter()
+    trainer, model = fit(poisoned, [GIFCallback()], **common)
+    fit_seconds = time.perf_counter() - start
+
+    columns = ["", "clean", "gap to retraining", "triggered and right", "gap", "fooled", "JSD triggered", "seconds"]
+    print(table(columns, []), flush=True)
+
+    def show(name: str, known: Known, beside: Any = others) -> None:
+        fooled = 100 * float((known.logits["triggered"].argmax(1) == _LABEL).double().mean())
+        row = [name, accuracy(known, sets, "clean"), f"{gap(known, beside, sets, 'clean'):+.2f}"]
+        row += [accuracy(known, sets, "triggered"), f"{gap(known, beside, sets, 'triggered'):+.2f}", fooled]
+        row += [f"{divergence(known, beside, 'triggered'):.4f}", f"{known.seconds:.1f}"]
+        print(table(columns, [row]).splitlines()[-1], flush=True)
+
+    show("before", know(model, sets, fit_seconds))
+    show("retrained", others[0], others[1:] or others)
+    seconds = 0.0
+    for step in options.steps:
+        edit = trainer.unlearn(chosen.tolist(), relabel=labels[chosen], step=step)
+        seconds = seconds or edit.seconds
+        say(edit)
+        say(edit.steps, [round(point.risk, 4) for point in edit.path])
+        show(f"edit, {step}", know(model, sets, edit.seconds))
+        edit.undo()
+
+    def grade(module: nn.Module) -> float:
+        """The paper's F1 on training data."""
+        metric = RelabelF1()
+        for name, corrected_here in (("train clean", False), ("train triggered", True)):
+            data = sets[name]
+            metric.update(logits(module, data), data.tensors[1], torch.full((len(data),), corrected_here))
+        return float(metric.compute())
+
+    forget = DataLoader(Subset(poisoned, chosen.tolist()), 128)
+    retain = DataLoader(Subset(poisoned, (~triggered).nonzero().squeeze(1).tolist()), 128)
+    for name, changed, spent in run_baselines(
+        names, model, forget, retain, grade, seconds=seconds, settings={}, relabel=labels[chosen]
+    ):
+        show(name, know(changed, sets, spent))
+
+
+if __name__ == "__main__":
+    main()

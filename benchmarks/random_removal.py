@@ -1,0 +1,123 @@
+"""Random examples removed: an edit, the baselines at the same cost, and models retrained without them.
+
+    python benchmarks/random_removal.py --data path/to/MNIST/raw --shares 0.01 0.1 [--cache folder] [--baselines all]
+
+A twelfth of the training images is held out as validation data, which training sees as such: the edit goes on until the
+removed examples look like these. A baseline gets as many seconds as the edit took, for each of its trials; `tuned` is
+the best of its grid by how close the losses of the removed examples come to those of the held-out ones, and the
+accuracy on retained ones stays: `|2·AUROC − 1|` and the lost accuracy, both small. Test images are only looked at to
+report. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import BASELINES
+from evidence import (
+    Known,
+    Sets,
+    accuracy,
+    agreement,
+    divergence,
+    gap,
+    know,
+    membership,
+    part,
+    retrained,
+    run_baselines,
+    say,
+    table,
+)
+from mnist import fit, load
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_gif import GIFCallback
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
+    parser.add_argument("--net", default="tinynet", choices=["tinynet", "resnet"])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.1])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3, help="retrained models of each share")
+    parser.add_argument("--cache", type=Path, help="folder where what is known of retrained models is kept")
+    parser.add_argument("--steps", nargs="*", default=["relinearise", "natural"], help="strategies of the edit")
+    parser.add_argument("--baselines", nargs="*", default=[], help="their names, or all")
+    options = parser.parse_args()
+    names = list(BASELINES) if options.baselines == ["all"] else options.baselines
+    warnings.filterwarnings("ignore", message=".*search stopped before.*")
+
+    whole, test = load(options.data)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    held = len(whole) // 12
+    unseen, train = (TensorDataset(*(tensor[ids] for tensor in whole.tensors)) for ids in (order[:held], order[held:]))
+    common = {"epochs": options.epochs, "net": options.net, "decay": True}
+    start = time.perf_counter()
+    trainer, model = fit(train, [GIFCallback()], **common)
+    fit_seconds = time.perf_counter() - start
+    everything = torch.ones(len(test), dtype=torch.bool)
+
+    print("| removed | | forget | retain | test | gaps to retraining | membership | JSD forget | agreement | seconds |")
+    print("| --- |" + " --- |" * 9)
+    for share in options.shares:
+        gone = torch.zeros(len(train), dtype=torch.bool)
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[: round(share * len(train))]
+        gone[chosen] = True
+        rest = Subset(train, (~gone).nonzero().squeeze(1).tolist())
+        sets = {
+            "forget": part(train, gone, 2000),
+            "retain": part(train, ~gone, 5000),
+            "unseen": part(unseen, torch.ones(held, dtype=torch.bool), 5000),
+            "test": part(test, everything),
+        }
+        others = retrained(
+            lambda seed, rest=rest: fit(rest, [], seed=seed, **common)[1],
+            sets,
+            seeds=range(1, options.seeds + 1),
+            cache=options.cache,
+            name=f"{options.data.parent.name}_{options.net}_{options.epochs}_random{share:g}",
+        )
+
+        def show(name: str, known: Known, beside: Any = others, share: float = share, sets: Sets = sets) -> None:
+            accuracies = [accuracy(known, sets, key) for key in ("forget", "retain", "test")]
+            gaps = " / ".join(f"{gap(known, beside, sets, key):+.2f}" for key in ("forget", "retain", "test"))
+            told = f"{membership(known, sets, 'forget', 'test'):.3f}"
+            far, same = f"{divergence(known, beside, 'forget'):.4f}", agreement(known, beside, "test")
+            row = [f"{100 * share:g} %", name, *accuracies, gaps, told, far, same, f"{known.seconds:.1f}"]
+            print(table(["" for _ in row], [row]).splitlines()[-1], flush=True)
+
+        show("before", know(model, sets, fit_seconds))
+        for position, other in enumerate(others[:1]):
+            show("retrained", other, others[:position] + others[position + 1 :] or others)
+        forget = DataLoader(Subset(train, chosen.tolist()), 128)
+        seconds = 0.0
+        for step in options.steps:
+            edit = trainer.unlearn(forget, step=step, unseen=DataLoader(unseen, 256))
+            seconds = seconds or edit.seconds
+            say(edit)
+            show(f"edit, {step}", know(model, sets, edit.seconds))
+            edit.undo()
+        before = accuracy(know(model, sets, 0.0), sets, "retain")
+
+        def grade(module: nn.Module, sets: Sets = sets, before: float = before) -> float:
+            known = know(module, {key: sets[key] for key in ("forget", "retain", "unseen")}, 0.0)
+            told = abs(2 * membership(known, sets, "forget", "unseen") - 1)
+            return -told - max(before - accuracy(known, sets, "retain"), 0.0) / 100
+
+        retain, settings = DataLoader(rest, 128), dict[str, dict[str, Any]]()
+        for name, changed, spent in run_baselines(
+            names, model, forget, retain, grade, seconds=seconds, settings=settings
+        ):
+            show(name, know(changed, sets, spent))
+
+
+if __name__ == "__main__":
+    main()
