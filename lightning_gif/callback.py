@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -29,7 +30,6 @@ from .errors import (
     BatchError,
     ConfigurationError,
     GIFWarning,
-    NonFiniteError,
     SelectionError,
     TrainingDataError,
 )
@@ -172,6 +172,7 @@ class GIFCallback(Callback):
         self.targets: Targets | None = None
         self.targets_epoch: int | None = None
         self._train_loader: Any = None
+        self._unseen_loader: Any = None
         self._rank_on_demand = False
         self._observed: LightningModule | None = None  # whose statistics and targets these are
 
@@ -258,20 +259,23 @@ class GIFCallback(Callback):
             batch: The examples to forget, with the labels they were trained with: a batch as the training loader gives
                 them, or a ``DataLoader``, which are found in the training data by dataset index where the loader is
                 over the same dataset or a ``Subset`` of it, else by content. Or their indices in the training dataset,
-                a list of whole numbers; or a function from a batch to the truth value of each of its examples, which is
-                asked about all training data: ``lambda batch: batch[1] == 3``. All others are retained.
-            relabel: The labels they should have had: a tensor in the order of the examples (of the dataset, for a
-                loader), one class for all, or a function from a batch to its new targets. ``None`` removes them.
+                whole numbers in a list, range or array; or a function from a batch to the truth value of each of its
+                examples, which is asked about all training data: ``lambda batch: batch[1] == 3``. All others are
+                retained.
+            relabel: The labels they should have had: a tensor in the order of the batch or of the indices, or of the
+                dataset for a loader or function; one class for all; or a function from a batch to its new targets.
+                ``None`` removes them.
             retain: A loader of the data to keep, where it is not the rest of the training data.
-            unseen: A loader of examples like the training data that the model was not trained on, and that nothing is
-                reported on: single examples are forgotten until their losses look like these. By default the
-                validation loader of ``fit``, where there is one and its batches look like those of training.
+            unseen: A loader of examples like the training data that the model was not trained on: single examples are
+                forgotten until their losses look like these. Never test data, since it decides how far to go. By
+                default the validation loader of ``fit``, where there is one and its batches look like those of
+                training.
             step: How far to go, decided on the forget, retained and unseen data (see
                 :class:`~lightning_gif.steps.Goal`). ``"search"``: as far along the one solved change as the goal needs.
-                ``"relinearise"``: that, and up to three further solves at the new weights, which lower the risk that
-                should hold afterwards. ``"natural"``: 1, what the theory predicts. Or a number; or a strategy of your
-                own (see :mod:`lightning_gif.steps`), also by a name it was registered under in
-                ``lightning_gif.STRATEGIES``.
+                ``"relinearise"``: that, and where it leaves something to do up to five further solves at the new
+                weights, which lower the risk that should hold afterwards. ``"natural"``: 1, what the theory predicts.
+                Or a number; or a strategy of your own (see :mod:`lightning_gif.steps`), also by a name it was
+                registered under in ``lightning_gif.STRATEGIES``.
             targets: As in :meth:`influence`. What is to be forgotten decides which neurons matter, so the default here
                 is ``"batch"``.
             dataloader: The training data, where it is not that of ``fit``.
@@ -303,11 +307,11 @@ class GIFCallback(Callback):
                 choose,
                 relabel=relabel,
                 retain=None if retain is None else self._examples(retain, objective, settings),
-                unseen=self._unseen_examples(unseen, trainer, objective, settings),
+                unseen=self._unseen_examples(unseen, train, objective, settings),
                 step=step,
             )
         report.module = trainer.lightning_module
-        if trainer.optimizers and report.step:
+        if trainer.optimizers and any(report.steps):
             report.notes.append(
                 "The optimizer's state (momentum, averages) is no part of the edit and still remembers the forgotten"
                 " data: start a new optimizer before training on."
@@ -344,6 +348,7 @@ class GIFCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the epoch's statistics; not called for an epoch that was interrupted and goes on."""
         self._train_loader = trainer.train_dataloader
+        self._unseen_loader = _single(trainer.val_dataloaders)
         self.neurons.reset()
         self.gradients.reset()
 
@@ -401,8 +406,9 @@ class GIFCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets go of the layers; the loader is kept, since ``trainer.test`` makes the trainer forget it."""
+        """Lets go of the layers; the loaders are kept, since ``trainer.test`` makes the trainer forget them."""
         self._train_loader = trainer.train_dataloader
+        self._unseen_loader = _single(trainer.val_dataloaders)
         self._release()
 
     @override
@@ -600,26 +606,31 @@ class GIFCallback(Callback):
     def _forget_examples(self, given: Any, train: Examples, objective: Objective, settings: Settings) -> Examples:
         if callable(given) and not isinstance(given, Tensor):
             return train.where(given)
-        if isinstance(given, range) or (
-            isinstance(given, (list, tuple)) and given and all(type(index) is int for index in given)
-        ):
-            return train.with_ids(given)
+        # A batch has tensors in it, and more than one axis; numbers alone, or an array of them, are indices.
+        numbered = getattr(given, "ndim", None) == 1 and "int" in str(getattr(given, "dtype", ""))
+        listed = isinstance(given, (list, tuple, range)) and len(given) > 0
+        if numbered or (listed and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in given)):
+            return train.with_ids(given.tolist() if numbered else given)
         return self._examples(given, objective, settings)
 
     def _unseen_examples(
-        self, given: DataLoader[Any] | None, trainer: Trainer, objective: Objective, settings: Settings
+        self, given: DataLoader[Any] | None, train: Examples, objective: Objective, settings: Settings
     ) -> Examples | None:
         """Examples that were not trained on: those given, or of the validation loader of ``fit``."""
-        loader = trainer.val_dataloaders if given is None else given
+        loader = self._unseen_loader if given is None else given
         if not isinstance(loader, DataLoader):
             return None
         try:
             found = self._examples(loader, objective, settings)
             objective.check(found.at(torch.arange(1)), "unseen")
-        except (TrainingDataError, BatchError, NonFiniteError):
+        except Exception:
             if given is not None:
                 raise
             return None  # validation may look at something else altogether
+        if found.shares(train):
+            if given is not None:
+                raise ConfigurationError("`unseen` has examples of the training data; give those not trained on.")
+            return None
         return found
 
     def _deliver(self, trainer: Trainer, report: _Report) -> _Report:
@@ -636,6 +647,11 @@ class GIFCallback(Callback):
                         category=GIFWarning,
                     )
         return report
+
+
+def _single(loaders: Any) -> Any:
+    """The loader in a list of one."""
+    return loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders
 
 
 def _known_classes(examples: Examples) -> list[int]:
@@ -691,7 +707,7 @@ def attach(
     if callback._observed is not None and callback._observed is not model:
         callback._forget_statistics()
     attach_model(trainer, model, train_dataloaders, datamodule)
-    callback._train_loader = train_dataloaders
+    callback._train_loader, callback._unseen_loader = train_dataloaders, None
     callback._rank_on_demand = True
     callback._bind(trainer)
     return callback

@@ -41,6 +41,7 @@ __all__ = [
     "replace_targets",
     "same_structure",
     "slice_batch",
+    "strata",
     "take",
     "tensors",
 ]
@@ -232,6 +233,12 @@ def example_classes(examples: Examples) -> Tensor | None:
     return torch.cat(found)
 
 
+def strata(examples: Examples) -> Tensor:
+    """The class of each example, ``(n,)``; one for all where the targets are no classes."""
+    classes = example_classes(examples)
+    return torch.zeros(len(examples), dtype=torch.long) if classes is None else classes
+
+
 def replace_targets(data: Any, targets: Tensor | int) -> Any:
     """The batch with other targets.
 
@@ -393,20 +400,28 @@ class Examples:
         return replace(self, ids=self.ids[wanted], cached=tuple(pieces))
 
     def with_ids(self, ids: Sequence[int]) -> Examples:
-        """Those with the given dataset indices, in their order here.
+        """Those with the given dataset indices, in the order given.
 
         Raises:
-            TrainingDataError: If there are none, or an index is not among them.
+            TrainingDataError: If there are none, one comes twice, or an index is not among them.
         """
         wanted = torch.as_tensor([int(index) for index in ids], dtype=torch.long)
         missing = wanted[~torch.isin(wanted, self.ids)].tolist()
+        if len(wanted.unique()) < len(wanted):
+            raise TrainingDataError(f"Some of the {len(wanted)} dataset indices are given twice; give each once.")
         if missing or not len(wanted):
             raise TrainingDataError(
                 f"Of the {len(wanted)} dataset indices given, {len(missing)} are none of a training example:"
                 f" {missing[:5]}{' …' if len(missing) > 5 else ''}. Give at least one of those that the training loader"
                 f" draws, {int(self.ids.min())} to {int(self.ids.max())}."
             )
-        return self.at(torch.isin(self.ids, wanted).nonzero().squeeze(1))
+        order = self.ids.argsort()
+        return self.at(order[torch.searchsorted(self.ids[order], wanted)])
+
+    def shares(self, other: Examples) -> bool:
+        """Whether some are among others by dataset index: over the same dataset, or a ``Subset`` of it."""
+        (dataset, ids), (other_dataset, other_ids) = _root(self), _root(other)
+        return dataset is not None and dataset is other_dataset and bool(torch.isin(ids, other_ids).any())
 
     def where(self, predicate: Callable[[Any], Any]) -> Examples:
         """Those that a function of a prepared batch is true for.

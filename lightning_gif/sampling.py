@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .data import Examples, example_classes
+from .data import Examples, example_classes, strata
 from .errors import ConfigurationError
 from .objective import Objective
 from .registry import Registry
@@ -46,7 +46,12 @@ def uniformly(objective: Objective, examples: Examples, count: int, generator: t
 @SAMPLERS.register("balanced")
 def balanced(objective: Objective, examples: Examples, count: int, generator: torch.Generator) -> Tensor:
     """As many of each class, so that rare classes weigh as much as frequent ones; of small classes all."""
-    classes = _classes(examples, "balanced")
+    classes = example_classes(examples)
+    if classes is None:
+        raise ConfigurationError(
+            "curvature_sampling='balanced' needs targets that are classes (whole numbers, one for each example). Use"
+            " 'random'."
+        )
     order = torch.randperm(len(examples), generator=generator)
     shuffled = classes[order]
     turn = torch.empty_like(shuffled)  # how many of its class came before each example
@@ -63,7 +68,7 @@ def by_features(objective: Objective, examples: Examples, count: int, generator:
     After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
     """
     found = torch.cat([objective.features(batch.data) for batch in examples.batches()])
-    return _representative(found, _classes(examples, None), count, generator)
+    return _representative(found, strata(examples), count, generator)
 
 
 @SAMPLERS.register("logits")
@@ -73,7 +78,7 @@ def by_logits(objective: Objective, examples: Examples, count: int, generator: t
     After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
     """
     found = torch.cat([objective.predictions(batch.data) for batch in examples.batches()])
-    return _representative(found, _classes(examples, None), count, generator)
+    return _representative(found, strata(examples), count, generator)
 
 
 def _representative(found: Tensor, classes: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -94,14 +99,3 @@ def _representative(found: Tensor, classes: Tensor, count: int, generator: torch
     start = torch.rand((), generator=generator, dtype=torch.float64)
     places = ((torch.arange(count, dtype=torch.float64) + start) * (len(found) / count)).floor().long()
     return order[places.clamp_max(len(found) - 1)]
-
-
-def _classes(examples: Examples, needed_by: str | None) -> Tensor:
-    """The class of each example, ``(n,)``; all one class where there are none, unless they are needed."""
-    classes = example_classes(examples)
-    if classes is None and needed_by is not None:
-        raise ConfigurationError(
-            f"curvature_sampling={needed_by!r} needs targets that are classes (whole numbers, one for each"
-            " example). Use 'random'."
-        )
-    return torch.zeros(len(examples), dtype=torch.long) if classes is None else classes

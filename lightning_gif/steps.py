@@ -16,8 +16,11 @@ _LARGEST_STEP = 2.0**12
 _LARGEST_NEAR_NATURAL = 4.0
 _SMALLEST_STEP = 2.0**-6
 
-# The most solves of the risk, each at the weights that the last one led to.
+# The most changes that are solved for, that of the theory included.
 _MOST_SOLVES = 6
+
+# Smaller changes of a mean loss than this share of it are not told from rounding in float32: there the theory decides.
+_ROUNDING = 1e-6
 
 # A step is kept where the risk falls by this share of what the local model predicts; else half of it is tried.
 _TRUSTED, _HALVINGS = 0.25, 10
@@ -48,8 +51,9 @@ class Goal(str, Enum):
     steps near the natural one are looked at.
     ``LABELS``: labels are corrected. The risk is that on the retained and the corrected data.
 
-    No training ends in an exact minimum: for ``EXAMPLES`` and ``LABELS`` the slope that it left in the risk on *all*
-    data is subtracted from the risk, so that an edit answers the change of the data and does not go on training.
+    No training ends in an exact minimum, and on a sample of the data even that has a slope: what there is of it in the
+    risk on *all* data at the trained weights is subtracted from the risk, so that an edit answers the change of the
+    data, and neither goes on training nor fits the sample.
     """
 
     CLASS = "class"
@@ -62,7 +66,9 @@ class Goal(str, Enum):
 
 @dataclass(frozen=True)
 class Point:
-    """What a model is at a point of the way, measured on training-side data that no solve has seen.
+    """What a model is at a point of the way, measured on training-side data.
+
+    The retained examples are others than those that the solves have seen, where there are enough of them.
 
     Attributes:
         steps: How much of each solved change is made, in the order of the solves: multiples, 1 is the natural step.
@@ -118,13 +124,20 @@ class Walk(Protocol):
     path: list[Point]
 
     def answer(self) -> LocalModel:
-        """Solves for the change of the theory: what answers the removal or relabelling at the trained weights."""
+        """Solves for the change of the theory: what answers the removal or relabelling at the trained weights.
+
+        For classes and labels its local model leaves out the unlikelihood, and the curvature of the corrected losses.
+        """
 
     def descend(self, at: Point) -> LocalModel:
         """Solves, at the weights of a point, for what lowers the risk."""
 
     def measure(self, *steps: float) -> Point:
-        """The point that so much of each change leads to that was solved for, in the order of the solves."""
+        """The point that so much of each change leads to that was solved for, in the order of the solves.
+
+        Raises:
+            ConfigurationError: If these are more steps than changes were solved for.
+        """
 
 
 Strategy = Callable[[Walk], Point]
@@ -144,27 +157,27 @@ def natural(walk: Walk) -> Point:
 @STRATEGIES.register("search")
 def search(walk: Walk) -> Point:
     """The best step along the change of the theory: the smallest that forgets, or the one of least risk."""
-    walk.answer()
-    return _best_along_answer(walk)
+    return _best_along_answer(walk, walk.answer())
 
 
 @STRATEGIES.register("relinearise")
 def relinearise(walk: Walk) -> Point:
-    """The best step along the change of the theory, then up to six that lower the risk, each solved where the last led.
+    """The best step along the change of the theory, then others that lower the risk, each solved where the last led.
 
-    The further ones are steps of a Gauss-Newton kind, kept as far as the risk on examples that the solve has not seen
-    falls as predicted: they take back what a long first step cost, and go on with forgetting where that could not. None
-    is made where nothing is left to do: a class is forgotten at no cost, or what the first step did to the risk of
-    single examples is what the local model predicted. Labels are corrected by steps on the risk alone.
+    At most six changes are solved for. The further ones are steps of a Gauss-Newton kind, kept as far as the risk falls
+    as predicted: they take back what a long first step cost, and go on with forgetting where that could not. None is
+    made where nothing is left to do: a class is forgotten at no cost, or what the first step did to the risk of single
+    examples is what the local model predicted. Labels are corrected by steps on the risk alone.
     """
-    best = walk.path[0]
+    best, solved = walk.path[0], 0
     if walk.goal is not Goal.LABELS:
-        expected = walk.answer()
-        best = _best_along_answer(walk)
+        expected, solved = walk.answer(), 1
+        best = _best_along_answer(walk, expected)
         if _forgotten(walk, best) and _as_it_should_be(walk, best, expected):
             return best
-    while len(best.steps) < _MOST_SOLVES:
-        found = _trusted(walk, best, walk.descend(best))
+    while solved < _MOST_SOLVES:
+        found = _trusted(walk, best, walk.descend(best), solved)
+        solved += 1
         if found is None:
             break
         gained, best = best.risk - found.risk, found
@@ -179,7 +192,8 @@ def _as_it_should_be(walk: Walk, point: Point, expected: LocalModel) -> bool:
     if walk.goal is Goal.CLASS and walk.enough is not None:
         return point.retain_loss - first.retain_loss <= _HOLDS * abs(first.retain_loss)
     predicted = expected.change(point.step)
-    return not point.moved or abs(point.risk - first.risk - predicted) <= _HOLDS * abs(predicted)
+    off = abs(point.risk - first.risk - predicted)
+    return not point.moved or off <= max(_HOLDS * abs(predicted), _ROUNDING * abs(first.risk))
 
 
 def _forgotten(walk: Walk, point: Point) -> bool:
@@ -190,12 +204,20 @@ def _affordable(walk: Walk, point: Point) -> bool:
     return math.isfinite(point.retain_loss) and point.retain_loss <= walk.affordable
 
 
-def _trusted(walk: Walk, start: Point, model: LocalModel) -> Point | None:
-    """How much of the last change to make: as far as the risk falls as predicted, or twice that if it falls by more."""
-    before = start.steps
+def _trusted(walk: Walk, start: Point, model: LocalModel, solved: int) -> Point | None:
+    """How much of the last change to make: as far as the risk falls as predicted, or more if it falls by more.
 
-    def lowers(point: Point, step: float) -> bool:
-        return point.risk - start.risk <= _TRUSTED * model.change(step)  # NaN does not
+    Args:
+        walk: The walk.
+        start: Where the change was solved for.
+        model: The risk along it.
+        solved: How many changes were solved for before.
+    """
+    before = start.steps + (0.0,) * (solved - len(start.steps))
+
+    def lowers(point: Point, step: float) -> bool:  # NaN does not
+        falls = point.risk < start.risk and point.risk - start.risk <= _TRUSTED * model.change(step)
+        return falls and (_affordable(walk, point) or point.retain_loss <= start.retain_loss)
 
     step, there = 1.0, walk.measure(*before, 1.0)
     for _ in range(_HALVINGS):
@@ -203,13 +225,14 @@ def _trusted(walk: Walk, start: Point, model: LocalModel) -> Point | None:
             break
         step /= 2
         there = walk.measure(*before, step)
-    if not lowers(there, step) or not there.risk < start.risk:
+    if not lowers(there, step):
         return None
-    while step >= 1.0 and 2 * step <= _LONGEST and there.risk - start.risk <= model.change(1.0):
+    longer = step == 1.0 and there.risk - start.risk <= model.change(1.0)
+    while longer and 2 * step <= _LONGEST:
         further = walk.measure(*before, 2 * step)
-        if not further.risk < there.risk:
-            break
-        step, there = 2 * step, further
+        longer = further.risk < there.risk and (_affordable(walk, further) or further.retain_loss <= there.retain_loss)
+        if longer:
+            step, there = 2 * step, further
     if walk.goal is Goal.EXAMPLES and walk.enough is not None:
         for _ in range(_LENGTHENED):
             if _forgotten(walk, there):
@@ -221,8 +244,12 @@ def _trusted(walk: Walk, start: Point, model: LocalModel) -> Point | None:
     return there
 
 
-def _best_along_answer(walk: Walk) -> Point:
-    return _least_risk(walk) if walk.enough is None else _smallest_that_forgets(walk)
+def _best_along_answer(walk: Walk, model: LocalModel) -> Point:
+    if walk.enough is not None:
+        return _smallest_that_forgets(walk)
+    if walk.goal is Goal.EXAMPLES and abs(model.change(1.0)) <= _ROUNDING * abs(walk.path[0].risk):
+        return walk.measure(1.0)
+    return _least_risk(walk)
 
 
 def _smallest_that_forgets(walk: Walk) -> Point:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ._compat import rank_zero_warn
 from .curvature import METHODS, Combination, Group, Method, Submatrix
-from .data import Examples, example_classes, locate, relabelled
+from .data import Examples, example_classes, locate, relabelled, strata
 from .errors import ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError, TrainingDataError
 from .objective import Objective
 from .parameters import Edit, Targets
@@ -42,7 +43,7 @@ _CLASS_WEIGHT = 0.5
 
 # What forgetting may cost in retained loss: for a class a share of the loss of guessing, and for single examples half
 # the way to the loss of unseen ones, beyond which the others would be forgotten rather than remembered as well.
-_CLASS_BUDGET, _EXAMPLES_BUDGET = 0.05, 0.5
+_CLASS_BUDGET, _EXAMPLES_BUDGET, _LEAST_BUDGET = 0.05, 0.5, 0.01
 
 # A step that lowers the risk is measured before it is made, so that its curvature need not be known as closely as the
 # slope: it is taken over a part of the slope's examples (Byrd et al., SIAM J. Optim. 21, 2011).
@@ -57,7 +58,7 @@ def check_step(step: Step) -> None:
     if isinstance(step, str):
         STRATEGIES[step]
     elif not callable(step) and (
-        isinstance(step, bool) or not isinstance(step, (int, float)) or not math.isfinite(step)
+        isinstance(step, bool) or not isinstance(step, numbers.Real) or not math.isfinite(step)
     ):
         raise ConfigurationError(
             f"`step` must be one of {', '.join(map(repr, STRATEGIES))}, a finite number, or a function from a walk to a"
@@ -91,7 +92,7 @@ def unlearn(
         settings: Method, solver and their parameters.
         choose_targets: Called for the target parameters, unless the method changes all of them.
         relabel: New targets, see :func:`~lightning_gif.data.relabelled`; ``None`` removes the examples.
-        retain: The retained examples; by default all of ``train`` that are not found in ``forget``.
+        retain: The retained examples, or a sample of them; by default all of ``train`` not found in ``forget``.
         unseen: Examples like the training data that the model was not trained on.
         step: The name of a strategy or one itself, or a number: that multiple of the one change.
 
@@ -112,17 +113,24 @@ def unlearn(
     found = locate(forget, train)
     retained = _retained(train, forget, found, notes) if retain is None else _without(retain, forget, notes)
     members = max(len(forget), len(found))
-    task = _Task.prepare(objective, forget, corrected, retained, unseen, settings, members / len(retained))
+    others = len(train) - len(found) if len(found) else len(retained)
+    rest = retained if retain is None or not len(found) else _others(train, found)
+    task = _Task.prepare(objective, forget, corrected, retained, rest, unseen, settings, members / max(others, 1))
     objective.check(task.sample, "retain")
 
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
     walk = _Walk(objective, task, settings, method, targets.flat(objective.space).to(objective.device))
-    if isinstance(step, (int, float)):
+    if isinstance(step, numbers.Real):
         walk.answer()
         chosen = walk.measure(float(step))
     else:
-        chosen = (STRATEGIES[step] if isinstance(step, str) else step)(walk)
+        chosen = (STRATEGIES[step] if isinstance(step, str) else step)(walk)  # type: ignore[operator]
+        if not any(chosen is point for point in walk.path) or not walk.solutions:
+            raise ConfigurationError(
+                f"The strategy must solve for a change (walk.answer or walk.descend) and return one of the points that"
+                f" it measured (walk.measure), got {chosen!r} after {len(walk.solutions)} solves."
+            )
         if step != "natural":
             _tell(walk, chosen, notes)
 
@@ -194,21 +202,22 @@ class _Task:
         forget: Examples,
         corrected: Examples | None,
         retained: Examples,
+        rest: Examples,
         unseen: Examples | None,
         settings: Settings,
         share: float,
     ) -> _Task:
-        memory, count, seed = settings.bytes_to_keep(objective.device), settings.curvature_examples, settings.seed
+        memory, count, seed = settings.bytes_to_keep(objective.device) / 4, settings.curvature_examples, settings.seed
         sample = curvature_sample(objective, retained, count, settings.curvature_sampling, seed)
-        rest = torch.ones(len(retained), dtype=torch.bool)
-        rest[torch.isin(retained.ids, sample.ids)] = False
+        left = torch.ones(len(retained), dtype=torch.bool)
+        left[torch.isin(retained.ids, sample.ids)] = False
         # A solve lowers the loss of the examples that it sees more than that of others like them, so steps are measured
         # on others.
-        enough = len(sample) < len(retained) and int(rest.sum()) >= len(sample) // 2
-        check = retained.at(rest.nonzero().squeeze(1)).sample(count, seed) if enough else sample
+        enough = len(sample) < len(retained) and int(left.sum()) >= len(sample) // 2
+        check = retained.at(left.nonzero().squeeze(1)).sample(count, seed) if enough else sample
 
         gone = example_classes(forget)
-        kept = None if gone is None else example_classes(retained)
+        kept = None if gone is None else example_classes(rest)  # of all that stay, whatever is given as retained
         classes = 0 if gone is None or kept is None else len(torch.cat([gone, kept]).unique())
         if corrected is not None:
             goal = Goal.LABELS
@@ -254,9 +263,9 @@ class _Walk:
         self.description: dict[str, Any] = {}
         self._objective, self._task, self._settings, self._method = objective, task, settings, method
         self._changes: list[Tensor] = []
-        self._answer: LocalModel | None = None
+        self._answer: tuple[int, LocalModel] | None = None  # which change it is
         self._unseen_losses = None if task.unseen is None else _by_class(objective, task.unseen)
-        self._classes = None if task.unseen is None else _classes(task.judged)
+        self._classes = None if task.unseen is None else strata(task.judged)
         # What the risk is made of: the retained loss and that of the corrected examples, or a class's unlikelihood.
         self._weights = (1.0, 0.0)
         if task.corrected is not None:
@@ -278,11 +287,9 @@ class _Walk:
         # The slope that training left in the risk on all data, as the two samples of the retained data show it.
         self._retain_slope = objective.gradient(task.check)
         left = share * (self._old + decay) + decay
-        self._left_check = self._left_sample = torch.zeros_like(theta)
-        if task.goal is not Goal.CLASS:
-            self._left_check = self._left_sample = self._retain_slope + left
-            if task.check is not task.sample:
-                self._left_sample = objective.gradient(task.sample) + left
+        self._left_check = self._left_sample = self._retain_slope + left
+        if task.check is not task.sample:
+            self._left_sample = objective.gradient(task.sample) + left
         self.enough, self.affordable = self._limits(self.measure())
 
     def _limits(self, start: Point) -> tuple[float | None, float]:
@@ -291,12 +298,19 @@ class _Walk:
             return _CLASS_ENOUGH, start.retain_loss + _CLASS_BUDGET * task.guessing
         if self._unseen_losses is not None and not math.isnan(start.remembered):
             losses = torch.cat(list(self._unseen_losses.values()))
-            budget = _EXAMPLES_BUDGET * max(float(losses.mean()) - start.retain_loss, 0.0)
+            # Nothing is forgotten at no cost at all, even where unseen losses are no larger.
+            least = _LEAST_BUDGET * abs(start.retain_loss)
+            budget = max(_EXAMPLES_BUDGET * (float(losses.mean()) - start.retain_loss), least)
             return _EXAMPLES_ENOUGH, start.retain_loss + budget
         return None, math.inf
 
     def moved(self, steps: tuple[float, ...]) -> Tensor:
         """The weights ``(p,)`` at a point."""
+        if len(steps) > len(self._changes):
+            raise ConfigurationError(
+                f"{len(steps)} steps were given, but {len(self._changes)} changes were solved for (walk.answer and"
+                " walk.descend)."
+            )
         theta = self._objective.theta.clone()
         for size, change in zip(steps, self._changes, strict=False):
             theta.index_add_(0, self.positions, size * change)
@@ -350,8 +364,9 @@ class _Walk:
         slope = of_retained * (self._retain_slope + decay - self._left_check)
         if self._new is not None:
             slope = slope + of_others * (self._new + decay)
-        self._answer = LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
-        return self._answer
+        model = LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
+        self._answer = len(self._changes) - 1, model
+        return model
 
     def descend(self, at: Point) -> LocalModel:
         objective, task, settings = self._objective, self._task, self._settings
@@ -367,13 +382,12 @@ class _Walk:
             if of_others:
                 examples = task.judged if task.corrected is None else task.corrected
                 loss_sum = self._unlikelihood_sum if task.corrected is None else None
-                few = math.ceil(count * max(_LEAST_SHARE, min(of_others, 1 - of_retained)))
+                few = math.ceil(count * max(_LEAST_SHARE, 1 - of_retained))
                 slope = slope + of_others * objective.gradient(examples, there, loss_sum)
                 others = opened(examples.sample(few, settings.seed), loss_sum=loss_sum)
                 whole = Combination((of_retained, curvature), (of_others, others))
             slope = slope + settings.weight_decay * there
-            # A step is measured before it is made, so the solve may be as good as it gets.
-            bend = self._take(whole, -slope, settings.override({"unconverged": "ignore"}))
+            bend = self._take(whole, -slope, settings)
             self.description = self.description or settings.describe(curvature)
         return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
 
@@ -401,14 +415,14 @@ class _Walk:
             edited: The new weights ``(p,)`` as they are rounded in the model.
             chosen: The point that they come from.
         """
-        objective, task, change = self._objective, self._task, self._changes[0]
-        told = self._answer is not None and not any(chosen.steps[1:])
-        # Of the loss alone.
-        bend = 0.0 if self._answer is None else self._answer.bend
-        bend -= self._settings.weight_decay * float(change @ change)
+        objective, task = self._objective, self._task
+        which, model = self._answer or (0, LocalModel(0.0, 0.0))
+        change, step = self._changes[which], chosen.steps[which] if which < len(chosen.steps) else 0.0
+        told = self._answer is not None and not any(s for i, s in enumerate(chosen.steps) if i != which)
+        bend = model.bend - self._settings.weight_decay * float(change @ change)  # of the loss alone
 
         def of(examples: Examples, slope: Tensor, before: float, bend: float = 0.0) -> Change:
-            predicted = before + chosen.step * float(slope[self.positions] @ change) + chosen.step**2 * bend / 2
+            predicted = before + step * float(slope[self.positions] @ change) + step**2 * bend / 2
             return Change(before, objective.mean_loss(examples, edited), predicted if told else math.nan)
 
         start, corrected = self.path[0], task.corrected
@@ -428,32 +442,30 @@ def _unlikelihood(losses: Tensor) -> Tensor:
 
 def _by_class(objective: Objective, examples: Examples, theta: Tensor | None = None) -> dict[int, Tensor]:
     """The losses of the examples of each class."""
-    losses, classes = objective.all_losses(examples, theta).double().cpu(), _classes(examples)
+    losses, classes = objective.all_losses(examples, theta).double().cpu(), strata(examples)
     return {int(label): losses[classes == label] for label in classes.unique()}
-
-
-def _classes(examples: Examples) -> Tensor:
-    """The class of each example, ``(n,)``; one class for all where there are none."""
-    found = example_classes(examples)
-    return torch.zeros(len(examples), dtype=torch.long) if found is None else found
 
 
 def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
     """Warns of a search that did not find what it was for."""
     first = walk.path[0]
-    if walk.enough is not None and chosen.remembered > walk.enough:
-        what = "class was" if walk.goal is Goal.CLASS else "examples were"
+    if walk.enough is not None and not chosen.remembered <= walk.enough:
+        if walk.goal is Goal.CLASS:
+            state = f"the class was forgotten: the loss of {100 * chosen.remembered:.1f} % is still below guessing"
+        else:
+            state = (
+                f"the examples looked unseen: a threshold on the loss tells them by an AUROC of {chosen.remembered:.2f}"
+            )
         _warn(
             notes,
-            f"The search stopped before the {what} forgotten ({chosen.remembered:.2f} are remembered, {walk.enough:g}"
-            " would do; see Point.remembered): a larger step would raise the retained loss too far. Try"
-            " targets='batch', another selector, or a larger ratio; or give `step` a number.",
+            f"The search stopped before {state}. Going on would have raised the retained loss too far, or found nothing"
+            " more. Try targets='batch', another selector, or a larger ratio; or give `step` a number.",
         )
     elif walk.goal is Goal.CLASS and walk.enough is not None and first.remembered == 0.0:
         _warn(
             notes,
             "The losses of the class are above that of guessing before any step, so the search cannot tell when it is"
-            " forgotten (is the loss a cross-entropy?). The natural step was made; or give `step` a number.",
+            " forgotten (is the loss a cross-entropy?). Look at what was done, or give `step` a number.",
         )
     elif not chosen.moved:
         _warn(
@@ -461,6 +473,13 @@ def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
             "The search found no step that lowers the risk on the data that retraining would see; the edit changes"
             " nothing. step='natural' makes the step of the theory all the same.",
         )
+
+
+def _others(train: Examples, found: Tensor) -> Examples:
+    """The training examples at all other positions."""
+    keep = torch.ones(len(train), dtype=torch.bool)
+    keep[found] = False
+    return train.at(keep.nonzero().squeeze(1))
 
 
 def _retained(train: Examples, forget: Examples, found: Tensor, notes: list[str]) -> Examples:
@@ -484,11 +503,9 @@ def _retained(train: Examples, forget: Examples, found: Tensor, notes: list[str]
             " these forms are still among the data to keep: give a DataLoader over a Subset of the training set, or the"
             " data to keep as `retain`.",
         )
-    keep = torch.ones(len(train), dtype=torch.bool)
-    keep[found] = False
-    if not keep.any():
+    if len(found) == len(train):
         raise TrainingDataError("All training examples are to be forgotten; nothing would be retained. Train anew.")
-    return train.at(keep.nonzero().squeeze(1))
+    return _others(train, found)
 
 
 def _without(retain: Examples, forget: Examples, notes: list[str]) -> Examples:

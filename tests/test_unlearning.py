@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -241,6 +242,19 @@ def test_what_to_forget_can_be_given_as_indices_or_as_a_question() -> None:
     assert trainer.unlearn(range(4), dry_run=True).n_forget == 4
 
 
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, numpy.array, lambda ids: list(numpy.array(ids))])
+def test_new_labels_come_in_the_order_of_the_indices(kind: Any) -> None:
+    trainer, _, dataset = fitted()
+    new = torch.tensor([1, 2, 0])
+    expected = trainer.unlearn(batch_of(dataset, [40, 5, 17]), relabel=new, dry_run=True)
+    found = trainer.unlearn(kind([40, 5, 17]), relabel=new, dry_run=True)
+    assert found.relabelled is not None
+    assert expected.relabelled is not None
+    assert found.relabelled.after == pytest.approx(expected.relabelled.after, rel=1e-4)
+    with pytest.raises(TrainingDataError, match="given twice"):
+        trainer.unlearn(kind([5, 5, 17]))
+
+
 def test_only_the_training_examples_of_a_loader_can_be_named() -> None:
     """A loader over part of a dataset: indices mean the dataset that the loader is over."""
     dataset = blobs()
@@ -288,11 +302,30 @@ def test_unseen_examples_say_when_single_ones_are_forgotten() -> None:
 
 def test_the_validation_data_of_fit_are_unseen_examples() -> None:
     trainer, module, dataset = make_trainer(GIFCallback(ratio=0.5), max_epochs=5), Classifier(), blobs()
-    trainer.fit(module, loader(dataset), loader(blobs(30, seed=5), shuffle=False))
+    trainer.fit(module, loader(dataset), [loader(blobs(30, seed=5), shuffle=False)])
+    # Whatever the trainer ran since: neither no data, nor test data.
+    trainer.test(module, loader(blobs(20, seed=6), shuffle=False), verbose=False)
+    trainer.validate(module, loader(blobs(20, seed=6), shuffle=False), verbose=False)
     report = trainer.unlearn([0, 1, 2], dry_run=True)
     assert report.n_unseen == 30
-    assert 0 <= report.remembered[1] <= 1
+    given = trainer.unlearn([0, 1, 2], unseen=loader(blobs(30, seed=5)), dry_run=True)
+    assert report.remembered == given.remembered
     assert trainer.unlearn(lambda batch: batch[1] == 0, dry_run=True).n_unseen == 0  # a class needs none
+
+
+def test_data_that_were_trained_on_are_not_unseen() -> None:
+    trainer, module, dataset = make_trainer(GIFCallback(ratio=0.5)), Classifier(), blobs()
+    trainer.fit(module, loader(dataset), loader(dataset, shuffle=False))
+    assert trainer.unlearn([0, 1, 2], dry_run=True).n_unseen == 0
+    with pytest.raises(ConfigurationError, match="examples of the training data"):
+        trainer.unlearn([0, 1, 2], unseen=loader(Subset(dataset, range(40))))
+
+
+def test_unseen_examples_that_are_no_harder_leave_the_step_of_the_theory() -> None:
+    """Nothing is memorised here, so that nothing more than the theory is to be done."""
+    trainer, _, _ = fitted(dataset=blobs(600), max_epochs=3)
+    report = trainer.unlearn([0], unseen=loader(blobs(300, seed=3)), dry_run=True)
+    assert report.step > 0
 
 
 def test_validation_data_of_another_kind_are_no_unseen_examples() -> None:
@@ -402,6 +435,13 @@ def test_examples_that_are_not_in_the_training_data_are_pointed_out() -> None:
         report = trainer.unlearn((torch.cat([x[:2], x[2:] + 1]), y), dry_run=True)
     assert report.n_found == 2
     assert any("not found" in note for note in report.notes)
+
+
+def test_a_class_stays_a_class_of_the_data_whatever_is_given_as_retained() -> None:
+    """Two of sixteen examples are not their class, though the loader of what to keep has none of the others."""
+    trainer, _, dataset = fitted(max_epochs=20)
+    others = DataLoader(Subset(dataset, [i for i in range(48) if i % 3]), 8)
+    assert trainer.unlearn([0, 3], retain=others, dry_run=True).goal is Goal.EXAMPLES
 
 
 def test_the_retained_data_can_be_given() -> None:
@@ -567,7 +607,7 @@ class Told:
 
     def descend(self, at: Point) -> LocalModel:
         assert at in self.path
-        assert len(at.steps) == len(self.solved)
+        assert len(at.steps) <= len(self.solved)
         return self._solve(at)
 
     def _solve(self, at: Point | None) -> LocalModel:
@@ -605,9 +645,11 @@ def test_no_step_is_made_that_does_not_even_raise_the_loss_of_the_class() -> Non
 def test_a_step_that_breaks_the_model_is_never_chosen(explodes: float) -> None:
     walk = Told(beyond(8), lambda s=0.0: 0.1 if s < 5 else explodes)
     assert search(walk).steps[0] < 5
-    walk = Told(risk=lambda s=0.0: -s if s < 1.5 else explodes, goal=Goal.EXAMPLES, enough=None)
+    walk = Told(
+        risk=lambda s=0.0: -s if s < 1.5 else explodes, goal=Goal.EXAMPLES, enough=None, models=[LocalModel(-1, 1)]
+    )
     assert 1.0 <= search(walk).steps[0] < 1.5
-    walk = Told(retain=lambda *steps: explodes if steps else 1.0, models=[LocalModel(-2.0, 2.0)])
+    walk = labels(lambda *steps: explodes if steps else 1.0, LocalModel(-2.0, 2.0))
     assert relinearise(walk) == walk.path[0]
 
 
@@ -620,11 +662,11 @@ def test_the_risk_is_minimised_along_the_change(best: float) -> None:
 
 
 def test_no_step_is_a_possible_answer() -> None:
-    assert not search(Told(risk=lambda s=0.0: s, goal=Goal.EXAMPLES, enough=None)).moved
+    assert not search(Told(risk=lambda s=0.0: s, goal=Goal.EXAMPLES, enough=None, models=[LocalModel(-1, 1)])).moved
 
 
 def test_single_examples_are_not_chased_far_beyond_the_natural_step() -> None:
-    walk = Told(risk=lambda s=0.0: -s, goal=Goal.EXAMPLES, enough=None)
+    walk = Told(risk=lambda s=0.0: -s, goal=Goal.EXAMPLES, enough=None, models=[LocalModel(-1, 1)])
     assert search(walk).steps == (4.0,)
     assert max(point.step for point in walk.path) == 4.0
 
@@ -643,33 +685,71 @@ def test_the_natural_step_is_natural_whatever_it_does() -> None:
     assert natural(Told(lambda s=0.0: 1.0, lambda s=0.0: math.inf)).steps == (1.0,)
 
 
-def test_a_class_is_taken_out_by_steps_that_lower_the_risk() -> None:
-    """Each solve promises a fall of 0.5, and the risk falls so."""
-    walk = Told(lambda *steps: 1.0 - sum(steps) / 3, risk=lambda *steps: 2.0 - 0.5 * sum(steps))
-    walk._models = [LocalModel(-1.0, 1.0)] * 9
+def labels(risk: Callable[..., float], *models: LocalModel) -> Told:
+    """A walk for labels, whose every change lowers the risk, or should."""
+    return Told(risk=risk, goal=Goal.LABELS, enough=None, models=models)
+
+
+def test_a_class_that_the_theory_cannot_forget_is_forgotten_by_steps_that_lower_the_risk() -> None:
+    """No length of the first change is affordable; each further one promises a fall of 0.5, and the risk falls so."""
+    walk = Told(
+        lambda first=0.0, *later: 1.0 - sum(later) / 3,
+        lambda first=0.0, *later: 0.1 + first,
+        risk=lambda first=0.0, *later: 9.0 - 0.5 * sum(later),
+        affordable=0.1,
+        models=[FLAT, *[LocalModel(-1.0, 1.0)] * 9],
+    )
     point = relinearise(walk)
-    assert walk.solved[0] == walk.path[0]
+    assert point.steps[0] == 0.0
     assert point.remembered <= 0.01
+    assert walk.solved[:2] == [None, walk.path[0]]
     assert len(walk.solved) <= 6
+
+
+def test_a_class_that_is_forgotten_at_no_cost_needs_no_further_solve() -> None:
+    walk = Told(beyond(3.0))
+    assert relinearise(walk).steps[0] == pytest.approx(3.0, rel=0.05)
+    assert walk.solved == [None]
+
+
+def test_no_further_step_costs_more_than_forgetting_may() -> None:
+    walk = Told(
+        lambda first=0.0, *later: 1.0 - sum(later) / 3,
+        lambda first=0.0, *later: 0.1 + first + sum(later),
+        risk=lambda first=0.0, *later: 9.0 - 0.5 * sum(later),
+        affordable=0.4,
+        models=[FLAT, *[LocalModel(-1.0, 1.0)] * 9],
+    )
+    assert relinearise(walk).retain_loss <= 0.4
 
 
 def test_a_step_is_kept_as_far_as_the_risk_falls_as_predicted() -> None:
     """The model promises a fall of 0.5 for the whole step, and the risk rises beyond 0.6 of it."""
     valley = lambda r=0.0, *later: 1.0 - (r if r < 0.6 else 0.7 - r)  # noqa: E731
-    assert relinearise(Told(risk=valley, models=[LocalModel(-1.0, 1.0)])).steps == (0.5,)
+    assert relinearise(labels(valley, LocalModel(-1.0, 1.0))).steps == (0.5,)
 
 
 def test_a_step_is_made_longer_where_the_risk_falls_by_more_than_predicted() -> None:
     bowl = lambda r=0.0, *later: (r - 3.5) ** 2  # noqa: E731
-    assert relinearise(Told(risk=bowl, models=[LocalModel(-1.0, 1.0)])).steps == (4.0,)
-    assert relinearise(Told(risk=bowl, models=[LocalModel(-20.0, 20.0)])).steps == (1.0,)
+    assert relinearise(labels(bowl, LocalModel(-1.0, 1.0))).steps == (4.0,)
+    assert relinearise(labels(bowl, LocalModel(-20.0, 20.0))).steps == (1.0,)
 
 
 def test_no_step_is_made_where_none_helps() -> None:
-    walk = Told(risk=lambda *steps: 0.1 + sum(steps), models=[LocalModel(-1.0, 1.0)])
-    assert not relinearise(walk).moved
-    walk = Told(risk=lambda *steps: 1.0 - 0.05 * sum(steps), models=[LocalModel(-0.2, 0.2)] * 9)
+    assert not relinearise(labels(lambda *steps: 0.1 + sum(steps), LocalModel(-1.0, 1.0))).moved
+    walk = labels(lambda *steps: 1.0 - 0.05 * sum(steps), *[LocalModel(-0.2, 0.2)] * 9)
     assert relinearise(walk).steps == (1.0,)  # a second is not worth it
+
+
+def test_a_model_that_bends_up_too_early_does_not_hide_a_shorter_step() -> None:
+    bowl = lambda s=0.0, *later: 1.0 - s + 1.5 * s**2  # noqa: E731
+    assert relinearise(labels(bowl, LocalModel(-1.0, 10.5))).steps == (0.5,)
+
+
+def test_the_theory_decides_where_rounding_would() -> None:
+    walk = Told(risk=lambda s=0.0: 0.1 - 1e-9 * s, goal=Goal.EXAMPLES, enough=None, models=[LocalModel(-2e-9, 2e-9)])
+    assert relinearise(walk).steps == (1.0,)
+    assert walk.solved == [None]
 
 
 def test_further_steps_take_back_what_the_first_cost_and_keep_what_is_forgotten() -> None:
@@ -696,6 +776,12 @@ def test_nothing_is_solved_anew_while_the_local_model_holds() -> None:
     assert len(walk.solved) == 1
 
 
+def later_only(walk: Walk) -> Point:
+    walk.answer()
+    walk.descend(walk.path[0])
+    return walk.measure(0.0, 0.5)
+
+
 def test_a_strategy_of_ones_own_is_taken_by_name_or_as_it_is() -> None:
     def half(walk: Walk) -> Point:
         walk.answer()
@@ -707,6 +793,15 @@ def test_a_strategy_of_ones_own_is_taken_by_name_or_as_it_is() -> None:
     report = trainer.unlearn(forget, step=half, dry_run=True)
     assert report.steps == [0.5, 0.25]
     assert len(report.solves) == 2
+    assert "nothing" not in str(trainer.unlearn(forget, step=lambda walk: later_only(walk), dry_run=True))
+    for bad, match in (
+        (lambda walk: walk.path[0], "after 0 solves"),
+        (lambda walk: 1.0, "got 1.0"),
+        (lambda walk: (walk.answer(), Point((3.0,), 0.0, 0.0, 0.0, 0.0))[1], "must solve for a change"),
+        (lambda walk: walk.measure(2.0), "1 steps were given, but 0 changes"),
+    ):
+        with pytest.raises(ConfigurationError, match=match):
+            trainer.unlearn(forget, step=bad)
     STRATEGIES.register("half")(half)
     try:
         assert trainer.unlearn(forget, step="half", dry_run=True).steps == report.steps

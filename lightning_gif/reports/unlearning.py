@@ -318,7 +318,9 @@ class UnlearnReport:
         losses = [("forget", self.forget), ("retain", self.retain), ("relabelled", self.relabelled)]
         later = [f"{step:.3g}" for step in self.steps[1:] if step]
         further = f" and, solved at the new weights, {' and '.join(later)}" if later else ""
-        changed = f"{self.edit.count} of {self.n_parameters} parameters ({share:.1f} %)" if self.step else "nothing"
+        changed = (
+            f"{self.edit.count} of {self.n_parameters} parameters ({share:.1f} %)" if any(self.steps) else "nothing"
+        )
 
         def predicted(change: Change) -> str:
             near = abs(self.step) <= _PREDICTABLE and not math.isnan(change.predicted)
