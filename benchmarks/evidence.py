@@ -97,6 +97,7 @@ def retrained(
             start = time.perf_counter()
             model = make(seed)
             known = know(model, sets, time.perf_counter() - start)
+            known.logits = {key: value.half().float() for key, value in known.logits.items()}  # as from the cache
             say(f"retrained {name}, seed {seed}: {known.seconds:.0f} s")
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)

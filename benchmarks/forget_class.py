@@ -100,9 +100,9 @@ def main() -> None:
         seconds = 0.0
         for step in options.steps:
             edit = trainer.unlearn(forget, step=step, **options.options)
-            seconds = edit.seconds
+            seconds = seconds or edit.seconds
             say(edit)
-            note(f"edit, {step}", know(model, sets, seconds))
+            note(f"edit, {step}", know(model, sets, edit.seconds))
             edit.undo()
         retain = DataLoader(rest, 128)
         grade = partial(score, sets=sets, label=label)

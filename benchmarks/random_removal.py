@@ -2,11 +2,10 @@
 
     python benchmarks/random_removal.py --data path/to/MNIST/raw --shares 0.01 0.1 [--cache folder] [--baselines all]
 
-A twelfth of the training images is held out as validation data, which training sees as such: the edit goes on until the
-removed examples look like these. A baseline gets as many seconds as the edit took, for each of its trials; `tuned` is
-the best of its grid by how close the losses of the removed examples come to those of the held-out ones, and the
-accuracy on retained ones stays: `|2·AUROC − 1|` and the lost accuracy, both small. Test images are only looked at to
-report. Prints a Markdown table.
+A twelfth of the training images is held out: the edit goes on until the removed examples look like these. A baseline
+gets as many seconds as the edit took, for each of its trials; `tuned` is the best of its grid by how close the losses
+of the removed examples come to those of the held-out ones, and the accuracy on retained ones stays: `|2·AUROC − 1|` and
+the lost accuracy, both small. Test images are only looked at to report. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -95,8 +94,8 @@ def main() -> None:
             print(table(["" for _ in row], [row]).splitlines()[-1], flush=True)
 
         show("before", know(model, sets, fit_seconds))
-        for position, other in enumerate(others[:1]):
-            show("retrained", other, others[:position] + others[position + 1 :] or others)
+        if len(others) > 1:
+            show("retrained, one seed", others[0], others[1:])
         forget = DataLoader(Subset(train, chosen.tolist()), 128)
         seconds = 0.0
         for step in options.steps:
