@@ -25,7 +25,7 @@ from ._compat import (
     rank_zero_warn,
     unsupported_strategy,
 )
-from .data import Examples, batch_size, class_targets, example_classes
+from .data import Examples, batch_size, class_targets, describe, example_classes, tensors
 from .errors import (
     BatchError,
     ConfigurationError,
@@ -226,7 +226,8 @@ class GIFCallback(Callback):
             NonFiniteError: If a loss, gradient or product is not finite.
             ConvergenceError: If the solve diverges, or does not converge and ``unconverged="raise"``.
         """
-        settings = self.settings.override(overrides).for_influence()
+        named = ("k", "per_example", "targets", "dataloader")
+        settings = self.settings.override(overrides, named).for_influence()
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ConfigurationError(f"`k` must be a whole number of at least 1, got {k!r}.")
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
@@ -242,7 +243,7 @@ class GIFCallback(Callback):
         *,
         relabel: Tensor | int | Callable[[Any], Tensor] | None = None,
         retain: DataLoader[Any] | None = None,
-        unseen: DataLoader[Any] | None = None,
+        unseen: DataLoader[Any] | Literal[False] | None = None,
         step: Step = "relinearise",
         targets: TargetsChoice = "batch",
         dataloader: DataLoader[Any] | None = None,
@@ -269,7 +270,7 @@ class GIFCallback(Callback):
             unseen: A loader of examples like the training data that the model was not trained on: single examples are
                 forgotten until their losses look like these. Never test data, since it decides how far to go. By
                 default the validation loader of ``fit``, where there is one and its batches look like those of
-                training.
+                training; ``False`` for none. Fewer than twenty examples are too few to compare.
             step: How far to go, decided on the forget, retained and unseen data (see
                 :class:`~lightning_gif.steps.Goal`). ``"search"``: as far along the one solved change as the goal needs.
                 ``"relinearise"``: that, and where it leaves something to do up to five further solves at the new
@@ -283,16 +284,18 @@ class GIFCallback(Callback):
             **overrides: As in :meth:`influence`.
 
         Returns:
-            The edit, with ``undo()``, ``save()`` and the change of the loss on both sides.
+            The edit, with ``undo()``, ``save()`` and the change of the loss on both sides. Edits add up: each starts
+            from the weights that the last one left, and they are undone in reverse order.
 
         Raises:
             GIFError: As in :meth:`influence`. The weights are then as they were.
         """
-        settings = self.settings.override(overrides)
+        named = ("relabel", "retain", "unseen", "step", "targets", "dataloader", "dry_run")
+        settings = self.settings.override(overrides, named)
         check_step(step)
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
             forget = self._forget_examples(batch, train, objective, settings)
-            for name, given in (("retain", retain), ("unseen", unseen)):
+            for name, given in (("retain", retain), ("unseen", unseen or None)):
                 if given is not None and not isinstance(given, DataLoader):
                     raise ConfigurationError(
                         f"`{name}` must be a DataLoader, got {type(given).__name__}. Leave it out to keep the rest of"
@@ -311,7 +314,9 @@ class GIFCallback(Callback):
                 step=step,
             )
         report.module = trainer.lightning_module
-        if trainer.optimizers and any(report.steps):
+        if dry_run:
+            report.notes.append("This is a plan (dry_run=True): nothing is changed until apply() is called.")
+        elif trainer.optimizers and any(report.steps):
             report.notes.append(
                 "The optimizer's state (momentum, averages) is no part of the edit and still remembers the forgotten"
                 " data: start a new optimizer before training on."
@@ -611,10 +616,16 @@ class GIFCallback(Callback):
         listed = isinstance(given, (list, tuple, range)) and len(given) > 0
         if numbered or (listed and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in given)):
             return train.with_ids(given.tolist() if numbered else given)
+        if not isinstance(given, DataLoader) and not any(tensor.ndim for tensor in tensors(given)):
+            raise BatchError(
+                "Expected the examples as a batch of the training loader, a DataLoader, a list of indices of the"
+                f" training dataset, or a function from a batch to truth values, got {describe(given)}. For one"
+                " example, [17]; for a mask, mask.nonzero().flatten(); for a Dataset or Subset, a DataLoader over it."
+            )
         return self._examples(given, objective, settings)
 
     def _unseen_examples(
-        self, given: DataLoader[Any] | None, train: Examples, objective: Objective, settings: Settings
+        self, given: DataLoader[Any] | Literal[False] | None, train: Examples, objective: Objective, settings: Settings
     ) -> Examples | None:
         """Examples that were not trained on: those given, or of the validation loader of ``fit``."""
         loader = self._unseen_loader if given is None else given

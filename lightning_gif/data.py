@@ -509,9 +509,12 @@ def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tenso
         targets: ``(n, …)`` in the order of ``examples``; or one class for all; or a function from a batch to its new
             targets.
     """
+    if isinstance(targets, (list, tuple)):
+        targets = torch.as_tensor(targets)
     if isinstance(targets, Tensor) and targets.ndim and len(targets) != len(examples):
         raise BatchError(
-            f"`relabel` has {len(targets)} targets for {len(examples)} examples. Give one for each, in dataset order."
+            f"`relabel` has {len(targets)} targets for {len(examples)} examples. Give one for each, in the order of the"
+            " batch or of the indices, or of the dataset for a loader or a function."
         )
     changed, start = [], 0
     for batch in examples.batches():

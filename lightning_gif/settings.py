@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -119,8 +119,12 @@ class Settings:
         """Whether the targets are the same whatever training has shown."""
         return not is_name(self.selector) or self.selector == "random" or not METHODS[self.method].selects
 
-    def override(self, changes: Overrides) -> Settings:
+    def override(self, changes: Overrides, named: Iterable[str] = ()) -> Settings:
         """The same settings with some changed for one call.
+
+        Args:
+            changes: The new values.
+            named: What else the call takes, which may be what was meant.
 
         Raises:
             ConfigurationError: For an unknown name or a bad value.
@@ -128,7 +132,7 @@ class Settings:
         known = {field.name for field in fields(self)}
         for name in changes:
             if name not in known:
-                raise ConfigurationError(f"Unknown argument {name!r}. {nearest(name, known)}")
+                raise ConfigurationError(f"Unknown argument {name!r}. {nearest(name, {*known, *named})}")
         return replace(self, **changes)
 
     def for_influence(self) -> Settings:

@@ -41,9 +41,12 @@ _SMALLEST_LOSS = torch.finfo(torch.float32).eps
 # What the unlikelihood of a forgotten class weighs beside the retained loss.
 _CLASS_WEIGHT = 0.5
 
-# What forgetting may cost in retained loss: for a class a share of the loss of guessing, and for single examples half
-# the way to the loss of unseen ones, beyond which the others would be forgotten rather than remembered as well.
-_CLASS_BUDGET, _EXAMPLES_BUDGET, _LEAST_BUDGET = 0.05, 0.5, 0.01
+# What forgetting may cost in retained loss: for a class a share of the loss of guessing; for single examples a tenth of
+# the way to the loss of unseen ones, at which the others would be forgotten as well.
+_CLASS_BUDGET, _EXAMPLES_BUDGET, _LEAST_BUDGET = 0.05, 0.1, 0.01
+
+# Fewer examples are too few to tell how well a threshold on their loss tells them from unseen ones.
+_FEWEST = 20
 
 # A step that lowers the risk is measured before it is made, so that its curvature need not be known as closely as the
 # slope: it is taken over a part of the slope's examples (Byrd et al., SIAM J. Optim. 21, 2011).
@@ -226,7 +229,9 @@ class _Task:
             goal = Goal.CLASS if whole else Goal.EXAMPLES
         # The losses of a large set are judged on a sample of it; corrected examples are in memory anyway.
         judged = forget if corrected is not None or forget.cached else forget.sample(count, seed)
-        compared = None if unseen is None or goal is not Goal.EXAMPLES else unseen.sample(count, seed).held(memory)
+        compared = None
+        if unseen is not None and goal is Goal.EXAMPLES and len(forget) >= _FEWEST:
+            compared = unseen.sample(count, seed).held(memory)
         return cls(
             goal=goal,
             forget=forget,
@@ -279,6 +284,8 @@ class _Walk:
         self._new = None if task.corrected is None else objective.gradient(task.corrected)
         # Weight decay does not become less where fewer examples are in the mean, so each loss carries its share of it.
         self._gradient = share * (self._old + decay if self._new is None else self._old - self._new)
+        if self._new is not None and not self._gradient.any():
+            raise ObjectiveError("The new labels are those that the examples have: there is nothing to correct.")
         if not self._gradient[positions].any():
             raise ObjectiveError(
                 "The loss of the forget examples does not depend on the target parameters: its gradient on all of them"

@@ -21,9 +21,11 @@ from lightning_gif import (
     GIFCallback,
     GIFMixin,
     GIFWarning,
+    ObjectiveError,
     TrainingDataError,
     UnlearnReport,
     attach,
+    unlearning,
 )
 from lightning_gif.steps import Goal, LocalModel, Point, Walk, natural, relinearise, search
 
@@ -288,11 +290,12 @@ def test_unseen_examples_say_when_single_ones_are_forgotten() -> None:
     trained, unseen = TensorDataset(x[:60], y[:60]), TensorDataset(x[60:], y[60:])
     net = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3))
     trainer, _, _ = fitted(Classifier(net), trained, GIFCallback(ratio=0.5), max_epochs=60)
-    plain = trainer.unlearn(list(range(6)), dry_run=True)
+    plain = trainer.unlearn(list(range(24)), dry_run=True)
     assert math.isnan(plain.remembered[0])
     assert plain.n_unseen == 0
-    report = trainer.unlearn(list(range(6)), unseen=loader(unseen), dry_run=True)
+    report = trainer.unlearn(list(range(24)), unseen=loader(unseen), dry_run=True)
     assert report.n_unseen == 60
+    assert trainer.unlearn(list(range(6)), unseen=loader(unseen), dry_run=True).n_unseen == 0  # too few to tell
     assert report.remembered[0] > 0.6
     assert report.remembered[1] < report.remembered[0]
     assert report.remembered[1] <= 0.5 or any("stopped before" in note for note in report.notes)
@@ -306,9 +309,10 @@ def test_the_validation_data_of_fit_are_unseen_examples() -> None:
     # Whatever the trainer ran since: neither no data, nor test data.
     trainer.test(module, loader(blobs(20, seed=6), shuffle=False), verbose=False)
     trainer.validate(module, loader(blobs(20, seed=6), shuffle=False), verbose=False)
-    report = trainer.unlearn([0, 1, 2], dry_run=True)
+    report = trainer.unlearn(range(20), dry_run=True)
     assert report.n_unseen == 30
-    given = trainer.unlearn([0, 1, 2], unseen=loader(blobs(30, seed=5)), dry_run=True)
+    assert trainer.unlearn(range(20), unseen=False, dry_run=True).n_unseen == 0
+    given = trainer.unlearn(range(20), unseen=loader(blobs(30, seed=5)), dry_run=True)
     assert report.remembered == given.remembered
     assert trainer.unlearn(lambda batch: batch[1] == 0, dry_run=True).n_unseen == 0  # a class needs none
 
@@ -316,7 +320,7 @@ def test_the_validation_data_of_fit_are_unseen_examples() -> None:
 def test_data_that_were_trained_on_are_not_unseen() -> None:
     trainer, module, dataset = make_trainer(GIFCallback(ratio=0.5)), Classifier(), blobs()
     trainer.fit(module, loader(dataset), loader(dataset, shuffle=False))
-    assert trainer.unlearn([0, 1, 2], dry_run=True).n_unseen == 0
+    assert trainer.unlearn(range(20), dry_run=True).n_unseen == 0
     with pytest.raises(ConfigurationError, match="examples of the training data"):
         trainer.unlearn([0, 1, 2], unseen=loader(Subset(dataset, range(40))))
 
@@ -324,7 +328,8 @@ def test_data_that_were_trained_on_are_not_unseen() -> None:
 def test_unseen_examples_that_are_no_harder_leave_the_step_of_the_theory() -> None:
     """Nothing is memorised here, so that nothing more than the theory is to be done."""
     trainer, _, _ = fitted(dataset=blobs(600), max_epochs=3)
-    report = trainer.unlearn([0], unseen=loader(blobs(300, seed=3)), dry_run=True)
+    report = trainer.unlearn(range(20), unseen=loader(blobs(300, seed=3)), dry_run=True)
+    assert report.n_unseen == 300
     assert report.step > 0
 
 
@@ -335,15 +340,18 @@ def test_validation_data_of_another_kind_are_no_unseen_examples() -> None:
 
     trainer, module, dataset = make_trainer(GIFCallback(ratio=0.5)), Other(), blobs()
     trainer.fit(module, loader(dataset), DataLoader(TensorDataset(torch.randn(8, 2)), 4))
-    assert trainer.unlearn([0, 1, 2], dry_run=True).n_unseen == 0
+    assert trainer.unlearn(range(20), dry_run=True).n_unseen == 0
     with pytest.raises(BatchError, match="unseen batch"):
         trainer.unlearn([0, 1, 2], unseen=DataLoader(TensorDataset(torch.randn(8, 2)), 4))
     with pytest.raises(ConfigurationError, match="`unseen` must be a DataLoader"):
         trainer.unlearn([0, 1, 2], unseen=[1, 2])
 
 
-def test_how_well_examples_are_told_from_unseen_ones_is_the_area_under_the_curve() -> None:
+def test_how_well_examples_are_told_from_unseen_ones_is_the_area_under_the_curve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Within each class, averaged over the forgotten examples; ties count half."""
+    monkeypatch.setattr(unlearning, "_FEWEST", 1)
     x = torch.tensor([[0.0], [1.0], [2.0], [3.0], [1.0], [1.0], [5.0], [0.0]])
 
     class Loss(GIFMixin, Classifier):
@@ -538,6 +546,34 @@ def test_edits_are_undone_in_reverse_order_only() -> None:
     second.undo()
     first.undo()
     assert same_weights(before, weights(module))
+
+
+@pytest.mark.parametrize("given", [17, [], [1.5], slice(3), "all", torch.tensor(3)])
+def test_what_names_no_examples_is_told_what_would(given: Any) -> None:
+    trainer, _, _ = fitted()
+    with pytest.raises(BatchError, match="a list of indices of the training dataset"):
+        trainer.unlearn(given)
+
+
+def test_labels_that_the_examples_have_are_no_correction() -> None:
+    trainer, _, dataset = fitted()
+    with pytest.raises(ObjectiveError, match="are those that the examples have"):
+        trainer.unlearn([0, 1], relabel=dataset.tensors[1][:2].tolist())
+
+
+def test_a_plan_is_told_from_an_edit() -> None:
+    trainer, _, dataset = fitted()
+    forget = batch_of(dataset, slice(0, 4))
+    assert any("until apply() is called" in note for note in trainer.unlearn(forget, dry_run=True).notes)
+    assert not any("until apply()" in note for note in trainer.unlearn(forget).notes)
+
+
+def test_a_wrong_name_is_told_which_argument_of_the_call_was_meant() -> None:
+    trainer, _, _ = fitted()
+    with pytest.raises(ConfigurationError, match="Did you mean 'retain'"):
+        trainer.unlearn([0], retains=None)
+    with pytest.raises(ConfigurationError, match="Did you mean 'per_example'"):
+        trainer.influence([0], per_examples=True)
 
 
 def test_a_note_says_that_the_optimizer_still_remembers() -> None:
@@ -793,7 +829,7 @@ def test_a_strategy_of_ones_own_is_taken_by_name_or_as_it_is() -> None:
     report = trainer.unlearn(forget, step=half, dry_run=True)
     assert report.steps == [0.5, 0.25]
     assert len(report.solves) == 2
-    assert "nothing" not in str(trainer.unlearn(forget, step=lambda walk: later_only(walk), dry_run=True))
+    assert "by changing nothing" not in str(trainer.unlearn(forget, step=lambda walk: later_only(walk), dry_run=True))
     for bad, match in (
         (lambda walk: walk.path[0], "after 0 solves"),
         (lambda walk: 1.0, "got 1.0"),

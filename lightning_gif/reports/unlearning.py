@@ -306,18 +306,21 @@ class UnlearnReport:
         along.set_ylabel("mean loss")
         along.legend()
         curve.semilogy(self.residuals)
-        curve.axhline(self.solve["rtol"], color="grey", linestyle=":", label=f"rtol {self.solve['rtol']:g}")
-        curve.set_title(f"first solve: {self.solve['solver']} {self.solve['status']}", fontsize=10)
+        status = f"{self.solve['iterations']} steps"
+        if self.settings["rtol"] is not None:
+            status = self.solve["status"]
+            curve.axhline(self.solve["rtol"], color="grey", linestyle=":", label=f"rtol {self.solve['rtol']:g}")
+            curve.legend()
+        curve.set_title(f"first solve: {self.solve['solver']}, {status}", fontsize=10)
         curve.set_xlabel("step of the solve")
         curve.set_ylabel("relative residual")
-        curve.legend()
         return made
 
     def __str__(self) -> str:
         share = 100 * self.edit.count / self.n_parameters
         losses = [("forget", self.forget), ("retain", self.retain), ("relabelled", self.relabelled)]
         later = [f"{step:.3g}" for step in self.steps[1:] if step]
-        further = f" and, solved at the new weights, {' and '.join(later)}" if later else ""
+        further = f", then {len(later)} solved at the new weights ({', '.join(later)})" if later else ""
         changed = (
             f"{self.edit.count} of {self.n_parameters} parameters ({share:.1f} %)" if any(self.steps) else "nothing"
         )
