@@ -266,7 +266,8 @@ class GIFCallback(Callback):
             relabel: The labels they should have had: a tensor in the order of the batch or of the indices, or of the
                 dataset for a loader or function; one class for all; or a function from a batch to its new targets.
                 ``None`` removes them.
-            retain: A loader of the data to keep, where it is not the rest of the training data.
+            retain: A loader of all the data to keep, where it is not the rest of the training data: after earlier
+                edits, what these left. The more there is of it, the less weight has what is forgotten.
             unseen: A loader of examples like the training data that the model was not trained on: single examples are
                 forgotten until their losses look like these. Never test data, since it decides how far to go. By
                 default the validation loader of ``fit``, where there is one and its batches look like those of

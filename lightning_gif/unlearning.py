@@ -95,7 +95,7 @@ def unlearn(
         settings: Method, solver and their parameters.
         choose_targets: Called for the target parameters, unless the method changes all of them.
         relabel: New targets, see :func:`~lightning_gif.data.relabelled`; ``None`` removes the examples.
-        retain: The retained examples, or a sample of them; by default all of ``train`` not found in ``forget``.
+        retain: All examples that are retained; by default those of ``train`` that are not found in ``forget``.
         unseen: Examples like the training data that the model was not trained on.
         step: The name of a strategy or one itself, or a number: that multiple of the one change.
 
@@ -116,9 +116,8 @@ def unlearn(
     found = locate(forget, train)
     retained = _retained(train, forget, found, notes) if retain is None else _without(retain, forget, notes)
     members = max(len(forget), len(found))
-    others = len(train) - len(found) if len(found) else len(retained)
     rest = retained if retain is None or not len(found) else _others(train, found)
-    task = _Task.prepare(objective, forget, corrected, retained, rest, unseen, settings, members / max(others, 1))
+    task = _Task.prepare(objective, forget, corrected, retained, rest, unseen, settings, members / len(retained))
     objective.check(task.sample, "retain")
 
     method = METHODS[settings.method]
