@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from argparse import ArgumentParser
-from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import BASELINES
-from evidence import Known, accuracy, divergence, gap, know, part, retrained, run_baselines, say, table
+from evidence import Known, accuracy, divergence, gap, know, make_parser, part, retrained, run_baselines, say, table
 from mnist import fit, load, logits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -46,17 +43,9 @@ TRIGGERS = {"checkerboard": (checkerboard, 0.10), "corner": (corner, 0.05)}
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
-    parser.add_argument("--net", default="tinynet", choices=["tinynet", "resnet"])
+    parser = make_parser(__doc__, ["relinearise", "search"])
     parser.add_argument("--trigger", default="checkerboard", choices=list(TRIGGERS))
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=3, help="models trained on right labels")
-    parser.add_argument("--cache", type=Path, help="folder where what is known of these models is kept")
-    parser.add_argument("--steps", nargs="*", default=["relinearise", "search"], help="strategies of the edit")
-    parser.add_argument("--baselines", nargs="*", default=[], help="their names, or all")
     options = parser.parse_args()
-    names = list(BASELINES) if options.baselines == ["all"] else options.baselines
     warnings.filterwarnings("ignore", message=".*search stopped before.*")
 
     clean, test = load(options.data)
@@ -122,7 +111,7 @@ def main() -> None:
     forget = DataLoader(Subset(poisoned, chosen.tolist()), 128)
     retain = DataLoader(Subset(poisoned, (~triggered).nonzero().squeeze(1).tolist()), 128)
     for name, changed, spent in run_baselines(
-        names, model, forget, retain, grade, seconds=seconds, settings={}, relabel=labels[chosen]
+        options.baselines, model, forget, retain, grade, seconds=seconds, settings={}, relabel=labels[chosen]
     ):
         show(name, know(changed, sets, spent))
 

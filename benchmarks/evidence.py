@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from baselines import BASELINES, Baseline, tuned
-from mnist import logits
+from mnist import NETS, logits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -31,6 +32,7 @@ __all__ = [
     "divergence",
     "gap",
     "know",
+    "make_parser",
     "membership",
     "part",
     "retrained",
@@ -54,6 +56,24 @@ class Known:
 
     logits: dict[str, Tensor] = field(repr=False)
     seconds: float
+
+
+def make_parser(description: str | None, steps: Sequence[str]) -> ArgumentParser:
+    """A parser with the options that the benchmarks of unlearning have in common.
+
+    Args:
+        description: Of the benchmark.
+        steps: The strategies of the edit that it asks for by default.
+    """
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
+    parser.add_argument("--net", default="tinynet", choices=list(NETS))
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3, help="retrained models of each kind")
+    parser.add_argument("--cache", type=Path, help="folder where what is known of retrained models is kept")
+    parser.add_argument("--steps", nargs="*", default=list(steps), help="strategies of the edit")
+    parser.add_argument("--baselines", nargs="*", default=[], choices=["all", *BASELINES], help="their names, or all")
+    return parser
 
 
 def say(*parts: object) -> None:
@@ -121,7 +141,7 @@ def run_baselines(
     """Each baseline with the settings of its authors and with the best of its grid.
 
     Args:
-        names: Of ``BASELINES``.
+        names: Of ``BASELINES``, or ``["all"]``.
         module: The trained model; it stays as it is.
         forget: See :func:`~baselines.tuned`.
         retain: See :func:`~baselines.tuned`.
@@ -133,7 +153,7 @@ def run_baselines(
     Yields:
         The row's name, the changed model, and the seconds of that one run.
     """
-    for name in names:
+    for name in BASELINES if list(names) == ["all"] else names:
         for how in ("default", "tuned"):
             baseline = BASELINES[name]
             if how == "default" or name in settings:

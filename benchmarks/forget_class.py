@@ -13,13 +13,10 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from argparse import ArgumentParser
 from functools import partial
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from baselines import BASELINES
 from evidence import (
     Known,
     Sets,
@@ -27,6 +24,7 @@ from evidence import (
     divergence,
     gap,
     know,
+    make_parser,
     membership,
     part,
     retrained,
@@ -43,19 +41,11 @@ from lightning_gif.metrics import RemovalF1
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
-    parser.add_argument("--net", default="tinynet", choices=["tinynet", "resnet"])
+    parser = make_parser(__doc__, ["relinearise"])
     parser.add_argument("--classes", type=int, nargs="+", default=list(range(10)))
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=3, help="retrained models of each class")
-    parser.add_argument("--cache", type=Path, help="folder where what is known of retrained models is kept")
-    parser.add_argument("--steps", nargs="*", default=["relinearise"], help="strategies of the edit")
-    parser.add_argument("--baselines", nargs="*", default=[], help="their names, or all")
     parser.add_argument("--only-retrain", action="store_true", help="fill the cache")
     parser.add_argument("--options", type=json.loads, default={}, help="of trainer.unlearn, as JSON")
     options = parser.parse_args()
-    names = list(BASELINES) if options.baselines == ["all"] else options.baselines
     warnings.filterwarnings("ignore", message=".*search stopped before.*")
 
     train, test = load(options.data)
@@ -107,7 +97,7 @@ def main() -> None:
         retain = DataLoader(rest, 128)
         grade = partial(score, sets=sets, label=label)
         for name, changed, spent in run_baselines(
-            names, model, forget, retain, grade, seconds=seconds, settings=chosen
+            options.baselines, model, forget, retain, grade, seconds=seconds, settings=chosen
         ):
             note(name, know(changed, sets, spent))
     if rows:

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from argparse import ArgumentParser
-from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import BASELINES
 from evidence import (
     Known,
     Sets,
@@ -26,6 +23,7 @@ from evidence import (
     divergence,
     gap,
     know,
+    make_parser,
     membership,
     part,
     retrained,
@@ -41,17 +39,9 @@ from lightning_gif import GIFCallback
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
-    parser.add_argument("--net", default="tinynet", choices=["tinynet", "resnet"])
+    parser = make_parser(__doc__, ["relinearise", "natural"])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.1])
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=3, help="retrained models of each share")
-    parser.add_argument("--cache", type=Path, help="folder where what is known of retrained models is kept")
-    parser.add_argument("--steps", nargs="*", default=["relinearise", "natural"], help="strategies of the edit")
-    parser.add_argument("--baselines", nargs="*", default=[], help="their names, or all")
     options = parser.parse_args()
-    names = list(BASELINES) if options.baselines == ["all"] else options.baselines
     warnings.filterwarnings("ignore", message=".*search stopped before.*")
 
     whole, test = load(options.data)
@@ -113,7 +103,7 @@ def main() -> None:
 
         retain, settings = DataLoader(rest, 128), dict[str, dict[str, Any]]()
         for name, changed, spent in run_baselines(
-            names, model, forget, retain, grade, seconds=seconds, settings=settings
+            options.baselines, model, forget, retain, grade, seconds=seconds, settings=settings
         ):
             show(name, know(changed, sets, spent))
 

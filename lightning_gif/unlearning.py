@@ -211,12 +211,11 @@ class _Task:
     ) -> _Task:
         memory, count, seed = settings.bytes_to_keep(objective.device) / 4, settings.curvature_examples, settings.seed
         sample = curvature_sample(objective, retained, count, settings.curvature_sampling, seed)
-        left = torch.ones(len(retained), dtype=torch.bool)
-        left[torch.isin(retained.ids, sample.ids)] = False
         # A solve lowers the loss of the examples that it sees more than that of others like them, so steps are measured
         # on others.
-        enough = len(sample) < len(retained) and int(left.sum()) >= len(sample) // 2
-        check = retained.at(left.nonzero().squeeze(1)).sample(count, seed) if enough else sample
+        taken = torch.isin(retained.ids, sample.ids).nonzero().squeeze(1)
+        left = len(retained) - len(taken)
+        check = _others(retained, taken).sample(count, seed) if left and left >= len(sample) // 2 else sample
 
         gone = example_classes(forget)
         kept = None if gone is None else example_classes(rest)  # of all that stay, whatever is given as retained
@@ -268,8 +267,8 @@ class _Walk:
         self._objective, self._task, self._settings, self._method = objective, task, settings, method
         self._changes: list[Tensor] = []
         self._answer: tuple[int, LocalModel] | None = None  # which change it is
-        self._unseen_losses = None if task.unseen is None else _by_class(objective, task.unseen)
-        self._classes = None if task.unseen is None else strata(task.judged)
+        # The classes of the judged and of the unseen examples.
+        self._strata = None if task.unseen is None else (strata(task.judged), strata(task.unseen))
         # What the risk is made of: the retained loss and that of the corrected examples, or a class's unlikelihood.
         self._weights = (1.0, 0.0)
         if task.corrected is not None:
@@ -302,11 +301,10 @@ class _Walk:
         task = self._task
         if task.goal is Goal.CLASS and task.guessing is not None:
             return _CLASS_ENOUGH, start.retain_loss + _CLASS_BUDGET * task.guessing
-        if self._unseen_losses is not None and not math.isnan(start.remembered):
-            losses = torch.cat(list(self._unseen_losses.values()))
+        if task.unseen is not None and not math.isnan(start.remembered):
             # Nothing is forgotten at no cost at all, even where unseen losses are no larger.
             least = _LEAST_BUDGET * abs(start.retain_loss)
-            budget = max(_EXAMPLES_BUDGET * (float(losses.mean()) - start.retain_loss), least)
+            budget = max(_EXAMPLES_BUDGET * (self._objective.mean_loss(task.unseen) - start.retain_loss), least)
             return _EXAMPLES_ENOUGH, start.retain_loss + budget
         return None, math.inf
 
@@ -342,12 +340,12 @@ class _Walk:
         task = self._task
         if task.goal is Goal.CLASS and task.guessing is not None:
             return float((losses < task.guessing).double().mean())
-        if task.unseen is None or self._classes is None:
+        if task.unseen is None or self._strata is None:
             return math.nan
-        unseen = _by_class(self._objective, task.unseen, theta)
+        unseen = self._objective.all_losses(task.unseen, theta).double().cpu()
         told, pairs = 0.0, 0
-        for label, others in unseen.items():
-            mine = losses[self._classes == label].cpu()
+        for label in self._strata[1].unique():
+            mine, others = (part[of == label] for part, of in zip((losses.cpu(), unseen), self._strata, strict=True))
             if len(mine):
                 others = others.sort().values
                 above = len(others) - torch.searchsorted(others, mine, right=True)
@@ -363,7 +361,7 @@ class _Walk:
             curvature = opened(task.sample)
             new = None if task.corrected is None else opened(task.corrected, keep=False)
             group = Group(task.share / (1 + task.share), opened(task.judged, keep=False), new)
-            bend = self._take(curvature, self._gradient, settings, group)
+            bend = self._take(curvature, self._gradient, group)
             self.description = self.description or settings.describe(curvature)
         of_retained, of_others = self._weights
         decay = settings.weight_decay * objective.theta
@@ -393,18 +391,16 @@ class _Walk:
                 others = opened(examples.sample(few, settings.seed), loss_sum=loss_sum)
                 whole = Combination((of_retained, curvature), (of_others, others))
             slope = slope + settings.weight_decay * there
-            bend = self._take(whole, -slope, settings)
+            bend = self._take(whole, -slope)
             self.description = self.description or settings.describe(curvature)
         return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
 
     def _unlikelihood_sum(self, theta: Tensor, data: Any) -> Tensor:
         return _unlikelihood(self._objective.losses(theta, data)).sum()
 
-    def _take(
-        self, curvature: LinearOperator, gradient: Tensor, settings: Settings, group: Group | None = None
-    ) -> float:
+    def _take(self, curvature: LinearOperator, gradient: Tensor, group: Group | None = None) -> float:
         """Solves for a change, and says how the risk bends along it."""
-        change, solutions = self._method.edit(curvature, self.positions, gradient, settings.solve, group)
+        change, solutions = self._method.edit(curvature, self.positions, gradient, self._settings.solve, group)
         if not change.any():
             raise ObjectiveError(
                 "The solve found no change of the target parameters that would answer the removal: the retained loss"
@@ -446,12 +442,6 @@ def _unlikelihood(losses: Tensor) -> Tensor:
     return -torch.log(-torch.expm1(-losses.clamp_min(_SMALLEST_LOSS)))
 
 
-def _by_class(objective: Objective, examples: Examples, theta: Tensor | None = None) -> dict[int, Tensor]:
-    """The losses of the examples of each class."""
-    losses, classes = objective.all_losses(examples, theta).double().cpu(), strata(examples)
-    return {int(label): losses[classes == label] for label in classes.unique()}
-
-
 def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
     """Warns of a search that did not find what it was for."""
     first = walk.path[0]
@@ -481,11 +471,11 @@ def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
         )
 
 
-def _others(train: Examples, found: Tensor) -> Examples:
-    """The training examples at all other positions."""
-    keep = torch.ones(len(train), dtype=torch.bool)
-    keep[found] = False
-    return train.at(keep.nonzero().squeeze(1))
+def _others(examples: Examples, positions: Tensor) -> Examples:
+    """The examples at all other positions."""
+    keep = torch.ones(len(examples), dtype=torch.bool)
+    keep[positions] = False
+    return examples.at(keep.nonzero().squeeze(1))
 
 
 def _retained(train: Examples, forget: Examples, found: Tensor, notes: list[str]) -> Examples:
@@ -519,11 +509,9 @@ def _without(retain: Examples, forget: Examples, notes: list[str]) -> Examples:
     both = locate(forget, retain)
     if len(both):
         _warn(notes, f"{len(both)} of the examples given as `retain` are to be forgotten; they are not retained.")
-    keep = torch.ones(len(retain), dtype=torch.bool)
-    keep[both] = False
-    if not keep.any():
+    if len(both) == len(retain):
         raise TrainingDataError("All examples given as `retain` are to be forgotten; nothing would be retained.")
-    return retain.at(keep.nonzero().squeeze(1)) if len(both) else retain
+    return _others(retain, both) if len(both) else retain
 
 
 def _warn(notes: list[str], text: str) -> None:
