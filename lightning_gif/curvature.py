@@ -319,6 +319,36 @@ class Submatrix:
         return Submatrix(self._curvature.draw(seed), self._rows, self._cols)  # type: ignore[attr-defined]
 
 
+class _Scaled:
+    """``B diag(d)``: an operator with its columns in other units.
+
+    Args:
+        operator: ``B``, ``(rows, cols)``.
+        units: ``d``, ``(cols,)``.
+    """
+
+    def __init__(self, operator: LinearOperator, units: Tensor) -> None:
+        self._operator, self._units = operator, units
+        self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
+
+    @property
+    def products(self) -> int:
+        return self._operator.products
+
+    @property
+    def examples(self) -> int:
+        return self._operator.examples
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        return self._operator.matvec((self._units * vectors.T).T)
+
+    def rmatvec(self, vectors: Tensor) -> Tensor:
+        return (self._units * self._operator.rmatvec(vectors).T).T
+
+    def draw(self, seed: int) -> _Scaled:
+        return _Scaled(self._operator.draw(seed), self._units)  # type: ignore[attr-defined]
+
+
 class Combination:
     """``Σ wᵢ Cᵢ`` of symmetric operators ``(p, p)``.
 
@@ -396,12 +426,35 @@ class Method:
     selects: bool = True
 
     def edit(
-        self, curvature: LinearOperator, targets: Tensor, gradient: Tensor, solve: Solve, group: Group | None = None
+        self,
+        curvature: LinearOperator,
+        targets: Tensor,
+        gradient: Tensor,
+        solve: Solve,
+        group: Group | None = None,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, list[Solution]]:
-        """The change ``x`` ``(k,)`` of the targets that answers a weighted gradient ``g`` ``(p,)``, and the solves."""
-        matrix = self._matrix(curvature, targets)
+        """The change of the targets that answers a weighted gradient, and the solves.
+
+        Args:
+            curvature: ``C``, ``(p, p)``.
+            targets: ``S``, ``(k,)``.
+            gradient: ``g``, ``(p,)``.
+            solve: See :meth:`~lightning_gif.settings.Settings.solve`.
+            group: The examples in question, for methods that ask for them.
+            scale: Units ``d > 0`` ``(p,)`` of the parameters: the solve is for ``y`` in ``x = d y``. The minimiser is
+                the same; a solve that stops early moves more what has larger units.
+
+        Returns:
+            ``x`` ``(k,)``, and a solution for each solve.
+        """
+        matrix: LinearOperator = self._matrix(curvature, targets)
+        units = None if scale is None else scale if self.cols == "all" else scale[targets]
+        if units is not None:
+            matrix = _Scaled(matrix, units)
         (solution,) = _as_list(solve(matrix, gradient if self.rows == "all" else gradient[targets]))
-        return (solution.x if self.cols == "targets" else solution.x[targets]), [solution]
+        change = solution.x if units is None else units * solution.x
+        return (change if self.cols == "targets" else change[targets]), [solution]
 
     def query(
         self, curvature: LinearOperator, targets: Tensor, gradients: Tensor, solve: Solve
@@ -463,11 +516,17 @@ class SecondOrder(Method):
     """
 
     def edit(
-        self, curvature: LinearOperator, targets: Tensor, gradient: Tensor, solve: Solve, group: Group | None = None
+        self,
+        curvature: LinearOperator,
+        targets: Tensor,
+        gradient: Tensor,
+        solve: Solve,
+        group: Group | None = None,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, list[Solution]]:
         """The change of all parameters, and the two solves; without a group there is no second order."""
         if group is None:
-            return super().edit(curvature, targets, gradient, solve)
+            return super().edit(curvature, targets, gradient, solve, scale=scale)
         whole = Combination((1 - group.share, curvature), (group.share, group.old))
         # Removal: L' is the risk on the retained data, and C − C' = p (C_U − C_R). Relabelling: L' is that on all
         # data with the new labels, and C − C' = p (C_old − C_new).

@@ -302,6 +302,26 @@ class Objective:
             )
         return function(*rows, data)
 
+    def n_classes(self, examples: Examples) -> int | None:
+        """``C``, if the loss is the cross-entropy of one softmax of each example over ``C`` classes; else ``None``."""
+        few = next(examples.at(torch.arange(min(_PROBE, len(examples)))).batches())
+        try:
+            with torch.no_grad(), Predictions() as noted:
+                (self.losses if self._own_loss else self._training_step)(self.theta, few.data)
+        except ObjectiveError:
+            return None
+        found = noted.softmax()
+        return found.shape[1] if found is not None and found.ndim == 2 and len(found) == few.size else None
+
+    def logits(self, theta: Tensor, data: Any) -> Tensor:
+        """The predictions ``(B, C)`` of a prepared batch, where :meth:`n_classes` has found some; differentiable."""
+        return self.outputs(theta, data).reshape(batch_size(data), -1)
+
+    def mean(self, examples: Examples, function: Callable[[Tensor, Any], Tensor], theta: Tensor) -> float:
+        """The mean over examples of a function that is summed over batches, ``(θ, batch) → ()``, at ``theta``."""
+        with torch.no_grad():
+            return sum(float(function(theta, batch.data)) for batch in examples.batches()) / len(examples)
+
     def mean_loss(self, examples: Examples, theta: Tensor | None = None) -> float:
         """The mean loss over examples at ``theta``, by default at the present parameters."""
         return float(self.all_losses(examples, theta).double().mean())

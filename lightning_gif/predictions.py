@@ -43,11 +43,16 @@ class Predictions(TorchFunctionMode):
         self._others = others
         self._used = 0
         self._found: list[Tensor] = []
+        self._of_classes = False
         self._logits: dict[int, tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = {}
 
     def flat(self) -> Tensor | None:
         """All predictions that were noted, as one vector; ``None`` if no loss function was called."""
         return torch.cat([found.reshape(-1) for found in self._found]) if self._found else None
+
+    def softmax(self) -> Tensor | None:
+        """The logits of a cross-entropy with classes, where that is the one loss function that was called."""
+        return self._found[0] if len(self._found) == 1 and self._of_classes else None
 
     def rows(self, size: int) -> Tensor | None:
         """The predictions of several calls side by side, ``(size, d)``; ``None`` if one has not ``size`` rows."""
@@ -65,6 +70,7 @@ class Predictions(TorchFunctionMode):
             # The result is kept with it, so that no other tensor takes its id.
             self._logits[id(result)] = (result, logits, lambda other: func(other, *rest, **kwargs))
             return result
+        self._of_classes |= func in (F.cross_entropy, F.nll_loss)
         if func in _LOSSES:
             prediction, rest = _first(args, kwargs)
             return func(self._note(prediction), *rest, **kwargs)

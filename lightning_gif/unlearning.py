@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._compat import rank_zero_warn
@@ -29,17 +30,24 @@ __all__ = ["Step", "check_step", "unlearn"]
 
 Step = str | float | Strategy
 
-# The share of a class that may keep its label: the odd example that is not what its label says.
-_CLASS_ENOUGH = 0.01
+# The share of a class that may still be predicted as it.
+_CLASS_ENOUGH = 0.005
 
 # A threshold on the loss that tells forgotten examples from unseen ones no better than a coin.
 _EXAMPLES_ENOUGH = 0.5
 
-# Smaller losses are rounded to zero in float32, and their gradients with them.
-_SMALLEST_LOSS = torch.finfo(torch.float32).eps
+# What the unlikelihood of a forgotten class weighs beside the divergence on the retained examples.
+_CLASS_WEIGHT = 0.2
 
-# What the unlikelihood of a forgotten class weighs beside the retained loss.
-_CLASS_WEIGHT = 0.5
+# Where more of a class than this are predicted as it, their log-odds are far from where they should be.
+_FAR = 0.5
+
+# What a corrected example weighs where the retained ones have to keep their predictions. Some of these are still those
+# that the wrong labels taught, and hold back what the right ones should undo.
+_LABELS_WEIGHT = 4.0
+
+# How many examples a step is measured on, at most, of each kind.
+_MEASURED = 1024
 
 # What forgetting may cost in retained loss: for a class a share of the loss of guessing; for single examples a tenth of
 # the way to the loss of unseen ones, at which the others would be forgotten as well.
@@ -50,10 +58,10 @@ _FEWEST = 20
 
 # A step that lowers the risk is measured before it is made, so that its curvature need not be known as closely as the
 # slope: it is taken over a part of the slope's examples (Byrd et al., SIAM J. Optim. 21, 2011).
-_CURVED_SHARE, _LEAST_CURVED = 0.25, 256
+_CURVED_SHARE, _LEAST_CURVED = 0.125, 256
 
-# The forgotten or corrected examples get at least this share of the retained ones, where the curvature is theirs too.
-_LEAST_SHARE = 0.25
+# As many of a class in question as this share of the retained examples give the curvature; of corrected ones, as many.
+_FORGOTTEN_SHARE = 0.25
 
 
 def check_step(step: Step) -> None:
@@ -85,8 +93,9 @@ def unlearn(
 
     With ``U`` the ``m`` examples and ``n − m`` others retained, the weighted gradient is ``g = m/(n−m) ∇ℓ̄(U)`` for
     removal and ``g = m/(n−m) ∇[ℓ̄(U, old) − ℓ̄(U, new)]`` for relabelling (GIF, arXiv 2312.05586, section 3). The method
-    turns it into a change ``x`` of the targets. A strategy decides how far to go along it, and whether to solve anew at
-    the weights that this leads to: see :mod:`lightning_gif.steps`. Nothing is written to the model here.
+    turns it into a change ``x`` of the targets. A strategy decides how far to go along it, and whether to solve anew,
+    for what lowers the risk at the weights that this leads to: see :mod:`lightning_gif.steps`. Nothing is written to
+    the model here.
 
     Args:
         objective: An open objective.
@@ -117,7 +126,7 @@ def unlearn(
     retained = _retained(train, forget, found, notes) if retain is None else _without(retain, forget, notes)
     members = max(len(forget), len(found))
     rest = retained if retain is None or not len(found) else _others(train, found)
-    task = _Task.prepare(objective, forget, corrected, retained, rest, unseen, settings, members / len(retained))
+    task = _Task.prepare(objective, forget, corrected, retained, rest, unseen, settings, members / len(retained), notes)
     objective.check(task.sample, "retain")
 
     method = METHODS[settings.method]
@@ -184,7 +193,8 @@ class _Task:
         check: The retained examples that steps are measured on: others, where there are enough.
         unseen: Examples that the model was not trained on; ``None`` where there are none, or the goal needs none.
         share: ``m/(n−m)``, the weight of the forgotten examples.
-        guessing: The loss of a guess among the classes; ``None`` where there are none.
+        gone: A mask ``(C,)`` over the classes that are predicted, true for those to be forgotten; ``None`` for single
+            examples, and where it is not known what is predicted.
     """
 
     goal: Goal
@@ -195,7 +205,7 @@ class _Task:
     check: Examples
     unseen: Examples | None
     share: float
-    guessing: float | None
+    gone: Tensor | None
 
     @classmethod
     def prepare(
@@ -208,25 +218,24 @@ class _Task:
         unseen: Examples | None,
         settings: Settings,
         share: float,
+        notes: list[str],
     ) -> _Task:
         memory, count, seed = settings.bytes_to_keep(objective.device) / 4, settings.curvature_examples, settings.seed
+        measured = _MEASURED if count is None else min(count, _MEASURED)
         sample = curvature_sample(objective, retained, count, settings.curvature_sampling, seed)
         # A solve lowers the loss of the examples that it sees more than that of others like them, so steps are measured
         # on others.
         taken = torch.isin(retained.ids, sample.ids).nonzero().squeeze(1)
         left = len(retained) - len(taken)
-        check = _others(retained, taken).sample(count, seed) if left and left >= len(sample) // 2 else sample
+        check = _others(retained, taken) if left and left >= min(len(sample), measured) // 2 else sample
 
-        gone = example_classes(forget)
-        kept = None if gone is None else example_classes(rest)  # of all that stay, whatever is given as retained
-        classes = 0 if gone is None or kept is None else len(torch.cat([gone, kept]).unique())
-        if corrected is not None:
-            goal = Goal.LABELS
+        if corrected is None:
+            goal, gone = _goal_of_removal(objective, forget, rest, notes)
         else:
-            whole = gone is not None and kept is not None and not torch.isin(gone, kept).any()
-            goal = Goal.CLASS if whole else Goal.EXAMPLES
+            goal, predicted = Goal.LABELS, objective.n_classes(corrected)
+            gone = None if predicted is None else torch.zeros(predicted, dtype=torch.bool, device=objective.device)
         # The losses of a large set are judged on a sample of it; corrected examples are in memory anyway.
-        judged = forget if corrected is not None or forget.cached else forget.sample(count, seed)
+        judged = forget if corrected is not None or forget.cached else forget.sample(measured, seed)
         compared = None
         if unseen is not None and goal is Goal.EXAMPLES and len(forget) >= _FEWEST:
             compared = unseen.sample(count, seed).held(memory)
@@ -236,11 +245,65 @@ class _Task:
             judged=judged.held(memory),
             corrected=corrected,
             sample=sample.held(memory),
-            check=check.held(memory),
+            check=check.sample(measured, seed).held(memory),
             unseen=compared,
             share=share,
-            guessing=math.log(classes) if classes > 1 else None,
+            gone=gone,
         )
+
+
+def _goal_of_removal(
+    objective: Objective, forget: Examples, rest: Examples, notes: list[str]
+) -> tuple[Goal, Tensor | None]:
+    """What a removal is for, and a mask over the predicted classes, true for those to be forgotten.
+
+    Args:
+        objective: An open objective.
+        forget: The examples in question.
+        rest: All training examples that stay, whatever is given as retained.
+        notes: Of the report.
+    """
+    gone, kept = example_classes(forget), example_classes(rest)
+    if gone is None or kept is None or torch.isin(gone, kept).any():
+        return Goal.EXAMPLES, None
+    predicted = objective.n_classes(forget)
+    if predicted is None or int(gone.max()) >= predicted:
+        _warn(
+            notes,
+            "All examples of a class are to be forgotten, but it cannot be seen what the model predicts: its loss is"
+            " not one F.cross_entropy (or F.nll_loss) of one prediction for each example. They are removed as single"
+            " examples are, and may still be predicted as their class.",
+        )
+        return Goal.EXAMPLES, None
+    mask = torch.zeros(predicted, dtype=torch.bool, device=objective.device)
+    mask[gone.unique().long()] = True
+    return Goal.CLASS, mask
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A part of the risk: the mean of a function of examples, and the slope in it that no edit should answer.
+
+    Attributes:
+        weight: In the risk.
+        seen: The examples that solves see.
+        measured: The examples that steps are measured on.
+        curved: How many of those seen give the curvature.
+        function: The sum over a batch, ``(θ, batch) → ()``; ``None``: of the training losses.
+        bound: A quadratic bound of the function, with that function's slope where it touches it; for its curvature, far
+            from the minimum, where its own leads nowhere.
+        left_seen: The slope ``(p,)`` that is subtracted, over those seen.
+        left_measured: The same over those measured.
+    """
+
+    weight: float
+    seen: Examples
+    measured: Examples
+    curved: int
+    function: Callable[[Tensor, Any], Tensor] | None = None
+    bound: Callable[[Tensor, Any], Tensor] | None = None
+    left_seen: Tensor | None = None
+    left_measured: Tensor | None = None
 
 
 class _Walk:
@@ -269,19 +332,12 @@ class _Walk:
         self._answer: tuple[int, LocalModel] | None = None  # which change it is
         # The classes of the judged and of the unseen examples.
         self._strata = None if task.unseen is None else (strata(task.judged), strata(task.unseen))
-        # What the risk is made of: the retained loss and that of the corrected examples, or a class's unlikelihood.
-        self._weights = (1.0, 0.0)
-        if task.corrected is not None:
-            self._weights = (1 / (1 + task.share), task.share / (1 + task.share))
-        elif task.goal is Goal.CLASS and task.guessing is not None:
-            self._weights = (1.0, _CLASS_WEIGHT)
 
-        theta, share = objective.theta, task.share
-        decay = settings.weight_decay * theta
+        # Weight decay does not become less where fewer examples are in the mean, so each loss carries its share of it.
+        decay = settings.weight_decay * objective.theta
         self._old = objective.gradient(task.forget)
         self._new = None if task.corrected is None else objective.gradient(task.corrected)
-        # Weight decay does not become less where fewer examples are in the mean, so each loss carries its share of it.
-        self._gradient = share * (self._old + decay if self._new is None else self._old - self._new)
+        self._gradient = task.share * (self._old + decay if self._new is None else self._old - self._new)
         if self._new is not None and not self._gradient.any():
             raise ObjectiveError("The new labels are those that the examples have: there is nothing to correct.")
         if not self._gradient[positions].any():
@@ -289,18 +345,40 @@ class _Walk:
                 "The loss of the forget examples does not depend on the target parameters: its gradient on all of them"
                 " is exactly zero. Use targets='batch', a larger ratio, or method='if'."
             )
-        # The slope that training left in the risk on all data, as the two samples of the retained data show it.
         self._retain_slope = objective.gradient(task.check)
-        left = share * (self._old + decay) + decay
-        self._left_check = self._left_sample = self._retain_slope + left
-        if task.check is not task.sample:
-            self._left_sample = objective.gradient(task.sample) + left
+        self._terms = self._risk()
         self.enough, self.affordable = self._limits(self.measure())
+
+    def _risk(self) -> list[_Term]:
+        """What the risk is made of, see :class:`~lightning_gif.steps.Goal`."""
+        objective, task, settings = self._objective, self._task, self._settings
+        curved = max(math.ceil(_CURVED_SHARE * len(task.sample)), _LEAST_CURVED)
+        if task.gone is not None:
+            kept = _Term(1.0, task.sample, task.check, curved, self._divergence_sum)
+        else:
+            # The slope that training left in the risk on all data, as the two samples of the retained data show it.
+            left = task.share * self._old + (1 + task.share) * settings.weight_decay * objective.theta
+            left_seen = left_measured = self._retain_slope + left
+            if task.check is not task.sample:
+                left_seen = objective.gradient(task.sample) + left
+            kept = _Term(1.0, task.sample, task.check, curved, left_seen=left_seen, left_measured=left_measured)
+        if task.goal is Goal.CLASS:
+            few = math.ceil(_FORGOTTEN_SHARE * curved)
+            return [kept, _Term(_CLASS_WEIGHT, task.judged, task.judged, few, self._unlikelihood_sum, self._bound_sum)]
+        if task.corrected is not None:
+            weight = task.share if task.gone is None else _LABELS_WEIGHT * task.share
+            return [kept, _Term(weight, task.corrected, task.corrected, curved)]
+        return [kept]
+
+    @property
+    def _decay(self) -> float:
+        """That of the risk; where predictions are to stay, they stay as weight decay has left them."""
+        return 0.0 if self._task.gone is not None else float(self._settings.weight_decay)
 
     def _limits(self, start: Point) -> tuple[float | None, float]:
         task = self._task
-        if task.goal is Goal.CLASS and task.guessing is not None:
-            return _CLASS_ENOUGH, start.retain_loss + _CLASS_BUDGET * task.guessing
+        if task.gone is not None and task.goal is Goal.CLASS:
+            return _CLASS_ENOUGH, start.retain_loss + _CLASS_BUDGET * math.log(len(task.gone))
         if task.unseen is not None and not math.isnan(start.remembered):
             # Nothing is forgotten at no cost at all, even where unseen losses are no larger.
             least = _LEAST_BUDGET * abs(start.retain_loss)
@@ -325,21 +403,23 @@ class _Walk:
         theta = self.moved(steps)
         losses = objective.all_losses(task.judged, theta).double()
         retain = objective.mean_loss(task.check, theta)
-        of_retained, of_others = self._weights
-        risk = of_retained * (retain - float(self._left_check @ (theta - objective.theta)))
-        if task.corrected is not None:
-            risk += of_others * objective.mean_loss(task.corrected, theta)
-        elif of_others:
-            risk += of_others * float(_unlikelihood(losses).mean())
-        risk += self._settings.weight_decay / 2 * float(theta @ theta)
+        risk = self._decay / 2 * float(theta @ theta)
+        for term in self._terms:
+            if term.function is None:
+                value = retain if term.measured is task.check else objective.mean_loss(term.measured, theta)
+            else:
+                value = objective.mean(term.measured, term.function, theta)
+            if term.left_measured is not None:
+                value -= float(term.left_measured @ (theta - objective.theta))
+            risk += term.weight * value
         point = Point(tuple(steps), float(losses.mean()), retain, risk, self._remembered(losses, theta))
         self.path.append(point)
         return point
 
     def _remembered(self, losses: Tensor, theta: Tensor) -> float:
         task = self._task
-        if task.goal is Goal.CLASS and task.guessing is not None:
-            return float((losses < task.guessing).double().mean())
+        if task.goal is Goal.CLASS:
+            return self._objective.mean(task.judged, self._predicted_sum, theta)
         if task.unseen is None or self._strata is None:
             return math.nan
         unseen = self._objective.all_losses(task.unseen, theta).double().cpu()
@@ -354,6 +434,38 @@ class _Walk:
                 pairs += len(mine)
         return told / pairs if pairs else math.nan
 
+    # What the risk of a class is made of, each summed over a batch.
+
+    def _divergence_sum(self, theta: Tensor, data: Any) -> Tensor:
+        """``KL(q ‖ p)`` from what the trained model predicts once the classes in question are ruled out."""
+        with torch.no_grad():
+            trained = self._objective.logits(self._objective.theta, data)
+            expected = torch.where(self._gone, -math.inf, trained).softmax(1)
+        found = self._objective.logits(theta, data).log_softmax(1)
+        return (torch.special.entr(expected).neg() - expected * found).sum()
+
+    def _unlikelihood_sum(self, theta: Tensor, data: Any) -> Tensor:
+        """``−log(1 − p)`` with ``p`` the probability of the classes in question, from its logit."""
+        return F.softplus(self._log_odds(self._objective.logits(theta, data))).sum()
+
+    def _bound_sum(self, theta: Tensor, data: Any) -> Tensor:
+        """The quadratic part of a parabola that touches ``−log(1 − p)`` from above, see :func:`bending`."""
+        log_odds = self._log_odds(self._objective.logits(theta, data))
+        at = log_odds.detach()
+        return (bending(at) / 2 * (log_odds - at).square()).sum()
+
+    def _predicted_sum(self, theta: Tensor, data: Any) -> Tensor:
+        """How many are predicted as one of the classes in question."""
+        return self._gone[self._objective.logits(theta, data).argmax(1)].double().sum()
+
+    def _log_odds(self, logits: Tensor) -> Tensor:
+        return logits[:, self._gone].logsumexp(1) - logits[:, ~self._gone].logsumexp(1)
+
+    @property
+    def _gone(self) -> Tensor:
+        assert self._task.gone is not None  # asked for a class only
+        return self._task.gone
+
     def answer(self) -> LocalModel:
         objective, task, settings = self._objective, self._task, self._settings
         with objective.progress("Hessian products") as bar:
@@ -363,44 +475,48 @@ class _Walk:
             group = Group(task.share / (1 + task.share), opened(task.judged, keep=False), new)
             bend = self._take(curvature, self._gradient, group)
             self.description = self.description or settings.describe(curvature)
-        of_retained, of_others = self._weights
-        decay = settings.weight_decay * objective.theta
-        slope = of_retained * (self._retain_slope + decay - self._left_check)
-        if self._new is not None:
-            slope = slope + of_others * (self._new + decay)
+        slope = self._decay * objective.theta
+        for term in self._terms:
+            of_term = objective.gradient(term.measured, loss_sum=term.function)
+            slope = slope + term.weight * (of_term if term.left_measured is None else of_term - term.left_measured)
         model = LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
         self._answer = len(self._changes) - 1, model
         return model
 
     def descend(self, at: Point) -> LocalModel:
-        objective, task, settings = self._objective, self._task, self._settings
+        objective, settings = self._objective, self._settings
         there = self.moved(at.steps)
-        of_retained, of_others = self._weights
-        slope = of_retained * (objective.gradient(task.sample, there) - self._left_sample)
+        slope, curvatures = self._decay * there, []
         with objective.progress("Hessian products, at the new weights") as bar:
-            opened = partial(settings.open_curvature, objective, theta=there, on_product=bar.update)
-            count = max(math.ceil(_CURVED_SHARE * len(task.sample)), _LEAST_CURVED)
-            part = task.sample.sample(count, settings.seed + len(self._changes))
-            curvature = opened(part)
-            whole: LinearOperator = curvature
-            if of_others:
-                examples = task.judged if task.corrected is None else task.corrected
-                loss_sum = self._unlikelihood_sum if task.corrected is None else None
-                few = math.ceil(count * max(_LEAST_SHARE, 1 - of_retained))
-                slope = slope + of_others * objective.gradient(examples, there, loss_sum)
-                others = opened(examples.sample(few, settings.seed), loss_sum=loss_sum)
-                whole = Combination((of_retained, curvature), (of_others, others))
-            slope = slope + settings.weight_decay * there
-            bend = self._take(whole, -slope)
-            self.description = self.description or settings.describe(curvature)
+            for term in self._terms:
+                of_term = objective.gradient(term.seen, there, term.function)
+                slope = slope + term.weight * (of_term if term.left_seen is None else of_term - term.left_seen)
+                part = term.seen.sample(term.curved, settings.seed + len(self._changes))
+                function = (
+                    term.bound if term.bound is not None and self._changes and at.remembered > _FAR else term.function
+                )
+                curvature = settings.open_curvature(objective, part, there, loss_sum=function, on_product=bar.update)
+                curvatures.append((term.weight, curvature))
+            bend = self._take(Combination(*curvatures), -slope, scale=self._sizes())
+            self.description = self.description or settings.describe(curvatures[0][1])
         return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
 
-    def _unlikelihood_sum(self, theta: Tensor, data: Any) -> Tensor:
-        return _unlikelihood(self._objective.losses(theta, data)).sum()
+    def _sizes(self) -> Tensor:
+        """The root mean square of the parameter that each entry belongs to, ``(p,)``, or that of all where it is less.
 
-    def _take(self, curvature: LinearOperator, gradient: Tensor, group: Group | None = None) -> float:
+        A solve of a few steps moves most what has the largest gradients, which in a net with normalisation is what has
+        the smallest weights. In these units it is shares of the weights that are moved.
+        """
+        theta = self._objective.theta
+        least = theta.square().mean().sqrt()
+        parts = self._objective.space.unflatten(theta).values()
+        return torch.cat([part.square().mean().sqrt().clamp_min(least).expand(part.numel()) for part in parts])
+
+    def _take(
+        self, curvature: LinearOperator, gradient: Tensor, group: Group | None = None, scale: Tensor | None = None
+    ) -> float:
         """Solves for a change, and says how the risk bends along it."""
-        change, solutions = self._method.edit(curvature, self.positions, gradient, self._settings.solve, group)
+        change, solutions = self._method.edit(curvature, self.positions, gradient, self._settings.solve, group, scale)
         if not change.any():
             raise ObjectiveError(
                 "The solve found no change of the target parameters that would answer the removal: the retained loss"
@@ -437,17 +553,21 @@ class _Walk:
         )
 
 
-def _unlikelihood(losses: Tensor) -> Tensor:
-    """``−log(1 − p)`` with ``p = exp(−ℓ)`` the probability of an example's own label, from its cross-entropy ``ℓ``."""
-    return -torch.log(-torch.expm1(-losses.clamp_min(_SMALLEST_LOSS)))
+def bending(log_odds: Tensor) -> Tensor:
+    """The second derivative of the tightest parabola on ``−log(1 − p)``, with ``z`` the log-odds of ``p``.
+
+    It is ``tanh(z/2)/(2z)`` (Jaakkola and Jordan, *Statistics and Computing* 10, 2000). Where ``p`` is close to one the
+    function is a straight line in ``z`` and its own curvature vanishes; the parabola has its minimum near ``−z``.
+    """
+    size = log_odds.abs().clamp_min(1e-3)  # where it is 1/4, up to rounding
+    return (size / 2).tanh() / (2 * size)
 
 
 def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
     """Warns of a search that did not find what it was for."""
-    first = walk.path[0]
     if walk.enough is not None and not chosen.remembered <= walk.enough:
         if walk.goal is Goal.CLASS:
-            state = f"the class was forgotten: the loss of {100 * chosen.remembered:.1f} % is still below guessing"
+            state = f"the class was forgotten: {100 * chosen.remembered:.1f} % of it are still predicted as it"
         else:
             state = (
                 f"the examples looked unseen: a threshold on the loss tells them by an AUROC of {chosen.remembered:.2f}"
@@ -456,12 +576,6 @@ def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
             notes,
             f"The search stopped before {state}. Going on would have raised the retained loss too far, or found nothing"
             " more. Try targets='batch', another selector, or a larger ratio; or give `step` a number.",
-        )
-    elif walk.goal is Goal.CLASS and walk.enough is not None and first.remembered == 0.0:
-        _warn(
-            notes,
-            "The losses of the class are above that of guessing before any step, so the search cannot tell when it is"
-            " forgotten (is the loss a cross-entropy?). Look at what was done, or give `step` a number.",
         )
     elif not chosen.moved:
         _warn(
