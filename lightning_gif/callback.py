@@ -274,8 +274,9 @@ class GIFCallback(Callback):
                 training; ``False`` for none. Fewer than twenty examples are too few to compare.
             step: How far to go, decided on the forget, retained and unseen data (see
                 :class:`~lightning_gif.steps.Goal`). ``"search"``: as far along the one solved change as the goal needs.
-                ``"relinearise"``: that, and where it leaves something to do up to five further solves at the new
-                weights, which lower the risk that should hold afterwards. ``"natural"``: 1, what the theory predicts.
+                ``"relinearise"``: up to six changes, each solved at the weights that the last one led to, which lower
+                the risk that should hold afterwards; for single examples that of ``"search"``, and others where it
+                leaves something to do. ``"natural"``: 1, what the theory predicts.
                 Or a number; or a strategy of your own (see :mod:`lightning_gif.steps`), also by a name it was
                 registered under in ``lightning_gif.STRATEGIES``.
             targets: As in :meth:`influence`. What is to be forgotten decides which neurons matter, so the default here

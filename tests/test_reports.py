@@ -219,7 +219,7 @@ def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
     trainer, _, dataset = fitted()
     report = trainer.unlearn(batch_of(dataset, [0, 1]))
     search, solve = report.plot().axes
-    assert search.get_title() == "losses along the first change, goal: examples"
+    assert search.get_title() == "losses along the change, goal: examples"
     assert solve.get_title() == f"first solve: lsmr, {report.solve['iterations']} steps"
     forget, forget_after, retain, retain_after, _, chosen = search.lines
     assert forget_after.get_ydata()[0] == report.forget.after
@@ -230,6 +230,18 @@ def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
     assert chosen.get_xdata()[0] == report.step
     assert solve.lines[0].get_ydata().tolist() == report.residuals
     assert search.get_yscale() == "log"
+
+
+def test_a_plot_of_several_changes_shows_the_losses_after_each() -> None:
+    trainer, _, dataset = fitted()
+    report = trainer.unlearn(batch_of(dataset, dataset.tensors[1] == 1))
+    assert len(report.steps) > 1
+    losses, _ = report.plot().axes
+    forget, forget_after, *_ = losses.lines
+    assert forget.get_xdata().tolist() == list(range(len(report.steps) + 1))
+    assert forget.get_ydata()[0] == report.forget.before
+    assert forget.get_ydata()[-1] == pytest.approx(report.forget.after, rel=1e-3)
+    assert forget_after.get_xdata()[0] == len(report.steps)
 
 
 def test_losses_that_are_not_positive_are_drawn_on_a_plain_scale() -> None:

@@ -281,28 +281,39 @@ class UnlearnReport:
         log_eigenvalues(loggers, prefix, self.curvature)
 
     def plot(self) -> Figure:
-        """The losses along the search, and the solve's residual.
+        """The losses along the change, or after each of several, and the first solve's residual.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
         made, axes = figure(1, 2, width=9, height=3.2)
         along, curve = axes[0]
-        path = sorted((point for point in self.path if not any(point.steps[1:])), key=lambda point: point.steps)
+        several = len(self.steps) > 1
+        if several:  # where the way led: no step, the first one, the first two, …
+            measured = {point.steps: point for point in self.path}
+            ends = [tuple(self.steps[:count]) for count in range(len(self.steps) + 1)]
+            path = [measured[end] for end in ends if end in measured]
+        else:
+            path = sorted(self.path, key=lambda point: point.steps)
         lines = {name: [getattr(point, f"{name}_loss") for point in path] for name in ("forget", "retain")}
         for name, losses in lines.items():
-            (line,) = along.plot([point.step for point in path], losses, "o-", markersize=4, label=name)
-            along.plot([self.step], [getattr(self, name).after], "*", markersize=11, color=line.get_color())
-        further = sum(map(bool, self.steps[1:]))
-        along.plot([], [], "k*", label=f"the edit, {further} further step(s) included" if further else "the edit")
-        along.axvline(self.step, color="grey", linestyle=":", label=f"step {self.step:.3g}")
-        along.set_xscale("symlog", linthresh=0.1)
-        if path[0].step >= 0:
-            along.set_xlim(left=0.0, right=path[-1].step * 1.5 or None)
+            where = [float(len(point.steps)) if several else point.step for point in path]
+            (line,) = along.plot(where, losses, "o-", markersize=4, label=name)
+            end = len(self.steps) if several else self.step
+            along.plot([end], [getattr(self, name).after], "*", markersize=11, color=line.get_color())
+        along.plot([], [], "k*", label="the edit")
         if all(loss > 0 for losses in lines.values() for loss in losses):  # other losses than cross-entropy may not be
             along.set_yscale("log")
-        along.set_title(f"losses along the first change, goal: {self.goal}", fontsize=10)
-        along.set_xlabel("step (1 = natural)")
+        if several:
+            along.set_title(f"losses after each change, goal: {self.goal}", fontsize=10)
+            along.set_xlabel("changes made, each solved where the last one led")
+        else:
+            along.axvline(self.step, color="grey", linestyle=":", label=f"step {self.step:.3g}")
+            along.set_xscale("symlog", linthresh=0.1)
+            if path[0].step >= 0:
+                along.set_xlim(left=0.0, right=path[-1].step * 1.5 or None)
+            along.set_title(f"losses along the change, goal: {self.goal}", fontsize=10)
+            along.set_xlabel("step (1 = natural)")
         along.set_ylabel("mean loss")
         along.legend()
         curve.semilogy(self.residuals)
@@ -334,7 +345,7 @@ class UnlearnReport:
             remembered = []
         elif self.goal is Goal.CLASS:
             before, after = (100 * share for share in self.remembered)
-            remembered = [f"loss below that of guessing: {before:.1f} % of the class -> {after:.1f} %"]
+            remembered = [f"still predicted as the class: {before:.1f} % -> {after:.1f} %"]
         else:
             before, after = self.remembered
             remembered = [f"told from {self.n_unseen} unseen examples by the loss (AUROC): {before:.3f} -> {after:.3f}"]
