@@ -16,8 +16,21 @@ import warnings
 from typing import Any
 
 import torch
-from evidence import Known, accuracy, divergence, gap, know, make_parser, part, retrained, run_baselines, say, table
-from mnist import fit, load, logits
+from evidence import (
+    Known,
+    accuracy,
+    answers,
+    divergence,
+    gap,
+    know,
+    make_parser,
+    part,
+    retrained,
+    run_baselines,
+    say,
+    table,
+)
+from mnist import fit, load
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -105,7 +118,7 @@ def main() -> None:
         metric = RelabelF1()
         for name, corrected_here in (("train clean", False), ("train triggered", True)):
             data = sets[name]
-            metric.update(logits(module, data), data.tensors[1], torch.full((len(data),), corrected_here))
+            metric.update(answers(module, data), data.tensors[1], torch.full((len(data),), corrected_here))
         return float(metric.compute())
 
     forget = DataLoader(Subset(poisoned, chosen.tolist()), 128)

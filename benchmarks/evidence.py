@@ -29,6 +29,7 @@ __all__ = [
     "Sets",
     "accuracy",
     "agreement",
+    "answers",
     "divergence",
     "gap",
     "know",
@@ -90,7 +91,12 @@ def part(data: TensorDataset, chosen: Tensor, most: int | None = None, seed: int
 
 
 def know(model: nn.Module, sets: Sets, seconds: float) -> Known:
-    return Known({name: logits(model, data) for name, data in sets.items()}, seconds)
+    return Known({name: answers(model, data) for name, data in sets.items()}, seconds)
+
+
+def answers(model: nn.Module, data: TensorDataset) -> Tensor:
+    """The logits ``(n, 10)``; a baseline may have made a model diverge, which then says the same of all classes."""
+    return logits(model, data).nan_to_num(0.0)
 
 
 def retrained(

@@ -21,6 +21,7 @@ from evidence import (
     Known,
     Sets,
     accuracy,
+    answers,
     divergence,
     gap,
     know,
@@ -32,7 +33,7 @@ from evidence import (
     say,
     table,
 )
-from mnist import fit, load, logits
+from mnist import fit, load
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
@@ -108,7 +109,7 @@ def score(module: nn.Module, sets: Sets, label: int) -> float:
     """The paper's F1 on training data."""
     metric = RemovalF1(label)
     for name in ("forget", "retain"):
-        metric.update(logits(module, sets[name]), sets[name].tensors[1])
+        metric.update(answers(module, sets[name]), sets[name].tensors[1])
     return float(metric.compute())
 
 

@@ -54,6 +54,19 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
 
 
+class DigitsData(pl.LightningDataModule):
+    """The same split for a trainer."""
+
+    def setup(self, stage: str) -> None:
+        self.train, self.test = digits()
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.train, batch_size=64, shuffle=True)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.test, batch_size=64)
+
+
 def fit(
     model: pl.LightningModule, data: TensorDataset, *, epochs: int, seed: int, **trainer_options: Any
 ) -> tuple[pl.Trainer, pl.LightningModule]:

@@ -432,7 +432,7 @@ class Method:
         gradient: Tensor,
         solve: Solve,
         group: Group | None = None,
-        scale: Tensor | None = None,
+        units: Tensor | None = None,
     ) -> tuple[Tensor, list[Solution]]:
         """The change of the targets that answers a weighted gradient, and the solves.
 
@@ -442,15 +442,15 @@ class Method:
             gradient: ``g``, ``(p,)``.
             solve: See :meth:`~lightning_gif.settings.Settings.solve`.
             group: The examples in question, for methods that ask for them.
-            scale: Units ``d > 0`` ``(p,)`` of the parameters: the solve is for ``y`` in ``x = d y``. The minimiser is
-                the same; a solve that stops early moves more what has larger units.
+            units: ``d > 0`` ``(p,)``: the solve is for ``y`` in ``x = d y``. An unregularised minimiser that is unique
+                stays the same; a solve that stops early moves more what has larger units, and damping is on ``y``.
 
         Returns:
             ``x`` ``(k,)``, and a solution for each solve.
         """
         matrix: LinearOperator = self._matrix(curvature, targets)
-        units = None if scale is None else scale if self.cols == "all" else scale[targets]
         if units is not None:
+            units = units if self.cols == "all" else units[targets]
             matrix = _Scaled(matrix, units)
         (solution,) = _as_list(solve(matrix, gradient if self.rows == "all" else gradient[targets]))
         change = solution.x if units is None else units * solution.x
@@ -522,11 +522,14 @@ class SecondOrder(Method):
         gradient: Tensor,
         solve: Solve,
         group: Group | None = None,
-        scale: Tensor | None = None,
+        units: Tensor | None = None,
     ) -> tuple[Tensor, list[Solution]]:
-        """The change of all parameters, and the two solves; without a group there is no second order."""
+        """The change of all parameters, and the two solves; without a group there is no second order.
+
+        With one there are no other units.
+        """
         if group is None:
-            return super().edit(curvature, targets, gradient, solve, scale=scale)
+            return super().edit(curvature, targets, gradient, solve, units=units)
         whole = Combination((1 - group.share, curvature), (group.share, group.old))
         # Removal: L' is the risk on the retained data, and C − C' = p (C_U − C_R). Relabelling: L' is that on all
         # data with the new labels, and C − C' = p (C_old − C_new).

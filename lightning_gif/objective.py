@@ -29,6 +29,9 @@ __all__ = ["Objective"]
 # How many examples the check of the derived losses looks at: two are enough to tell a mean from a sum.
 _PROBE = 3
 
+# How many are looked at to see what is predicted.
+_PREDICTED = 64
+
 
 class Objective:
     """The per-example training losses of a module as a function ``θ ↦ (B,)`` of a flat vector of its parameters.
@@ -303,19 +306,37 @@ class Objective:
         return function(*rows, data)
 
     def n_classes(self, examples: Examples) -> int | None:
-        """``C``, if the loss is the cross-entropy of one softmax of each example over ``C`` classes; else ``None``."""
-        few = next(examples.at(torch.arange(min(_PROBE, len(examples)))).batches())
-        try:
-            with torch.no_grad(), Predictions() as noted:
-                (self.losses if self._own_loss else self._training_step)(self.theta, few.data)
-        except ObjectiveError:
+        """``C``, if the loss looks at one softmax over ``C`` classes for each example, in the order of the labels.
+
+        ``None`` if it calls no cross-entropy of PyTorch, or with other targets than the labels in the batch.
+        """
+        few = next(examples.sample(_PREDICTED, self._seed).batches()).data
+        with torch.no_grad():
+            found = self._classified(self.theta, few)
+        labels = class_targets(few)
+        if found is None or labels is None or not torch.equal(found[1].cpu().long(), labels.cpu().long()):
             return None
-        found = noted.softmax()
-        return found.shape[1] if found is not None and found.ndim == 2 and len(found) == few.size else None
+        return found[0].shape[1]
 
     def logits(self, theta: Tensor, data: Any) -> Tensor:
-        """The predictions ``(B, C)`` of a prepared batch, where :meth:`n_classes` has found some; differentiable."""
-        return self.outputs(theta, data).reshape(batch_size(data), -1)
+        """The predictions ``(B, C)`` of a prepared batch, where :meth:`n_classes` has found some; differentiable.
+
+        Raises:
+            ObjectiveError: If there are none in this batch.
+        """
+        found = self._classified(theta, data)
+        if found is None:
+            raise ObjectiveError(
+                f"{type(self.module).__name__} predicts classes by a cross-entropy for some batches, but not for this"
+                f" one: {describe(data)}."
+            )
+        return found[0]
+
+    def _classified(self, theta: Tensor, data: Any) -> tuple[Tensor, Tensor] | None:
+        """Logits and targets of all examples at once: predictions of an example do not depend on the others."""
+        with Predictions() as noted:
+            (self.losses if self._own_loss else self._training_step)(theta, data)
+        return noted.classified()
 
     def mean(self, examples: Examples, function: Callable[[Tensor, Any], Tensor], theta: Tensor) -> float:
         """The mean over examples of a function that is summed over batches, ``(θ, batch) → ()``, at ``theta``."""

@@ -43,16 +43,24 @@ class Predictions(TorchFunctionMode):
         self._others = others
         self._used = 0
         self._found: list[Tensor] = []
-        self._of_classes = False
+        self._targets: list[Any] = []
         self._logits: dict[int, tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = {}
 
     def flat(self) -> Tensor | None:
         """All predictions that were noted, as one vector; ``None`` if no loss function was called."""
         return torch.cat([found.reshape(-1) for found in self._found]) if self._found else None
 
-    def softmax(self) -> Tensor | None:
-        """The logits of a cross-entropy with classes, where that is the one loss function that was called."""
-        return self._found[0] if len(self._found) == 1 and self._of_classes else None
+    def classified(self) -> tuple[Tensor, Tensor] | None:
+        """The logits ``(B, C)`` and targets ``(B,)`` of a cross-entropy with classes.
+
+        Where other loss functions were called as well, they must have been given the same logits; else ``None``.
+        """
+        if not self._found or not all(isinstance(target, Tensor) for target in self._targets):
+            return None
+        first, target = self._found[0], self._targets[0]
+        same = all(other.data_ptr() == first.data_ptr() and other.shape == first.shape for other in self._found)
+        right = first.ndim == 2 and target.shape == first.shape[:1] and not target.is_floating_point()
+        return (first, target) if same and right else None
 
     def rows(self, size: int) -> Tensor | None:
         """The predictions of several calls side by side, ``(size, d)``; ``None`` if one has not ``size`` rows."""
@@ -70,17 +78,22 @@ class Predictions(TorchFunctionMode):
             # The result is kept with it, so that no other tensor takes its id.
             self._logits[id(result)] = (result, logits, lambda other: func(other, *rest, **kwargs))
             return result
-        self._of_classes |= func in (F.cross_entropy, F.nll_loss)
         if func in _LOSSES:
             prediction, rest = _first(args, kwargs)
+            self._note_target(func, rest, kwargs)
             return func(self._note(prediction), *rest, **kwargs)
         if func in _OF_LOG_PROBABILITIES:
             prediction, rest = _first(args, kwargs)
+            self._note_target(func, rest, kwargs)
             if id(prediction) in self._logits:
                 _, logits, log_softmax = self._logits[id(prediction)]
                 return func(log_softmax(self._note(logits)), *rest, **kwargs)
             return func(self._note(prediction), *rest, **kwargs)
         return func(*args, **kwargs)
+
+    def _note_target(self, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        classified = func in (F.cross_entropy, F.nll_loss)
+        self._targets.append((rest[0] if rest else kwargs.get("target")) if classified else None)
 
     def _note(self, prediction: Tensor) -> Tensor:
         self._found.append(prediction)

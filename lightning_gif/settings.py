@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._compat import rank_zero_warn
-from .curvature import CURVATURES, METHODS, Curvature, hessian
+from .curvature import CURVATURES, METHODS, Curvature, Losses
 from .data import Examples
 from .errors import ConfigurationError, ConvergenceError, ConvergenceWarning
 from .objective import Objective
@@ -158,7 +158,8 @@ class Settings:
         examples: Examples,
         theta: Tensor | None = None,
         *,
-        loss_sum: Callable[[Tensor, Any], Tensor] | None = None,
+        losses: Losses | None = None,
+        weight_decay: float | None = None,
         keep: bool = True,
         on_product: Callable[[], Any] = lambda: None,
     ) -> Curvature:
@@ -168,16 +169,16 @@ class Settings:
             objective: Whose loss.
             examples: Over which data.
             theta: Where, ``(p,)``; by default at the present parameters.
-            loss_sum: The sum over a batch of another function of its examples, without weight decay; its curvature is
-                always the Hessian.
+            losses: Another function of the examples.
+            weight_decay: Another than that of the settings.
             keep: Keep passes between products, within ``memory``.
             on_product: Called at each product.
         """
         return Curvature(
-            CURVATURES[self.curvature](objective) if loss_sum is None else hessian(loss_sum),
+            CURVATURES[self.curvature](losses or objective),
             objective.theta if theta is None else theta,
             examples,
-            weight_decay=float(self.weight_decay) if loss_sum is None else 0.0,
+            weight_decay=float(self.weight_decay if weight_decay is None else weight_decay),
             memory=self.bytes_to_keep(objective.device) if keep else 0.0,
             on_product=on_product,
         )

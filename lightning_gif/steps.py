@@ -50,14 +50,15 @@ class Goal(str, Enum):
     without any fit to the labels of a sample, and a fifth of the mean of ``−log(1 − p)`` over the forgotten ones, with
     ``p`` the probability of the classes in question (unlikelihood; Welleck et al., ICLR 2020): unlike a loss with its
     sign turned, it has a minimum.
-    ``EXAMPLES``: others like them stay. The risk is the loss of the retained data, which retraining would minimise. No
-    training ends in an exact minimum, and on a sample of the data even that has a slope: what there is of it in the
-    loss of *all* data at the trained weights is subtracted, so that an edit answers the change of the data, and neither
-    goes on training nor fits the sample. Where there are unseen examples to compare with, theirs is the loss that the
-    forgotten ones should have; elsewhere only steps near the natural one are looked at.
+    ``EXAMPLES``: others like them stay, or it is not known what is predicted. The risk is the loss of the retained
+    data, which retraining would minimise. No training ends in an exact minimum, and on a sample of the data even that
+    has a slope: what there is of it in the loss of *all* data at the trained weights is subtracted, so that an edit
+    answers the change of the data, and neither goes on training nor fits the sample. Where there are unseen examples to
+    compare with, theirs is the loss that the forgotten ones should have; elsewhere only steps near the natural one are
+    looked at.
     ``LABELS``: labels are corrected. The risk is ``KL(expected ‖ predicted)`` over the retained examples, with no class
-    ruled out, and the loss of the corrected ones, each of which weighs four times a retained one. Where it is not known
-    what is predicted, it is their losses, less the slope as above, each example with the same weight.
+    ruled out, and the cross-entropy of the corrected ones, each of which weighs four times a retained one. Where it is
+    not known what is predicted, it is their losses, less the slope as above, each example with the same weight.
     """
 
     CLASS = "class"
@@ -135,7 +136,10 @@ class Walk(Protocol):
         """
 
     def descend(self, at: Point) -> LocalModel:
-        """Solves, at the weights of a point, for what lowers the risk."""
+        """Solves, at the weights of a point, for what lowers the risk.
+
+        The first solve takes the curvature as it is; a later one that of a bound, while most of a class is remembered.
+        """
 
     def measure(self, *steps: float) -> Point:
         """The point that so much of each change leads to that was solved for, in the order of the solves.

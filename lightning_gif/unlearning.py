@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._compat import rank_zero_warn
-from .curvature import METHODS, Combination, Group, Method, Submatrix
-from .data import Examples, example_classes, locate, relabelled, strata
+from .curvature import METHODS, Combination, Curvature, Group, Losses, Method, Submatrix
+from .data import Examples, class_targets, example_classes, locate, relabelled, strata
 from .errors import ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError, TrainingDataError
 from .objective import Objective
 from .parameters import Edit, Targets
@@ -93,9 +93,9 @@ def unlearn(
 
     With ``U`` the ``m`` examples and ``n − m`` others retained, the weighted gradient is ``g = m/(n−m) ∇ℓ̄(U)`` for
     removal and ``g = m/(n−m) ∇[ℓ̄(U, old) − ℓ̄(U, new)]`` for relabelling (GIF, arXiv 2312.05586, section 3). The method
-    turns it into a change ``x`` of the targets. A strategy decides how far to go along it, and whether to solve anew,
-    for what lowers the risk at the weights that this leads to: see :mod:`lightning_gif.steps`. Nothing is written to
-    the model here.
+    turns it into a change ``x`` of the targets, or the slope of the risk that should become small. A strategy decides
+    which, how far to go, and whether to solve anew at the weights that this leads to: see :mod:`lightning_gif.steps`.
+    Nothing is written to the model here.
 
     Args:
         objective: An open objective.
@@ -267,12 +267,12 @@ def _goal_of_removal(
     if gone is None or kept is None or torch.isin(gone, kept).any():
         return Goal.EXAMPLES, None
     predicted = objective.n_classes(forget)
-    if predicted is None or int(gone.max()) >= predicted:
+    if predicted is None or objective.n_classes(rest) != predicted:
         _warn(
             notes,
-            "All examples of a class are to be forgotten, but it cannot be seen what the model predicts: its loss is"
-            " not one F.cross_entropy (or F.nll_loss) of one prediction for each example. They are removed as single"
-            " examples are, and may still be predicted as their class.",
+            "All examples of a class are to be forgotten, but it cannot be seen what the model predicts: its loss does"
+            " not call F.cross_entropy (or F.nll_loss) with one row of logits for each example and the labels of the"
+            " batch. They are removed as single examples are, and may still be predicted as their class.",
         )
         return Goal.EXAMPLES, None
     mask = torch.zeros(predicted, dtype=torch.bool, device=objective.device)
@@ -281,17 +281,38 @@ def _goal_of_removal(
 
 
 @dataclass(frozen=True)
+class _OfLogits:
+    """A function of what is predicted, as :class:`~lightning_gif.curvature.Losses`.
+
+    Attributes:
+        objective: Whose predictions.
+        function: From the logits ``(B, C)`` of a batch and the batch to the sum over its examples.
+    """
+
+    objective: Objective
+    function: Callable[[Tensor, Any], Tensor]
+
+    def loss_sum(self, theta: Tensor, data: Any) -> Tensor:
+        return self.function(self.objective.logits(theta, data), data)
+
+    def outputs(self, theta: Tensor, data: Any) -> Tensor:
+        return self.objective.logits(theta, data)
+
+    def loss_sum_at(self, theta: Tensor, data: Any) -> Callable[[Tensor], Tensor]:
+        return lambda logits: self.function(logits, data)
+
+
+@dataclass(frozen=True)
 class _Term:
-    """A part of the risk: the mean of a function of examples, and the slope in it that no edit should answer.
+    """A part of the risk: the mean of a function of examples, less a slope in it that no edit should answer.
 
     Attributes:
         weight: In the risk.
         seen: The examples that solves see.
         measured: The examples that steps are measured on.
         curved: How many of those seen give the curvature.
-        function: The sum over a batch, ``(θ, batch) → ()``; ``None``: of the training losses.
-        bound: A quadratic bound of the function, with that function's slope where it touches it; for its curvature, far
-            from the minimum, where its own leads nowhere.
+        losses: The function; the training loss where it is the objective itself.
+        bound: What has the curvature of a parabola above the function, for where that of its own leads nowhere.
         left_seen: The slope ``(p,)`` that is subtracted, over those seen.
         left_measured: The same over those measured.
     """
@@ -300,8 +321,8 @@ class _Term:
     seen: Examples
     measured: Examples
     curved: int
-    function: Callable[[Tensor, Any], Tensor] | None = None
-    bound: Callable[[Tensor, Any], Tensor] | None = None
+    losses: Losses
+    bound: Losses | None = None
     left_seen: Tensor | None = None
     left_measured: Tensor | None = None
 
@@ -354,30 +375,37 @@ class _Walk:
         objective, task, settings = self._objective, self._task, self._settings
         curved = max(math.ceil(_CURVED_SHARE * len(task.sample)), _LEAST_CURVED)
         if task.gone is not None:
-            kept = _Term(1.0, task.sample, task.check, curved, self._divergence_sum)
+            kept = _Term(1.0, task.sample, task.check, curved, _OfLogits(objective, self._divergence))
         else:
             # The slope that training left in the risk on all data, as the two samples of the retained data show it.
             left = task.share * self._old + (1 + task.share) * settings.weight_decay * objective.theta
             left_seen = left_measured = self._retain_slope + left
             if task.check is not task.sample:
                 left_seen = objective.gradient(task.sample) + left
-            kept = _Term(1.0, task.sample, task.check, curved, left_seen=left_seen, left_measured=left_measured)
+            kept = _Term(
+                1.0, task.sample, task.check, curved, objective, left_seen=left_seen, left_measured=left_measured
+            )
         if task.goal is Goal.CLASS:
+            unlikely, bound = _OfLogits(objective, self._unlikelihood), _OfLogits(objective, self._bound)
             few = math.ceil(_FORGOTTEN_SHARE * curved)
-            return [kept, _Term(_CLASS_WEIGHT, task.judged, task.judged, few, self._unlikelihood_sum, self._bound_sum)]
-        if task.corrected is not None:
-            weight = task.share if task.gone is None else _LABELS_WEIGHT * task.share
-            return [kept, _Term(weight, task.corrected, task.corrected, curved)]
-        return [kept]
+            return [kept, _Term(_CLASS_WEIGHT, task.judged, task.judged, few, unlikely, bound)]
+        if task.corrected is None:
+            return [kept]
+        if task.gone is None:
+            return [kept, _Term(task.share, task.corrected, task.corrected, curved, objective)]
+        right = _OfLogits(objective, self._cross_entropy)
+        return [kept, _Term(_LABELS_WEIGHT * task.share, task.corrected, task.corrected, curved, right)]
 
     @property
     def _decay(self) -> float:
         """That of the risk; where predictions are to stay, they stay as weight decay has left them."""
-        return 0.0 if self._task.gone is not None else float(self._settings.weight_decay)
+        if self._task.gone is not None:
+            return 0.0
+        return self._settings.weight_decay * sum(term.weight for term in self._terms)
 
     def _limits(self, start: Point) -> tuple[float | None, float]:
         task = self._task
-        if task.gone is not None and task.goal is Goal.CLASS:
+        if task.goal is Goal.CLASS and task.gone is not None:
             return _CLASS_ENOUGH, start.retain_loss + _CLASS_BUDGET * math.log(len(task.gone))
         if task.unseen is not None and not math.isnan(start.remembered):
             # Nothing is forgotten at no cost at all, even where unseen losses are no larger.
@@ -405,15 +433,17 @@ class _Walk:
         retain = objective.mean_loss(task.check, theta)
         risk = self._decay / 2 * float(theta @ theta)
         for term in self._terms:
-            if term.function is None:
-                value = retain if term.measured is task.check else objective.mean_loss(term.measured, theta)
-            else:
-                value = objective.mean(term.measured, term.function, theta)
+            value = objective.mean(term.measured, term.losses.loss_sum, theta)
             if term.left_measured is not None:
                 value -= float(term.left_measured @ (theta - objective.theta))
             risk += term.weight * value
         point = Point(tuple(steps), float(losses.mean()), retain, risk, self._remembered(losses, theta))
         self.path.append(point)
+        if len(self.path) == 1 and not math.isfinite(risk):
+            raise NonFiniteError(
+                f"The risk at the trained weights is {risk}: a loss or a prediction is not finite, or too large for"
+                " float32 (try double=True). Nothing was changed."
+            )
         return point
 
     def _remembered(self, losses: Tensor, theta: Tensor) -> float:
@@ -434,36 +464,42 @@ class _Walk:
                 pairs += len(mine)
         return told / pairs if pairs else math.nan
 
-    # What the risk of a class is made of, each summed over a batch.
-
-    def _divergence_sum(self, theta: Tensor, data: Any) -> Tensor:
-        """``KL(q ‖ p)`` from what the trained model predicts once the classes in question are ruled out."""
-        with torch.no_grad():
-            trained = self._objective.logits(self._objective.theta, data)
-            expected = torch.where(self._gone, -math.inf, trained).softmax(1)
-        found = self._objective.logits(theta, data).log_softmax(1)
-        return (torch.special.entr(expected).neg() - expected * found).sum()
-
-    def _unlikelihood_sum(self, theta: Tensor, data: Any) -> Tensor:
-        """``−log(1 − p)`` with ``p`` the probability of the classes in question, from its logit."""
-        return F.softplus(self._log_odds(self._objective.logits(theta, data))).sum()
-
-    def _bound_sum(self, theta: Tensor, data: Any) -> Tensor:
-        """The quadratic part of a parabola that touches ``−log(1 − p)`` from above, see :func:`bending`."""
-        log_odds = self._log_odds(self._objective.logits(theta, data))
-        at = log_odds.detach()
-        return (bending(at) / 2 * (log_odds - at).square()).sum()
-
     def _predicted_sum(self, theta: Tensor, data: Any) -> Tensor:
         """How many are predicted as one of the classes in question."""
         return self._gone[self._objective.logits(theta, data).argmax(1)].double().sum()
+
+    # What the risk is made of where predictions are known, each summed over a batch.
+
+    def _divergence(self, logits: Tensor, data: Any) -> Tensor:
+        """``KL(q ‖ p)`` from what the trained model predicts, without the classes in question."""
+        with torch.no_grad():
+            trained = self._objective.logits(self._objective.theta, data)
+            expected = torch.where(self._gone, -math.inf, trained).softmax(1)
+        found = logits.log_softmax(1).masked_fill(expected == 0, 0.0)  # the logits of a masked class are −∞
+        return (torch.special.entr(expected).neg() - expected * found).sum()
+
+    def _cross_entropy(self, logits: Tensor, data: Any) -> Tensor:
+        """``−log p`` of the labels, whatever else the training loss does to it."""
+        labels = class_targets(data)
+        assert labels is not None  # else it would not be known what is predicted
+        return F.cross_entropy(logits, labels.long(), reduction="sum")
+
+    def _unlikelihood(self, logits: Tensor, data: Any) -> Tensor:
+        """``−log(1 − p)`` with ``p`` the probability of the classes in question, from its log-odds."""
+        return F.softplus(self._log_odds(logits)).sum()
+
+    def _bound(self, logits: Tensor, data: Any) -> Tensor:
+        """The quadratic part of the parabola that :func:`bound_curvature` is of, around the present log-odds."""
+        log_odds = self._log_odds(logits)
+        at = log_odds.detach()
+        return (bound_curvature(at) / 2 * (log_odds - at).square()).sum()
 
     def _log_odds(self, logits: Tensor) -> Tensor:
         return logits[:, self._gone].logsumexp(1) - logits[:, ~self._gone].logsumexp(1)
 
     @property
     def _gone(self) -> Tensor:
-        assert self._task.gone is not None  # asked for a class only
+        assert self._task.gone is not None  # else nothing is asked that is made of predictions
         return self._task.gone
 
     def answer(self) -> LocalModel:
@@ -477,7 +513,7 @@ class _Walk:
             self.description = self.description or settings.describe(curvature)
         slope = self._decay * objective.theta
         for term in self._terms:
-            of_term = objective.gradient(term.measured, loss_sum=term.function)
+            of_term = objective.gradient(term.measured, loss_sum=term.losses.loss_sum)
             slope = slope + term.weight * (of_term if term.left_measured is None else of_term - term.left_measured)
         model = LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
         self._answer = len(self._changes) - 1, model
@@ -486,37 +522,45 @@ class _Walk:
     def descend(self, at: Point) -> LocalModel:
         objective, settings = self._objective, self._settings
         there = self.moved(at.steps)
-        slope, curvatures = self._decay * there, []
+        slope, curvatures = self._decay * there, list[tuple[float, Curvature]]()
         with objective.progress("Hessian products, at the new weights") as bar:
             for term in self._terms:
-                of_term = objective.gradient(term.seen, there, term.function)
+                of_term = objective.gradient(term.seen, there, term.losses.loss_sum)
                 slope = slope + term.weight * (of_term if term.left_seen is None else of_term - term.left_seen)
                 part = term.seen.sample(term.curved, settings.seed + len(self._changes))
-                function = (
-                    term.bound if term.bound is not None and self._changes and at.remembered > _FAR else term.function
+                far = term.bound is not None and self._changes and at.remembered > _FAR
+                curvature = settings.open_curvature(
+                    objective,
+                    part,
+                    there,
+                    losses=term.bound if far else term.losses,
+                    weight_decay=0.0
+                    if curvatures
+                    else self._decay,  # of the risk, which the first has a weight of 1 in
+                    on_product=bar.update,
                 )
-                curvature = settings.open_curvature(objective, part, there, loss_sum=function, on_product=bar.update)
                 curvatures.append((term.weight, curvature))
-            bend = self._take(Combination(*curvatures), -slope, scale=self._sizes())
+            bend = self._take(Combination(*curvatures), -slope, units=self._units())
             self.description = self.description or settings.describe(curvatures[0][1])
         return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
 
-    def _sizes(self) -> Tensor:
-        """The root mean square of the parameter that each entry belongs to, ``(p,)``, or that of all where it is less.
+    def _units(self) -> Tensor:
+        """The root mean square of the parameter that an entry belongs to in that of all, at least 1, ``(p,)``.
 
         A solve of a few steps moves most what has the largest gradients, which in a net with normalisation is what has
         the smallest weights. In these units it is shares of the weights that are moved.
         """
         theta = self._objective.theta
-        least = theta.square().mean().sqrt()
+        whole = theta.square().mean().sqrt()
         parts = self._objective.space.unflatten(theta).values()
-        return torch.cat([part.square().mean().sqrt().clamp_min(least).expand(part.numel()) for part in parts])
+        sizes = torch.cat([part.square().mean().sqrt().expand(part.numel()) for part in parts])
+        return (sizes / whole).clamp_min(1.0) if whole > 0 else torch.ones_like(theta)
 
     def _take(
-        self, curvature: LinearOperator, gradient: Tensor, group: Group | None = None, scale: Tensor | None = None
+        self, curvature: LinearOperator, gradient: Tensor, group: Group | None = None, units: Tensor | None = None
     ) -> float:
         """Solves for a change, and says how the risk bends along it."""
-        change, solutions = self._method.edit(curvature, self.positions, gradient, self._settings.solve, group, scale)
+        change, solutions = self._method.edit(curvature, self.positions, gradient, self._settings.solve, group, units)
         if not change.any():
             raise ObjectiveError(
                 "The solve found no change of the target parameters that would answer the removal: the retained loss"
@@ -553,11 +597,12 @@ class _Walk:
         )
 
 
-def bending(log_odds: Tensor) -> Tensor:
-    """The second derivative of the tightest parabola on ``−log(1 − p)``, with ``z`` the log-odds of ``p``.
+def bound_curvature(log_odds: Tensor) -> Tensor:
+    """The second derivative of the flattest parabola that touches ``−log(1 − p)`` and lies above it, elementwise.
 
-    It is ``tanh(z/2)/(2z)`` (Jaakkola and Jordan, *Statistics and Computing* 10, 2000). Where ``p`` is close to one the
-    function is a straight line in ``z`` and its own curvature vanishes; the parabola has its minimum near ``−z``.
+    With ``z`` the log-odds of ``p`` where it touches, it is ``tanh(z/2)/(2z)`` (Jaakkola and Jordan, *Statistics and
+    Computing* 10, 2000). Where ``p`` is close to one the function is a straight line in ``z`` and its own curvature
+    vanishes; the parabola has its minimum near ``−|z|``.
     """
     size = log_odds.abs().clamp_min(1e-3)  # where it is 1/4, up to rounding
     return (size / 2).tanh() / (2 * size)

@@ -329,3 +329,28 @@ def test_each_forgets_a_digit_at_one_of_its_settings() -> None:
         assert score(default(only, module, *loaders, 0).module) > 0.9, name
     for name, least in {"gradient_ascent": 0.5, "ssd": 0.8}.items():
         assert tuned(BASELINES[name], module, *loaders, score, 0).chosen.score > least, name
+
+
+def test_an_edit_and_baselines_are_compared_on_a_module_given_by_its_import_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    import compare
+    from digits import DigitsModel
+
+    torch.save({"state_dict": DigitsModel().state_dict()}, tmp_path / "other.ckpt")
+    arguments = ["--model", "digits.DigitsModel", "--data", "digits.DigitsData", "--forget_class", "3"]
+    arguments += ["--trainer.max_epochs", "4", "--trainer.accelerator", "cpu", "--baselines", '["ssd"]']
+    arguments += [f"--trainer.{name}" + "=false" for name in ("enable_progress_bar", "enable_model_summary")]
+    compare.main([*arguments, "--retrained", str(tmp_path / "other.ckpt")])
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    columns, rows = lines[0], {line[0]: line for line in lines[2:]}
+    assert list(rows) == ["before", "retrained", "edit", "ssd, default", "ssd, tuned"]
+    value = {name: dict(zip(["", *columns], row, strict=False)) for name, row in rows.items()}
+    assert float(value["before"]["forget accuracy"]) > 80
+    assert float(value["edit"]["forget accuracy"]) < 2
+    assert float(value["edit"]["retain accuracy"]) > float(value["before"]["retain accuracy"]) - 3
+    assert float(value["retrained"]["retain accuracy"]) < 60  # it was not trained at all
+    assert float(value["edit"]["gap to retrained"]) > 20
+    with pytest.raises(SystemExit, match="either --forget_class or --forget"):
+        compare.main([*arguments, "--forget", "[1]"])

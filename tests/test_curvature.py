@@ -153,6 +153,25 @@ def test_methods_agree_with_dense_algebra_on_an_indefinite_hessian(method: str, 
         assert solution.residual < 1e-8
 
 
+@pytest.mark.parametrize("method", ["gif", "fif"])
+def test_other_units_lead_to_the_same_minimiser_and_weigh_damping(method: str) -> None:
+    with opened() as (objective, train):
+        curvature, matrix = hessian_of(objective, train), dense_hessian(objective, train)
+        targets, size = some_targets(objective), objective.space.size
+        gradient = torch.randn(size, dtype=torch.float64)
+        units = 1 + 3 * torch.rand(size, dtype=torch.float64)
+        change, _ = METHODS[method].edit(curvature, targets, gradient, precise("dense"), None, units)
+        torch.testing.assert_close(change, dense_edit(method, matrix, targets, gradient), rtol=1e-6, atol=1e-8)
+        damped, _ = METHODS[method].edit(
+            curvature, targets, gradient, lambda a, b: dense(a, b, damping=0.1), None, units
+        )
+        rows = targets if method == "fif" else torch.arange(size)
+        part = matrix[rows][:, targets] * units[targets]
+        normal = part.T @ part + 0.1**2 * torch.eye(len(targets), dtype=torch.float64)
+        expected = units[targets] * torch.linalg.solve(normal, part.T @ gradient[rows])
+        torch.testing.assert_close(damped, expected, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("method", ["pif", "if"])
 def test_lissa_inverts_a_damped_full_hessian(method: str) -> None:
     with opened() as (objective, train):

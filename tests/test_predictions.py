@@ -85,3 +85,38 @@ def test_nothing_is_noted_where_no_loss_function_is_called() -> None:
     with Predictions() as noted:
         LOGITS.square().mean()
     assert noted.flat() is None
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "keyword", "module", "nll", "nll of a method"])
+def test_logits_and_targets_of_a_cross_entropy_are_found(name: str) -> None:
+    with Predictions() as noted:
+        LOSSES[name](LOGITS)
+    found = noted.classified()
+    assert found is not None
+    assert torch.equal(found[0], LOGITS)
+    assert torch.equal(found[1], LABELS)
+
+
+def test_a_second_loss_of_the_same_logits_changes_nothing() -> None:
+    with Predictions() as noted:
+        F.cross_entropy(LOGITS, LABELS, label_smoothing=0.1)
+        F.cross_entropy(LOGITS, LABELS)
+    assert noted.classified() is not None
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: None,
+        lambda: F.mse_loss(LOGITS, VALUES),
+        lambda: (F.cross_entropy(LOGITS, LABELS), F.cross_entropy(-LOGITS, LABELS)),
+        lambda: (F.cross_entropy(LOGITS, LABELS), F.mse_loss(LOGITS, VALUES)),
+        lambda: F.cross_entropy(LOGITS, torch.softmax(VALUES, 1)),
+        lambda: F.cross_entropy(torch.randn(2, 3, 5), torch.zeros(2, 5, dtype=torch.long)),
+    ],
+    ids=["none", "regression", "two heads", "two losses", "soft targets", "sequences"],
+)
+def test_other_losses_do_not_classify_examples(loss: Callable[[], object]) -> None:
+    with Predictions() as noted:
+        loss()
+    assert noted.classified() is None

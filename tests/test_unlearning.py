@@ -457,19 +457,140 @@ def test_what_is_left_of_a_class_is_what_the_model_says_without_it() -> None:
     expected = before.index_fill(1, torch.tensor([1]), -math.inf).softmax(1)
     trainer.unlearn(batch_of(dataset, y == 1))
     after = module.eval()(x[y != 1]).softmax(1)
-    assert (after - expected).abs().max() < 0.1 < (before.softmax(1) - expected).abs().max() + 0.1
-    assert (after - expected).abs().mean() < (before.softmax(1) - expected).abs().mean()
+    assert (after - expected).abs().mean() < 0.3 * (before.softmax(1) - expected).abs().mean()
 
 
 @pytest.mark.parametrize("at", [-12.0, -2.0, 0.0, 0.5, 4.0, 15.0])
 def test_the_curvature_of_far_log_odds_bounds_the_unlikelihood(at: float) -> None:
     point = torch.tensor(at, dtype=torch.float64)
-    bend = unlearning.bending(point)
+    bend = unlearning.bound_curvature(point)
     z = torch.linspace(-40, 40, 4001, dtype=torch.float64)
     bound = F.softplus(point) + point.sigmoid() * (z - point) + bend / 2 * (z - point).square()
     assert (bound - F.softplus(z)).min() > -1e-9
     lowest = float(point - point.sigmoid() / bend)
     assert lowest == pytest.approx(-abs(at) / math.tanh(abs(at) / 2) if at else -2.0, rel=1e-3)
+
+
+class Shifted(Classifier):
+    """Labels are not the columns of the logits."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1] - 1)
+
+
+def test_labels_that_are_not_those_of_the_loss_are_not_taken_for_predicted_classes() -> None:
+    x, y = blobs().tensors
+    trainer, module, dataset = fitted(Shifted(), TensorDataset(x, y + 1), max_epochs=20)
+    of_class = dataset.tensors[1] == 2
+    before = module.eval()(x[of_class]).softmax(1)[:, 1].mean()
+    with pytest.warns(GIFWarning, match="and the labels of the batch"):
+        report = trainer.unlearn(batch_of(dataset, of_class), step="search")
+    assert report.goal is Goal.EXAMPLES
+    assert module.eval()(x[of_class]).softmax(1)[:, 1].mean() < before
+
+
+class Masked(Classifier):
+    """A class that is never predicted has a logit of −∞."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = torch.cat([self(batch[0]), torch.full((len(batch[0]), 1), -math.inf)], 1)
+        return F.cross_entropy(logits, batch[1])
+
+
+class OwnLosses(Classifier):
+    """Batches whose tensors disagree on the first dimension."""
+
+    def influence_loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1], reduction="none")
+
+
+class Weighted(Classifier):
+    """Neither vectorisable, nor a mean of the losses of single examples."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        weight = torch.tensor([1.0, 2.0, float(torch.tensor(3.0).item())])
+        if float(batch[1].sum()) < 0:
+            raise AssertionError
+        return F.cross_entropy(self(batch[0]), batch[1], weight=weight)
+
+
+@pytest.mark.parametrize("module", [Masked, OwnLosses, Weighted])
+@pytest.mark.filterwarnings("ignore:The loss")
+def test_classes_are_forgotten_and_labels_corrected_however_the_loss_is_made(module: type[Classifier]) -> None:
+    trainer, _, dataset = fitted(module(), max_epochs=20)
+    report = trainer.unlearn(batch_of(dataset, dataset.tensors[1] == 1), dry_run=True)
+    assert report.goal is Goal.CLASS
+    assert report.remembered == (pytest.approx(1.0, abs=0.2), 0.0)
+    repair = trainer.unlearn(batch_of(dataset, slice(0, 3)), relabel=(dataset.tensors[1][:3] + 1) % 3, dry_run=True)
+    assert repair.relabelled is not None
+    assert repair.relabelled.after < repair.relabelled.before
+
+
+def test_the_curvature_of_a_class_is_the_one_that_was_asked_for() -> None:
+    trainer, _, dataset = fitted(max_epochs=20)
+    forget = batch_of(dataset, dataset.tensors[1] == 0)
+    lowest = [
+        trainer.unlearn(forget, curvature=kind, eigenvalues=1, dry_run=True).curvature["smallest"][0]
+        for kind in ("hessian", "ggn")
+    ]
+    assert lowest[0] < lowest[1]
+    assert lowest[1] > -1e-4
+
+
+@pytest.mark.parametrize("factor", [0.01, 100.0])
+def test_corrected_labels_do_not_depend_on_what_the_loss_is_multiplied_by(factor: float) -> None:
+    class Scaled(Classifier):
+        scale = 1.0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.scale * F.cross_entropy(self(batch[0]), batch[1])
+
+    trainer, module, dataset = fitted(Scaled(), max_epochs=20)
+    forget, new = batch_of(dataset, slice(0, 3)), (dataset.tensors[1][:3] + 1) % 3
+    plain = trainer.unlearn(forget, relabel=new, dry_run=True).relabelled
+    module.scale = factor
+    scaled = trainer.unlearn(forget, relabel=new, dry_run=True).relabelled
+    assert plain is not None
+    assert scaled is not None
+    assert scaled.after / factor == pytest.approx(plain.after, rel=0.05)
+
+
+def test_the_risk_of_labels_is_that_of_the_corrected_ones_at_the_start() -> None:
+    trainer, _, dataset = fitted()
+    report = trainer.unlearn(batch_of(dataset, slice(0, 8)), relabel=(dataset.tensors[1][:8] + 1) % 3, dry_run=True)
+    assert report.relabelled is not None
+    assert report.path[0].risk == pytest.approx(4 * 8 / 40 * report.relabelled.before, rel=1e-4)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_labels_of_a_quadratic_risk_are_corrected_exactly(weight_decay: float) -> None:
+    trainer, module, x, y = quadratic(weight_decay=weight_decay)
+    corrected = y.clone()
+    corrected[:20] += 3.0
+    truth = Quadratic().double().solve(x, corrected, weight_decay)
+    trainer.unlearn((x[:20], y[:20]), relabel=corrected[:20])
+    torch.testing.assert_close(module.flat(), truth, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("relabel", [None, 2])
+@pytest.mark.parametrize("examples", [slice(0, 6), None])
+def test_the_local_model_is_that_of_the_risk(examples: slice | None, relabel: int | None) -> None:
+    """Slope and bend along a solved change, against differences of the risk that is measured."""
+
+    def strategy(walk: Walk) -> Point:
+        model = walk.descend(walk.path[0])
+        h = 1e-3
+        ahead, behind = walk.measure(h), walk.measure(-h)
+        slope, bend = (ahead.risk - behind.risk) / (2 * h), (ahead.risk - 2 * walk.path[0].risk + behind.risk) / h**2
+        assert model.slope == pytest.approx(slope, rel=1e-3)
+        assert model.bend == pytest.approx(bend, rel=1e-2)
+        return ahead
+
+    trainer, _, dataset = fitted(max_epochs=10)
+    forget = batch_of(dataset, dataset.tensors[1] == 1 if examples is None else examples)
+    options = {"double": True, "curvature_examples": None, "weight_decay": 0.1, "dry_run": True}
+    if relabel is None or examples is not None:
+        trainer.unlearn(forget, relabel=relabel, step=strategy, **options)
 
 
 def test_data_to_keep_that_is_to_be_forgotten_is_not_kept() -> None:
