@@ -86,22 +86,19 @@ def main(args: list[str] | None = None) -> None:
     train = data.train_dataloader()
     attach(trainer, model, train_dataloaders=train)
 
-    batch_size = train.batch_size or 64
-    positions = torch.arange(len(train.dataset))
-    gone = torch.zeros(len(positions), dtype=torch.bool)
+    gone = torch.zeros(len(train.dataset), dtype=torch.bool)
     if options.forget is not None:
         gone[options.forget] = True
     else:
-        everything = DataLoader(train.dataset, batch_size, collate_fn=train.collate_fn)
-        found = [class_targets(batch) for batch in everything]
-        if any(classes is None for classes in found):
-            raise SystemExit("--forget_class needs targets that are classes; use --forget with indices.")
-        gone = torch.cat(found) == options.forget_class
-    forget, retain = (
-        DataLoader(Subset(train.dataset, positions[chosen].tolist()), batch_size, collate_fn=train.collate_fn)
-        for chosen in (gone, ~gone)
-    )
-    loaders = {"forget": forget, "retain": retain, **_others(data)}
+        gone = _of_class(train, options.forget_class)
+    forget, retain = _part(train, gone), _part(train, ~gone)
+    loaders = {"forget": forget, "retain": retain}
+    for name, loader in _others(data).items():
+        if options.forget_class is None:
+            loaders[name] = loader
+        else:
+            of_class = _of_class(loader, options.forget_class)
+            loaders[f"{name}, class"], loaders[f"{name}, others"] = _part(loader, of_class), _part(loader, ~of_class)
     say(f"{int(gone.sum())} of {len(gone)} training examples are to be removed")
 
     def know(module: nn.Module) -> dict[str, _Known]:
@@ -140,8 +137,23 @@ def main(args: list[str] | None = None) -> None:
         options.baselines, model, forget, retain, score, seconds=seconds, settings={}
     ):
         rows.append(_row(name, know(changed), reference, spent))
-        say(rows[-1])
+        say(name, f"{spent:.1f} s")
     print(table(columns, rows))
+
+
+def _part(loader: DataLoader[Any], chosen: Tensor) -> DataLoader[Any]:
+    """A loader of the chosen examples of another one's dataset, in their order."""
+    part = Subset(loader.dataset, chosen.nonzero().squeeze(1).tolist())
+    return DataLoader(part, loader.batch_size or 64, collate_fn=loader.collate_fn)
+
+
+def _of_class(loader: DataLoader[Any], label: int) -> Tensor:
+    """A mask over the dataset of a loader."""
+    everything = _part(loader, torch.ones(len(loader.dataset), dtype=torch.bool))
+    found = [class_targets(batch) for batch in everything]
+    if any(classes is None for classes in found):
+        raise SystemExit("--forget_class needs targets that are classes; use --forget with indices.")
+    return torch.cat(found) == label
 
 
 def _others(data: pl.LightningDataModule) -> dict[str, DataLoader[Any]]:

@@ -618,7 +618,8 @@ class GIFCallback(Callback):
         listed = isinstance(given, (list, tuple, range)) and len(given) > 0
         if numbered or (listed and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in given)):
             return train.with_ids(given.tolist() if numbered else given)
-        if not isinstance(given, DataLoader) and not any(tensor.ndim for tensor in tensors(given)):
+        mask = isinstance(given, Tensor) and given.dtype is torch.bool and given.ndim == 1
+        if mask or (not isinstance(given, DataLoader) and not any(tensor.ndim for tensor in tensors(given))):
             raise BatchError(
                 "Expected the examples as a batch of the training loader, a DataLoader, a list of indices of the"
                 f" training dataset, or a function from a batch to truth values, got {describe(given)}. For one"

@@ -411,9 +411,9 @@ class Examples:
             raise TrainingDataError(f"Some of the {len(wanted)} dataset indices are given twice; give each once.")
         if missing or not len(wanted):
             raise TrainingDataError(
-                f"Of the {len(wanted)} dataset indices given, {len(missing)} are none of a training example:"
-                f" {missing[:5]}{' …' if len(missing) > 5 else ''}. Give at least one of those that the training loader"
-                f" draws, {int(self.ids.min())} to {int(self.ids.max())}."
+                f"{len(missing)} of the {len(wanted)} dataset indices given belong to no training example:"
+                f" {missing[:5]}{' …' if len(missing) > 5 else ''}. Give one or more, all of them among those that the"
+                f" training loader draws, {int(self.ids.min())} to {int(self.ids.max())}."
             )
         order = self.ids.argsort()
         return self.at(order[torch.searchsorted(self.ids[order], wanted)])

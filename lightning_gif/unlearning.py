@@ -237,8 +237,14 @@ class _Task:
         # The losses of a large set are judged on a sample of it; corrected examples are in memory anyway.
         judged = forget if corrected is not None or forget.cached else forget.sample(measured, seed)
         compared = None
-        if unseen is not None and goal is Goal.EXAMPLES and len(forget) >= _FEWEST:
-            compared = unseen.sample(count, seed).held(memory)
+        if unseen is not None and goal is Goal.EXAMPLES:
+            if len(forget) >= _FEWEST:
+                compared = unseen.sample(count, seed).held(memory)
+            else:
+                notes.append(
+                    f"Fewer than {_FEWEST} examples are too few to compare with unseen ones; the step is that of the"
+                    " theory."
+                )
         return cls(
             goal=goal,
             forget=forget,

@@ -262,7 +262,9 @@ def test_only_the_training_examples_of_a_loader_can_be_named() -> None:
     dataset = blobs()
     trainer, _, _ = fitted(dataset=Subset(dataset, range(10, 48)))  # type: ignore[arg-type]
     assert trainer.unlearn([0, 37], dry_run=True).n_retain == 36
-    with pytest.raises(TrainingDataError, match=r"1 are none of a training example: \[38\]"):
+    with pytest.raises(
+        TrainingDataError, match=r"1 of the \d+ dataset indices given belong to no training example: \[38\]"
+    ):
         trainer.unlearn([0, 38])
 
 
@@ -469,6 +471,21 @@ def test_the_curvature_of_far_log_odds_bounds_the_unlikelihood(at: float) -> Non
     assert (bound - F.softplus(z)).min() > -1e-9
     lowest = float(point - point.sigmoid() / bend)
     assert lowest == pytest.approx(-abs(at) / math.tanh(abs(at) / 2) if at else -2.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.clone, torch.Tensor.numpy, torch.Tensor.tolist])
+def test_a_mask_is_refused_with_what_to_do(kind: Callable[[Tensor], Any]) -> None:
+    trainer, _, dataset = fitted()
+    with pytest.raises(BatchError, match=r"mask\.nonzero\(\)\.flatten\(\)"):
+        trainer.unlearn(kind(dataset.tensors[1] == 1))
+
+
+def test_too_few_examples_to_compare_with_unseen_ones_are_said_to_be() -> None:
+    trainer, _, dataset = fitted()
+    unseen = loader(blobs(seed=5))
+    report = trainer.unlearn(batch_of(dataset, slice(0, 3)), unseen=unseen, dry_run=True)
+    assert any("too few to compare with unseen" in note for note in report.notes)
+    assert not any("too few" in note for note in trainer.unlearn(batch_of(dataset, slice(0, 3)), dry_run=True).notes)
 
 
 class Shifted(Classifier):

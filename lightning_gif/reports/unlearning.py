@@ -307,6 +307,7 @@ class UnlearnReport:
         if several:
             along.set_title(f"losses after each change, goal: {self.goal}", fontsize=10)
             along.set_xlabel("changes made, each solved where the last one led")
+            along.set_xticks(range(len(self.steps) + 1))
         else:
             along.axvline(self.step, color="grey", linestyle=":", label=f"step {self.step:.3g}")
             along.set_xscale("symlog", linthresh=0.1)
@@ -330,8 +331,11 @@ class UnlearnReport:
     def __str__(self) -> str:
         share = 100 * self.edit.count / self.n_parameters
         losses = [("forget", self.forget), ("retain", self.retain), ("relabelled", self.relabelled)]
-        later = [f"{step:.3g}" for step in self.steps[1:] if step]
-        further = f", then {len(later)} solved at the new weights ({', '.join(later)})" if later else ""
+        if len(self.steps) > 1:
+            sizes = ", ".join(f"{step:.3g}" for step in self.steps)
+            made = f"in {len(self.steps)} changes, each solved where the last one led, of steps {sizes}"
+        else:
+            made = f"step {self.step:.3g}"
         changed = (
             f"{self.edit.count} of {self.n_parameters} parameters ({share:.1f} %)" if any(self.steps) else "nothing"
         )
@@ -340,6 +344,7 @@ class UnlearnReport:
             near = abs(self.step) <= _PREDICTABLE and not math.isnan(change.predicted)
             return f" (predicted {change.predicted:.4g})" if near else ""
 
+        with_old = " (with the old labels)" if self.relabelled else ""
         solved = "" if self.settings["rtol"] is None else f" {self.solve['status']}"
         if math.isnan(self.remembered[1]):
             remembered = []
@@ -351,10 +356,14 @@ class UnlearnReport:
             remembered = [f"told from {self.n_unseen} unseen examples by the loss (AUROC): {before:.3f} -> {after:.3f}"]
         lines = [
             f"Edit for {self.n_forget} examples (goal: {self.goal}; {self.n_retain} retained) by changing"
-            f" {changed}, step {self.step:.3g}{further};"
+            f" {changed}, {made};"
             f" {self.solve['solver']}{solved} after {self.solve['iterations']} steps, residual"
             f" {self.solve['residual']:.1e}; {self.seconds:.1f} s",
-            *(f"{name} loss: {c.before:.4g} -> {c.after:.4g}{predicted(c)}" for name, c in losses if c),
+            *(
+                f"{name} loss{with_old if name == 'forget' else ''}: {c.before:.4g} -> {c.after:.4g}{predicted(c)}"
+                for name, c in losses
+                if c
+            ),
             *remembered,
             *(f"note: {note}" for note in self.notes),
         ]
