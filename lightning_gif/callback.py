@@ -82,7 +82,8 @@ class GIFCallback(Callback):
         method: ``"gif"`` (cancels the gradient change on all parameters by changing the targets), ``"fif"`` (ignores
             the parameters that are not targets), ``"pif"`` (full influence function, cut to the targets), ``"if"``
             (full influence function on all parameters) or ``"sif"`` (second-order influence of a group on all
-            parameters; for ``unlearn`` only).
+            parameters; for ``unlearn`` only, in the change of the theory: the steps that lower a risk are those of
+            ``"if"``).
         solver: ``"lsmr"``, ``"cgls"``, ``"lissa"``, ``"plain_lissa"``, ``"stochastic_lissa"``, ``"dense"`` (small
             nets), or one that was registered in ``lightning_gif.SOLVERS``.
         damping: ``λ`` in ``min ‖Ax − g‖² + λ²‖x‖²``, in the unit of the Hessian's eigenvalues.
