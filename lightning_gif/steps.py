@@ -80,9 +80,10 @@ class Point:
         forget_loss: Mean loss of (a sample of) the examples to be forgotten, with their old labels.
         retain_loss: Mean loss of (a sample of) the retained training data.
         risk: What should become small, see :class:`Goal`.
-        remembered: For a class, the share of its examples that are still predicted as it. For single examples, how
-            well a threshold on the loss tells them from unseen ones of the same class (AUROC, 0.5: not at all).
-            NaN where neither is known.
+        remembered: For a class, the share of its examples that are still predicted as it. For labels, the share of the
+            corrected examples that are not predicted as they should be. For single examples, how well a threshold on
+            the loss tells them from unseen ones of the same class (AUROC, 0.5: not at all).
+            NaN where it is not known.
     """
 
     steps: tuple[float, ...]

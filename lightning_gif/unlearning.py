@@ -456,6 +456,8 @@ class _Walk:
         task = self._task
         if task.goal is Goal.CLASS:
             return self._objective.mean(task.judged, self._predicted_sum, theta)
+        if task.corrected is not None:
+            return math.nan if task.gone is None else self._objective.mean(task.corrected, self._wrong_sum, theta)
         if task.unseen is None or self._strata is None:
             return math.nan
         unseen = self._objective.all_losses(task.unseen, theta).double().cpu()
@@ -473,6 +475,12 @@ class _Walk:
     def _predicted_sum(self, theta: Tensor, data: Any) -> Tensor:
         """How many are predicted as one of the classes in question."""
         return self._gone[self._objective.logits(theta, data).argmax(1)].double().sum()
+
+    def _wrong_sum(self, theta: Tensor, data: Any) -> Tensor:
+        """How many are predicted as another class than that of their label."""
+        labels = class_targets(data)
+        assert labels is not None  # else it would not be known what is predicted
+        return (self._objective.logits(theta, data).argmax(1) != labels).double().sum()
 
     # What the risk is made of where predictions are known, each summed over a batch.
 

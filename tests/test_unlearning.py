@@ -579,6 +579,19 @@ def test_the_risk_of_labels_is_that_of_the_corrected_ones_at_the_start() -> None
     assert report.path[0].risk == pytest.approx(4 * 8 / 40 * report.relabelled.before, rel=1e-4)
 
 
+def test_how_many_labels_are_not_yet_predicted_as_corrected_is_told() -> None:
+    trainer, module, dataset = fitted(max_epochs=20)
+    x, new = dataset.tensors[0][:8], (dataset.tensors[1][:8] + 1) % 3
+
+    def wrong() -> float:
+        return float((module.eval()(x).argmax(1) != new).double().mean())
+
+    before = wrong()
+    report = trainer.unlearn(batch_of(dataset, slice(0, 8)), relabel=new)
+    assert report.remembered == (before, wrong())
+    assert f"not predicted as corrected: {100 * before:.1f} % -> {100 * wrong():.1f} %" in str(report)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_labels_of_a_quadratic_risk_are_corrected_exactly(weight_decay: float) -> None:
     trainer, module, x, y = quadratic(weight_decay=weight_decay)

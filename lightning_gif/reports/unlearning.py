@@ -348,9 +348,10 @@ class UnlearnReport:
         solved = "" if self.settings["rtol"] is None else f" {self.solve['status']}"
         if math.isnan(self.remembered[1]):
             remembered = []
-        elif self.goal is Goal.CLASS:
+        elif self.goal is not Goal.EXAMPLES:
             before, after = (100 * share for share in self.remembered)
-            remembered = [f"still predicted as the class: {before:.1f} % -> {after:.1f} %"]
+            what = "still predicted as the class" if self.goal is Goal.CLASS else "not predicted as corrected"
+            remembered = [f"{what}: {before:.1f} % -> {after:.1f} %"]
         else:
             before, after = self.remembered
             remembered = [f"told from {self.n_unseen} unseen examples by the loss (AUROC): {before:.3f} -> {after:.3f}"]
