@@ -1,7 +1,7 @@
 """An edit of your own model beside the baselines at the same cost, and beside a model that was retrained.
 
     python benchmarks/compare.py --model my_package.Classifier --data my_package.Data --ckpt_path last.ckpt \\
-        --forget_class 3 [--retrained retrained.ckpt] [--baselines all] [--model.init_args.… --trainer.…]
+        --forget_class 3 [--retrained retrained.ckpt] [--baselines "[ssd, salun]"] [--model.lr … --trainer.…]
 
 Module and datamodule are given as to LightningCLI, by import path. Without `--ckpt_path` the model is fitted first.
 What is removed is a class, or the training examples of `--forget "[17, 42]"`. The edit is `trainer.unlearn` by its
@@ -41,7 +41,7 @@ class _CLI(LightningCLI):
         parser.add_argument("--forget_class", type=int, default=None, help="the class to remove")
         parser.add_argument("--forget", type=list[int], default=None, help="or indices of training examples")
         parser.add_argument("--retrained", type=str, default=None, help="checkpoint of a model trained without them")
-        parser.add_argument("--baselines", type=list[str], default=["all"], help=f"of {', '.join(BASELINES)}; or all")
+        parser.add_argument("--baselines", type=list[str], default=["all"], help=f"[all], or of {', '.join(BASELINES)}")
 
 
 @dataclass
@@ -86,8 +86,8 @@ def main(args: list[str] | None = None) -> None:
     train = data.train_dataloader()
     attach(trainer, model, train_dataloaders=train)
 
-    gone = torch.zeros(len(train.dataset), dtype=torch.bool)
     if options.forget is not None:
+        gone = torch.zeros(len(train.dataset), dtype=torch.bool)
         gone[options.forget] = True
     else:
         gone = _of_class(train, options.forget_class)

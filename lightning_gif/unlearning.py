@@ -411,8 +411,8 @@ class _Walk:
 
     def _limits(self, start: Point) -> tuple[float | None, float]:
         task = self._task
-        if task.goal is Goal.CLASS and task.gone is not None:
-            return _CLASS_ENOUGH, start.retain_loss + _CLASS_BUDGET * math.log(len(task.gone))
+        if task.goal is Goal.CLASS:
+            return _CLASS_ENOUGH, start.retain_loss + _CLASS_BUDGET * math.log(len(self._gone))
         if task.unseen is not None and not math.isnan(start.remembered):
             # Nothing is forgotten at no cost at all, even where unseen losses are no larger.
             least = _LEAST_BUDGET * abs(start.retain_loss)
@@ -439,7 +439,8 @@ class _Walk:
         retain = objective.mean_loss(task.check, theta)
         risk = self._decay / 2 * float(theta @ theta)
         for term in self._terms:
-            value = objective.mean(term.measured, term.losses.loss_sum, theta)
+            same = term.measured is task.check and term.losses is objective  # as what has just been looked at
+            value = retain if same else objective.mean(term.measured, term.losses.loss_sum, theta)
             if term.left_measured is not None:
                 value -= float(term.left_measured @ (theta - objective.theta))
             risk += term.weight * value
@@ -478,9 +479,7 @@ class _Walk:
 
     def _wrong_sum(self, theta: Tensor, data: Any) -> Tensor:
         """How many are predicted as another class than that of their label."""
-        labels = class_targets(data)
-        assert labels is not None  # else it would not be known what is predicted
-        return (self._objective.logits(theta, data).argmax(1) != labels).double().sum()
+        return (self._objective.logits(theta, data).argmax(1) != _labels(data)).double().sum()
 
     # What the risk is made of where predictions are known, each summed over a batch.
 
@@ -494,9 +493,7 @@ class _Walk:
 
     def _cross_entropy(self, logits: Tensor, data: Any) -> Tensor:
         """``−log p`` of the labels, whatever else the training loss does to it."""
-        labels = class_targets(data)
-        assert labels is not None  # else it would not be known what is predicted
-        return F.cross_entropy(logits, labels.long(), reduction="sum")
+        return F.cross_entropy(logits, _labels(data), reduction="sum")
 
     def _unlikelihood(self, logits: Tensor, data: Any) -> Tensor:
         """``−log(1 − p)`` with ``p`` the probability of the classes in question, from its log-odds."""
@@ -543,15 +540,10 @@ class _Walk:
                 slope = slope + term.weight * (of_term if term.left_seen is None else of_term - term.left_seen)
                 part = term.seen.sample(term.curved, settings.seed + len(self._changes))
                 far = term.bound is not None and self._changes and at.remembered > _FAR
+                losses = term.bound if far else term.losses
+                decay = 0.0 if curvatures else self._decay  # of the whole risk, in the first term, whose weight is 1
                 curvature = settings.open_curvature(
-                    objective,
-                    part,
-                    there,
-                    losses=term.bound if far else term.losses,
-                    weight_decay=0.0
-                    if curvatures
-                    else self._decay,  # of the risk, which the first has a weight of 1 in
-                    on_product=bar.update,
+                    objective, part, there, losses=losses, weight_decay=decay, on_product=bar.update
                 )
                 curvatures.append((term.weight, curvature))
             bend = self._take(Combination(*curvatures), -slope, units=self._units())
@@ -609,6 +601,13 @@ class _Walk:
             if corrected is None or self._new is None
             else of(corrected, self._new, objective.mean_loss(corrected)),
         )
+
+
+def _labels(data: Any) -> Tensor:
+    """The classes ``(B,)`` of a batch of a model that predicts some."""
+    labels = class_targets(data)
+    assert labels is not None  # else it would not be known what is predicted
+    return labels.long()
 
 
 def bound_curvature(log_odds: Tensor) -> Tensor:
