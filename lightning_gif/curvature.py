@@ -274,7 +274,25 @@ def graph_bytes(*results: Tensor) -> int:
     return sum(found.values())
 
 
-class Submatrix:
+class _View:
+    """A way to look at an operator, whose products it spends."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self._operator = operator
+        self.dtype, self.device = operator.dtype, operator.device
+
+    @property
+    def products(self) -> int:
+        """Products of the underlying operator spent so far."""
+        return self._operator.products
+
+    @property
+    def examples(self) -> int:
+        """Examples that these went through."""
+        return self._operator.examples
+
+
+class Submatrix(_View):
     """``C[rows, cols]`` of a symmetric operator ``C``, without forming it.
 
     Args:
@@ -284,30 +302,19 @@ class Submatrix:
     """
 
     def __init__(self, curvature: LinearOperator, rows: Tensor | None, cols: Tensor | None) -> None:
-        self._curvature = curvature
+        super().__init__(curvature)
         self._rows, self._cols = rows, cols
         size = curvature.shape[0]
         self.shape = (size if rows is None else rows.numel(), size if cols is None else cols.numel())
-        self.dtype, self.device = curvature.dtype, curvature.device
-
-    @property
-    def products(self) -> int:
-        """Products of the underlying curvature spent so far."""
-        return self._curvature.products
-
-    @property
-    def examples(self) -> int:
-        """Examples that these went through."""
-        return self._curvature.examples
 
     @property
     def T(self) -> Submatrix:
         """The transpose ``C[cols, rows]``."""
-        return Submatrix(self._curvature, self._cols, self._rows)
+        return Submatrix(self._operator, self._cols, self._rows)
 
     def matvec(self, vectors: Tensor) -> Tensor:
         """``(c,) → (r,)``, or ``(c, q) → (r, q)``."""
-        image = self._curvature.matvec(_scatter(vectors, self._cols, self._curvature.shape[0]))
+        image = self._operator.matvec(_scatter(vectors, self._cols, self._operator.shape[0]))
         return image if self._rows is None else image[self._rows]
 
     def rmatvec(self, vectors: Tensor) -> Tensor:
@@ -316,10 +323,10 @@ class Submatrix:
 
     def draw(self, seed: int) -> Submatrix:
         """The same rows and columns of the curvature over a few random examples, see :meth:`Curvature.draw`."""
-        return Submatrix(self._curvature.draw(seed), self._rows, self._cols)  # type: ignore[attr-defined]
+        return Submatrix(self._operator.draw(seed), self._rows, self._cols)  # type: ignore[attr-defined]
 
 
-class _Scaled:
+class _Scaled(_View):
     """``B diag(d)``: an operator with its columns in other units.
 
     Args:
@@ -328,16 +335,8 @@ class _Scaled:
     """
 
     def __init__(self, operator: LinearOperator, units: Tensor) -> None:
-        self._operator, self._units = operator, units
-        self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
-
-    @property
-    def products(self) -> int:
-        return self._operator.products
-
-    @property
-    def examples(self) -> int:
-        return self._operator.examples
+        super().__init__(operator)
+        self._units, self.shape = units, operator.shape
 
     def matvec(self, vectors: Tensor) -> Tensor:
         return self._operator.matvec((self._units * vectors.T).T)
