@@ -24,6 +24,7 @@ __all__ = [
     "Linearise",
     "Losses",
     "Method",
+    "Scaled",
     "Submatrix",
     "gauss_newton",
     "graph_bytes",
@@ -326,26 +327,31 @@ class Submatrix(_View):
         return Submatrix(self._operator.draw(seed), self._rows, self._cols)  # type: ignore[attr-defined]
 
 
-class _Scaled(_View):
-    """``B diag(d)``: an operator with its columns in other units.
+class Scaled(_View):
+    """``B diag(d)``, or ``diag(d) B diag(d)``: an operator with its columns, and perhaps its rows, in other units.
 
     Args:
         operator: ``B``, ``(rows, cols)``.
         units: ``d``, ``(cols,)``.
+        rows: Scale the rows as well, those of a square ``B``.
     """
 
-    def __init__(self, operator: LinearOperator, units: Tensor) -> None:
+    def __init__(self, operator: LinearOperator, units: Tensor, *, rows: bool = False) -> None:
         super().__init__(operator)
-        self._units, self.shape = units, operator.shape
+        self._units, self._rows, self.shape = units, rows, operator.shape
 
     def matvec(self, vectors: Tensor) -> Tensor:
-        return self._operator.matvec((self._units * vectors.T).T)
+        image = self._operator.matvec(self._times_units(vectors))
+        return self._times_units(image) if self._rows else image
 
     def rmatvec(self, vectors: Tensor) -> Tensor:
-        return (self._units * self._operator.rmatvec(vectors).T).T
+        return self._times_units(self._operator.rmatvec(self._times_units(vectors) if self._rows else vectors))
 
-    def draw(self, seed: int) -> _Scaled:
-        return _Scaled(self._operator.draw(seed), self._units)  # type: ignore[attr-defined]
+    def _times_units(self, vectors: Tensor) -> Tensor:
+        return (self._units * vectors.T).T
+
+    def draw(self, seed: int) -> Scaled:
+        return Scaled(self._operator.draw(seed), self._units, rows=self._rows)  # type: ignore[attr-defined]
 
 
 class Combination:
@@ -450,7 +456,7 @@ class Method:
         matrix: LinearOperator = self._matrix(curvature, targets)
         if units is not None:
             units = units if self.cols == "all" else units[targets]
-            matrix = _Scaled(matrix, units)
+            matrix = Scaled(matrix, units)
         (solution,) = _as_list(solve(matrix, gradient if self.rows == "all" else gradient[targets]))
         change = solution.x if units is None else units * solution.x
         return (change if self.cols == "targets" else change[targets]), [solution]

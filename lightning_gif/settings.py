@@ -20,7 +20,7 @@ from .objective import Objective
 from .registry import nearest
 from .sampling import SAMPLERS
 from .selection import check_selector, is_name
-from .solvers import SOLVERS, LinearOperator, Solution, Status, require_finite, spectrum
+from .solvers import SOLVERS, LinearOperator, Solution, Status, require_finite, spectrum, truncated_newton
 
 __all__ = ["Overrides", "Settings"]
 
@@ -190,6 +190,38 @@ class Settings:
             ends = asdict(spectrum(curvature, self.eigenvalues, seed=self.seed))
         return {"kind": self.curvature, **curvature.summary(), **ends}
 
+    @property
+    def _most_steps(self) -> int:
+        return self.max_iter or (_STEPS if self.rtol is None else _MOST_STEPS)
+
+    @property
+    def _least_residual(self) -> float:
+        return _LEAST_RTOL if self.rtol is None else self.rtol
+
+    def newton(self, operator: LinearOperator, rhs: Tensor, relative: float) -> tuple[Solution, float]:
+        """A damped Newton step of as many steps as a solve takes, see :func:`~.solvers.truncated_newton`.
+
+        Args:
+            operator: ``C``, ``(n, n)``, symmetric.
+            rhs: ``(n,)``.
+            relative: Damping, beside that of the settings.
+
+        Raises:
+            ConvergenceError: See :meth:`solve`.
+            NonFiniteError: If it met a non-finite number.
+        """
+        solution, bend = truncated_newton(
+            operator,
+            rhs,
+            damping=float(self.damping),
+            relative=relative,
+            rtol=self._least_residual,
+            max_iter=self._most_steps,
+        )
+        if solution.status is not Status.INDEFINITE:  # which is an answer
+            self._judge([solution])
+        return solution, bend
+
     def solve(self, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
         """Runs the chosen solver.
 
@@ -208,8 +240,8 @@ class Settings:
             operator,
             rhs,
             damping=float(self.damping),
-            rtol=_LEAST_RTOL if self.rtol is None else self.rtol,
-            max_iter=self.max_iter or (_STEPS if self.rtol is None else _MOST_STEPS),
+            rtol=self._least_residual,
+            max_iter=self._most_steps,
             seed=self.seed,
             discrepancy=self.discrepancy,
         )
@@ -223,19 +255,23 @@ class Settings:
             )
         for solution in solutions:
             require_finite(solution.x, f"The solution of {self.solver!r}")
+        self._judge(solutions)
+        return solutions
+
+    def _judge(self, solutions: list[Solution]) -> None:
+        """Warns or raises where a residual was asked for and not reached."""
         short = [solution for solution in solutions if not solution.converged]
         if self.rtol is not None and short and self.unconverged != "ignore":
             worst = max(short, key=lambda solution: solution.residual)
             several = f" ({len(short)} of {len(solutions)} queries; the worst is told)" if len(solutions) > 1 else ""
             message = (
-                f"The {self.solver} solve ended as {str(worst.status)!r} with a relative residual of"
+                f"The {worst.solver} solve ended as {str(worst.status)!r} with a relative residual of"
                 f" {worst.residual:.2g} after {worst.iterations} steps ({worst.hvps} Hessian products){several}; rtol"
                 f" is {self.rtol:g}. {_ADVICE[worst.status]}, or accept it by a larger `rtol` or unconverged='ignore'."
             )
             if self.unconverged == "raise":
                 raise ConvergenceError(message)
             rank_zero_warn(message, category=ConvergenceWarning)
-        return solutions
 
 
 def _free_memory() -> float:

@@ -17,7 +17,7 @@ _LARGEST_NEAR_NATURAL = 4.0
 _SMALLEST_STEP = 2.0**-6
 
 # The most changes that are solved for, that of the theory included.
-_MOST_SOLVES = 6
+_MOST_SOLVES = 12
 
 # Smaller changes of a mean loss than this share of it are not told from rounding in float32: there the theory decides.
 _ROUNDING = 1e-6
@@ -29,7 +29,10 @@ _TRUSTED, _HALVINGS = 0.25, 10
 _LONGEST = 4.0
 
 # No further step after one that gained less than this share of the risk that is left.
-_WORTH = 0.05
+_WORTH = 0.02
+
+# No further step where a class is forgotten and the risk, in nats, is below this: retrained models differ by more.
+_NEAR = 0.003
 
 # A further solve is for where the theory fails: not where its step does to 10 % what was predicted, or forgets a class
 # for 10 % of the retained loss.
@@ -57,7 +60,7 @@ class Goal(str, Enum):
     compare with, theirs is the loss that the forgotten ones should have; elsewhere only steps near the natural one are
     looked at.
     ``LABELS``: labels are corrected. The risk is ``KL(expected ‖ predicted)`` over the retained examples, with no class
-    ruled out, and the cross-entropy of the corrected ones, each of which weighs four times a retained one. Where it is
+    ruled out, and the cross-entropy of the corrected ones, each of which weighs eight times a retained one. Where it is
     not known what is predicted, it is their losses, less the slope as above, each example with the same weight.
     """
 
@@ -139,7 +142,9 @@ class Walk(Protocol):
     def descend(self, at: Point) -> LocalModel:
         """Solves, at the weights of a point, for what lowers the risk.
 
-        The first solve takes the curvature as it is; a later one that of a bound, while most of a class is remembered.
+        The first change, and others while most of a class or of the wrong labels is remembered, is by the method of the
+        edit: least squares hold whatever the curvature is so far from where the risk is least. There the second and
+        later ones take the curvature of a bound for a class. All others are damped Newton steps on the targets.
         """
 
     def measure(self, *steps: float) -> Point:
@@ -174,7 +179,7 @@ def search(walk: Walk) -> Point:
 def relinearise(walk: Walk) -> Point:
     """Steps that lower the risk, each solved where the last one led; single examples first get that of the theory.
 
-    At most six changes are solved for. They are steps of a Newton kind, kept as far as the risk falls as predicted.
+    At most twelve changes are solved for, kept as far as the risk falls as predicted.
     Single examples get the best step along the change of the theory, and no other where that did to the risk what the
     local model predicted: nothing is left to do. For a class the theory is too far from what it should answer, and is
     not asked.
@@ -194,7 +199,8 @@ def relinearise(walk: Walk) -> Point:
                 continue
             break
         gained, best = best.risk - found.risk, found
-        if _forgotten(walk, best) and gained < _WORTH * abs(best.risk):
+        near = walk.goal is Goal.CLASS and best.risk < _NEAR
+        if _forgotten(walk, best) and (near or gained < _WORTH * abs(best.risk)):
             break
     return best
 

@@ -7,7 +7,7 @@ import numbers
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._compat import rank_zero_warn
-from .curvature import METHODS, Combination, Curvature, Group, Losses, Method, Submatrix
+from .curvature import METHODS, Combination, Curvature, Group, Losses, Method, Scaled, Submatrix
 from .data import Examples, class_targets, example_classes, locate, relabelled, strata
 from .errors import ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError, TrainingDataError
 from .objective import Objective
@@ -44,7 +44,7 @@ _FAR = 0.5
 
 # What a corrected example weighs where the retained ones have to keep their predictions. Some of these are still those
 # that the wrong labels taught, and hold back what the right ones should undo.
-_LABELS_WEIGHT = 4.0
+_LABELS_WEIGHT = 8.0
 
 # How many examples a step is measured on, at most, of each kind.
 _MEASURED = 1024
@@ -59,6 +59,13 @@ _FEWEST = 20
 # A step that lowers the risk is measured before it is made, so that its curvature need not be known as closely as the
 # slope: it is taken over a part of the slope's examples (Byrd et al., SIAM J. Optim. 21, 2011).
 _CURVED_SHARE, _LEAST_CURVED = 0.125, 256
+
+# The damping of the first Newton step, as a share of the curvature along the slope; and by what factor it is less where
+# this share of the predicted change of the risk came true (Levenberg and Marquardt). It grows as steps are cut short.
+_DAMPING, _ADAPT, _GOOD = 3e-3, 3.0, 0.75
+
+# Where less than this of a Newton step could be made, or nothing, the damping grows as if it were this.
+_SHORTEST = 2.0**-7
 
 # As many of a class in question as this share of the retained examples give the curvature; of corrected ones, as many.
 _FORGOTTEN_SHARE = 0.25
@@ -188,7 +195,8 @@ class _Task:
         goal: See :class:`~lightning_gif.steps.Goal`.
         forget: The examples in question.
         judged: Those of them whose losses are looked at.
-        corrected: The same with their new labels; ``None`` for removal.
+        corrected: Those in question with their new labels; ``None`` for removal.
+        amended: Those of them that steps are measured on.
         sample: The retained examples that the curvature is taken over.
         check: The retained examples that steps are measured on: others, where there are enough.
         unseen: Examples that the model was not trained on; ``None`` where there are none, or the goal needs none.
@@ -201,6 +209,7 @@ class _Task:
     forget: Examples
     judged: Examples
     corrected: Examples | None
+    amended: Examples | None
     sample: Examples
     check: Examples
     unseen: Examples | None
@@ -234,8 +243,7 @@ class _Task:
         else:
             goal, predicted = Goal.LABELS, objective.n_classes(corrected)
             gone = None if predicted is None else torch.zeros(predicted, dtype=torch.bool, device=objective.device)
-        # The losses of a large set are judged on a sample of it; corrected examples are in memory anyway.
-        judged = forget if corrected is not None or forget.cached else forget.sample(measured, seed)
+        judged = forget.sample(measured, seed)
         compared = None
         if unseen is not None and goal is Goal.EXAMPLES:
             if len(forget) >= _FEWEST:
@@ -250,6 +258,7 @@ class _Task:
             forget=forget,
             judged=judged.held(memory),
             corrected=corrected,
+            amended=None if corrected is None else corrected.sample(measured, seed),
             sample=sample.held(memory),
             check=check.sample(measured, seed).held(memory),
             unseen=compared,
@@ -357,24 +366,36 @@ class _Walk:
         self._objective, self._task, self._settings, self._method = objective, task, settings, method
         self._changes: list[Tensor] = []
         self._answer: tuple[int, LocalModel] | None = None  # which change it is
+        self._damping = _DAMPING
+        self._expected: tuple[Point, LocalModel] | None = None  # of a Newton step
         # The classes of the judged and of the unseen examples.
         self._strata = None if task.unseen is None else (strata(task.judged), strata(task.unseen))
 
-        # Weight decay does not become less where fewer examples are in the mean, so each loss carries its share of it.
-        decay = settings.weight_decay * objective.theta
-        self._old = objective.gradient(task.forget)
-        self._new = None if task.corrected is None else objective.gradient(task.corrected)
-        self._gradient = task.share * (self._old + decay if self._new is None else self._old - self._new)
-        if self._new is not None and not self._gradient.any():
+        if task.corrected is not None and not self._gradient.any():
             raise ObjectiveError("The new labels are those that the examples have: there is nothing to correct.")
-        if not self._gradient[positions].any():
-            raise ObjectiveError(
-                "The loss of the forget examples does not depend on the target parameters: its gradient on all of them"
-                " is exactly zero. Use targets='batch', a larger ratio, or method='if'."
-            )
-        self._retain_slope = objective.gradient(task.check)
         self._terms = self._risk()
         self.enough, self.affordable = self._limits(self.measure())
+
+    # Slopes of the loss at the trained weights, ``(p,)``, which not every way asks for.
+
+    @cached_property
+    def _old(self) -> Tensor:
+        return self._objective.gradient(self._task.forget)
+
+    @cached_property
+    def _new(self) -> Tensor | None:
+        return None if self._task.corrected is None else self._objective.gradient(self._task.corrected)
+
+    @cached_property
+    def _retain_slope(self) -> Tensor:
+        return self._objective.gradient(self._task.check)
+
+    @cached_property
+    def _gradient(self) -> Tensor:
+        """``g`` of the theory."""
+        # Weight decay does not become less where fewer examples are in the mean, so each loss carries its share of it.
+        decay = self._settings.weight_decay * self._objective.theta
+        return self._task.share * (self._old + decay if self._new is None else self._old - self._new)
 
     def _risk(self) -> list[_Term]:
         """What the risk is made of, see :class:`~lightning_gif.steps.Goal`."""
@@ -395,12 +416,12 @@ class _Walk:
             unlikely, bound = _OfLogits(objective, self._unlikelihood), _OfLogits(objective, self._bound)
             few = math.ceil(_FORGOTTEN_SHARE * curved)
             return [kept, _Term(_CLASS_WEIGHT, task.judged, task.judged, few, unlikely, bound)]
-        if task.corrected is None:
+        if task.corrected is None or task.amended is None:
             return [kept]
         if task.gone is None:
-            return [kept, _Term(task.share, task.corrected, task.corrected, curved, objective)]
+            return [kept, _Term(task.share, task.corrected, task.amended, curved, objective)]
         right = _OfLogits(objective, self._cross_entropy)
-        return [kept, _Term(_LABELS_WEIGHT * task.share, task.corrected, task.corrected, curved, right)]
+        return [kept, _Term(_LABELS_WEIGHT * task.share, task.corrected, task.amended, curved, right)]
 
     @property
     def _decay(self) -> float:
@@ -457,8 +478,8 @@ class _Walk:
         task = self._task
         if task.goal is Goal.CLASS:
             return self._objective.mean(task.judged, self._predicted_sum, theta)
-        if task.corrected is not None:
-            return math.nan if task.gone is None else self._objective.mean(task.corrected, self._wrong_sum, theta)
+        if task.amended is not None:
+            return math.nan if task.gone is None else self._objective.mean(task.amended, self._wrong_sum, theta)
         if task.unseen is None or self._strata is None:
             return math.nan
         unseen = self._objective.all_losses(task.unseen, theta).double().cpu()
@@ -518,7 +539,7 @@ class _Walk:
         with objective.progress("Hessian products") as bar:
             opened = partial(settings.open_curvature, objective, on_product=bar.update)
             curvature = opened(task.sample)
-            new = None if task.corrected is None else opened(task.corrected, keep=False)
+            new = None if task.amended is None else opened(task.amended, keep=False)
             group = Group(task.share / (1 + task.share), opened(task.judged, keep=False), new)
             bend = self._take(curvature, self._gradient, group)
             self.description = self.description or settings.describe(curvature)
@@ -534,21 +555,25 @@ class _Walk:
         objective, settings = self._objective, self._settings
         there = self.moved(at.steps)
         slope, curvatures = self._decay * there, list[tuple[float, Curvature]]()
+        far = self.goal is not Goal.EXAMPLES and at.remembered > _FAR
         with objective.progress("Hessian products, at the new weights") as bar:
             for term in self._terms:
                 of_term = objective.gradient(term.seen, there, term.losses.loss_sum)
                 slope = slope + term.weight * (of_term if term.left_seen is None else of_term - term.left_seen)
                 part = term.seen.sample(term.curved, settings.seed + len(self._changes))
-                far = term.bound is not None and self._changes and at.remembered > _FAR
-                losses = term.bound if far else term.losses
+                losses = term.bound if term.bound is not None and self._changes and far else term.losses
                 decay = 0.0 if curvatures else self._decay  # of the whole risk, in the first term, whose weight is 1
                 curvature = settings.open_curvature(
                     objective, part, there, losses=losses, weight_decay=decay, on_product=bar.update
                 )
                 curvatures.append((term.weight, curvature))
-            bend = self._take(Combination(*curvatures), -slope, units=self._units())
+            whole = Combination(*curvatures)
+            newton = bool(self._changes) and not far
+            bend = self._newton(whole, -slope, at) if newton else self._take(whole, -slope, units=self._units())
             self.description = self.description or settings.describe(curvatures[0][1])
-        return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
+        model = LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
+        self._expected = (at, model) if newton else None
+        return model
 
     def _units(self) -> Tensor:
         """The root mean square of the parameter that an entry belongs to in that of all, at least 1, ``(p,)``.
@@ -565,7 +590,12 @@ class _Walk:
     def _take(
         self, curvature: LinearOperator, gradient: Tensor, group: Group | None = None, units: Tensor | None = None
     ) -> float:
-        """Solves for a change, and says how the risk bends along it."""
+        """Solves for a change by the method, and says how the risk bends along it."""
+        if not gradient[self.positions].any():
+            raise ObjectiveError(
+                "The loss of the forget examples does not depend on the target parameters: its gradient on all of them"
+                " is exactly zero. Use targets='batch', a larger ratio, or method='if'."
+            )
         change, solutions = self._method.edit(curvature, self.positions, gradient, self._settings.solve, group, units)
         if not change.any():
             raise ObjectiveError(
@@ -576,6 +606,22 @@ class _Walk:
         self.solutions.append(max(solutions, key=lambda solution: solution.residual))
         return float(change @ Submatrix(curvature, self.positions, self.positions).matvec(change))
 
+    def _newton(self, curvature: LinearOperator, gradient: Tensor, at: Point) -> float:
+        """Solves for a damped Newton step on the targets, and says how the risk bends along it."""
+        if self._expected is not None:
+            start, model = self._expected
+            step = at.steps[-1] if len(at.steps) == len(self._changes) else 0.0
+            if step < 1:
+                self._damping /= max(step, _SHORTEST)
+            elif step > 1 or at.risk - start.risk <= _GOOD * model.change(step):
+                self._damping /= _ADAPT
+        units = self._units()[self.positions]
+        matrix = Scaled(Submatrix(curvature, self.positions, self.positions), units, rows=True)
+        solution, bend = self._settings.newton(matrix, units * gradient[self.positions], self._damping)
+        self._changes.append(units * solution.x)
+        self.solutions.append(solution)
+        return bend
+
     def changes(self, edited: Tensor, chosen: Point) -> tuple[Change, Change, Change | None]:
         """The losses before and after, forgotten, retained and relabelled, and what the theory made of them.
 
@@ -584,23 +630,29 @@ class _Walk:
             chosen: The point that they come from.
         """
         objective, task = self._objective, self._task
-        which, model = self._answer or (0, LocalModel(0.0, 0.0))
-        change, step = self._changes[which], chosen.steps[which] if which < len(chosen.steps) else 0.0
-        told = self._answer is not None and not any(s for i, s in enumerate(chosen.steps) if i != which)
-        bend = model.bend - self._settings.weight_decay * float(change @ change)  # of the loss alone
-
-        def of(examples: Examples, slope: Tensor, before: float, bend: float = 0.0) -> Change:
-            predicted = before + step * float(slope[self.positions] @ change) + step**2 * bend / 2
-            return Change(before, objective.mean_loss(examples, edited), predicted if told else math.nan)
-
         start, corrected = self.path[0], task.corrected
-        return (
-            of(task.judged, self._old, start.forget_loss),
-            of(task.check, self._retain_slope, start.retain_loss, bend),
-            None
-            if corrected is None or self._new is None
-            else of(corrected, self._new, objective.mean_loss(corrected)),
-        )
+        judged = [(task.judged, start.forget_loss), (task.check, start.retain_loss)]
+        if corrected is not None:
+            judged.append((corrected, objective.mean_loss(corrected)))
+        predicted = self._predicted([before for _, before in judged], chosen)
+        found = [
+            Change(before, objective.mean_loss(examples, edited), expected)
+            for (examples, before), expected in zip(judged, predicted, strict=True)
+        ]
+        return found[0], found[1], found[2] if corrected is not None else None
+
+    def _predicted(self, before: list[float], chosen: Point) -> list[float]:
+        """What the theory makes of losses; NaN where it was not asked, or other changes were made as well."""
+        if self._answer is None or any(step for i, step in enumerate(chosen.steps) if i != self._answer[0]):
+            return [math.nan] * len(before)
+        which, model = self._answer
+        change, step = self._changes[which], chosen.steps[which] if which < len(chosen.steps) else 0.0
+        bends = [0.0, model.bend - self._settings.weight_decay * float(change @ change), 0.0]  # of the losses alone
+        slopes = [self._old, self._retain_slope] if self._new is None else [self._old, self._retain_slope, self._new]
+        return [
+            loss + step * float(slope[self.positions] @ change) + step**2 * bend / 2
+            for loss, slope, bend in zip(before, slopes, bends, strict=False)
+        ]
 
 
 def _labels(data: Any) -> Tensor:

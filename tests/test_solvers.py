@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from lightning_gif import SOLVERS, ConfigurationError, ConvergenceError, NonFiniteError
-from lightning_gif.solvers import Solution, Status, dense, spectrum, stochastic_lissa, to_matrix
+from lightning_gif.solvers import (
+    Solution,
+    Status,
+    dense,
+    spectrum,
+    stochastic_lissa,
+    to_matrix,
+    truncated_newton,
+)
 
 
 class Matrix:
@@ -484,3 +492,76 @@ def test_zeros_are_not_counted_as_negative() -> None:
     assert found.zero_share > 0.9
     assert found.largest[0] == pytest.approx(3.0)
     assert found.smallest[0] == pytest.approx(-2.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Newton steps
+# ----------------------------------------------------------------------------------------------------------------------
+
+NEWTON = {"damping": 0.0, "relative": 0.0, "rtol": 1e-10, "max_iter": 50}
+DEFINITE = symmetric_indefinite(torch.logspace(0, 2, 12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("damping", "share"), [(0.0, 0.0), (2.0, 0.0), (0.0, 0.3), (2.0, 0.3)])
+def test_a_newton_step_minimises_the_damped_quadratic(damping: float, share: float) -> None:
+    rhs = torch.arange(1.0, 13.0, dtype=torch.float64)
+    operator = Matrix(DEFINITE)
+    solution, bend = truncated_newton(operator, rhs, **{**NEWTON, "damping": damping, "relative": share})
+    shift = damping + share * float((DEFINITE @ rhs).norm() / rhs.norm())
+    truth = torch.linalg.solve(DEFINITE + shift * torch.eye(12, dtype=torch.float64), rhs)
+    assert relative(solution.x, truth) < 1e-8
+    assert bend == pytest.approx(float(truth @ DEFINITE @ truth), rel=1e-8)
+    assert solution.status is Status.CONVERGED
+    assert solution.hvps == solution.iterations == operator.products <= 15
+    assert solution.examples == 10 * solution.hvps
+    assert 30.0 < solution.sigma_max <= 100.0  # an estimate from below
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+@pytest.mark.parametrize("matrix", [DEFINITE, INDEFINITE], ids=["definite", "indefinite"])
+def test_a_newton_step_that_ends_early_goes_downhill_and_tells_its_bend(matrix: Tensor, most: int) -> None:
+    rhs = torch.arange(1.0, len(matrix) + 1.0, dtype=torch.float64)
+    solution, bend = truncated_newton(Matrix(matrix), rhs, **{**NEWTON, "max_iter": most})
+    assert float(solution.x @ rhs) > 0
+    assert bend == pytest.approx(float(solution.x @ matrix @ solution.x), rel=1e-9)
+    assert solution.residual == pytest.approx(float((rhs - matrix @ solution.x).norm() / rhs.norm()), rel=1e-9)
+
+
+def test_a_newton_step_stops_where_the_function_curves_down() -> None:
+    rhs = torch.ones(7, dtype=torch.float64)
+    solution, _ = truncated_newton(Matrix(INDEFINITE), rhs, **NEWTON)
+    assert solution.status is Status.INDEFINITE
+    assert not solution.converged
+    downhill, bend = truncated_newton(Matrix(-DEFINITE), torch.ones(12, dtype=torch.float64), **NEWTON)
+    assert downhill.status is Status.INDEFINITE
+    assert downhill.iterations == 0
+    assert relative(downhill.x / downhill.x.norm(), torch.ones(12, dtype=torch.float64) / 12**0.5) < 1e-12
+    assert bend == pytest.approx(float(downhill.x @ -DEFINITE @ downhill.x), rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-24, 1e20])
+def test_a_newton_step_scales_with_tiny_and_huge_slopes(size: float) -> None:
+    matrix, rhs = DEFINITE.float(), torch.ones(12)
+    one, _ = truncated_newton(Matrix(matrix), rhs, **{**NEWTON, "rtol": 1e-4})
+    other, _ = truncated_newton(Matrix(matrix), size * rhs, **{**NEWTON, "rtol": 1e-4})
+    torch.testing.assert_close(other.x / size, one.x)
+
+
+def test_a_newton_step_without_a_slope_is_none() -> None:
+    operator = Matrix(DEFINITE)
+    solution, bend = truncated_newton(operator, torch.zeros(12, dtype=torch.float64), **NEWTON)
+    assert not solution.x.any()
+    assert (bend, operator.products) == (0.0, 0)
+    flat, _ = truncated_newton(Matrix(torch.zeros(3, 3)), torch.ones(3), **NEWTON)
+    assert torch.isfinite(flat.x).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_newton_step_refuses_non_finite_numbers(bad: float) -> None:
+    rhs = torch.ones(12, dtype=torch.float64)
+    with pytest.raises(NonFiniteError):
+        truncated_newton(Matrix(DEFINITE * bad), rhs, **NEWTON)
+    with pytest.raises(NonFiniteError):
+        truncated_newton(Matrix(DEFINITE), rhs * bad, **NEWTON)
+    with pytest.raises(ConfigurationError, match=r"\(12,\)"):
+        truncated_newton(Matrix(DEFINITE), rhs[:5], **NEWTON)

@@ -7,6 +7,7 @@ from .lissa import lissa, plain_lissa
 from .lsmr import lsmr
 from .spectrum import Spectrum, spectrum
 from .stochastic import stochastic_lissa
+from .truncated import truncated_newton
 
 __all__ = [
     "SOLVERS",
@@ -24,4 +25,5 @@ __all__ = [
     "spectrum",
     "stochastic_lissa",
     "to_matrix",
+    "truncated_newton",
 ]

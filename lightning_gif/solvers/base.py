@@ -58,12 +58,14 @@ class Status(str, Enum):
     ``CONVERGED``: the normal-equation residual passed ``rtol``.
     ``DISCREPANCY``: ``‖B x − b‖ ≤ discrepancy·‖b‖``, which was asked for as enough.
     ``MAX_ITER``: the steps ran out.
+    ``INDEFINITE``: a Newton step met a direction without positive curvature, and ends before it.
     ``STALLED``: rounding (or the noise of a stochastic operator) keeps the residual above ``rtol``.
     """
 
     CONVERGED = "converged"
     DISCREPANCY = "discrepancy"
     MAX_ITER = "max_iter"
+    INDEFINITE = "indefinite"
     STALLED = "stalled"
 
     def __str__(self) -> str:
