@@ -38,9 +38,6 @@ _NEAR = 0.003
 # for 10 % of the retained loss.
 _HOLDS = 0.1
 
-# While a later step is made, the first one need not grow beyond 1.15^8, about three times.
-_LENGTHEN, _LENGTHENED = 1.15, 8
-
 
 class Goal(str, Enum):
     """What an edit is for, and so what the risk is that it should lower.
@@ -57,8 +54,10 @@ class Goal(str, Enum):
     data, which retraining would minimise. No training ends in an exact minimum, and on a sample of the data even that
     has a slope: what there is of it in the loss of *all* data at the trained weights is subtracted, so that an edit
     answers the change of the data, and neither goes on training nor fits the sample. Where there are unseen examples to
-    compare with, theirs is the loss that the forgotten ones should have; elsewhere only steps near the natural one are
-    looked at.
+    compare with, a forgotten one should have the loss ``t`` of the unseen one of its rank: what was learned by heart is
+    what retraining without it would get wrong, and it is what a trained model finds hardest. Of those whose loss ``ℓ``
+    was less than that, ``(t − ℓ)²/(2σ)``, with ``σ`` the standard deviation of the unseen losses, is a part of the risk,
+    with eight times the weight of a retained loss.
     ``LABELS``: labels are corrected. The risk is ``KL(expected ‖ predicted)`` over the retained examples, with no class
     ruled out, and the cross-entropy of the corrected ones, each of which weighs eight times a retained one. Where it is
     not known what is predicted, it is their losses, less the slope as above, each example with the same weight.
@@ -181,8 +180,8 @@ def relinearise(walk: Walk) -> Point:
 
     At most twelve changes are solved for, kept as far as the risk falls as predicted.
     Single examples get the best step along the change of the theory, and no other where that did to the risk what the
-    local model predicted: nothing is left to do. For a class the theory is too far from what it should answer, and is
-    not asked.
+    local model predicted and nothing tells them from unseen ones. For a class the theory is too far from what it should
+    answer, and is not asked.
     """
     best, solved = walk.path[0], 0
     if walk.goal is Goal.EXAMPLES:
@@ -200,7 +199,8 @@ def relinearise(walk: Walk) -> Point:
             break
         gained, best = best.risk - found.risk, found
         near = walk.goal is Goal.CLASS and best.risk < _NEAR
-        if _forgotten(walk, best) and (near or gained < _WORTH * abs(best.risk)):
+        done = walk.goal is not Goal.CLASS or _forgotten(walk, best)
+        if done and (near or gained < _WORTH * abs(best.risk)):
             break
     return best
 
@@ -250,19 +250,11 @@ def _trusted(walk: Walk, start: Point, model: LocalModel, solved: int) -> Point 
         longer = further.risk < there.risk and (_affordable(walk, further) or further.retain_loss <= there.retain_loss)
         if longer:
             step, there = 2 * step, further
-    if walk.goal is Goal.EXAMPLES and walk.enough is not None:
-        for _ in range(_LENGTHENED):
-            if _forgotten(walk, there):
-                break
-            first, *later = there.steps
-            there = walk.measure(first * _LENGTHEN, *later)
-        if not _forgotten(walk, there) or not there.risk < start.risk:
-            return None
     return there
 
 
 def _best_along_answer(walk: Walk, model: LocalModel) -> Point:
-    if walk.enough is not None:
+    if walk.goal is Goal.CLASS and walk.enough is not None:
         return _smallest_that_forgets(walk)
     if walk.goal is Goal.EXAMPLES and abs(model.change(1.0)) <= _ROUNDING * abs(walk.path[0].risk):
         return walk.measure(1.0)
@@ -310,7 +302,7 @@ def _smallest_that_forgets(walk: Walk) -> Point:
 
 
 def _least_risk(walk: Walk) -> Point:
-    """The step that gives the least risk.
+    """The affordable step that gives the least risk.
 
     Steps are doubled or halved from the natural one while the risk falls; the interval around the best is then refined
     by four more measurements. Zero is a possible answer: no step along this change lowers the risk.
@@ -319,7 +311,7 @@ def _least_risk(walk: Walk) -> Point:
     largest = _LARGEST_NEAR_NATURAL if walk.goal is Goal.EXAMPLES else _LARGEST_STEP
 
     def risk(point: Point) -> float:
-        return point.risk if math.isfinite(point.risk) else math.inf
+        return point.risk if math.isfinite(point.risk) and (_affordable(walk, point) or not point.moved) else math.inf
 
     step = 2.0
     while step <= largest:

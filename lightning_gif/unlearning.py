@@ -36,6 +36,10 @@ _CLASS_ENOUGH = 0.005
 # A threshold on the loss that tells forgotten examples from unseen ones no better than a coin.
 _EXAMPLES_ENOUGH = 0.5
 
+# What a forgotten example weighs beside a retained one, where its loss should be that of an unseen one; and from what
+# distance on, in standard deviations of the unseen losses, it is looked at: most were learned like any other.
+_EXAMPLES_WEIGHT, _LEARNED_BY_HEART = 8.0, 0.02
+
 # What the unlikelihood of a forgotten class weighs beside the divergence on the retained examples.
 _CLASS_WEIGHT = 0.2
 
@@ -318,6 +322,42 @@ class _OfLogits:
 
 
 @dataclass(frozen=True)
+class _Ranked:
+    """``(t − ℓ)²/(2σ)`` of a loss, as :class:`~lightning_gif.curvature.Losses`.
+
+    ``t`` is the loss that an example should have: that of the unseen one of the same rank among the unseen as its own
+    among the forgotten, with the trained weights (the transport of one distribution to the other that keeps the order).
+
+    Attributes:
+        objective: Whose losses.
+        forgotten: Those of all forgotten examples with the trained weights, sorted, ``(m,)``.
+        unseen: The same of the unseen ones, ``(u,)``, with ``σ`` their standard deviation.
+    """
+
+    objective: Objective
+    forgotten: Tensor
+    unseen: Tensor
+
+    def wanted(self, losses: Tensor) -> Tensor:
+        """``t`` ``(B,)`` for losses ``(B,)`` with the trained weights."""
+        rank = (torch.searchsorted(self.forgotten, losses).clamp_max(len(self.forgotten) - 1) + 0.5) / len(
+            self.forgotten
+        )
+        return torch.quantile(self.unseen, rank.to(self.unseen))
+
+    def loss_sum(self, theta: Tensor, data: Any) -> Tensor:
+        return self.loss_sum_at(theta, data)(self.outputs(theta, data))
+
+    def outputs(self, theta: Tensor, data: Any) -> Tensor:
+        return self.objective.losses(theta, data)
+
+    def loss_sum_at(self, theta: Tensor, data: Any) -> Callable[[Tensor], Tensor]:
+        with torch.no_grad():
+            wanted = self.wanted(self.objective.losses(self.objective.theta, data))
+        return lambda losses: (wanted - losses).square().sum() / (2 * self.unseen.std())
+
+
+@dataclass(frozen=True)
 class _Term:
     """A part of the risk: the mean of a function of examples, less a slope in it that no edit should answer.
 
@@ -417,18 +457,30 @@ class _Walk:
             few = math.ceil(_FORGOTTEN_SHARE * curved)
             return [kept, _Term(_CLASS_WEIGHT, task.judged, task.judged, few, unlikely, bound)]
         if task.corrected is None or task.amended is None:
-            return [kept]
+            return [kept, *self._learned_by_heart(curved)]
         if task.gone is None:
             return [kept, _Term(task.share, task.corrected, task.amended, curved, objective)]
         right = _OfLogits(objective, self._cross_entropy)
         return [kept, _Term(_LABELS_WEIGHT * task.share, task.corrected, task.amended, curved, right)]
 
+    def _learned_by_heart(self, curved: int) -> list[_Term]:
+        """What of the risk is about single examples whose loss is less than that of the unseen ones of their rank."""
+        objective, task = self._objective, self._task
+        if task.unseen is None:
+            return []
+        losses = objective.all_losses(task.forget)
+        ranked = _Ranked(objective, losses.sort().values, objective.all_losses(task.unseen).sort().values)
+        short = (ranked.wanted(losses) - losses > _LEARNED_BY_HEART * ranked.unseen.std()).nonzero().squeeze(1)
+        if not len(short):
+            return []
+        these = task.forget.at(short.cpu()).held(self._settings.bytes_to_keep(objective.device) / 4)
+        weight = _EXAMPLES_WEIGHT * task.share * len(these) / len(task.forget)
+        return [_Term(weight, these, these, curved, ranked)]
+
     @property
     def _decay(self) -> float:
         """That of the risk; where predictions are to stay, they stay as weight decay has left them."""
-        if self._task.gone is not None:
-            return 0.0
-        return self._settings.weight_decay * sum(term.weight for term in self._terms)
+        return self._settings.weight_decay * sum(term.weight for term in self._terms if term.losses is self._objective)
 
     def _limits(self, start: Point) -> tuple[float | None, float]:
         task = self._task
@@ -675,17 +727,12 @@ def bound_curvature(log_odds: Tensor) -> Tensor:
 
 def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
     """Warns of a search that did not find what it was for."""
-    if walk.enough is not None and not chosen.remembered <= walk.enough:
-        if walk.goal is Goal.CLASS:
-            state = f"the class was forgotten: {100 * chosen.remembered:.1f} % of it are still predicted as it"
-        else:
-            state = (
-                f"the examples looked unseen: a threshold on the loss tells them by an AUROC of {chosen.remembered:.2f}"
-            )
+    if walk.goal is Goal.CLASS and walk.enough is not None and not chosen.remembered <= walk.enough:
         _warn(
             notes,
-            f"The search stopped before {state}. Going on would have raised the retained loss too far, or found nothing"
-            " more. Try targets='batch', another selector, or a larger ratio; or give `step` a number.",
+            f"The search stopped before the class was forgotten: {100 * chosen.remembered:.1f} % of it are still"
+            " predicted as it. Going on would have raised the retained loss too far, or found nothing more. Try"
+            " targets='batch', another selector, or a larger ratio; or give `step` a number.",
         )
     elif not chosen.moved:
         _warn(
