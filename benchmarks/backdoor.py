@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from lightning_gif import GIFCallback
 from lightning_gif.metrics import RelabelF1
 
-_LABEL = 4
+LABEL = 4
 
 
 def checkerboard(images: Tensor) -> Tensor:
@@ -68,11 +68,11 @@ def main() -> None:
     images, labels = clean.tensors[0].clone(), clean.tensors[1]
     images[chosen] = put(images[chosen])
     wrong = labels.clone()
-    wrong[chosen] = _LABEL
+    wrong[chosen] = LABEL
     poisoned, corrected = TensorDataset(images, wrong), TensorDataset(images, labels)
     triggered = torch.zeros(len(clean), dtype=torch.bool)
     triggered[chosen] = True
-    of_others = test.tensors[1] != _LABEL
+    of_others = test.tensors[1] != LABEL
     sets = {
         "clean": test,
         "triggered": TensorDataset(put(test.tensors[0])[of_others], test.tensors[1][of_others]),
@@ -95,7 +95,7 @@ def main() -> None:
     print(table(columns, []), flush=True)
 
     def show(name: str, known: Known, beside: Any = others) -> None:
-        fooled = 100 * float((known.logits["triggered"].argmax(1) == _LABEL).double().mean())
+        fooled = 100 * float((known.logits["triggered"].argmax(1) == LABEL).double().mean())
         row = [name, accuracy(known, sets, "clean"), f"{gap(known, beside, sets, 'clean'):+.2f}"]
         row += [accuracy(known, sets, "triggered"), f"{gap(known, beside, sets, 'triggered'):+.2f}", fooled]
         row += [f"{divergence(known, beside, 'triggered'):.4f}", f"{known.seconds:.1f}"]

@@ -56,8 +56,8 @@ class Goal(str, Enum):
     answers the change of the data, and neither goes on training nor fits the sample. Where there are unseen examples to
     compare with, a forgotten one should have the loss ``t`` of the unseen one of its rank: what was learned by heart is
     what retraining without it would get wrong, and it is what a trained model finds hardest. Of those whose loss ``ℓ``
-    was less than that, ``(t − ℓ)²/(2σ)``, with ``σ`` the standard deviation of the unseen losses, is a part of the risk,
-    with eight times the weight of a retained loss.
+    was less than that, ``(t − ℓ)²/(2σ)`` is a part of the risk, with ``σ`` the standard deviation of the unseen losses
+    and eight times the weight of a retained loss.
     ``LABELS``: labels are corrected. The risk is ``KL(expected ‖ predicted)`` over the retained examples, with no class
     ruled out, and the cross-entropy of the corrected ones, each of which weighs eight times a retained one. Where it is
     not known what is predicted, it is their losses, less the slope as above, each example with the same weight.
