@@ -248,12 +248,13 @@ class GIFCallback(Callback):
         step: Step = "relinearise",
         targets: TargetsChoice = "batch",
         dataloader: DataLoader[Any] | None = None,
+        refresh_statistics: bool = False,
         dry_run: bool = False,
         **overrides: Unpack[Overrides],
     ) -> UnlearnReport:
         """Changes the targets so that the model behaves as if it had not seen a batch, or had seen other labels.
 
-        Bound to the trainer as ``trainer.unlearn(batch, …)``. Only the weights change; the state of an optimizer
+        Bound to the trainer as ``trainer.unlearn(batch, …)``. Only the targets change; the state of an optimizer
         (momentum, Adam's averages) still remembers the data, so start a new optimizer to train on.
 
         Args:
@@ -269,20 +270,23 @@ class GIFCallback(Callback):
                 ``None`` removes them.
             retain: A loader of all the data to keep, where it is not the rest of the training data: after earlier
                 edits, what these left. The more there is of it, the less weight has what is forgotten.
-            unseen: A loader of examples like the training data that the model was not trained on: single examples are
-                forgotten until their losses look like these. Never test data, since it decides how far to go. By
+            unseen: A loader of examples like the training data that the model was not trained on: single examples that
+                were learned by heart get losses like theirs. Never test data, since it decides how far to go. By
                 default the validation loader of ``fit``, where there is one and its batches look like those of
                 training; ``False`` for none. Fewer than twenty examples are too few to compare.
             step: How far to go, decided on the forget, retained and unseen data (see
                 :class:`~lightning_gif.steps.Goal`). ``"search"``: as far along the one solved change as the goal needs.
-                ``"relinearise"``: up to six changes, each solved at the weights that the last one led to, which lower
-                the risk that should hold afterwards; for single examples that of ``"search"``, and others where it
-                leaves something to do. ``"natural"``: 1, what the theory predicts.
-                Or a number; or a strategy of your own (see :mod:`lightning_gif.steps`), also by a name it was
-                registered under in ``lightning_gif.STRATEGIES``.
+                ``"relinearise"``: up to twelve changes, each solved at the weights that the last one led to, which
+                lower the risk that should hold afterwards; for single examples that of ``"search"``, and others where
+                it leaves something to do. ``"natural"``: 1, what the theory predicts. Or a number; or a strategy of
+                your own (see :mod:`lightning_gif.steps`), also by a name it was registered under in
+                ``lightning_gif.STRATEGIES``.
             targets: As in :meth:`influence`. What is to be forgotten decides which neurons matter, so the default here
                 is ``"batch"``.
             dataloader: The training data, where it is not that of ``fit``.
+            refresh_statistics: Compute the running means and variances of BatchNorm anew, over what is retained or
+                corrected: they were gathered from the forgotten examples too. They are then a part of the edit, which
+                takes them back. By default they stay as they are.
             dry_run: Plan and measure the edit but do not make it; ``report.apply()`` does.
             **overrides: As in :meth:`influence`.
 
@@ -293,7 +297,7 @@ class GIFCallback(Callback):
         Raises:
             GIFError: As in :meth:`influence`. The weights are then as they were.
         """
-        named = ("relabel", "retain", "unseen", "step", "targets", "dataloader", "dry_run")
+        named = ("relabel", "retain", "unseen", "step", "targets", "dataloader", "refresh_statistics", "dry_run")
         settings = self.settings.override(overrides, named)
         check_step(step)
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
@@ -315,6 +319,7 @@ class GIFCallback(Callback):
                 retain=None if retain is None else self._examples(retain, objective, settings),
                 unseen=self._unseen_examples(unseen, train, objective, settings),
                 step=step,
+                refresh_statistics=refresh_statistics,
             )
         report.module = trainer.lightning_module
         if dry_run:

@@ -62,6 +62,7 @@ class Objective:
         self._vmap: bool | None = True if self._own_loss else None
         self._reduction: str | None = None
         self._reference: Any = None
+        self.statistics: dict[str, Tensor] = {}
         self._step = _Step(module)
         self.check_module(module)
 
@@ -108,6 +109,9 @@ class Objective:
 
     theta: Tensor
     """The parameters as they are, ``(p,)``, in float32 or wider."""
+
+    statistics: dict[str, Tensor]
+    """Buffers that everything is computed with in place of the module's own, by name."""
 
     # ----------------------------------------------------------------------------------------------------------------
     # Batches
@@ -408,6 +412,46 @@ class Objective:
             neurons.detach()
         return neurons, gradients
 
+    def refreshed_statistics(self, theta: Tensor, *examples: Examples) -> dict[str, Tensor]:
+        """The running means and variances of BatchNorm over examples at ``theta``, by the names of the buffers.
+
+        As :func:`torch.optim.swa_utils.update_bn` does it: forward passes in training mode, in a random order, whose
+        statistics are averaged. Everything else, dropout above all, stays in evaluation mode.
+
+        Raises:
+            ConfigurationError: If the module has no such layers.
+        """
+        layers = {
+            name: layer
+            for name, layer in self.module.named_modules()
+            if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.running_mean is not None
+        }
+        if not layers:
+            raise ConfigurationError(
+                f"refresh_statistics=True computes the running statistics of BatchNorm anew, but"
+                f" {type(self.module).__name__} has no layer that keeps any. Leave it out."
+            )
+        buffers = self._buffers()
+        names = [f"{name}.{kind}" for name in layers for kind in ("running_mean", "running_var")]
+        momenta = {name: layer.momentum for name, layer in layers.items()}
+        for name, layer in layers.items():
+            buffers[f"{name}.num_batches_tracked"].zero_()
+            layer.momentum = None  # the mean over all batches
+            layer.train()
+        function, more = ("influence_loss", []) if self._own_loss else ("training_step", self._index)
+        generator = torch.Generator().manual_seed(self._seed)
+        try:
+            with torch.no_grad():
+                for part in examples:
+                    for batch in part.at(torch.randperm(len(part), generator=generator)).batches():
+                        if batch.size > 1 or len(part) == 1:  # of one example there is no variance
+                            self._call(theta, function, batch.data, *more, buffers=buffers)
+        finally:
+            for name, layer in layers.items():
+                layer.momentum = momenta[name]
+                layer.eval()
+        return {name: buffers[name] for name in names}
+
     def directional_derivatives(self, data: Any, directions: Tensor) -> Tensor:
         """``wᵀ∇ℓ(zᵢ)`` for each direction ``w`` and each example of a prepared batch.
 
@@ -455,15 +499,19 @@ class Objective:
     def _parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for parameter in self.module.parameters() if parameter.requires_grad)
 
-    def _call(self, theta: Tensor, function: str, *args: Any) -> Any:
-        """A method of the module with parameters from ``theta`` and throw-away copies of its buffers."""
+    def _buffers(self) -> dict[str, Tensor]:
+        """Throw-away copies."""
+        buffers = {**dict(self.module.named_buffers()), **self.statistics}
+        return {name: self._widen(buffer.detach().clone()) for name, buffer in buffers.items()}
+
+    def _call(self, theta: Tensor, function: str, *args: Any, buffers: dict[str, Tensor] | None = None) -> Any:
+        """A method of the module with parameters from ``theta`` and with buffers, by default throw-away copies."""
         frozen = {
             name: self._widen(parameter.detach())
             for name, parameter in self.module.named_parameters()
             if not parameter.requires_grad
         }
-        buffers = {name: self._widen(buffer.detach().clone()) for name, buffer in self.module.named_buffers()}
-        values = {**frozen, **buffers, **self.space.unflatten(theta)}
+        values = {**frozen, **(self._buffers() if buffers is None else buffers), **self.space.unflatten(theta)}
         # torch.manual_seed would format a stack trace for every kind of accelerator that is not in use.
         torch.default_generator.manual_seed(self._seed)
         if self.device.type != "cpu":
@@ -485,10 +533,7 @@ class Objective:
 
     def _training_step(self, theta: Tensor, data: Any) -> Tensor:
         """The loss ``()`` that ``training_step`` returns for a prepared batch."""
-        # As the training loop does it: a second parameter, whatever its name, is the batch index.
-        parameters = inspect.signature(self.module.training_step).parameters.values()
-        takes_index = len(parameters) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
-        output = self._call(theta, "training_step", data, *([0] if takes_index else []))
+        output = self._call(theta, "training_step", data, *self._index)
         loss = output.get("loss") if isinstance(output, dict) else output
         if loss is None:  # the step was skipped: these examples were not trained on
             return theta.new_zeros(())
@@ -498,6 +543,13 @@ class Objective:
                 f" or None; it returned {describe(output)}."
             )
         return loss.reshape(())
+
+    @property
+    def _index(self) -> list[int]:
+        """What ``training_step`` gets beside the batch: as in the training loop, a second parameter is its index."""
+        parameters = inspect.signature(self.module.training_step).parameters.values()
+        takes_index = len(parameters) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        return [0] if takes_index else []
 
     def _losses_one_by_one(self, theta: Tensor, data: Any) -> Tensor:
         return torch.stack([self._training_step(theta, slice_batch(data, i, i + 1)) for i in range(batch_size(data))])

@@ -158,6 +158,11 @@ def digest(values: Mapping[str, Tensor]) -> str:
     return state.hexdigest()
 
 
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 @dataclass
 class Edit:
     """A sparse change of parameters that can be applied and taken back bit by bit.
@@ -169,6 +174,7 @@ class Edit:
         shapes: The shapes of the parameters, to recognise the model.
         digest_before: SHA-256 of the touched parameters before the edit.
         digest_after: The same after the edit.
+        buffers: Names of those among them that are no parameters but buffers.
     """
 
     indices: dict[str, Tensor]
@@ -177,9 +183,17 @@ class Edit:
     shapes: dict[str, tuple[int, ...]]
     digest_before: str
     digest_after: str
+    buffers: tuple[str, ...] = ()
 
     @classmethod
-    def plan(cls, module: nn.Module, targets: Targets, space: ParameterSpace, change: Tensor) -> Edit:
+    def plan(
+        cls,
+        module: nn.Module,
+        targets: Targets,
+        space: ParameterSpace,
+        change: Tensor,
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> Edit:
         """The edit ``θ[S] ← θ[S] + change``, without making it.
 
         The sum is taken in the precision of ``change`` and rounded once to each parameter's dtype.
@@ -189,11 +203,12 @@ class Edit:
             targets: The entries to change.
             space: The layout that ``change`` refers to.
             change: ``(k,)`` in the order of ``targets.flat(space)``.
+            buffers: New values of whole buffers, by name.
 
         Raises:
             NonFiniteError: If a new value is NaN or infinite.
         """
-        parameters = dict(module.named_parameters())
+        parameters = _tensors(module)
         full = torch.zeros(space.size, dtype=change.dtype, device=change.device)
         full[targets.flat(space).to(change.device)] = change
         changes = space.unflatten(full)
@@ -208,6 +223,12 @@ class Edit:
                 raise NonFiniteError(f"The edit would make {name!r} non-finite in {value.dtype}; nothing was changed.")
             indices[name], old[name], new[name] = entries, before.cpu(), after.cpu()
             edited[name] = value.reshape(-1).index_copy(0, here, after).view(value.shape)
+        for name, value in (buffers or {}).items():
+            before, after = parameters[name].detach(), value.to(parameters[name])
+            if not torch.isfinite(after).all():
+                raise NonFiniteError(f"The edit would make {name!r} non-finite in {after.dtype}; nothing was changed.")
+            indices[name], edited[name] = torch.arange(before.numel()), after
+            old[name], new[name] = before.reshape(-1).cpu().clone(), after.reshape(-1).cpu()
         return cls(
             indices=indices,
             old=old,
@@ -215,6 +236,7 @@ class Edit:
             shapes={name: tuple(value.shape) for name, value in edited.items()},
             digest_before=digest({name: parameters[name] for name in indices}),
             digest_after=digest(edited),
+            buffers=tuple(buffers or ()),
         )
 
     def flat_new(self, space: ParameterSpace) -> Tensor:
@@ -223,12 +245,12 @@ class Edit:
 
     @property
     def count(self) -> int:
-        """How many entries the edit changes."""
-        return sum(entries.numel() for entries in self.indices.values())
+        """How many entries of parameters the edit changes."""
+        return sum(entries.numel() for name, entries in self.indices.items() if name not in self.buffers)
 
     def check_fits(self, module: nn.Module) -> None:
         """Raises an :class:`~lightning_gif.errors.EditError` if the module is not of the edited shape."""
-        parameters = dict(module.named_parameters())
+        parameters = _tensors(module)
         for name, shape in self.shapes.items():
             if name not in parameters:
                 raise EditError(
@@ -277,7 +299,7 @@ class Edit:
 
     def _swap(self, module: nn.Module, values: dict[str, Tensor], expected: str, result: str, verb: str) -> None:
         self.check_fits(module)
-        parameters = dict(module.named_parameters())
+        parameters = _tensors(module)
         found = digest({name: parameters[name] for name in self.indices})
         if found == expected:
             self._write(module, values)
@@ -291,7 +313,7 @@ class Edit:
             )
 
     def _write(self, module: nn.Module, values: dict[str, Tensor]) -> None:
-        parameters = dict(module.named_parameters())
+        parameters = _tensors(module)
         with torch.no_grad():
             for name, entries in self.indices.items():
                 parameter = parameters[name]

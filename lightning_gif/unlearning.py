@@ -99,6 +99,7 @@ def unlearn(
     retain: Examples | None = None,
     unseen: Examples | None = None,
     step: Step = "relinearise",
+    refresh_statistics: bool = False,
 ) -> UnlearnReport:
     """Plans the edit after which the model behaves as if it had not seen some examples, or had seen other labels.
 
@@ -118,6 +119,7 @@ def unlearn(
         retain: All examples that are retained; by default those of ``train`` that are not found in ``forget``.
         unseen: Examples like the training data that the model was not trained on.
         step: The name of a strategy or one itself, or a number: that multiple of the one change.
+        refresh_statistics: Compute the running statistics of BatchNorm anew, over what is retained or corrected.
 
     Raises:
         BatchError: If the examples are not structured as training batches are.
@@ -156,8 +158,13 @@ def unlearn(
         if step != "natural":
             _tell(walk, chosen, notes)
 
-    change = walk.moved(chosen.steps)[walk.positions] - objective.theta[walk.positions]
-    edit = Edit.plan(objective.module, targets, objective.space, change)
+    moved = walk.moved(chosen.steps)
+    if refresh_statistics:
+        kept = [retained] if corrected is None else [retained, corrected]
+        objective.statistics = objective.refreshed_statistics(moved, *kept)
+        chosen = walk.measure(*chosen.steps)
+    change = moved[walk.positions] - objective.theta[walk.positions]
+    edit = Edit.plan(objective.module, targets, objective.space, change, objective.statistics)
     edited = objective.theta.clone()
     edited[walk.positions] = edit.flat_new(objective.space).to(edited)
     forget_change, retain_change, relabelled_change = walk.changes(edited, chosen)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_gif import (
@@ -1174,6 +1175,55 @@ def test_a_class_is_forgotten_by_every_kind_of_net(name: str) -> None:
     trained = dict(module.named_parameters())
     assert all(torch.equal(value, before[key]) for key, value in weights(module).items() if key not in trained)
     report.undo()
+    assert same_weights(before, weights(module))
+
+
+class Normalised(Classifier):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=0.3), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+        )
+
+
+@pytest.mark.parametrize("relabel", [None, 2])
+def test_statistics_of_normalisation_are_computed_anew_where_asked(relabel: int | None, tmp_path: Any) -> None:
+    """As ``update_bn`` leaves them, of the retained or of all data; with the edit they go and come back."""
+    trainer, module, dataset = fitted(Normalised(), max_epochs=10)
+    before, gone = weights(module), dataset.tensors[1] == 1
+    norm: Any = module.net[1]
+    plain = trainer.unlearn(batch_of(dataset, gone), relabel=relabel)
+    assert not plain.edit.buffers
+    plain.undo()
+    report = trainer.unlearn(batch_of(dataset, gone), relabel=relabel, refresh_statistics=True)
+    assert (norm.momentum, norm.num_batches_tracked) == (0.3, before["net.1.num_batches_tracked"])
+    assert report.edit.count == plain.edit.count
+    assert "running statistics computed anew: 2 buffers" in str(report)
+    with torch.no_grad():
+        kept = module.eval()(dataset.tensors[0][~gone])
+    loss = float(F.cross_entropy(kept, dataset.tensors[1][~gone]))
+    assert report.retain.after == pytest.approx(loss, rel=1e-5)  # what the model does, statistics included
+
+    expected = Normalised()
+    expected.load_state_dict(module.state_dict())
+    groups = [~gone] if relabel is None else [~gone, gone]
+    update_bn([(dataset.tensors[0][group],) for group in groups], expected)
+    for found, wanted in ((norm.running_mean, "running_mean"), (norm.running_var, "running_var")):
+        torch.testing.assert_close(found, getattr(expected.net[1], wanted), rtol=1e-5, atol=1e-6)
+
+    after = weights(module)
+    report.save(tmp_path / "edit.safetensors")
+    loaded = UnlearnReport.load(tmp_path / "edit.safetensors", module)
+    loaded.undo()
+    assert same_weights(before, weights(module))
+    loaded.apply()
+    assert same_weights(after, weights(module))
+
+
+def test_statistics_that_there_are_not_cannot_be_computed_anew() -> None:
+    trainer, module, dataset = fitted()
+    before = weights(module)
+    with pytest.raises(ConfigurationError, match="no layer that keeps any"):
+        trainer.unlearn(batch_of(dataset, slice(0, 4)), refresh_statistics=True)
     assert same_weights(before, weights(module))
 
 

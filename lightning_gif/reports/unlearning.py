@@ -166,6 +166,7 @@ class UnlearnReport:
             "shapes": self.edit.shapes,
             "digest_before": self.edit.digest_before,
             "digest_after": self.edit.digest_after,
+            "buffers": self.edit.buffers,
         }
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -221,6 +222,7 @@ class UnlearnReport:
             shapes={name: tuple(shape) for name, shape in stored["shapes"].items()},
             digest_before=stored["digest_before"],
             digest_after=stored["digest_after"],
+            buffers=tuple(stored.get("buffers", ())),
         )
         for name in ("forget", "retain", "relabelled"):
             record[name] = None if record[name] is None else Change(*record[name])
@@ -366,6 +368,7 @@ class UnlearnReport:
                 if c
             ),
             *remembered,
+            *([f"running statistics computed anew: {len(self.edit.buffers)} buffers"] if self.edit.buffers else []),
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
