@@ -12,7 +12,6 @@ Prints a Markdown table.
 from __future__ import annotations
 
 import time
-import warnings
 from typing import Any
 
 import torch
@@ -59,7 +58,6 @@ def main() -> None:
     parser = make_parser(__doc__, ["relinearise", "search"])
     parser.add_argument("--trigger", default="checkerboard", choices=list(TRIGGERS))
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*search stopped before.*")
 
     clean, test = load(options.data)
     put, share = TRIGGERS[options.trigger]

@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--only-retrain", action="store_true", help="fill the cache")
     parser.add_argument("--options", type=json.loads, default={}, help="of trainer.unlearn, as JSON")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*search stopped before.*")
+    warnings.filterwarnings("ignore", message=".*still predicted as it.*")
 
     train, test = load(options.data)
     data, labels = options.data.parent.name, train.tensors[1]

@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="samples of what is forgotten, in the paper's protocol")
     parser.add_argument("--solve_steps", type=int, help="of the paper's recursion; by default as many as there")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*search stopped before.*|.*not found in the training data.*")
+    warnings.filterwarnings("ignore", message=".*still predicted as it.*|.*not found in the training data.*")
 
     problem = relabelling(options.data) if options.table == 3 else removal(options.table, options.data)
     callback = GIFCallback(unconverged="ignore")

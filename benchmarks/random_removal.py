@@ -11,7 +11,6 @@ the lost accuracy, both small. Test images are only looked at to report. Prints 
 from __future__ import annotations
 
 import time
-import warnings
 from typing import Any
 
 import torch
@@ -42,7 +41,6 @@ def main() -> None:
     parser = make_parser(__doc__, ["relinearise", "natural"])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.1])
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*search stopped before.*")
 
     whole, test = load(options.data)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))

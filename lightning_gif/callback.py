@@ -322,9 +322,7 @@ class GIFCallback(Callback):
                 refresh_statistics=refresh_statistics,
             )
         report.module = trainer.lightning_module
-        if dry_run:
-            report.notes.append("This is a plan (dry_run=True): nothing is changed until apply() is called.")
-        elif trainer.optimizers and any(report.steps):
+        if trainer.optimizers and any(report.steps):
             report.notes.append(
                 "The optimizer's state (momentum, averages) is no part of the edit and still remembers the forgotten"
                 " data: start a new optimizer before training on."

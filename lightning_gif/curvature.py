@@ -348,7 +348,7 @@ class Scaled(_View):
         return self._times_units(self._operator.rmatvec(self._times_units(vectors) if self._rows else vectors))
 
     def _times_units(self, vectors: Tensor) -> Tensor:
-        return (self._units * vectors.T).T
+        return self._units * vectors if vectors.ndim == 1 else self._units[:, None] * vectors
 
     def draw(self, seed: int) -> Scaled:
         return Scaled(self._operator.draw(seed), self._units, rows=self._rows)  # type: ignore[attr-defined]

@@ -281,6 +281,13 @@ class Edit:
             if part.keys() != self.shapes.keys():
                 raise EditError("The edit is incomplete: it names parameters that it has no shapes for.")
 
+    def is_in(self, module: nn.Module) -> bool:
+        """Whether a module's weights are, bit by bit, those that the edit leaves behind."""
+        tensors = _tensors(module)
+        return self.shapes.keys() <= tensors.keys() and self.digest_after == digest(
+            {name: tensors[name] for name in self.indices}
+        )
+
     def apply(self, module: nn.Module) -> None:
         """Writes the new values.
 

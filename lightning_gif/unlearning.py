@@ -50,6 +50,9 @@ _FAR = 0.5
 # that the wrong labels taught, and hold back what the right ones should undo.
 _LABELS_WEIGHT = 8.0
 
+# A correction that leaves more than this share of the labels as they were is told to be a poor one.
+_LABELS_POOR = 0.2
+
 # How many examples a step is measured on, at most, of each kind.
 _MEASURED = 1024
 
@@ -155,8 +158,8 @@ def unlearn(
                 f"The strategy must solve for a change (walk.answer or walk.descend) and return one of the points that"
                 f" it measured (walk.measure), got {chosen!r} after {len(walk.solutions)} solves."
             )
-        if step != "natural":
-            _tell(walk, chosen, notes)
+    if step != "natural" and not isinstance(step, numbers.Real):
+        _tell(walk, chosen, notes)
 
     moved = walk.moved(chosen.steps)
     if refresh_statistics:
@@ -167,7 +170,7 @@ def unlearn(
     edit = Edit.plan(objective.module, targets, objective.space, change, objective.statistics)
     edited = objective.theta.clone()
     edited[walk.positions] = edit.flat_new(objective.space).to(edited)
-    forget_change, retain_change, relabelled_change = walk.changes(edited, chosen)
+    forget_change, retain_change, relabelled_change, unseen_change = walk.changes(edited, chosen)
     report = UnlearnReport(
         edit=edit,
         goal=task.goal,
@@ -175,6 +178,7 @@ def unlearn(
         forget=forget_change,
         retain=retain_change,
         relabelled=relabelled_change,
+        unseen=unseen_change,
         remembered=(walk.path[0].remembered, chosen.remembered),
         n_forget=len(forget),
         n_found=len(found),
@@ -681,8 +685,9 @@ class _Walk:
         self.solutions.append(solution)
         return bend
 
-    def changes(self, edited: Tensor, chosen: Point) -> tuple[Change, Change, Change | None]:
-        """The losses before and after, forgotten, retained and relabelled, and what the theory made of them.
+    def changes(self, edited: Tensor, chosen: Point) -> tuple[Change, Change, Change | None, Change | None]:
+        """The losses before and after of what is forgotten, retained, relabelled and unseen, and what the theory made
+        of them.
 
         Args:
             edited: The new weights ``(p,)`` as they are rounded in the model.
@@ -698,7 +703,10 @@ class _Walk:
             Change(before, objective.mean_loss(examples, edited), expected)
             for (examples, before), expected in zip(judged, predicted, strict=True)
         ]
-        return found[0], found[1], found[2] if corrected is not None else None
+        unseen = None
+        if task.unseen is not None:
+            unseen = Change(objective.mean_loss(task.unseen), objective.mean_loss(task.unseen, edited), math.nan)
+        return found[0], found[1], found[2] if corrected is not None else None, unseen
 
     def _predicted(self, before: list[float], chosen: Point) -> list[float]:
         """What the theory makes of losses; NaN where it was not asked, or other changes were made as well."""
@@ -734,12 +742,18 @@ def bound_curvature(log_odds: Tensor) -> Tensor:
 
 def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
     """Warns of a search that did not find what it was for."""
+    share = f"{100 * chosen.remembered:.1f} %"
     if walk.goal is Goal.CLASS and walk.enough is not None and not chosen.remembered <= walk.enough:
         _warn(
             notes,
-            f"The search stopped before the class was forgotten: {100 * chosen.remembered:.1f} % of it are still"
-            " predicted as it. Going on would have raised the retained loss too far, or found nothing more. Try"
-            " targets='batch', another selector, or a larger ratio; or give `step` a number.",
+            f"{share} of the class are still predicted as it. More would have raised the retained loss too far, was not"
+            " found, or was not asked for. Try targets='batch', another selector, a larger ratio, or another `step`.",
+        )
+    elif walk.goal is Goal.LABELS and chosen.remembered > _LABELS_POOR:
+        _warn(
+            notes,
+            f"{share} of the corrected labels are not predicted as they should be. Look at the retained loss as well,"
+            " and undo the edit if it is not worth it; a larger ratio may do better.",
         )
     elif not chosen.moved:
         _warn(

@@ -842,11 +842,35 @@ def test_labels_that_the_examples_have_are_no_correction() -> None:
         trainer.unlearn([0, 1], relabel=dataset.tensors[1][:2].tolist())
 
 
-def test_a_plan_is_told_from_an_edit() -> None:
-    trainer, _, dataset = fitted()
-    forget = batch_of(dataset, slice(0, 4))
-    assert any("until apply() is called" in note for note in trainer.unlearn(forget, dry_run=True).notes)
-    assert not any("until apply()" in note for note in trainer.unlearn(forget).notes)
+def test_a_report_tells_whether_the_edit_is_in_the_weights(tmp_path: Any) -> None:
+    trainer, module, dataset = fitted()
+    report = trainer.unlearn(batch_of(dataset, slice(0, 4)), dry_run=True)
+    assert "not in the weights: see apply()" in str(report)
+    report.apply()
+    assert "The edit is in the weights." in str(report)
+    report.save(tmp_path / "edit.safetensors")
+    loaded = UnlearnReport.load(tmp_path / "edit.safetensors")
+    assert "in the weights" not in str(loaded)  # it is not known in which
+    report.undo()
+    assert "not in the weights" in str(UnlearnReport.load(tmp_path / "edit.safetensors", module))
+
+
+def test_a_poor_correction_is_told_to_be_one() -> None:
+    """Biases alone cannot give each example the next class."""
+    trainer, _, dataset = fitted(max_epochs=20)
+    x, y = batch_of(dataset, slice(0, 12))
+    with pytest.warns(GIFWarning, match="of the corrected labels are not predicted"):
+        trainer.unlearn((x, y), relabel=(y + 1) % 3, selector=["*bias"], dry_run=True)
+
+
+def test_the_losses_of_unseen_examples_are_reported() -> None:
+    trainer, _, _, unseen = memorised()
+    report = trainer.unlearn(list(range(24)), unseen=loader(unseen))
+    assert report.unseen is not None
+    assert report.unseen.after == pytest.approx(
+        float(F.cross_entropy(trainer.lightning_module(unseen.tensors[0]), unseen.tensors[1])), rel=1e-5
+    )
+    assert f"unseen loss: {report.unseen.before:.4g} -> {report.unseen.after:.4g}" in str(report)
 
 
 def test_a_wrong_name_is_told_which_argument_of_the_call_was_meant() -> None:

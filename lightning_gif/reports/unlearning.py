@@ -62,6 +62,7 @@ class UnlearnReport:
         forget: Mean loss of (a sample of) the examples to be forgotten, with the labels they were trained with.
         retain: Mean loss of (a sample of) the retained training data.
         relabelled: Mean loss of the examples with their new labels; ``None`` when they were removed.
+        unseen: Mean loss of the unseen examples that the forgotten ones were compared with; ``None`` without any.
         remembered: How far the examples are remembered before and after: see :class:`~lightning_gif.steps.Point`.
         n_forget: How many examples were to be forgotten.
         n_found: How many of the training examples are among them, by dataset index or by content.
@@ -87,6 +88,7 @@ class UnlearnReport:
     forget: Change
     retain: Change
     relabelled: Change | None
+    unseen: Change | None
     remembered: tuple[float, float]
     n_forget: int
     n_found: int
@@ -224,7 +226,7 @@ class UnlearnReport:
             digest_after=stored["digest_after"],
             buffers=tuple(stored.get("buffers", ())),
         )
-        for name in ("forget", "retain", "relabelled"):
+        for name in ("forget", "retain", "relabelled", "unseen"):
             record[name] = None if record[name] is None else Change(*record[name])
         record["goal"] = Goal(record["goal"])
         record["path"] = [Point(**{**point, "steps": tuple(point["steps"])}) for point in record["path"]]
@@ -237,7 +239,12 @@ class UnlearnReport:
 
     def summary(self) -> dict[str, Any]:
         """The report in plain numbers and strings."""
-        changes = {"forget": self.forget, "retain": self.retain, "relabelled": self.relabelled}
+        changes = {
+            "forget": self.forget,
+            "retain": self.retain,
+            "relabelled": self.relabelled,
+            "unseen": self.unseen,
+        }
         return {
             "goal": str(self.goal),
             "step": self.step,
@@ -332,10 +339,14 @@ class UnlearnReport:
 
     def __str__(self) -> str:
         share = 100 * self.edit.count / self.n_parameters
-        losses = [("forget", self.forget), ("retain", self.retain), ("relabelled", self.relabelled)]
+        losses = [
+            ("forget", self.forget),
+            ("retain", self.retain),
+            ("relabelled", self.relabelled),
+            ("unseen", self.unseen),
+        ]
         if len(self.steps) > 1:
-            sizes = ", ".join(f"{step:.3g}" for step in self.steps)
-            made = f"in {len(self.steps)} changes, each solved where the last one led, of steps {sizes}"
+            made = f"in {len(self.steps)} changes, each solved where the last one led"
         else:
             made = f"step {self.step:.3g}"
         changed = (
@@ -356,12 +367,15 @@ class UnlearnReport:
             remembered = [f"{what}: {before:.1f} % -> {after:.1f} %"]
         else:
             before, after = self.remembered
-            remembered = [f"told from {self.n_unseen} unseen examples by the loss (AUROC): {before:.3f} -> {after:.3f}"]
+            remembered = [
+                f"told from {self.n_unseen} unseen examples by a smaller loss (AUROC; 0.5: not at all):"
+                f" {before:.3f} -> {after:.3f}"
+            ]
         lines = [
             f"Edit for {self.n_forget} examples (goal: {self.goal}; {self.n_retain} retained) by changing"
             f" {changed}, {made};"
-            f" {self.solve['solver']}{solved} after {self.solve['iterations']} steps, residual"
-            f" {self.solve['residual']:.1e}; {self.seconds:.1f} s",
+            f" {'first solve: ' if len(self.solves) > 1 else ''}{self.solve['solver']}{solved} after"
+            f" {self.solve['iterations']} steps, residual {self.solve['residual']:.1e}; {self.seconds:.1f} s",
             *(
                 f"{name} loss{with_old if name == 'forget' else ''}: {c.before:.4g} -> {c.after:.4g}{predicted(c)}"
                 for name, c in losses
@@ -371,4 +385,7 @@ class UnlearnReport:
             *([f"running statistics computed anew: {len(self.edit.buffers)} buffers"] if self.edit.buffers else []),
             *(f"note: {note}" for note in self.notes),
         ]
+        if self.module is not None:
+            here = self.edit.is_in(self.module)
+            lines.append("The edit is in the weights." if here else "The edit is not in the weights: see apply().")
         return "\n".join(lines)
