@@ -482,7 +482,7 @@ class _Walk:
         losses = objective.all_losses(task.forget)
         ranked = _Ranked(objective, losses.sort().values, objective.all_losses(task.unseen).sort().values)
         short = (ranked.wanted(losses) - losses > _LEARNED_BY_HEART * ranked.unseen.std()).nonzero().squeeze(1)
-        if not len(short):
+        if not len(short) or not ranked.unseen.std() > 0:  # of one example there is none
             return []
         these = task.forget.at(short.cpu()).held(self._settings.bytes_to_keep(objective.device) / 4)
         weight = _EXAMPLES_WEIGHT * task.share * len(these) / len(task.forget)
