@@ -218,8 +218,7 @@ class Settings:
             rtol=self._least_residual,
             max_iter=self._most_steps,
         )
-        if solution.status is not Status.INDEFINITE:  # which is an answer
-            self._judge([solution])
+        self._judge([solution])
         return solution, bend
 
     def solve(self, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
@@ -260,7 +259,7 @@ class Settings:
 
     def _judge(self, solutions: list[Solution]) -> None:
         """Warns or raises where a residual was asked for and not reached."""
-        short = [solution for solution in solutions if not solution.converged]
+        short = [solution for solution in solutions if solution.status in _ADVICE]
         if self.rtol is not None and short and self.unconverged != "ignore":
             worst = max(short, key=lambda solution: solution.residual)
             several = f" ({len(short)} of {len(solutions)} queries; the worst is told)" if len(solutions) > 1 else ""

@@ -34,8 +34,7 @@ _WORTH = 0.02
 # No further step where a class is forgotten and the risk, in nats, is below this: retrained models differ by more.
 _NEAR = 0.003
 
-# A further solve is for where the theory fails: not where its step does to 10 % what was predicted, or forgets a class
-# for 10 % of the retained loss.
+# A further solve is for where the theory fails: not where its step does to 10 % what was predicted.
 _HOLDS = 0.1
 
 
@@ -54,10 +53,10 @@ class Goal(str, Enum):
     data, which retraining would minimise. No training ends in an exact minimum, and on a sample of the data even that
     has a slope: what there is of it in the loss of *all* data at the trained weights is subtracted, so that an edit
     answers the change of the data, and neither goes on training nor fits the sample. Where there are unseen examples to
-    compare with, a forgotten one should have the loss ``t`` of the unseen one of its rank: what was learned by heart is
-    what retraining without it would get wrong, and it is what a trained model finds hardest. Of those whose loss ``ℓ``
-    was less than that, ``(t − ℓ)²/(2σ)`` is a part of the risk, with ``σ`` the standard deviation of the unseen losses
-    and eight times the weight of a retained loss.
+    compare with, a forgotten one should have the loss ``t`` of the unseen one of its class and rank: what was learned
+    by heart is what retraining without it would get wrong, and it is what a trained model finds hardest. Of those whose
+    loss ``ℓ`` was less than that, ``(t − ℓ)²/(2σ)`` is a part of the risk, with ``σ`` the root mean square of what they
+    lack, and eight times the weight of a retained loss.
     ``LABELS``: labels are corrected. The risk is ``KL(expected ‖ predicted)`` over the retained examples, with no class
     ruled out, and the cross-entropy of the corrected ones, each of which weighs eight times a retained one. Where it is
     not known what is predicted, it is their losses, less the slope as above, each example with the same weight.
@@ -134,8 +133,7 @@ class Walk(Protocol):
     def answer(self) -> LocalModel:
         """Solves for the change of the theory: what answers the removal or relabelling at the trained weights.
 
-        Its local model bends as the retained loss does: the unlikelihood of a class and the corrected losses are in its
-        slope alone.
+        Its local model bends as the retained loss does: all other parts of the risk are in its slope alone.
         """
 
     def descend(self, at: Point) -> LocalModel:

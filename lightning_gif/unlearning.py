@@ -37,8 +37,8 @@ _CLASS_ENOUGH = 0.005
 _EXAMPLES_ENOUGH = 0.5
 
 # What a forgotten example weighs beside a retained one, where its loss should be that of an unseen one; and from what
-# distance on, in standard deviations of the unseen losses, it is looked at: most were learned like any other.
-_EXAMPLES_WEIGHT, _LEARNED_BY_HEART = 8.0, 0.02
+# distance on, as a share of the root mean square of all, it is looked at: most were learned like any other.
+_EXAMPLES_WEIGHT, _LEARNED_BY_HEART = 8.0, 0.05
 
 # What the unlikelihood of a forgotten class weighs beside the divergence on the retained examples.
 _CLASS_WEIGHT = 0.2
@@ -67,8 +67,9 @@ _FEWEST = 20
 # slope: it is taken over a part of the slope's examples (Byrd et al., SIAM J. Optim. 21, 2011).
 _CURVED_SHARE, _LEAST_CURVED = 0.125, 256
 
-# The damping of the first Newton step, as a share of the curvature along the slope; and by what factor it is less where
-# this share of the predicted change of the risk came true (Levenberg and Marquardt). It grows as steps are cut short.
+# The damping of the first Newton step, as a share of what the curvature makes of the slope; and by what factor it is
+# less where this share of the predicted change of the risk came true (Levenberg and Marquardt). It grows as steps are
+# cut short.
 _DAMPING, _ADAPT, _GOOD = 3e-3, 3.0, 0.75
 
 # Where less than this of a Newton step could be made, or nothing, the damping grows as if it were this.
@@ -162,24 +163,26 @@ def unlearn(
         _tell(walk, chosen, notes)
 
     moved = walk.moved(chosen.steps)
+    before, remembered = walk.losses(objective.theta), chosen.remembered
     if refresh_statistics:
         kept = [retained] if corrected is None else [retained, corrected]
         objective.statistics = objective.refreshed_statistics(moved, *kept)
-        chosen = walk.measure(*chosen.steps)
+        remembered = walk.remembered(moved)
     change = moved[walk.positions] - objective.theta[walk.positions]
     edit = Edit.plan(objective.module, targets, objective.space, change, objective.statistics)
     edited = objective.theta.clone()
     edited[walk.positions] = edit.flat_new(objective.space).to(edited)
-    forget_change, retain_change, relabelled_change, unseen_change = walk.changes(edited, chosen)
+    after, predicted = walk.losses(edited), walk.predicted(before, chosen)
+    changes = {name: Change(before[name], after[name], predicted[name]) for name in before}
     report = UnlearnReport(
         edit=edit,
         goal=task.goal,
         steps=list(chosen.steps) or [0.0],
-        forget=forget_change,
-        retain=retain_change,
-        relabelled=relabelled_change,
-        unseen=unseen_change,
-        remembered=(walk.path[0].remembered, chosen.remembered),
+        forget=changes["forget"],
+        retain=changes["retain"],
+        relabelled=changes.get("relabelled"),
+        unseen=changes.get("unseen"),
+        remembered=(walk.path[0].remembered, remembered),
         n_forget=len(forget),
         n_found=len(found),
         n_retain=len(retained),
@@ -193,11 +196,11 @@ def unlearn(
         notes=notes,
         seconds=time.perf_counter() - start,
     )
-    for name, after in (("forget", report.forget.after), ("retain", report.retain.after)):
-        if not math.isfinite(after):
+    for name in ("forget", "retain"):
+        if not math.isfinite(after[name]):
             raise NonFiniteError(
-                f"At step {report.step:.3g} the {name} loss would be {after}. Nothing was changed. Choose a smaller"
-                " `step`, or 'search'."
+                f"At step {report.step:.3g} the {name} loss would be {after[name]}. Nothing was changed. Choose a"
+                " smaller `step`, or 'search'."
             )
     return report
 
@@ -261,12 +264,13 @@ class _Task:
         judged = forget.sample(measured, seed)
         compared = None
         if unseen is not None and goal is Goal.EXAMPLES:
-            if len(forget) >= _FEWEST:
+            if min(len(forget), len(unseen)) >= _FEWEST:
                 compared = unseen.sample(count, seed).held(memory)
+                objective.check(compared, "unseen")
             else:
                 notes.append(
-                    f"Fewer than {_FEWEST} examples are too few to compare with unseen ones; the step is that of the"
-                    " theory."
+                    f"Fewer than {_FEWEST} examples are too few to compare with unseen ones, or to compare others with;"
+                    " the step is that of the theory."
                 )
         return cls(
             goal=goal,
@@ -336,25 +340,29 @@ class _OfLogits:
 class _Ranked:
     """``(t − ℓ)²/(2σ)`` of a loss, as :class:`~lightning_gif.curvature.Losses`.
 
-    ``t`` is the loss that an example should have: that of the unseen one of the same rank among the unseen as its own
-    among the forgotten, with the trained weights (the transport of one distribution to the other that keeps the order).
+    ``t`` is the loss that an example should have: that of the unseen one of its class whose rank there is its own among
+    the forgotten ones, with the trained weights (the transport of one distribution to the other that keeps the order).
 
     Attributes:
         objective: Whose losses.
-        forgotten: Those of all forgotten examples with the trained weights, sorted, ``(m,)``.
-        unseen: The same of the unseen ones, ``(u,)``, with ``σ`` their standard deviation.
+        groups: By class, the losses of the forgotten examples and of the unseen ones with the trained weights, sorted.
+        size: ``σ``.
     """
 
     objective: Objective
-    forgotten: Tensor
-    unseen: Tensor
+    groups: dict[int, tuple[Tensor, Tensor]]
+    size: float = 1.0
 
-    def wanted(self, losses: Tensor) -> Tensor:
-        """``t`` ``(B,)`` for losses ``(B,)`` with the trained weights."""
-        rank = (torch.searchsorted(self.forgotten, losses).clamp_max(len(self.forgotten) - 1) + 0.5) / len(
-            self.forgotten
-        )
-        return torch.quantile(self.unseen, rank.to(self.unseen))
+    def wanted(self, losses: Tensor, classes: Tensor) -> Tensor:
+        """``t`` ``(B,)`` for losses ``(B,)`` with the trained weights; these themselves where nothing is to compare."""
+        found = losses.clone()
+        for label, (forgotten, unseen) in self.groups.items():
+            here = classes == label
+            mine = losses[here]
+            ends = torch.searchsorted(forgotten, mine), torch.searchsorted(forgotten, mine, right=True)
+            rank = (ends[0] + ends[1]).to(unseen) / 2 / len(forgotten)  # of equal losses the middle one
+            found[here] = torch.quantile(unseen, rank.clamp(0, 1))
+        return found
 
     def loss_sum(self, theta: Tensor, data: Any) -> Tensor:
         return self.loss_sum_at(theta, data)(self.outputs(theta, data))
@@ -364,8 +372,10 @@ class _Ranked:
 
     def loss_sum_at(self, theta: Tensor, data: Any) -> Callable[[Tensor], Tensor]:
         with torch.no_grad():
-            wanted = self.wanted(self.objective.losses(self.objective.theta, data))
-        return lambda losses: (wanted - losses).square().sum() / (2 * self.unseen.std())
+            losses = self.objective.losses(self.objective.theta, data)
+            classes = class_targets(data)
+            wanted = self.wanted(losses, torch.zeros_like(losses, dtype=torch.long) if classes is None else classes)
+        return lambda losses: (wanted - losses).square().sum() / (2 * self.size)
 
 
 @dataclass(frozen=True)
@@ -404,7 +414,7 @@ class _Walk:
         positions: The targets ``(k,)``.
 
     Raises:
-        ObjectiveError: If the examples do not depend on the targets.
+        ObjectiveError: If the new labels are the old ones; from a solve, if the examples do not depend on the targets.
     """
 
     def __init__(
@@ -479,11 +489,18 @@ class _Walk:
         objective, task = self._objective, self._task
         if task.unseen is None:
             return []
-        losses = objective.all_losses(task.forget)
-        ranked = _Ranked(objective, losses.sort().values, objective.all_losses(task.unseen).sort().values)
-        short = (ranked.wanted(losses) - losses > _LEARNED_BY_HEART * ranked.unseen.std()).nonzero().squeeze(1)
-        if not len(short) or not ranked.unseen.std() > 0:  # of one example there is none
+        losses, unseen = objective.all_losses(task.forget), objective.all_losses(task.unseen)
+        mine, others = strata(task.forget).to(losses.device), strata(task.unseen).to(losses.device)
+        groups = {
+            int(label): (losses[mine == label].sort().values, unseen[others == label].sort().values)
+            for label in mine.unique()
+            if (others == label).any()
+        }
+        lacking = (_Ranked(objective, groups).wanted(losses, mine) - losses).clamp_min(0)
+        short = (lacking > _LEARNED_BY_HEART * lacking.square().mean().sqrt()).nonzero().squeeze(1)
+        if not len(short):
             return []
+        ranked = _Ranked(objective, groups, float(lacking[short].square().mean().sqrt()))
         these = task.forget.at(short.cpu()).held(self._settings.bytes_to_keep(objective.device) / 4)
         weight = _EXAMPLES_WEIGHT * task.share * len(these) / len(task.forget)
         return [_Term(weight, these, these, curved, ranked)]
@@ -528,7 +545,7 @@ class _Walk:
             if term.left_measured is not None:
                 value -= float(term.left_measured @ (theta - objective.theta))
             risk += term.weight * value
-        point = Point(tuple(steps), float(losses.mean()), retain, risk, self._remembered(losses, theta))
+        point = Point(tuple(steps), float(losses.mean()), retain, risk, self.remembered(theta, losses))
         self.path.append(point)
         if len(self.path) == 1 and not math.isfinite(risk):
             raise NonFiniteError(
@@ -537,7 +554,8 @@ class _Walk:
             )
         return point
 
-    def _remembered(self, losses: Tensor, theta: Tensor) -> float:
+    def remembered(self, theta: Tensor, losses: Tensor | None = None) -> float:
+        """See :class:`~lightning_gif.steps.Point`; the losses of the judged examples where they are known."""
         task = self._task
         if task.goal is Goal.CLASS:
             return self._objective.mean(task.judged, self._predicted_sum, theta)
@@ -545,6 +563,7 @@ class _Walk:
             return math.nan if task.gone is None else self._objective.mean(task.amended, self._wrong_sum, theta)
         if task.unseen is None or self._strata is None:
             return math.nan
+        losses = self._objective.all_losses(task.judged, theta).double() if losses is None else losses
         unseen = self._objective.all_losses(task.unseen, theta).double().cpu()
         told, pairs = 0.0, 0
         for label in self._strata[1].unique():
@@ -685,41 +704,26 @@ class _Walk:
         self.solutions.append(solution)
         return bend
 
-    def changes(self, edited: Tensor, chosen: Point) -> tuple[Change, Change, Change | None, Change | None]:
-        """The losses before and after of what is forgotten, retained, relabelled and unseen, and what the theory made
-        of them.
+    def losses(self, theta: Tensor) -> dict[str, float]:
+        """The mean losses that a report tells, by name."""
+        task = self._task
+        parts = {"forget": task.judged, "retain": task.check, "relabelled": task.corrected, "unseen": task.unseen}
+        return {name: self._objective.mean_loss(part, theta) for name, part in parts.items() if part is not None}
 
-        Args:
-            edited: The new weights ``(p,)`` as they are rounded in the model.
-            chosen: The point that they come from.
-        """
-        objective, task = self._objective, self._task
-        start, corrected = self.path[0], task.corrected
-        judged = [(task.judged, start.forget_loss), (task.check, start.retain_loss)]
-        if corrected is not None:
-            judged.append((corrected, objective.mean_loss(corrected)))
-        predicted = self._predicted([before for _, before in judged], chosen)
-        found = [
-            Change(before, objective.mean_loss(examples, edited), expected)
-            for (examples, before), expected in zip(judged, predicted, strict=True)
-        ]
-        unseen = None
-        if task.unseen is not None:
-            unseen = Change(objective.mean_loss(task.unseen), objective.mean_loss(task.unseen, edited), math.nan)
-        return found[0], found[1], found[2] if corrected is not None else None, unseen
-
-    def _predicted(self, before: list[float], chosen: Point) -> list[float]:
+    def predicted(self, before: dict[str, float], chosen: Point) -> dict[str, float]:
         """What the theory makes of losses; NaN where it was not asked, or other changes were made as well."""
+        found = dict.fromkeys(before, math.nan)
         if self._answer is None or any(step for i, step in enumerate(chosen.steps) if i != self._answer[0]):
-            return [math.nan] * len(before)
+            return found
         which, model = self._answer
         change, step = self._changes[which], chosen.steps[which] if which < len(chosen.steps) else 0.0
-        bends = [0.0, model.bend - self._settings.weight_decay * float(change @ change), 0.0]  # of the losses alone
-        slopes = [self._old, self._retain_slope] if self._new is None else [self._old, self._retain_slope, self._new]
-        return [
-            loss + step * float(slope[self.positions] @ change) + step**2 * bend / 2
-            for loss, slope, bend in zip(before, slopes, bends, strict=False)
-        ]
+        bend = model.bend - self._settings.weight_decay * float(change @ change)  # of the loss alone
+        slopes = {"forget": self._old, "retain": self._retain_slope, "relabelled": self._new}
+        for name, slope in slopes.items():
+            if slope is not None:
+                along = step * float(slope[self.positions] @ change)
+                found[name] = before[name] + along + (step**2 * bend / 2 if name == "retain" else 0.0)
+        return found
 
 
 def _labels(data: Any) -> Tensor:

@@ -512,7 +512,7 @@ def test_a_newton_step_minimises_the_damped_quadratic(damping: float, share: flo
     assert relative(solution.x, truth) < 1e-8
     assert bend == pytest.approx(float(truth @ DEFINITE @ truth), rel=1e-8)
     assert solution.status is Status.CONVERGED
-    assert solution.hvps == solution.iterations == operator.products <= 15
+    assert solution.hvps == solution.iterations + 1 == operator.products <= 16  # one checks the residual
     assert solution.examples == 10 * solution.hvps
     assert 30.0 < solution.sigma_max <= 100.0  # an estimate from below
 
@@ -565,3 +565,19 @@ def test_a_newton_step_refuses_non_finite_numbers(bad: float) -> None:
         truncated_newton(Matrix(DEFINITE), rhs * bad, **NEWTON)
     with pytest.raises(ConfigurationError, match=r"\(12,\)"):
         truncated_newton(Matrix(DEFINITE), rhs[:5], **NEWTON)
+
+
+def test_a_newton_step_knows_the_size_of_a_curvature_of_the_wrong_sign() -> None:
+    options = {**NEWTON, "damping": 8.0, "max_iter": 1}
+    solution, _ = truncated_newton(Matrix(-5.0 * torch.eye(3).double()), torch.ones(3).double(), **options)
+    assert solution.sigma_max == pytest.approx(5.0)
+
+
+def test_a_newton_step_claims_no_residual_that_it_does_not_have() -> None:
+    """In float32, at a condition of 1e5: what the recurrence carries along has long left what is true."""
+    matrix = symmetric_indefinite(torch.logspace(0, 5, 40, dtype=torch.float64)).float()
+    rhs = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    solution, _ = truncated_newton(Matrix(matrix), rhs, **{**NEWTON, "rtol": 1e-6, "max_iter": 2000})
+    true = float((rhs - matrix @ solution.x).norm() / rhs.norm())
+    assert solution.residual == pytest.approx(true, rel=0.2)
+    assert solution.status is not Status.CONVERGED

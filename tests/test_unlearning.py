@@ -22,6 +22,7 @@ from lightning_gif import (
     GIFCallback,
     GIFMixin,
     GIFWarning,
+    NonFiniteError,
     ObjectiveError,
     TrainingDataError,
     UnlearnReport,
@@ -316,30 +317,66 @@ def test_what_was_learned_by_heart_gets_the_loss_of_unseen_examples(curvature: s
     assert "told from 60 unseen examples" in str(report)
 
 
-def test_a_forgotten_example_should_have_the_loss_of_the_unseen_one_of_its_rank() -> None:
+def ranked(**groups: tuple[list[float], list[float]]) -> _Ranked:
     objective: Any = None
-    ranked = _Ranked(objective, torch.tensor([0.0, 0.1, 0.2, 5.0]), torch.tensor([0.5, 1.0, 2.0, 4.0]))
-    wanted = ranked.wanted(torch.tensor([5.0, 0.0, 0.2, 0.1]))
-    torch.testing.assert_close(
-        wanted,
-        torch.tensor([0.875, 0.125, 0.625, 0.375]).apply_(lambda share: float(torch.quantile(ranked.unseen, share))),
-    )
-    same = torch.rand(1000).sort().values
-    torch.testing.assert_close(_Ranked(objective, same, same).wanted(same), same, atol=5e-3, rtol=0)
+    pairs = {int(label[1:]): (torch.tensor(mine), torch.tensor(others)) for label, (mine, others) in groups.items()}
+    return _Ranked(objective, pairs)
+
+
+def test_a_forgotten_example_should_have_the_loss_of_the_unseen_one_of_its_class_and_rank() -> None:
+    """The median of three has the median of the unseen ones; what is of a class without any keeps its loss."""
+    found = ranked(c0=([0.0, 0.1, 0.2], [1.0, 3.0, 4.0]), c1=([5.0], [7.0, 9.0]))
+    wanted = found.wanted(torch.tensor([0.1, 5.0, 0.3]), torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(wanted, torch.tensor([3.0, 8.0, 0.3]))
+    same = torch.rand(1000).sort().values.tolist()
+    wanted = ranked(c0=(same, same)).wanted(torch.tensor(same), torch.zeros(1000, dtype=torch.long))
+    torch.testing.assert_close(wanted, torch.tensor(same), atol=5e-3, rtol=0)
+
+
+def test_equal_losses_have_the_rank_in_their_middle() -> None:
+    """A saturated net, whose losses are all zero, is not taken for one that has nothing to forget."""
+    wanted = ranked(c0=([0.0] * 100, [1.0, 2.0, 3.0])).wanted(torch.zeros(4), torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(wanted, torch.full((4,), 2.0))
 
 
 def test_the_risk_of_single_examples_is_what_they_lack_of_the_unseen_losses() -> None:
-    """One forgotten example has a larger loss than any unseen one: of it nothing is asked."""
+    """With the weight of eight retained losses, half the mean of what is lacked squared, in the unit of its size."""
     trainer, module, trained, unseen = memorised()
-    report = trainer.unlearn(list(range(24)), unseen=loader(unseen), dry_run=True)
     with torch.no_grad():
         forgotten = F.cross_entropy(module(trained.tensors[0][:24]), trained.tensors[1][:24], reduction="none")
         others = F.cross_entropy(module(unseen.tensors[0]), unseen.tensors[1], reduction="none")
-    rank = (forgotten.argsort().argsort() + 0.5) / 24
-    lack = (torch.quantile(others, rank) - forgotten).clamp_min(0)
-    lack[lack <= 0.02 * others.std()] = 0
-    expected = report.retain.before + 8 * (24 / 36) * float(lack.square().mean() / (2 * others.std()))
+    lack = torch.zeros(24)
+    for label in range(3):
+        here = (trained.tensors[1][:24] == label).nonzero().squeeze(1)
+        rank = (forgotten[here].argsort().argsort() + 0.5) / len(here)
+        lack[here] = (torch.quantile(others[unseen.tensors[1] == label], rank) - forgotten[here]).clamp_min(0)
+    short = lack[lack > 0.05 * lack.square().mean().sqrt()]
+    report = trainer.unlearn(list(range(24)), unseen=loader(unseen), dry_run=True)
+    expected = report.retain.before + 8 * (24 / 36) * len(short) / 24 * float(short.square().mean().sqrt()) / 2
     assert report.path[0].risk == pytest.approx(expected, rel=1e-4)
+
+
+def test_unseen_examples_of_other_classes_say_nothing() -> None:
+    trainer, _, _, unseen = memorised()
+    y = trainer.train_dataloader.dataset.tensors[1]
+    most = y.mode().values
+    mine = (y == most).nonzero().squeeze(1)[:20].tolist()
+    others = unseen.tensors[1] != most
+    strangers = TensorDataset(*(tensor[others] for tensor in unseen.tensors))
+    options = {"dry_run": True, "step": lambda walk: (walk.answer(), walk.measure(1.0))[1]}
+    assert len(mine) == 20
+    with_them = trainer.unlearn(mine, unseen=loader(strangers), **options)
+    assert math.isnan(with_them.remembered[0])
+    assert with_them.path[0].risk == trainer.unlearn(mine, unseen=False, **options).path[0].risk
+
+
+def test_unseen_examples_with_a_loss_that_is_not_finite_are_refused() -> None:
+    trainer, module, _, unseen = memorised()
+    before = weights(module)
+    unseen.tensors[0][7] = math.nan
+    with pytest.raises(NonFiniteError, match="unseen batch"):
+        trainer.unlearn(list(range(24)), unseen=loader(unseen))
+    assert same_weights(before, weights(module))
 
 
 def test_the_validation_data_of_fit_are_unseen_examples() -> None:
@@ -1225,6 +1262,8 @@ def test_statistics_of_normalisation_are_computed_anew_where_asked(relabel: int 
     with torch.no_grad():
         kept = module.eval()(dataset.tensors[0][~gone])
     loss = float(F.cross_entropy(kept, dataset.tensors[1][~gone]))
+    if report.relabelled is not None and plain.relabelled is not None:
+        assert report.relabelled.before == plain.relabelled.before
     assert report.retain.after == pytest.approx(loss, rel=1e-5)  # what the model does, statistics included
 
     expected = Normalised()

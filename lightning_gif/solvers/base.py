@@ -79,11 +79,12 @@ class Solution:
     Attributes:
         x: The solution, ``(cols,)``.
         status: :class:`Status`.
-        solver: The solver's registered name.
+        solver: The solver's registered name, or ``truncated_newton``.
         iterations: Steps taken.
         hvps: Hessian-vector products spent, those for the scale included.
         examples: Examples that these products went through.
         residual: Relative normal-equation residual ``‖Bᵀ(b − B x) − λ²x‖ / ‖Bᵀb‖`` of ``x``; 0 at the minimiser.
+            Of a Newton step ``‖b − (C + λ)x‖ / ‖b‖``.
         unexplained: ``‖B x − b‖ / ‖b‖``: the share of ``b`` that no ``x`` found so far accounts for.
         sigma_max: Largest singular value of ``B`` that the solve has seen: an estimate from below.
         rtol: The residual that counts as converged.

@@ -43,7 +43,7 @@ def truncated_newton(
     require_finite(rhs, "The right-hand side of the solve")
     # To unit length: squares of tiny gradients vanish in float32.
     unit = float(norms(rhs)) or 1.0
-    residual = direction = (rhs / unit).to(rhs.dtype)
+    residual = direction = rhs / unit
     x, squared, shift, largest = torch.zeros_like(rhs), float(norms(residual)) ** 2, damping, 0.0
     residuals, status = [squared**0.5], Status.MAX_ITER if squared else Status.CONVERGED
     for step in range(max_iter if squared else 0):
@@ -54,7 +54,7 @@ def truncated_newton(
         image = image + shift * direction
         length = float(norms(direction)) ** 2
         curvature = float(torch.dot(direction.double(), image.double()))
-        largest = max(largest, abs(curvature) / length - shift)
+        largest = max(largest, abs(curvature / length - shift))
         if curvature <= torch.finfo(rhs.dtype).eps * largest * length:
             status = Status.INDEFINITE
             if not step:  # steepest descent, as far as the curvature would lead if it had the other sign
@@ -69,10 +69,13 @@ def truncated_newton(
         if residuals[-1] <= rtol:
             status = Status.CONVERGED
             break
+    if status is Status.CONVERGED and squared:  # what a recurrence carries along drifts away from what is true
+        residual = rhs / unit - operator.matvec(x) - shift * x
+        status = Status.CONVERGED if float(norms(residual)) <= 1.01 * rtol else Status.STALLED
     left = float(norms(residual))
     bend = float(torch.dot(x.double(), (rhs / unit - residual).double())) - shift * float(norms(x)) ** 2
     solution = Solution(
-        x=(unit * x).to(rhs.dtype),
+        x=unit * x,
         status=status,
         solver="truncated_newton",
         iterations=len(residuals) - 1,
