@@ -2,11 +2,12 @@
 
     python benchmarks/paper.py --table 2 --data MNIST/raw
 
-Its protocol looks at test images wherever it can: the curvature is that of one test batch (table 3: of training images), the change is scaled to a
-fixed length and made again and again, and the model with the best F1 on test images (table 3: on the training images)
-is kept. Ours is `trainer.unlearn` with the same method, selector and ratio, which looks at training images only. The
-paper's nets and data (VGG-11 on CIFAR-10, ResNet-18) are not at hand or too large for two cores: `--net` takes their
-place, so that the columns of its notebooks show the magnitude and the order of the rows, not what either should reach.
+Its protocol looks at test images wherever it can: the curvature is that of one test batch (table 3: of training
+images), the change is scaled to a fixed length and made again and again, and the model with the best F1 on test
+images (table 3: on the training images) is kept. Ours is `trainer.unlearn` with the same method, selector and ratio,
+which looks at training images only. The paper's nets and data (VGG-11 on CIFAR-10, ResNet-18) are not at hand or too
+large for two cores: `--net` takes their place, so that the columns of its notebooks show the magnitude and the order
+of the rows, not what either should reach.
 """
 
 from __future__ import annotations
