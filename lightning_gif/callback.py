@@ -83,12 +83,14 @@ class GIFCallback(Callback):
             the parameters that are not targets), ``"pif"`` (full influence function, cut to the targets), ``"if"``
             (full influence function on all parameters) or ``"sif"`` (second-order influence of a group on all
             parameters; for ``unlearn`` only, in the change of the theory: the steps that lower a risk are those of
-            ``"if"``).
+            ``"if"``). Once most of a class or of wrong labels is forgotten, the steps of ``unlearn`` are damped Newton
+            steps on the targets, whatever the method and the solver: see :meth:`~lightning_gif.steps.Walk.descend`.
         solver: ``"lsmr"``, ``"cgls"``, ``"lissa"``, ``"plain_lissa"``, ``"stochastic_lissa"``, ``"dense"`` (small
             nets), or one that was registered in ``lightning_gif.SOLVERS``.
-        damping: ``λ`` in ``min ‖Ax − g‖² + λ²‖x‖²``, in the unit of the Hessian's eigenvalues.
-        max_iter: Most steps of the solve, each of two Hessian-vector products; ``None``: 200 where there is an ``rtol``
-            to reach, and 10 elsewhere. Fewer steps regularise.
+        damping: ``λ`` in ``min ‖Ax − g‖² + λ²‖x‖²``, in the unit of the Hessian's eigenvalues; of a Newton step, what
+            is added to these.
+        max_iter: Most steps of the solve, each of two Hessian-vector products (of a Newton step one); ``None``: 200
+            where there is an ``rtol`` to reach, and 10 elsewhere. Fewer steps regularise.
         rtol: Relative normal-equation residual at which the solve counts as converged. Directions of small curvature
             hardly show in it: smaller values follow them further. ``None``: 1e-3 for influence, whose scores are
             compared with each other; none for unlearning, where each step is measured before it is made, so that a
@@ -254,8 +256,9 @@ class GIFCallback(Callback):
     ) -> UnlearnReport:
         """Changes the targets so that the model behaves as if it had not seen a batch, or had seen other labels.
 
-        Bound to the trainer as ``trainer.unlearn(batch, …)``. Only the targets change; the state of an optimizer
-        (momentum, Adam's averages) still remembers the data, so start a new optimizer to train on.
+        Bound to the trainer as ``trainer.unlearn(batch, …)``. Only the targets change, and statistics where asked; the
+        state of an optimizer (momentum, Adam's averages) still remembers the data, so start a new optimizer to train
+        on.
 
         Args:
             trainer: The trainer; filled in by the binding.

@@ -415,41 +415,48 @@ class Objective:
     def refreshed_statistics(self, theta: Tensor, *examples: Examples) -> dict[str, Tensor]:
         """The running means and variances of BatchNorm over examples at ``theta``, by the names of the buffers.
 
-        As :func:`torch.optim.swa_utils.update_bn` does it: forward passes in training mode, in a random order, whose
-        statistics are averaged. Everything else, dropout above all, stays in evaluation mode.
+        As :func:`torch.optim.swa_utils.update_bn` does it, forward passes in training mode whose statistics are
+        averaged, but with the same weight for each example, and with everything else, dropout above all, in evaluation
+        mode.
 
         Raises:
-            ConfigurationError: If the module has no such layers.
+            ConfigurationError: If the module has no such layers, or there is no batch of two examples.
         """
         layers = {
             name: layer
             for name, layer in self.module.named_modules()
-            if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.running_mean is not None
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
         }
         if not layers:
             raise ConfigurationError(
                 f"refresh_statistics=True computes the running statistics of BatchNorm anew, but"
                 f" {type(self.module).__name__} has no layer that keeps any. Leave it out."
             )
-        buffers = self._buffers()
+        buffers, seen = self._buffers(), 0
         names = [f"{name}.{kind}" for name in layers for kind in ("running_mean", "running_var")]
         momenta = {name: layer.momentum for name, layer in layers.items()}
-        for name, layer in layers.items():
-            buffers[f"{name}.num_batches_tracked"].zero_()
-            layer.momentum = None  # the mean over all batches
-            layer.train()
         function, more = ("influence_loss", []) if self._own_loss else ("training_step", self._index)
         generator = torch.Generator().manual_seed(self._seed)
+        for layer in layers.values():
+            layer.train()
         try:
             with torch.no_grad():
                 for part in examples:
                     for batch in part.at(torch.randperm(len(part), generator=generator)).batches():
-                        if batch.size > 1 or len(part) == 1:  # of one example there is no variance
-                            self._call(theta, function, batch.data, *more, buffers=buffers)
+                        if batch.size == 1:  # which has no variance
+                            continue
+                        seen += batch.size
+                        for layer in layers.values():
+                            layer.momentum = batch.size / seen  # the mean over all, each example with the same weight
+                        self._call(theta, function, batch.data, *more, buffers=buffers)
         finally:
             for name, layer in layers.items():
                 layer.momentum = momenta[name]
                 layer.eval()
+        if not seen:
+            raise ConfigurationError(
+                "refresh_statistics=True needs batches of two or more examples: what stays is one, or batch_size is 1."
+            )
         return {name: buffers[name] for name in names}
 
     def directional_derivatives(self, data: Any, directions: Tensor) -> Tensor:

@@ -281,12 +281,14 @@ class Edit:
             if part.keys() != self.shapes.keys():
                 raise EditError("The edit is incomplete: it names parameters that it has no shapes for.")
 
-    def is_in(self, module: nn.Module) -> bool:
-        """Whether a module's weights are, bit by bit, those that the edit leaves behind."""
+    def is_in(self, module: nn.Module) -> bool | None:
+        """Whether a module's weights are, bit by bit, those that the edit leaves behind; ``None``: neither these nor
+        those that it starts from."""
         tensors = _tensors(module)
-        return self.shapes.keys() <= tensors.keys() and self.digest_after == digest(
-            {name: tensors[name] for name in self.indices}
-        )
+        if not self.shapes.keys() <= tensors.keys():
+            return None
+        found = digest({name: tensors[name] for name in self.indices})
+        return found == self.digest_after if found in (self.digest_before, self.digest_after) else None
 
     def apply(self, module: nn.Module) -> None:
         """Writes the new values.

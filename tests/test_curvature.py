@@ -23,7 +23,7 @@ from lightning_gif import (
     ObjectiveError,
     attach,
 )
-from lightning_gif.curvature import CURVATURES, Curvature, Group, Submatrix, graph_bytes, hessian
+from lightning_gif.curvature import CURVATURES, Curvature, Group, Scaled, Submatrix, graph_bytes, hessian
 from lightning_gif.data import Examples
 from lightning_gif.objective import Objective
 from lightning_gif.parameters import Targets
@@ -482,3 +482,18 @@ def test_there_is_no_second_order_score_of_single_examples() -> None:
         with pytest.raises(ConfigurationError, match="'if'"):
             METHODS["sif"].query(curvature, torch.arange(3), objective.theta[None], dense)
         assert curvature.products == 0
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_an_operator_in_other_units_is_the_matrix_in_them(rows: bool) -> None:
+    units = torch.tensor([1.0, 3.0, 0.5, 7.0], dtype=torch.float64)
+    with opened() as (objective, train):
+        some = torch.tensor([0, 2, 5, 9])
+        part = Submatrix(hessian_of(objective, train), some, some)
+        plain = to_matrix(part)
+        expected = (units[:, None] if rows else 1.0) * plain * units
+        scaled = Scaled(part, units, rows=rows)
+        torch.testing.assert_close(to_matrix(scaled), expected)
+        vector = torch.randn(4, dtype=torch.float64)
+        torch.testing.assert_close(scaled.matvec(vector), expected @ vector)
+        torch.testing.assert_close(scaled.rmatvec(vector), expected.T @ vector)

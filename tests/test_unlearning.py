@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_gif import (
@@ -890,6 +889,9 @@ def test_a_report_tells_whether_the_edit_is_in_the_weights(tmp_path: Any) -> Non
     assert "in the weights" not in str(loaded)  # it is not known in which
     report.undo()
     assert "not in the weights" in str(UnlearnReport.load(tmp_path / "edit.safetensors", module))
+    report.apply()
+    trainer.unlearn(batch_of(dataset, slice(4, 8)))
+    assert "have changed since" in str(report)
 
 
 def test_a_poor_correction_is_told_to_be_one() -> None:
@@ -1248,7 +1250,7 @@ class Normalised(Classifier):
 
 @pytest.mark.parametrize("relabel", [None, 2])
 def test_statistics_of_normalisation_are_computed_anew_where_asked(relabel: int | None, tmp_path: Any) -> None:
-    """As ``update_bn`` leaves them, of the retained or of all data; with the edit they go and come back."""
+    """Of the retained or of all data; with the edit they go and come back."""
     trainer, module, dataset = fitted(Normalised(), max_epochs=10)
     before, gone = weights(module), dataset.tensors[1] == 1
     norm: Any = module.net[1]
@@ -1266,12 +1268,15 @@ def test_statistics_of_normalisation_are_computed_anew_where_asked(relabel: int 
         assert report.relabelled.before == plain.relabelled.before
     assert report.retain.after == pytest.approx(loss, rel=1e-5)  # what the model does, statistics included
 
-    expected = Normalised()
-    expected.load_state_dict(module.state_dict())
+    # The mean over all that stays, each example with the same weight; of variances within the batches.
     groups = [~gone] if relabel is None else [~gone, gone]
-    update_bn([(dataset.tensors[0][group],) for group in groups], expected)
-    for found, wanted in ((norm.running_mean, "running_mean"), (norm.running_var, "running_var")):
-        torch.testing.assert_close(found, getattr(expected.net[1], wanted), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        parts = [module.net[0](dataset.tensors[0][group]) for group in groups]
+    shares = [len(part) / sum(len(other) for other in parts) for part in parts]
+    mean = sum(share * part.mean(0) for share, part in zip(shares, parts, strict=True))
+    variance = sum(share * part.var(0) for share, part in zip(shares, parts, strict=True))
+    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.running_var, variance, rtol=1e-5, atol=1e-6)
 
     after = weights(module)
     report.save(tmp_path / "edit.safetensors")
@@ -1280,6 +1285,15 @@ def test_statistics_of_normalisation_are_computed_anew_where_asked(relabel: int 
     assert same_weights(before, weights(module))
     loaded.apply()
     assert same_weights(after, weights(module))
+
+
+def test_one_corrected_example_does_not_keep_statistics_from_being_computed_anew() -> None:
+    trainer, module, _ = fitted(Normalised(), max_epochs=2)
+    assert trainer.unlearn([3], relabel=2, refresh_statistics=True).edit.buffers
+    before = weights(module)
+    with pytest.raises(ConfigurationError, match="two or more"):
+        trainer.unlearn([3], relabel=1, refresh_statistics=True, batch_size=1)
+    assert same_weights(before, weights(module))
 
 
 def test_statistics_that_there_are_not_cannot_be_computed_anew() -> None:

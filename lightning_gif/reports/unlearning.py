@@ -224,7 +224,7 @@ class UnlearnReport:
             shapes={name: tuple(shape) for name, shape in stored["shapes"].items()},
             digest_before=stored["digest_before"],
             digest_after=stored["digest_after"],
-            buffers=tuple(stored.get("buffers", ())),
+            buffers=tuple(stored["buffers"]),
         )
         for name in ("forget", "retain", "relabelled", "unseen"):
             record[name] = None if record[name] is None else Change(*record[name])
@@ -385,7 +385,11 @@ class UnlearnReport:
             *([f"running statistics computed anew: {len(self.edit.buffers)} buffers"] if self.edit.buffers else []),
             *(f"note: {note}" for note in self.notes),
         ]
-        if self.module is not None:
-            here = self.edit.is_in(self.module)
-            lines.append("The edit is in the weights." if here else "The edit is not in the weights: see apply().")
+        if self.module is not None and self.edit.digest_before != self.edit.digest_after:
+            told = {
+                True: "The edit is in the weights.",
+                False: "The edit is not in the weights: see apply().",
+                None: "The weights have changed since the edit was made.",
+            }
+            lines.append(told[self.edit.is_in(self.module)])
         return "\n".join(lines)

@@ -57,7 +57,7 @@ def truncated_newton(
         largest = max(largest, abs(curvature / length - shift))
         if curvature <= torch.finfo(rhs.dtype).eps * largest * length:
             status = Status.INDEFINITE
-            if not step:  # steepest descent, as far as the curvature would lead if it had the other sign
+            if not step:  # steepest descent, by what a curvature of the other sign would allow at least
                 size = max(float(norms(image)), torch.finfo(rhs.dtype).tiny) if image.any() else 1.0
                 x, residual = direction / size, residual - image / size
             break
