@@ -252,7 +252,7 @@ def _trusted(walk: Walk, start: Point, model: LocalModel, solved: int) -> Point 
 
 
 def _best_along_answer(walk: Walk, model: LocalModel) -> Point:
-    if walk.goal is Goal.CLASS and walk.enough is not None:
+    if walk.goal is Goal.CLASS:
         return _smallest_that_forgets(walk)
     if walk.goal is Goal.EXAMPLES and abs(model.change(1.0)) <= _ROUNDING * abs(walk.path[0].risk):
         return walk.measure(1.0)

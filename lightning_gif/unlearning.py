@@ -164,6 +164,7 @@ def unlearn(
 
     moved = walk.moved(chosen.steps)
     before, remembered = walk.losses(objective.theta), chosen.remembered
+    predicted = walk.predicted(before, chosen)
     if refresh_statistics:
         kept = [retained] if corrected is None else [retained, corrected]
         objective.statistics = objective.refreshed_statistics(moved, *kept)
@@ -172,7 +173,7 @@ def unlearn(
     edit = Edit.plan(objective.module, targets, objective.space, change, objective.statistics)
     edited = objective.theta.clone()
     edited[walk.positions] = edit.flat_new(objective.space).to(edited)
-    after, predicted = walk.losses(edited), walk.predicted(before, chosen)
+    after = walk.losses(edited)
     changes = {name: Change(before[name], after[name], predicted[name]) for name in before}
     report = UnlearnReport(
         edit=edit,
@@ -315,30 +316,27 @@ def _goal_of_removal(
 
 
 @dataclass(frozen=True)
-class _OfLogits:
-    """A function of what is predicted, as :class:`~lightning_gif.curvature.Losses`.
+class _Of:
+    """A function of what a model gives for each example, as :class:`~lightning_gif.curvature.Losses`.
 
     Attributes:
-        objective: Whose predictions.
-        function: From the logits ``(B, C)`` of a batch and the batch to the sum over its examples.
+        outputs: From parameters and a batch to that: the objective's logits ``(B, C)``, or its losses ``(B,)``.
+        function: From that and the batch to the sum over its examples.
     """
 
-    objective: Objective
+    outputs: Callable[[Tensor, Any], Tensor]
     function: Callable[[Tensor, Any], Tensor]
 
     def loss_sum(self, theta: Tensor, data: Any) -> Tensor:
-        return self.function(self.objective.logits(theta, data), data)
-
-    def outputs(self, theta: Tensor, data: Any) -> Tensor:
-        return self.objective.logits(theta, data)
+        return self.function(self.outputs(theta, data), data)
 
     def loss_sum_at(self, theta: Tensor, data: Any) -> Callable[[Tensor], Tensor]:
-        return lambda logits: self.function(logits, data)
+        return lambda outputs: self.function(outputs, data)
 
 
 @dataclass(frozen=True)
 class _Ranked:
-    """``(t − ℓ)²/(2σ)`` of a loss, as :class:`~lightning_gif.curvature.Losses`.
+    """``(t − ℓ)²/(2σ)`` of a loss.
 
     ``t`` is the loss that an example should have: that of the unseen one of its class whose rank there is its own among
     the forgotten ones, with the trained weights (the transport of one distribution to the other that keeps the order).
@@ -364,18 +362,13 @@ class _Ranked:
             found[here] = torch.quantile(unseen, rank.clamp(0, 1))
         return found
 
-    def loss_sum(self, theta: Tensor, data: Any) -> Tensor:
-        return self.loss_sum_at(theta, data)(self.outputs(theta, data))
-
-    def outputs(self, theta: Tensor, data: Any) -> Tensor:
-        return self.objective.losses(theta, data)
-
-    def loss_sum_at(self, theta: Tensor, data: Any) -> Callable[[Tensor], Tensor]:
+    def sum(self, losses: Tensor, data: Any) -> Tensor:
+        """Over a batch, whose losses ``(B,)`` are now these."""
         with torch.no_grad():
-            losses = self.objective.losses(self.objective.theta, data)
+            trained = self.objective.losses(self.objective.theta, data)
             classes = class_targets(data)
-            wanted = self.wanted(losses, torch.zeros_like(losses, dtype=torch.long) if classes is None else classes)
-        return lambda losses: (wanted - losses).square().sum() / (2 * self.size)
+            wanted = self.wanted(trained, torch.zeros_like(trained, dtype=torch.long) if classes is None else classes)
+        return (wanted - losses).square().sum() / (2 * self.size)
 
 
 @dataclass(frozen=True)
@@ -463,7 +456,7 @@ class _Walk:
         objective, task, settings = self._objective, self._task, self._settings
         curved = max(math.ceil(_CURVED_SHARE * len(task.sample)), _LEAST_CURVED)
         if task.gone is not None:
-            kept = _Term(1.0, task.sample, task.check, curved, _OfLogits(objective, self._divergence))
+            kept = _Term(1.0, task.sample, task.check, curved, _Of(objective.logits, self._divergence))
         else:
             # The slope that training left in the risk on all data, as the two samples of the retained data show it.
             left = task.share * self._old + (1 + task.share) * settings.weight_decay * objective.theta
@@ -474,23 +467,23 @@ class _Walk:
                 1.0, task.sample, task.check, curved, objective, left_seen=left_seen, left_measured=left_measured
             )
         if task.goal is Goal.CLASS:
-            unlikely, bound = _OfLogits(objective, self._unlikelihood), _OfLogits(objective, self._bound)
+            unlikely, bound = _Of(objective.logits, self._unlikelihood), _Of(objective.logits, self._bound)
             few = math.ceil(_FORGOTTEN_SHARE * curved)
             return [kept, _Term(_CLASS_WEIGHT, task.judged, task.judged, few, unlikely, bound)]
         if task.corrected is None or task.amended is None:
             return [kept, *self._learned_by_heart(curved)]
         if task.gone is None:
             return [kept, _Term(task.share, task.corrected, task.amended, curved, objective)]
-        right = _OfLogits(objective, self._cross_entropy)
+        right = _Of(objective.logits, self._cross_entropy)
         return [kept, _Term(_LABELS_WEIGHT * task.share, task.corrected, task.amended, curved, right)]
 
     def _learned_by_heart(self, curved: int) -> list[_Term]:
         """What of the risk is about single examples whose loss is less than that of the unseen ones of their rank."""
         objective, task = self._objective, self._task
-        if task.unseen is None:
+        if task.unseen is None or self._strata is None:
             return []
         losses, unseen = objective.all_losses(task.forget), objective.all_losses(task.unseen)
-        mine, others = strata(task.forget).to(losses.device), strata(task.unseen).to(losses.device)
+        mine, others = strata(task.forget).to(losses.device), self._strata[1].to(losses.device)
         groups = {
             int(label): (losses[mine == label].sort().values, unseen[others == label].sort().values)
             for label in mine.unique()
@@ -503,7 +496,7 @@ class _Walk:
         ranked = _Ranked(objective, groups, float(lacking[short].square().mean().sqrt()))
         these = task.forget.at(short.cpu()).held(self._settings.bytes_to_keep(objective.device) / 4)
         weight = _EXAMPLES_WEIGHT * task.share * len(these) / len(task.forget)
-        return [_Term(weight, these, these, curved, ranked)]
+        return [_Term(weight, these, these, curved, _Of(objective.losses, ranked.sum))]
 
     @property
     def _decay(self) -> float:
