@@ -397,7 +397,7 @@ class Examples:
             start += batch.size
             if len(here):
                 pieces.append(Batch(take(batch.data, here), batch.ids[here], len(here)))
-        return replace(self, ids=self.ids[wanted], cached=tuple(pieces))
+        return replace(self, ids=self.ids[wanted], cached=tuple(_joined(pieces, self.batch_size)))
 
     def with_ids(self, ids: Sequence[int]) -> Examples:
         """Those with the given dataset indices, in the order given.
@@ -499,6 +499,40 @@ def _in_memory(prepared: Any, size_of_batches: int) -> Examples:
         data = prepared if stop - start == size else slice_batch(prepared, start, stop)
         pieces.append(Batch(data, ids[start:stop], stop - start))
     return Examples(None, ids, size_of_batches, list, lambda batch: batch, {}, cached=tuple(pieces))
+
+
+def _joined(pieces: list[Batch], most: int) -> Iterator[Batch]:
+    """Batches of up to ``most`` examples made of smaller ones, since one large pass costs less than many small ones."""
+    waiting: list[Batch] = []
+    for piece in pieces:
+        alike = not waiting or _can_join(waiting[0].data, piece.data)
+        if waiting and (not alike or sum(batch.size for batch in waiting) + piece.size > most):
+            yield _join(waiting)
+            waiting = []
+        waiting.append(piece)
+    if waiting:
+        yield _join(waiting)
+
+
+def _can_join(one: Any, other: Any) -> bool:
+    """Whether all their tensors are alike but for the number of examples; padding can differ from batch to batch."""
+    return [part.shape[1:] for part in tensors(one)] == [part.shape[1:] for part in tensors(other)]
+
+
+def _join(batches: list[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    columns = zip(*(tensors(batch.data) for batch in batches), strict=True)
+    texts = zip(*(_sequences(batch.data) for batch in batches), strict=True)
+
+    def joined(items: Any) -> Any:
+        parts = next(texts)
+        return type(items)(item for part in parts for item in part) if len(items) == batches[0].size else items
+
+    data = map_tensors(
+        batches[0].data, lambda tensor: torch.cat(next(columns)) if tensor.ndim else (next(columns), tensor)[1], joined
+    )
+    return Batch(data, torch.cat([batch.ids for batch in batches]), sum(batch.size for batch in batches))
 
 
 def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tensor]) -> Examples:

@@ -316,7 +316,7 @@ class Objective:
         """
         few = next(examples.sample(_PREDICTED, self._seed).batches()).data
         with torch.no_grad():
-            found = self._classified(self.theta, few)
+            _, found = self._classified(self.theta, few)
         labels = class_targets(few)
         if found is None or labels is None or not torch.equal(found[1].cpu().long(), labels.cpu().long()):
             return None
@@ -328,7 +328,22 @@ class Objective:
         Raises:
             ObjectiveError: If there are none in this batch.
         """
-        found = self._classified(theta, data)
+        return self._logits_of(self._classified(theta, data)[1], data)
+
+    def loss_and_logits(self, theta: Tensor, data: Any) -> tuple[Tensor, Tensor]:
+        """The sum of the losses of a prepared batch, and :meth:`logits`, by one pass where losses are not coupled."""
+        if self._vmap is None:
+            self._probe(data)
+        loss, found = self._classified(theta, data)
+        if self._own_loss:
+            loss = loss.sum()
+        elif self._reduction is None:
+            loss = self.losses(theta, data).sum()
+        elif self._reduction == "mean":
+            loss = loss * batch_size(data)
+        return loss, self._logits_of(found, data)
+
+    def _logits_of(self, found: tuple[Tensor, Tensor] | None, data: Any) -> Tensor:
         if found is None:
             raise ObjectiveError(
                 f"{type(self.module).__name__} predicts classes by a cross-entropy for some batches, but not for this"
@@ -336,11 +351,11 @@ class Objective:
             )
         return found[0]
 
-    def _classified(self, theta: Tensor, data: Any) -> tuple[Tensor, Tensor] | None:
-        """Logits and targets of all examples at once: predictions of an example do not depend on the others."""
+    def _classified(self, theta: Tensor, data: Any) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """A loss, and the logits and targets of all examples: predictions of an example do not depend on the others."""
         with Predictions() as noted:
-            (self.losses if self._own_loss else self._training_step)(theta, data)
-        return noted.classified()
+            loss = (self.losses if self._own_loss else self._training_step)(theta, data)
+        return loss, noted.classified()
 
     def mean(self, examples: Examples, function: Callable[[Tensor, Any], Tensor], theta: Tensor) -> float:
         """The mean over examples of a function that is summed over batches, ``(θ, batch) → ()``, at ``theta``."""

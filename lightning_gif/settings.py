@@ -31,6 +31,9 @@ _INFLUENCE_RTOL = 1e-3
 # How many steps a solve takes, and the most that it takes towards a residual.
 _STEPS, _MOST_STEPS = 10, 200
 
+# How many one takes that is followed by others at the weights it leads to.
+_STEPS_OF_MANY = 5
+
 # Where a number of steps is asked for and no residual, those that float32 can still tell from rounding.
 _LEAST_RTOL = 1e-4
 
@@ -138,6 +141,10 @@ class Settings:
     def for_influence(self) -> Settings:
         """The same with the residual that scores need, where none is given."""
         return replace(self, rtol=_INFLUENCE_RTOL) if self.rtol is None else self
+
+    def for_one_of_many(self) -> Settings:
+        """The same for a solve that is followed by others where it leads to, if nothing else is asked for."""
+        return replace(self, max_iter=_STEPS_OF_MANY) if self.max_iter is None and self.rtol is None else self
 
     def bytes_to_keep(self, device: torch.device) -> float:
         """How many bytes of batches, and again of passes, may be kept between products.

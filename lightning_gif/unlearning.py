@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._compat import rank_zero_warn
-from .curvature import METHODS, Combination, Curvature, Group, Losses, Method, Scaled, Submatrix
+from .curvature import METHODS, Combination, Curvature, Group, Losses, Method, Scaled, Solve, Submatrix
 from .data import Examples, class_targets, example_classes, locate, relabelled, strata
 from .errors import ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError, TrainingDataError
 from .objective import Objective
@@ -527,18 +527,14 @@ class _Walk:
         return theta
 
     def measure(self, *steps: float) -> Point:
-        objective, task = self._objective, self._task
+        objective = self._objective
         theta = self.moved(steps)
-        losses = objective.all_losses(task.judged, theta).double()
-        retain = objective.mean_loss(task.check, theta)
+        forget, retain, parts, remembered = self._looked_at(theta)
         risk = self._decay / 2 * float(theta @ theta)
-        for term in self._terms:
-            same = term.measured is task.check and term.losses is objective  # as what has just been looked at
-            value = retain if same else objective.mean(term.measured, term.losses.loss_sum, theta)
-            if term.left_measured is not None:
-                value -= float(term.left_measured @ (theta - objective.theta))
-            risk += term.weight * value
-        point = Point(tuple(steps), float(losses.mean()), retain, risk, self.remembered(theta, losses))
+        for term, value in zip(self._terms, parts, strict=True):
+            left = 0.0 if term.left_measured is None else float(term.left_measured @ (theta - objective.theta))
+            risk += term.weight * (value - left)
+        point = Point(tuple(steps), forget, retain, risk, remembered)
         self.path.append(point)
         if len(self.path) == 1 and not math.isfinite(risk):
             raise NonFiniteError(
@@ -547,13 +543,44 @@ class _Walk:
             )
         return point
 
+    def _looked_at(self, theta: Tensor) -> tuple[float, float, list[float], float]:
+        """The mean losses of the judged and of the retained examples, that of each term, and what is remembered."""
+        objective, task = self._objective, self._task
+        if task.gone is None:
+            losses = objective.all_losses(task.judged, theta).double()
+            retain = objective.mean_loss(task.check, theta)
+            parts = []
+            for term in self._terms:
+                same = term.measured is task.check and term.losses is objective  # as what has just been looked at
+                parts.append(retain if same else objective.mean(term.measured, term.losses.loss_sum, theta))
+            return float(losses.mean()), retain, parts, self.remembered(theta, losses)
+        # All of it is made of what one pass over each of the examples gives.
+        asked: list[tuple[Examples, Callable[[Tensor, Any], Tensor] | None]] = [(task.judged, None), (task.check, None)]
+        asked += [(term.measured, term.losses.function) for term in self._terms if isinstance(term.losses, _Of)]
+        asked.append(self._memory)
+        sums = [0.0] * len(asked)
+        with torch.no_grad():
+            for examples in {id(these): these for these, _ in asked}.values():
+                for batch in examples.batches():
+                    loss, logits = objective.loss_and_logits(theta, batch.data)
+                    for position, (these, function) in enumerate(asked):
+                        if these is examples:
+                            value = loss if function is None else function(logits, batch.data)
+                            sums[position] += float(value) / len(these)
+        return sums[0], sums[1], sums[2:-1], sums[-1]
+
+    @property
+    def _memory(self) -> tuple[Examples, Callable[[Tensor, Any], Tensor]]:
+        """Which examples tell what is remembered of classes, and what of their logits does, summed over a batch."""
+        task = self._task
+        return (task.judged, self._predicted) if task.amended is None else (task.amended, self._wrong)
+
     def remembered(self, theta: Tensor, losses: Tensor | None = None) -> float:
         """See :class:`~lightning_gif.steps.Point`; the losses of the judged examples where they are known."""
         task = self._task
-        if task.goal is Goal.CLASS:
-            return self._objective.mean(task.judged, self._predicted_sum, theta)
-        if task.amended is not None:
-            return math.nan if task.gone is None else self._objective.mean(task.amended, self._wrong_sum, theta)
+        if task.gone is not None:
+            examples, function = self._memory
+            return self._objective.mean(examples, _Of(self._objective.logits, function).loss_sum, theta)
         if task.unseen is None or self._strata is None:
             return math.nan
         losses = self._objective.all_losses(task.judged, theta).double() if losses is None else losses
@@ -569,13 +596,13 @@ class _Walk:
                 pairs += len(mine)
         return told / pairs if pairs else math.nan
 
-    def _predicted_sum(self, theta: Tensor, data: Any) -> Tensor:
+    def _predicted(self, logits: Tensor, data: Any) -> Tensor:
         """How many are predicted as one of the classes in question."""
-        return self._gone[self._objective.logits(theta, data).argmax(1)].double().sum()
+        return self._gone[logits.argmax(1)].double().sum()
 
-    def _wrong_sum(self, theta: Tensor, data: Any) -> Tensor:
+    def _wrong(self, logits: Tensor, data: Any) -> Tensor:
         """How many are predicted as another class than that of their label."""
-        return (self._objective.logits(theta, data).argmax(1) != _labels(data)).double().sum()
+        return (logits.argmax(1) != _labels(data)).double().sum()
 
     # What the risk is made of where predictions are known, each summed over a batch.
 
@@ -616,7 +643,7 @@ class _Walk:
             curvature = opened(task.sample)
             new = None if task.amended is None else opened(task.amended, keep=False)
             group = Group(task.share / (1 + task.share), opened(task.judged, keep=False), new)
-            bend = self._take(curvature, self._gradient, group)
+            bend = self._take(curvature, self._gradient, settings.solve, group)
             self.description = self.description or settings.describe(curvature)
         slope = self._decay * objective.theta
         for term in self._terms:
@@ -644,7 +671,10 @@ class _Walk:
                 curvatures.append((term.weight, curvature))
             whole = Combination(*curvatures)
             newton = bool(self._changes) and not far
-            bend = self._newton(whole, -slope, at) if newton else self._take(whole, -slope, units=self._units())
+            if newton:
+                bend = self._newton(whole, -slope, at)
+            else:
+                bend = self._take(whole, -slope, settings.for_one_of_many().solve, units=self._units())
             self.description = self.description or settings.describe(curvatures[0][1])
         model = LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
         self._expected = (at, model) if newton else None
@@ -663,7 +693,12 @@ class _Walk:
         return (sizes / whole).clamp_min(1.0) if whole > 0 else torch.ones_like(theta)
 
     def _take(
-        self, curvature: LinearOperator, gradient: Tensor, group: Group | None = None, units: Tensor | None = None
+        self,
+        curvature: LinearOperator,
+        gradient: Tensor,
+        solve: Solve,
+        group: Group | None = None,
+        units: Tensor | None = None,
     ) -> float:
         """Solves for a change by the method, and says how the risk bends along it."""
         if not gradient[self.positions].any():
@@ -671,7 +706,7 @@ class _Walk:
                 "The loss of the forget examples does not depend on the target parameters: its gradient on all of them"
                 " is exactly zero. Use targets='batch', a larger ratio, or method='if'."
             )
-        change, solutions = self._method.edit(curvature, self.positions, gradient, self._settings.solve, group, units)
+        change, solutions = self._method.edit(curvature, self.positions, gradient, solve, group, units)
         if not change.any():
             raise ObjectiveError(
                 "The solve found no change of the target parameters that would answer the removal: the retained loss"
