@@ -1,4 +1,4 @@
-"""MNIST-like data, the net called TinyNet in the GIF paper's scripts, and a ResNet with BatchNorm."""
+"""MNIST-like data, the net called TinyNet in the GIF paper's scripts, a ResNet, and two small nets for attribution."""
 
 from __future__ import annotations
 
@@ -97,11 +97,44 @@ class ResNet(TinyNet):
         )
 
 
-NETS: dict[str, Callable[..., TinyNet]] = {"tinynet": TinyNet, "resnet": partial(ResNet, lr=2e-3)}
+class MLP(TinyNet):
+    """A perceptron with 128 and 64 hidden neurons: 109 386 parameters."""
+
+    @staticmethod
+    def build() -> nn.Module:
+        return nn.Sequential(
+            *(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+        )
+
+
+class CNN(TinyNet):
+    """Two stride-2 convolutions (16 and 32 channels), each with BatchNorm, and a linear layer: 20 586 parameters."""
+
+    @staticmethod
+    def build() -> nn.Module:
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((1, 16), (16, 32)):
+            layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1568, 10))
+
+
+NETS: dict[str, Callable[..., TinyNet]] = {
+    "tinynet": TinyNet,
+    "resnet": partial(ResNet, lr=2e-3),
+    "mlp": MLP,
+    "cnn": CNN,
+}
 
 
 def fit(
-    data: Any, callbacks: list[Any], *, epochs: int, seed: int = 0, net: str = "tinynet", decay: bool = False
+    data: Any,
+    callbacks: list[Any],
+    *,
+    epochs: int,
+    seed: int = 0,
+    net: str = "tinynet",
+    decay: bool = False,
+    batch_size: int = 128,
 ) -> tuple[pl.Trainer, TinyNet]:
     """A trained net and its trainer, which prints nothing; the learning rate is constant, or decays to zero."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -118,7 +151,7 @@ def fit(
         enable_progress_bar=False,
         callbacks=callbacks,
     )
-    trainer.fit(model, DataLoader(data, 128, shuffle=True))
+    trainer.fit(model, DataLoader(data, batch_size, shuffle=True))
     return trainer, model
 
 

@@ -25,6 +25,7 @@ from ._compat import (
     rank_zero_warn,
     unsupported_strategy,
 )
+from .curvature import has_gauss_newton
 from .data import Examples, batch_size, class_targets, describe, example_classes, tensors
 from .errors import (
     BatchError,
@@ -38,7 +39,7 @@ from .objective import Objective
 from .parameters import Targets
 from .reports import InfluenceReport, UnlearnReport
 from .selection import GradientStatistics, NeuronStatistics, select
-from .settings import Overrides, Settings
+from .settings import AUTO, Overrides, Settings
 from .unlearning import Step, check_step, unlearn
 
 __all__ = ["GIFCallback", "attach"]
@@ -125,13 +126,13 @@ class GIFCallback(Callback):
         self,
         selector: str | list[str] = "highest_k_gradients",
         ratio: float = 0.1,
-        method: str = "gif",
-        solver: str = "lsmr",
-        damping: float = 0.0,
+        method: str = AUTO,
+        solver: str = AUTO,
+        damping: float | None = None,
         max_iter: int | None = None,
         rtol: float | None = None,
         discrepancy: float = 0.0,
-        curvature: str = "hessian",
+        curvature: str = AUTO,
         curvature_examples: int | None = 2048,
         curvature_sampling: str = "random",
         weight_decay: float = 0.0,
@@ -197,7 +198,7 @@ class GIFCallback(Callback):
         *,
         k: int = 10,
         per_example: bool = False,
-        targets: TargetsChoice = "cached",
+        targets: TargetsChoice | None = None,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
     ) -> InfluenceReport:
@@ -211,8 +212,10 @@ class GIFCallback(Callback):
                 query, or what ``influence_measurement`` of the module returns.
             k: How many proponents and opponents are shown and logged.
             per_example: One query for each example of the batch instead of one for their mean.
-            targets: ``"cached"``: the choice made at the last epoch's end. ``"class"``: neurons ranked by what training
-                saw of the batch's classes. ``"batch"``: neurons ranked on the batch, as in the paper.
+            targets: Which parameters to look at. ``"cached"``: the choice made at the last epoch's end. ``"class"``:
+                neurons ranked by what training saw of the batch's classes. ``"batch"``: neurons ranked on the batch, as
+                in the paper. By default all parameters, or the cached choice where ``selector``, ``ratio`` or a method
+                that has targets is given.
             dataloader: The training data, where it is not that of ``fit``.
             **overrides: Arguments of the constructor to change for this call: all but ``cache_neurons``,
                 ``cache_gradients`` and ``log_reports``.
@@ -230,10 +233,16 @@ class GIFCallback(Callback):
             ConvergenceError: If the solve diverges, or does not converge and ``unconverged="raise"``.
         """
         named = ("k", "per_example", "targets", "dataloader")
-        settings = self.settings.override(overrides, named).for_influence()
+        asked = self.settings.override(overrides, named)
+        on_targets = targets is not None or not overrides.keys().isdisjoint(("selector", "ratio"))
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ConfigurationError(f"`k` must be a whole number of at least 1, got {k!r}.")
-        with self._opened(trainer, targets, settings, dataloader) as (objective, train):
+        targets = "cached" if targets is None else targets
+        preview = asked.for_influence(ggn=True, on_targets=on_targets)
+        with self._opened(trainer, targets, preview, dataloader) as (objective, train):
+            few = next(train.at(torch.arange(1)).batches()).data
+            ggn = has_gauss_newton(objective, objective.theta, few)
+            settings = asked.for_influence(ggn=ggn, on_targets=on_targets)
             query = self._examples(batch, objective, settings)
             choose = partial(self._choose_targets, objective, train, query, targets, settings, overrides)
             report = influence(objective, train, query, settings, choose, per_example=per_example, k=k)
@@ -301,7 +310,7 @@ class GIFCallback(Callback):
             GIFError: As in :meth:`influence`. The weights are then as they were.
         """
         named = ("relabel", "retain", "unseen", "step", "targets", "dataloader", "refresh_statistics", "dry_run")
-        settings = self.settings.override(overrides, named)
+        settings = self.settings.override(overrides, named).for_unlearning()
         check_step(step)
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
             forget = self._forget_examples(batch, train, objective, settings)

@@ -28,6 +28,7 @@ __all__ = [
     "Submatrix",
     "gauss_newton",
     "graph_bytes",
+    "has_gauss_newton",
     "hessian",
 ]
 
@@ -133,6 +134,15 @@ CURVATURES: Registry[Callable[[Losses], Linearise]] = Registry("curvature")
 
 CURVATURES.register("hessian")(lambda objective: hessian(objective.loss_sum))
 CURVATURES.register("ggn")(lambda objective: gauss_newton(objective.outputs, objective.loss_sum_at, objective.loss_sum))
+
+
+def has_gauss_newton(losses: Losses, theta: Tensor, data: Any) -> bool:
+    """Whether the losses of a batch are a function of predictions alone, so that they have a Gauss–Newton matrix."""
+    try:
+        CURVATURES["ggn"](losses)(theta, data)
+    except ObjectiveError:
+        return False
+    return True
 
 
 class Curvature:

@@ -8,6 +8,7 @@ import inspect
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,12 @@ _PROBE = 3
 
 # How many are looked at to see what is predicted.
 _PREDICTED = 64
+
+# From more directions on, gradients of single examples are formed: one costs as much as some four forward-mode passes.
+_FEW_DIRECTIONS = 4
+
+# What the gradients of single examples may take at a time.
+_GRADIENT_BYTES = 2**28
 
 
 class Objective:
@@ -479,7 +486,8 @@ class Objective:
 
         Forward mode: the losses are evaluated once in dual numbers for each direction, and no per-example gradient is
         ever formed. Where an operation of the module has no forward-mode rule, the same numbers come from two reverse
-        passes (the derivative of ``Σ uᵢ wᵀ∇ℓ(zᵢ)`` by the dummy weights ``u``).
+        passes (the derivative of ``Σ uᵢ wᵀ∇ℓ(zᵢ)`` by the dummy weights ``u``). For many directions it is cheaper to
+        form the gradients of a few examples at a time, once for all directions.
 
         Args:
             data: A prepared batch of B examples.
@@ -490,6 +498,8 @@ class Objective:
         """
         if self._vmap is None:
             self._probe(data)
+        if len(directions) > _FEW_DIRECTIONS and self._vmap and not self._own_loss:
+            return torch.cat([directions @ rows.T for rows in self.gradients(data)], dim=1)
         if self._vmap:  # code that is not for vmap is not for jvp either; plain reverse mode takes it
             try:
                 return torch.stack(
@@ -508,6 +518,23 @@ class Objective:
                 for w in directions
             ]
         )
+
+    def gradients(self, data: Any) -> Iterator[Tensor]:
+        """The gradients of a prepared batch's losses at the present parameters, some examples ``(b, p)`` at a time."""
+        if self._vmap is None:
+            self._probe(data)
+        size = batch_size(data)
+        if not self._vmap or self._own_loss:
+            for position in range(size):
+                theta = self.theta.detach().requires_grad_()
+                loss = self.loss_sum(theta, slice_batch(data, position, position + 1))
+                yield self._gradient(loss, theta)[None]
+            return
+        gradient = torch.func.grad(self._training_step)
+        step = max(_GRADIENT_BYTES // self.theta.nbytes, 1)
+        for start in range(0, size, step):
+            part = slice_batch(data, start, start + step)
+            yield self._map_examples(partial(gradient, self.theta), part)
 
     def progress(self, description: str, total: int | None = None) -> tqdm[Any]:
         """A progress bar; silent where the trainer shows none, and on all ranks but the first."""
@@ -642,7 +669,7 @@ class Objective:
         where = self.space.unflatten(gradient.reshape(-1, self.space.size).abs().sum(0))
         names = [name for name, part in where.items() if not torch.isfinite(part).all()]
         raise NonFiniteError(
-            f"The gradient is not finite in {', '.join(names[:5])}{' …' if len(names) > 5 else ''}. Nothing was"
+            f"The gradient has non-finite entries in {', '.join(names[:5])}{' …' if len(names) > 5 else ''}. Nothing was"
             " changed."
         )
 

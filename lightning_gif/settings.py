@@ -25,8 +25,14 @@ from .solvers import SOLVERS, LinearOperator, Solution, Status, require_finite, 
 __all__ = ["Overrides", "Settings"]
 
 
-# Where scores of single examples stop to change much: see benchmarks/README.md.
+# What is chosen for the one who does not choose, see benchmarks/README.md.
+AUTO = "auto"
+
+# Where scores by a least-squares solve stop to change much.
 _INFLUENCE_RTOL = 1e-3
+
+# Steps of conjugate gradients for scores: more follow the noise of the curvature's sample.
+_STEPS_FOR_SCORES = 20
 
 # How many steps a solve takes, and the most that it takes towards a residual.
 _STEPS, _MOST_STEPS = 10, 200
@@ -45,7 +51,7 @@ class Overrides(TypedDict, total=False):
     ratio: float
     method: str
     solver: str
-    damping: float
+    damping: float | None
     max_iter: int | None
     rtol: float | None
     discrepancy: float
@@ -73,7 +79,7 @@ class Settings:
     ratio: float
     method: str
     solver: str
-    damping: float
+    damping: float | None
     max_iter: int | None
     rtol: float | None
     discrepancy: float
@@ -90,13 +96,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_selector(self.selector, self.ratio)
-        METHODS[self.method]
-        SOLVERS[self.solver]
-        CURVATURES[self.curvature]
+        for registry, name in ((METHODS, self.method), (SOLVERS, self.solver), (CURVATURES, self.curvature)):
+            if name != AUTO:
+                registry[name]
         SAMPLERS[self.curvature_sampling]
         number = (int, float)
         at_least_0 = "a number of at least 0"
-        _require("damping", self.damping, number, lambda value: 0 <= value < math.inf, at_least_0)
+        if self.damping is not None:
+            _require("damping", self.damping, number, lambda value: 0 <= value < math.inf, f"None or {at_least_0}")
         _require("weight_decay", self.weight_decay, number, lambda value: 0 <= value < math.inf, at_least_0)
         _require("discrepancy", self.discrepancy, number, lambda value: 0 <= value < 1, "a number from 0 to below 1")
         _require("eigenvalues", self.eigenvalues, int, lambda value: value >= 0, "a whole number of at least 0")
@@ -120,7 +127,8 @@ class Settings:
     @property
     def needs_no_cache(self) -> bool:
         """Whether the targets are the same whatever training has shown."""
-        return not is_name(self.selector) or self.selector == "random" or not METHODS[self.method].selects
+        whole = self.method != AUTO and not METHODS[self.method].selects
+        return not is_name(self.selector) or self.selector == "random" or whole
 
     def override(self, changes: Overrides, named: Iterable[str] = ()) -> Settings:
         """The same settings with some changed for one call.
@@ -138,9 +146,34 @@ class Settings:
                 raise ConfigurationError(f"Unknown argument {name!r}. {nearest(name, {*known, *named})}")
         return replace(self, **changes)
 
-    def for_influence(self) -> Settings:
-        """The same with the residual that scores need, where none is given."""
-        return replace(self, rtol=_INFLUENCE_RTOL) if self.rtol is None else self
+    def for_unlearning(self) -> Settings:
+        """The same with what was left open chosen for edits."""
+        return replace(
+            self,
+            method=_chosen(self.method, "gif"),
+            solver=_chosen(self.solver, "lsmr"),
+            curvature=_chosen(self.curvature, "hessian"),
+            damping=0.0 if self.damping is None else self.damping,
+        )
+
+    def for_influence(self, *, ggn: bool, on_targets: bool) -> Settings:
+        """The same with what was left open chosen for scores; damping stays open where it is to be measured.
+
+        Args:
+            ggn: Whether the objective has a Gauss–Newton matrix.
+            on_targets: Whether only target parameters are to be looked at.
+        """
+        method = _chosen(self.method, "fif" if on_targets else "if")
+        square = METHODS[method].rows == METHODS[method].cols
+        curvature = _chosen(self.curvature, "ggn" if square and ggn else "hessian")
+        solver = _chosen(self.solver, "cg" if square and curvature == "ggn" else "lsmr")
+        chosen = replace(self, method=method, curvature=curvature, solver=solver)
+        if not square:  # the plain least squares of GIF, to the end
+            rtol = _INFLUENCE_RTOL if self.rtol is None else self.rtol
+            return replace(chosen, damping=0.0 if self.damping is None else self.damping, rtol=rtol)
+        if solver == "cg" and self.rtol is None and self.max_iter is None:
+            return replace(chosen, max_iter=_STEPS_FOR_SCORES)
+        return chosen
 
     def for_one_of_many(self) -> Settings:
         """The same for a solve that is followed by others where it leads to, if nothing else is asked for."""
@@ -220,7 +253,7 @@ class Settings:
         solution, bend = truncated_newton(
             operator,
             rhs,
-            damping=float(self.damping),
+            damping=float(self.damping or 0.0),
             relative=relative,
             rtol=self._least_residual,
             max_iter=self._most_steps,
@@ -245,7 +278,7 @@ class Settings:
         found = SOLVERS[self.solver](
             operator,
             rhs,
-            damping=float(self.damping),
+            damping=float(self.damping or 0.0),
             rtol=self._least_residual,
             max_iter=self._most_steps,
             seed=self.seed,
@@ -278,6 +311,10 @@ class Settings:
             if self.unconverged == "raise":
                 raise ConvergenceError(message)
             rank_zero_warn(message, category=ConvergenceWarning)
+
+
+def _chosen(name: str, default: str) -> str:
+    return default if name == AUTO else name
 
 
 def _free_memory() -> float:

@@ -727,7 +727,9 @@ class _Walk:
                 self._damping /= _ADAPT
         units = self._units()[self.positions]
         matrix = Scaled(Submatrix(curvature, self.positions, self.positions), units, rows=True)
-        solution, bend = self._settings.newton(matrix, units * gradient[self.positions], self._damping)
+        solution, bend = self._settings.for_one_of_many().newton(
+            matrix, units * gradient[self.positions], self._damping
+        )
         self._changes.append(units * solution.x)
         self.solutions.append(solution)
         return bend

@@ -200,7 +200,7 @@ def test_bad_step(step: Any, expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize("call", ["influence", "unlearn"])
-@pytest.mark.parametrize("targets", ["cache", None, 1, ["cached"]])
+@pytest.mark.parametrize("targets", ["cache", False, 1, ["cached"]])
 def test_bad_choice_of_targets(call: str, targets: Any) -> None:
     trainer, module, batch = ready()
     with refused(module, ConfigurationError, "`targets`", "'cached', 'class' or 'batch'", f"got {targets!r}"):
@@ -367,7 +367,7 @@ def test_parameters_that_were_frozen_after_training() -> None:
     trainer, module, batch = ready()
     module.net[0].requires_grad_(False)
     with refused(module, SelectionError, "'net.0.weight'", "frozen"):
-        trainer.influence(batch)
+        trainer.influence(batch, targets="cached")
 
 
 def test_a_ratio_with_room_for_nothing() -> None:
@@ -442,7 +442,8 @@ def test_a_call_before_fit_says_what_is_missing() -> None:
     with refused(module, TrainingDataError, "no training data", "dataloader="):
         trainer.influence((X, Y))
     with refused(module, SelectionError, "no cached targets", "Fit", "targets='batch'", "attach"):
-        trainer.influence((X, Y), dataloader=loader(blobs()))
+        trainer.influence((X, Y), targets="cached", dataloader=loader(blobs()))
+    assert trainer.influence((X, Y), dataloader=loader(blobs())).scores.shape == (1, 48)
     assert trainer.influence((X, Y), targets="batch", dataloader=loader(blobs())).scores.shape == (1, 48)
 
 

@@ -26,9 +26,10 @@ from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 
 
 def asked(module: Any, dataset: Any, **settings: Any) -> Any:
-    """A trainer for a model as it is, in double precision."""
+    """A trainer for a model as it is, in double precision; undamped least squares over all data by default."""
     trainer = make_trainer(precision="64-true")
-    callback = GIFCallback(**{"ratio": 0.5, "solver": "dense", "curvature_examples": None, **settings})
+    plain = {"method": "gif", "curvature": "hessian", "solver": "dense", "damping": 0.0, "curvature_examples": None}
+    callback = GIFCallback(**{"ratio": 0.5, **plain, **settings})
     attach(trainer, module.double(), train_dataloaders=loader(dataset), callback=callback)
     return trainer
 
@@ -246,7 +247,7 @@ def test_the_extreme_eigenvalues_come_on_request() -> None:
     trainer, _, dataset = fitted()
     query = batch_of(dataset, slice(0, 2))
     assert "largest" not in trainer.influence(query).curvature
-    report = trainer.influence(query, eigenvalues=2)
+    report = trainer.influence(query, eigenvalues=2, curvature="hessian")
     assert len(report.curvature["largest"]) == len(report.curvature["smallest"]) == 2
     assert report.curvature["kind"] == "hessian"
 
@@ -289,7 +290,7 @@ def test_only_the_parameters_that_may_change_become_targets() -> None:
             return ["net.2.*"]
 
     trainer, _, dataset = fitted(Head())
-    assert set(trainer.influence(batch_of(dataset, slice(0, 2))).targets) <= {"net.2.weight", "net.2.bias"}
+    assert set(trainer.influence(batch_of(dataset, slice(0, 2)), targets="cached").targets) <= {"net.2.weight", "net.2.bias"}
     assert set(trainer.unlearn(batch_of(dataset, slice(0, 2))).edit.indices) <= {"net.2.weight", "net.2.bias"}
 
 
@@ -297,10 +298,10 @@ def test_a_solve_that_does_not_converge_warns_or_raises_as_asked() -> None:
     trainer, _, dataset = fitted()
     query = batch_of(dataset, slice(0, 2))
     with pytest.warns(ConvergenceWarning, match="Raise `max_iter` or `damping`"):
-        report = trainer.influence(query, max_iter=2, unconverged="warn")
+        report = trainer.influence(query, method="gif", max_iter=2, unconverged="warn")
     assert not report.solution.converged
     with pytest.raises(ConvergenceError, match="'max_iter'"):
-        trainer.influence(query, max_iter=2, unconverged="raise")
+        trainer.influence(query, method="gif", max_iter=2, unconverged="raise")
 
 
 @pytest.mark.parametrize("targets", ["cached", "class", "batch"])
@@ -317,7 +318,10 @@ def test_targets_come_from_where_they_were_asked_for(targets: str) -> None:
 def test_the_cached_choice_is_used_as_it_is() -> None:
     trainer, _, dataset = fitted()
     callback = trainer.callbacks[0]
-    assert trainer.influence(batch_of(dataset, slice(0, 2))).targets is callback.targets
+    query = batch_of(dataset, slice(0, 2))
+    assert trainer.influence(query, targets="cached").targets is callback.targets
+    assert trainer.influence(query, method="gif").targets is callback.targets
+    assert trainer.influence(query).targets.count == 83  # all parameters, where nothing asks for targets
 
 
 def test_a_summed_loss_counts_each_example_once_also_for_a_query_of_one() -> None:

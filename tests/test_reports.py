@@ -239,7 +239,7 @@ def test_a_plot_of_several_changes_shows_the_losses_after_each() -> None:
     losses, _ = report.plot().axes
     forget, forget_after, *_ = losses.lines
     assert forget.get_xdata().tolist() == list(range(len(report.steps) + 1))
-    assert forget.get_ydata()[0] == report.forget.before
+    assert forget.get_ydata()[0] == pytest.approx(report.forget.before, rel=1e-6)
     assert forget.get_ydata()[-1] == pytest.approx(report.forget.after, rel=1e-3)
     assert forget_after.get_xdata()[0] == len(report.steps)
 

@@ -7,7 +7,7 @@ from .lissa import lissa, plain_lissa
 from .lsmr import lsmr
 from .spectrum import Spectrum, spectrum
 from .stochastic import stochastic_lissa
-from .truncated import truncated_newton
+from .symmetric import cg, truncated_newton
 
 __all__ = [
     "SOLVERS",
@@ -16,6 +16,7 @@ __all__ = [
     "Solver",
     "Spectrum",
     "Status",
+    "cg",
     "cgls",
     "dense",
     "lissa",
