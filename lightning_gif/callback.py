@@ -46,6 +46,9 @@ __all__ = ["GIFCallback", "attach"]
 
 _CHECKPOINT_KEY = "lightning_gif"
 
+# How many times its own size a sketch of the curvature takes while it is made.
+_SKETCHES = 4
+
 TargetsChoice = Literal["cached", "class", "batch"]
 
 _Report = TypeVar("_Report", InfluenceReport, UnlearnReport)
@@ -240,10 +243,14 @@ class GIFCallback(Callback):
         targets = "cached" if targets is None else targets
         preview = asked.for_influence(ggn=True, on_targets=on_targets)
         with self._opened(trainer, targets, preview, dataloader) as (objective, train):
+            query = self._examples(batch, objective, asked)
             few = next(train.at(torch.arange(1)).batches()).data
-            ggn = has_gauss_newton(objective, objective.theta, few)
-            settings = asked.for_influence(ggn=ggn, on_targets=on_targets)
-            query = self._examples(batch, objective, settings)
+            settings = asked.for_influence(
+                ggn=has_gauss_newton(objective, objective.theta, few),
+                on_targets=on_targets,
+                queries=len(query) if per_example else 1,
+                rank=int(asked.bytes_to_keep(objective.device) / (_SKETCHES * objective.theta.nbytes)),
+            )
             choose = partial(self._choose_targets, objective, train, query, targets, settings, overrides)
             report = influence(objective, train, query, settings, choose, per_example=per_example, k=k)
         return self._deliver(trainer, report)

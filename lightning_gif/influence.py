@@ -78,10 +78,10 @@ def influence(
             settings = replace(settings, damping=_DAMPING * _typical_curvature(objective, curvature, examples))
         gradients = objective.query_gradients(query, per_example=per_example)
         together = int(settings.bytes_to_keep(objective.device) // (_VECTORS * gradients[0].nbytes))
-        blocks = [
-            method.query(curvature, positions, block, settings.solve)
-            for block in gradients.split(min(max(together, 1), _MOST_TOGETHER))
-        ]
+        together = min(max(together, 1), _MOST_TOGETHER)
+        if settings.solver == "nystrom":  # whose sketch costs the same for all
+            together = len(gradients)
+        blocks = [method.query(curvature, positions, block, settings.solve) for block in gradients.split(together)]
         directions = torch.cat([found for found, _ in blocks])
         solutions = [solution for _, found in blocks for solution in found]
         description = settings.describe(curvature)

@@ -669,8 +669,8 @@ class Objective:
         where = self.space.unflatten(gradient.reshape(-1, self.space.size).abs().sum(0))
         names = [name for name, part in where.items() if not torch.isfinite(part).all()]
         raise NonFiniteError(
-            f"The gradient has non-finite entries in {', '.join(names[:5])}{' …' if len(names) > 5 else ''}. Nothing was"
-            " changed."
+            f"The gradient has non-finite entries in {', '.join(names[:5])}{' …' if len(names) > 5 else ''}. Nothing"
+            " was changed."
         )
 
 

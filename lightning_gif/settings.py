@@ -34,6 +34,9 @@ _INFLUENCE_RTOL = 1e-3
 # Steps of conjugate gradients for scores: more follow the noise of the curvature's sample.
 _STEPS_FOR_SCORES = 20
 
+# The rank of the sketch that many queries share, and the least that is worth it.
+_RANK, _LEAST_RANK = 256, 64
+
 # How many steps a solve takes, and the most that it takes towards a residual.
 _STEPS, _MOST_STEPS = 10, 200
 
@@ -156,23 +159,28 @@ class Settings:
             damping=0.0 if self.damping is None else self.damping,
         )
 
-    def for_influence(self, *, ggn: bool, on_targets: bool) -> Settings:
+    def for_influence(self, *, ggn: bool, on_targets: bool, queries: int = 1, rank: int = 0) -> Settings:
         """The same with what was left open chosen for scores; damping stays open where it is to be measured.
 
         Args:
             ggn: Whether the objective has a Gauss–Newton matrix.
             on_targets: Whether only target parameters are to be looked at.
+            queries: How many right-hand sides there are.
+            rank: Of a sketch of the curvature, the most that there is memory for.
         """
         method = _chosen(self.method, "fif" if on_targets else "if")
         square = METHODS[method].rows == METHODS[method].cols
         curvature = _chosen(self.curvature, "ggn" if square and ggn else "hessian")
-        solver = _chosen(self.solver, "cg" if square and curvature == "ggn" else "lsmr")
+        rank = min(rank, _RANK if self.max_iter is None else self.max_iter)
+        shared = rank >= _LEAST_RANK and queries * _STEPS_FOR_SCORES > rank and self.rtol is None
+        symmetric = "nystrom" if shared else "cg"
+        solver = _chosen(self.solver, symmetric if square and curvature == "ggn" else "lsmr")
         chosen = replace(self, method=method, curvature=curvature, solver=solver)
         if not square:  # the plain least squares of GIF, to the end
             rtol = _INFLUENCE_RTOL if self.rtol is None else self.rtol
             return replace(chosen, damping=0.0 if self.damping is None else self.damping, rtol=rtol)
-        if solver == "cg" and self.rtol is None and self.max_iter is None:
-            return replace(chosen, max_iter=_STEPS_FOR_SCORES)
+        if self.max_iter is None and self.rtol is None and solver in ("cg", "nystrom"):
+            return replace(chosen, max_iter=_STEPS_FOR_SCORES if solver == "cg" else rank or _RANK)
         return chosen
 
     def for_one_of_many(self) -> Settings:

@@ -290,7 +290,10 @@ def test_only_the_parameters_that_may_change_become_targets() -> None:
             return ["net.2.*"]
 
     trainer, _, dataset = fitted(Head())
-    assert set(trainer.influence(batch_of(dataset, slice(0, 2)), targets="cached").targets) <= {"net.2.weight", "net.2.bias"}
+    assert set(trainer.influence(batch_of(dataset, slice(0, 2)), targets="cached").targets) <= {
+        "net.2.weight",
+        "net.2.bias",
+    }
     assert set(trainer.unlearn(batch_of(dataset, slice(0, 2))).edit.indices) <= {"net.2.weight", "net.2.bias"}
 
 

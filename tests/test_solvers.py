@@ -11,6 +11,7 @@ from lightning_gif.solvers import (
     Solution,
     Status,
     dense,
+    low_rank,
     spectrum,
     stochastic_lissa,
     to_matrix,
@@ -581,3 +582,88 @@ def test_a_newton_step_claims_no_residual_that_it_does_not_have() -> None:
     true = float((rhs - matrix @ solution.x).norm() / rhs.norm())
     assert solution.residual == pytest.approx(true, rel=0.2)
     assert solution.status is not Status.CONVERGED
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Symmetric solves
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.7])
+def test_conjugate_gradients_solve_several_columns_each_to_its_end(damping: float) -> None:
+    basis = torch.linalg.eigh(DEFINITE).eigenvectors
+    rhs = torch.stack([torch.arange(1.0, 13.0).double(), 5.0 * basis[:, 3], torch.zeros(12).double()], dim=1)
+    operator = Matrix(DEFINITE)
+    found = SOLVERS["cg"](operator, rhs, damping=damping, rtol=1e-10, max_iter=50, seed=0)
+    truth = torch.linalg.solve(DEFINITE + damping * torch.eye(12, dtype=torch.float64), rhs)
+    for column, solution in enumerate(found):
+        torch.testing.assert_close(solution.x, truth[:, column], rtol=1e-7, atol=1e-10)
+        assert solution.converged
+        assert len(solution.residuals) == solution.iterations + 1
+    assert found[1].iterations == 1  # an eigenvector needs one step,
+    assert found[2].iterations == 0  # and nothing none
+    assert operator.products <= found[0].iterations + 1 + 3  # columns that are done cost nothing more
+
+
+def test_conjugate_gradients_end_at_negative_curvature_and_need_a_square() -> None:
+    solution = solve("cg", INDEFINITE, torch.ones(7, dtype=torch.float64), rtol=1e-10, max_iter=50, seed=0)
+    assert solution.status is Status.INDEFINITE
+    for options in ({"operator": Matrix(TALL)}, {"operator": Matrix(DEFINITE), "start": torch.zeros(12).double()}):
+        rows = options["operator"].shape[0]
+        with pytest.raises(ConfigurationError, match="square operator and no start"):
+            SOLVERS["cg"](rhs=torch.ones(rows).double(), damping=0.0, rtol=1e-3, max_iter=5, seed=0, **options)
+
+
+def decaying(size: int = 60, rank: int = 60) -> Tensor:
+    values = torch.zeros(size, dtype=torch.float64)
+    values[:rank] = torch.logspace(1, -6, rank, dtype=torch.float64)
+    return symmetric_indefinite(values)
+
+
+def test_a_sketch_of_a_matrix_of_low_rank_is_that_matrix() -> None:
+    matrix = decaying(rank=8)
+    found = low_rank(Matrix(matrix), 12)
+    assert relative(found.basis @ torch.diag(found.values) @ found.basis.T, matrix) < 1e-9
+    eye = torch.eye(len(found.values), dtype=torch.float64)
+    torch.testing.assert_close(found.basis.T @ found.basis, eye, rtol=0, atol=1e-9)
+    rows = torch.randn(5, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    damped = matrix + 0.1 * torch.eye(60, dtype=torch.float64)
+    truth = torch.linalg.solve(damped, rows.T)
+    assert relative(found.solve(rows.T, 0.1), truth) < 1e-9
+    torch.testing.assert_close(found.quadratic(rows, 0.1), (rows.T * truth).sum(0), rtol=1e-9, atol=0)
+
+
+def test_a_sketch_costs_its_rank_and_one_product_for_any_number_of_columns() -> None:
+    matrix = decaying()
+    rhs = torch.randn(60, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    operator = Matrix(matrix)
+    found = SOLVERS["nystrom"](operator, rhs, damping=1e-2, rtol=1e-3, max_iter=40, seed=0)
+    assert operator.products == 41
+    truth = torch.linalg.solve(matrix + 1e-2 * torch.eye(60, dtype=torch.float64), rhs)
+    errors = [relative(solution.x, truth[:, column]) for column, solution in enumerate(found)]
+    assert max(errors) < 0.05
+    assert all(abs(value) < 0.05 for value in (solution.residual for solution in found))
+    (rough,) = [SOLVERS["nystrom"](Matrix(matrix), rhs[:, 0], damping=1e-2, rtol=1e-3, max_iter=5, seed=0)]
+    assert rough.residual > 0.1  # and says so where the rank does not reach down to the damping
+    assert not rough.converged
+
+
+def test_a_sketch_in_float32_is_stable() -> None:
+    matrix = decaying().float()
+    found = low_rank(Matrix(matrix), 40)
+    eye = torch.eye(len(found.values))
+    torch.testing.assert_close(found.basis.T @ found.basis, eye, rtol=0, atol=1e-2)
+    torch.testing.assert_close(
+        found.values[:10].double(), torch.linalg.eigvalsh(decaying()).flip(0)[:10], rtol=1e-2, atol=0
+    )
+
+
+def test_a_sketch_refuses_what_it_cannot_do() -> None:
+    rhs = torch.ones(7, dtype=torch.float64)
+    with pytest.raises(ConfigurationError, match="`damping` above 0"):
+        SOLVERS["nystrom"](Matrix(INDEFINITE), rhs, damping=0.0, rtol=1e-3, max_iter=5, seed=0)
+    with pytest.raises(ConfigurationError, match="without negative eigenvalues"):
+        SOLVERS["nystrom"](Matrix(INDEFINITE), rhs, damping=1.0, rtol=1e-3, max_iter=7, seed=0)
+    assert not low_rank(Matrix(torch.zeros(7, 7)), 3).values.any()
+    with pytest.raises(NonFiniteError):
+        low_rank(Matrix(DEFINITE * float("nan")), 3)

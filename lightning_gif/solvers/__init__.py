@@ -5,6 +5,7 @@ from .cgls import cgls
 from .dense import dense, to_matrix
 from .lissa import lissa, plain_lissa
 from .lsmr import lsmr
+from .nystrom import LowRank, low_rank, nystrom
 from .spectrum import Spectrum, spectrum
 from .stochastic import stochastic_lissa
 from .symmetric import cg, truncated_newton
@@ -12,6 +13,7 @@ from .symmetric import cg, truncated_newton
 __all__ = [
     "SOLVERS",
     "LinearOperator",
+    "LowRank",
     "Solution",
     "Solver",
     "Spectrum",
@@ -20,7 +22,9 @@ __all__ = [
     "cgls",
     "dense",
     "lissa",
+    "low_rank",
     "lsmr",
+    "nystrom",
     "plain_lissa",
     "require_finite",
     "spectrum",

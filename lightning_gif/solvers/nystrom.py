@@ -1,0 +1,166 @@
+"""A low-rank picture of a symmetric operator, which any number of right-hand sides share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from .base import SOLVERS, LinearOperator, Solution, Status, check_shape, norms, peak_memory, require_finite
+
+__all__ = ["LowRank", "low_rank", "nystrom"]
+
+# Test vectors that are multiplied at a time.
+_TOGETHER = 16
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``C ≈ U diag(s) Uᵀ``, positive semi-definite.
+
+    Attributes:
+        basis: ``U``, ``(n, r)``, with orthonormal columns.
+        values: ``s ≥ 0``, ``(r,)``, descending: estimates from below of the largest eigenvalues of ``C``.
+    """
+
+    basis: Tensor
+    values: Tensor
+
+    def solve(self, rhs: Tensor, damping: float) -> Tensor:
+        """``(U diag(s) Uᵀ + λ)⁻¹ B`` for columns ``(n, q)`` and ``λ > 0``."""
+        return (rhs + self.basis @ (self._weights(damping)[:, None] * (self.basis.T @ rhs))) / damping
+
+    def quadratic(self, rows: Tensor, damping: float) -> Tensor:
+        """``gᵀ(U diag(s) Uᵀ + λ)⁻¹g`` for each row ``g`` of ``(m, n)``; ``(m,)``, float64."""
+        inside = (rows @ self.basis).double().square() @ self._weights(damping).double()
+        return (norms(rows.T).square() + inside) / damping
+
+    def _weights(self, damping: float) -> Tensor:
+        return -self.values / (self.values + damping)
+
+
+def low_rank(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
+    """The randomised Nyström approximation of a symmetric positive semi-definite operator.
+
+    With ``Ω`` ``(n, r)`` orthonormal and random it is ``(CΩ)(ΩᵀCΩ)⁺(CΩ)ᵀ``, computed with a small shift that keeps it
+    stable (Frangella, Tropp and Udell, *SIAM J. Matrix Anal. Appl.* 44, 2023, algorithm 2.1). What it leaves out of
+    ``C`` is positive semi-definite, and small where the eigenvalues beyond the ``r``-th are.
+
+    Args:
+        operator: ``C``, ``(n, n)``.
+        rank: ``r``: products, and vectors of length ``n`` that are kept.
+        seed: Of ``Ω``.
+
+    Raises:
+        NonFiniteError: If a product is not finite.
+        ConfigurationError: If the operator is far from positive semi-definite.
+    """
+    size, rank = operator.shape[0], min(rank, operator.shape[0])
+    generator = torch.Generator().manual_seed(seed)
+    test = torch.randn(size, rank, generator=generator, dtype=operator.dtype).to(operator.device)
+    test = torch.linalg.qr(test)[0]
+    image = torch.cat([operator.matvec(part) for part in test.split(_TOGETHER, dim=1)], dim=1)
+    require_finite(image, "The sketch of the curvature")
+    shift = torch.finfo(image.dtype).eps * float(torch.linalg.matrix_norm(image.double())) * size**0.5 / rank**0.5
+    if not shift:
+        return LowRank(test, torch.zeros(rank, dtype=image.dtype, device=image.device))
+    shifted = image + shift * test
+    core = (test.T @ shifted).double()
+    factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
+    if failed:
+        raise ConfigurationError(
+            "solver='nystrom' needs a curvature without negative eigenvalues, as curvature='ggn' has for convex losses."
+            " Use that, or solver='lsmr'."
+        )
+    inverse = torch.linalg.solve_triangular(
+        factor, torch.eye(rank, dtype=factor.dtype, device=factor.device), upper=False
+    )
+    half = shifted @ inverse.T.to(shifted.dtype)
+    # By the small Gram matrix rather than the tall one's singular vectors, which cost many times as much.
+    squares, vectors = torch.linalg.eigh((half.T @ half).double())
+    squares, vectors = squares.flip(0), vectors.flip(1)
+    kept = squares > squares[0] * torch.finfo(image.dtype).eps ** (2 / 3)  # smaller ones are mostly rounding
+    squares, vectors = squares[kept], vectors[:, kept]
+    basis = half @ (vectors / squares.sqrt()).to(half.dtype)
+    return LowRank(basis, (squares - shift).clamp_min(0).to(image.dtype))
+
+
+@SOLVERS.register("nystrom")
+def nystrom(
+    operator: LinearOperator,
+    rhs: Tensor,
+    *,
+    damping: float,
+    rtol: float = 1e-3,
+    max_iter: int = 128,
+    seed: int = 0,
+    start: Tensor | None = None,
+    discrepancy: float = 0.0,
+) -> Solution | list[Solution]:
+    """Solves ``(C + λ) x = b`` with :func:`low_rank` in the place of ``C``: as many products for many as for one.
+
+    Directions that the sketch misses are taken to have no curvature but the damping, so that there must be some, not
+    far below the smallest of the eigenvalues that it shows.
+
+    Args:
+        operator: ``C``, ``(n, n)``, symmetric positive semi-definite.
+        rhs: ``b``, ``(n,)``, or several as columns ``(n, q)``.
+        damping: ``λ > 0``, in the unit of ``C``'s eigenvalues.
+        rtol: The residual that counts as converged; it ends nothing.
+        max_iter: The rank of the sketch, which costs as many products.
+        seed: Of the sketch.
+        start: Not supported.
+        discrepancy: Unused.
+
+    Returns:
+        A :class:`~lightning_gif.solvers.Solution`, or a list for columns. Their ``residual`` and ``unexplained`` are
+        ``‖b − (C + λ)x‖/‖b‖`` of a random combination of all, by one more product.
+
+    Raises:
+        ConfigurationError: If the operator is not square, for a ``start``, or without damping.
+        NonFiniteError: If a product is not finite.
+    """
+    if operator.shape[0] != operator.shape[1] or start is not None or not damping > 0:
+        raise ConfigurationError(
+            f"solver='nystrom' takes a square operator, no start and a `damping` above 0, got shape {operator.shape}"
+            f" and {damping}. Leave `damping` out to have it measured, or use solver='cg' or 'lsmr'."
+        )
+    begin = time.perf_counter()
+    before = operator.products, operator.examples
+    b = rhs[:, None] if rhs.ndim == 1 else rhs
+    check_shape("right-hand side", b, operator.shape[0])
+    require_finite(rhs, "The right-hand side of the solve")
+    unit = norms(b)
+    unit[unit == 0] = 1.0
+    b = (b / unit).to(rhs.dtype)
+    found = low_rank(operator, max_iter, seed=seed)
+    x = found.solve(b, damping)
+    signs = torch.randint(0, 2, (b.shape[1],), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    signs = signs.to(b)
+    combined = x @ signs
+    residual = b @ signs - operator.matvec(combined) - damping * combined
+    left = float(norms(residual) / norms(b @ signs).clamp_min(torch.finfo(torch.float64).tiny))
+    products, examples = operator.products - before[0], operator.examples - before[1]
+    x, seconds, memory = (unit * x).to(rhs.dtype), time.perf_counter() - begin, peak_memory(operator.device)
+    solutions = [
+        Solution(
+            x=x[:, column],
+            status=Status.CONVERGED if left <= rtol else Status.MAX_ITER,
+            solver="nystrom",
+            iterations=len(found.values),
+            hvps=round(products / b.shape[1]),
+            examples=round(examples / b.shape[1]),
+            residual=left,
+            unexplained=left,
+            sigma_max=float(found.values.max()) if len(found.values) else 0.0,
+            rtol=rtol,
+            seconds=seconds,
+            peak_memory=memory,
+            residuals=[1.0, left],
+        )
+        for column in range(b.shape[1])
+    ]
+    return solutions[0] if rhs.ndim == 1 else solutions
