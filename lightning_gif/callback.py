@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import numbers
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -34,7 +36,7 @@ from .errors import (
     SelectionError,
     TrainingDataError,
 )
-from .influence import influence
+from .influence import influence, self_influence
 from .objective import Objective
 from .parameters import Targets
 from .reports import InfluenceReport, UnlearnReport
@@ -202,6 +204,8 @@ class GIFCallback(Callback):
         k: int = 10,
         per_example: bool = False,
         targets: TargetsChoice | None = None,
+        among: Sequence[int] | Callable[[Any], Tensor] | None = None,
+        scores_to: str | os.PathLike[str] | None = None,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
     ) -> InfluenceReport:
@@ -219,6 +223,11 @@ class GIFCallback(Callback):
                 neurons ranked by what training saw of the batch's classes. ``"batch"``: neurons ranked on the batch, as
                 in the paper. By default all parameters, or the cached choice where ``selector``, ``ratio`` or a method
                 that has targets is given.
+            among: Score only these training examples: their dataset indices, or a function from a batch to the truth
+                value of each of its examples. The scores stay those of a model trained on all.
+            scores_to: A folder to write the scores to as they are found, for more than fit into memory, and to go on
+                where a call was interrupted: the same call again does only what is missing. It is refused if weights,
+                queries, settings or data have changed (of the data, the indices and 64 examples are compared).
             dataloader: The training data, where it is not that of ``fit``.
             **overrides: Arguments of the constructor to change for this call: all but ``cache_neurons``,
                 ``cache_gradients`` and ``log_reports``.
@@ -235,24 +244,59 @@ class GIFCallback(Callback):
             NonFiniteError: If a loss, gradient or product is not finite.
             ConvergenceError: If the solve diverges, or does not converge and ``unconverged="raise"``.
         """
-        named = ("k", "per_example", "targets", "dataloader")
-        asked = self.settings.override(overrides, named)
-        on_targets = targets is not None or not overrides.keys().isdisjoint(("selector", "ratio"))
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ConfigurationError(f"`k` must be a whole number of at least 1, got {k!r}.")
-        targets = "cached" if targets is None else targets
-        preview = asked.for_influence(ggn=True, on_targets=on_targets)
-        with self._opened(trainer, targets, preview, dataloader) as (objective, train):
-            query = self._examples(batch, objective, asked)
-            few = next(train.at(torch.arange(1)).batches()).data
-            settings = asked.for_influence(
-                ggn=has_gauss_newton(objective, objective.theta, few),
-                on_targets=on_targets,
-                queries=len(query) if per_example else 1,
-                rank=int(asked.bytes_to_keep(objective.device) / (_SKETCHES * objective.theta.nbytes)),
+        named = ("k", "per_example", "targets", "among", "scores_to", "dataloader")
+        with self._attributing(trainer, targets, among, dataloader, k, overrides, named) as asked:
+            objective, train, some, settle = asked
+            query = self._examples(batch, objective, self.settings.override(overrides, named))
+            settings = settle(len(query) if per_example else 1)
+            report = influence(
+                objective,
+                train,
+                query,
+                settings,
+                partial(self._choose_targets, objective, train, query, targets or "cached", settings, overrides),
+                per_example=per_example,
+                among=some,
+                scores_to=None if scores_to is None else Path(scores_to),
+                k=k,
             )
-            choose = partial(self._choose_targets, objective, train, query, targets, settings, overrides)
-            report = influence(objective, train, query, settings, choose, per_example=per_example, k=k)
+        return self._deliver(trainer, report)
+
+    def self_influence(
+        self,
+        trainer: Trainer,
+        *,
+        k: int = 10,
+        targets: Literal["cached"] | None = None,
+        among: Sequence[int] | Callable[[Any], Tensor] | None = None,
+        dataloader: DataLoader[Any] | None = None,
+        **overrides: Unpack[Overrides],
+    ) -> InfluenceReport:
+        """Scores every training example by what removing it would do to the model's loss on itself.
+
+        Bound to the trainer as ``trainer.self_influence(…)``. High scores are what the model knows by heart: look there
+        first for wrong labels, duplicates with other labels, and data that is not like the rest.
+
+        Args:
+            trainer: The trainer; filled in by the binding.
+            k: How many are shown and logged.
+            targets: Look at the cached targets only; by default at all parameters, see :meth:`influence`.
+            among: As in :meth:`influence`.
+            dataloader: As in :meth:`influence`.
+            **overrides: As in :meth:`influence`. With more than 1024 parameters ``max_iter`` is the rank of a sketch.
+
+        Returns:
+            One row of scores, of each example for itself: see :func:`~lightning_gif.influence.self_influence`.
+
+        Raises:
+            GIFError: As in :meth:`influence`.
+        """
+        named = ("k", "targets", "among", "dataloader")
+        with self._attributing(trainer, targets, among, dataloader, k, overrides, named) as asked:
+            objective, train, some, settle = asked
+            settings = settle(len(train))
+            choose = partial(self._choose_targets, objective, train, train, "cached", settings, overrides)
+            report = self_influence(objective, train, settings, choose, among=some, k=k)
         return self._deliver(trainer, report)
 
     def unlearn(
@@ -513,6 +557,7 @@ class GIFCallback(Callback):
     def _bind(self, trainer: Trainer) -> None:
         # partial objects can be pickled; a lambda could not
         trainer.influence = partial(self.influence, trainer)
+        trainer.self_influence = partial(self.self_influence, trainer)
         trainer.unlearn = partial(self.unlearn, trainer)
 
     def _forget_statistics(self) -> None:
@@ -576,6 +621,43 @@ class GIFCallback(Callback):
         return self.targets
 
     @contextlib.contextmanager
+    def _attributing(
+        self,
+        trainer: Trainer,
+        targets: TargetsChoice | None,
+        among: Any,
+        dataloader: DataLoader[Any] | None,
+        k: int,
+        overrides: Overrides,
+        named: Sequence[str],
+    ) -> Iterator[tuple[Objective, Examples, Examples | None, Callable[[int], Settings]]]:
+        """What scores are made from: objective, training data, those to be scored, and settings for many queries."""
+        asked = self.settings.override(overrides, named)
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ConfigurationError(f"`k` must be a whole number of at least 1, got {k!r}.")
+        on_targets = targets is not None or not overrides.keys().isdisjoint(("selector", "ratio"))
+        choice: TargetsChoice = "cached" if targets is None else targets
+        first = asked.for_influence(ggn=True, on_targets=on_targets)
+        with self._opened(trainer, choice, first, dataloader) as (objective, train):
+
+            def settle(queries: int) -> Settings:
+                few = next(train.at(torch.arange(1)).batches()).data
+                return asked.for_influence(
+                    ggn=has_gauss_newton(objective, objective.theta, few),
+                    on_targets=on_targets,
+                    queries=queries,
+                    rank=int(asked.bytes_to_keep(objective.device) / (_SKETCHES * objective.theta.nbytes)),
+                )
+
+            some = None if among is None else self._chosen_examples(among, train)
+            if among is not None and some is None:
+                raise ConfigurationError(
+                    "`among` must be indices of the training dataset, or a function from a batch to truth values, got"
+                    f" {describe(among)}."
+                )
+            yield objective, train, some, settle
+
+    @contextlib.contextmanager
     def _opened(
         self, trainer: Trainer, choice: TargetsChoice, settings: Settings, dataloader: DataLoader[Any] | None
     ) -> Iterator[tuple[Objective, Examples]]:
@@ -633,7 +715,9 @@ class GIFCallback(Callback):
             return Examples.from_loader(given, objective.prepare, batch_size=settings.batch_size, seed=settings.seed)
         return Examples.from_batch(given, objective.prepare, batch_size=settings.batch_size)
 
-    def _forget_examples(self, given: Any, train: Examples, objective: Objective, settings: Settings) -> Examples:
+    @staticmethod
+    def _chosen_examples(given: Any, train: Examples) -> Examples | None:
+        """The training examples that indices or a function name; ``None`` if it is neither."""
         if callable(given) and not isinstance(given, Tensor):
             return train.where(given)
         # A batch has tensors in it, and more than one axis; numbers alone, or an array of them, are indices.
@@ -641,6 +725,12 @@ class GIFCallback(Callback):
         listed = isinstance(given, (list, tuple, range)) and len(given) > 0
         if numbered or (listed and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in given)):
             return train.with_ids(given.tolist() if numbered else given)
+        return None
+
+    def _forget_examples(self, given: Any, train: Examples, objective: Objective, settings: Settings) -> Examples:
+        chosen = self._chosen_examples(given, train)
+        if chosen is not None:
+            return chosen
         mask = isinstance(given, Tensor) and given.dtype is torch.bool and given.ndim == 1
         if mask or (not isinstance(given, DataLoader) and not any(tensor.ndim for tensor in tensors(given))):
             raise BatchError(

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .curvature import METHODS
-from .data import Examples
+from .curvature import METHODS, Method, Submatrix
+from .data import Examples, fingerprints
 from .objective import Objective
-from .parameters import Targets
+from .parameters import Targets, digest
 from .reports.influence import InfluenceReport, first_items
 from .sampling import curvature_sample
 from .settings import Settings
-from .solvers import LinearOperator
+from .solvers import LinearOperator, Solution
 from .solvers.base import norms
+from .store import ScoreStore
 
-__all__ = ["influence"]
+__all__ = ["influence", "self_influence"]
 
 # Queries that are solved together share the passes that are not kept, but each takes some vectors of the model's size.
 _MOST_TOGETHER, _VECTORS = 16, 12
+
+# How many training examples tell whether the data are the same.
+_DIGESTED = 64
 
 # Damping as a share of the typical curvature: see benchmarks/README.md.
 _DAMPING = 3e-3
@@ -37,9 +44,11 @@ def influence(
     choose_targets: Callable[[], Targets],
     *,
     per_example: bool = False,
+    among: Examples | None = None,
+    scores_to: Path | None = None,
     k: int = 10,
 ) -> InfluenceReport:
-    """Scores every training example for a query.
+    """Scores training examples for a query.
 
     The score of example ``i`` is ``(1/(n−1)) · qᵀ x(∇ℓ(zᵢ))``: what removing ``i`` would do to the query's mean
     measurement, to first order, where ``q`` is the query's gradient on the targets and ``x(g)`` the change of the
@@ -54,19 +63,104 @@ def influence(
         settings: Method, solver and their parameters.
         choose_targets: Called for the target parameters, unless the method changes all of them.
         per_example: One query for each example instead of one for their mean.
+        among: Those of the training examples that are scored; by default all.
+        scores_to: A folder for the scores, see :class:`~lightning_gif.store.ScoreStore`; by default they are in memory.
         k: How many proponents and opponents the report shows.
 
     Raises:
         BatchError: If the query is not structured as training batches are.
         NonFiniteError: If a loss, gradient or product is not finite.
         ObjectiveError: If the query does not depend on the targets.
-        ConfigurationError: For ``method="sif"``, which has no scores for single examples.
+        ConfigurationError: For ``method="sif"``, which has no scores for single examples; or if ``scores_to`` holds
+            something else.
         ConvergenceError: See :meth:`~lightning_gif.settings.Settings.solve`.
     """
     start = time.perf_counter()
     objective.check(query, "query", measured=True)
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
+    scored = train if among is None else among
+    queries = len(query) if per_example else 1
+    store = None
+    if scores_to is not None:
+        mark = _fingerprint(objective, train, scored, query, per_example, settings, targets)
+        store = ScoreStore.open(scores_to, queries, len(scored), mark)
+    found = None if store is None else store.load_directions(objective.space.size)
+    solved = _Solved.load(*found, objective.device) if found else None
+    if solved is None:
+        solved = _solve(objective, train, query, settings, method, targets, per_example)
+        if store is not None and not store.done.all():
+            store.save_directions(solved.directions, solved.told())
+
+    scores = torch.empty(queries, len(scored), dtype=torch.float64) if store is None else store.scores
+    # Weight decay does not become less where one example is removed, so each example's loss carries its share.
+    decay = settings.weight_decay * (solved.directions @ objective.theta).double().cpu()
+    with objective.progress("Scoring training examples", len(scored)) as bar:
+        position = 0
+        for batch in scored.batches():
+            stop = position + batch.size
+            if store is None or not store.done[position:stop].all():
+                block = objective.directional_derivatives(batch.data, solved.directions).cpu().double()
+                block = (block + decay[:, None]) / max(len(train) - 1, 1)
+                if store is None:
+                    scores[:, position:stop] = block
+                else:
+                    store.write(position, block)
+            position = stop
+            bar.update(batch.size)
+    if store is not None:
+        store.finish()
+    return InfluenceReport(
+        scores=scores,
+        indices=scored.ids,
+        solutions=solved.solutions,
+        curvature=solved.curvature,
+        targets=targets,
+        k=k,
+        dataset=train.dataset,
+        queries=first_items(query),
+        settings=asdict(replace(settings, damping=solved.damping)),
+        seconds=time.perf_counter() - start,
+    )
+
+
+@dataclass
+class _Solved:
+    """What the solves for queries gave.
+
+    Attributes:
+        directions: ``w`` of each, ``(n_queries, p)``.
+        solutions: How each went.
+        curvature: How products were made.
+        damping: ``λ``.
+    """
+
+    directions: Tensor
+    solutions: list[Solution]
+    curvature: dict[str, Any]
+    damping: float
+
+    def told(self) -> dict[str, Any]:
+        """All but the directions, in plain values."""
+        solutions = [{**solution.summary(), "residuals": solution.residuals} for solution in self.solutions]
+        return {"solutions": solutions, "curvature": self.curvature, "damping": self.damping}
+
+    @classmethod
+    def load(cls, directions: Tensor, told: dict[str, Any], device: torch.device) -> _Solved:
+        """From what was kept."""
+        solutions = [Solution.of_summary(**values) for values in told["solutions"]]
+        return cls(directions.to(device), solutions, told["curvature"], told["damping"])
+
+
+def _solve(
+    objective: Objective,
+    train: Examples,
+    query: Examples,
+    settings: Settings,
+    method: Method,
+    targets: Targets,
+    per_example: bool,
+) -> _Solved:
     positions = targets.flat(objective.space).to(objective.device)
     examples = curvature_sample(
         objective, train, settings.curvature_examples, settings.curvature_sampling, settings.seed
@@ -82,27 +176,103 @@ def influence(
         if settings.solver == "nystrom":  # whose sketch costs the same for all
             together = len(gradients)
         blocks = [method.query(curvature, positions, block, settings.solve) for block in gradients.split(together)]
-        directions = torch.cat([found for found, _ in blocks])
-        solutions = [solution for _, found in blocks for solution in found]
-        description = settings.describe(curvature)
-    del curvature, blocks  # and the passes that it kept
+        return _Solved(
+            directions=torch.cat([found for found, _ in blocks]),
+            solutions=[solution for _, found in blocks for solution in found],
+            curvature=settings.describe(curvature),
+            damping=float(settings.damping or 0.0),
+        )
 
-    scores = []
-    with objective.progress("Scoring training examples", len(train)) as bar:
-        for batch in train.batches():
-            scores.append(objective.directional_derivatives(batch.data, directions).cpu())
+
+def _fingerprint(
+    objective: Objective,
+    train: Examples,
+    scored: Examples,
+    query: Examples,
+    per_example: bool,
+    settings: Settings,
+    targets: Targets,
+) -> str:
+    """A digest of what scores depend on: weights, buffers, queries, settings, versions, ids, and some of the data."""
+    from . import __version__  # which is known once the package is loaded
+
+    state = hashlib.sha256()
+    values = {**objective.space.unflatten(objective.theta), **dict(objective.module.named_buffers())}
+    some = train.at(torch.linspace(0, len(train) - 1, min(len(train), _DIGESTED)).long().unique())
+    chosen = {name: value for name, value in asdict(settings).items() if name not in ("memory", "unconverged")}
+    for part in (
+        digest(values),
+        digest({"train": train.ids, "scored": scored.ids, **targets}),
+        *(mark.hex() for mark in fingerprints(query)),
+        *(mark.hex() for mark in fingerprints(some)),
+        json.dumps([chosen, per_example, torch.__version__, __version__], sort_keys=True, default=str),
+    ):
+        state.update(part.encode())
+    return state.hexdigest()
+
+
+def self_influence(
+    objective: Objective,
+    train: Examples,
+    settings: Settings,
+    choose_targets: Callable[[], Targets],
+    *,
+    among: Examples | None = None,
+    k: int = 10,
+) -> InfluenceReport:
+    """Scores each training example for itself: what removing it would do to its own loss.
+
+    That is ``(1/(n−1)) · gᵢᵀ(C + λ)⁻¹gᵢ`` with ``gᵢ = ∇ℓ(zᵢ)``, on the targets where there are some: large for what the
+    model knows by heart, such as wrong labels (Koh and Liang, ICML 2017, section 5.4; Feldman and Zhang, NeurIPS 2020).
+    With up to 1024 parameters ``C`` is formed, and the scores are exact. With more, a sketch of ``C`` takes its place
+    (:func:`~lightning_gif.solvers.low_rank`): directions that it misses count with the damping alone, which
+    overestimates the scores, by the less the smaller the curvature there is beside the damping.
+
+    Args:
+        objective: An open objective.
+        train: The ``n`` training examples.
+        settings: Curvature, damping and their parameters; with ``max_iter`` the rank of the sketch.
+        choose_targets: Called for the target parameters, unless all are looked at.
+        among: Those of the training examples that are scored; by default all.
+        k: How many of either end the report shows.
+
+    Raises:
+        NonFiniteError: If a loss, gradient or product is not finite.
+        ConfigurationError: For a method that is not symmetric, or a curvature with negative eigenvalues.
+    """
+    start = time.perf_counter()
+    method = METHODS[settings.method]
+    targets = method.targets(objective.space, choose_targets)
+    positions = targets.flat(objective.space).to(objective.device)
+    scored = train if among is None else among
+    examples = curvature_sample(
+        objective, train, settings.curvature_examples, settings.curvature_sampling, settings.seed
+    )
+    with objective.progress("Hessian products") as bar:
+        curvature = settings.open_curvature(
+            objective, examples.held(settings.bytes_to_keep(objective.device)), on_product=bar.update
+        )
+        if settings.damping is None:
+            settings = replace(settings, damping=_DAMPING * _typical_curvature(objective, curvature, examples))
+        damping = float(settings.damping or 0.0)
+        solve = settings.quadratic(Submatrix(curvature, positions, positions), damping)
+        description = settings.describe(curvature)
+    found = []
+    with objective.progress("Scoring training examples", len(scored)) as bar:
+        for batch in scored.batches():
+            for rows in objective.gradients(batch.data):
+                whole = rows + settings.weight_decay * objective.theta
+                found.append(solve(whole[:, positions]).cpu())
             bar.update(batch.size)
-    # Weight decay does not become less where one example is removed, so each example's loss carries its share.
-    decay = settings.weight_decay * (directions @ objective.theta).double().cpu()
     return InfluenceReport(
-        scores=(torch.cat(scores, dim=1).double() + decay[:, None]) / max(len(train) - 1, 1),
-        indices=train.ids,
-        solutions=solutions,
+        scores=torch.cat(found)[None].double() / max(len(train) - 1, 1),
+        indices=scored.ids,
+        solutions=[],
         curvature=description,
         targets=targets,
         k=k,
         dataset=train.dataset,
-        queries=first_items(query),
+        queries=[],
         settings=asdict(settings),
         seconds=time.perf_counter() - start,
     )

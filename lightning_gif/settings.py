@@ -20,7 +20,17 @@ from .objective import Objective
 from .registry import nearest
 from .sampling import SAMPLERS
 from .selection import check_selector, is_name
-from .solvers import SOLVERS, LinearOperator, Solution, Status, require_finite, spectrum, truncated_newton
+from .solvers import (
+    SOLVERS,
+    LinearOperator,
+    Solution,
+    Status,
+    low_rank,
+    require_finite,
+    spectrum,
+    to_matrix,
+    truncated_newton,
+)
 
 __all__ = ["Overrides", "Settings"]
 
@@ -33,6 +43,9 @@ _INFLUENCE_RTOL = 1e-3
 
 # Steps of conjugate gradients for scores: more follow the noise of the curvature's sample.
 _STEPS_FOR_SCORES = 20
+
+# Up to how many parameters a matrix is formed and solved with.
+_EXACT = 1024
 
 # The rank of the sketch that many queries share, and the least that is worth it.
 _RANK, _LEAST_RANK = 256, 64
@@ -304,6 +317,27 @@ class Settings:
             require_finite(solution.x, f"The solution of {self.solver!r}")
         self._judge(solutions)
         return solutions
+
+    def quadratic(self, operator: LinearOperator, damping: float) -> Callable[[Tensor], Tensor]:
+        """``gᵀ(C + λ)⁻¹g`` of each row ``g`` of ``(m, n)`` as a function: exact for a small ``C``, else by a sketch.
+
+        Args:
+            operator: ``C``, ``(n, n)``, symmetric.
+            damping: ``λ``.
+        """
+        size = operator.shape[0]
+        if size <= _EXACT:
+            matrix = to_matrix(operator).double()
+            matrix.diagonal().add_(damping)
+            factor = torch.linalg.lu_factor(matrix)
+            return lambda rows: (rows.double().T * torch.linalg.lu_solve(*factor, rows.double().T)).sum(0)
+        if not damping > 0:
+            raise ConfigurationError(
+                f"Self-influence on {size} parameters is estimated with a sketch of the curvature, which needs a"
+                " `damping` above 0. Leave it out to have it measured."
+            )
+        found = low_rank(operator, self.max_iter or _RANK, seed=self.seed)
+        return lambda rows: found.quadratic(rows, damping)
 
     def _judge(self, solutions: list[Solution]) -> None:
         """Warns or raises where a residual was asked for and not reached."""

@@ -20,6 +20,7 @@ from lightning_gif import (
     GIFWarning,
     attach,
 )
+from lightning_gif.objective import Objective
 from lightning_gif.parameters import ParameterSpace
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
@@ -375,3 +376,240 @@ def test_a_callback_attached_to_another_model_ranks_anew() -> None:
     assert report.targets is not chosen
     report.targets.flat(ParameterSpace(other))
     assert first is not other
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is chosen for the one who does not choose
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def damped(module: Classifier, dataset: TensorDataset, damping: float) -> tuple[Tensor, Tensor]:
+    """Per-example gradients ``(n, p)`` and the inverse of the damped Gauss-Newton matrix ``(p, p)``."""
+    rows, x = gradients(module, dataset), dataset.tensors[0].to(torch.float64)
+    parameters = [p.detach().clone().requires_grad_() for p in module.parameters()]
+    names = [name for name, _ in module.named_parameters()]
+
+    def logits(*values: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
+
+    jacobian = torch.cat(
+        [part.flatten(2) for part in torch.autograd.functional.jacobian(logits, tuple(parameters))], dim=2
+    )
+    p = logits(*parameters).softmax(1).detach()
+    inner = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    ggn = torch.einsum("ncp,ncd,ndq->pq", jacobian, inner, jacobian) / len(x)
+    return rows, torch.linalg.inv(ggn + damping * torch.eye(len(ggn), dtype=ggn.dtype))
+
+
+def open_trainer(module: Any, dataset: Any, **settings: Any) -> Any:
+    """In double precision, with everything that can be left open left open."""
+    trainer = make_trainer(precision="64-true")
+    callback = GIFCallback(curvature_examples=None, **settings)
+    attach(trainer, module.double(), train_dataloaders=loader(dataset), callback=callback)
+    return trainer
+
+
+def test_by_default_scores_are_of_the_damped_gauss_newton_matrix_of_all_parameters() -> None:
+    module, dataset = Classifier().double(), blobs(30)
+    report = open_trainer(module, dataset).influence(batch_of(dataset, slice(0, 4)), rtol=1e-10)
+    assert (report.settings["method"], report.settings["curvature"], report.settings["solver"]) == ("if", "ggn", "cg")
+    rows, inverse = damped(module, dataset, report.settings["damping"])
+    expected = rows[:4].mean(0) @ inverse @ rows.T / 29
+    torch.testing.assert_close(report.scores[0], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_measured_damping_is_in_the_unit_of_the_loss() -> None:
+    class Scaled(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return 10 * super().training_step(batch, batch_idx)
+
+    module, dataset = Scaled().double(), blobs(30)
+    plain = Classifier(module.net)
+    query = batch_of(dataset, slice(0, 4))
+    one, ten = (open_trainer(net, dataset).influence(query, curvature="hessian") for net in (plain, module))
+    assert ten.settings["damping"] == pytest.approx(10 * one.settings["damping"])
+    torch.testing.assert_close(ten.scores, 10 * one.scores, rtol=1e-6, atol=0)
+
+
+def test_a_loss_of_ones_own_making_has_scores_by_default_too() -> None:
+    class Own(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return (self(batch[0]).logsumexp(1) - self(batch[0]).gather(1, batch[1][:, None])[:, 0]).mean()
+
+    dataset = blobs(30)
+    report = open_trainer(Own(), dataset).influence(batch_of(dataset, slice(0, 4)))
+    assert (report.settings["method"], report.settings["curvature"], report.settings["solver"]) == (
+        "if",
+        "hessian",
+        "lsmr",
+    )
+
+
+def test_the_plain_least_squares_of_the_paper_stay_there_by_name() -> None:
+    trainer, _, dataset = fitted()
+    settings = trainer.influence(batch_of(dataset, slice(0, 4)), method="gif").settings
+    names = ("method", "curvature", "solver", "damping", "rtol")
+    assert [settings[name] for name in names] == ["gif", "hessian", "lsmr", 0.0, 1e-3]
+
+
+def test_many_queries_share_a_sketch_and_are_scored_by_gradients() -> None:
+    module, dataset = Classifier().double(), blobs(200)
+    trainer = open_trainer(module, dataset)
+    query = batch_of(dataset, slice(0, 40))
+    report = trainer.influence(query, per_example=True, max_iter=83)
+    assert report.settings["solver"] == "nystrom"
+    rows, inverse = damped(module, dataset, report.settings["damping"])
+    torch.testing.assert_close(report.scores, rows[:40] @ inverse @ rows.T / 199, rtol=1e-3, atol=1e-6)
+    few = trainer.influence(batch_of(dataset, slice(0, 3)), per_example=True, solver="nystrom", max_iter=83)
+    torch.testing.assert_close(few.scores, report.scores[:3], rtol=1e-3, atol=1e-6)  # by forward mode
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Self-influence
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_self_influence_is_each_gradient_in_the_inverse_curvature(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_gif.settings._EXACT", 1024 if exact else 1)
+    module, dataset = Classifier().double(), blobs(60)
+    report = open_trainer(module, dataset, max_iter=83, batch_size=7).self_influence()
+    assert report.scores.shape == (1, 60)
+    rows, inverse = damped(module, dataset, report.settings["damping"])
+    expected = torch.einsum("np,pq,nq->n", rows, inverse, rows) / 59
+    torch.testing.assert_close(report.scores[0], expected, rtol=1e-6 if exact else 1e-3, atol=1e-9)
+
+
+def test_a_sketch_of_small_rank_overestimates_self_influence_and_keeps_its_order() -> None:
+    trainer, _, _ = fitted()
+    exact = trainer.self_influence().scores[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_gif.settings._EXACT", 1)
+        rough = trainer.self_influence(max_iter=20).scores[0]
+    assert (rough > 0.999 * exact).all()
+    assert torch.corrcoef(torch.stack([rough.argsort().argsort(), exact.argsort().argsort()]).double())[0, 1] > 0.9
+
+
+def test_self_influence_of_the_cached_targets_and_of_some_examples() -> None:
+    trainer, _, _ = fitted()
+    whole, part = trainer.self_influence(), trainer.self_influence(targets="cached")
+    assert part.targets is trainer.callbacks[0].targets
+    assert (part.scores < whole.scores).any()
+    some = trainer.self_influence(among=[5, 3])
+    torch.testing.assert_close(some.scores, whole.scores[:, [5, 3]])
+    assert some.indices.tolist() == [5, 3]
+
+
+def test_wrong_labels_have_high_self_influence() -> None:
+    dataset = blobs(200)
+    x, y = dataset.tensors
+    wrong = torch.zeros(200, dtype=torch.bool)
+    wrong[::10] = True
+    trainer, _, _ = fitted(dataset=TensorDataset(x, torch.where(wrong, (y + 1) % 3, y)))
+    scores = trainer.self_influence().scores[0]
+    above = (scores[wrong][:, None] > scores[~wrong]).double().mean()
+    assert above > 0.9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Some of the examples, and scores in a file
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("among", [[5, 3, 11], lambda batch: batch[1] == 2])
+def test_scores_of_some_examples_are_those_they_have_among_all(among: Any) -> None:
+    trainer, _, dataset = fitted()
+    query = batch_of(dataset, slice(0, 3))
+    whole, some = trainer.influence(query), trainer.influence(query, among=among)
+    expected = [5, 3, 11] if isinstance(among, list) else (dataset.tensors[1] == 2).nonzero().flatten().tolist()
+    assert some.indices.tolist() == expected
+    torch.testing.assert_close(some.scores, whole.scores[:, expected], rtol=1e-4, atol=1e-8)
+
+
+def test_bad_choice_of_examples_to_score() -> None:
+    trainer, _, dataset = fitted()
+    with pytest.raises(ConfigurationError, match="`among` must be indices"):
+        trainer.influence(batch_of(dataset, slice(0, 3)), among="all")
+
+
+def test_scores_in_a_file_go_on_where_they_were_interrupted(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _, dataset = fitted()
+    query = batch_of(dataset, slice(0, 3))
+    options: dict[str, Any] = {"per_example": True, "batch_size": 16}
+    expected = trainer.influence(query, **options)
+    seen: list[int] = []
+    original = Objective.directional_derivatives
+
+    def fragile(self: Objective, data: Any, directions: Tensor) -> Tensor:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(data[0]))
+        return original(self, data, directions)
+
+    monkeypatch.setattr(Objective, "directional_derivatives", fragile)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.influence(query, **options, scores_to=tmp_path / "scores")
+    monkeypatch.setattr(Objective, "directional_derivatives", original)
+
+    def no_solve(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the solve is done")
+
+    left: list[int] = []
+
+    def counted(self: Objective, data: Any, directions: Tensor) -> Tensor:
+        left.append(len(data[0]))
+        return original(self, data, directions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "directional_derivatives", counted)
+        patch.setattr("lightning_gif.influence._solve", no_solve)
+        report = trainer.influence(query, **options, scores_to=tmp_path / "scores")
+    assert sum(seen) + sum(left) == len(dataset)
+    assert torch.equal(report.scores, expected.scores)
+    assert report.solution.summary()["hvps"] == expected.solution.hvps
+    assert "proponents" in str(report)
+    assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["done.bin", "manifest.json", "scores.bin"]
+
+
+def test_scores_of_something_else_are_not_gone_on_with(tmp_path: Any) -> None:
+    trainer, module, dataset = fitted()
+    query = batch_of(dataset, slice(0, 3))
+    done = trainer.influence(query, scores_to=tmp_path / "scores")
+    again = trainer.influence(query, scores_to=tmp_path / "scores")
+    assert torch.equal(again.scores, done.scores)
+    for change in ({"batch": batch_of(dataset, slice(1, 4))}, {"damping": 0.7}, {"among": [1, 2]}):
+        with pytest.raises(ConfigurationError, match="fingerprint"):
+            trainer.influence(**{"batch": query, **change}, scores_to=tmp_path / "scores")
+    with torch.no_grad():
+        next(module.parameters())[0, 0] += 1e-3
+    with pytest.raises(ConfigurationError, match="other weights"):
+        trainer.influence(query, scores_to=tmp_path / "scores")
+    assert torch.equal(done.scores, again.scores)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", b"{", "no scores that can be gone on with"),
+        ("manifest.json", b"[]", "differ"),
+        ("scores.bin", b"short", "5 bytes"),
+        ("done.bin", b"", "0 bytes"),
+    ],
+)
+def test_damaged_scores_are_refused(tmp_path: Any, name: str, content: bytes, message: str) -> None:
+    trainer, _, dataset = fitted()
+    query = batch_of(dataset, slice(0, 3))
+    trainer.influence(query, scores_to=tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=message):
+        trainer.influence(query, scores_to=tmp_path)
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_damaged_directions_are_refused(tmp_path: Any) -> None:
+    trainer, _, dataset = fitted()
+    query = batch_of(dataset, slice(0, 3))
+    trainer.influence(query, scores_to=tmp_path)
+    (tmp_path / "directions.safetensors").write_bytes(b"not one")
+    with pytest.raises(ConfigurationError, match="damaged"):
+        trainer.influence(query, scores_to=tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -129,6 +129,14 @@ class Solution:
             "seconds": self.seconds,
         }
         return found if self.peak_memory is None else {**found, "peak_memory": self.peak_memory}
+
+    @classmethod
+    def of_summary(
+        cls, *, residuals: list[float], peak_memory: int | None = None, status: str, **values: Any
+    ) -> Solution:
+        """From what :meth:`summary` gives and the residuals, without the solution itself: ``x`` is empty."""
+        status = Status(status)
+        return cls(x=torch.empty(0), status=status, peak_memory=peak_memory, residuals=residuals, **values)
 
 
 class Solver(Protocol):
