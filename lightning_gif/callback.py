@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import numbers
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -32,6 +33,7 @@ from .data import Examples, batch_size, class_targets, describe, example_classes
 from .errors import (
     BatchError,
     ConfigurationError,
+    GIFError,
     GIFWarning,
     SelectionError,
     TrainingDataError,
@@ -40,6 +42,7 @@ from .influence import influence, self_influence
 from .objective import Objective
 from .parameters import Targets
 from .reports import InfluenceReport, UnlearnReport
+from .reports.loggers import log_table
 from .selection import GradientStatistics, NeuronStatistics, select
 from .settings import AUTO, Overrides, Settings
 from .unlearning import Step, check_step, unlearn
@@ -121,6 +124,14 @@ class GIFCallback(Callback):
         cache_neurons: Gather the statistics of neurons: 8 bytes for each neuron and class.
         cache_gradients: Gather the mean squares of gradients: 4 bytes for each parameter.
         log_reports: Log each report to the trainer's loggers, and each epoch's choice of targets.
+        report_every_n_epochs: Make a report of ``query`` at the end of every so many epochs of ``fit``, and log it: to
+            W&B also the strongest examples of all reports so far (``gif/influence/history``), a chart of which shows
+            when which of them start to matter. A report takes about as long as an epoch (a scoring pass costs some
+            three forward passes over the training data) and 20 products over ``curvature_examples``; its ``seconds``
+            are logged. The last one is :attr:`last_report`.
+        query: A batch, or a ``DataLoader``, as for :meth:`influence`: what to ask about in training.
+        report_options: Arguments of :meth:`influence` for these reports, such as ``{"k": 20, "among": indices}``, which
+            makes each as cheap as the examples are few.
         seed: Of all random draws of the computations.
 
     Raises:
@@ -149,6 +160,9 @@ class GIFCallback(Callback):
         cache_neurons: bool = True,
         cache_gradients: bool = True,
         log_reports: bool = True,
+        report_every_n_epochs: int | None = None,
+        query: Any = None,
+        report_options: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -175,6 +189,10 @@ class GIFCallback(Callback):
         self.cache_neurons = cache_neurons
         self.cache_gradients = cache_gradients
         self.log_reports = log_reports
+        self.report_every_n_epochs = report_every_n_epochs
+        self.query = query
+        self.report_options = dict(report_options or {})
+        self._check_reports()
 
         self.neurons = NeuronStatistics()
         self.gradients = GradientStatistics()
@@ -184,6 +202,8 @@ class GIFCallback(Callback):
         self._unseen_loader: Any = None
         self._rank_on_demand = False
         self._observed: LightningModule | None = None  # whose statistics and targets these are
+        self.last_report: InfluenceReport | None = None
+        self._history: list[list[Any]] = []  # of the reports made in training
 
     @property
     @override
@@ -414,6 +434,9 @@ class GIFCallback(Callback):
         self._observed = pl_module
         self._rank_on_demand = False
         self._train_loader = trainer.train_dataloader
+        if self.report_every_n_epochs is not None:  # a bad query should not be found out hours later
+            with self._opened(trainer, "batch", self.settings, None) as (objective, _):
+                objective.check(self._examples(self.query, objective, self.settings), "query", measured=True)
         if self.cache_neurons:
             self.neurons.attach(pl_module)
             torch.compiler.reset()  # code compiled in an earlier fit knows nothing of hooks that were added since
@@ -461,7 +484,13 @@ class GIFCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Picks the targets from what the epoch has shown."""
+        """Picks the targets from what the epoch has shown, and makes a report where one is due."""
+        self._pick_targets(trainer, pl_module)
+        every = self.report_every_n_epochs
+        if every is not None and (trainer.current_epoch + 1) % every == 0:
+            self._report(trainer)
+
+    def _pick_targets(self, trainer: Trainer, pl_module: LightningModule) -> None:
         previous = self.targets
         self._pick(pl_module, f"at the end of epoch {trainer.current_epoch}")
         if self.targets is None:
@@ -501,13 +530,14 @@ class GIFCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The epoch of the present targets."""
-        return {"targets_epoch": self.targets_epoch}
+        """The epoch of the present targets, and the strongest examples of the reports so far."""
+        return {"targets_epoch": self.targets_epoch, "history": [list(row) for row in self._history]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
         self.targets_epoch = state_dict["targets_epoch"]
+        self._history = [list(row) for row in state_dict.get("history", [])]
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -553,6 +583,42 @@ class GIFCallback(Callback):
                 f"GIFCallback works on one device in one process so far, but {reason}. Use devices=1, or train without"
                 " the callback and use lightning_gif.attach() on the trained model."
             )
+
+    def _check_reports(self) -> None:
+        every, query = self.report_every_n_epochs, self.query
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ConfigurationError(
+                f"`report_every_n_epochs` must be None or a whole number of at least 1, got {every!r}."
+            )
+        if (every is None) != (query is None):
+            raise ConfigurationError(
+                "`report_every_n_epochs` and `query` go together: how often to report, and on which batch. Got"
+                f" report_every_n_epochs={every!r} and {'no query' if query is None else 'a query'}."
+            )
+        if self.report_options and every is None:
+            raise ConfigurationError("`report_options` are for `report_every_n_epochs`, which was not given.")
+        known = inspect.signature(self.influence).parameters.keys() - {"trainer", "batch", "overrides"}
+        settings = {name: value for name, value in self.report_options.items() if name not in known}
+        self.settings.override(settings, known)  # type: ignore[arg-type]
+
+    def _report(self, trainer: Trainer) -> None:
+        """Makes the report of an epoch. No report is worth a run."""
+        try:
+            report = self.influence(trainer, self.query, **self.report_options)
+        except GIFError as error:
+            rank_zero_warn(
+                f"No influence report at the end of epoch {trainer.current_epoch}: {error}", category=GIFWarning
+            )
+            return
+        self.last_report = report
+        for kind, ranking in (("proponent", report.proponents()), ("opponent", report.opponents())):
+            for query, (indices, scores) in enumerate(zip(*ranking, strict=True)):
+                ranked = enumerate(zip(indices.tolist(), scores.tolist(), strict=True), 1)
+                self._history += [
+                    [trainer.current_epoch, query, kind, rank, index, score] for rank, (index, score) in ranked
+                ]
+        columns = ["epoch", "query", "kind", "rank", "index", "score"]
+        self._log(trainer, lambda logger: log_table([logger], "gif/influence/history", columns, self._history))
 
     def _bind(self, trainer: Trainer) -> None:
         # partial objects can be pickled; a lambda could not
@@ -763,17 +829,20 @@ class GIFCallback(Callback):
     def _deliver(self, trainer: Trainer, report: _Report) -> _Report:
         report.loggers = list(trainer.loggers)
         report.global_step = trainer.global_step
+        self._log(trainer, lambda logger: report.log([logger]))
+        return report
+
+    def _log(self, trainer: Trainer, log: Callable[[Any], None]) -> None:
         if self.log_reports and not trainer.fast_dev_run:
-            for logger in report.loggers:
+            for logger in trainer.loggers:
                 try:
-                    report.log([logger])
+                    log(logger)
                 except Exception as error:  # the report is done and the edit made: no logger may cost the user both
                     rank_zero_warn(
                         f"{type(logger).__name__} did not take the report, which is returned nevertheless:"
                         f" {type(error).__name__}: {error}. `report.log([logger])` tries again.",
                         category=GIFWarning,
                     )
-        return report
 
 
 def _single(loaders: Any) -> Any:

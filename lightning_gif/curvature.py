@@ -85,8 +85,10 @@ def gauss_newton(
         nonlocal checked
         if checked:
             return
-        (expected,) = torch.autograd.grad(loss_sum(theta, data), theta, materialize_grads=True)
-        through = torch.zeros_like(theta)
+        whole = loss_sum(theta, data)
+        expected = through = torch.zeros_like(theta)
+        if whole.requires_grad:
+            (expected,) = torch.autograd.grad(whole, theta, materialize_grads=True)
         if out.requires_grad:
             (through,) = torch.autograd.grad(out, theta, slope.detach(), retain_graph=True, materialize_grads=True)
         if float((through - expected).norm()) > 1e-3 * float(expected.norm()):
@@ -103,7 +105,9 @@ def gauss_newton(
         out = outputs(theta, data)
         at = out.detach().requires_grad_()
         loss = loss_sum_at(theta.detach(), data)(at)
-        (slope,) = torch.autograd.grad(loss, at, create_graph=True, materialize_grads=True)
+        slope = torch.zeros_like(at)
+        if loss.requires_grad:
+            (slope,) = torch.autograd.grad(loss, at, create_graph=True, materialize_grads=True)
         check(theta, data, out, slope)
         if not slope.requires_grad:  # the loss is linear in its predictions here
             return torch.zeros_like, ()

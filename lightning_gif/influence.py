@@ -20,7 +20,7 @@ from .parameters import Targets, digest
 from .reports.influence import InfluenceReport, first_items
 from .sampling import curvature_sample
 from .settings import Settings
-from .solvers import LinearOperator, Solution
+from .solvers import LinearOperator, Solution, require_finite
 from .solvers.base import norms
 from .store import ScoreStore
 
@@ -32,8 +32,8 @@ _MOST_TOGETHER, _VECTORS = 16, 12
 # How many training examples tell whether the data are the same.
 _DIGESTED = 64
 
-# Damping as a share of the typical curvature: see benchmarks/README.md.
-_DAMPING = 3e-3
+# Damping as a share of the largest eigenvalue, see benchmarks/README.md, and products that estimate that.
+_DAMPING, _POWER_STEPS = 1e-3, 3
 
 
 def influence(
@@ -169,7 +169,7 @@ def _solve(
     with objective.progress("Hessian products") as bar:
         curvature = settings.open_curvature(objective, examples, on_product=bar.update)
         if settings.damping is None:
-            settings = replace(settings, damping=_DAMPING * _typical_curvature(objective, curvature, examples))
+            settings = replace(settings, damping=_damping(curvature, settings.seed))
         gradients = objective.query_gradients(query, per_example=per_example)
         together = int(settings.bytes_to_keep(objective.device) // (_VECTORS * gradients[0].nbytes))
         together = min(max(together, 1), _MOST_TOGETHER)
@@ -253,7 +253,7 @@ def self_influence(
             objective, examples.held(settings.bytes_to_keep(objective.device)), on_product=bar.update
         )
         if settings.damping is None:
-            settings = replace(settings, damping=_DAMPING * _typical_curvature(objective, curvature, examples))
+            settings = replace(settings, damping=_damping(curvature, settings.seed))
         damping = float(settings.damping or 0.0)
         solve = settings.quadratic(Submatrix(curvature, positions, positions), damping)
         description = settings.describe(curvature)
@@ -278,21 +278,15 @@ def self_influence(
     )
 
 
-def _typical_curvature(objective: Objective, curvature: LinearOperator, examples: Examples) -> float:
-    """``‖C v‖/‖v‖`` for the gradient ``v`` of the losses of examples with random signs.
-
-    Where gradients spread as the curvature does, as in a net that was trained by likelihood, it is near ``tr C²/tr C``:
-    the mean of the eigenvalues, each with itself as the weight. It is in their unit, whatever the scale of the loss.
-    """
-    signs = (torch.randint(0, 2, (len(examples),), generator=torch.Generator().manual_seed(0)) * 2 - 1).split(
-        [batch.size for batch in examples.batches()]
-    )
-    remaining = iter(signs)
-
-    def signed(theta: Tensor, data: Any) -> Tensor:
-        losses = objective.losses(theta, data)
-        return (next(remaining).to(losses) * losses).sum()
-
-    vector = objective.gradient(examples, loss_sum=signed)
-    length = float(norms(vector))
-    return float(norms(curvature.matvec(vector / length))) if length else 0.0
+def _damping(curvature: LinearOperator, seed: int) -> float:
+    """A share of the curvature's largest eigenvalue, in its unit, as a few power iterations show it from below."""
+    vector = torch.randn(curvature.shape[0], generator=torch.Generator().manual_seed(seed), dtype=curvature.dtype)
+    vector, size = vector.to(curvature.device), 0.0
+    for _ in range(_POWER_STEPS):
+        length = float(norms(vector))
+        if not length:
+            return 0.0
+        vector = curvature.matvec(vector / length)
+        require_finite(vector, "The product of the curvature with a vector")
+        size = float(norms(vector))
+    return _DAMPING * size

@@ -32,6 +32,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 
 import lightning_gif
 from lightning_gif import (
+    BatchError,
     ConfigurationError,
     GIFCallback,
     GIFMixin,
@@ -539,6 +540,7 @@ def test_attach_with_loaders_on_a_model_that_was_never_fitted() -> None:
     assert trainer.callbacks.count(callback) == 1
     before = rng()
     assert trainer.influence(batch_of(blobs(), slice(4))).scores.shape == (1, 48)
+    assert trainer.influence(batch_of(blobs(), slice(4)), targets="cached").scores.shape == (1, 48)
     assert differences(before, rng()) == []
     assert callback.targets is not None
 
@@ -1130,7 +1132,7 @@ def test_the_checkpoint_holds_tensors_and_primitives_only(tmp_path: Path) -> Non
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert saved["lightning_gif"]["neurons"]["outputs"].keys() == {"net.0", "net.2"}
-    assert saved["callbacks"][trainer.callbacks[0].state_key] == {"targets_epoch": 1}
+    assert saved["callbacks"][trainer.callbacks[0].state_key] == {"targets_epoch": 1, "history": []}
     trainer.save_checkpoint(tmp_path / "b.ckpt", weights_only=True)
     assert "lightning_gif" not in torch.load(tmp_path / "b.ckpt", weights_only=True)
 
@@ -1242,7 +1244,7 @@ def test_a_checkpoint_whose_statistics_do_not_serve_the_selector_still_loads(tmp
         fresh.validate(Classifier(), loader(blobs()), ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
     assert other.targets is None
     with pytest.raises(SelectionError, match="targets='batch'"):
-        fresh.influence(batch_of(blobs(), slice(4)), dataloader=loader(blobs()))
+        fresh.influence(batch_of(blobs(), slice(4)), targets="cached", dataloader=loader(blobs()))
 
 
 def test_a_checkpoint_from_before_the_callback_still_loads(tmp_path: Path) -> None:
@@ -1402,3 +1404,85 @@ def test_the_state_key_tells_callbacks_apart() -> None:
 def test_errors_are_misconfigurations_to_lightning() -> None:
     with pytest.raises(MisconfigurationException):
         GIFCallback(ratio=2.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reports in training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Tables(Recorder):
+    """Takes tables as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[Any]]] = {}
+
+    def log_table(self, key: str, columns: list[str], data: list[list[Any]], **kwargs: Any) -> None:
+        self.tables[key] = [columns, *data]
+
+
+def test_reports_in_training_change_nothing_and_tell_when_examples_start_to_matter() -> None:
+    dataset, logger = blobs(), Tables()
+    query = batch_of(dataset, slice(0, 3))
+    reporting = GIFCallback(report_every_n_epochs=2, query=query, report_options={"k": 3})
+    trained = []
+    for callback in (GIFCallback(), reporting):
+        torch.manual_seed(0)
+        module = Classifier()
+        make_trainer(callback, max_epochs=5, logger=logger).fit(module, loader(dataset))
+        trained.append(weights(module))
+    assert same_weights(*trained)
+    columns, *rows = logger.tables["gif/influence/history"]
+    assert columns == ["epoch", "query", "kind", "rank", "index", "score"]
+    assert [row[0] for row in rows] == [1] * 6 + [3] * 6
+    last = reporting.last_report
+    assert last is not None
+    assert [row[4] for row in rows[6:9]] == last.proponents().indices[0].tolist()
+    assert len(logger.values("gif/influence/seconds")) == 2
+
+
+def test_reports_go_on_with_a_checkpoint(tmp_path: Path) -> None:
+    dataset = blobs()
+    options: dict[str, Any] = {"report_every_n_epochs": 1, "query": batch_of(dataset, slice(0, 3))}
+    trainer = make_trainer(GIFCallback(**options), max_epochs=2)
+    trainer.fit(Classifier(), loader(dataset))
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    logger = Tables()
+    again = make_trainer(GIFCallback(**options), max_epochs=3, logger=logger)
+    again.fit(Classifier(), loader(dataset), ckpt_path=tmp_path / "two.ckpt")
+    assert sorted({row[0] for row in logger.tables["gif/influence/history"][1:]}) == [0, 1, 2]
+
+
+def test_a_query_that_cannot_be_asked_ends_a_run_before_it_begins() -> None:
+    callback = GIFCallback(report_every_n_epochs=5, query=torch.zeros(3, 6))
+    trainer = make_trainer(callback, max_epochs=5)
+    with pytest.raises(BatchError, match="query"):
+        trainer.fit(Classifier(), loader(blobs()))
+    assert trainer.global_step == 0
+
+
+def test_a_report_that_fails_does_not_cost_the_run() -> None:
+    dataset = blobs()
+    callback = GIFCallback(
+        report_every_n_epochs=1, query=batch_of(dataset, slice(0, 3)), report_options={"method": "sif"}
+    )
+    trainer = make_trainer(callback, max_epochs=2)
+    with pytest.warns(GIFWarning, match="No influence report at the end of epoch 0.*sif"):
+        trainer.fit(Classifier(), loader(dataset))
+    assert callback.last_report is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"report_every_n_epochs": 0, "query": 1}, "whole number of at least 1, got 0"),
+        ({"report_every_n_epochs": 2}, "go together"),
+        ({"query": [1]}, "go together"),
+        ({"report_options": {"k": 3}}, "`report_every_n_epochs`"),
+        ({"report_every_n_epochs": 1, "query": 1, "report_options": {"top": 3}}, "Unknown argument 'top'"),
+    ],
+)
+def test_bad_arguments_of_reports_in_training(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        GIFCallback(**arguments)
