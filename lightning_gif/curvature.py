@@ -48,7 +48,10 @@ def hessian(loss_sum: Callable[[Tensor, Any], Tensor]) -> Linearise:
 
     def linearise(theta: Tensor, data: Any) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss_sum(theta, data), theta, create_graph=True, materialize_grads=True)
+        loss = loss_sum(theta, data)
+        if not loss.requires_grad:
+            return torch.zeros_like, ()
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True, materialize_grads=True)
         if not gradient.requires_grad:  # the loss is linear in θ here and the second derivative is zero
             return torch.zeros_like, ()
 

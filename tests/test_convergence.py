@@ -88,7 +88,18 @@ def check_edit(report: UnlearnReport, solver: str) -> None:
 @pytest.mark.parametrize("name", list(NETS))
 def test_influence_converges_on_every_net(name: str, long: bool, solver: str) -> None:
     net = trained(name, long)
-    check_influence(net.trainer.influence(net.query, solver=solver), solver)
+    check_influence(net.trainer.influence(net.query, method="gif", solver=solver), solver)
+
+
+@BOTH_FITS
+@pytest.mark.parametrize("name", list(NETS))
+def test_default_scores_of_every_net_come_from_a_convex_curvature(name: str, long: bool) -> None:
+    report = trained(name, long).trainer.influence(trained(name, long).query)
+    assert report.solution.solver == "cg"
+    assert report.solution.status in (Status.CONVERGED, Status.MAX_ITER)
+    assert report.solution.residual < 0.3
+    assert torch.isfinite(report.scores).all()
+    assert report.scores.any()
 
 
 @ALL_SOLVERS
@@ -104,7 +115,7 @@ def test_forgetting_a_class_converges_on_every_net(name: str, long: bool, solver
 def test_solves_for_all_weights_of_a_recurrent_net_converge(long: bool, solver: str) -> None:
     """By default nine weights of its head are targets, which no solver finds hard."""
     net = trained("gru", long)
-    check_influence(net.trainer.influence(net.query, solver=solver, selector=["*"]), solver)
+    check_influence(net.trainer.influence(net.query, method="gif", solver=solver, selector=["*"]), solver)
     check_edit(
         net.trainer.unlearn(net.one_class, solver=solver, selector=["*"], rtol=RTOL, step="search", dry_run=True),
         solver,
@@ -115,7 +126,7 @@ def test_solves_for_all_weights_of_a_recurrent_net_converge(long: bool, solver: 
 @pytest.mark.parametrize("name", [name for name in NETS if name != "cells"])  # which is the same function as "gru"
 def test_the_hessians_of_these_nets_are_indefinite(name: str, long: bool) -> None:
     net = trained(name, long)
-    ends = net.trainer.influence(net.query, eigenvalues=1).curvature
+    ends = net.trainer.influence(net.query, curvature="hessian", eigenvalues=1).curvature
     assert ends["largest"][0] > 0
     assert ends["smallest"][0] < -1e-4 * ends["largest"][0]
 
@@ -129,7 +140,7 @@ def test_all_solvers_find_what_dense_algebra_finds(name: str) -> None:
     options: dict[str, Any] = {"damping": 0.1, "rtol": 1e-8, "max_iter": 2000, "double": True}
 
     def answers(solver: str) -> tuple[Tensor, Tensor]:
-        scores = trainer.influence(small.query, solver=solver, **options).scores
+        scores = trainer.influence(small.query, method="gif", solver=solver, **options).scores
         report = trainer.unlearn(small.one_class, solver=solver, step="natural", dry_run=True, **options)
         return scores, torch.cat([report.edit.new[name] - old for name, old in report.edit.old.items()])
 
