@@ -1,17 +1,20 @@
-"""What the solve's tolerance buys for influence, by the linear datamodeling score (LDS; Park et al. 2023, TRAK).
+"""Whether scores predict what retraining does: the linear datamodeling score (LDS; Park et al. 2023, TRAK).
 
-    python benchmarks/lds.py [--data path/to/MNIST/raw] [--cache truth.pt]
+    python benchmarks/lds.py --data path/to/FashionMNIST/raw --net mlp [--rows defaults peers] [--cache truth.pt]
 
-Scikit-learn's digits with the net of the examples, or `--examples` images of an MNIST-like folder with TinyNet. The
-truth: the net is trained anew on random halves of the training data, each with several seeds, and each query's loss is
-averaged over the seeds. The prediction for a half: the sum of the scores of the examples that it lacks. The LDS is the
-Spearman correlation of both over the halves, averaged over queries (and over the models that were scored). Queries are
-split off from the training data and never trained on; no test image is looked at, since defaults are chosen by this.
+Without `--data` scikit-learn's digits with the net of the examples, else `--examples` images of an MNIST-like folder.
+The truth: the net is trained anew on random halves of the training data, each with several seeds, and each query's loss
+is averaged over the seeds. The prediction for a half: the sum of the scores of the examples that it lacks. The LDS is
+the Spearman correlation of both over the halves, averaged over queries (and over the models that were scored). Queries
+are split off from the training data and never trained on; no test image is looked at, since defaults are chosen by this.
+
+`--rows defaults`: `trainer.influence` as it is, and with one setting changed at a time. `solve`: the plain least squares
+of the paper by tolerance. `peers`: other libraries (`pip install kronfluence dattri captum`), as they are documented.
 
 Brackets are 95 % intervals of a bootstrap over queries and halves together; that the scored models are few is not in
 them. All rows are judged on the same draws, so that differences between rows are known more closely than the rows
-themselves: the last column has them, to the row of the tightest tolerance. `--cache` keeps the losses of the retrained
-nets and goes on from them. Prints a Markdown table; progress goes to stderr.
+themselves: the last column has them, to the first row. `--cache` keeps the losses of the retrained nets and goes on from
+them. Prints a Markdown table; progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -20,9 +23,8 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,6 +32,7 @@ import mnist
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peers import PEERS
 from scipy.stats import rankdata
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -44,22 +47,34 @@ Fit = Callable[[TensorDataset, int, list[Any]], tuple[pl.Trainer, pl.LightningMo
 
 
 @dataclass(frozen=True)
-class Row:
-    """What is asked of ``trainer.influence``."""
+class Model:
+    """A trained net with what trained it.
 
-    method: str
-    solver: str
-    damping: float
-    rtol: float
+    Attributes:
+        trainer: With ``influence``.
+        module: The net, in evaluation mode.
+        checkpoints: Its state after some of the epochs, the last one included.
+    """
+
+    trainer: pl.Trainer
+    module: pl.LightningModule
+    checkpoints: list[dict[str, Tensor]]
 
 
-@dataclass
-class Scores:
-    """The answer: scores ``(models, queries, n)``, and how the solves went."""
+Score = Callable[[Model, TensorDataset, TensorDataset], tuple[Tensor, str]]
+"""``(model, train, queries) ↦`` scores ``(queries, n)``, and what they took in words."""
 
-    values: Tensor
-    products: list[int]
-    converged: list[bool]
+
+class Snapshots(pl.Callback):
+    """Keeps the weights at the end of six epochs, as TracIn asks for them."""
+
+    def __init__(self, epochs: int) -> None:
+        self.kept: list[dict[str, Tensor]] = []
+        self._when = {round((i + 1) * epochs / 6) - 1 for i in range(6)}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch in self._when:
+            self.kept.append({name: value.detach().clone() for name, value in pl_module.state_dict().items()})
 
 
 def say(*parts: object) -> None:
@@ -67,7 +82,7 @@ def say(*parts: object) -> None:
 
 
 def open_task(
-    folder: Path | None, examples: int, queries: int, epochs: int
+    folder: Path | None, net: str, examples: int, queries: int, epochs: int
 ) -> tuple[Fit, TensorDataset, TensorDataset]:
     """How to train, on what, and the queries, which are other examples of the training data."""
 
@@ -76,8 +91,8 @@ def open_task(
         options = {"callbacks": callbacks, "enable_progress_bar": False}
         return digits.fit(digits.DigitsModel(), data, epochs=epochs, seed=seed, **options)
 
-    def fit_tinynet(data: TensorDataset, seed: int, callbacks: list[Any]) -> tuple[pl.Trainer, pl.LightningModule]:
-        return mnist.fit(data, callbacks, epochs=epochs, seed=seed)
+    def fit_images(data: TensorDataset, seed: int, callbacks: list[Any]) -> tuple[pl.Trainer, pl.LightningModule]:
+        return mnist.fit(data, callbacks, epochs=epochs, seed=seed, net=net, decay=True, batch_size=64)
 
     whole, _ = digits.digits() if folder is None else mnist.load(folder)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
@@ -85,7 +100,7 @@ def open_task(
     if folder is not None:
         trained = trained[:examples]
     split = [TensorDataset(*(tensor[chosen] for tensor in whole.tensors)) for chosen in (trained, asked)]
-    return (fit_digits if folder is None else fit_tinynet), split[0], split[1]
+    return (fit_digits if folder is None else fit_images), split[0], split[1]
 
 
 @torch.no_grad()
@@ -126,18 +141,51 @@ def retrain(
     return removed, losses[:subsets]
 
 
-def score(trainers: list[pl.Trainer], queries: TensorDataset, row: Row, n: int, max_iter: int) -> Scores:
-    """The scores of one row, of every model."""
-    start = time.perf_counter()
-    scores = Scores(torch.zeros(len(trainers), len(queries), n, dtype=torch.float64), [], [])
-    options: dict[str, Any] = {"per_example": True, "max_iter": max_iter, "unconverged": "ignore"}
-    for trainer, values in zip(trainers, scores.values, strict=True):
-        report = trainer.influence(queries.tensors, **asdict(row), **options)
+def ours(**options: Any) -> Score:
+    """The scores of ``trainer.influence``."""
+
+    def score(model: Model, train: TensorDataset, queries: TensorDataset) -> tuple[Tensor, str]:
+        report = model.trainer.influence(queries.tensors, per_example=True, unconverged="ignore", **options)
+        values = torch.zeros(report.scores.shape, dtype=torch.float64)
         values[:, report.indices] = report.scores
-        scores.products += [solution.hvps for solution in report.solutions]
-        scores.converged += [solution.converged for solution in report.solutions]
-    say(f"{row}: {median(scores.products):g} products, {time.perf_counter() - start:.0f} s")
-    return scores
+        products = sum(solution.hvps for solution in report.solutions) / len(report.solutions)
+        return values, f"{products:.3g} products a query, damping {report.settings['damping']:.2g}"
+
+    return score
+
+
+def theirs(function: Callable[..., Tensor]) -> Score:
+    """The scores of another library."""
+
+    def score(model: Model, train: TensorDataset, queries: TensorDataset) -> tuple[Tensor, str]:
+        return function(model.module, train, queries, checkpoints=model.checkpoints).double(), ""
+
+    return score
+
+
+ROWS: dict[str, dict[str, Score]] = {
+    "defaults": {
+        "as it is": ours(),
+        "for each query (`solver='cg'`)": ours(solver="cg"),
+        "`solver='cg', max_iter=10`": ours(solver="cg", max_iter=10),
+        "`solver='cg', max_iter=5`": ours(solver="cg", max_iter=5),
+        "`max_iter=128`": ours(max_iter=128),
+        "`max_iter=64`": ours(max_iter=64),
+        "`damping=1`": ours(damping=1.0),
+        "`damping=0.3`": ours(damping=0.3),
+        "`damping=0.1`": ours(damping=0.1),
+        "`damping=0.03`": ours(damping=0.03),
+        "`damping=0.01`": ours(damping=0.01),
+        "`curvature_examples=512`": ours(curvature_examples=512),
+        "all examples (`curvature_examples=None`)": ours(curvature_examples=None),
+        "`curvature='hessian', damping=0.03`": ours(curvature="hessian", damping=0.03),
+        "a tenth of the neurons (`targets='cached'`)": ours(targets="cached"),
+        "`targets='cached', ratio=0.5`": ours(targets="cached", ratio=0.5),
+        "`method='gif'`": ours(method="gif"),
+    },
+    "solve": {f"`method='gif', rtol={rtol:g}`": ours(method="gif", rtol=rtol) for rtol in (1e-1, 1e-2, 1e-3, 1e-4)},
+    "peers": {"as it is": ours(), **{name: theirs(function) for name, function in PEERS.items()}},
+}
 
 
 def correlation(a: Any, b: Any, axis: int) -> Any:
@@ -171,26 +219,22 @@ def interval(values: Any, signed: bool = False) -> str:
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, help="folder with the four idx files; without it, the digits")
+    parser.add_argument("--net", default="mlp", choices=list(mnist.NETS), help="with --data")
+    parser.add_argument("--rows", nargs="+", default=["defaults"], choices=list(ROWS))
+    parser.add_argument("--only", nargs="+", help="those whose names have one of these words in them, and the first")
     parser.add_argument("--examples", type=int, default=5000, help="training examples, with --data")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--queries", type=int, default=40)
-    parser.add_argument("--subsets", type=int, default=50, help="random halves of the training data")
+    parser.add_argument("--subsets", type=int, default=60, help="random halves of the training data")
     parser.add_argument("--seeds", type=int, default=2, help="trainings on each half")
     parser.add_argument("--models", type=int, default=1, help="models to score, trained with different seeds")
     parser.add_argument("--cache", type=Path, help="file for the losses of the retrained nets")
-    parser.add_argument("--ratio", type=float, default=0.1)
-    parser.add_argument("--solvers", nargs="+", default=["lsmr"])
-    parser.add_argument("--rtol", type=float, nargs="+", default=[1e-1, 3e-2, 1e-2, 1e-3, 1e-4])
-    parser.add_argument("--damping", type=float, nargs="*", default=[0.01, 0.03, 0.1], help="of the second block")
-    parser.add_argument("--full-damping", type=float, nargs="*", default=[0.03], help="of the method 'if'")
-    parser.add_argument("--damped-rtol", type=float, default=1e-2, help="of the rows with damping")
-    parser.add_argument("--max-iter", type=int, default=200)
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
     options = parser.parse_args()
     digits.quiet()
 
-    fit, train, queries = open_task(options.data, options.examples, options.queries, options.epochs)
-    name = "digits" if options.data is None else options.data.resolve().parent.name
+    fit, train, queries = open_task(options.data, options.net, options.examples, options.queries, options.epochs)
+    name = "digits" if options.data is None else f"{options.data.resolve().parent.name}, {options.net}"
     task = f"{name}, {len(train)} examples, {len(queries)} queries, {options.epochs} epochs"
     removed, losses = retrain(
         fit,
@@ -203,47 +247,45 @@ def main() -> None:
     )
     truth = losses.mean(dim=1).numpy()
 
-    trainers = []
+    models = []
     for seed in range(options.models):
-        trainer, model = fit(train, seed, [GIFCallback(ratio=options.ratio)])
-        trainers.append(trainer)
-        right = (model.eval()(queries.tensors[0]).argmax(1) == queries.tensors[1]).double().mean()
-        loss = query_losses(model, queries).mean()
+        snapshots = Snapshots(options.epochs)
+        trainer, module = fit(train, seed, [GIFCallback(), snapshots])
+        models.append(Model(trainer, module.eval(), snapshots.kept))
+        right = (module(queries.tensors[0]).argmax(1) == queries.tensors[1]).double().mean()
+        loss = query_losses(module, queries).mean()
         say(f"model {seed}: {100 * float(right):.1f} % of the queries right, mean loss {float(loss):.4f}")
 
-    solver, rtol = options.solvers[0], options.damped_rtol
-    tightest = Row("gif", solver, 0.0, min(options.rtol))
-    rows = [Row("gif", name, 0.0, value) for name in options.solvers for value in options.rtol]
-    rows += [Row("gif", solver, damping, rtol) for damping in options.damping]
-    rows += [Row("if", solver, damping, rtol) for damping in options.full_damping]
-    rows = list(dict.fromkeys(rows))
-    scores = {row: score(trainers, queries, row, len(train), options.max_iter) for row in rows}
-
+    rows = {name: score for group in options.rows for name, score in ROWS[group].items()}
+    first = next(iter(rows))
+    if options.only:
+        rows = {n: score for n, score in rows.items() if n == first or any(word in n for word in options.only)}
     # (rows, models, subsets, queries): a score is the change by removal, so the removed ones count, with their sign.
-    predicted = np.stack([(removed @ found.values.mT).numpy() for found in scores.values()])
-    lds = spearman(predicted, truth).mean(axis=(1, 2))
-    drawn = bootstrap(predicted, truth, options.draws)
-    base = list(scores).index(tightest)
+    predicted, told, seconds = [], [], []
+    for name, score in rows.items():
+        start = time.perf_counter()
+        found = [score(model, train, queries) for model in models]
+        seconds.append((time.perf_counter() - start) / len(models))
+        predicted.append(np.stack([(removed @ values.double().mT).numpy() for values, _ in found]))
+        told.append(found[0][1])
+        say(f"{name}: {spearman(predicted[-1], truth).mean():.3f}, {seconds[-1]:.0f} s")
+    lds = spearman(np.stack(predicted), truth).mean(axis=(1, 2))
+    drawn = bootstrap(np.stack(predicted), truth, options.draws)
 
     print(f"{task}; {options.subsets} halves with {options.seeds} seeds each; {options.models} model(s) scored.")
     if options.seeds > 1:
         half = options.seeds // 2
         agreement = spearman(losses[:, :half].mean(dim=1).numpy(), losses[:, half:].mean(dim=1).numpy()).mean()
         print(f"Losses by one half of the seeds and by the other agree to {agreement:.2f} (Spearman).")
-    print(
-        "\n| method | solver | damping | rtol | LDS | Hessian products a query | converged (%)"
-        " | correlation with the tightest | LDS less that of the tightest |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    reference = scores[tightest].values.numpy()
-    for position, (row, found) in enumerate(scores.items()):
-        alike = np.median(correlation(found.values.numpy(), reference, axis=-1))
-        difference = f"{lds[position] - lds[base]:+.3f} {interval(drawn[:, position] - drawn[:, base], signed=True)}"
+    print("\n| | LDS | less the first row | what it took | seconds |\n| --- | --- | --- | --- | --- |")
+    for position, name in enumerate(rows):
+        difference = f"{lds[position] - lds[0]:+.3f} {interval(drawn[:, position] - drawn[:, 0], signed=True)}"
         cells = (
-            *(row.method, row.solver, f"{row.damping:g}", f"{row.rtol:g}"),
-            *(f"{lds[position]:.3f} {interval(drawn[:, position])}", f"{median(found.products):g}"),
-            *(f"{100 * sum(found.converged) / len(found.converged):.0f}", f"{alike:.3f}"),
-            difference if row != tightest else "",
+            name,
+            f"{lds[position]:.3f} {interval(drawn[:, position])}",
+            difference if position else "",
+            told[position],
+            f"{seconds[position]:.0f}",
         )
         print("| " + " | ".join(cells) + " |")
 

@@ -167,20 +167,24 @@ def _solve(
     )
     examples = examples.held(settings.bytes_to_keep(objective.device))
     with objective.progress("Hessian products") as bar:
-        curvature = settings.open_curvature(objective, examples, on_product=bar.update)
-        if settings.damping is None:
-            settings = replace(settings, damping=_damping(curvature, settings.seed))
+        # A sketch misses most directions in which weight decay is all the curvature there is, so that is damping.
+        decay = settings.weight_decay if settings.solver == "nystrom" else 0.0
+        curvature = settings.open_curvature(
+            objective, examples, weight_decay=settings.weight_decay - decay, on_product=bar.update
+        )
+        damping = _damping(curvature, settings.seed) if settings.damping is None else settings.damping
+        solve = replace(settings, damping=damping + decay).solve
         gradients = objective.query_gradients(query, per_example=per_example)
         together = int(settings.bytes_to_keep(objective.device) // (_VECTORS * gradients[0].nbytes))
         together = min(max(together, 1), _MOST_TOGETHER)
         if settings.solver == "nystrom":  # whose sketch costs the same for all
             together = len(gradients)
-        blocks = [method.query(curvature, positions, block, settings.solve) for block in gradients.split(together)]
+        blocks = [method.query(curvature, positions, block, solve) for block in gradients.split(together)]
         return _Solved(
             directions=torch.cat([found for found, _ in blocks]),
             solutions=[solution for _, found in blocks for solution in found],
             curvature=settings.describe(curvature),
-            damping=float(settings.damping or 0.0),
+            damping=damping,
         )
 
 
@@ -250,19 +254,22 @@ def self_influence(
     )
     with objective.progress("Hessian products") as bar:
         curvature = settings.open_curvature(
-            objective, examples.held(settings.bytes_to_keep(objective.device)), on_product=bar.update
+            objective,
+            examples.held(settings.bytes_to_keep(objective.device)),
+            weight_decay=0.0,  # which counts as damping
+            on_product=bar.update,
         )
         if settings.damping is None:
             settings = replace(settings, damping=_damping(curvature, settings.seed))
-        damping = float(settings.damping or 0.0)
-        solve = settings.quadratic(Submatrix(curvature, positions, positions), damping)
+        damping = float(settings.damping or 0.0) + settings.weight_decay
+        quadratic = settings.quadratic(Submatrix(curvature, positions, positions), damping)
         description = settings.describe(curvature)
     found = []
     with objective.progress("Scoring training examples", len(scored)) as bar:
         for batch in scored.batches():
             for rows in objective.gradients(batch.data):
                 whole = rows + settings.weight_decay * objective.theta
-                found.append(solve(whole[:, positions]).cpu())
+                found.append(quadratic(whole[:, positions]).cpu())
             bar.update(batch.size)
     return InfluenceReport(
         scores=torch.cat(found)[None].double() / max(len(train) - 1, 1),

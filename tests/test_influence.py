@@ -613,3 +613,13 @@ def test_damaged_directions_are_refused(tmp_path: Any) -> None:
     (tmp_path / "directions.safetensors").write_bytes(b"not one")
     with pytest.raises(ConfigurationError, match="damaged"):
         trainer.influence(query, scores_to=tmp_path)
+
+
+def test_weight_decay_is_curvature_in_directions_that_a_sketch_misses() -> None:
+    trainer, _, dataset = fitted(dataset=blobs(100))
+    query = batch_of(dataset, slice(0, 40))
+    options: dict[str, Any] = {"per_example": True, "weight_decay": 0.3, "damping": 1e-3}
+    exact = trainer.influence(query, solver="cg", max_iter=200, **options)
+    sketched = trainer.influence(query, solver="nystrom", max_iter=40, **options)
+    assert sketched.settings["damping"] == 1e-3
+    assert (sketched.scores - exact.scores).norm() < 0.05 * exact.scores.norm()
