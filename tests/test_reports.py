@@ -30,7 +30,7 @@ from lightning_gif import (
 )
 from lightning_gif.parameters import Targets
 from lightning_gif.reports.loggers import log_scalars, log_table
-from lightning_gif.reports.pictures import image_of, label_of, text_of
+from lightning_gif.reports.pictures import Shown, image_of, label_of, text_of
 from lightning_gif.solvers import Solution
 from lightning_gif.solvers.base import Status
 
@@ -150,6 +150,15 @@ def test_print_shows_each_of_several_queries_up_to_eight() -> None:
     assert "2 more queries" in text
 
 
+def test_the_short_form_has_the_size_and_the_ends_of_the_ranking() -> None:
+    assert repr(report_of([[0.1, -0.2, 0.3]])) == (
+        "InfluenceReport(1 query × 3 training examples, strongest proponent 102 (+0.3), strongest opponent 101 (-0.2),"
+        " gif, lissa converged)"
+    )
+    several = repr(report_of(torch.arange(20.0).view(10, 2)))
+    assert "10 queries × 2 training examples, strongest proponent of query 9 101 (+19)" in several
+
+
 def test_print_of_an_edit_has_both_sides_and_the_notes() -> None:
     trainer, _, dataset = fitted()
     report = trainer.unlearn(batch_of(dataset, [0, 1]), step="natural")
@@ -180,10 +189,11 @@ def test_a_plot_of_images_shows_query_proponents_opponents_and_histogram() -> No
     score = float(report.proponents().scores[0, 0])
     assert titles(figure)[0] == "query\ntarget 1"
     assert f"#{strongest}: {strongest % 3}\n{score:+.2g}" in titles(figure)
-    assert len(titles(figure)) == 1 + 3 + 3
+    assert len(titles(figure)) == 1 + 3 + 3 + 2
     assert sum(len(axes.images) for axes in figure.axes) == 7
     assert {"proponents", "opponents"} <= {axes.get_ylabel() for axes in figure.axes}
-    assert sum(int(patch.get_height()) for patch in figure.axes[-1].patches) == len(dataset)
+    histogram = next(axes for axes in figure.axes if axes.get_title().startswith("scores"))
+    assert sum(int(patch.get_height()) for patch in histogram.patches) == len(dataset)
     shown = next(axes for axes in figure.axes if axes.get_title().startswith(f"#{strongest}:"))
     np.testing.assert_array_equal(shown.images[0].get_array(), image_of(dataset[strongest]))
 
@@ -212,7 +222,36 @@ def test_queries_beyond_the_kept_ones_are_drawn_without_a_picture() -> None:
     trainer, _, dataset = fitted(image_net(), images())
     report = trainer.influence(batch_of(dataset, list(range(10))), per_example=True, k=1)
     assert len(report.queries) == 8
-    assert len(titles(report.plot(query=9))) == 2
+    assert len(titles(report.plot(query=9))) == 2 + 2
+
+
+def test_a_plot_tells_how_few_examples_carry_half_of_all_influence() -> None:
+    scores = torch.zeros(1, 200)
+    scores[0, [50, 60, 70]] = torch.tensor([4.0, -3.0, 3.0])  # 4 and 3 of 10: two are needed for half
+    shares = report_of(scores).plot(k=1).axes[-1]
+    assert shares.get_title() == "2 of 200 examples (1 %) carry half"
+    curve, half, _ = shares.lines
+    assert half.get_xydata().tolist() == [[2, pytest.approx(0.7)]]
+    assert dict(zip(*(data.tolist() for data in curve.get_data()), strict=True))[3] == pytest.approx(1.0)
+    assert curve.get_xdata()[0] == 1
+    assert curve.get_xdata()[-1] == 200
+
+
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [([[0.0, 0.0]], ""), ([[2.0]], "1 of 1 examples (100 %) carries half"), ([[5.0, 1.0]], "1 of 2 examples")],
+)
+def test_a_plot_of_few_or_no_influence_is_drawn(scores: Any, told: str) -> None:
+    figure = report_of(scores).plot()
+    figure.canvas.draw()
+    assert figure.axes[-1].get_title().startswith(told)
+    assert told or figure.axes[-1].texts[0].get_text() == "all scores are 0"
+
+
+def test_texts_that_look_like_formulas_are_drawn_as_they_are() -> None:
+    strange = Shown("$\\bad{$", None, "costs $5 or $\\frac{$ " * 30)
+    report = report_of([[0.1, 0.2]], queries=[strange], examples={100: strange, 101: strange})
+    report.plot().canvas.draw()
 
 
 def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
@@ -277,6 +316,17 @@ def test_what_counts_as_an_image(item: Any, shape: tuple[int, ...] | None) -> No
     assert found is None or found.dtype == np.uint8
 
 
+def test_a_large_image_is_shown_smaller_with_its_own_colours() -> None:
+    image = torch.zeros(3, 1030, 700)
+    image[0, :515], image[2, 515:] = 1.0, 1.0
+    found = image_of(image)
+    assert found is not None
+    assert found.shape == (343, 233, 3)
+    assert found[0, 0].tolist() == [255, 0, 0]
+    assert found[-1, -1].tolist() == [0, 0, 255]
+    assert image_of(torch.rand(900, 8)).shape == (450, 4)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("item", "label", "text"),
     [
@@ -284,7 +334,11 @@ def test_what_counts_as_an_image(item: Any, shape: tuple[int, ...] | None) -> No
         ((torch.tensor([1, 2]), 3), 3, "1, 2"),
         ((torch.tensor([1, 2]), np.int64(4)), 4, "1, 2"),
         (("a good film", "positive"), "positive", "a good film"),
-        ({"text": "a film", "label": 2}, 2, "text: a film"),
+        ({"text": "a film", "label": 2}, 2, "a film"),
+        ({"ids": torch.tensor([101, 7]), "text": "a film", "label": 2}, 2, "a film"),
+        ({"ids": torch.tensor([101, 7]), "label": 2}, 2, "ids: 101, 7"),
+        ({"premise": "rain", "hypothesis": "wet", "label": 0}, 0, "premise: rain; hypothesis: wet"),
+        (("rain", "wet", 0), 0, "rain; wet"),
         ({"a": torch.tensor([1]), "b": torch.tensor([2.5]), "target": torch.tensor([0.5])}, 0.5, "a: 1; b: 2.5"),
         ((torch.tensor([1.0]), torch.tensor([2.0, 3.0])), None, "1, 2, 3"),
         (torch.tensor([7.0]), None, "7"),

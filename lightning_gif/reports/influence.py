@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,20 +11,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._compat import isolate_rng
 from ..data import Examples, map_tensors
 from ..errors import ConfigurationError
 from ..parameters import Targets
 from ..solvers import Solution
 from .loggers import log_eigenvalues, log_scalars, log_table, takes_tables
-from .pictures import figure, image_of, label_of, show_item, text_of
+from .pictures import Shown, figure, show
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["InfluenceReport", "Ranking", "first_items"]
+__all__ = ["InfluenceReport", "Ranking", "first_shown"]
 
 _MOST_QUERIES = 8
+
+_NOT_KEPT = Shown(None, None, "not kept with the report: give load() the dataset")
 
 
 class Ranking(NamedTuple):
@@ -37,7 +43,7 @@ class Ranking(NamedTuple):
     scores: Tensor
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class InfluenceReport:
     """A score for every training example and query.
 
@@ -52,26 +58,28 @@ class InfluenceReport:
         curvature: How the Hessian products were made, and the ends of the spectrum if ``eigenvalues`` were asked for.
         targets: The target parameters that the scores are about.
         k: How many proponents and opponents are shown and logged.
-        dataset: The training dataset, for looking at examples.
-        queries: Up to eight of the query's examples as items, prepared, on the CPU.
+        dataset: The training dataset, for looking at examples; ``None`` in a report that was loaded without it.
+        queries: How up to eight of the query's examples are shown.
         settings: Method, solver and their parameters.
         seconds: Wall time of the whole call.
         loggers: Where :meth:`log` logs to by default: those of the trainer that was asked.
         global_step: The trainer's optimizer steps when it was asked.
+        examples: How training examples are shown that were shown before, by dataset index.
     """
 
-    scores: Tensor = field(repr=False)
-    indices: Tensor = field(repr=False)
+    scores: Tensor
+    indices: Tensor
     solutions: list[Solution]
     curvature: dict[str, Any]
     targets: Targets
     k: int
-    dataset: Any = field(repr=False)
-    queries: list[Any] = field(repr=False)
+    dataset: Any
+    queries: list[Shown]
     settings: dict[str, Any]
     seconds: float
-    loggers: Sequence[Any] = field(default=(), repr=False)
-    global_step: int = field(default=0, repr=False)
+    loggers: Sequence[Any] = ()
+    global_step: int = 0
+    examples: dict[int, Shown] = field(default_factory=dict)
 
     @property
     def solution(self) -> Solution:
@@ -109,6 +117,20 @@ class InfluenceReport:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ConfigurationError(f"`k` must be a whole number of at least 1, got {k!r}.")
         return min(k, self.scores.shape[1])
+
+    def _check_query(self, query: int) -> None:
+        queries = self.scores.shape[0]
+        if isinstance(query, bool) or not isinstance(query, int) or not 0 <= query < queries:
+            raise ConfigurationError(f"`query` must be a whole number from 0 to {queries - 1}, got {query!r}.")
+
+    def _example(self, index: int) -> Shown:
+        """How a training example is shown: always as it was the first time, if its dataset augments at random."""
+        if index not in self.examples:
+            if self.dataset is None:
+                return _NOT_KEPT
+            with isolate_rng():
+                self.examples[index] = Shown.of(self.dataset[index])
+        return self.examples[index]
 
     def to_dataframe(self) -> pandas.DataFrame:
         """All scores as a table with columns ``query``, ``index`` (of the dataset) and ``score``.
@@ -163,18 +185,18 @@ class InfluenceReport:
 
     def _rows(self) -> Iterator[list[Any]]:
         several = self.scores.shape[0] > 1
-        for position, item in enumerate(self.queries):
-            yield [position if several else 0, "query", position + 1, None, None, label_of(item), _looks(item)]
+        for position, shown in enumerate(self.queries):
+            yield [position if several else 0, "query", position + 1, None, None, shown.label, shown.look]
         for kind, ranking in (("proponent", self.proponents()), ("opponent", self.opponents())):
             for query, (indices, scores) in enumerate(zip(*ranking, strict=True)):
                 if query == _MOST_QUERIES:
                     break
                 for rank, (index, score) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True), 1):
-                    item = self.dataset[index]
-                    yield [query, kind, rank, index, score, label_of(item), _looks(item)]
+                    shown = self._example(index)
+                    yield [query, kind, rank, index, score, shown.label, shown.look]
 
     def plot(self, query: int = 0, k: int | None = None) -> Figure:
-        """The query's strongest proponents and opponents, and the histogram of all scores.
+        """The query's strongest proponents and opponents, the histogram of all scores, and how few examples carry them.
 
         Args:
             query: Which query.
@@ -184,36 +206,54 @@ class InfluenceReport:
             ConfigurationError: If there is no such query, or ``k`` is not a whole number of at least 1.
             ModuleNotFoundError: If matplotlib is not installed.
         """
+        self._check_query(query)
         queries = self.scores.shape[0]
-        if isinstance(query, bool) or not isinstance(query, int) or not 0 <= query < queries:
-            raise ConfigurationError(f"`query` must be a whole number from 0 to {queries - 1}, got {query!r}.")
         count = self._checked(k, min(self.k, 8))
         rankings = {"proponents": self.proponents(count), "opponents": self.opponents(count)}
 
-        made, axes = figure(3, count + 1, width=max(1.3 * (count + 1), 4.0), height=5.2)
+        made, axes = figure(3, count + 1, width=max(1.3 * (count + 1), 6.5), height=5.8)
         beside, below, *_ = (row[0] for row in axes)
         below.set_axis_off()
         if query < len(self.queries):
             shown = self.queries[query]
             several = queries == 1 and len(self.queries) > 1
             what = "query, first of several" if several else "query" if queries == 1 else f"query {query}"
-            show_item(beside, shown, f"{what}\ntarget {label_of(shown)}")
+            show(beside, shown, what if shown.label is None else f"{what}\ntarget {_short(shown.label)}")
         else:
             beside.set_axis_off()
         for row, (kind, ranking) in zip(axes, rankings.items(), strict=False):
             row[1].set_ylabel(kind)
             for axis, index, score in zip(row[1:], ranking.indices[query], ranking.scores[query], strict=True):
-                item = self.dataset[int(index)]
-                show_item(axis, item, f"#{int(index)}: {label_of(item)}\n{float(score):+.2g}")
+                shown = self._example(int(index))
+                label = "" if shown.label is None else f": {_short(shown.label)}"
+                show(axis, shown, f"#{int(index)}{label}\n{float(score):+.2g}")
         grid = axes[2][0].get_gridspec()
         for axis in axes[2]:
             axis.remove()
-        histogram = made.add_subplot(grid[2, :])
+        below = grid[2, :].subgridspec(1, 2)
+        histogram, shares = made.add_subplot(below[0]), made.add_subplot(below[1])
         histogram.hist(self.scores[query].numpy(), bins=80, log=True)
         histogram.axvline(0.0, color="grey", linestyle=":")
-        histogram.set_xlabel("score: predicted change of the query's loss if the example were removed")
-        histogram.set_ylabel("examples")
+        histogram.set_title("scores: change of the query's loss without the example", fontsize=8)
+        histogram.set_ylabel("examples", fontsize=8)
+        histogram.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))  # scores are small where data are many
+        _draw_shares(shares, self.scores[query].abs())
+        for axis in (histogram, shares):
+            axis.tick_params(which="both", labelsize=7)
         return made
+
+    def __repr__(self) -> str:
+        queries, examples = self.scores.shape
+        ends = []
+        for kind, best in (("proponent", self.scores.argmax()), ("opponent", self.scores.argmin())):
+            query, position = divmod(int(best), examples)
+            of = "" if queries == 1 else f" of query {query}"
+            score = float(self.scores[query, position])
+            ends.append(f"strongest {kind}{of} {int(self.indices[position])} ({score:+.2g})")
+        return (
+            f"InfluenceReport({queries} quer{'y' if queries == 1 else 'ies'} × {examples} training examples,"
+            f" {', '.join(ends)}, {self.settings['method']}, {self.solution.solver} {self.solution.status})"
+        )
 
     def __str__(self) -> str:
         queries, examples = self.scores.shape
@@ -236,16 +276,38 @@ class InfluenceReport:
         return "\n".join(lines)
 
 
-def _looks(item: Any) -> Any:
-    image = image_of(item)
-    return text_of(item) if image is None else image
-
-
-def first_items(query: Examples, most: int = _MOST_QUERIES) -> list[Any]:
-    """Up to ``most`` of a query's examples on the CPU, without their batch dimension."""
+def first_shown(query: Examples, most: int = _MOST_QUERIES) -> list[Shown]:
+    """How up to ``most`` of a query's examples are shown."""
     batch = next(query.batches())
 
     def item(position: int) -> Any:
-        return map_tensors(batch.data, lambda tensor: tensor[position].detach().cpu() if tensor.ndim else tensor)
+        return map_tensors(
+            batch.data,
+            lambda tensor: tensor[position] if tensor.ndim else tensor,
+            lambda texts: texts[position] if len(texts) == batch.size else texts,
+        )
 
-    return [item(position) for position in range(min(most, batch.size))]
+    return [Shown.of(item(position)) for position in range(min(most, batch.size))]
+
+
+def _short(label: Any) -> str:
+    return textwrap.shorten(str(label), 24, placeholder=" …") if isinstance(label, str) else str(label)
+
+
+def _draw_shares(axes: Axes, sizes: Tensor) -> None:
+    """Draws which share of the sum of ``sizes`` ``(n,)`` the largest so many of them have."""
+    total, count = float(sizes.sum()), len(sizes)
+    axes.set_xlabel("examples, those of the largest |score| first", fontsize=8)
+    axes.set_ylabel("share of all |score|", fontsize=8)
+    axes.set_ylim(0.0, 1.05)
+    if not total:
+        axes.text(0.5, 0.5, "all scores are 0", ha="center", va="center", fontsize=8, transform=axes.transAxes)
+        return
+    shares = sizes.sort(descending=True).values.cumsum(0) / total
+    half = min(int(torch.searchsorted(shares, 0.5)) + 1, count)
+    places = torch.logspace(0, math.log10(count), 500).round().long().clamp(1, count).unique()  # enough for a line
+    axes.semilogx(places.numpy(), shares[places - 1].numpy())
+    axes.plot([half], [float(shares[half - 1])], "o", color="C1", markersize=5)
+    many = f"{half} of {count} examples" if half > 1 else f"1 of {count} examples"
+    axes.set_title(f"{many} ({100 * half / count:.3g} %) carr{'y' if half > 1 else 'ies'} half", fontsize=8)
+    axes.axhline(0.5, color="grey", linestyle=":")
