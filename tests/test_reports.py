@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from lightning_gif import (
     UnlearnReport,
 )
 from lightning_gif.parameters import Targets
-from lightning_gif.reports.loggers import log_scalars, log_table
+from lightning_gif.reports.loggers import log_figure, log_histogram, log_scalars, log_table, log_text
 from lightning_gif.reports.pictures import Shown, image_of, label_of, text_of
 from lightning_gif.solvers import Solution
 from lightning_gif.solvers.base import Status
@@ -398,6 +399,41 @@ def test_tensorboard_has_the_values_at_the_step_of_training(tmp_path: Path) -> N
     assert trainer.global_step == 6
 
 
+def test_tensorboard_has_the_figure_the_histogram_and_the_text(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    trainer, _, dataset = fitted(image_net(), images(), logger=logger)
+    answer = trainer.influence(batch_of(dataset, [4]), k=3)
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0, "histograms": 0, "tensors": 0}).Reload()
+    (histogram,) = events.Histograms("gif/influence/scores")
+    assert histogram.step == trainer.global_step
+    assert histogram.histogram_value.num == len(dataset)
+    assert histogram.histogram_value.sum == pytest.approx(float(answer.scores.sum()))
+    (picture,) = events.Images("gif/influence/plot")
+    figure = answer.plot()
+    assert (picture.width, picture.height) == tuple((figure.get_size_inches() * figure.dpi).astype(int))
+    (text,) = events.Tensors("gif/influence/report/text_summary")
+    told = text.tensor_proto.string_val[0].decode()
+    assert [line.removeprefix("    ") for line in told.splitlines()] == str(answer).splitlines()
+    assert all(line.startswith("    ") for line in told.splitlines())
+
+
+def test_tensorboard_without_matplotlib_has_all_but_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    report = report_of([[0.1, -0.2, 0.3]])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report.log([logger])
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()
+    assert tags["images"] == []
+    assert tags["histograms"] == ["gif/influence/scores"]
+    assert "gif/influence/report/text_summary" in tags["tensors"]
+
+
 @pytest.fixture
 def wandb_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbLogger]:
     """An offline run. The logger sets WANDB_MODE for the whole process; it is put back."""
@@ -435,6 +471,10 @@ def test_wandb_has_values_tables_and_pictures_beside_other_loggers(tmp_path: Pat
     assert all(row["target"] == row["index"] % 3 for row in rows[2:])
     assert all(row["example"] == "Image" for row in rows)  # the pictures themselves are in the table's artifact
 
+    scores = summary["gif/influence/scores"]
+    assert scores["_type"] == "histogram"
+    assert sum(scores["values"]) == len(dataset)
+    assert scores["bins"][-1] == pytest.approx(float(answer.scores.max()))
     (solve,) = wandb_tables(wandb_logger, "gif/influence/solve")
     assert [row[1] for row in solve["data"]] == answer.solution.residuals
     (ends,) = wandb_tables(wandb_logger, "gif/influence/eigenvalues")
@@ -461,16 +501,44 @@ def test_wandb_tables_of_other_data_hold_their_values_for_each_query(wandb_logge
 
 
 def test_a_finished_wandb_run_costs_neither_report_nor_edit(wandb_logger: WandbLogger, tmp_path: Path) -> None:
+    import wandb
+
     after = CSVLogger(tmp_path)
     trainer, module, dataset = fitted(logger=[wandb_logger, after])
     before = weights(module)
-    wandb_logger.experiment.finish()
+    wandb.finish()
+    with pytest.warns(GIFWarning, match="WandbLogger did not take the report.*is finished, and no new one is started"):
+        answer = trainer.influence(batch_of(dataset, [0]))
+    with pytest.warns(GIFWarning, match="is finished, and no new one is started"):
+        answer.log()
+    assert csv_values(after)["gif/influence/score_max"] == float(answer.scores.max())
+    assert wandb.run is None
+    assert len(list(tmp_path.rglob("*.wandb"))) == 1
     with pytest.warns(GIFWarning, match="WandbLogger did not take the report.*finished"):
         report = trainer.unlearn(batch_of(dataset, [0]), step="natural")
     assert csv_values(after)["gif/unlearn/step"] == 1.0
+    with pytest.warns(GIFWarning, match="is finished, and no new one is started"):
+        report.log()
     assert not same_weights(weights(module), before)
     report.undo()
     assert same_weights(weights(module), before)
+
+
+def test_a_disabled_wandb_run_takes_everything_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, mode="disabled")
+    trainer, _, dataset = fitted(image_net(), images(), logger=logger)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GIFWarning)
+        answer = trainer.influence(batch_of(dataset, [4]), k=3)
+        assert dict(logger.experiment.summary)["gif/influence/score_max"] == float(answer.scores.max())
+        wandb.finish()
+        answer.log()  # a run that was never one takes no harm from its end
+    assert not list(tmp_path.rglob("*.wandb"))
 
 
 class Broken(CSVLogger):
@@ -537,8 +605,38 @@ def test_only_finite_numbers_reach_a_logger_and_tables_only_those_that_take_them
     values = {"a": 1, "b": 2.5, "words": "no", "nan": math.nan, "inf": math.inf, "none": None}
     log_scalars([logger], values, prefix="x", step=3)
     assert logger.metrics == [({"x/a": 1.0, "x/b": 2.5}, 3)]
-    log_table([logger], "t", ["a"], [[1]])
+    unread = iter([[1]])
+    log_table([logger], "t", ["a"], unread)
+    assert next(unread) == [1]
+    log_histogram([logger], "h", torch.ones(3), step=3)
+    log_text([logger], "x", "words", step=3)
+    log_figure([logger], "f", pytest.fail, step=3)  # type: ignore[arg-type]
     assert len(logger.metrics) == 1
+
+
+def test_a_writer_of_another_make_gets_what_it_can_take() -> None:
+    class Writer:
+        def __init__(self) -> None:
+            self.taken: dict[str, Any] = {}
+            self.flushed = 0
+
+        def add_text(self, key: str, text: str, step: int) -> None:
+            self.taken[key] = (text, step)
+
+        def flush(self) -> None:
+            self.flushed += 1
+
+    class Writing(Recorder):
+        experiment = Writer()
+
+    logger = Writing()
+    report_of([[0.1, -0.2]], global_step=5).log([logger], prefix="mine")
+    ((numbers, step),) = logger.metrics
+    assert numbers["mine/n_train"] == 2
+    assert step == 5
+    assert list(logger.experiment.taken) == ["mine/report"]
+    assert logger.experiment.taken["mine/report"][0].lstrip().startswith("Influence of 2 training examples")
+    assert logger.experiment.flushed == 2
 
 
 def test_pictures_in_tables_are_enlarged_and_show_the_example() -> None:

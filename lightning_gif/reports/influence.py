@@ -16,7 +16,7 @@ from ..data import Examples, map_tensors
 from ..errors import ConfigurationError
 from ..parameters import Targets
 from ..solvers import Solution
-from .loggers import log_eigenvalues, log_scalars, log_table, takes_tables
+from .loggers import log_eigenvalues, log_figure, log_histogram, log_scalars, log_table, log_text, running
 from .pictures import Shown, figure, show
 
 if TYPE_CHECKING:
@@ -165,23 +165,30 @@ class InfluenceReport:
         }
 
     def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/influence") -> None:
-        """Logs the report: numbers to every logger; to W&B also tables of the ranking and of the solve's curve.
+        """Logs the report, to each logger what it can take. A W&B run that is finished is left alone, with a warning.
 
-        The table holds up to the first eight queries with their proponents and opponents: label, score, and picture or
-        values of each.
+        The keys are the same in each call:
+
+        - every logger: the numbers of :meth:`summary` as ``gif/influence/NAME``;
+        - with tables (W&B): ``…/examples``, up to the first eight queries with their proponents and opponents: label,
+          score, and picture or values of each; ``…/scores``, the histogram of all scores; ``…/solve``, the residual
+          after each step of the (worst) solve; ``…/eigenvalues``, where these were asked for;
+        - with a writer of figures, histograms and texts (TensorBoard): ``…/plot``, the figure of the first query, if
+          matplotlib is installed; ``…/scores``, the histogram of all scores; ``…/report``, the report as it is printed.
 
         Args:
             loggers: Lightning loggers; by default those of the trainer that was asked.
             prefix: Start of every key.
         """
-        loggers = list(self.loggers if loggers is None else loggers)
+        loggers = running(self.loggers if loggers is None else loggers)
         log_scalars(loggers, self.summary(), prefix=prefix, step=self.global_step)
-        if any(map(takes_tables, loggers)):
-            columns = ["query", "kind", "rank", "index", "score", "target", "example"]
-            log_table(loggers, f"{prefix}/examples", columns, list(self._rows()))
-            curve = list(enumerate(self.solution.residuals))
-            log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], curve)
-            log_eigenvalues(loggers, prefix, self.curvature)
+        columns = ["query", "kind", "rank", "index", "score", "target", "example"]
+        log_table(loggers, f"{prefix}/examples", columns, self._rows())
+        log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], enumerate(self.solution.residuals))
+        log_eigenvalues(loggers, prefix, self.curvature)
+        log_histogram(loggers, f"{prefix}/scores", self.scores, step=self.global_step)
+        log_text(loggers, f"{prefix}/report", str(self), step=self.global_step)
+        log_figure(loggers, f"{prefix}/plot", self.plot, step=self.global_step)
 
     def _rows(self) -> Iterator[list[Any]]:
         several = self.scores.shape[0] > 1
