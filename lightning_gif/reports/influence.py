@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +17,8 @@ from .._compat import isolate_rng
 from ..data import Examples, map_tensors
 from ..errors import ConfigurationError
 from ..parameters import Targets
-from ..solvers import Solution
+from ..solvers import Solution, Status
+from .files import damage_is_told, read_folder, write_folder
 from .groups import Grouping, Groups, group_scores, values_of
 from .loggers import log_eigenvalues, log_figure, log_histogram, log_scalars, log_table, log_text, running
 from .pictures import Shown, figure, label_of, show
@@ -27,7 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = ["InfluenceReport", "Ranking", "first_shown"]
 
+_FORMAT = "lightning-gif influence 1"
+
 _MOST_QUERIES = 8
+
+# What a file keeps of a report as it is; the rest is tensors, or made of them.
+_PLAIN = ("curvature", "k", "settings", "seconds", "global_step")
 
 _NOT_KEPT = Shown(None, None, "not kept with the report: give load() the dataset")
 
@@ -213,6 +221,120 @@ class InfluenceReport:
             **{f"solve_{name}": value for name, value in self.solution.summary().items()},
         }
 
+    # ----------------------------------------------------------------------------------------------------------------
+    # Files
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the report into a folder, with how the examples look that it shows: the query's, and up to ``k``
+        proponents and opponents of each of the first eight queries. An old report is replaced only by a whole new one.
+
+        ``report.json`` has the settings, how the solves went, labels and texts in plain words and numbers;
+        ``scores.safetensors`` the scores, their dataset indices, the targets and the pictures. The training data, and
+        the solution vectors, are not kept.
+
+        Args:
+            folder: Where to. Folders above it that are missing are made.
+
+        Raises:
+            ConfigurationError: If there is a file, or a folder with anything but a report in it; it is left alone.
+        """
+        rankings = (self.proponents(), self.opponents())
+        shown = {int(index) for ranking in rankings for index in ranking.indices[:_MOST_QUERIES].flatten()}
+        looks = {f"queries/{position}": example for position, example in enumerate(self.queries)}
+        looks |= {
+            f"examples/{index}": example
+            for index in sorted(shown)
+            if (example := self._example(index)) is not _NOT_KEPT
+        }
+        tensors = {
+            "scores": self.scores,
+            "indices": self.indices,
+            **{f"targets/{name}": _packed(entries) for name, entries in self.targets.items()},
+            **{name: torch.as_tensor(example.image) for name, example in looks.items() if example.image is not None},
+        }
+        record = {
+            **{name: getattr(self, name) for name in _PLAIN},
+            "solutions": [
+                {f.name: getattr(solution, f.name) for f in fields(solution) if f.name != "x"}
+                for solution in self.solutions
+            ],
+            "looks": {name: {"label": example.label, "text": example.text} for name, example in looks.items()},
+        }
+        write_folder(folder, _FORMAT, record, tensors)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], dataset: Any = None) -> InfluenceReport:
+        """Reads what :meth:`save` wrote. Nothing is unpickled, and nothing outside of the folder is read.
+
+        Args:
+            folder: The folder.
+            dataset: The training dataset (that of the loader), to look at more examples than were kept, or to group
+                scores by what is in them.
+
+        Returns:
+            The same report, but for ``loggers``, which are none, and the solutions' ``x``, which are empty.
+
+        Raises:
+            ConfigurationError: If the folder holds something else, another version, or files that are damaged or do not
+                belong together; or if ``dataset`` is too short to be the one that was scored.
+            FileNotFoundError: If there is no such folder.
+        """
+        record, tensors = read_folder(folder, _FORMAT)
+        with damage_is_told(folder):
+            report = cls._from_record(record, tensors)
+        last = int(report.indices.max())
+        if hasattr(dataset, "__len__") and len(dataset) <= last:
+            raise ConfigurationError(
+                f"`dataset` has {len(dataset)} items, but the report scores dataset indices up to {last}. Give the"
+                " dataset of the training loader."
+            )
+        report.dataset = dataset
+        return report
+
+    @classmethod
+    def _from_record(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> InfluenceReport:
+        scores, indices = tensors["scores"], tensors["indices"]
+        solutions = [
+            Solution(**{**stored, "x": torch.empty(0), "status": Status(stored["status"])})
+            for stored in record["solutions"]
+        ]
+        whole = scores.ndim == 2 and scores.numel() and scores.dtype == torch.float64 and indices.dtype == torch.int64
+        if not whole or indices.shape != scores.shape[1:] or len(solutions) != len(scores) or int(indices.min()) < 0:
+            raise ConfigurationError(
+                f"The parts of the report do not fit together: scores {list(scores.shape)} ({scores.dtype}), indices"
+                f" {list(indices.shape)} ({indices.dtype}), {len(solutions)} solves; expected (n_queries, n_train) in"
+                " float64, (n_train,) whole numbers of at least 0, and n_queries. Copy the folder again from where it"
+                " was saved."
+            )
+        looks = {
+            name: Shown(stored["label"], _picture(name, tensors), stored["text"])
+            for name, stored in record["looks"].items()
+        }
+        queries, examples = (
+            {int(name.removeprefix(kind)): example for name, example in looks.items() if name.startswith(kind)}
+            for kind in ("queries/", "examples/")
+        )
+        targets = {
+            name.removeprefix("targets/"): _unpacked(bits)
+            for name, bits in tensors.items()
+            if name.startswith("targets/")
+        }
+        return cls(
+            scores=scores,
+            indices=indices,
+            solutions=solutions,
+            targets=Targets(targets),
+            dataset=None,
+            queries=[queries[position] for position in range(len(queries))],
+            examples=examples,
+            **{name: record[name] for name in _PLAIN},
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Looking at it
+    # ----------------------------------------------------------------------------------------------------------------
+
     def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/influence") -> None:
         """Logs the report, to each logger what it can take. A W&B run that is finished is left alone, with a warning.
 
@@ -367,3 +489,26 @@ def _draw_shares(axes: Axes, sizes: Tensor) -> None:
     many = f"{half} of {count} examples" if half > 1 else f"1 of {count} examples"
     axes.set_title(f"{many} ({100 * half / count:.3g} %) carr{'y' if half > 1 else 'ies'} half", fontsize=8)
     axes.axhline(0.5, color="grey", linestyle=":")
+
+
+def _packed(entries: Tensor) -> Tensor:
+    """Sorted flat indices as bits, ``(⌈(last + 1)/8⌉,)`` uint8: all of a parameter's entries take one bit each."""
+    mask = torch.zeros(int(entries[-1]) + 1, dtype=torch.uint8)
+    mask[entries] = 1
+    return torch.from_numpy(np.packbits(mask.numpy()))
+
+
+def _unpacked(bits: Tensor) -> Tensor:
+    return torch.from_numpy(np.unpackbits(bits.numpy())).nonzero().squeeze(1)
+
+
+def _picture(name: str, tensors: Mapping[str, Tensor]) -> Any | None:
+    """The picture of an example in a file, if it has one."""
+    if name not in tensors:
+        return None
+    image = tensors[name]
+    if image.dtype != torch.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise ValueError(
+            f"the picture {name!r} is {image.dtype} {list(image.shape)}; expected uint8 (H, W) or (H, W, 3)"
+        )
+    return image.numpy()
