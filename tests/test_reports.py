@@ -980,6 +980,22 @@ def test_a_loaded_report_says_which_pictures_it_has_not_and_reads_them_from_the_
         InfluenceReport.load(tmp_path / "report", Subset(dataset, range(10)))
 
 
+def test_scores_of_each_example_for_itself_are_reported_without_a_query(tmp_path: Path) -> None:
+    trainer, *_ = fitted(image_net(), images(), logger=CSVLogger(tmp_path))
+    report = trainer.self_influence(k=2)
+    assert report.solution is None
+    best = int(report.scores.argmax())
+    assert f"24 training examples for themselves, strongest proponent {best} (" in repr(report)
+    assert "24 training examples on themselves (if, 195 target parameters; " in str(report)
+    assert "change of its own loss if the example were removed" in str(report)
+    assert csv_values(trainer.logger)["gif/influence/score_max"] == float(report.scores.max())  # type: ignore[arg-type]
+    assert report.by_group().means.sum() * 8 == pytest.approx(float(report.scores.sum()))
+    report.save(tmp_path / "report")
+    loaded = InfluenceReport.load(tmp_path / "report")
+    assert (str(loaded), repr(loaded), loaded.summary()) == (str(report), repr(report), report.summary())
+    assert drawn(loaded) == drawn(report)
+
+
 def test_texts_and_labels_of_any_kind_come_back(tmp_path: Path) -> None:
     looks = [Shown(label, None, text) for label, text in (("a “b”", "schön\n$"), (None, ""), (2.5, "x"), (True, "y"))]
     report = report_of([[0.1, -0.2, 0.3]], queries=looks, examples={100: looks[0]})
@@ -1008,6 +1024,9 @@ def test_a_report_is_replaced_whole_and_nothing_else_ever(tmp_path: Path) -> Non
     second.save(tmp_path / "link")
     assert InfluenceReport.load(empty).scores.tolist() == [[0.5, -0.2, 1.0]]
     assert sorted(os.listdir(tmp_path)) == ["link", "report"]
+    plain = tmp_path / "file"
+    plain.touch()
+    assert {path.stat().st_mode for path in empty.iterdir()} == {plain.stat().st_mode}  # readable as any new file
     assert (tmp_path / "link").is_symlink()
 
     (empty / "notes.txt").write_text("mine")
@@ -1036,7 +1055,8 @@ def test_scores_that_cannot_be_saved_leave_the_old_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     report_of([[0.1, -0.2]]).save(tmp_path / "report")
-    rename, calls = Path.rename, []
+    rename = Path.rename
+    calls: list[Any] = []
 
     def fail(self: Path, target: Any) -> Any:
         calls.append(target)

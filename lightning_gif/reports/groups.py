@@ -69,7 +69,7 @@ class Groups(NamedTuple):
             rows[_MOST_SHOWN:-_MOST_SHOWN] = [[f"… {left_out} more", "", "", ""]]
         rows.insert(0, ["group", "total", "examples", "mean"])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["total = predicted change of the query's loss if the whole group were removed, to first order"]
+        lines = ["total = sum of scores: to first order, what removing the whole group would do"]
         for row in rows:
             cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
             lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())

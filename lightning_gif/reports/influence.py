@@ -6,7 +6,7 @@ import math
 import os
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from .._compat import isolate_rng
 from ..data import Examples, map_tensors
 from ..errors import ConfigurationError
 from ..parameters import Targets
-from ..solvers import Solution, Status
+from ..solvers import Solution
 from .files import damage_is_told, read_folder, write_folder
 from .groups import Grouping, Groups, group_scores, values_of
 from .loggers import log_eigenvalues, log_figure, log_histogram, log_scalars, log_table, log_text, running
@@ -63,7 +63,7 @@ class InfluenceReport:
     Attributes:
         scores: ``(n_queries, n_train)``, float64; one query unless ``per_example=True``.
         indices: The dataset index of each column, ``(n_train,)``.
-        solutions: How each query's solve went, ``n_queries`` of them.
+        solutions: How each query's solve went, ``n_queries`` of them; none where each example was scored for itself.
         curvature: How the Hessian products were made, and the ends of the spectrum if ``eigenvalues`` were asked for.
         targets: The target parameters that the scores are about.
         k: How many proponents and opponents are shown and logged.
@@ -91,9 +91,18 @@ class InfluenceReport:
     examples: dict[int, Shown] = field(default_factory=dict)
 
     @property
-    def solution(self) -> Solution:
-        """How the solve went; with several queries the one with the largest residual."""
-        return max(self.solutions, key=lambda solution: solution.residual)
+    def solution(self) -> Solution | None:
+        """How the solve went; with several queries the one with the largest residual; ``None`` without any."""
+        return max(self.solutions, key=lambda solution: solution.residual, default=None)
+
+    @property
+    def _of_themselves(self) -> bool:
+        """Whether each example was scored for itself, by ``trainer.self_influence``: there is no query to solve for."""
+        return not self.solutions
+
+    @property
+    def _whose(self) -> str:
+        return "its own" if self._of_themselves else "the query's"
 
     def proponents(self, k: int | None = None) -> Ranking:
         """The ``k`` training examples with the highest scores: without them the query's loss would be higher.
@@ -139,7 +148,8 @@ class InfluenceReport:
         small part of the data. For a large one it mostly tells too little: without ``m`` of the ``n`` examples each of
         the others weighs more, which alone makes the change ``(n−1)/(n−m)`` times as large (see also Koh et al., arXiv
         1905.13289). Where the group is unlike the rest, so that the curvature is another without it, a sum may as well
-        tell too much. The order of groups survives this better than the numbers do.
+        tell too much. The order of groups survives this better than the numbers do. Of ``trainer.self_influence``,
+        where each score is about another loss, look at the means: which group does the model know by heart?
 
         Args:
             groups: One value for each item of the training dataset (a list, array, tensor or column of a table), looked
@@ -218,7 +228,7 @@ class InfluenceReport:
             "score_min": float(self.scores.min()),
             "seconds": self.seconds,
             **{f"curvature_{name}": value for name, value in self.curvature.items() if not isinstance(value, list)},
-            **{f"solve_{name}": value for name, value in self.solution.summary().items()},
+            **{f"solve_{name}": value for name, value in (self.solution.summary() if self.solution else {}).items()},
         }
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -255,10 +265,7 @@ class InfluenceReport:
         }
         record = {
             **{name: getattr(self, name) for name in _PLAIN},
-            "solutions": [
-                {f.name: getattr(solution, f.name) for f in fields(solution) if f.name != "x"}
-                for solution in self.solutions
-            ],
+            "solutions": [{**solution.summary(), "residuals": solution.residuals} for solution in self.solutions],
             "looks": {name: {"label": example.label, "text": example.text} for name, example in looks.items()},
         }
         write_folder(folder, _FORMAT, record, tensors)
@@ -295,17 +302,15 @@ class InfluenceReport:
     @classmethod
     def _from_record(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> InfluenceReport:
         scores, indices = tensors["scores"], tensors["indices"]
-        solutions = [
-            Solution(**{**stored, "x": torch.empty(0), "status": Status(stored["status"])})
-            for stored in record["solutions"]
-        ]
+        solutions = [Solution.of_summary(**stored) for stored in record["solutions"]]
         whole = scores.ndim == 2 and scores.numel() and scores.dtype == torch.float64 and indices.dtype == torch.int64
-        if not whole or indices.shape != scores.shape[1:] or len(solutions) != len(scores) or int(indices.min()) < 0:
+        solved = len(solutions) in (0, len(scores) if scores.ndim else 0)
+        if not whole or indices.shape != scores.shape[1:] or not solved or int(indices.min()) < 0:
             raise ConfigurationError(
                 f"The parts of the report do not fit together: scores {list(scores.shape)} ({scores.dtype}), indices"
                 f" {list(indices.shape)} ({indices.dtype}), {len(solutions)} solves; expected (n_queries, n_train) in"
-                " float64, (n_train,) whole numbers of at least 0, and n_queries. Copy the folder again from where it"
-                " was saved."
+                " float64, (n_train,) whole numbers of at least 0, and n_queries or no solves. Copy the folder again"
+                " from where it was saved."
             )
         looks = {
             name: Shown(stored["label"], _picture(name, tensors), stored["text"])
@@ -355,7 +360,8 @@ class InfluenceReport:
         log_scalars(loggers, self.summary(), prefix=prefix, step=self.global_step)
         columns = ["query", "kind", "rank", "index", "score", "target", "example"]
         log_table(loggers, f"{prefix}/examples", columns, self._rows())
-        log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], enumerate(self.solution.residuals))
+        if self.solution is not None:
+            log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], enumerate(self.solution.residuals))
         log_eigenvalues(loggers, prefix, self.curvature)
         log_histogram(loggers, f"{prefix}/scores", self.scores, step=self.global_step)
         log_text(loggers, f"{prefix}/report", str(self), step=self.global_step)
@@ -412,7 +418,7 @@ class InfluenceReport:
         histogram, shares = made.add_subplot(below[0]), made.add_subplot(below[1])
         histogram.hist(self.scores[query].numpy(), bins=80, log=True)
         histogram.axvline(0.0, color="grey", linestyle=":")
-        histogram.set_title("scores: change of the query's loss without the example", fontsize=8)
+        histogram.set_title(f"scores: change of {self._whose} loss without the example", fontsize=8)
         histogram.set_ylabel("examples", fontsize=8)
         histogram.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))  # scores are small where data are many
         _draw_shares(shares, self.scores[query].abs())
@@ -422,26 +428,28 @@ class InfluenceReport:
 
     def __repr__(self) -> str:
         queries, examples = self.scores.shape
+        size = f"{queries} quer{'y' if queries == 1 else 'ies'} × {examples} training examples"
         ends = []
         for kind, best in (("proponent", self.scores.argmax()), ("opponent", self.scores.argmin())):
             query, position = divmod(int(best), examples)
             of = "" if queries == 1 else f" of query {query}"
             score = float(self.scores[query, position])
             ends.append(f"strongest {kind}{of} {int(self.indices[position])} ({score:+.2g})")
-        return (
-            f"InfluenceReport({queries} quer{'y' if queries == 1 else 'ies'} × {examples} training examples,"
-            f" {', '.join(ends)}, {self.settings['method']}, {self.solution.solver} {self.solution.status})"
-        )
+        solved = f", {self.solution.solver} {self.solution.status}" if self.solution else ""
+        size = f"{examples} training examples for themselves" if self._of_themselves else size
+        return f"InfluenceReport({size}, {', '.join(ends)}, {self.settings['method']}{solved})"
 
     def __str__(self) -> str:
         queries, examples = self.scores.shape
-        solution = self.solution
+        on = "themselves" if self._of_themselves else f"{queries} quer{'y' if queries == 1 else 'ies'}"
+        solved = ""
+        if (solution := self.solution) is not None:
+            solved = f"; {solution.solver} {solution.status} after {solution.iterations} steps, residual"
+            solved += f" {solution.residual:.1e}"
         lines = [
-            f"Influence of {examples} training examples on {queries} quer{'y' if queries == 1 else 'ies'}"
-            f" ({self.settings['method']}, {self.targets.count} target parameters; {solution.solver}"
-            f" {solution.status} after {solution.iterations} steps, residual {solution.residual:.1e};"
-            f" {self.seconds:.1f} s)",
-            "score = predicted change of the query's loss if the example were removed, by dataset index",
+            f"Influence of {examples} training examples on {on}"
+            f" ({self.settings['method']}, {self.targets.count} target parameters{solved}; {self.seconds:.1f} s)",
+            f"score = predicted change of {self._whose} loss if the example were removed, by dataset index",
         ]
         rankings = {"proponents": self.proponents(), "opponents": self.opponents()}
         for query in range(min(queries, _MOST_QUERIES)):
