@@ -17,7 +17,7 @@ from .curvature import METHODS, Method, Submatrix
 from .data import Examples, fingerprints
 from .objective import Objective
 from .parameters import Targets, digest
-from .reports.influence import InfluenceReport, first_items
+from .reports.influence import InfluenceReport, first_shown
 from .sampling import curvature_sample
 from .settings import Settings
 from .solvers import LinearOperator, Solution, require_finite
@@ -118,7 +118,7 @@ def influence(
         targets=targets,
         k=k,
         dataset=train.dataset,
-        queries=first_items(query),
+        queries=first_shown(query),
         settings=asdict(replace(settings, damping=solved.damping)),
         seconds=time.perf_counter() - start,
     )

@@ -179,6 +179,29 @@ def train_to_optimum(module: Regression, x: Tensor, y: Tensor) -> None:
     optimizer.step(closure)
 
 
+def test_sums_over_groups_predict_what_happens_without_small_ones_and_too_little_for_large_ones() -> None:
+    n = 400
+    x = torch.randn(n + 10, 5, dtype=torch.float64)
+    y = (x @ torch.randn(5, dtype=torch.float64) + 0.7 * torch.randn(n + 10, dtype=torch.float64) > 0).double()
+    train, query = TensorDataset(x[:n], y[:n]), (x[n:], y[n:])
+    module = Logistic().double()
+    train_to_optimum(module, *train.tensors)
+    base = module.influence_loss(query).mean().item()
+    report = asked(module, train, method="if", damping=0.0).influence(query)
+
+    def without(members: Tensor) -> float:
+        retrained = copy.deepcopy(module)
+        train_to_optimum(retrained, x[:n][~members], y[:n][~members])
+        return retrained.influence_loss(query).mean().item() - base
+
+    for column, low, high in ((torch.arange(n) // 10, 1.0, 1.1), (torch.randint(0, 2, (n,)), 1.7, 2.3)):
+        groups = report.by_group(column)
+        changes = torch.tensor([without(column == name) for name in groups.names], dtype=torch.float64)
+        assert float(torch.corrcoef(torch.stack([groups.totals, changes]))[0, 1]) > 0.99
+        # How many times the sum the change is: (n-1)/(n-m), which is 1.02 for ten examples, 2 for half of them.
+        assert low < float(changes @ groups.totals / groups.totals.square().sum()) < high
+
+
 @pytest.mark.parametrize("model", [Regression, Logistic], ids=["linear", "logistic"])
 @pytest.mark.parametrize("method", ["gif", "if"])
 def test_scores_predict_what_really_happens_when_an_example_is_left_out(model: Any, method: str) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from lightning_gif import (
     UnlearnReport,
 )
 from lightning_gif.parameters import Targets
-from lightning_gif.reports.loggers import log_scalars, log_table
-from lightning_gif.reports.pictures import image_of, label_of, text_of
+from lightning_gif.reports.files import read_folder, write_folder
+from lightning_gif.reports.loggers import log_figure, log_histogram, log_scalars, log_table, log_text
+from lightning_gif.reports.pictures import Shown, image_of, label_of, text_of
 from lightning_gif.solvers import Solution
 from lightning_gif.solvers.base import Status
 
@@ -130,6 +132,119 @@ def test_a_table_of_all_scores() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Groups
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_is_the_sum_of_its_scores_and_groups_are_ranked() -> None:
+    report = report_of([[0.1, -0.2, 0.3, 0.05], [1.0, 2.0, 4.0, 8.0]])
+    groups = report.by_group({100: "a", 101: "b", 102: "a", 103: "c"})
+    assert groups.names == ["a", "c", "b"]
+    assert groups.totals.tolist() == [pytest.approx(0.4), 0.05, -0.2]
+    assert groups.counts.tolist() == [2, 1, 1]
+    assert groups.means.tolist() == [pytest.approx(0.2), 0.05, -0.2]
+    assert report.by_group({100: "a", 101: "b", 102: "a", 103: "c"}, query=1).totals.tolist() == [8.0, 5.0, 2.0]
+    assert groups.to_dataframe().values.tolist() == [
+        ["a", pytest.approx(0.4), 2, pytest.approx(0.2)],
+        ["c", 0.05, 1, 0.05],
+        ["b", -0.2, 1, -0.2],
+    ]
+    assert list(groups.to_dataframe().columns) == ["group", "total", "count", "mean"]
+
+
+def test_a_column_is_looked_up_by_dataset_index_whatever_it_is_held_in() -> None:
+    import pandas
+
+    report = report_of([[0.1, -0.2, 0.3]], dataset=range(104))
+    column = [0] * 100 + [7, 8, 7, 9]
+    for groups in (column, tuple(column), np.array(column), torch.tensor(column), pandas.Series(column)):
+        assert report.by_group(groups).names == [7, 8]
+        assert report.by_group(groups).totals.tolist() == [pytest.approx(0.4), -0.2]
+    assert report.by_group(lambda index: index % 2).names == [0, 1]
+    assert report.by_group([None] * 100 + [math.nan, float("nan"), None, 0]).counts.tolist() == [1, 2]  # missing values
+
+
+def test_groups_are_by_label_unless_told_otherwise() -> None:
+    dataset = blobs()
+    kept = [5, 40, 3, 22, 11, 17, 30, 8]
+    trainer = make_trainer(GIFCallback(ratio=0.5, unconverged="ignore"))
+    trainer.fit(Classifier(), loader(Subset(dataset, kept)))
+    report = trainer.influence(batch_of(dataset, [0, 1]), per_example=True)
+    labels = [index % 3 for index in kept]
+    for query in range(2):
+        groups = report.by_group(query=query)
+        for name, total, count in zip(groups.names, groups.totals.tolist(), groups.counts.tolist(), strict=True):
+            members = [position for position, label in enumerate(labels) if label == name]
+            assert total == pytest.approx(float(report.scores[query, members].sum()), abs=1e-15)
+            assert count == len(members)
+        assert groups.totals.tolist() == sorted(groups.totals.tolist(), reverse=True)
+        assert float(groups.totals.sum()) == pytest.approx(float(report.scores[query].sum()))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([1, 2, 3], "has 3 values, but 104 .one for each item of the training dataset. were expected.*a mapping"),
+        ([1] * 105, "has 105 values"),
+        (np.zeros((104, 2)), "an array of 2 axes"),
+        ("label", "one value for each item of the training dataset.*got 'label'"),
+        (3, "got 3"),
+        ({100: 1}, r"no value for 2 of the 3 training examples: indices \[101, 102\]"),
+        ([[1]] * 104, "one name or number for each example .unhashable"),
+        (None, "no single label"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(groups: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        report_of([[0.1, -0.2, 0.3]], dataset=range(104)).by_group(groups)
+
+
+def test_groups_of_no_query_and_without_a_dataset_are_refused() -> None:
+    report = report_of([[0.1, -0.2, 0.3]])
+    for query in (-1, 1, True, 0.5):
+        with pytest.raises(ConfigurationError, match="whole number from 0 to 0"):
+            report.by_group({}, query=query)
+    for groups in (None, lambda item: 0):
+        with pytest.raises(ConfigurationError, match="loaded without its dataset"):
+            report.by_group(groups)
+    with pytest.raises(ConfigurationError, match="has 102 values, but at least 103 were expected"):
+        report.by_group([0] * 102)
+
+
+def test_groups_are_printed_with_their_ends() -> None:
+    report = report_of(torch.arange(-50.0, 50.0)[None])
+    text = str(report.by_group({100 + i: f"source {i}" for i in range(100)}))
+    lines = text.splitlines()
+    assert lines[1].split() == ["group", "total", "examples", "mean"]
+    assert lines[2].split() == ["source", "99", "+49", "1", "+49"]
+    assert lines[-1].split() == ["source", "0", "-50", "1", "-50"]
+    assert "… 80 more" in text
+    assert len(lines) == 2 + 10 + 1 + 10
+    assert len(str(report.by_group({100 + i: i % 21 for i in range(100)})).splitlines()) == 2 + 21
+
+
+def test_reading_examples_leaves_the_random_generators_alone_and_shows_one_draw() -> None:
+    class Noisy(Dataset[Any]):
+        def __len__(self) -> int:
+            return 103
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return torch.rand(8, 8), index % 2
+
+    report = report_of([[0.1, -0.2, 0.3]], dataset=Noisy(), k=1)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    first = report.plot()
+    report.by_group()
+    assert torch.equal(torch.rand(1), expected)
+    torch.manual_seed(99)
+    for axes, again in zip(first.axes, report.plot().axes, strict=True):
+        for one, other in zip(axes.images, again.images, strict=True):
+            np.testing.assert_array_equal(one.get_array(), other.get_array())
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Printed
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -148,6 +263,15 @@ def test_print_shows_each_of_several_queries_up_to_eight() -> None:
     assert "query 7 opponents: 100 (+14)" in text
     assert "query 8" not in text
     assert "2 more queries" in text
+
+
+def test_the_short_form_has_the_size_and_the_ends_of_the_ranking() -> None:
+    assert repr(report_of([[0.1, -0.2, 0.3]])) == (
+        "InfluenceReport(1 query × 3 training examples, strongest proponent 102 (+0.3), strongest opponent 101 (-0.2),"
+        " gif, lissa converged)"
+    )
+    several = repr(report_of(torch.arange(20.0).view(10, 2)))
+    assert "10 queries × 2 training examples, strongest proponent of query 9 101 (+19)" in several
 
 
 def test_print_of_an_edit_has_both_sides_and_the_notes() -> None:
@@ -180,10 +304,11 @@ def test_a_plot_of_images_shows_query_proponents_opponents_and_histogram() -> No
     score = float(report.proponents().scores[0, 0])
     assert titles(figure)[0] == "query\ntarget 1"
     assert f"#{strongest}: {strongest % 3}\n{score:+.2g}" in titles(figure)
-    assert len(titles(figure)) == 1 + 3 + 3
+    assert len(titles(figure)) == 1 + 3 + 3 + 2
     assert sum(len(axes.images) for axes in figure.axes) == 7
     assert {"proponents", "opponents"} <= {axes.get_ylabel() for axes in figure.axes}
-    assert sum(int(patch.get_height()) for patch in figure.axes[-1].patches) == len(dataset)
+    histogram = next(axes for axes in figure.axes if axes.get_title().startswith("scores"))
+    assert sum(int(patch.get_height()) for patch in histogram.patches) == len(dataset)
     shown = next(axes for axes in figure.axes if axes.get_title().startswith(f"#{strongest}:"))
     np.testing.assert_array_equal(shown.images[0].get_array(), image_of(dataset[strongest]))
 
@@ -212,7 +337,36 @@ def test_queries_beyond_the_kept_ones_are_drawn_without_a_picture() -> None:
     trainer, _, dataset = fitted(image_net(), images())
     report = trainer.influence(batch_of(dataset, list(range(10))), per_example=True, k=1)
     assert len(report.queries) == 8
-    assert len(titles(report.plot(query=9))) == 2
+    assert len(titles(report.plot(query=9))) == 2 + 2
+
+
+def test_a_plot_tells_how_few_examples_carry_half_of_all_influence() -> None:
+    scores = torch.zeros(1, 200)
+    scores[0, [50, 60, 70]] = torch.tensor([4.0, -3.0, 3.0])  # 4 and 3 of 10: two are needed for half
+    shares = report_of(scores).plot(k=1).axes[-1]
+    assert shares.get_title() == "2 of 200 examples (1 %) carry half"
+    curve, half, _ = shares.lines
+    assert half.get_xydata().tolist() == [[2, pytest.approx(0.7)]]
+    assert dict(zip(*(data.tolist() for data in curve.get_data()), strict=True))[3] == pytest.approx(1.0)
+    assert curve.get_xdata()[0] == 1
+    assert curve.get_xdata()[-1] == 200
+
+
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [([[0.0, 0.0]], ""), ([[2.0]], "1 of 1 examples (100 %) carries half"), ([[5.0, 1.0]], "1 of 2 examples")],
+)
+def test_a_plot_of_few_or_no_influence_is_drawn(scores: Any, told: str) -> None:
+    figure = report_of(scores).plot()
+    figure.canvas.draw()
+    assert figure.axes[-1].get_title().startswith(told)
+    assert told or figure.axes[-1].texts[0].get_text() == "all scores are 0"
+
+
+def test_texts_that_look_like_formulas_are_drawn_as_they_are() -> None:
+    strange = Shown("$\\bad{$", None, "costs $5 or $\\frac{$ " * 30)
+    report = report_of([[0.1, 0.2]], queries=[strange], examples={100: strange, 101: strange})
+    report.plot().canvas.draw()
 
 
 def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
@@ -277,6 +431,17 @@ def test_what_counts_as_an_image(item: Any, shape: tuple[int, ...] | None) -> No
     assert found is None or found.dtype == np.uint8
 
 
+def test_a_large_image_is_shown_smaller_with_its_own_colours() -> None:
+    image = torch.zeros(3, 1030, 700)
+    image[0, :515], image[2, 515:] = 1.0, 1.0
+    found = image_of(image)
+    assert found is not None
+    assert found.shape == (343, 233, 3)
+    assert found[0, 0].tolist() == [255, 0, 0]
+    assert found[-1, -1].tolist() == [0, 0, 255]
+    assert image_of(torch.rand(900, 8)).shape == (450, 4)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("item", "label", "text"),
     [
@@ -284,7 +449,11 @@ def test_what_counts_as_an_image(item: Any, shape: tuple[int, ...] | None) -> No
         ((torch.tensor([1, 2]), 3), 3, "1, 2"),
         ((torch.tensor([1, 2]), np.int64(4)), 4, "1, 2"),
         (("a good film", "positive"), "positive", "a good film"),
-        ({"text": "a film", "label": 2}, 2, "text: a film"),
+        ({"text": "a film", "label": 2}, 2, "a film"),
+        ({"ids": torch.tensor([101, 7]), "text": "a film", "label": 2}, 2, "a film"),
+        ({"ids": torch.tensor([101, 7]), "label": 2}, 2, "ids: 101, 7"),
+        ({"premise": "rain", "hypothesis": "wet", "label": 0}, 0, "premise: rain; hypothesis: wet"),
+        (("rain", "wet", 0), 0, "rain; wet"),
         ({"a": torch.tensor([1]), "b": torch.tensor([2.5]), "target": torch.tensor([0.5])}, 0.5, "a: 1; b: 2.5"),
         ((torch.tensor([1.0]), torch.tensor([2.0, 3.0])), None, "1, 2, 3"),
         (torch.tensor([7.0]), None, "7"),
@@ -344,6 +513,41 @@ def test_tensorboard_has_the_values_at_the_step_of_training(tmp_path: Path) -> N
     assert trainer.global_step == 6
 
 
+def test_tensorboard_has_the_figure_the_histogram_and_the_text(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    trainer, _, dataset = fitted(image_net(), images(), logger=logger)
+    answer = trainer.influence(batch_of(dataset, [4]), k=3)
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0, "histograms": 0, "tensors": 0}).Reload()
+    (histogram,) = events.Histograms("gif/influence/scores")
+    assert histogram.step == trainer.global_step
+    assert histogram.histogram_value.num == len(dataset)
+    assert histogram.histogram_value.sum == pytest.approx(float(answer.scores.sum()))
+    (picture,) = events.Images("gif/influence/plot")
+    figure = answer.plot()
+    assert (picture.width, picture.height) == tuple((figure.get_size_inches() * figure.dpi).astype(int))
+    (text,) = events.Tensors("gif/influence/report/text_summary")
+    told = text.tensor_proto.string_val[0].decode()
+    assert [line.removeprefix("    ") for line in told.splitlines()] == str(answer).splitlines()
+    assert all(line.startswith("    ") for line in told.splitlines())
+
+
+def test_tensorboard_without_matplotlib_has_all_but_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    report = report_of([[0.1, -0.2, 0.3]])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report.log([logger])
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()
+    assert tags["images"] == []
+    assert tags["histograms"] == ["gif/influence/scores"]
+    assert "gif/influence/report/text_summary" in tags["tensors"]
+
+
 @pytest.fixture
 def wandb_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbLogger]:
     """An offline run. The logger sets WANDB_MODE for the whole process; it is put back."""
@@ -381,6 +585,10 @@ def test_wandb_has_values_tables_and_pictures_beside_other_loggers(tmp_path: Pat
     assert all(row["target"] == row["index"] % 3 for row in rows[2:])
     assert all(row["example"] == "Image" for row in rows)  # the pictures themselves are in the table's artifact
 
+    scores = summary["gif/influence/scores"]
+    assert scores["_type"] == "histogram"
+    assert sum(scores["values"]) == len(dataset)
+    assert scores["bins"][-1] == pytest.approx(float(answer.scores.max()))
     (solve,) = wandb_tables(wandb_logger, "gif/influence/solve")
     assert [row[1] for row in solve["data"]] == answer.solution.residuals
     (ends,) = wandb_tables(wandb_logger, "gif/influence/eigenvalues")
@@ -407,16 +615,44 @@ def test_wandb_tables_of_other_data_hold_their_values_for_each_query(wandb_logge
 
 
 def test_a_finished_wandb_run_costs_neither_report_nor_edit(wandb_logger: WandbLogger, tmp_path: Path) -> None:
+    import wandb
+
     after = CSVLogger(tmp_path)
     trainer, module, dataset = fitted(logger=[wandb_logger, after])
     before = weights(module)
-    wandb_logger.experiment.finish()
+    wandb.finish()
+    with pytest.warns(GIFWarning, match="WandbLogger did not take the report.*is finished, and no new one is started"):
+        answer = trainer.influence(batch_of(dataset, [0]))
+    with pytest.warns(GIFWarning, match="is finished, and no new one is started"):
+        answer.log()
+    assert csv_values(after)["gif/influence/score_max"] == float(answer.scores.max())
+    assert wandb.run is None
+    assert len(list(tmp_path.rglob("*.wandb"))) == 1
     with pytest.warns(GIFWarning, match="WandbLogger did not take the report.*finished"):
         report = trainer.unlearn(batch_of(dataset, [0]), step="natural")
     assert csv_values(after)["gif/unlearn/step"] == 1.0
+    with pytest.warns(GIFWarning, match="is finished, and no new one is started"):
+        report.log()
     assert not same_weights(weights(module), before)
     report.undo()
     assert same_weights(weights(module), before)
+
+
+def test_a_disabled_wandb_run_takes_everything_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, mode="disabled")
+    trainer, _, dataset = fitted(image_net(), images(), logger=logger)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GIFWarning)
+        answer = trainer.influence(batch_of(dataset, [4]), k=3)
+        assert dict(logger.experiment.summary)["gif/influence/score_max"] == float(answer.scores.max())
+        wandb.finish()
+        answer.log()  # a run that was never one takes no harm from its end
+    assert not list(tmp_path.rglob("*.wandb"))
 
 
 class Broken(CSVLogger):
@@ -483,8 +719,38 @@ def test_only_finite_numbers_reach_a_logger_and_tables_only_those_that_take_them
     values = {"a": 1, "b": 2.5, "words": "no", "nan": math.nan, "inf": math.inf, "none": None}
     log_scalars([logger], values, prefix="x", step=3)
     assert logger.metrics == [({"x/a": 1.0, "x/b": 2.5}, 3)]
-    log_table([logger], "t", ["a"], [[1]])
+    unread = iter([[1]])
+    log_table([logger], "t", ["a"], unread)
+    assert next(unread) == [1]
+    log_histogram([logger], "h", torch.ones(3), step=3)
+    log_text([logger], "x", "words", step=3)
+    log_figure([logger], "f", pytest.fail, step=3)  # type: ignore[arg-type]
     assert len(logger.metrics) == 1
+
+
+def test_a_writer_of_another_make_gets_what_it_can_take() -> None:
+    class Writer:
+        def __init__(self) -> None:
+            self.taken: dict[str, Any] = {}
+            self.flushed = 0
+
+        def add_text(self, key: str, text: str, step: int) -> None:
+            self.taken[key] = (text, step)
+
+        def flush(self) -> None:
+            self.flushed += 1
+
+    class Writing(Recorder):
+        experiment = Writer()
+
+    logger = Writing()
+    report_of([[0.1, -0.2]], global_step=5).log([logger], prefix="mine")
+    ((numbers, step),) = logger.metrics
+    assert numbers["mine/n_train"] == 2
+    assert step == 5
+    assert list(logger.experiment.taken) == ["mine/report"]
+    assert logger.experiment.taken["mine/report"][0].lstrip().startswith("Influence of 2 training examples")
+    assert logger.experiment.flushed == 2
 
 
 def test_pictures_in_tables_are_enlarged_and_show_the_example() -> None:
@@ -641,6 +907,251 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         UnlearnReport.load(tmp_path / "missing")
     UnlearnReport.load(path, module).undo()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scores saved and loaded
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def answer_on_images(**options: Any) -> tuple[InfluenceReport, TensorDataset]:
+    trainer, _, dataset = fitted(image_net(), images())
+    return trainer.influence(batch_of(dataset, [4, 7, 9]), k=3, eigenvalues=2, **options), dataset
+
+
+def drawn(report: InfluenceReport, query: int = 0) -> list[Any]:
+    """All that a plot shows."""
+    axes = report.plot(query).axes
+    pictures = [image.get_array().tolist() for axis in axes for image in axis.images]
+    lines = [line.get_xydata().tolist() for axis in axes for line in axis.lines]
+    bars = [patch.get_height() for axis in axes for patch in axis.patches]
+    return [[axis.get_title() for axis in axes], [t.get_text() for a in axes for t in a.texts], pictures, lines, bars]
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+@pytest.mark.parametrize("method", ["if", "gif"])
+def test_a_loaded_report_says_and_shows_the_same_without_the_dataset(
+    tmp_path: Path, per_example: bool, method: str
+) -> None:
+    report, dataset = answer_on_images(per_example=per_example, method=method)
+    report.global_step = 6
+    report.save(tmp_path / "new" / "report")
+    assert sorted(os.listdir(tmp_path / "new" / "report")) == ["report.json", "scores.safetensors"]
+    loaded = InfluenceReport.load(tmp_path / "new" / "report")
+    assert loaded.dataset is None
+    assert torch.equal(loaded.scores, report.scores)
+    assert torch.equal(loaded.indices, report.indices)
+    assert loaded.scores.dtype == torch.float64
+    for one, other in ((report.proponents(), loaded.proponents()), (report.opponents(5), loaded.opponents(5))):
+        assert torch.equal(one.indices, other.indices)
+        assert torch.equal(one.scores, other.scores)
+    assert (str(loaded), repr(loaded), loaded.summary()) == (str(report), repr(report), report.summary())
+    for name in ("curvature", "settings", "k", "seconds", "global_step"):
+        assert getattr(loaded, name) == getattr(report, name)
+    assert [s.residuals for s in loaded.solutions] == [s.residuals for s in report.solutions]
+    assert loaded.solution.status is report.solution.status
+    assert dict(loaded.targets).keys() == dict(report.targets).keys()
+    assert all(torch.equal(loaded.targets[name], entries) for name, entries in report.targets.items())
+    assert loaded.to_dataframe().equals(report.to_dataframe())
+    for query in range(len(report.scores)):
+        assert drawn(loaded, query) == drawn(report, query)
+    assert list(map(repr, loaded._rows())) == list(map(repr, report._rows()))
+    labels = loaded.by_group(dataset.tensors[1])
+    assert torch.equal(labels.totals, report.by_group().totals)
+    logger = CSVLogger(tmp_path)
+    loaded.log([logger])
+    assert csv_values(logger)["gif/influence/score_max"] == float(report.scores.max())
+    loaded.save(tmp_path / "again")  # and what was loaded can be saved
+    assert drawn(InfluenceReport.load(tmp_path / "again")) == drawn(report)
+
+
+def test_a_loaded_report_says_which_pictures_it_has_not_and_reads_them_from_the_dataset(tmp_path: Path) -> None:
+    report, dataset = answer_on_images()
+    report.save(tmp_path / "report")
+    assert len(drawn(InfluenceReport.load(tmp_path / "report"))[2]) == 1 + 3 + 3
+    more = InfluenceReport.load(tmp_path / "report")
+    more.k = 5
+    assert sum("not kept" in text.replace("\n", " ") for text in drawn(more)[1]) == 4
+    more = InfluenceReport.load(str(tmp_path / "report"), dataset)
+    more.k = report.k = 5
+    assert drawn(more) == drawn(report)
+    assert torch.equal(more.by_group().totals, report.by_group().totals)
+    with pytest.raises(ConfigurationError, match="10 items, but the report scores dataset indices up to 23"):
+        InfluenceReport.load(tmp_path / "report", Subset(dataset, range(10)))
+
+
+def test_scores_of_each_example_for_itself_are_reported_without_a_query(tmp_path: Path) -> None:
+    trainer, *_ = fitted(image_net(), images(), logger=CSVLogger(tmp_path))
+    report = trainer.self_influence(k=2)
+    assert report.solution is None
+    best = int(report.scores.argmax())
+    assert f"24 training examples for themselves, strongest proponent {best} (" in repr(report)
+    assert "24 training examples on themselves (if, 195 target parameters; " in str(report)
+    assert "change of its own loss if the example were removed" in str(report)
+    assert csv_values(trainer.logger)["gif/influence/score_max"] == float(report.scores.max())  # type: ignore[arg-type]
+    assert report.by_group().means.sum() * 8 == pytest.approx(float(report.scores.sum()))
+    report.save(tmp_path / "report")
+    loaded = InfluenceReport.load(tmp_path / "report")
+    assert (str(loaded), repr(loaded), loaded.summary()) == (str(report), repr(report), report.summary())
+    assert drawn(loaded) == drawn(report)
+
+
+def test_texts_and_labels_of_any_kind_come_back(tmp_path: Path) -> None:
+    looks = [Shown(label, None, text) for label, text in (("a “b”", "schön\n$"), (None, ""), (2.5, "x"), (True, "y"))]
+    report = report_of([[0.1, -0.2, 0.3]], queries=looks, examples={100: looks[0]})
+    report.save(tmp_path / "report")
+    loaded = InfluenceReport.load(tmp_path / "report")
+    assert [(shown.label, shown.text) for shown in loaded.queries] == [(shown.label, shown.text) for shown in looks]
+    assert list(loaded.examples) == [100]
+    json.loads((tmp_path / "report" / "report.json").read_text(), parse_constant=pytest.fail)  # for other readers too
+
+
+def test_all_targets_of_a_large_model_take_little_room(tmp_path: Path) -> None:
+    targets = Targets({"weight": torch.arange(1_000_000), "bias": torch.tensor([0, 3, 17])})
+    report_of([[0.1, -0.2]], targets=targets).save(tmp_path / "report")
+    assert (tmp_path / "report" / "scores.safetensors").stat().st_size < 150_000
+    loaded = InfluenceReport.load(tmp_path / "report").targets
+    assert torch.equal(loaded["weight"], targets["weight"])
+    assert loaded["bias"].tolist() == [0, 3, 17]
+
+
+def test_a_report_is_replaced_whole_and_nothing_else_ever(tmp_path: Path) -> None:
+    first, second = report_of([[0.1, -0.2]]), report_of([[0.5, -0.2, 1.0]])
+    empty = tmp_path / "report"
+    empty.mkdir()
+    first.save(empty)
+    (tmp_path / "link").symlink_to(empty)
+    second.save(tmp_path / "link")
+    assert InfluenceReport.load(empty).scores.tolist() == [[0.5, -0.2, 1.0]]
+    assert sorted(os.listdir(tmp_path)) == ["link", "report"]
+    plain = tmp_path / "file"
+    plain.touch()
+    assert {path.stat().st_mode for path in empty.iterdir()} == {plain.stat().st_mode}  # readable as any new file
+    assert (tmp_path / "link").is_symlink()
+
+    (empty / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for other in ("work", "foreign", "broken"):
+        (tmp_path / other).mkdir()
+    (tmp_path / "work" / "model.py").write_text("mine")
+    (tmp_path / "foreign" / "report.json").write_text('{"format": "another 1"}')
+    (tmp_path / "broken" / "report.json").write_text("mine")
+    for name, what in (
+        ("report", "holds notes.txt"),
+        ("file", "is a file"),
+        ("work", "holds model.py"),
+        ("foreign", "is no report"),
+        ("broken", "is no report"),
+    ):
+        content = sorted(str(path) for path in tmp_path.rglob("*"))
+        with pytest.raises(ConfigurationError, match=f"{what}.*left alone"):
+            first.save(tmp_path / name)
+        assert sorted(str(path) for path in tmp_path.rglob("*")) == content
+    assert InfluenceReport.load(empty).scores.shape == (1, 3)
+
+
+@pytest.mark.parametrize("failing", [1, 2], ids=["taking the old away", "putting the new in its place"])
+def test_scores_that_cannot_be_saved_leave_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    report_of([[0.1, -0.2]]).save(tmp_path / "report")
+    rename = Path.rename
+    calls: list[Any] = []
+
+    def fail(self: Path, target: Any) -> Any:
+        calls.append(target)
+        if len(calls) == failing:
+            raise OSError("no space")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no space"):
+        report_of([[0.5, -0.2, 1.0]]).save(tmp_path / "report")
+    assert os.listdir(tmp_path) == ["report"]
+    assert InfluenceReport.load(tmp_path / "report").scores.tolist() == [[0.1, -0.2]]
+
+
+def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "report"
+    report, _ = answer_on_images()
+    report.save(path)
+    record, scores = path / "report.json", path / "scores.safetensors"
+    text, content = record.read_text(), scores.read_bytes()
+
+    def refused(message: str) -> None:
+        with pytest.raises(ConfigurationError, match=message):
+            InfluenceReport.load(path)
+        record.write_text(text)
+        scores.write_bytes(content)
+        InfluenceReport.load(path)
+
+    flipped = bytearray(content)
+    flipped[-1] ^= 1
+    for bad in (b"", b"no scores", content[:-8], content + b"more"):
+        scores.write_bytes(bad)
+        refused("scores.safetensors' is damaged")
+    scores.write_bytes(bytes(flipped))
+    refused("is damaged, or belongs to another report: the SHA-256")
+    for bad_text in ("", "{", "[]", "{}", text[: len(text) // 2], text.replace('"digest": "', '"digest": 3, "x": "')):
+        record.write_text(bad_text)
+        refused("report.json' is damaged")
+    record.write_text(text.replace("lightning-gif influence 1", "lightning-gif influence 9"))
+    refused("holds 'lightning-gif influence 9', but 'lightning-gif influence 1' was expected. Load it with the version")
+    for key in ("solutions", "looks", "settings", "k"):
+        record.write_text(text.replace(f'"{key}":', f'"no {key}":', 1))
+        refused("report' is damaged: KeyError")
+    record.write_text(text.replace('"status": "', '"status": "not '))
+    refused("report' is damaged: ValueError")
+    record.write_text(text.replace('"queries/0"', '"queries/../../secret"'))
+    refused("report' is damaged: ValueError")
+
+    other = report_of([[0.1, -0.2]])
+    other.save(tmp_path / "other")
+    scores.write_bytes((tmp_path / "other" / "scores.safetensors").read_bytes())
+    refused("belongs to another report.*Copy both files")
+    scores.unlink()
+    with pytest.raises(ConfigurationError, match=r"scores\.safetensors is missing"):
+        InfluenceReport.load(path)
+    with pytest.raises(ConfigurationError, match=r"is a file\. A report is a folder"):
+        InfluenceReport.load(record)
+    with pytest.raises(FileNotFoundError, match="no report"):
+        InfluenceReport.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("indices", lambda value: value[:-1], r"scores \[1, 24\].*indices \[23\].*1 solves; expected"),
+        ("indices", lambda value: -value, "do not fit together"),
+        ("indices", lambda value: value.double(), "do not fit together"),
+        ("scores", lambda value: value.float(), "do not fit together.*float32"),
+        ("scores", lambda value: value[0], "do not fit together"),
+        ("scores", lambda value: value.repeat(2, 1), "do not fit together"),
+        ("scores", lambda value: value[:0], "do not fit together"),
+        ("queries/0", lambda value: value.float(), "the picture 'queries/0' is torch.float32"),
+        ("queries/0", lambda value: value[None, None], "expected uint8 .H, W. or .H, W, 3."),
+        ("targets/net.1.weight", lambda value: value[:0], "damaged"),
+    ],
+)
+def test_parts_that_disagree_are_refused_although_their_sum_is_right(
+    tmp_path: Path, name: str, change: Any, message: str
+) -> None:
+    report, _ = answer_on_images(method="fif", selector=["net.1.weight"])
+    report.save(tmp_path / "report")
+    record, tensors = read_folder(tmp_path / "report", "lightning-gif influence 1")
+    write_folder(tmp_path / "report", "lightning-gif influence 1", record, {**tensors, name: change(tensors[name])})
+    with pytest.raises(ConfigurationError, match=message):
+        InfluenceReport.load(tmp_path / "report")
+
+
+def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    report, _ = answer_on_images()
+    report.save(tmp_path / "report")
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, pytest.fail)
+    InfluenceReport.load(tmp_path / "report").plot()
 
 
 class Words(Dataset[Any]):

@@ -1,6 +1,7 @@
 """What comes back, how it is drawn, and how each logger gets it."""
 
+from .groups import Groups
 from .influence import InfluenceReport, Ranking
 from .unlearning import Change, UnlearnReport
 
-__all__ = ["Change", "InfluenceReport", "Ranking", "UnlearnReport"]
+__all__ = ["Change", "Groups", "InfluenceReport", "Ranking", "UnlearnReport"]

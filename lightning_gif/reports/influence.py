@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import os
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .._compat import isolate_rng
 from ..data import Examples, map_tensors
 from ..errors import ConfigurationError
 from ..parameters import Targets
 from ..solvers import Solution
-from .loggers import log_eigenvalues, log_scalars, log_table, takes_tables
-from .pictures import figure, image_of, label_of, show_item, text_of
+from .files import damage_is_told, read_folder, write_folder
+from .groups import Grouping, Groups, group_scores, values_of
+from .loggers import log_eigenvalues, log_figure, log_histogram, log_scalars, log_table, log_text, running
+from .pictures import Shown, figure, label_of, show
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["InfluenceReport", "Ranking", "first_items"]
+__all__ = ["InfluenceReport", "Ranking", "first_shown"]
+
+_FORMAT = "lightning-gif influence 1"
 
 _MOST_QUERIES = 8
+
+# What a file keeps of a report as it is; the rest is tensors, or made of them.
+_PLAIN = ("curvature", "k", "settings", "seconds", "global_step")
+
+_NOT_KEPT = Shown(None, None, "not kept with the report: give load() the dataset")
 
 
 class Ranking(NamedTuple):
@@ -37,7 +52,7 @@ class Ranking(NamedTuple):
     scores: Tensor
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class InfluenceReport:
     """A score for every training example and query.
 
@@ -48,35 +63,46 @@ class InfluenceReport:
     Attributes:
         scores: ``(n_queries, n_train)``, float64; one query unless ``per_example=True``.
         indices: The dataset index of each column, ``(n_train,)``.
-        solutions: How each query's solve went, ``n_queries`` of them.
+        solutions: How each query's solve went, ``n_queries`` of them; none where each example was scored for itself.
         curvature: How the Hessian products were made, and the ends of the spectrum if ``eigenvalues`` were asked for.
         targets: The target parameters that the scores are about.
         k: How many proponents and opponents are shown and logged.
-        dataset: The training dataset, for looking at examples.
-        queries: Up to eight of the query's examples as items, prepared, on the CPU.
+        dataset: The training dataset, for looking at examples; ``None`` in a report that was loaded without it.
+        queries: How up to eight of the query's examples are shown.
         settings: Method, solver and their parameters.
         seconds: Wall time of the whole call.
         loggers: Where :meth:`log` logs to by default: those of the trainer that was asked.
         global_step: The trainer's optimizer steps when it was asked.
+        examples: How training examples are shown that were shown before, by dataset index.
     """
 
-    scores: Tensor = field(repr=False)
-    indices: Tensor = field(repr=False)
+    scores: Tensor
+    indices: Tensor
     solutions: list[Solution]
     curvature: dict[str, Any]
     targets: Targets
     k: int
-    dataset: Any = field(repr=False)
-    queries: list[Any] = field(repr=False)
+    dataset: Any
+    queries: list[Shown]
     settings: dict[str, Any]
     seconds: float
-    loggers: Sequence[Any] = field(default=(), repr=False)
-    global_step: int = field(default=0, repr=False)
+    loggers: Sequence[Any] = ()
+    global_step: int = 0
+    examples: dict[int, Shown] = field(default_factory=dict)
 
     @property
-    def solution(self) -> Solution:
-        """How the solve went; with several queries the one with the largest residual."""
-        return max(self.solutions, key=lambda solution: solution.residual)
+    def solution(self) -> Solution | None:
+        """How the solve went; with several queries the one with the largest residual; ``None`` without any."""
+        return max(self.solutions, key=lambda solution: solution.residual, default=None)
+
+    @property
+    def _of_themselves(self) -> bool:
+        """Whether each example was scored for itself, by ``trainer.self_influence``: there is no query to solve for."""
+        return not self.solutions
+
+    @property
+    def _whose(self) -> str:
+        return "its own" if self._of_themselves else "the query's"
 
     def proponents(self, k: int | None = None) -> Ranking:
         """The ``k`` training examples with the highest scores: without them the query's loss would be higher.
@@ -110,6 +136,69 @@ class InfluenceReport:
             raise ConfigurationError(f"`k` must be a whole number of at least 1, got {k!r}.")
         return min(k, self.scores.shape[1])
 
+    def _check_query(self, query: int) -> None:
+        queries = self.scores.shape[0]
+        if isinstance(query, bool) or not isinstance(query, int) or not 0 <= query < queries:
+            raise ConfigurationError(f"`query` must be a whole number from 0 to {queries - 1}, got {query!r}.")
+
+    def by_group(self, groups: Grouping | None = None, query: int = 0) -> Groups:
+        """What removing whole groups of training examples would do to a query: the sums of their scores.
+
+        A sum is of first order: it takes the effects of a group's examples to add up, as they do while the group is a
+        small part of the data. For a large one it mostly tells too little: without ``m`` of the ``n`` examples each of
+        the others weighs more, which alone makes the change ``(n−1)/(n−m)`` times as large (see also Koh et al., arXiv
+        1905.13289). Where the group is unlike the rest, so that the curvature is another without it, a sum may as well
+        tell too much. The order of groups survives this better than the numbers do. Of ``trainer.self_influence``,
+        where each score is about another loss, look at the means: which group does the model know by heart?
+
+        Args:
+            groups: One value for each item of the training dataset (a list, array, tensor or column of a table), looked
+                up by *dataset index*, also where only a part of the dataset was scored; or a mapping from dataset
+                indices to values; or a function from an item of the dataset to its group. By default the label of each
+                item.
+            query: Which query.
+
+        Returns:
+            The groups, ranked by their sums: the strongest proponents first.
+
+        Raises:
+            ConfigurationError: If there is no such query, a column has another length than the dataset or no value for
+                some of the scored examples, or items must be read and there is no dataset or no label in them.
+        """
+        self._check_query(query)
+        if groups is None:
+            names = self._read(label_of)
+            if all(name is None for name in names):
+                raise ConfigurationError(
+                    "The items of the training dataset have no single label to group by. Give `groups`: one value for"
+                    " each item of the dataset, or a function from an item to its group."
+                )
+        elif callable(groups):
+            names = self._read(groups)
+        else:
+            size = len(self.dataset) if hasattr(self.dataset, "__len__") else None
+            names = values_of(groups, self.indices, size)
+        return group_scores(names, self.scores[query])
+
+    def _read(self, function: Any) -> list[Any]:
+        """A function of each item of the dataset that was scored."""
+        if self.dataset is None:
+            raise ConfigurationError(
+                "The report was loaded without its dataset, so its items cannot be read. Give load() the `dataset`, or"
+                " `groups` as one value for each dataset index."
+            )
+        with isolate_rng():  # random augmentation draws from the generators that training goes on with
+            return [function(self.dataset[index]) for index in self.indices.tolist()]
+
+    def _example(self, index: int) -> Shown:
+        """How a training example is shown: always as it was the first time, if its dataset augments at random."""
+        if index not in self.examples:
+            if self.dataset is None:
+                return _NOT_KEPT
+            with isolate_rng():
+                self.examples[index] = Shown.of(self.dataset[index])
+        return self.examples[index]
+
     def to_dataframe(self) -> pandas.DataFrame:
         """All scores as a table with columns ``query``, ``index`` (of the dataset) and ``score``.
 
@@ -139,42 +228,159 @@ class InfluenceReport:
             "score_min": float(self.scores.min()),
             "seconds": self.seconds,
             **{f"curvature_{name}": value for name, value in self.curvature.items() if not isinstance(value, list)},
-            **{f"solve_{name}": value for name, value in self.solution.summary().items()},
+            **{f"solve_{name}": value for name, value in (self.solution.summary() if self.solution else {}).items()},
         }
 
-    def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/influence") -> None:
-        """Logs the report: numbers to every logger; to W&B also tables of the ranking and of the solve's curve.
+    # ----------------------------------------------------------------------------------------------------------------
+    # Files
+    # ----------------------------------------------------------------------------------------------------------------
 
-        The table holds up to the first eight queries with their proponents and opponents: label, score, and picture or
-        values of each.
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the report into a folder, with how the examples look that it shows: the query's, and up to ``k``
+        proponents and opponents of each of the first eight queries. An old report is replaced only by a whole new one.
+
+        ``report.json`` has the settings, how the solves went, labels and texts in plain words and numbers;
+        ``scores.safetensors`` the scores, their dataset indices, the targets and the pictures. The training data, and
+        the solution vectors, are not kept.
+
+        Args:
+            folder: Where to. Folders above it that are missing are made.
+
+        Raises:
+            ConfigurationError: If there is a file, or a folder with anything but a report in it; it is left alone.
+        """
+        rankings = (self.proponents(), self.opponents())
+        shown = {int(index) for ranking in rankings for index in ranking.indices[:_MOST_QUERIES].flatten()}
+        looks = {f"queries/{position}": example for position, example in enumerate(self.queries)}
+        looks |= {
+            f"examples/{index}": example
+            for index in sorted(shown)
+            if (example := self._example(index)) is not _NOT_KEPT
+        }
+        tensors = {
+            "scores": self.scores,
+            "indices": self.indices,
+            **{f"targets/{name}": _packed(entries) for name, entries in self.targets.items()},
+            **{name: torch.as_tensor(example.image) for name, example in looks.items() if example.image is not None},
+        }
+        record = {
+            **{name: getattr(self, name) for name in _PLAIN},
+            "solutions": [{**solution.summary(), "residuals": solution.residuals} for solution in self.solutions],
+            "looks": {name: {"label": example.label, "text": example.text} for name, example in looks.items()},
+        }
+        write_folder(folder, _FORMAT, record, tensors)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], dataset: Any = None) -> InfluenceReport:
+        """Reads what :meth:`save` wrote. Nothing is unpickled, and nothing outside of the folder is read.
+
+        Args:
+            folder: The folder.
+            dataset: The training dataset (that of the loader), to look at more examples than were kept, or to group
+                scores by what is in them.
+
+        Returns:
+            The same report, but for ``loggers``, which are none, and the solutions' ``x``, which are empty.
+
+        Raises:
+            ConfigurationError: If the folder holds something else, another version, or files that are damaged or do not
+                belong together; or if ``dataset`` is too short to be the one that was scored.
+            FileNotFoundError: If there is no such folder.
+        """
+        record, tensors = read_folder(folder, _FORMAT)
+        with damage_is_told(folder):
+            report = cls._from_record(record, tensors)
+        last = int(report.indices.max())
+        if hasattr(dataset, "__len__") and len(dataset) <= last:
+            raise ConfigurationError(
+                f"`dataset` has {len(dataset)} items, but the report scores dataset indices up to {last}. Give the"
+                " dataset of the training loader."
+            )
+        report.dataset = dataset
+        return report
+
+    @classmethod
+    def _from_record(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> InfluenceReport:
+        scores, indices = tensors["scores"], tensors["indices"]
+        solutions = [Solution.of_summary(**stored) for stored in record["solutions"]]
+        whole = scores.ndim == 2 and scores.numel() and scores.dtype == torch.float64 and indices.dtype == torch.int64
+        solved = len(solutions) in (0, len(scores) if scores.ndim else 0)
+        if not whole or indices.shape != scores.shape[1:] or not solved or int(indices.min()) < 0:
+            raise ConfigurationError(
+                f"The parts of the report do not fit together: scores {list(scores.shape)} ({scores.dtype}), indices"
+                f" {list(indices.shape)} ({indices.dtype}), {len(solutions)} solves; expected (n_queries, n_train) in"
+                " float64, (n_train,) whole numbers of at least 0, and n_queries or no solves. Copy the folder again"
+                " from where it was saved."
+            )
+        looks = {
+            name: Shown(stored["label"], _picture(name, tensors), stored["text"])
+            for name, stored in record["looks"].items()
+        }
+        queries, examples = (
+            {int(name.removeprefix(kind)): example for name, example in looks.items() if name.startswith(kind)}
+            for kind in ("queries/", "examples/")
+        )
+        targets = {
+            name.removeprefix("targets/"): _unpacked(bits)
+            for name, bits in tensors.items()
+            if name.startswith("targets/")
+        }
+        return cls(
+            scores=scores,
+            indices=indices,
+            solutions=solutions,
+            targets=Targets(targets),
+            dataset=None,
+            queries=[queries[position] for position in range(len(queries))],
+            examples=examples,
+            **{name: record[name] for name in _PLAIN},
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Looking at it
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/influence") -> None:
+        """Logs the report, to each logger what it can take. A W&B run that is finished is left alone, with a warning.
+
+        The keys are the same in each call:
+
+        - every logger: the numbers of :meth:`summary` as ``gif/influence/NAME``;
+        - with tables (W&B): ``…/examples``, up to the first eight queries with their proponents and opponents: label,
+          score, and picture or values of each; ``…/scores``, the histogram of all scores; ``…/solve``, the residual
+          after each step of the (worst) solve; ``…/eigenvalues``, where these were asked for;
+        - with a writer of figures, histograms and texts (TensorBoard): ``…/plot``, the figure of the first query, if
+          matplotlib is installed; ``…/scores``, the histogram of all scores; ``…/report``, the report as it is printed.
 
         Args:
             loggers: Lightning loggers; by default those of the trainer that was asked.
             prefix: Start of every key.
         """
-        loggers = list(self.loggers if loggers is None else loggers)
+        loggers = running(self.loggers if loggers is None else loggers)
         log_scalars(loggers, self.summary(), prefix=prefix, step=self.global_step)
-        if any(map(takes_tables, loggers)):
-            columns = ["query", "kind", "rank", "index", "score", "target", "example"]
-            log_table(loggers, f"{prefix}/examples", columns, list(self._rows()))
-            curve = list(enumerate(self.solution.residuals))
-            log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], curve)
-            log_eigenvalues(loggers, prefix, self.curvature)
+        columns = ["query", "kind", "rank", "index", "score", "target", "example"]
+        log_table(loggers, f"{prefix}/examples", columns, self._rows())
+        if self.solution is not None:
+            log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], enumerate(self.solution.residuals))
+        log_eigenvalues(loggers, prefix, self.curvature)
+        log_histogram(loggers, f"{prefix}/scores", self.scores, step=self.global_step)
+        log_text(loggers, f"{prefix}/report", str(self), step=self.global_step)
+        log_figure(loggers, f"{prefix}/plot", self.plot, step=self.global_step)
 
     def _rows(self) -> Iterator[list[Any]]:
         several = self.scores.shape[0] > 1
-        for position, item in enumerate(self.queries):
-            yield [position if several else 0, "query", position + 1, None, None, label_of(item), _looks(item)]
+        for position, shown in enumerate(self.queries):
+            yield [position if several else 0, "query", position + 1, None, None, shown.label, shown.look]
         for kind, ranking in (("proponent", self.proponents()), ("opponent", self.opponents())):
             for query, (indices, scores) in enumerate(zip(*ranking, strict=True)):
                 if query == _MOST_QUERIES:
                     break
                 for rank, (index, score) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True), 1):
-                    item = self.dataset[index]
-                    yield [query, kind, rank, index, score, label_of(item), _looks(item)]
+                    shown = self._example(index)
+                    yield [query, kind, rank, index, score, shown.label, shown.look]
 
     def plot(self, query: int = 0, k: int | None = None) -> Figure:
-        """The query's strongest proponents and opponents, and the histogram of all scores.
+        """The query's strongest proponents and opponents, the histogram of all scores, and how few examples carry them.
 
         Args:
             query: Which query.
@@ -184,46 +390,66 @@ class InfluenceReport:
             ConfigurationError: If there is no such query, or ``k`` is not a whole number of at least 1.
             ModuleNotFoundError: If matplotlib is not installed.
         """
+        self._check_query(query)
         queries = self.scores.shape[0]
-        if isinstance(query, bool) or not isinstance(query, int) or not 0 <= query < queries:
-            raise ConfigurationError(f"`query` must be a whole number from 0 to {queries - 1}, got {query!r}.")
         count = self._checked(k, min(self.k, 8))
         rankings = {"proponents": self.proponents(count), "opponents": self.opponents(count)}
 
-        made, axes = figure(3, count + 1, width=max(1.3 * (count + 1), 4.0), height=5.2)
+        made, axes = figure(3, count + 1, width=max(1.3 * (count + 1), 6.5), height=5.8)
         beside, below, *_ = (row[0] for row in axes)
         below.set_axis_off()
         if query < len(self.queries):
             shown = self.queries[query]
             several = queries == 1 and len(self.queries) > 1
             what = "query, first of several" if several else "query" if queries == 1 else f"query {query}"
-            show_item(beside, shown, f"{what}\ntarget {label_of(shown)}")
+            show(beside, shown, what if shown.label is None else f"{what}\ntarget {_short(shown.label)}")
         else:
             beside.set_axis_off()
         for row, (kind, ranking) in zip(axes, rankings.items(), strict=False):
             row[1].set_ylabel(kind)
             for axis, index, score in zip(row[1:], ranking.indices[query], ranking.scores[query], strict=True):
-                item = self.dataset[int(index)]
-                show_item(axis, item, f"#{int(index)}: {label_of(item)}\n{float(score):+.2g}")
+                shown = self._example(int(index))
+                label = "" if shown.label is None else f": {_short(shown.label)}"
+                show(axis, shown, f"#{int(index)}{label}\n{float(score):+.2g}")
         grid = axes[2][0].get_gridspec()
         for axis in axes[2]:
             axis.remove()
-        histogram = made.add_subplot(grid[2, :])
+        below = grid[2, :].subgridspec(1, 2)
+        histogram, shares = made.add_subplot(below[0]), made.add_subplot(below[1])
         histogram.hist(self.scores[query].numpy(), bins=80, log=True)
         histogram.axvline(0.0, color="grey", linestyle=":")
-        histogram.set_xlabel("score: predicted change of the query's loss if the example were removed")
-        histogram.set_ylabel("examples")
+        histogram.set_title(f"scores: change of {self._whose} loss without the example", fontsize=8)
+        histogram.set_ylabel("examples", fontsize=8)
+        histogram.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))  # scores are small where data are many
+        _draw_shares(shares, self.scores[query].abs())
+        for axis in (histogram, shares):
+            axis.tick_params(which="both", labelsize=7)
         return made
+
+    def __repr__(self) -> str:
+        queries, examples = self.scores.shape
+        size = f"{queries} quer{'y' if queries == 1 else 'ies'} × {examples} training examples"
+        ends = []
+        for kind, best in (("proponent", self.scores.argmax()), ("opponent", self.scores.argmin())):
+            query, position = divmod(int(best), examples)
+            of = "" if queries == 1 else f" of query {query}"
+            score = float(self.scores[query, position])
+            ends.append(f"strongest {kind}{of} {int(self.indices[position])} ({score:+.2g})")
+        solved = f", {self.solution.solver} {self.solution.status}" if self.solution else ""
+        size = f"{examples} training examples for themselves" if self._of_themselves else size
+        return f"InfluenceReport({size}, {', '.join(ends)}, {self.settings['method']}{solved})"
 
     def __str__(self) -> str:
         queries, examples = self.scores.shape
-        solution = self.solution
+        on = "themselves" if self._of_themselves else f"{queries} quer{'y' if queries == 1 else 'ies'}"
+        solved = ""
+        if (solution := self.solution) is not None:
+            solved = f"; {solution.solver} {solution.status} after {solution.iterations} steps, residual"
+            solved += f" {solution.residual:.1e}"
         lines = [
-            f"Influence of {examples} training examples on {queries} quer{'y' if queries == 1 else 'ies'}"
-            f" ({self.settings['method']}, {self.targets.count} target parameters; {solution.solver}"
-            f" {solution.status} after {solution.iterations} steps, residual {solution.residual:.1e};"
-            f" {self.seconds:.1f} s)",
-            "score = predicted change of the query's loss if the example were removed, by dataset index",
+            f"Influence of {examples} training examples on {on}"
+            f" ({self.settings['method']}, {self.targets.count} target parameters{solved}; {self.seconds:.1f} s)",
+            f"score = predicted change of {self._whose} loss if the example were removed, by dataset index",
         ]
         rankings = {"proponents": self.proponents(), "opponents": self.opponents()}
         for query in range(min(queries, _MOST_QUERIES)):
@@ -236,16 +462,61 @@ class InfluenceReport:
         return "\n".join(lines)
 
 
-def _looks(item: Any) -> Any:
-    image = image_of(item)
-    return text_of(item) if image is None else image
-
-
-def first_items(query: Examples, most: int = _MOST_QUERIES) -> list[Any]:
-    """Up to ``most`` of a query's examples on the CPU, without their batch dimension."""
+def first_shown(query: Examples, most: int = _MOST_QUERIES) -> list[Shown]:
+    """How up to ``most`` of a query's examples are shown."""
     batch = next(query.batches())
 
     def item(position: int) -> Any:
-        return map_tensors(batch.data, lambda tensor: tensor[position].detach().cpu() if tensor.ndim else tensor)
+        return map_tensors(
+            batch.data,
+            lambda tensor: tensor[position] if tensor.ndim else tensor,
+            lambda texts: texts[position] if len(texts) == batch.size else texts,
+        )
 
-    return [item(position) for position in range(min(most, batch.size))]
+    return [Shown.of(item(position)) for position in range(min(most, batch.size))]
+
+
+def _short(label: Any) -> str:
+    return textwrap.shorten(str(label), 24, placeholder=" …") if isinstance(label, str) else str(label)
+
+
+def _draw_shares(axes: Axes, sizes: Tensor) -> None:
+    """Draws which share of the sum of ``sizes`` ``(n,)`` the largest so many of them have."""
+    total, count = float(sizes.sum()), len(sizes)
+    axes.set_xlabel("examples, those of the largest |score| first", fontsize=8)
+    axes.set_ylabel("share of all |score|", fontsize=8)
+    axes.set_ylim(0.0, 1.05)
+    if not total:
+        axes.text(0.5, 0.5, "all scores are 0", ha="center", va="center", fontsize=8, transform=axes.transAxes)
+        return
+    shares = sizes.sort(descending=True).values.cumsum(0) / total
+    half = min(int(torch.searchsorted(shares, 0.5)) + 1, count)
+    places = torch.logspace(0, math.log10(count), 500).round().long().clamp(1, count).unique()  # enough for a line
+    axes.semilogx(places.numpy(), shares[places - 1].numpy())
+    axes.plot([half], [float(shares[half - 1])], "o", color="C1", markersize=5)
+    many = f"{half} of {count} examples" if half > 1 else f"1 of {count} examples"
+    axes.set_title(f"{many} ({100 * half / count:.3g} %) carr{'y' if half > 1 else 'ies'} half", fontsize=8)
+    axes.axhline(0.5, color="grey", linestyle=":")
+
+
+def _packed(entries: Tensor) -> Tensor:
+    """Sorted flat indices as bits, ``(⌈(last + 1)/8⌉,)`` uint8: all of a parameter's entries take one bit each."""
+    mask = torch.zeros(int(entries[-1]) + 1, dtype=torch.uint8)
+    mask[entries] = 1
+    return torch.from_numpy(np.packbits(mask.numpy()))
+
+
+def _unpacked(bits: Tensor) -> Tensor:
+    return torch.from_numpy(np.unpackbits(bits.numpy())).nonzero().squeeze(1)
+
+
+def _picture(name: str, tensors: Mapping[str, Tensor]) -> Any | None:
+    """The picture of an example in a file, if it has one."""
+    if name not in tensors:
+        return None
+    image = tensors[name]
+    if image.dtype != torch.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise ValueError(
+            f"the picture {name!r} is {image.dtype} {list(image.shape)}; expected uint8 (H, W) or (H, W, 3)"
+        )
+    return image.numpy()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import EditError
 from ..parameters import Edit
 from ..steps import Goal, Point
-from .loggers import log_eigenvalues, log_scalars, log_table
+from .loggers import log_eigenvalues, log_scalars, log_table, running
 from .pictures import figure
 
 if TYPE_CHECKING:
@@ -272,11 +272,13 @@ class UnlearnReport:
     def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/unlearn") -> None:
         """Logs the report: numbers to every logger; to W&B also the search's path and the solve's curve as tables.
 
+        A W&B run that is finished is left alone, with a warning.
+
         Args:
             loggers: Lightning loggers; by default those of the trainer that was asked.
             prefix: Start of every key.
         """
-        loggers = list(self.loggers if loggers is None else loggers)
+        loggers = running(self.loggers if loggers is None else loggers)
         log_scalars(loggers, self.summary(), prefix=prefix, step=self.global_step)
         names = ("forget_loss", "retain_loss", "risk", "remembered")
         solves = range(1, len(self.solves) + 1)

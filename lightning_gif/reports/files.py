@@ -1,0 +1,157 @@
+"""A folder with a record in plain numbers and its tensors: written whole or not at all, and read without unpickling."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from ..parameters import digest
+
+__all__ = ["damage_is_told", "read_folder", "write_folder"]
+
+RECORD, TENSORS = "report.json", "scores.safetensors"
+
+
+def write_folder(
+    folder: str | os.PathLike[str], kind: str, record: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Writes ``report.json`` and ``scores.safetensors`` into a new folder, which then takes the place of an old one.
+
+    After an error the old folder is as it was. A power cut finds the old one or the new one at its place, or for the
+    moment between two renames neither: the old one is beside it then, as ``.NAME.….old``.
+
+    Args:
+        folder: Where to; the folders above are made. What is there must be such a folder itself, or empty.
+        kind: What is written and in which version, ``"lightning-gif thing 1"``; all but the version must be that of the
+            folder that is replaced.
+        record: What JSON can hold.
+        tensors: By name.
+
+    Raises:
+        ConfigurationError: If there is something else at ``folder``; it is left alone.
+    """
+    target = Path(os.path.realpath(folder))  # the folder that a link leads to is replaced, not the link
+    _check_replaceable(target, kind)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({"format": kind, "digest": digest(tensors), **record}, indent=1)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = f".{target.name}.{uuid.uuid4().hex}"
+    new, old = target.with_name(mark), target.with_name(f"{mark}.old")
+    try:
+        new.mkdir()
+        (new / RECORD).write_text(text, encoding="utf-8")
+        (new / TENSORS).write_bytes(save(tensors))  # save_file() would make a file that nobody else may read
+        for path in (new / RECORD, new / TENSORS, new):
+            _sync(path)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads what :func:`write_folder` wrote: the record and the tensors.
+
+    Raises:
+        ConfigurationError: If it is another kind of folder or another version, if a file is damaged, or if the two
+            files do not belong together.
+        FileNotFoundError: If there is no such folder.
+    """
+    path = Path(folder)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no report at {os.fspath(folder)!r}.")
+    if not path.is_dir():
+        raise ConfigurationError(f"{os.fspath(folder)!r} is a file. A report is a folder; give the folder of `save`.")
+    missing = [name for name in (RECORD, TENSORS) if not (path / name).is_file()]
+    if missing:
+        raise ConfigurationError(
+            f"{os.fspath(folder)!r} is not a whole report: {' and '.join(missing)} is missing. Give the folder of"
+            " `save`, with both of its files."
+        )
+    with damage_is_told(path / RECORD):
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        found, expected = record.pop("format"), record.pop("digest")
+        if not isinstance(found, str) or not isinstance(expected, str):
+            raise TypeError("format and digest must be strings")
+    if found != kind:
+        raise ConfigurationError(
+            f"{os.fspath(folder)!r} holds {found!r}, but {kind!r} was expected. Load it with the version of this"
+            " package that saved it, or save the report anew."
+        )
+    with damage_is_told(path / TENSORS):
+        tensors = load((path / TENSORS).read_bytes())
+        measured = digest(tensors)
+    if measured != expected:
+        raise ConfigurationError(
+            f"{os.fspath(path / TENSORS)!r} is damaged, or belongs to another report: the SHA-256 of its tensors is"
+            f" {measured[:12]}…, but {RECORD} expects {expected[:12]}…. Copy both files of one report again."
+        )
+    return record, tensors
+
+
+@contextmanager
+def damage_is_told(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what goes wrong with the contents of a file into an error that names the file.
+
+    Raises:
+        ConfigurationError: In the place of an error about a missing key, a wrong type, value or shape.
+    """
+    try:
+        yield
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(
+            f"{os.fspath(path)!r} is damaged: {type(error).__name__}: {error}. Copy it again from where it was saved."
+        ) from error
+
+
+def _check_replaceable(target: Path, kind: str) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConfigurationError(f"{str(target)!r} is a file, and is left alone. A report is a folder; name another.")
+    names = sorted(os.listdir(target))
+    if not names:
+        return
+    others = [name for name in names if name not in (RECORD, TENSORS)]
+    try:
+        found = json.loads((target / RECORD).read_text(encoding="utf-8"))["format"]
+        same = isinstance(found, str) and found.rpartition(" ")[0] == kind.rpartition(" ")[0]
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if others or not same:
+        what = f"holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}" if others else "is no report"
+        raise ConfigurationError(
+            f"The folder {str(target)!r} {what}, and is left alone. Only a report of the same kind is replaced; name"
+            " another folder."
+        )
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or what a folder lists, is on the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except OSError:  # Windows, for folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
