@@ -94,20 +94,28 @@ class GIFCallback(Callback):
             parameters; for ``unlearn`` only, in the change of the theory: the steps that lower a risk are those of
             ``"if"``). Once most of a class or of wrong labels is forgotten, the steps of ``unlearn`` are damped Newton
             steps on the targets, whatever the method and the solver: see :meth:`~lightning_gif.steps.Walk.descend`.
+            ``"auto"``: what was measured to predict retraining best: for scores ``"if"``, or ``"fif"`` where a call
+            asks for targets; for edits ``"gif"``.
         solver: ``"lsmr"``, ``"cgls"``, ``"lissa"``, ``"plain_lissa"``, ``"stochastic_lissa"``, ``"dense"`` (small
-            nets), or one that was registered in ``lightning_gif.SOLVERS``.
-        damping: ``λ`` in ``min ‖Ax − g‖² + λ²‖x‖²``, in the unit of the Hessian's eigenvalues; of a Newton step, what
-            is added to these.
-        max_iter: Most steps of the solve, each of two Hessian-vector products (of a Newton step one); ``None``: 200
-            where there is an ``rtol`` to reach, and 10 elsewhere. Fewer steps regularise.
+            nets); for a symmetric curvature without negative eigenvalues ``"cg"``, at one product a step, and
+            ``"nystrom"``, at as many products for many queries as for one; or one that was registered in
+            ``lightning_gif.SOLVERS``. ``"auto"``: for scores ``"cg"``, or ``"nystrom"`` where there are many queries
+            and room for its sketch; ``"lsmr"`` for edits, for ``"gif"``, and where the curvature is the Hessian.
+        damping: ``λ`` in ``min ‖Ax − g‖² + λ²‖x‖²``, in the unit of the Hessian's eigenvalues; of ``"cg"``,
+            ``"nystrom"`` and a Newton step, what is added to these. ``None``: for scores a thousandth of the largest
+            eigenvalue, found by three more products; 0 for edits and for ``"gif"``.
+        max_iter: Most steps of the solve, each of two Hessian-vector products (of ``"cg"`` and of a Newton step one; of
+            ``"nystrom"`` the rank); ``None``: 200 where there is an ``rtol`` to reach; else 20 for scores, 256 for
+            those by ``"nystrom"``, 10 for the change of the theory and 5 for each of those that are solved anew. Fewer
+            steps regularise.
         rtol: Relative normal-equation residual at which the solve counts as converged. Directions of small curvature
-            hardly show in it: smaller values follow them further. ``None``: 1e-3 for influence, whose scores are
-            compared with each other; none for unlearning, where each step is measured before it is made, so that a
-            number of steps is all that a solve is asked for.
+            hardly show in it: smaller values follow them further. ``None``: 1e-3 for the scores of ``"gif"``; none
+            elsewhere: a number of steps is all that a solve is asked for.
         discrepancy: Stop the solve as well where ``‖Ax − g‖ ≤ discrepancy·‖g‖``: as closely as ``g`` is known.
         curvature: ``"hessian"``, or ``"ggn"``: the generalised Gauss–Newton matrix, which leaves out the curvature of
             the model itself, is positive semi-definite for convex losses, and costs less a product. It is taken at the
-            predictions that ``training_step`` gives to a loss function of PyTorch.
+            predictions that ``training_step`` gives to a loss function of PyTorch. ``"auto"``: ``"ggn"`` for scores
+            where there are such predictions, ``"hessian"`` else.
         curvature_examples: How many training examples the curvature is taken over; ``None`` for all.
         curvature_sampling: How they are drawn: ``"random"``, ``"balanced"`` (as many of each class), ``"features"`` or
             ``"logits"`` (representative of how each class spreads there), or one that was registered in
