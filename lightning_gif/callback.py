@@ -45,6 +45,7 @@ from .reports import InfluenceReport, UnlearnReport
 from .reports.loggers import log_table
 from .selection import GradientStatistics, NeuronStatistics, select
 from .settings import AUTO, Overrides, Settings
+from .snapshots import Snapshots
 from .unlearning import Step, check_step, unlearn
 
 __all__ = ["GIFCallback", "attach"]
@@ -131,6 +132,9 @@ class GIFCallback(Callback):
         unconverged: What to do about a solve that stops before ``rtol``: ``"warn"``, ``"raise"`` or ``"ignore"``.
         cache_neurons: Gather the statistics of neurons: 8 bytes for each neuron and class.
         cache_gradients: Gather the mean squares of gradients: 4 bytes for each parameter.
+        snapshots: How many states of the weights to keep from the epochs of ``fit``, spread over the last two thirds
+            of them, for ``influence(…, snapshots=True)``: up to twice so many copies in the CPU's memory and in
+            checkpoints.
         log_reports: Log each report to the trainer's loggers, and each epoch's choice of targets.
         report_every_n_epochs: Make a report of ``query`` at the end of every so many epochs of ``fit``, and log it: to
             W&B also the strongest examples of all reports so far (``gif/influence/history``), a chart of which shows
@@ -167,6 +171,7 @@ class GIFCallback(Callback):
         unconverged: Literal["warn", "raise", "ignore"] = "warn",
         cache_neurons: bool = True,
         cache_gradients: bool = True,
+        snapshots: int = 0,
         log_reports: bool = True,
         report_every_n_epochs: int | None = None,
         query: Any = None,
@@ -197,6 +202,7 @@ class GIFCallback(Callback):
         self.cache_neurons = cache_neurons
         self.cache_gradients = cache_gradients
         self.log_reports = log_reports
+        self._snapshots = Snapshots(snapshots)
         self.report_every_n_epochs = report_every_n_epochs
         self.query = query
         self.report_options = dict(report_options or {})
@@ -234,6 +240,7 @@ class GIFCallback(Callback):
         targets: TargetsChoice | None = None,
         among: Sequence[int] | Callable[[Any], Tensor] | None = None,
         scores_to: str | os.PathLike[str] | None = None,
+        snapshots: bool = False,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
     ) -> InfluenceReport:
@@ -256,6 +263,8 @@ class GIFCallback(Callback):
             scores_to: A folder to write the scores to as they are found, for more than fit into memory, and to go on
                 where a call was interrupted: the same call again does only what is missing. It is refused if weights,
                 queries, settings or data have changed (of the data, the indices and 64 examples are compared).
+            snapshots: Average the scores over the present weights and the snapshots of training, where the callback
+                keeps some: nearer to what retraining does, at the cost of a solve and a pass for each.
             dataloader: The training data, where it is not that of ``fit``.
             **overrides: Arguments of the constructor to change for this call: all but ``cache_neurons``,
                 ``cache_gradients`` and ``log_reports``.
@@ -272,7 +281,12 @@ class GIFCallback(Callback):
             NonFiniteError: If a loss, gradient or product is not finite.
             ConvergenceError: If the solve diverges, or does not converge and ``unconverged="raise"``.
         """
-        named = ("k", "per_example", "targets", "among", "scores_to", "dataloader")
+        named = ("k", "per_example", "targets", "among", "scores_to", "snapshots", "dataloader")
+        if snapshots and not self._snapshots.chosen():
+            raise ConfigurationError(
+                "snapshots=True needs snapshots of the weights, but there are none: fit with GIFCallback(snapshots=4),"
+                " or load a checkpoint of such a fit. After a fit of one epoch there is none beside the final weights."
+            )
         with self._attributing(trainer, targets, among, dataloader, k, overrides, named) as asked:
             objective, train, some, settle = asked
             query = self._examples(batch, objective, self.settings.override(overrides, named))
@@ -286,6 +300,7 @@ class GIFCallback(Callback):
                 per_example=per_example,
                 among=some,
                 scores_to=None if scores_to is None else Path(scores_to),
+                states=self._snapshots.chosen() if snapshots else None,
                 k=k,
             )
         return self._deliver(trainer, report)
@@ -494,6 +509,7 @@ class GIFCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Picks the targets from what the epoch has shown, and makes a report where one is due."""
         self._pick_targets(trainer, pl_module)
+        self._snapshots.add(trainer.current_epoch, pl_module)
         every = self.report_every_n_epochs
         if every is not None and (trainer.current_epoch + 1) % every == 0:
             self._report(trainer)
@@ -555,6 +571,7 @@ class GIFCallback(Callback):
             "targets": None if self.targets is None else dict(self.targets),
             "neurons": self.neurons.state(),
             "gradients": self.gradients.state(),
+            "snapshots": self._snapshots.state(),
         }
 
     @override
@@ -565,6 +582,8 @@ class GIFCallback(Callback):
             return
         self.neurons.load_state(state["neurons"])
         self.gradients.load_state(state["gradients"])
+        if "snapshots" in state:
+            self._snapshots.load_state(**state["snapshots"])
         if state["state_key"] == self.state_key:
             self.targets = None if state["targets"] is None else Targets(state["targets"])
         elif state["targets"] is not None:
@@ -638,6 +657,7 @@ class GIFCallback(Callback):
         """Drops what was gathered on another model."""
         self.neurons, self.gradients = NeuronStatistics(), GradientStatistics()
         self.targets = self.targets_epoch = None
+        self._snapshots.load_state(-1, {})
 
     def _release(self) -> None:
         self.neurons.detach()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def influence(
     per_example: bool = False,
     among: Examples | None = None,
     scores_to: Path | None = None,
+    states: Mapping[int, Mapping[str, Tensor]] | None = None,
     k: int = 10,
 ) -> InfluenceReport:
     """Scores training examples for a query.
@@ -65,6 +66,8 @@ def influence(
         per_example: One query for each example instead of one for their mean.
         among: Those of the training examples that are scored; by default all.
         scores_to: A folder for the scores, see :class:`~lightning_gif.store.ScoreStore`; by default they are in memory.
+        states: Earlier states of the module by epoch: scores are the mean of those with the present weights and with
+            each of these, of which each has its own solve.
         k: How many proponents and opponents the report shows.
 
     Raises:
@@ -81,27 +84,35 @@ def influence(
     targets = method.targets(objective.space, choose_targets)
     scored = train if among is None else among
     queries = len(query) if per_example else 1
+    moments: list[Mapping[str, Tensor]] = [{**objective.state(), **state} for state in ({}, *(states or {}).values())]
     store = None
     if scores_to is not None:
-        mark = _fingerprint(objective, train, scored, query, per_example, settings, targets)
+        mark = _fingerprint(objective, moments, train, scored, query, per_example, settings, targets)
         store = ScoreStore.open(scores_to, queries, len(scored), mark)
-    found = None if store is None else store.load_directions(objective.space.size)
-    solved = _Solved.load(*found, objective.device) if found else None
-    if solved is None:
-        solved = _solve(objective, train, query, settings, method, targets, per_example)
+    found = None if store is None else store.load_directions(len(moments) * queries, objective.space.size)
+    solved = [] if found is None else _Solved.load(*found, objective.device)
+    if not solved:
+        for moment in moments:
+            with objective.at(moment):
+                solved.append(_solve(objective, train, query, settings, method, targets, per_example))
         if store is not None and not store.done.all():
-            store.save_directions(solved.directions, solved.told())
+            directions = torch.cat([one.directions for one in solved])
+            store.save_directions(directions, [one.told() for one in solved])
 
     scores = torch.empty(queries, len(scored), dtype=torch.float64) if store is None else store.scores
-    # Weight decay does not become less where one example is removed, so each example's loss carries its share.
-    decay = settings.weight_decay * (solved.directions @ objective.theta).double().cpu()
     with objective.progress("Scoring training examples", len(scored)) as bar:
         position = 0
         for batch in scored.batches():
             stop = position + batch.size
             if store is None or not store.done[position:stop].all():
-                block = objective.directional_derivatives(batch.data, solved.directions).cpu().double()
-                block = (block + decay[:, None]) / max(len(train) - 1, 1)
+                block = torch.zeros(queries, batch.size, dtype=torch.float64)
+                for moment, one in zip(moments, solved, strict=True):
+                    with objective.at(moment):
+                        part = objective.directional_derivatives(batch.data, one.directions).cpu().double()
+                        # Weight decay does not become less where one example is removed: each loss has its share of it.
+                        decay = settings.weight_decay * (one.directions @ objective.theta).double().cpu()
+                        block += (part + decay[:, None]) / len(moments)
+                block /= max(len(train) - 1, 1)
                 if store is None:
                     scores[:, position:stop] = block
                 else:
@@ -113,13 +124,13 @@ def influence(
     return InfluenceReport(
         scores=scores,
         indices=scored.ids,
-        solutions=solved.solutions,
-        curvature=solved.curvature,
+        solutions=solved[0].solutions,
+        curvature=solved[0].curvature,
         targets=targets,
         k=k,
         dataset=train.dataset,
         queries=first_shown(query),
-        settings=asdict(replace(settings, damping=solved.damping)),
+        settings={**asdict(replace(settings, damping=solved[0].damping)), "snapshots": list(states or {})},
         seconds=time.perf_counter() - start,
     )
 
@@ -146,10 +157,13 @@ class _Solved:
         return {"solutions": solutions, "curvature": self.curvature, "damping": self.damping}
 
     @classmethod
-    def load(cls, directions: Tensor, told: dict[str, Any], device: torch.device) -> _Solved:
-        """From what was kept."""
-        solutions = [Solution.of_summary(**values) for values in told["solutions"]]
-        return cls(directions.to(device), solutions, told["curvature"], told["damping"])
+    def load(cls, directions: Tensor, told: list[dict[str, Any]], device: torch.device) -> list[_Solved]:
+        """From what was kept of several."""
+        found = []
+        for part, values in zip(directions.to(device).chunk(len(told)), told, strict=True):
+            solutions = [Solution.of_summary(**value) for value in values["solutions"]]
+            found.append(cls(part, solutions, values["curvature"], values["damping"]))
+        return found
 
 
 def _solve(
@@ -190,6 +204,7 @@ def _solve(
 
 def _fingerprint(
     objective: Objective,
+    moments: Sequence[Mapping[str, Tensor]],
     train: Examples,
     scored: Examples,
     query: Examples,
@@ -201,11 +216,10 @@ def _fingerprint(
     from . import __version__  # which is known once the package is loaded
 
     state = hashlib.sha256()
-    values = {**objective.space.unflatten(objective.theta), **dict(objective.module.named_buffers())}
     some = train.at(torch.linspace(0, len(train) - 1, min(len(train), _DIGESTED)).long().unique())
     chosen = {name: value for name, value in asdict(settings).items() if name not in ("memory", "unconverged")}
     for part in (
-        digest(values),
+        *map(digest, moments),
         digest({"train": train.ids, "scored": scored.ids, **targets}),
         *(mark.hex() for mark in fingerprints(query)),
         *(mark.hex() for mark in fingerprints(some)),

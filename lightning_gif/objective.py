@@ -7,7 +7,7 @@ import copy
 import inspect
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -119,6 +119,22 @@ class Objective:
 
     statistics: dict[str, Tensor]
     """Buffers that everything is computed with in place of the module's own, by name."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The parameters of :attr:`space` and the buffers by name, as they are."""
+        return {**self.space.unflatten(self.theta), **dict(self.module.named_buffers()), **self.statistics}
+
+    @contextlib.contextmanager
+    def at(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside of it, parameters and buffers are those of a state of the module by name; the module's stay."""
+        own = self.theta, self.statistics
+        self.theta = torch.cat([state[name].reshape(-1) for name in self.space.slots]).to(own[0])
+        buffers = dict(self.module.named_buffers())
+        self.statistics = {name: state[name].to(buffer) for name, buffer in buffers.items() if name in state}
+        try:
+            yield
+        finally:
+            self.theta, self.statistics = own
 
     # ----------------------------------------------------------------------------------------------------------------
     # Batches

@@ -100,18 +100,19 @@ class ScoreStore:
         self.done[start:stop] = True
         self._maps[1].flush()
 
-    def save_directions(self, directions: Tensor, told: dict[str, Any]) -> None:
-        """Keeps what a solve has found: ``(n_queries, p)``, and plain values about it."""
+    def save_directions(self, directions: Tensor, told: list[dict[str, Any]]) -> None:
+        """Keeps what solves have found: ``(m, p)``, and plain values about each."""
         path = self.folder / _DIRECTIONS
         partial = path.with_suffix(".partial")
         save_file({"directions": directions.contiguous().cpu()}, partial, metadata={"told": json.dumps(told)})
         _sync(partial)
         os.replace(partial, path)
 
-    def load_directions(self, size: int) -> tuple[Tensor, dict[str, Any]] | None:
+    def load_directions(self, count: int, size: int) -> tuple[Tensor, list[dict[str, Any]]] | None:
         """What :meth:`save_directions` has kept, ``None`` if that is not there.
 
         Args:
+            count: ``m``.
             size: ``p``.
 
         Raises:
@@ -128,10 +129,10 @@ class ScoreStore:
             directions = load_file(path)["directions"]
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise ConfigurationError(f"{path} is damaged ({error}). Delete the folder and start anew.") from None
-        if directions.shape != (self.scores.shape[0], size) or not torch.isfinite(directions).all():
+        if directions.shape != (count, size) or not torch.isfinite(directions).all():
             raise ConfigurationError(
                 f"{path} has directions of shape {list(directions.shape)}, expected finite ones of shape"
-                f" [{self.scores.shape[0]}, {size}]. Delete the folder and start anew."
+                f" [{count}, {size}]. Delete the folder and start anew."
             )
         return directions, told
 

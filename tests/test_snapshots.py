@@ -1,0 +1,103 @@
+"""Which states of the weights are kept, and scores that are averaged over them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gif import ConfigurationError, GIFCallback, attach
+from lightning_gif.snapshots import Snapshots
+
+from .conftest import Classifier, batch_of, fitted, loader, make_trainer
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5, 8, 15, 40, 100])
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_snapshots_are_few_even_and_of_the_last_two_thirds(count: int, epochs: int) -> None:
+    snapshots, net = Snapshots(count), nn.Linear(2, 2)
+    for epoch in range(epochs):
+        snapshots.add(epoch, net)
+        assert len(snapshots.kept) <= 2 * count
+    kept = sorted(snapshots.kept)
+    assert len({later - earlier for earlier, later in itertools.pairwise(kept)}) <= 1
+    chosen = sorted(snapshots.chosen())
+    assert len(chosen) == min(count, len([epoch for epoch in kept if epoch < epochs - 1]))
+    assert all(epochs / 3 <= epoch + 1 < epochs for epoch in chosen)
+    if epochs >= 8 and count > 1:
+        assert len(chosen) >= count - 1
+        assert chosen[-1] - chosen[0] >= epochs / 3
+
+
+def test_snapshots_are_copies_and_begin_anew_with_a_fit() -> None:
+    snapshots, net = Snapshots(2), nn.Linear(2, 2)
+    for epoch in range(3):
+        with torch.no_grad():
+            net.weight.fill_(epoch)
+        snapshots.add(epoch, net)
+    assert [float(state["weight"][0, 0]) for state in snapshots.kept.values()] == [0.0, 1.0, 2.0]
+    assert list(snapshots.chosen()) == [0, 1]
+    snapshots.add(0, net)
+    assert list(snapshots.kept) == [0]
+    empty = Snapshots(0)
+    empty.add(0, net)
+    assert not empty.kept
+    assert not empty.chosen()
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, True, None])
+def test_bad_number_of_snapshots(count: Any) -> None:
+    with pytest.raises(ConfigurationError, match="`snapshots` must be a whole number"):
+        GIFCallback(snapshots=count)
+
+
+class Normal(Classifier):
+    """With buffers that training moves."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)))
+
+
+def test_scores_over_snapshots_are_the_mean_of_those_with_each_state(tmp_path: Path) -> None:
+    trainer, module, dataset = fitted(Normal(), callback=GIFCallback(snapshots=2), max_epochs=6)
+    query = batch_of(dataset, slice(0, 3))
+    before = copy.deepcopy(module.state_dict())
+    report = trainer.influence(query, per_example=True, snapshots=True)
+    epochs = report.settings["snapshots"]
+    assert len(epochs) == 2
+    parts = [trainer.influence(query, per_example=True).scores]
+    for epoch in epochs:
+        state = trainer.callbacks[0]._snapshots.kept[epoch]
+        other, earlier = make_trainer(), Normal()
+        earlier.load_state_dict(state)
+        attach(other, earlier, train_dataloaders=loader(dataset), callback=GIFCallback())
+        parts.append(other.influence(query, per_example=True).scores)
+    torch.testing.assert_close(report.scores, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-7)
+    assert (parts[1] - parts[0]).abs().max() > 1e-5  # buffers and weights of another time
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+    filed = trainer.influence(query, per_example=True, snapshots=True, scores_to=tmp_path / "scores")
+    torch.testing.assert_close(filed.scores, report.scores)
+    with pytest.raises(ConfigurationError, match="fingerprint"):
+        trainer.influence(query, per_example=True, scores_to=tmp_path / "scores")
+
+
+def test_snapshots_come_back_with_a_checkpoint(tmp_path: Path) -> None:
+    trainer, _, dataset = fitted(callback=GIFCallback(snapshots=2), max_epochs=6)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    query = batch_of(dataset, slice(0, 3))
+    fresh = make_trainer(GIFCallback(snapshots=2))
+    fresh.validate(Classifier(), loader(dataset), ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
+    again = fresh.influence(query, snapshots=True, dataloader=loader(dataset))
+    torch.testing.assert_close(again.scores, trainer.influence(query, snapshots=True).scores)
+
+
+def test_snapshots_that_were_not_kept_cannot_be_asked_for() -> None:
+    trainer, _, dataset = fitted()
+    with pytest.raises(ConfigurationError, match=r"GIFCallback\(snapshots=4\)"):
+        trainer.influence(batch_of(dataset, slice(0, 3)), snapshots=True)
