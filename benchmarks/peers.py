@@ -1,0 +1,349 @@
+"""Training-data attribution by other libraries, each with the settings that its own documents or examples use.
+
+    scores = PEERS["kronfluence EK-FAC"](model, train, queries)
+
+``model(x)`` returns logits and the loss is the cross-entropy, so that one signature serves all. The scores are
+``(n_queries, n_train)`` with our sign: positive where removing the training example raises the query's loss. All peers
+report the inner product of a query's and an example's gradients in some metric, which has this sign already; each
+function says what its library calls it. The scale is left as the library has it: it is good for ranks only.
+
+The model is copied, put into evaluation mode and never changed; BatchNorm then is a fixed affine map, and its buffers
+belong to the net. Data and model are expected on the CPU. The libraries are no dependencies of this project: a peer
+imports its own when it is called.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.data import DataLoader, TensorDataset
+
+__all__ = ["PEERS"]
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode: libraries wrap modules, load weights and leave gradients behind."""
+    return copy.deepcopy(model).eval()
+
+
+def blocks(data: TensorDataset, size: int) -> DataLoader[Any]:
+    return DataLoader(data, size, shuffle=False, generator=torch.Generator())  # or each pass draws from the global one
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """What is drawn inside is the same each time, and the caller's generator goes on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        yield
+
+
+def gradient_dot_product(
+    model: nn.Module,
+    train: TensorDataset,
+    queries: TensorDataset,
+    *,
+    checkpoints: Sequence[dict[str, Tensor]] = (),
+    batch_size: int = 256,
+) -> Tensor:
+    """Inner products of the gradients at the final weights: influence with the identity for the Hessian.
+
+    Memory holds the gradients of two batches, one of queries and one of examples. Sign: a gradient step on an example
+    lowers the losses of queries whose gradients point along its own.
+    """
+    model = frozen(model)
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, weights, (x[None],)), y[None])
+
+    gradients = vmap(grad(loss), (None, 0, 0))
+
+    def products(asked: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        found = gradients(weights, x, y)
+        return torch.stack([asked[name].flatten(1) @ found[name].flatten(1).mT for name in weights]).sum(0)
+
+    rows = []
+    for x, y in blocks(queries, batch_size):
+        asked = gradients(weights, x, y)
+        rows.append(torch.cat([products(asked, *batch) for batch in blocks(train, batch_size)], dim=1))
+    return torch.cat(rows)
+
+
+def kronfluence_ekfac(
+    model: nn.Module,
+    train: TensorDataset,
+    queries: TensorDataset,
+    *,
+    checkpoints: Sequence[dict[str, Tensor]] = (),
+    batch_size: int = 256,
+) -> Tensor:
+    """EK-FAC of the true Fisher (labels drawn from the model), damped by a tenth of each layer's mean eigenvalue.
+
+    That damping is the library's heuristic, ``damping_factor=None``, of Grosse et al. (2023); its default, 1e-8, does
+    worse. All else is as it comes. Only ``Linear`` and ``Conv2d`` modules are tracked: the weights and biases of
+    BatchNorm have no part in the scores, neither in the curvature nor in the inner products.
+
+    Sign: the measurement is the query's loss, and its positive scores are examples that lower it. That is ours.
+    """
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.task import Task
+
+    class Classification(Task):  # type: ignore[misc]
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            x, y = batch
+            logits = model(x)
+            if sample:
+                y = torch.multinomial(logits.detach().softmax(1), 1)[:, 0]
+            return F.cross_entropy(logits, y, reduction="sum")
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+            return self.compute_train_loss(batch, model)
+
+    task = Classification()
+    with tempfile.TemporaryDirectory() as folder, seeded():
+        analyzer = Analyzer(
+            "peer",
+            prepare_model(frozen(model), task),
+            task,
+            cpu=True,
+            log_level=logging.ERROR,
+            disable_tqdm=True,
+            output_dir=folder,
+        )
+        factors = FactorArguments(strategy="ekfac")
+        analyzer.fit_all_factors("factors", train, per_device_batch_size=batch_size, factor_args=factors)
+        analyzer.compute_pairwise_scores(
+            "scores",
+            "factors",
+            queries,
+            train,
+            per_device_query_batch_size=batch_size,
+            per_device_train_batch_size=batch_size,
+            score_args=ScoreArguments(damping_factor=None),
+        )
+        return analyzer.load_pairwise_scores("scores")["all_modules"].float()
+
+
+def dattri_task(model: nn.Module) -> Any:
+    """The loss at the weights of the model, as dattri's README has it."""
+    from dattri.task import AttributionTask
+
+    model = frozen(model)
+
+    def loss(weights: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch  # LiSSA turns the labels into floating-point numbers
+        return F.cross_entropy(functional_call(model, weights, (x,)), y.long())
+
+    return AttributionTask(loss, model, model.state_dict())
+
+
+def dattri_scores(
+    attributor: Any, train: TensorDataset, queries: TensorDataset, *, batch_size: int, whole: bool = True
+) -> Tensor:
+    """What ``attributor.attribute`` returns, transposed, in bounded memory.
+
+    The library's own loop solves for the queries anew at each batch of examples, or holds the gradients of all of them.
+    So the representations of queries and of examples are computed here by the calls that it makes, each once. Queries
+    are taken one by one: each that is solved for at once needs the memory of a backward pass over all data.
+
+    Args:
+        attributor: One that is an inner product.
+        train: The examples.
+        queries: The queries.
+        batch_size: How many gradients of examples are in memory at once.
+        whole: Whether the curvature gets the training data in one batch, as the library asks for: of several batches
+            CG, LiSSA and the explicit inverse add up the *inverses*.
+    """
+
+    def represent(part: str, batch: Any) -> Tensor:
+        found = getattr(attributor, f"generate_{part}_rep")(0, tuple(tensor[None] for tensor in batch))
+        return getattr(attributor, f"transform_{part}_rep")(0, found).detach()
+
+    with seeded():
+        attributor.cache(blocks(train, len(train) if whole else batch_size))
+        with torch.no_grad():
+            asked = torch.cat([represent("test", batch) for batch in blocks(queries, 1)])
+            parts = [asked @ represent("train", batch).mT for batch in blocks(train, batch_size)]
+    return torch.cat(parts, dim=1).float()
+
+
+def dattri_cg(
+    model: nn.Module,
+    train: TensorDataset,
+    queries: TensorDataset,
+    *,
+    checkpoints: Sequence[dict[str, Tensor]] = (),
+    batch_size: int = 256,
+) -> Tensor:
+    """Conjugate gradients on the full Hessian, with the settings of the library's example for an MLP on MNIST.
+
+    Ten iterations, its default, from the gradient itself as the first guess, and 0.005 added to the Hessian. The
+    tolerance is not looked at. The Hessian of a ReLU net has negative eigenvalues below -0.005, for which conjugate
+    gradients are not made, so that ten iterations end far from a solution and where they end depends on rounding.
+
+    Sign: inner products as they are; positive ones are ours.
+    """
+    from dattri.algorithm.influence_function import IFAttributorCG
+
+    attributor = IFAttributorCG(dattri_task(model), max_iter=10, regularization=5e-3)
+    return dattri_scores(attributor, train, queries, batch_size=batch_size)
+
+
+def dattri_lissa(
+    model: nn.Module,
+    train: TensorDataset,
+    queries: TensorDataset,
+    *,
+    checkpoints: Sequence[dict[str, Tensor]] = (),
+    batch_size: int = 256,
+) -> Tensor:
+    """LiSSA on the full Hessian, with the first settings of the library's benchmark of MLPs on MNIST.
+
+    A hundred steps on batches of 100 examples that are drawn anew for each query, scale 50 and no damping, both
+    defaults. So few steps of that scale act like a damping of about one half.
+
+    Sign: inner products as they are; positive ones are ours.
+    """
+    from dattri.algorithm.influence_function import IFAttributorLiSSA
+
+    attributor = IFAttributorLiSSA(dattri_task(model), batch_size=min(100, len(train)), recursion_depth=100)
+    return dattri_scores(attributor, train, queries, batch_size=batch_size)
+
+
+def dattri_arnoldi(
+    model: nn.Module,
+    train: TensorDataset,
+    queries: TensorDataset,
+    *,
+    checkpoints: Sequence[dict[str, Tensor]] = (),
+    batch_size: int = 256,
+) -> Tensor:
+    """The inverse of the full Hessian on a Krylov space of 50 dimensions, with 0.01 added to the Hessian.
+
+    Both are in the grid of the library's benchmark of MLPs on MNIST. It takes the roots of all eigenvalues, and its
+    scores are NaN where one is negative, as it is in every ReLU net; at that it warns that such eigenvalues are left
+    out, so they are left out here. What is left can be near zero, and its inverse then outweighs all else.
+
+    Sign: inner products as they are; positive ones are ours.
+    """
+    from dattri.algorithm.influence_function import IFAttributorArnoldi
+
+    class Positive(IFAttributorArnoldi):  # type: ignore[misc]
+        def transform_test_rep(self, ckpt_idx: int, test_rep: Tensor) -> Tensor:
+            return super().transform_test_rep(ckpt_idx, test_rep).nan_to_num(0)
+
+        def transform_train_rep(self, ckpt_idx: int, train_rep: Tensor) -> Tensor:
+            return super().transform_train_rep(ckpt_idx, train_rep).nan_to_num(0)
+
+    attributor = Positive(dattri_task(model), regularization=1e-2, max_iter=50)
+    return dattri_scores(attributor, train, queries, batch_size=batch_size)
+
+
+def dattri_ekfac(
+    model: nn.Module,
+    train: TensorDataset,
+    queries: TensorDataset,
+    *,
+    checkpoints: Sequence[dict[str, Tensor]] = (),
+    batch_size: int = 256,
+) -> Tensor:
+    """EK-FAC of the empirical Fisher, of ``Linear`` modules only, damped by 0.1 as in the library's tests.
+
+    All other modules have no part in the scores; a convolutional net is judged by its last layer. In version 0.3.0 the
+    eigenvectors are used transposed (``eigh`` returns columns, rows are taken), and weights and biases of a layer are
+    joined so that they do not stand where the factors have them. So this is what the library does, and not EK-FAC.
+
+    Sign: inner products as they are; positive ones are ours.
+    """
+    from dattri.algorithm.influence_function import IFAttributorEKFAC
+
+    attributor = IFAttributorEKFAC(dattri_task(model), damping=0.1)
+    return dattri_scores(attributor, train, queries, batch_size=batch_size, whole=False)
+
+
+def captum_loss(model: nn.Module) -> dict[str, Any]:
+    """Gradients of a batch at once where captum has them, for ``Linear`` and ``Conv2d``; else example by example."""
+    owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    batched = all(isinstance(module, nn.Linear | nn.Conv2d) for module in owners)
+    loss = nn.CrossEntropyLoss(reduction="sum" if batched else "none")
+    return {"loss_fn": loss, "sample_wise_grads_per_batch": batched}
+
+
+def captum_tracincp(
+    model: nn.Module,
+    train: TensorDataset,
+    queries: TensorDataset,
+    *,
+    checkpoints: Sequence[dict[str, Tensor]] = (),
+    batch_size: int = 256,
+) -> Tensor:
+    """Inner products of gradients, added up over checkpoints of the training (Pruthi et al. 2020).
+
+    Each checkpoint, a state dict, has the learning rate 1; without any, the final weights are the only one.
+
+    Sign: positive ones are the library's *proponents*, which lower the query's loss. That is ours.
+    """
+    from captum.influence import TracInCP
+
+    model = frozen(model)
+
+    def load(model: nn.Module, checkpoint: dict[str, Tensor]) -> float:
+        model.load_state_dict(checkpoint)
+        return 1.0
+
+    states = list(checkpoints) or [copy.deepcopy(model.state_dict())]
+    tracin = TracInCP(model, blocks(train, batch_size), iter(states), load, **captum_loss(model))
+    with seeded():
+        parts = [tracin.influence(tuple(batch)) for batch in blocks(queries, batch_size)]
+    return torch.cat(parts).detach().float()
+
+
+def captum_arnoldi(
+    model: nn.Module,
+    train: TensorDataset,
+    queries: TensorDataset,
+    *,
+    checkpoints: Sequence[dict[str, Tensor]] = (),
+    batch_size: int = 256,
+) -> Tensor:
+    """The inverse of the full Hessian on its 50 largest eigenvalues (Schioppa et al. 2022), all as it comes.
+
+    They are found in a Krylov space of 200 dimensions, with the Hessian summed over all training examples.
+
+    Sign: positive ones are the library's *proponents*, which lower the query's loss. That is ours.
+    """
+    from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction
+
+    model = frozen(model)
+    with seeded():
+        arnoldi = ArnoldiInfluenceFunction(
+            model, blocks(train, batch_size), "", lambda model, checkpoint: 1.0, **captum_loss(model)
+        )
+        parts = [arnoldi.influence(tuple(batch)) for batch in blocks(queries, batch_size)]
+    return torch.cat(parts).detach().float()
+
+
+PEERS: dict[str, Callable[..., Tensor]] = {
+    "gradient dot product": gradient_dot_product,
+    "kronfluence EK-FAC": kronfluence_ekfac,
+    "dattri CG": dattri_cg,
+    "dattri LiSSA": dattri_lissa,
+    "dattri Arnoldi": dattri_arnoldi,
+    "dattri EK-FAC": dattri_ekfac,
+    "captum TracInCP": captum_tracincp,
+    "captum Arnoldi": captum_arnoldi,
+}
+"""``(model, train, queries, *, checkpoints=(), batch_size=256) ↦`` scores ``(n_queries, n_train)``, by name."""
