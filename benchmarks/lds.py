@@ -3,18 +3,19 @@
     python benchmarks/lds.py --data path/to/FashionMNIST/raw --net mlp [--rows defaults peers] [--cache truth.pt]
 
 Without `--data` scikit-learn's digits with the net of the examples, else `--examples` images of an MNIST-like folder.
-The truth: the net is trained anew on random halves of the training data, each with several seeds, and each query's loss
-is averaged over the seeds. The prediction for a half: the sum of the scores of the examples that it lacks. The LDS is
-the Spearman correlation of both over the halves, averaged over queries (and over the models that were scored). Queries
-are split off from the training data and never trained on; no test image is looked at, since defaults are chosen by this.
+The truth: the net is trained anew on random halves of the training data, each with several seeds, and each query's
+loss is averaged over the seeds. The prediction for a half: the sum of the scores of the examples that it lacks. The LDS
+is the Spearman correlation of both over the halves, averaged over queries (and over the models that were scored).
+Queries are split off from the training data and never trained on; no test image is looked at, since defaults are chosen
+by this.
 
-`--rows defaults`: `trainer.influence` as it is, and with one setting changed at a time. `solve`: the plain least squares
-of the paper by tolerance. `peers`: other libraries (`pip install kronfluence dattri captum`), as they are documented.
+`--rows defaults`: `trainer.influence` as it is, and with one setting changed at a time. `solve`: the plain least
+squares of the paper by tolerance. `peers`: other libraries (`pip install kronfluence dattri captum`), as documented.
 
 Brackets are 95 % intervals of a bootstrap over queries and halves together; that the scored models are few is not in
 them. All rows are judged on the same draws, so that differences between rows are known more closely than the rows
-themselves: the last column has them, to the first row. `--cache` keeps the losses of the retrained nets and goes on from
-them. Prints a Markdown table; progress goes to stderr.
+themselves: the last column has them, to the first row. `--cache` keeps the losses of the retrained nets and goes on
+from them. Prints a Markdown table; progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ def theirs(function: Callable[..., Tensor]) -> Score:
 ROWS: dict[str, dict[str, Score]] = {
     "defaults": {
         "as it is": ours(),
+        "`snapshots=True`, four of them": ours(snapshots=True),
         "for each query (`solver='cg'`)": ours(solver="cg"),
         "`solver='cg', max_iter=10`": ours(solver="cg", max_iter=10),
         "`solver='cg', max_iter=5`": ours(solver="cg", max_iter=5),
@@ -184,7 +186,11 @@ ROWS: dict[str, dict[str, Score]] = {
         "`method='gif'`": ours(method="gif"),
     },
     "solve": {f"`method='gif', rtol={rtol:g}`": ours(method="gif", rtol=rtol) for rtol in (1e-1, 1e-2, 1e-3, 1e-4)},
-    "peers": {"as it is": ours(), **{name: theirs(function) for name, function in PEERS.items()}},
+    "peers": {
+        "as it is": ours(),
+        "`snapshots=True`, four of them": ours(snapshots=True),
+        **{name: theirs(function) for name, function in PEERS.items()},
+    },
 }
 
 
@@ -250,7 +256,7 @@ def main() -> None:
     models = []
     for seed in range(options.models):
         snapshots = Snapshots(options.epochs)
-        trainer, module = fit(train, seed, [GIFCallback(), snapshots])
+        trainer, module = fit(train, seed, [GIFCallback(snapshots=4), snapshots])
         models.append(Model(trainer, module.eval(), snapshots.kept))
         right = (module(queries.tensors[0]).argmax(1) == queries.tensors[1]).double().mean()
         loss = query_losses(module, queries).mean()

@@ -81,6 +81,24 @@ def gradient_dot_product(
     return torch.cat(rows)
 
 
+def classification() -> Any:
+    """What kronfluence is told about a model: its cross-entropy, also of labels drawn from its own predictions."""
+    from kronfluence.task import Task
+
+    class Classification(Task):  # type: ignore[misc]
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            x, y = batch
+            logits = model(x)
+            if sample:
+                y = torch.multinomial(logits.detach().softmax(1), 1)[:, 0]
+            return F.cross_entropy(logits, y, reduction="sum")
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+            return self.compute_train_loss(batch, model)
+
+    return Classification()
+
+
 def kronfluence_ekfac(
     model: nn.Module,
     train: TensorDataset,
@@ -99,20 +117,8 @@ def kronfluence_ekfac(
     """
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
-    from kronfluence.task import Task
 
-    class Classification(Task):  # type: ignore[misc]
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            x, y = batch
-            logits = model(x)
-            if sample:
-                y = torch.multinomial(logits.detach().softmax(1), 1)[:, 0]
-            return F.cross_entropy(logits, y, reduction="sum")
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return self.compute_train_loss(batch, model)
-
-    task = Classification()
+    task = classification()
     with tempfile.TemporaryDirectory() as folder, seeded():
         analyzer = Analyzer(
             "peer",

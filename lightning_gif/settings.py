@@ -47,8 +47,9 @@ _STEPS_FOR_SCORES = 20
 # Up to how many parameters a matrix is formed and solved with.
 _EXACT = 1024
 
-# The rank of the sketch that many queries share, and the least that is worth it.
-_RANK, _LEAST_RANK = 256, 64
+# From how many queries on they share a sketch, its rank, and the least that is worth it.
+_MANY = 13
+_RANK, _LEAST_RANK = 512, 64
 
 # How many steps a solve takes, and the most that it takes towards a residual.
 _STEPS, _MOST_STEPS = 10, 200
@@ -184,8 +185,9 @@ class Settings:
         method = _chosen(self.method, "fif" if on_targets else "if")
         square = METHODS[method].rows == METHODS[method].cols
         curvature = _chosen(self.curvature, "ggn" if square and ggn else "hessian")
-        rank = min(rank, _RANK if self.max_iter is None else self.max_iter)
-        shared = rank >= _LEAST_RANK and queries * _STEPS_FOR_SCORES > rank and self.rtol is None
+        # Where all queries together would take more products than a sketch that is as good.
+        rank = min(rank, _RANK, queries * _STEPS_FOR_SCORES) if self.max_iter is None else min(rank, self.max_iter)
+        shared = rank >= _LEAST_RANK and queries >= _MANY and self.rtol is None
         symmetric = "nystrom" if shared else "cg"
         solver = _chosen(self.solver, symmetric if square and curvature == "ggn" else "lsmr")
         chosen = replace(self, method=method, curvature=curvature, solver=solver)

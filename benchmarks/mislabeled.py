@@ -1,0 +1,141 @@
+"""Wrong labels found: a tenth of the training labels changed, and the training examples ranked by suspicion.
+
+    python benchmarks/mislabeled.py --data path/to/FashionMNIST/raw --nets mlp cnn
+
+By `trainer.self_influence()` as it is, by the training loss, by the length of the gradient, and by other libraries
+(`pip install kronfluence captum`; those that are not there are left out). Prints a Markdown table: the AUC, and which
+share of the wrong labels is among the first 10 and 20 % of all examples; means over seeds of the labels and the net.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lds import Snapshots
+from mnist import NETS, fit, load
+from peers import captum_loss, classification, frozen
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gif import GIFCallback
+
+Suspicion = Callable[[pl.Trainer, nn.Module, TensorDataset, list[dict[str, Tensor]]], Tensor]
+"""``(trainer, model, train, checkpoints) ↦`` the higher the more suspicious, ``(n,)``."""
+
+
+def self_influence(trainer: pl.Trainer, model: nn.Module, train: TensorDataset, checkpoints: Any) -> Tensor:
+    report = trainer.self_influence()
+    return torch.zeros(len(train), dtype=torch.float64).index_copy(0, report.indices, report.scores[0])
+
+
+@torch.no_grad()
+def loss(trainer: pl.Trainer, model: nn.Module, train: TensorDataset, checkpoints: Any) -> Tensor:
+    x, y = train.tensors
+    return F.cross_entropy(torch.cat([model(part) for part in x.split(1000)]), y, reduction="none")
+
+
+def gradient_length(trainer: pl.Trainer, model: nn.Module, train: TensorDataset, checkpoints: Any) -> Tensor:
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+    def one(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, theta, (x[None],)), y[None])
+
+    lengths = []
+    for x, y in DataLoader(train, 250):
+        rows = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))(parameters, x, y)
+        lengths.append(sum(part.flatten(1).square().sum(1) for part in rows.values()))
+    return torch.cat(lengths)
+
+
+def kronfluence(trainer: pl.Trainer, model: nn.Module, train: TensorDataset, checkpoints: Any) -> Tensor:
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+
+    task = classification()
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"cpu": True, "log_level": logging.ERROR, "disable_tqdm": True, "output_dir": folder}
+        analyzer = Analyzer("peer", prepare_model(frozen(model), task), task, **options)
+        factors = FactorArguments(strategy="ekfac")
+        analyzer.fit_all_factors("factors", train, per_device_batch_size=256, factor_args=factors)
+        settings = ScoreArguments(damping_factor=None)
+        analyzer.compute_self_scores("scores", "factors", train, per_device_train_batch_size=256, score_args=settings)
+        return analyzer.load_self_scores("scores")["all_modules"].float()
+
+
+def tracin(trainer: pl.Trainer, model: nn.Module, train: TensorDataset, checkpoints: Any) -> Tensor:
+    from captum.influence import TracInCP
+
+    def put(model: nn.Module, checkpoint: dict[str, Tensor]) -> float:
+        model.load_state_dict(checkpoint)
+        return 1.0
+
+    model = frozen(model)
+    found = TracInCP(model, train, iter(checkpoints), put, batch_size=250, **captum_loss(model))
+    return found.self_influence().detach()
+
+
+RANKINGS: dict[str, tuple[str, Suspicion]] = {
+    "`trainer.self_influence()`": ("lightning_gif", self_influence),
+    "loss": ("torch", loss),
+    "gradient length": ("torch", gradient_length),
+    "kronfluence EK-FAC": ("kronfluence", kronfluence),
+    "captum TracInCP": ("captum", tracin),
+}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
+    parser.add_argument("--nets", nargs="+", default=["mlp", "cnn"], choices=list(NETS))
+    parser.add_argument("--examples", type=int, default=5000)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    whole, _ = load(options.data)
+    print("| net | ranking | AUC | found in the first 10 % | in 20 % | seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for net in options.nets:
+        found: dict[str, list[tuple[float, ...]]] = {}
+        for seed in range(options.seeds):
+            generator = torch.Generator().manual_seed(seed)
+            chosen = torch.randperm(len(whole), generator=generator)[: options.examples]
+            x, y = (tensor[chosen] for tensor in whole.tensors)
+            wrong = torch.zeros(len(y), dtype=torch.bool)
+            wrong[torch.randperm(len(y), generator=generator)[: len(y) // 10]] = True
+            other = (y + torch.randint(1, 10, y.shape, generator=generator)) % 10
+            train = TensorDataset(x, torch.where(wrong, other, y))
+            snapshots = Snapshots(options.epochs)
+            trainer, model = fit(
+                train, [GIFCallback(), snapshots], epochs=options.epochs, seed=seed, net=net, decay=True, batch_size=64
+            )
+            for name, (package, rank) in RANKINGS.items():
+                if find_spec(package) is None:
+                    continue
+                start = time.perf_counter()
+                suspicion = rank(trainer, model.eval(), train, snapshots.kept).double()
+                seconds = time.perf_counter() - start
+                order = suspicion.argsort(descending=True)
+                shares = [float(wrong[order[: len(y) * share // 100]].sum() / wrong.sum()) for share in (10, 20)]
+                row = (float(roc_auc_score(wrong, suspicion)), *(100 * share for share in shares), seconds)
+                found.setdefault(name, []).append(row)
+                print(net, seed, name, row, file=sys.stderr, flush=True)
+        for name, rows in found.items():
+            auc, first, second, seconds = (mean(values) for values in zip(*rows, strict=True))
+            print(f"| {net} | {name} | {auc:.4f} | {first:.1f} % | {second:.1f} % | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
