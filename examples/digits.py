@@ -100,14 +100,12 @@ def make_logger(name: str, output: Path, project: str) -> Any:
 
 
 def make_parser(description: str | None, output: str, *, epochs: int) -> ArgumentParser:
-    """A parser with the options that the examples have in common."""
-    parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
+    """A parser with the options that the examples have in common, and the start of a description."""
+    story = (description or "").partition("\n\n")[0]
+    parser = ArgumentParser(description=story, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--epochs", type=int, default=epochs, help="training epochs of each model")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of training")
     parser.add_argument("--output", type=Path, default=Path(output), help="folder for pictures, files and logs")
-    parser.add_argument(
-        "--logger", choices=("wandb", "csv", "none"), default="wandb", help="wandb works offline, without an account"
-    )
     return parser
 
 

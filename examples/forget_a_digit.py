@@ -137,4 +137,7 @@ if __name__ == "__main__":
     parser = make_parser(__doc__, "outputs/forget_a_digit", epochs=15)
     parser.add_argument("--digit", type=int, default=3, choices=range(CLASSES), help="the class to forget")
     parser.add_argument("--ratio", type=float, default=0.1, help="share of each layer's parameters that may change")
+    parser.add_argument(
+        "--logger", choices=("wandb", "csv", "none"), default="wandb", help="wandb works offline, without an account"
+    )
     main(parser.parse_args())

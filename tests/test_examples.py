@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from digits import CLASSES, digits
 
 from lightning_gif import UnlearnReport
 
@@ -65,14 +68,46 @@ def test_forget_a_digit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_find_mislabeled(tmp_path: Path) -> None:
-    printed = run("find_mislabeled.py", "--output", tmp_path, "--epochs", 6)
-    assert "101 of 1078 training examples have a wrong label." in printed
-    for ranking in ("influence", "training loss"):
-        auc, tenth, fifth, _ = row(printed, ranking)
-        assert float(auc) > 0.8
-        assert percent(fifth) >= percent(tenth) > 50
-    assert_pictures(tmp_path, "suspects.png", "influence.png")
-    assert list(tmp_path.rglob("offline-run-*/**/gif/influence/examples_*.table.json"))
+    printed = run("find_mislabeled.py", "--output", tmp_path)
+    assert "135 of 1347 training examples have a wrong label." in printed
+    found, accuracies = printed.split("Test accuracy")
+    for ranking in ("self-influence", "training loss"):
+        auc, tenth, fifth, _ = row(found, ranking)
+        assert float(auc) > 0.95
+        assert percent(fifth) > percent(tenth) > 80
+        before, cleaned, ideal = map(percent, row(accuracies, ranking))
+        assert cleaned > before + 1
+        assert ideal > before + 1
+    assert_pictures(tmp_path, "suspects.png")
+
+
+def test_why_misread(tmp_path: Path) -> None:
+    printed = run("why_misread.py", "--output", tmp_path)
+    asked, label, read_as = map(int, re.findall(r"#(\d+): labelled (\d), read as (\d)", printed)[0])
+    assert int(digits()[1].tensors[1][asked]) == label != read_as
+    by_class = next(line for line in printed.splitlines() if line.startswith("  by class: "))
+    totals = {int(name): float(total) for name, total in re.findall(r"(\d) \((\S+)\)", by_class)}
+    assert len(totals) == CLASSES
+    assert totals[label] > 0 > totals[read_as]
+    assert f"Pushed there most by: the {min(totals, key=totals.__getitem__)}s." in printed
+    assert_pictures(tmp_path, "influence.png")
+
+
+def test_wandb_report(tmp_path: Path) -> None:
+    printed = run("wandb_report.py", "--output", tmp_path, "--epochs", 4)
+    where, how, which = printed.splitlines()
+    folder = Path(where.removeprefix("The offline run is in "))
+    assert folder.parent.parent == tmp_path
+    assert how == f"Sync it to your account: wandb sync {folder}"
+    assert list(folder.glob("run-*.wandb"))
+    for key in ("history", "examples"):
+        assert f"gif/influence/{key}" in which
+    tables = (folder / "files/media/table/gif/influence").glob("history_*.table.json")
+    longest = max((json.loads(table.read_text()) for table in tables), key=lambda table: len(table["data"]))
+    epochs = {row[longest["columns"].index("epoch")] for row in longest["data"]}
+    assert epochs == {1, 3}
+    examples = list((folder / "files/media/table/gif/influence").glob("examples_*.table.json"))
+    assert len(examples) == 3  # two in training, one after it
 
 
 def test_toxic_samples(tmp_path: Path) -> None:
@@ -96,9 +131,12 @@ def test_toxic_samples(tmp_path: Path) -> None:
     assert_pictures(tmp_path, "trajectories.png")
 
 
-@pytest.mark.parametrize("name", ["forget_a_digit.py", "find_mislabeled.py"])
-def test_help_tells_the_story_and_the_defaults(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "epochs"),
+    [("forget_a_digit.py", 15), ("find_mislabeled.py", 30), ("why_misread.py", 15), ("wandb_report.py", 10)],
+)
+def test_help_tells_the_story_and_the_defaults(name: str, epochs: int) -> None:
     printed = run(name, "--help")
-    assert "handwritten digits" in printed
+    assert "handwritten digit" in printed
     assert "--epochs EPOCHS" in printed
-    assert "(default: 15)" in printed
+    assert f"(default: {epochs})" in printed
