@@ -1,0 +1,122 @@
+"""From nothing to a ranked list: seconds and memory of one query and of many, other libraries beside.
+
+    python benchmarks/attribution_time.py --data path/to/MNIST/raw --queries 1 [--peers "kronfluence EK-FAC"]
+
+TinyNet, trained for an epoch. Each row runs in a process of its own, from the loaded weights to the scores of all
+training images: solves, factors and passes are all counted. The last lines are how many forward passes over the
+training images one scoring pass costs. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+from statistics import median
+
+import lightning.pytorch as pl
+import torch
+from lds import say
+from mnist import NETS, fit, load
+from peers import PEERS
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gif import GIFCallback, attach
+from lightning_gif.data import Examples
+from lightning_gif.objective import Objective
+
+OURS = "trainer.influence"
+
+
+def measure(name: str, weights: Path, folder: Path, examples: int, queries: int) -> dict[str, float]:
+    """Seconds, and the peak of the memory above that of the loaded data, in MiB."""
+    train, test = load(folder)
+    train = TensorDataset(*(tensor[:examples] for tensor in train.tensors))
+    asked = TensorDataset(*(tensor[:queries] for tensor in test.tensors))
+    model = NETS["tinynet"]()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    if name == OURS:
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        attach(trainer, model, train_dataloaders=DataLoader(train, 128), callback=GIFCallback())
+        trainer.influence(asked.tensors, per_example=queries > 1).proponents(10)
+    else:
+        PEERS[name](model.eval(), train, asked).topk(10)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "memory": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+
+
+def passes(weights: Path, folder: Path) -> tuple[float, float]:
+    """Of 4096 images: forward passes that a scoring pass costs, and that gradients of single examples cost; medians."""
+    train, _ = load(folder)
+    train = TensorDataset(*(tensor[:4096] for tensor in train.tensors))
+    model = NETS["tinynet"]()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    attach(trainer, model, train_dataloaders=DataLoader(train, 128))
+    with Objective.open(trainer, model) as objective:
+        data = Examples.from_loader(DataLoader(train, 128), objective.prepare, batch_size=256).held()
+        objective.learn_structure(data)
+        direction = torch.randn(1, objective.space.size)
+        ratios = []
+        for _ in range(7):
+            times = []
+            for function in (
+                lambda batch: model(batch[0]),
+                lambda batch: objective.directional_derivatives(batch, direction),
+                lambda batch: sum(len(rows) for rows in objective.gradients(batch)),
+            ):
+                start = time.perf_counter()
+                with torch.no_grad():
+                    for batch in data.batches():
+                        function(batch.data)
+                times.append(time.perf_counter() - start)
+            ratios.append((times[1] / times[0], times[2] / times[0]))
+    return median(one for one, _ in ratios), median(other for _, other in ratios)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
+    parser.add_argument("--examples", type=int, default=60000)
+    parser.add_argument("--queries", type=int, default=1)
+    parser.add_argument("--peers", nargs="*", default=["kronfluence EK-FAC", "dattri CG"], choices=list(PEERS))
+    parser.add_argument("--row", help="measure this one only, and print it as JSON")
+    parser.add_argument("--weights", type=Path)
+    options = parser.parse_args()
+    if options.row:
+        print(json.dumps(measure(options.row, options.weights, options.data, options.examples, options.queries)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.pt"
+        train, _ = load(options.data)
+        torch.save(fit(train, [], epochs=1)[1].state_dict(), weights)
+        print(f"{options.queries} queries, {options.examples} training images\n")
+        print("| | seconds | to ours | memory (MiB) |\n| --- | --- | --- | --- |")
+        base = 0.0
+        for name in (OURS, *options.peers):
+            command = [sys.executable, __file__, "--row", name, "--weights", str(weights)]
+            command += ["--data", str(options.data), "--examples", str(options.examples)]
+            done = subprocess.run(
+                [*command, "--queries", str(options.queries)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                say(done.stderr)
+                print(f"| {name} | failed | | |", flush=True)
+                continue
+            found = json.loads(done.stdout.splitlines()[-1])
+            base = base or found["seconds"]
+            ratio = found["seconds"] / base
+            print(f"| {name} | {found['seconds']:.0f} | {ratio:.1f} | {found['memory']:.0f} |", flush=True)
+        one, gradients = passes(weights, options.data)
+        print(f"\nA scoring pass costs {one:.1f} forward passes, gradients of single examples {gradients:.1f}.")
+
+
+if __name__ == "__main__":
+    main()
