@@ -350,6 +350,8 @@ def test_a_plot_tells_how_few_examples_carry_half_of_all_influence() -> None:
     assert dict(zip(*(data.tolist() for data in curve.get_data()), strict=True))[3] == pytest.approx(1.0)
     assert curve.get_xdata()[0] == 1
     assert curve.get_xdata()[-1] == 200
+    second = report_of(torch.cat([scores, torch.ones(1, 200)])).plot(query=1, k=1).axes[-1]
+    assert second.get_title() == "100 of 200 examples (50 %) carry half"
 
 
 @pytest.mark.parametrize(
@@ -612,6 +614,7 @@ def test_wandb_tables_of_other_data_hold_their_values_for_each_query(wandb_logge
     assert [row["query"] for row in queries] == list(range(8))
     assert len(rows) == 8 + 8 * 4
     assert all(row["example"] == text_of(dataset[row["index"]]) for row in rows if row["kind"] != "query")
+    assert sum(wandb_logger.experiment.summary["gif/influence/scores"]["values"]) == 10 * len(dataset)
 
 
 def test_a_finished_wandb_run_costs_neither_report_nor_edit(wandb_logger: WandbLogger, tmp_path: Path) -> None:
