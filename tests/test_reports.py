@@ -1094,24 +1094,28 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
         scores.write_bytes(bad)
         refused("scores.safetensors' is damaged")
     scores.write_bytes(bytes(flipped))
-    refused("is damaged, or belongs to another report: the SHA-256")
+    refused("is damaged or has been edited, or its two files are of different reports: the SHA-256")
     for bad_text in ("", "{", "[]", "{}", text[: len(text) // 2], text.replace('"digest": "', '"digest": 3, "x": "')):
         record.write_text(bad_text)
         refused("report.json' is damaged")
     record.write_text(text.replace("lightning-gif influence 1", "lightning-gif influence 9"))
     refused("holds 'lightning-gif influence 9', but 'lightning-gif influence 1' was expected. Load it with the version")
-    for key in ("solutions", "looks", "settings", "k"):
-        record.write_text(text.replace(f'"{key}":', f'"no {key}":', 1))
-        refused("report' is damaged: KeyError")
-    record.write_text(text.replace('"status": "', '"status": "not '))
-    refused("report' is damaged: ValueError")
-    record.write_text(text.replace('"queries/0"', '"queries/../../secret"'))
-    refused("report' is damaged: ValueError")
+    for old, new in (
+        ('"k": 3', '"k": 2'),
+        ('"text": "', '"text": "not '),
+        ('"seconds": ', '"seconds": 1'),
+        ("cg", "cgls"),
+    ):
+        assert old in text
+        record.write_text(text.replace(old, new, 1))
+        refused("is damaged or has been edited")
+    record.write_text(json.dumps(json.loads(text)))
+    assert str(InfluenceReport.load(path)) == str(report)  # how it is laid out is not what it says
 
     other = report_of([[0.1, -0.2]])
     other.save(tmp_path / "other")
     scores.write_bytes((tmp_path / "other" / "scores.safetensors").read_bytes())
-    refused("belongs to another report.*Copy both files")
+    refused("of different reports.*Copy both files")
     scores.unlink()
     with pytest.raises(ConfigurationError, match=r"scores\.safetensors is missing"):
         InfluenceReport.load(path)
@@ -1145,6 +1149,51 @@ def test_parts_that_disagree_are_refused_although_their_sum_is_right(
     write_folder(tmp_path / "report", "lightning-gif influence 1", record, {**tensors, name: change(tensors[name])})
     with pytest.raises(ConfigurationError, match=message):
         InfluenceReport.load(tmp_path / "report")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *((lambda record, key=key: record.pop(key), "damaged: KeyError") for key in ("solutions", "looks", "settings")),
+        (lambda record: record["solutions"][0].update(status="lost"), "damaged: ValueError"),
+        (lambda record: record["solutions"][0].update(more=1), "damaged: TypeError"),
+        (
+            lambda record: record["looks"].update({"queries/../../secret": record["looks"].pop("queries/0")}),
+            "ValueError",
+        ),
+        (lambda record: record["looks"].pop("queries/0"), "damaged: KeyError"),
+    ],
+)
+def test_a_record_of_another_make_is_refused_although_its_sum_is_right(
+    tmp_path: Path, change: Any, message: str
+) -> None:
+    report, _ = answer_on_images()
+    report.save(tmp_path / "report")
+    record, tensors = read_folder(tmp_path / "report", "lightning-gif influence 1")
+    change(record)
+    write_folder(tmp_path / "report", "lightning-gif influence 1", record, tensors)
+    with pytest.raises(ConfigurationError, match=message):
+        InfluenceReport.load(tmp_path / "report")
+
+
+def test_all_of_a_report_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note(handle: int) -> None:
+        synced.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def check(self: Path, target: Any) -> Any:
+        assert {path.stat().st_ino for path in (self, *self.iterdir())} <= set(synced)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "rename", check)
+    report_of([[0.1, -0.2]]).save(tmp_path / "report")
+    assert synced[-1] == tmp_path.stat().st_ino  # and so is its name
 
 
 def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -44,7 +45,7 @@ def write_folder(
     target = Path(os.path.realpath(folder))  # the folder that a link leads to is replaced, not the link
     _check_replaceable(target, kind)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({"format": kind, "digest": digest(tensors), **record}, indent=1)
+    text = json.dumps({"format": kind, "digest": _digest(record, tensors), **record}, indent=1)
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = f".{target.name}.{uuid.uuid4().hex}"
     new, old = target.with_name(mark), target.with_name(f"{mark}.old")
@@ -70,8 +71,8 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
     """Reads what :func:`write_folder` wrote: the record and the tensors.
 
     Raises:
-        ConfigurationError: If it is another kind of folder or another version, if a file is damaged, or if the two
-            files do not belong together.
+        ConfigurationError: If it is another kind of folder or another version, if a file is damaged or was edited, or
+            if the two files do not belong together.
         FileNotFoundError: If there is no such folder.
     """
     path = Path(folder)
@@ -97,11 +98,12 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
         )
     with damage_is_told(path / TENSORS):
         tensors = load((path / TENSORS).read_bytes())
-        measured = digest(tensors)
+        measured = _digest(record, tensors)
     if measured != expected:
         raise ConfigurationError(
-            f"{os.fspath(path / TENSORS)!r} is damaged, or belongs to another report: the SHA-256 of its tensors is"
-            f" {measured[:12]}…, but {RECORD} expects {expected[:12]}…. Copy both files of one report again."
+            f"{os.fspath(folder)!r} is damaged or has been edited, or its two files are of different reports: the"
+            f" SHA-256 of what they hold is {measured[:12]}…, but {RECORD} expects {expected[:12]}…. Copy both files of"
+            " one report again."
         )
     return record, tensors
 
@@ -121,6 +123,11 @@ def damage_is_told(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ConfigurationError(
             f"{os.fspath(path)!r} is damaged: {type(error).__name__}: {error}. Copy it again from where it was saved."
         ) from error
+
+
+def _digest(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of both parts: a number that is another one is still JSON. Keys count in their order, layout does not."""
+    return hashlib.sha256(f"{digest(tensors)}{json.dumps(record)}".encode()).hexdigest()
 
 
 def _check_replaceable(target: Path, kind: str) -> None:

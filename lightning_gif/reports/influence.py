@@ -272,7 +272,7 @@ class InfluenceReport:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], dataset: Any = None) -> InfluenceReport:
-        """Reads what :meth:`save` wrote. Nothing is unpickled, and nothing outside of the folder is read.
+        """Reads what :meth:`save` wrote. Nothing is unpickled, and no path that the files hold is followed.
 
         Args:
             folder: The folder.
@@ -283,8 +283,8 @@ class InfluenceReport:
             The same report, but for ``loggers``, which are none, and the solutions' ``x``, which are empty.
 
         Raises:
-            ConfigurationError: If the folder holds something else, another version, or files that are damaged or do not
-                belong together; or if ``dataset`` is too short to be the one that was scored.
+            ConfigurationError: If the folder holds something else, another version, or files that are damaged, were
+                edited or do not belong together; or if ``dataset`` is too short to be the one that was scored.
             FileNotFoundError: If there is no such folder.
         """
         record, tensors = read_folder(folder, _FORMAT)
