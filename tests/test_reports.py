@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,43 @@ def test_a_plot_of_images_shows_query_proponents_opponents_and_histogram() -> No
     assert sum(int(patch.get_height()) for patch in histogram.patches) == len(dataset)
     shown = next(axes for axes in figure.axes if axes.get_title().startswith(f"#{strongest}:"))
     np.testing.assert_array_equal(shown.images[0].get_array(), image_of(dataset[strongest]))
+
+
+class Arrays(Dataset[Any]):
+    """Images and labels of NumPy, which only collating makes tensors."""
+
+    def __init__(self) -> None:
+        self.images, self.labels = (tensor.numpy() for tensor in images().tensors)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.images[index], self.labels[index]
+
+
+def test_images_that_a_dataset_has_as_arrays_are_shown_as_those_of_the_query_are() -> None:
+    trainer, _, dataset = fitted(image_net(), Arrays())  # type: ignore[arg-type]
+    report = trainer.influence(next(iter(DataLoader(dataset, 1))), k=2)
+    figure = report.plot()
+    assert sum(len(axes.images) for axes in figure.axes) == 1 + 2 + 2
+    strongest = int(report.proponents().indices[0, 0])
+    shown = next(axes for axes in figure.axes if axes.get_title().startswith(f"#{strongest}: {strongest % 3}\n"))
+    np.testing.assert_array_equal(shown.images[0].get_array(), image_of(images()[strongest]))
+
+
+@pytest.mark.parametrize(
+    ("item", "text"),
+    [
+        ((np.array([0.5, 2.0])[::-1], 1), "2, 0.5"),
+        ({"x": np.arange(2, dtype=np.uint16), "label": 2}, "x: 0, 1"),
+        ((np.array([1.5], dtype=">f4"), 1), "[1.5]"),
+        ((np.array(["2020-01-02"], dtype="datetime64"), 1), "['2020-01-02']"),
+        ((np.array("word"), 1), "word"),
+    ],
+)
+def test_arrays_of_any_kind_in_words(item: Any, text: str) -> None:
+    assert Shown.of(item).text == text
 
 
 def test_a_plot_of_other_data_shows_their_values() -> None:
@@ -1001,6 +1039,9 @@ def test_scores_of_each_example_for_itself_are_reported_without_a_query(tmp_path
 
 def test_texts_and_labels_of_any_kind_come_back(tmp_path: Path) -> None:
     looks = [Shown(label, None, text) for label, text in (("a “b”", "schön\n$"), (None, ""), (2.5, "x"), (True, "y"))]
+    strange = (math.nan, 1 + 2j, Decimal("1.5"), np.datetime64("2020-01-02"), np.bytes_(b"z"), torch.tensor(math.inf))
+    looks += [Shown.of((torch.ones(2), label)) for label in strange]
+    assert [shown.label for shown in looks[4:]] == ["nan", "(1+2j)", "1.5", "2020-01-02", "b'z'", "inf"]
     report = report_of([[0.1, -0.2, 0.3]], queries=looks, examples={100: looks[0]})
     report.save(tmp_path / "report")
     loaded = InfluenceReport.load(tmp_path / "report")

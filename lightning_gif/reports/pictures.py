@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from numbers import Number
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,7 +43,8 @@ class Shown:
 
     @classmethod
     def of(cls, item: Any) -> Shown:
-        """How an item of a dataset is shown."""
+        """How an item of a dataset is shown. What it has as arrays is shown as the tensors that collating makes."""
+        item = _as_tensors(item)
         return cls(label_of(item), image_of(item), text_of(item))
 
     @property
@@ -75,13 +77,19 @@ def image_of(item: Any) -> Any | None:
 
 
 def label_of(item: Any) -> Any | None:
-    """The target of a dataset's item as a plain number or string, if it has a single one."""
+    """The target of a dataset's item as a plain number or string, if it has a single one.
+
+    What JSON has no number for (NaN, complex numbers, decimals, dates) is a string.
+    """
     target = _split(item)[1]
     if isinstance(target, Tensor):
-        return target.item() if target.numel() == 1 else None
-    if hasattr(target, "item"):  # of NumPy
-        return target.item() if target.size == 1 else None
-    return target if isinstance(target, (str, Number)) else None
+        target = target.item() if target.numel() == 1 else None
+    elif hasattr(target, "item"):  # of NumPy
+        target = target.item() if target.size == 1 else None
+    elif not isinstance(target, (str, Number)):
+        target = None
+    plain = isinstance(target, (str, int)) or (isinstance(target, float) and math.isfinite(target))
+    return target if plain or target is None else str(target)
 
 
 def text_of(item: Any) -> str:
@@ -136,6 +144,22 @@ def _split(item: Any) -> tuple[Any, Any]:
     if isinstance(item, (list, tuple)) and len(item) >= 2:
         return (item[0] if len(item) == 2 else list(item[:-1])), item[-1]
     return item, None
+
+
+def _as_tensors(data: Any) -> Any:
+    """The same item with tensors in the place of arrays of numbers, also those that PIL holds.
+
+    Unlike ``default_convert`` it takes any array there is: a dataset with a collate function of its own may hold them.
+    """
+    if isinstance(data, Mapping):
+        return {name: _as_tensors(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_as_tensors(value) for value in data]
+    if hasattr(data, "__array_interface__"):
+        array = np.array(data, order="C")  # a copy, which a tensor can share also where the array runs backwards
+        if array.ndim and array.dtype.kind in "biuf" and array.dtype.isnative and array.itemsize <= 8:
+            return torch.from_numpy(array)
+    return data
 
 
 def _texts(data: Any, name: str = "") -> Iterator[tuple[str, str]]:
