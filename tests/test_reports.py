@@ -388,8 +388,9 @@ def test_a_plot_tells_how_few_examples_carry_half_of_all_influence() -> None:
     assert dict(zip(*(data.tolist() for data in curve.get_data()), strict=True))[3] == pytest.approx(1.0)
     assert curve.get_xdata()[0] == 1
     assert curve.get_xdata()[-1] == 200
-    second = report_of(torch.cat([scores, torch.ones(1, 200)])).plot(query=1, k=1).axes[-1]
+    *_, histogram, second = report_of(torch.cat([scores, torch.ones(1, 200)])).plot(query=1, k=1).axes
     assert second.get_title() == "100 of 200 examples (50 %) carry half"
+    assert max(patch.get_height() for patch in histogram.patches) == 200
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def _as_tensors(data: Any) -> Any:
     if isinstance(data, (list, tuple)):
         return [_as_tensors(value) for value in data]
     if hasattr(data, "__array_interface__"):
-        array = np.array(data, order="C")  # a copy, which a tensor can share also where the array runs backwards
+        array = np.array(data)  # a copy, which a tensor can share also where the array runs backwards
         if array.ndim and array.dtype.kind in "biuf" and array.dtype.isnative and array.itemsize <= 8:
             return torch.from_numpy(array)
     return data
