@@ -5,7 +5,8 @@
 ``model(x)`` returns logits and the loss is the cross-entropy, so that one signature serves all. The scores are
 ``(n_queries, n_train)`` with our sign: positive where removing the training example raises the query's loss. All peers
 report the inner product of a query's and an example's gradients in some metric, which has this sign already; each
-function says what its library calls it. The scale is left as the library has it: it is good for ranks only.
+function says what its library calls it. The scale is left as the library has it: it is good for ranks only. Scores that
+are not finite raise a RuntimeError.
 
 The model is copied, put into evaluation mode and never changed; BatchNorm then is a fixed affine map, and its buffers
 belong to the net. Data and model are expected on the CPU. The libraries are no dependencies of this project: a peer
@@ -15,6 +16,7 @@ imports its own when it is called.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import tempfile
 import warnings
@@ -34,6 +36,18 @@ __all__ = ["PEERS"]
 def frozen(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode: libraries wrap modules, load weights and leave gradients behind."""
     return copy.deepcopy(model).eval()
+
+
+def usable(scores: Tensor) -> Tensor:
+    """The scores, if ranks can be taken of them.
+
+    Raises:
+        RuntimeError: Some are not finite.
+    """
+    lost = int((~scores.isfinite().all(1)).sum())
+    if lost:
+        raise RuntimeError(f"Scores are not finite for {lost} of {len(scores)} queries: the library's solve diverged.")
+    return scores.detach().float()
 
 
 def blocks(data: TensorDataset, size: int) -> DataLoader[Any]:
@@ -78,7 +92,7 @@ def gradient_dot_product(
     for x, y in blocks(queries, batch_size):
         asked = gradients(weights, x, y)
         rows.append(torch.cat([products(asked, *batch) for batch in blocks(train, batch_size)], dim=1))
-    return torch.cat(rows)
+    return usable(torch.cat(rows))
 
 
 def classification() -> Any:
@@ -106,29 +120,32 @@ def kronfluence_ekfac(
     *,
     checkpoints: Sequence[dict[str, Tensor]] = (),
     batch_size: int = 256,
+    damping: float | None = None,
 ) -> Tensor:
-    """EK-FAC of the true Fisher (labels drawn from the model), damped by a tenth of each layer's mean eigenvalue.
+    """EK-FAC of the true Fisher, with one label an example drawn from the model (Grosse et al. 2023).
 
-    That damping is the library's heuristic, ``damping_factor=None``, of Grosse et al. (2023); its default, 1e-8, does
-    worse. All else is as it comes. Only ``Linear`` and ``Conv2d`` modules are tracked: the weights and biases of
+    All but the damping is as it comes. Only ``Linear`` and ``Conv2d`` modules are tracked: the weights and biases of
     BatchNorm have no part in the scores, neither in the curvature nor in the inner products.
 
     Sign: the measurement is the query's loss, and its positive scores are examples that lower it. That is ours.
+
+    Args:
+        model: The net.
+        train: The examples.
+        queries: The queries.
+        checkpoints: Not used.
+        batch_size: Of all passes.
+        damping: Added to the eigenvalues. ``None`` is the heuristic of the paper, a tenth of their mean in each layer.
+            The library's default is 1e-8; its manual calls both reasonable.
     """
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
 
+    logging.getLogger("kronfluence").setLevel(logging.ERROR)  # its own argument would set that of the root logger
     task = classification()
     with tempfile.TemporaryDirectory() as folder, seeded():
-        analyzer = Analyzer(
-            "peer",
-            prepare_model(frozen(model), task),
-            task,
-            cpu=True,
-            log_level=logging.ERROR,
-            disable_tqdm=True,
-            output_dir=folder,
-        )
+        prepared = prepare_model(frozen(model), task)
+        analyzer = Analyzer("peer", prepared, task, cpu=True, disable_tqdm=True, output_dir=folder)
         factors = FactorArguments(strategy="ekfac")
         analyzer.fit_all_factors("factors", train, per_device_batch_size=batch_size, factor_args=factors)
         analyzer.compute_pairwise_scores(
@@ -138,9 +155,9 @@ def kronfluence_ekfac(
             train,
             per_device_query_batch_size=batch_size,
             per_device_train_batch_size=batch_size,
-            score_args=ScoreArguments(damping_factor=None),
+            score_args=ScoreArguments(damping_factor=damping),
         )
-        return analyzer.load_pairwise_scores("scores")["all_modules"].float()
+        return usable(analyzer.load_pairwise_scores("scores")["all_modules"])
 
 
 def dattri_task(model: nn.Module) -> Any:
@@ -183,7 +200,7 @@ def dattri_scores(
         with torch.no_grad():
             asked = torch.cat([represent("test", batch) for batch in blocks(queries, 1)])
             parts = [asked @ represent("train", batch).mT for batch in blocks(train, batch_size)]
-    return torch.cat(parts, dim=1).float()
+    return usable(torch.cat(parts, dim=1))
 
 
 def dattri_cg(
@@ -280,12 +297,15 @@ def dattri_ekfac(
     return dattri_scores(attributor, train, queries, batch_size=batch_size, whole=False)
 
 
-def captum_loss(model: nn.Module) -> dict[str, Any]:
-    """Gradients of a batch at once where captum has them, for ``Linear`` and ``Conv2d``; else example by example."""
+def captum_gradients(model: nn.Module, batch_size: int) -> tuple[dict[str, Any], int]:
+    """Gradients of a batch at once where captum has them, for ``Linear`` and ``Conv2d``; else example by example.
+
+    In the latter case each example costs a backward pass over its batch, so that batches are small.
+    """
     owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     batched = all(isinstance(module, nn.Linear | nn.Conv2d) for module in owners)
     loss = nn.CrossEntropyLoss(reduction="sum" if batched else "none")
-    return {"loss_fn": loss, "sample_wise_grads_per_batch": batched}
+    return {"loss_fn": loss, "sample_wise_grads_per_batch": batched}, batch_size if batched else min(batch_size, 16)
 
 
 def captum_tracincp(
@@ -311,10 +331,11 @@ def captum_tracincp(
         return 1.0
 
     states = list(checkpoints) or [copy.deepcopy(model.state_dict())]
-    tracin = TracInCP(model, blocks(train, batch_size), iter(states), load, **captum_loss(model))
+    options, size = captum_gradients(model, batch_size)
+    tracin = TracInCP(model, blocks(train, size), iter(states), load, **options)
     with seeded():
-        parts = [tracin.influence(tuple(batch)) for batch in blocks(queries, batch_size)]
-    return torch.cat(parts).detach().float()
+        parts = [tracin.influence(blocks(TensorDataset(*part), size)) for part in blocks(queries, batch_size)]
+    return usable(torch.cat(parts))
 
 
 def captum_arnoldi(
@@ -334,17 +355,23 @@ def captum_arnoldi(
     from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction
 
     model = frozen(model)
+    options, size = captum_gradients(model, batch_size)
     with seeded():
         arnoldi = ArnoldiInfluenceFunction(
-            model, blocks(train, batch_size), "", lambda model, checkpoint: 1.0, **captum_loss(model)
+            model,
+            blocks(train, size),
+            "",
+            lambda model, checkpoint: 1.0,
+            hessian_dataset=blocks(train, batch_size),
+            **options,
         )
-        parts = [arnoldi.influence(tuple(batch)) for batch in blocks(queries, batch_size)]
-    return torch.cat(parts).detach().float()
+        return usable(arnoldi.influence(blocks(queries, size)))
 
 
 PEERS: dict[str, Callable[..., Tensor]] = {
     "gradient dot product": gradient_dot_product,
     "kronfluence EK-FAC": kronfluence_ekfac,
+    "kronfluence EK-FAC, damping 1e-8": functools.partial(kronfluence_ekfac, damping=1e-8),
     "dattri CG": dattri_cg,
     "dattri LiSSA": dattri_lissa,
     "dattri Arnoldi": dattri_arnoldi,

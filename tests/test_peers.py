@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import peers
 from peers import PEERS
 
 EXAMPLES, QUERIES = 60, 7
@@ -92,12 +93,15 @@ def agreement(scores: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.parametrize("name", PEERS)
 def test_scores_have_shape_and_sign_of_exact_influence(name: str) -> None:
-    model, train, queries = make("mlp")
+    model, train, unseen = make("mlp")
+    both = zip(unseen.tensors, train.tensors, strict=True)
+    queries = TensorDataset(*(torch.cat([query, example[:8]]) for query, example in both))
     scores = call(name, model, train, queries, batch_size=25)
-    assert scores.shape == (QUERIES, EXAMPLES)
+    assert scores.shape == (QUERIES + 8, EXAMPLES)
     assert scores.dtype == torch.float32
     assert not scores.requires_grad
-    assert agreement(scores, exact(model, train, queries)) > 0.3
+    assert agreement(scores[:QUERIES], exact(model, train, unseen)) > 0.3
+    assert scores[QUERIES:].diagonal().mean() > 0  # without an example its own loss is higher
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -124,6 +128,32 @@ def test_inner_products_of_gradients_equal_a_loop(name: str, net: str) -> None:
     model, train, queries = make(net)
     loop = loss_gradients(model, queries) @ loss_gradients(model, train).mT
     torch.testing.assert_close(call(name, model, train, queries, batch_size=25), loop, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_of_dattri_give_what_its_attribute_gives() -> None:
+    pytest.importorskip("dattri")
+    from dattri.algorithm.influence_function import IFAttributorCG
+
+    model, train, queries = make("normed")
+    attributor = IFAttributorCG(peers.dattri_task(model), max_iter=5, regularization=1.0)
+    scores = peers.dattri_scores(attributor, train, queries, batch_size=25)
+    with torch.no_grad():
+        theirs = attributor.attribute(DataLoader(train, EXAMPLES), DataLoader(queries, QUERIES))
+    torch.testing.assert_close(scores, theirs.mT, rtol=1e-4, atol=1e-5)
+
+
+def test_captum_takes_small_batches_of_nets_with_norms_without_change() -> None:
+    model, train, queries = make("normed")
+    one, two = (call("captum TracInCP", model, train, queries, batch_size=size) for size in (5, 100))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_that_are_not_finite_raise() -> None:
+    model, train, queries = make("mlp")
+    with torch.no_grad():
+        model[2].bias[0] = torch.inf
+    with pytest.raises(RuntimeError, match="not finite for 7 of 7 queries"):
+        PEERS["gradient dot product"](model, train, queries)
 
 
 def test_tracincp_adds_up_checkpoints() -> None:
