@@ -26,11 +26,23 @@ from mnist import NETS, fit, load
 from peers import PEERS
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gif import GIFCallback, attach
+from lightning_gif import attach
 from lightning_gif.data import Examples
 from lightning_gif.objective import Objective
 
 OURS = "trainer.influence"
+
+
+def trained(weights: Path) -> pl.LightningModule:
+    model = NETS["tinynet"]()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    return model
+
+
+def attached(model: pl.LightningModule, train: TensorDataset) -> pl.Trainer:
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    attach(trainer, model, train_dataloaders=DataLoader(train, 128))
+    return trainer
 
 
 def measure(name: str, weights: Path, folder: Path, examples: int, queries: int) -> dict[str, float]:
@@ -38,13 +50,11 @@ def measure(name: str, weights: Path, folder: Path, examples: int, queries: int)
     train, test = load(folder)
     train = TensorDataset(*(tensor[:examples] for tensor in train.tensors))
     asked = TensorDataset(*(tensor[:queries] for tensor in test.tensors))
-    model = NETS["tinynet"]()
-    model.load_state_dict(torch.load(weights, weights_only=True))
+    model = trained(weights)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     if name == OURS:
-        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        attach(trainer, model, train_dataloaders=DataLoader(train, 128), callback=GIFCallback())
+        trainer = attached(model, train)
         trainer.influence(asked.tensors, per_example=queries > 1).proponents(10)
     else:
         PEERS[name](model.eval(), train, asked).topk(10)
@@ -56,10 +66,8 @@ def passes(weights: Path, folder: Path) -> tuple[float, float]:
     """Of 4096 images: forward passes that a scoring pass costs, and that gradients of single examples cost; medians."""
     train, _ = load(folder)
     train = TensorDataset(*(tensor[:4096] for tensor in train.tensors))
-    model = NETS["tinynet"]()
-    model.load_state_dict(torch.load(weights, weights_only=True))
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    attach(trainer, model, train_dataloaders=DataLoader(train, 128))
+    model = trained(weights)
+    trainer = attached(model, train)
     with Objective.open(trainer, model) as objective:
         data = Examples.from_loader(DataLoader(train, 128), objective.prepare, batch_size=256).held()
         objective.learn_structure(data)

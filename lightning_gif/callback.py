@@ -106,7 +106,7 @@ class GIFCallback(Callback):
             ``"nystrom"`` and a Newton step, what is added to these. ``None``: for scores a thousandth of the largest
             eigenvalue, found by three more products; 0 for edits and for ``"gif"``.
         max_iter: Most steps of the solve, each of two Hessian-vector products (of ``"cg"`` and of a Newton step one; of
-            ``"nystrom"`` the rank); ``None``: 200 where there is an ``rtol`` to reach; else 20 for scores, 256 for
+            ``"nystrom"`` the rank); ``None``: 200 where there is an ``rtol`` to reach; else 20 for scores, up to 512 for
             those by ``"nystrom"``, 10 for the change of the theory and 5 for each of those that are solved anew. Fewer
             steps regularise.
         rtol: Relative normal-equation residual at which the solve counts as converged. Directions of small curvature
@@ -282,7 +282,8 @@ class GIFCallback(Callback):
             ConvergenceError: If the solve diverges, or does not converge and ``unconverged="raise"``.
         """
         named = ("k", "per_example", "targets", "among", "scores_to", "snapshots", "dataloader")
-        if snapshots and not self._snapshots.chosen():
+        states = self._snapshots.chosen() if snapshots else {}
+        if snapshots and not states:
             raise ConfigurationError(
                 "snapshots=True needs snapshots of the weights, but there are none: fit with GIFCallback(snapshots=4),"
                 " or load a checkpoint of such a fit. After a fit of one epoch there is none beside the final weights."
@@ -300,7 +301,7 @@ class GIFCallback(Callback):
                 per_example=per_example,
                 among=some,
                 scores_to=None if scores_to is None else Path(scores_to),
-                states=self._snapshots.chosen() if snapshots else None,
+                states=states,
                 k=k,
             )
         return self._deliver(trainer, report)
@@ -733,6 +734,9 @@ class GIFCallback(Callback):
         choice: TargetsChoice = "cached" if targets is None else targets
         first = asked.for_influence(ggn=True, on_targets=on_targets)
         with self._opened(trainer, choice, first, dataloader) as (objective, train):
+            rank = int(asked.bytes_to_keep(objective.device) / (_SKETCHES * objective.theta.nbytes))
+            # A power of two: the same call should not be another one because a little more memory is free.
+            rank = 1 << (rank.bit_length() - 1) if rank else 0
 
             def settle(queries: int) -> Settings:
                 few = next(train.at(torch.arange(1)).batches()).data
@@ -740,7 +744,7 @@ class GIFCallback(Callback):
                     ggn=has_gauss_newton(objective, objective.theta, few),
                     on_targets=on_targets,
                     queries=queries,
-                    rank=int(asked.bytes_to_keep(objective.device) / (_SKETCHES * objective.theta.nbytes)),
+                    rank=rank,
                 )
 
             some = None if among is None else self._chosen_examples(among, train)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .curvature import METHODS, Method, Submatrix
+from .curvature import METHODS, Curvature, Method, Submatrix
 from .data import Examples, fingerprints
-from .objective import Objective
+from .errors import ConfigurationError
+from .objective import Moment, Objective
 from .parameters import Targets, digest
 from .reports.influence import InfluenceReport, first_shown
 from .sampling import curvature_sample
@@ -84,7 +85,7 @@ def influence(
     targets = method.targets(objective.space, choose_targets)
     scored = train if among is None else among
     queries = len(query) if per_example else 1
-    moments: list[Mapping[str, Tensor]] = [{**objective.state(), **state} for state in ({}, *(states or {}).values())]
+    moments = [objective.moment(), *map(objective.moment, (states or {}).values())]
     store = None
     if scores_to is not None:
         mark = _fingerprint(objective, moments, train, scored, query, per_example, settings, targets)
@@ -99,6 +100,11 @@ def influence(
             directions = torch.cat([one.directions for one in solved])
             store.save_directions(directions, [one.told() for one in solved])
 
+    # Weight decay does not become less where one example is removed, so each example's loss carries its share.
+    decays = [
+        settings.weight_decay * (one.directions @ moment.theta).double().cpu()[:, None]
+        for moment, one in zip(moments, solved, strict=True)
+    ]
     scores = torch.empty(queries, len(scored), dtype=torch.float64) if store is None else store.scores
     with objective.progress("Scoring training examples", len(scored)) as bar:
         position = 0
@@ -106,12 +112,10 @@ def influence(
             stop = position + batch.size
             if store is None or not store.done[position:stop].all():
                 block = torch.zeros(queries, batch.size, dtype=torch.float64)
-                for moment, one in zip(moments, solved, strict=True):
+                for moment, one, decay in zip(moments, solved, decays, strict=True):
                     with objective.at(moment):
                         part = objective.directional_derivatives(batch.data, one.directions).cpu().double()
-                        # Weight decay does not become less where one example is removed: each loss has its share of it.
-                        decay = settings.weight_decay * (one.directions @ objective.theta).double().cpu()
-                        block += (part + decay[:, None]) / len(moments)
+                    block += (part + decay) / len(moments)
                 block /= max(len(train) - 1, 1)
                 if store is None:
                     scores[:, position:stop] = block
@@ -153,15 +157,18 @@ class _Solved:
 
     def told(self) -> dict[str, Any]:
         """All but the directions, in plain values."""
-        solutions = [{**solution.summary(), "residuals": solution.residuals} for solution in self.solutions]
-        return {"solutions": solutions, "curvature": self.curvature, "damping": self.damping}
+        return {
+            "solutions": [solution.record() for solution in self.solutions],
+            "curvature": self.curvature,
+            "damping": self.damping,
+        }
 
     @classmethod
     def load(cls, directions: Tensor, told: list[dict[str, Any]], device: torch.device) -> list[_Solved]:
         """From what was kept of several."""
         found = []
         for part, values in zip(directions.to(device).chunk(len(told)), told, strict=True):
-            solutions = [Solution.of_summary(**value) for value in values["solutions"]]
+            solutions = [Solution.of_record(record) for record in values["solutions"]]
             found.append(cls(part, solutions, values["curvature"], values["damping"]))
         return found
 
@@ -176,17 +183,10 @@ def _solve(
     per_example: bool,
 ) -> _Solved:
     positions = targets.flat(objective.space).to(objective.device)
-    examples = curvature_sample(
-        objective, train, settings.curvature_examples, settings.curvature_sampling, settings.seed
-    )
-    examples = examples.held(settings.bytes_to_keep(objective.device))
     with objective.progress("Hessian products") as bar:
         # A sketch misses most directions in which weight decay is all the curvature there is, so that is damping.
         decay = settings.weight_decay if settings.solver == "nystrom" else 0.0
-        curvature = settings.open_curvature(
-            objective, examples, weight_decay=settings.weight_decay - decay, on_product=bar.update
-        )
-        damping = _damping(curvature, settings.seed) if settings.damping is None else settings.damping
+        curvature, damping = _open(objective, train, settings, settings.weight_decay - decay, bar.update)
         solve = replace(settings, damping=damping + decay).solve
         gradients = objective.query_gradients(query, per_example=per_example)
         together = int(settings.bytes_to_keep(objective.device) // (_VECTORS * gradients[0].nbytes))
@@ -202,9 +202,21 @@ def _solve(
         )
 
 
+def _open(
+    objective: Objective, train: Examples, settings: Settings, weight_decay: float, on_product: Callable[[], Any]
+) -> tuple[Curvature, float]:
+    """The curvature over a sample of the training examples, and the damping: as it is given, or measured."""
+    examples = curvature_sample(
+        objective, train, settings.curvature_examples, settings.curvature_sampling, settings.seed
+    )
+    examples = examples.held(settings.bytes_to_keep(objective.device))
+    curvature = settings.open_curvature(objective, examples, weight_decay=weight_decay, on_product=on_product)
+    return curvature, _damping(curvature, settings.seed) if settings.damping is None else settings.damping
+
+
 def _fingerprint(
     objective: Objective,
-    moments: Sequence[Mapping[str, Tensor]],
+    moments: Sequence[Moment],
     train: Examples,
     scored: Examples,
     query: Examples,
@@ -215,11 +227,12 @@ def _fingerprint(
     """A digest of what scores depend on: weights, buffers, queries, settings, versions, ids, and some of the data."""
     from . import __version__  # which is known once the package is loaded
 
-    state = hashlib.sha256()
+    state, module = hashlib.sha256(), objective.module
     some = train.at(torch.linspace(0, len(train) - 1, min(len(train), _DIGESTED)).long().unique())
     chosen = {name: value for name, value in asdict(settings).items() if name not in ("memory", "unconverged")}
     for part in (
-        *map(digest, moments),
+        digest({**dict(module.named_parameters()), **dict(module.named_buffers())}),  # those that are frozen as well
+        *(digest({"theta": moment.theta, **moment.statistics}) for moment in moments),
         digest({"train": train.ids, "scored": scored.ids, **targets}),
         *(mark.hex() for mark in fingerprints(query)),
         *(mark.hex() for mark in fingerprints(some)),
@@ -256,27 +269,22 @@ def self_influence(
 
     Raises:
         NonFiniteError: If a loss, gradient or product is not finite.
-        ConfigurationError: For a method that is not symmetric, or a curvature with negative eigenvalues.
+        ConfigurationError: For another method than ``"if"`` and ``"fif"``, or, of a sketch, for a curvature with
+            negative eigenvalues or no damping.
     """
     start = time.perf_counter()
-    method = METHODS[settings.method]
-    targets = method.targets(objective.space, choose_targets)
+    if settings.method not in ("if", "fif"):
+        raise ConfigurationError(
+            f"Self-influence takes method='if', on all parameters, or 'fif', on the targets, got {settings.method!r}."
+            " Pass one of them to the call: trainer.self_influence(method='if')."
+        )
+    targets = METHODS[settings.method].targets(objective.space, choose_targets)
     positions = targets.flat(objective.space).to(objective.device)
     scored = train if among is None else among
-    examples = curvature_sample(
-        objective, train, settings.curvature_examples, settings.curvature_sampling, settings.seed
-    )
     with objective.progress("Hessian products") as bar:
-        curvature = settings.open_curvature(
-            objective,
-            examples.held(settings.bytes_to_keep(objective.device)),
-            weight_decay=0.0,  # which counts as damping
-            on_product=bar.update,
-        )
-        if settings.damping is None:
-            settings = replace(settings, damping=_damping(curvature, settings.seed))
-        damping = float(settings.damping or 0.0) + settings.weight_decay
-        quadratic = settings.quadratic(Submatrix(curvature, positions, positions), damping)
+        curvature, damping = _open(objective, train, settings, 0.0, bar.update)  # weight decay counts as damping
+        solved_for = Submatrix(curvature, positions, positions)
+        quadratic = settings.quadratic(solved_for, damping + settings.weight_decay)
         description = settings.describe(curvature)
     found = []
     with objective.progress("Scoring training examples", len(scored)) as bar:
@@ -294,7 +302,7 @@ def self_influence(
         k=k,
         dataset=train.dataset,
         queries=[],
-        settings=asdict(settings),
+        settings=asdict(replace(settings, damping=damping)),
         seconds=time.perf_counter() - start,
     )
 

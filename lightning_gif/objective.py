@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from .parameters import ParameterSpace
 from .predictions import Predictions
 from .selection import GradientStatistics, NeuronStatistics
 
-__all__ = ["Objective"]
+__all__ = ["Moment", "Objective"]
 
 # How many examples the check of the derived losses looks at: two are enough to tell a mean from a sum.
 _PROBE = 3
@@ -38,6 +38,18 @@ _FEW_DIRECTIONS = 4
 
 # What the gradients of single examples may take at a time.
 _GRADIENT_BYTES = 2**28
+
+
+class Moment(NamedTuple):
+    """What an objective computes with.
+
+    Attributes:
+        theta: The parameters ``(p,)``.
+        statistics: Buffers in the place of the module's own, by name.
+    """
+
+    theta: Tensor
+    statistics: dict[str, Tensor]
 
 
 class Objective:
@@ -120,17 +132,19 @@ class Objective:
     statistics: dict[str, Tensor]
     """Buffers that everything is computed with in place of the module's own, by name."""
 
-    def state(self) -> dict[str, Tensor]:
-        """The parameters of :attr:`space` and the buffers by name, as they are."""
-        return {**self.space.unflatten(self.theta), **dict(self.module.named_buffers()), **self.statistics}
+    def moment(self, state: Mapping[str, Tensor] | None = None) -> Moment:
+        """A state of the module, its parameters and buffers by name, ready for :meth:`at`; by default the present."""
+        if state is None:
+            return Moment(self.theta, self.statistics)
+        theta = torch.cat([state[name].reshape(-1) for name in self.space.slots]).to(self.theta)
+        buffers = dict(self.module.named_buffers())
+        return Moment(theta, {name: state[name].to(buffer) for name, buffer in buffers.items() if name in state})
 
     @contextlib.contextmanager
-    def at(self, state: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside of it, parameters and buffers are those of a state of the module by name; the module's stay."""
-        own = self.theta, self.statistics
-        self.theta = torch.cat([state[name].reshape(-1) for name in self.space.slots]).to(own[0])
-        buffers = dict(self.module.named_buffers())
-        self.statistics = {name: state[name].to(buffer) for name, buffer in buffers.items() if name in state}
+    def at(self, moment: Moment) -> Iterator[None]:
+        """Inside of it, parameters and buffers are those of a moment; the module's stay."""
+        own = self.moment()
+        self.theta, self.statistics = moment
         try:
             yield
         finally:

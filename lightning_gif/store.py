@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from .errors import ConfigurationError
+from .writing import replace_file
 
 __all__ = ["ScoreStore"]
 
@@ -62,7 +63,7 @@ class ScoreStore:
             for name, size in sizes.items():
                 with open(folder / name, "wb") as file:
                     file.truncate(size)
-            _replace(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+            replace_file(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
         else:
             cls._check(folder, manifest, sizes)
         maps = tuple(_map(folder / name, size) for name, size in sizes.items())
@@ -102,11 +103,8 @@ class ScoreStore:
 
     def save_directions(self, directions: Tensor, told: list[dict[str, Any]]) -> None:
         """Keeps what solves have found: ``(m, p)``, and plain values about each."""
-        path = self.folder / _DIRECTIONS
-        partial = path.with_suffix(".partial")
-        save_file({"directions": directions.contiguous().cpu()}, partial, metadata={"told": json.dumps(told)})
-        _sync(partial)
-        os.replace(partial, path)
+        content = save({"directions": directions.contiguous().cpu()}, metadata={"told": json.dumps(told)})
+        replace_file(self.folder / _DIRECTIONS, content)
 
     def load_directions(self, count: int, size: int) -> tuple[Tensor, list[dict[str, Any]]] | None:
         """What :meth:`save_directions` has kept, ``None`` if that is not there.
@@ -122,11 +120,8 @@ class ScoreStore:
         if not path.exists():
             return None
         try:
-            from safetensors import safe_open
-
             with safe_open(path, "pt") as file:
-                told = json.loads((file.metadata() or {})["told"])
-            directions = load_file(path)["directions"]
+                told, directions = json.loads((file.metadata() or {})["told"]), file.get_tensor("directions")
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise ConfigurationError(f"{path} is damaged ({error}). Delete the folder and start anew.") from None
         if directions.shape != (count, size) or not torch.isfinite(directions).all():
@@ -144,16 +139,3 @@ class ScoreStore:
 def _map(path: Path, size: int) -> mmap.mmap:
     with open(path, "r+b") as file:
         return mmap.mmap(file.fileno(), size)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there as a whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    _sync(partial)
-    os.replace(partial, path)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "r+b") as file:
-        os.fsync(file.fileno())

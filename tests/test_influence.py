@@ -646,3 +646,23 @@ def test_weight_decay_is_curvature_in_directions_that_a_sketch_misses() -> None:
     sketched = trainer.influence(query, solver="nystrom", max_iter=40, **options)
     assert sketched.settings["damping"] == 1e-3
     assert (sketched.scores - exact.scores).norm() < 0.05 * exact.scores.norm()
+
+
+@pytest.mark.parametrize("method", ["gif", "pif", "sif"])
+def test_self_influence_refuses_methods_that_are_not_symmetric(method: str) -> None:
+    trainer, _, _ = fitted(callback=GIFCallback(method=method))
+    with pytest.raises(ConfigurationError, match=r"trainer.self_influence\(method='if'\)"):
+        trainer.self_influence()
+    assert trainer.self_influence(method="if").scores.shape == (1, 48)
+
+
+def test_scores_of_other_frozen_weights_are_not_gone_on_with(tmp_path: Any) -> None:
+    module = Classifier()
+    module.net[0].requires_grad_(False)
+    trainer, _, dataset = fitted(module)
+    query = batch_of(dataset, slice(0, 3))
+    trainer.influence(query, scores_to=tmp_path)
+    with torch.no_grad():
+        module.net[0].weight[0, 0] += 1e-3
+    with pytest.raises(ConfigurationError, match="other weights"):
+        trainer.influence(query, scores_to=tmp_path)

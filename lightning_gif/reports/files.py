@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 from ..parameters import digest
+from ..writing import sync
 
 __all__ = ["damage_is_told", "read_folder", "write_folder"]
 
@@ -54,7 +55,7 @@ def write_folder(
         (new / RECORD).write_text(text, encoding="utf-8")
         (new / TENSORS).write_bytes(save(tensors))  # save_file() would make a file that nobody else may read
         for path in (new / RECORD, new / TENSORS, new):
-            _sync(path)
+            sync(path)
         if target.exists():
             target.rename(old)
         new.rename(target)
@@ -63,7 +64,7 @@ def write_folder(
             old.rename(target)
         shutil.rmtree(new, ignore_errors=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -150,15 +151,3 @@ def _check_replaceable(target: Path, kind: str) -> None:
             f"The folder {str(target)!r} {what}, and is left alone. Only a report of the same kind is replaced; name"
             " another folder."
         )
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or what a folder lists, is on the disk."""
-    try:
-        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    except OSError:  # Windows, for folders
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -265,7 +265,7 @@ class InfluenceReport:
         }
         record = {
             **{name: getattr(self, name) for name in _PLAIN},
-            "solutions": [{**solution.summary(), "residuals": solution.residuals} for solution in self.solutions],
+            "solutions": [solution.record() for solution in self.solutions],
             "looks": {name: {"label": example.label, "text": example.text} for name, example in looks.items()},
         }
         write_folder(folder, _FORMAT, record, tensors)
@@ -302,7 +302,7 @@ class InfluenceReport:
     @classmethod
     def _from_record(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> InfluenceReport:
         scores, indices = tensors["scores"], tensors["indices"]
-        solutions = [Solution.of_summary(**stored) for stored in record["solutions"]]
+        solutions = [Solution.of_record(stored) for stored in record["solutions"]]
         whole = scores.ndim == 2 and scores.numel() and scores.dtype == torch.float64 and indices.dtype == torch.int64
         solved = len(solutions) in (0, len(scores) if scores.ndim else 0)
         if not whole or indices.shape != scores.shape[1:] or not solved or int(indices.min()) < 0:

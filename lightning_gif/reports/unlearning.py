@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import EditError
 from ..parameters import Edit
 from ..steps import Goal, Point
+from ..writing import replace_file
 from .loggers import log_eigenvalues, log_scalars, log_table, running
 from .pictures import figure
 
@@ -173,13 +173,7 @@ class UnlearnReport:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         content = save(tensors, metadata={"format": _FORMAT, "report": json.dumps(record)})
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        try:
-            temporary.write_bytes(content)  # with the permissions of any new file
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        replace_file(target, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], module: nn.Module | None = None) -> UnlearnReport:

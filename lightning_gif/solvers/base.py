@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -130,13 +131,15 @@ class Solution:
         }
         return found if self.peak_memory is None else {**found, "peak_memory": self.peak_memory}
 
+    def record(self) -> dict[str, Any]:
+        """All but ``x`` in plain values, for :meth:`of_record`."""
+        return {**self.summary(), "residuals": self.residuals}
+
     @classmethod
-    def of_summary(
-        cls, *, residuals: list[float], peak_memory: int | None = None, status: str, **values: Any
-    ) -> Solution:
-        """From what :meth:`summary` gives and the residuals, without the solution itself: ``x`` is empty."""
-        status = Status(status)
-        return cls(x=torch.empty(0), status=status, peak_memory=peak_memory, residuals=residuals, **values)
+    def of_record(cls, record: Mapping[str, Any]) -> Solution:
+        """From what :meth:`record` gave; ``x`` is empty."""
+        values = {"peak_memory": None, **record, "status": Status(record["status"])}
+        return cls(x=torch.empty(0), **values)
 
 
 class Solver(Protocol):
