@@ -106,9 +106,9 @@ class GIFCallback(Callback):
             ``"nystrom"`` and a Newton step, what is added to these. ``None``: for scores a thousandth of the largest
             eigenvalue, found by three more products; 0 for edits and for ``"gif"``.
         max_iter: Most steps of the solve, each of two Hessian-vector products (of ``"cg"`` and of a Newton step one; of
-            ``"nystrom"`` the rank); ``None``: 200 where there is an ``rtol`` to reach; else 20 for scores, up to 512 for
-            those by ``"nystrom"``, 10 for the change of the theory and 5 for each of those that are solved anew. Fewer
-            steps regularise.
+            ``"nystrom"`` the rank); ``None``: 200 where there is an ``rtol`` to reach; else 20 for scores, up to 512
+            for those by ``"nystrom"``, 10 for the change of the theory and 5 for each of those that are solved anew.
+            Fewer steps regularise.
         rtol: Relative normal-equation residual at which the solve counts as converged. Directions of small curvature
             hardly show in it: smaller values follow them further. ``None``: 1e-3 for the scores of ``"gif"``; none
             elsewhere: a number of steps is all that a solve is asked for.

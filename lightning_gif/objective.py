@@ -33,8 +33,9 @@ _PROBE = 3
 # How many are looked at to see what is predicted.
 _PREDICTED = 64
 
-# From more directions on, gradients of single examples are formed: one costs as much as some four forward-mode passes.
-_FEW_DIRECTIONS = 4
+# For more directions, gradients of single examples are formed once: of a convolutional net they cost as much as some
+# fourteen forward-mode passes (benchmarks/attribution_time.py), of a perceptron less.
+_FEW_DIRECTIONS = 14
 
 # What the gradients of single examples may take at a time.
 _GRADIENT_BYTES = 2**28
