@@ -52,6 +52,8 @@ __all__ = ["GIFCallback", "attach"]
 
 _CHECKPOINT_KEY = "lightning_gif"
 
+_SCORES_FOLDER = "lightning_gif_scores"
+
 # How many times its own size a sketch of the curvature takes while it is made.
 _SKETCHES = 4
 
@@ -240,6 +242,7 @@ class GIFCallback(Callback):
         targets: TargetsChoice | None = None,
         among: Sequence[int] | Callable[[Any], Tensor] | None = None,
         scores_to: str | os.PathLike[str] | None = None,
+        keep: int | None = None,
         snapshots: bool = False,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
@@ -262,7 +265,11 @@ class GIFCallback(Callback):
                 value of each of its examples. The scores stay those of a model trained on all.
             scores_to: A folder to write the scores to as they are found, for more than fit into memory, and to go on
                 where a call was interrupted: the same call again does only what is missing. It is refused if weights,
-                queries, settings or data have changed (of the data, the indices and 64 examples are compared).
+                queries, settings or data have changed (of the data, the indices and 64 examples are compared). By
+                default they are in memory, or, if they take more than half of ``memory``, in a folder of that kind
+                below the trainer's ``default_root_dir``, which is told.
+            keep: Keep only the scores of so many proponents and opponents of each query, which is all that a ranking
+                needs: for more queries than there is room for the scores of.
             snapshots: Average the scores over the present weights and the snapshots of training, where the callback
                 keeps some: nearer to what retraining does, at the cost of a solve and a pass for each.
             dataloader: The training data, where it is not that of ``fit``.
@@ -281,7 +288,13 @@ class GIFCallback(Callback):
             NonFiniteError: If a loss, gradient or product is not finite.
             ConvergenceError: If the solve diverges, or does not converge and ``unconverged="raise"``.
         """
-        named = ("k", "per_example", "targets", "among", "scores_to", "snapshots", "dataloader")
+        named = ("k", "per_example", "targets", "among", "scores_to", "keep", "snapshots", "dataloader")
+        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < k):
+            raise ConfigurationError(
+                f"`keep` must be None or a whole number of at least k={k}, how many are shown, got {keep!r}."
+            )
+        if keep is not None and scores_to is not None:
+            raise ConfigurationError("`scores_to` is for all scores, `keep` for the strongest alone: give one of them.")
         states = self._snapshots.chosen() if snapshots else {}
         if snapshots and not states:
             raise ConfigurationError(
@@ -301,6 +314,8 @@ class GIFCallback(Callback):
                 per_example=per_example,
                 among=some,
                 scores_to=None if scores_to is None else Path(scores_to),
+                spill_to=Path(trainer.default_root_dir) / _SCORES_FOLDER,
+                keep=keep,
                 states=states,
                 k=k,
             )

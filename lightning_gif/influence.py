@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._compat import rank_zero_info
 from .curvature import METHODS, Curvature, Method, Submatrix
 from .data import Examples, fingerprints
 from .errors import ConfigurationError
 from .objective import Moment, Objective
 from .parameters import Targets, digest
+from .ranking import Strongest
 from .reports.influence import InfluenceReport, first_shown
 from .sampling import curvature_sample
 from .settings import Settings
 from .solvers import LinearOperator, Solution, require_finite
 from .solvers.base import norms
-from .store import ScoreStore
+from .store import InMemory, ScoreStore
 
 __all__ = ["influence", "self_influence"]
 
@@ -32,6 +34,9 @@ _MOST_TOGETHER, _VECTORS = 16, 12
 
 # How many training examples tell whether the data are the same.
 _DIGESTED = 64
+
+# Of one score, and how much of a fingerprint names a folder.
+_BYTES, _NAMED = 8, 16
 
 # Damping as a share of the largest eigenvalue, see benchmarks/README.md, and products that estimate that.
 _DAMPING, _POWER_STEPS = 1e-3, 3
@@ -47,6 +52,8 @@ def influence(
     per_example: bool = False,
     among: Examples | None = None,
     scores_to: Path | None = None,
+    spill_to: Path | None = None,
+    keep: int | None = None,
     states: Mapping[int, Mapping[str, Tensor]] | None = None,
     k: int = 10,
 ) -> InfluenceReport:
@@ -67,6 +74,8 @@ def influence(
         per_example: One query for each example instead of one for their mean.
         among: Those of the training examples that are scored; by default all.
         scores_to: A folder for the scores, see :class:`~lightning_gif.store.ScoreStore`; by default they are in memory.
+        spill_to: A folder in which there will be one for the scores if they take much of the memory that is free.
+        keep: Keep only so many of either end of each query's ranking.
         states: Earlier states of the module by epoch: scores are the mean of those with the present weights and with
             each of these, of which each has its own solve.
         k: How many proponents and opponents the report shows.
@@ -87,9 +96,17 @@ def influence(
     queries = len(query) if per_example else 1
     moments = [objective.moment(), *map(objective.moment, (states or {}).values())]
     store = None
-    if scores_to is not None:
+    partial = keep is not None and 2 * keep < len(scored)
+    spills = not partial and spill_to is not None and settings.is_large(_BYTES * queries * len(scored))
+    if scores_to is not None or spills:
         mark = _fingerprint(objective, moments, train, scored, query, per_example, settings, targets)
-        store = ScoreStore.open(scores_to, queries, len(scored), mark)
+        folder = scores_to or spill_to / mark[:_NAMED]  # type: ignore[operator]
+        store = ScoreStore.open(folder, queries, len(scored), mark)
+        if scores_to is None:
+            rank_zero_info(
+                f"The scores take {_BYTES * queries * len(scored) / 2**30:.1f} GiB, and are in {folder}: the same call"
+                " goes on there if it is interrupted. Delete the folder once the report is no longer needed."
+            )
     found = None if store is None else store.load_directions(len(moments) * queries, objective.space.size)
     solved = [] if found is None else _Solved.load(*found, objective.device)
     if not solved:
@@ -105,29 +122,31 @@ def influence(
         settings.weight_decay * (one.directions @ moment.theta).double().cpu()[:, None]
         for moment, one in zip(moments, solved, strict=True)
     ]
-    scores = torch.empty(queries, len(scored), dtype=torch.float64) if store is None else store.scores
+    kept: Strongest | ScoreStore | InMemory
+    if keep is not None and partial:
+        kept = Strongest(queries, scored.ids, keep)
+    else:
+        kept = store or InMemory(queries, len(scored))
     with objective.progress("Scoring training examples", len(scored)) as bar:
         position = 0
         for batch in scored.batches():
             stop = position + batch.size
-            if store is None or not store.done[position:stop].all():
+            if kept.missing(position, stop):
                 block = torch.zeros(queries, batch.size, dtype=torch.float64)
                 for moment, one, decay in zip(moments, solved, decays, strict=True):
                     with objective.at(moment):
                         part = objective.directional_derivatives(batch.data, one.directions).cpu().double()
                     block += (part + decay) / len(moments)
-                block /= max(len(train) - 1, 1)
-                if store is None:
-                    scores[:, position:stop] = block
-                else:
-                    store.write(position, block)
+                kept.write(position, block / max(len(train) - 1, 1))
             position = stop
             bar.update(batch.size)
     if store is not None:
         store.finish()
+    scores, indices = kept.both() if isinstance(kept, Strongest) else (kept.scores, scored.ids)
     return InfluenceReport(
         scores=scores,
-        indices=scored.ids,
+        indices=indices,
+        n_train=len(scored),
         solutions=solved[0].solutions,
         curvature=solved[0].curvature,
         targets=targets,
@@ -296,6 +315,7 @@ def self_influence(
     return InfluenceReport(
         scores=torch.cat(found)[None].double() / max(len(train) - 1, 1),
         indices=scored.ids,
+        n_train=len(scored),
         solutions=[],
         curvature=description,
         targets=targets,

@@ -44,6 +44,9 @@ _INFLUENCE_RTOL = 1e-3
 # Steps of conjugate gradients for scores: more follow the noise of the curvature's sample.
 _STEPS_FOR_SCORES = 20
 
+# Results smaller than this many bytes are kept in memory, however little of it is free.
+_ALWAYS_IN_MEMORY = 2**26
+
 # Up to how many parameters a matrix is formed and solved with.
 _EXACT = 1024
 
@@ -214,6 +217,10 @@ class Settings:
         else:
             most = _free_memory() / 4
         return most / 2
+
+    def is_large(self, size: float) -> bool:
+        """Whether ``size`` bytes of results should be in a file rather than in the CPU's memory."""
+        return size > max(self.bytes_to_keep(torch.device("cpu")), _ALWAYS_IN_MEMORY)
 
     def open_curvature(
         self,

@@ -1,4 +1,4 @@
-"""Scores in a file: larger than memory, and still there after an interruption."""
+"""Where scores go: into memory, or a file that may be larger, and is still there after an interruption."""
 
 from __future__ import annotations
 
@@ -17,10 +17,29 @@ from torch import Tensor
 from .errors import ConfigurationError
 from .writing import replace_file
 
-__all__ = ["ScoreStore"]
+__all__ = ["InMemory", "ScoreStore"]
 
 _VERSION = 1
 _MANIFEST, _SCORES, _DONE, _DIRECTIONS = "manifest.json", "scores.bin", "done.bin", "directions.safetensors"
+
+
+class InMemory:
+    """Scores ``(n_queries, n)`` in float64 as a tensor.
+
+    Attributes:
+        scores: Those that were written so far; the others are anything.
+    """
+
+    def __init__(self, queries: int, examples: int) -> None:
+        self.scores = torch.empty(queries, examples, dtype=torch.float64)
+
+    def missing(self, start: int, stop: int) -> bool:
+        """Whether scores of these positions are still wanted: always, each is given once."""
+        return True
+
+    def write(self, start: int, block: Tensor) -> None:
+        """Puts down the scores ``(n_queries, b)`` of the examples from position ``start`` on."""
+        self.scores[:, start : start + block.shape[1]] = block
 
 
 @dataclass
@@ -92,6 +111,10 @@ class ScoreStore:
                     f"{folder / name} has {there} bytes, expected {size}: it is damaged. Delete the folder and start"
                     " anew."
                 )
+
+    def missing(self, start: int, stop: int) -> bool:
+        """Whether the scores of some of these positions are not there yet."""
+        return not self.done[start:stop].all()
 
     def write(self, start: int, block: Tensor) -> None:
         """Puts down the scores ``(n_queries, b)`` of the examples from position ``start`` on."""

@@ -18,6 +18,7 @@ from lightning_gif import (
     GIFCallback,
     GIFMixin,
     GIFWarning,
+    InfluenceReport,
     attach,
 )
 from lightning_gif.objective import Objective
@@ -666,3 +667,72 @@ def test_scores_of_other_frozen_weights_are_not_gone_on_with(tmp_path: Any) -> N
         module.net[0].weight[0, 0] += 1e-3
     with pytest.raises(ConfigurationError, match="other weights"):
         trainer.influence(query, scores_to=tmp_path)
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_only_the_strongest_are_kept_and_rank_as_among_all(tmp_path: Any, per_example: bool) -> None:
+    trainer, _, dataset = fitted()
+    query = batch_of(dataset, slice(0, 3))
+    options: dict[str, Any] = {"per_example": per_example, "batch_size": 7, "k": 2}
+    whole = trainer.influence(query, **options)
+    report = trainer.influence(query, **options, keep=5)
+    assert report.scores.shape == report.indices.shape == (3 if per_example else 1, 10)
+    assert report.n_train == report.summary()["n_train"] == len(dataset)
+    for k in (1, 2, 5):
+        for ends, expected in ((report.proponents(k), whole.proponents(k)), (report.opponents(k), whole.opponents(k))):
+            assert torch.equal(ends.indices, expected.indices)
+            assert torch.equal(ends.scores, expected.scores)
+    assert str(report).splitlines()[1:] == str(whole).splitlines()[1:]
+    table = report.to_dataframe().query("query == 0")
+    scores = dict(zip(whole.indices.tolist(), whole.scores[0].tolist(), strict=True))
+    assert [scores[index] for index in table["index"]] == table["score"].tolist()
+    report.plot()
+    report.save(tmp_path / "report")
+    loaded = InfluenceReport.load(tmp_path / "report", dataset)
+    assert repr(loaded) == repr(report)
+    assert torch.equal(loaded.proponents(5).indices, report.proponents(5).indices)
+    with pytest.raises(ConfigurationError, match="kept the 5 strongest"):
+        report.proponents(6)
+    with pytest.raises(ConfigurationError, match="whole groups"):
+        report.by_group()
+
+
+def test_keeping_at_least_half_of_either_end_is_keeping_all() -> None:
+    trainer, _, dataset = fitted()
+    report = trainer.influence(batch_of(dataset, slice(0, 3)), keep=len(dataset) // 2)
+    assert report.scores.shape == (1, len(dataset))
+    report.by_group()
+
+
+@pytest.mark.parametrize("keep", [0, -1, True, 2.0, 9, "all"])
+def test_keep_is_checked(keep: Any) -> None:
+    trainer, _, dataset = fitted()
+    with pytest.raises(ConfigurationError, match="`keep` must be None or a whole number of at least k=10"):
+        trainer.influence(batch_of(dataset, slice(0, 3)), keep=keep)
+
+
+def test_a_file_of_all_scores_and_the_strongest_alone_exclude_each_other(tmp_path: Any) -> None:
+    trainer, _, dataset = fitted()
+    with pytest.raises(ConfigurationError, match="give one of them"):
+        trainer.influence(batch_of(dataset, slice(0, 3)), keep=20, scores_to=tmp_path)
+
+
+def test_scores_that_take_much_of_the_memory_go_to_a_folder_that_is_gone_on_with(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _, dataset = fitted()
+    trainer._default_root_dir = str(tmp_path)
+    query = batch_of(dataset, slice(0, 3))
+    expected = trainer.influence(query, memory=0.0)
+    assert not list(tmp_path.glob("lightning_gif_scores/*"))
+    monkeypatch.setattr("lightning_gif.settings._ALWAYS_IN_MEMORY", 8 * len(dataset) - 1)
+    kept = trainer.influence(query, memory=0.0, keep=10)
+    assert not list(tmp_path.glob("lightning_gif_scores/*"))
+    found = trainer.influence(query, memory=0.0)
+    (folder,) = tmp_path.glob("lightning_gif_scores/*")
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(kept.proponents().indices, found.proponents().indices)
+    (folder / "done.bin").write_bytes(bytes(len(dataset)))
+    (folder / "scores.bin").write_bytes(bytes(8 * len(dataset)))
+    assert torch.equal(trainer.influence(query, memory=0.0).scores, expected.scores)
+    assert list(tmp_path.glob("lightning_gif_scores/*")) == [folder]

@@ -71,6 +71,7 @@ def report_of(scores: Any, **changes: Any) -> InfluenceReport:
     values: dict[str, Any] = {
         "scores": scores,
         "indices": 100 + torch.arange(n),
+        "n_train": n,
         "solutions": [solution] * len(scores),
         "curvature": {"kind": "hessian"},
         "targets": Targets({"weight": torch.tensor([0, 1])}),
@@ -1140,8 +1141,8 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     for bad_text in ("", "{", "[]", "{}", text[: len(text) // 2], text.replace('"digest": "', '"digest": 3, "x": "')):
         record.write_text(bad_text)
         refused("report.json' is damaged")
-    record.write_text(text.replace("lightning-gif influence 1", "lightning-gif influence 9"))
-    refused("holds 'lightning-gif influence 9', but 'lightning-gif influence 1' was expected. Load it with the version")
+    record.write_text(text.replace("lightning-gif influence 2", "lightning-gif influence 9"))
+    refused("holds 'lightning-gif influence 9', but 'lightning-gif influence 2' was expected. Load it with the version")
     for old, new in (
         ('"k": 3', '"k": 2'),
         ('"text": "', '"text": "not '),
@@ -1187,8 +1188,8 @@ def test_parts_that_disagree_are_refused_although_their_sum_is_right(
 ) -> None:
     report, _ = answer_on_images(method="fif", selector=["net.1.weight"])
     report.save(tmp_path / "report")
-    record, tensors = read_folder(tmp_path / "report", "lightning-gif influence 1")
-    write_folder(tmp_path / "report", "lightning-gif influence 1", record, {**tensors, name: change(tensors[name])})
+    record, tensors = read_folder(tmp_path / "report", "lightning-gif influence 2")
+    write_folder(tmp_path / "report", "lightning-gif influence 2", record, {**tensors, name: change(tensors[name])})
     with pytest.raises(ConfigurationError, match=message):
         InfluenceReport.load(tmp_path / "report")
 
@@ -1211,9 +1212,9 @@ def test_a_record_of_another_make_is_refused_although_its_sum_is_right(
 ) -> None:
     report, _ = answer_on_images()
     report.save(tmp_path / "report")
-    record, tensors = read_folder(tmp_path / "report", "lightning-gif influence 1")
+    record, tensors = read_folder(tmp_path / "report", "lightning-gif influence 2")
     change(record)
-    write_folder(tmp_path / "report", "lightning-gif influence 1", record, tensors)
+    write_folder(tmp_path / "report", "lightning-gif influence 2", record, tensors)
     with pytest.raises(ConfigurationError, match=message):
         InfluenceReport.load(tmp_path / "report")
 

@@ -7,7 +7,7 @@ import os
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from .._compat import isolate_rng
 from ..data import Examples, map_tensors
 from ..errors import ConfigurationError
 from ..parameters import Targets
+from ..ranking import Ranking, strongest
 from ..solvers import Solution
 from .files import damage_is_told, read_folder, write_folder
 from .groups import Grouping, Groups, group_scores, values_of
@@ -28,28 +29,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["InfluenceReport", "Ranking", "first_shown"]
+__all__ = ["InfluenceReport", "first_shown"]
 
-_FORMAT = "lightning-gif influence 1"
+_FORMAT = "lightning-gif influence 2"
 
 _MOST_QUERIES = 8
 
 # What a file keeps of a report as it is; the rest is tensors, or made of them.
-_PLAIN = ("curvature", "k", "settings", "seconds", "global_step")
+_PLAIN = ("curvature", "k", "n_train", "settings", "seconds", "global_step")
+
+# A histogram of so many scores, evenly spaced, looks like that of all.
+_IN_HISTOGRAM = 2**22
 
 _NOT_KEPT = Shown(None, None, "not kept with the report: give load() the dataset")
-
-
-class Ranking(NamedTuple):
-    """The ends of a ranking of training examples.
-
-    Attributes:
-        indices: Dataset indices, ``(n_queries, k)``, strongest first.
-        scores: Their scores, ``(n_queries, k)``.
-    """
-
-    indices: Tensor
-    scores: Tensor
 
 
 @dataclass(eq=False, repr=False)
@@ -61,8 +53,10 @@ class InfluenceReport:
     *proponent* of what the model does there. Negative: removing it lowers the loss, an *opponent*.
 
     Attributes:
-        scores: ``(n_queries, n_train)``, float64; one query unless ``per_example=True``.
-        indices: The dataset index of each column, ``(n_train,)``.
+        scores: ``(n_queries, n_train)``, float64; one query unless ``per_example=True``. With ``keep`` only the
+            strongest, ``(n_queries, 2·keep)``: the highest and then the lowest, falling.
+        indices: The dataset index of each column, ``(n_train,)``; with ``keep`` of each score, ``(n_queries, 2·keep)``.
+        n_train: How many training examples were scored.
         solutions: How each query's solve went, ``n_queries`` of them; none where each example was scored for itself.
         curvature: How the Hessian products were made, and the ends of the spectrum if ``eigenvalues`` were asked for.
         targets: The target parameters that the scores are about.
@@ -78,6 +72,7 @@ class InfluenceReport:
 
     scores: Tensor
     indices: Tensor
+    n_train: int
     solutions: list[Solution]
     curvature: dict[str, Any]
     targets: Targets
@@ -101,6 +96,11 @@ class InfluenceReport:
         return not self.solutions
 
     @property
+    def _kept(self) -> int | None:
+        """How many scores of either end there are, where not all were kept."""
+        return self.scores.shape[1] // 2 if self.indices.ndim == 2 else None
+
+    @property
     def _whose(self) -> str:
         return "its own" if self._of_themselves else "the query's"
 
@@ -114,7 +114,7 @@ class InfluenceReport:
             k: How many; by default the report's own ``k``.
 
         Raises:
-            ConfigurationError: If ``k`` is not a whole number of at least 1.
+            ConfigurationError: If ``k`` is not a whole number of at least 1, or more than were kept.
         """
         return self._top(k, largest=True)
 
@@ -127,14 +127,21 @@ class InfluenceReport:
 
     def _top(self, k: int | None, *, largest: bool) -> Ranking:
         count = self._checked(k, self.k)
-        positions = self.scores.sort(dim=1, descending=largest, stable=True).indices[:, :count]
-        return Ranking(self.indices[positions], self.scores.gather(1, positions))
+        if self._kept is None:
+            return strongest(self.scores, self.indices, count, largest=largest)
+        ends = Ranking(self.indices, self.scores) if largest else Ranking(self.indices.flip(1), self.scores.flip(1))
+        return Ranking(*(end[:, :count] for end in ends))
 
     def _checked(self, k: int | None, default: int) -> int:
         k = default if k is None else k
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ConfigurationError(f"`k` must be a whole number of at least 1, got {k!r}.")
-        return min(k, self.scores.shape[1])
+        if self._kept is not None and k > self._kept:
+            raise ConfigurationError(
+                f"The report kept the {self._kept} strongest of either end, not {k}. Ask again with keep={k}, or"
+                " without `keep` for all scores."
+            )
+        return min(k, self.n_train)
 
     def _check_query(self, query: int) -> None:
         queries = self.scores.shape[0]
@@ -162,10 +169,16 @@ class InfluenceReport:
             The groups, ranked by their sums: the strongest proponents first.
 
         Raises:
-            ConfigurationError: If there is no such query, a column has another length than the dataset or no value for
-                some of the scored examples, or items must be read and there is no dataset or no label in them.
+            ConfigurationError: If there is no such query, not all scores were kept, a column has another length than
+                the dataset or no value for some of the scored examples, or items must be read and there is no dataset
+                or no label in them.
         """
         self._check_query(query)
+        if self._kept is not None:
+            raise ConfigurationError(
+                f"The report kept the {self._kept} strongest of either end alone, which say nothing of whole groups."
+                " Ask again without `keep`."
+            )
         if groups is None:
             names = self._read(label_of)
             if all(name is None for name in names):
@@ -200,7 +213,7 @@ class InfluenceReport:
         return self.examples[index]
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """All scores as a table with columns ``query``, ``index`` (of the dataset) and ``score``.
+        """All scores that were kept as a table with columns ``query``, ``index`` (of the dataset) and ``score``.
 
         Raises:
             ModuleNotFoundError: If pandas is not installed.
@@ -213,7 +226,7 @@ class InfluenceReport:
         return pandas.DataFrame(
             {
                 "query": torch.arange(queries).repeat_interleave(examples).numpy(),
-                "index": self.indices.repeat(queries).numpy(),
+                "index": self.indices.expand(queries, -1).flatten().numpy(),
                 "score": self.scores.flatten().numpy(),
             }
         )
@@ -222,7 +235,7 @@ class InfluenceReport:
         """The report in plain numbers and strings."""
         return {
             "n_queries": self.scores.shape[0],
-            "n_train": self.scores.shape[1],
+            "n_train": self.n_train,
             "n_targets": self.targets.count,
             "score_max": float(self.scores.max()),
             "score_min": float(self.scores.min()),
@@ -305,12 +318,15 @@ class InfluenceReport:
         solutions = [Solution.of_record(stored) for stored in record["solutions"]]
         whole = scores.ndim == 2 and scores.numel() and scores.dtype == torch.float64 and indices.dtype == torch.int64
         solved = len(solutions) in (0, len(scores) if scores.ndim else 0)
-        if not whole or indices.shape != scores.shape[1:] or not solved or int(indices.min()) < 0:
+        kept = scores.ndim == 2 and indices.shape == scores.shape
+        kept = kept and scores.shape[1] % 2 == 0 and record["n_train"] > scores.shape[1]
+        fits = kept or (indices.shape == scores.shape[1:] and record["n_train"] == len(indices))
+        if not whole or not fits or not solved or int(indices.min()) < 0:
             raise ConfigurationError(
                 f"The parts of the report do not fit together: scores {list(scores.shape)} ({scores.dtype}), indices"
                 f" {list(indices.shape)} ({indices.dtype}), {len(solutions)} solves; expected (n_queries, n_train) in"
-                " float64, (n_train,) whole numbers of at least 0, and n_queries or no solves. Copy the folder again"
-                " from where it was saved."
+                " float64, (n_train,) whole numbers of at least 0 (or both (n_queries, 2·keep), fewer than n_train),"
+                " and n_queries or no solves. Copy the folder again from where it was saved."
             )
         looks = {
             name: Shown(stored["label"], _picture(name, tensors), stored["text"])
@@ -347,10 +363,10 @@ class InfluenceReport:
 
         - every logger: the numbers of :meth:`summary` as ``gif/influence/NAME``;
         - with tables (W&B): ``…/examples``, up to the first eight queries with their proponents and opponents: label,
-          score, and picture or values of each; ``…/scores``, the histogram of all scores; ``…/solve``, the residual
+          score, and picture or values of each; ``…/scores``, the histogram of the scores; ``…/solve``, the residual
           after each step of the (worst) solve; ``…/eigenvalues``, where these were asked for;
         - with a writer of figures, histograms and texts (TensorBoard): ``…/plot``, the figure of the first query, if
-          matplotlib is installed; ``…/scores``, the histogram of all scores; ``…/report``, the report as it is printed.
+          matplotlib is installed; ``…/scores``, the histogram of the scores; ``…/report``, the report as it is printed.
 
         Args:
             loggers: Lightning loggers; by default those of the trainer that was asked.
@@ -363,7 +379,8 @@ class InfluenceReport:
         if self.solution is not None:
             log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], enumerate(self.solution.residuals))
         log_eigenvalues(loggers, prefix, self.curvature)
-        log_histogram(loggers, f"{prefix}/scores", self.scores, step=self.global_step)
+        every = max(self.scores.numel() // _IN_HISTOGRAM, 1)
+        log_histogram(loggers, f"{prefix}/scores", self.scores[:, ::every], step=self.global_step)
         log_text(loggers, f"{prefix}/report", str(self), step=self.global_step)
         log_figure(loggers, f"{prefix}/plot", self.plot, step=self.global_step)
 
@@ -418,36 +435,43 @@ class InfluenceReport:
         histogram, shares = made.add_subplot(below[0]), made.add_subplot(below[1])
         histogram.hist(self.scores[query].numpy(), bins=80, log=True)
         histogram.axvline(0.0, color="grey", linestyle=":")
-        histogram.set_title(f"scores: change of {self._whose} loss without the example", fontsize=8)
+        those = "scores" if self._kept is None else f"the strongest {self._kept} of either end"
+        histogram.set_title(f"{those}: change of {self._whose} loss without the example", fontsize=8)
         histogram.set_ylabel("examples", fontsize=8)
         histogram.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))  # scores are small where data are many
-        _draw_shares(shares, self.scores[query].abs())
+        if self._kept is None:
+            _draw_shares(shares, self.scores[query].abs())
+        else:
+            shares.set_axis_off()  # what share of all these carry is not known
         for axis in (histogram, shares):
             axis.tick_params(which="both", labelsize=7)
         return made
 
     def __repr__(self) -> str:
-        queries, examples = self.scores.shape
-        size = f"{queries} quer{'y' if queries == 1 else 'ies'} × {examples} training examples"
+        queries = self.scores.shape[0]
+        size = f"{queries} quer{'y' if queries == 1 else 'ies'} × {self.n_train} training examples"
         ends = []
-        for kind, best in (("proponent", self.scores.argmax()), ("opponent", self.scores.argmin())):
-            query, position = divmod(int(best), examples)
+        for kind, ranking, best in (
+            ("proponent", self.proponents(1), torch.argmax),
+            ("opponent", self.opponents(1), torch.argmin),
+        ):
+            query = int(best(ranking.scores))
             of = "" if queries == 1 else f" of query {query}"
-            score = float(self.scores[query, position])
-            ends.append(f"strongest {kind}{of} {int(self.indices[position])} ({score:+.2g})")
+            score = float(ranking.scores[query, 0])
+            ends.append(f"strongest {kind}{of} {int(ranking.indices[query, 0])} ({score:+.2g})")
         solved = f", {self.solution.solver} {self.solution.status}" if self.solution else ""
-        size = f"{examples} training examples for themselves" if self._of_themselves else size
+        size = f"{self.n_train} training examples for themselves" if self._of_themselves else size
         return f"InfluenceReport({size}, {', '.join(ends)}, {self.settings['method']}{solved})"
 
     def __str__(self) -> str:
-        queries, examples = self.scores.shape
+        queries = self.scores.shape[0]
         on = "themselves" if self._of_themselves else f"{queries} quer{'y' if queries == 1 else 'ies'}"
         solved = ""
         if (solution := self.solution) is not None:
             solved = f"; {solution.solver} {solution.status} after {solution.iterations} steps, residual"
             solved += f" {solution.residual:.1e}"
         lines = [
-            f"Influence of {examples} training examples on {on}"
+            f"Influence of {self.n_train} training examples on {on}"
             f" ({self.settings['method']}, {self.targets.count} target parameters{solved}; {self.seconds:.1f} s)",
             f"score = predicted change of {self._whose} loss if the example were removed, by dataset index",
         ]

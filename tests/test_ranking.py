@@ -1,0 +1,44 @@
+"""The ends of a ranking do not depend on how the scores come."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_gif import ranking
+from lightning_gif.ranking import Strongest, strongest
+
+
+def scores_with_ties(queries: int, examples: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(examples)
+    return torch.randint(-4, 5, (queries, examples), generator=generator).double()
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("block", [1, 7, 40, 2**16])
+def test_strongest_is_a_stable_sort_whatever_the_blocks(
+    monkeypatch: pytest.MonkeyPatch, block: int, largest: bool
+) -> None:
+    monkeypatch.setattr(ranking, "_BLOCK", block)
+    scores, indices = scores_with_ties(3, 41), torch.randperm(41) + 100
+    order = scores.sort(dim=1, descending=largest, stable=True).indices
+    for k in (1, 5, 41, 60):
+        found = strongest(scores, indices, k, largest=largest)
+        assert torch.equal(found.indices, indices[order[:, :k]])
+        assert torch.equal(found.scores, scores.gather(1, order[:, :k]))
+
+
+@pytest.mark.parametrize("sizes", [[41], [1] * 41, [3, 20, 18]])
+def test_blocks_of_any_size_leave_the_same_ends(sizes: list[int]) -> None:
+    scores, indices = scores_with_ties(2, 41), torch.arange(41) * 3
+    kept, start = Strongest(2, indices, 6), 0
+    for size in sizes:
+        kept.write(start, scores[:, start : start + size])
+        start += size
+    for found, largest in ((kept.proponents, True), (kept.opponents, False)):
+        expected = strongest(scores, indices, 6, largest=largest)
+        assert torch.equal(found.indices, expected.indices)
+        assert torch.equal(found.scores, expected.scores)
+    both, ids = kept.both()
+    assert both.shape == ids.shape == (2, 12)
+    assert bool((both.diff(dim=1) <= 0).all())
