@@ -75,7 +75,7 @@ def read(path: str | os.PathLike[str]) -> Record:
 def append(path: str | os.PathLike[str], event: Event, told: Mapping[str, Any]) -> dict[str, Any]:
     """Adds an entry to a record, whole or not at all: whatever interrupts this finds the old file or the new one.
 
-    Processes that write to the same record wait for each other.
+    Processes that write to the same record wait for each other, by a lock file beside it.
 
     Args:
         path: The record; made where there is none, with its folders.
@@ -112,13 +112,22 @@ def append(path: str | os.PathLike[str], event: Event, told: Mapping[str, Any]) 
             }
             entry["hash"] = _hash(entry)
             old = target.read_bytes() if target.exists() else b""
-            replace_file(target, old + _canonical(entry) + b"\n")
+            _write(target, old, old + _canonical(entry) + b"\n")
     except OSError as error:
         raise RecordError(
             f"The record {os.fspath(path)!r} cannot be written ({error}), so the weights are left as they were. Make"
             " room for it or name another record, and try again."
         ) from error
     return entry
+
+
+def _write(target: Path, old: bytes, new: bytes) -> None:
+    try:
+        replace_file(target, new)
+    except BaseException:  # an interrupt, or a disk that fails, may come when the new file is there already
+        if target.exists() and target.read_bytes() == new:
+            replace_file(target, old)
+        raise
 
 
 def check_whole(record: Record, path: str | os.PathLike[str]) -> None:

@@ -63,13 +63,13 @@ class Verification:
         return all(check.ok is not False for check in self.checks)
 
     def __str__(self) -> str:
-        numbers = ", ".join(map(str, self.standing))
+        standing = f"of {_listed(self.standing)}" if self.standing else "none"
         return "\n".join(
             [
                 f"Record {self.record}: {_counted(len(self.entries), 'entry', 'entries')}",
                 *(f"  {entry['number']:>3}  {entry['time']}  {_told(entry)}" for entry in self.entries),
                 *(f"{_MARKS[check.ok]}  {check.what}: {check.found}" for check in self.checks),
-                f"Edits that were made and not taken back: {f'those of entries {numbers}' if numbers else 'none'}.",
+                f"Edits that were made and not taken back: {standing}.",
                 f"Last hash: {self.last_hash}",
                 "This is evidence, not a certificate: whoever can write the record can write it anew from any entry on,"
                 " or cut off its end. Where that matters, publish the last hash where it cannot be changed. And a"
@@ -81,7 +81,7 @@ class Verification:
 def verify(
     record: str | os.PathLike[str],
     *,
-    edits: Sequence[str | os.PathLike[str] | UnlearnReport] = (),
+    edits: str | os.PathLike[str] | UnlearnReport | Sequence[str | os.PathLike[str] | UnlearnReport] = (),
     checkpoint: str | os.PathLike[str] | None = None,
     module: nn.Module | None = None,
     published: str | None = None,
@@ -94,7 +94,7 @@ def verify(
 
     Args:
         record: The file that ``GIFCallback(record=…)`` wrote.
-        edits: Edit files, or reports: each must be one that an entry is about, with all that it says.
+        edits: An edit file or a report, or several: each must be one that an entry is about, with all that it says.
         checkpoint: A Lightning checkpoint. It is read without running what is in it.
         module: A module.
         published: A hash that was kept elsewhere: it must be that of an entry.
@@ -103,7 +103,7 @@ def verify(
         What was found. What is damaged is a failed check, and nothing raises for it.
 
     Raises:
-        ConfigurationError: If ``edits`` is no list of files or reports.
+        ConfigurationError: If ``edits`` has something else than files and reports.
         FileNotFoundError: If there is no such file.
 
     Example::
