@@ -129,12 +129,7 @@ def unlearn(
         dry_run=True,
     )
     report.edit.apply(tool.model)
-    report.save(kept)
-    try:
-        _rewrite(tool.checkpoint, report, "unlearn", target, report.record, weights_digest(tool.model))
-    except BaseException:
-        kept.unlink(missing_ok=True)
-        raise
+    _rewrite(tool.checkpoint, report, "unlearn", target, report.record, edit=kept, expected=weights_digest(tool.model))
     print(report)
     remembering = [name for name, part in tool.checkpoint.items() if name != "state_dict" and tensors(part)]
     print(f"The edited checkpoint is {output}, the edit {edit}.")
@@ -245,7 +240,7 @@ class _Tool(LightningCLI):
         self._stages: set[str] = set()
         super().__init__(
             save_config_callback=None,
-            trainer_defaults={"logger": False, "enable_checkpointing": False},
+            trainer_defaults={"devices": 1, "logger": False, "enable_checkpointing": False},
             seed_everything_default=False,
             parser_kwargs={"prog": f"lightning-gif {command}", "description": _first_line(run)},
             args=arguments,
@@ -387,12 +382,14 @@ def _rewrite(
     report: UnlearnReport,
     event: Literal["unlearn", "undo"],
     output: Path,
-    record: Any,
+    record: str | os.PathLike[str] | None,
+    *,
+    edit: Path | None = None,
     expected: str | None = None,
 ) -> None:
     """Edits the weights of a checkpoint, writes it to a file, and tells the record: all of it, or nothing.
 
-    The file takes its place last: what may fail and can be undone comes first.
+    The file takes its place last, when nothing is left that may fail for want of room.
 
     Args:
         checkpoint: Changed in place.
@@ -400,6 +397,7 @@ def _rewrite(
         event: Whether to make it or take it back.
         output: The file.
         record: Its record, if it has one.
+        edit: Where to save the edit, if it is new.
         expected: The digest of the weights that there should be then.
     """
     weights = checkpoint["state_dict"]
@@ -419,9 +417,16 @@ def _rewrite(
             torch.save(checkpoint, temporary)
         except RuntimeError as error:  # of the C++ writer, which raises no OSError where the disk is full
             raise CheckpointError(f"{str(output)!r} cannot be written: {error}") from error
-        if record:
-            sync(temporary)
-            report.write_down(event, record, before, after)
+        sync(temporary)
+        try:
+            if edit is not None:
+                report.save(edit)
+            if record is not None:
+                report.write_down(event, record, before, after)
+        except BaseException:
+            if edit is not None:
+                edit.unlink(missing_ok=True)
+            raise
 
 
 def _first_line(run: Callable[..., int]) -> str:

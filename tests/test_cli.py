@@ -217,6 +217,7 @@ def test_every_command_says_what_it_takes(capsys: pytest.CaptureFixture[str]) ->
         (["--output", "x", "--edit", "x"], "two files"),
         (["--edit", "a.ckpt"], "is there already"),
         (["--record", "a.ckpt"], "damaged in line 1"),
+        (["--record", "a.ckpt/record"], "cannot be written"),
         (["--indices", "[]"], "Say which training examples"),
     ],
 )
