@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ._compat import (
@@ -27,7 +28,7 @@ from .callback import GIFCallback, TargetsChoice, attach
 from .checkpoints import read_checkpoint
 from .data import describe, tensors
 from .errors import CheckpointError, ConfigurationError, GIFError, TrainingDataError
-from .parameters import weights_digest
+from .parameters import Edit, weights_digest
 from .reports import UnlearnReport
 from .verification import verify as _verify
 from .writing import replacing, sync
@@ -150,8 +151,9 @@ def undo(edit: str, ckpt_path: str, output: str, record: str | None = None) -> i
         record: The file to record this in.
     """
     target = _check_output(output, "output")
-    checkpoint = read_checkpoint(ckpt_path)
-    _rewrite(checkpoint, UnlearnReport.load(edit), "undo", target, record)
+    checkpoint, report = read_checkpoint(ckpt_path), UnlearnReport.load(edit)
+    _check_ties(checkpoint["state_dict"], report.edit)
+    _rewrite(checkpoint, report, "undo", target, record)
     print(f"{output} has, bit by bit, the weights before the edit.")
     return 0
 
@@ -427,6 +429,20 @@ def _rewrite(
             if edit is not None:
                 edit.unlink(missing_ok=True)
             raise
+
+
+def _check_ties(weights: dict[str, Any], edit: Edit) -> None:
+    """Refuses weights of which one that the edit is in is there twice: the model's, which tells, is not at hand."""
+    others = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    for name in sorted(edit.indices.keys() & others.keys()):
+        here = others.pop(name)
+        for other, value in others.items():
+            if value.dtype == here.dtype and value.data_ptr() != here.data_ptr() and torch.equal(value, here):
+                raise CheckpointError(
+                    f"{name!r} and {other!r} of the checkpoint are equal, as tied weights that were saved twice would"
+                    " be, and the edit would be taken back in the first only. Load the model, and use"
+                    " UnlearnReport.load(edit, model).undo()."
+                )
 
 
 def _first_line(run: Callable[..., int]) -> str:

@@ -25,6 +25,7 @@ from torch.utils.data import (
 )
 
 from .errors import BatchError, GIFWarning, TrainingDataError
+from .parameters import raw
 
 __all__ = [
     "TARGET_KEYS",
@@ -615,8 +616,8 @@ def fingerprints(examples: Examples) -> list[bytes]:
         if batch.size > 1 and any(tensor.ndim and tensor.shape[0] != batch.size for tensor in tensors(batch.data)):
             return fingerprints(replace(examples, batch_size=1, cached=None))  # what is whose shows one by one only
         texts = [items for items in _sequences(batch.data) if len(items) == batch.size]
-        parts = [tensor.detach().cpu().contiguous() for tensor in tensors(batch.data) if tensor.ndim]
-        rows = [part.view(batch.size, -1).view(torch.uint8).numpy() for part in parts]
+        parts = [tensor for tensor in tensors(batch.data) if tensor.ndim]
+        rows = [raw(part, batch.size).numpy() for part in parts]
         heads = [f"{part.dtype}{tuple(part.shape[1:])}".encode() for part in parts]
         for position in range(batch.size):
             state = hashlib.blake2b(digest_size=16)

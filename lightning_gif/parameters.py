@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .errors import EditError, NonFiniteError, SelectionError
 from .registry import nearest
 
-__all__ = ["Edit", "ParameterSpace", "Targets", "Weights", "digest", "match_names", "weights_digest"]
+__all__ = ["Edit", "ParameterSpace", "Targets", "Weights", "digest", "match_names", "raw", "weights_digest"]
 
 Weights = nn.Module | Mapping[str, Tensor]
 """A module, or the ``state_dict`` of one, which is all that a checkpoint has."""
@@ -151,13 +151,21 @@ def match_names(names: Iterable[str], patterns: Sequence[str], *, what: str = "t
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+def raw(tensor: Tensor, rows: int = 1) -> Tensor:
+    """The bytes of a tensor, ``(rows, bytes of a row)``, on the CPU."""
+    value = tensor.detach().cpu().contiguous()
+    if value.numel() == 1:  # which counts as contiguous whatever its strides, but not where its bytes are looked at
+        value = value.clone(memory_format=torch.contiguous_format)
+    return value.view(-1).view(torch.uint8).view(rows, -1)
+
+
 def digest(values: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the given tensors; equal only for bit-equal values."""
     state = hashlib.sha256()
     for name in sorted(values):
-        value = values[name].detach().cpu().contiguous()
+        value = values[name]
         state.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        state.update(value.view(-1).view(torch.uint8).numpy().data)
+        state.update(raw(value).numpy().data)
     return state.hexdigest()
 
 

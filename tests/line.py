@@ -8,13 +8,19 @@ from torch.utils.data import DataLoader
 
 from .conftest import Classifier, blobs, loader
 
-__all__ = ["Blobs", "Net"]
+__all__ = ["Blobs", "Net", "Tied"]
 
 
 class Net(Classifier):
     def __init__(self, width: int = 8, lr: float = 0.1, folder: str = "here") -> None:
         super().__init__(nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3)), lr)
         self.save_hyperparameters()
+
+
+class Tied(Classifier):
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)))
+        self.net[2].weight = self.net[0].weight
 
 
 class Blobs(pl.LightningDataModule):

@@ -20,7 +20,7 @@ from lightning_gif.cli import main
 from lightning_gif.record import read
 
 from .conftest import make_trainer, same_weights
-from .line import Blobs, Net
+from .line import Blobs, Net, Tied
 
 OPTIONS = ["--model", "tests.line.Net", "--data", "tests.line.Blobs"]
 FIT = {"accelerator": "cpu", "max_epochs": 2, "enable_progress_bar": False, "enable_model_summary": False}
@@ -260,6 +260,40 @@ def test_an_edit_of_another_model_is_refused(trained: dict[str, Any], capsys: py
         assert main([*undo, path]) == 2
         assert told in capsys.readouterr().err
     assert not Path("c.ckpt").exists()
+
+
+def test_tied_weights_stay_tied_and_are_refused_where_they_are_there_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(Tied(), datamodule=Blobs())
+    trainer.save_checkpoint("a.ckpt")
+    before = content("a.ckpt")
+    options = ["--model", "tests.line.Tied", "--gif.selector", "[net.0.weight]"]
+    undo = ["undo", "--edit", "edit.safetensors", "--output", "c.ckpt", "--ckpt_path", "b.ckpt"]
+    assert unlearn(*options) == 0
+    state = content("b.ckpt")["state_dict"]
+    assert torch.equal(state["net.0.weight"], state["net.2.weight"])
+    assert not torch.equal(state["net.0.weight"], before["state_dict"]["net.0.weight"])
+    assert main(undo) == 0
+    assert same_weights(content("c.ckpt")["state_dict"], before["state_dict"])
+
+    for path in ("a.ckpt", "b.ckpt"):
+        state = {name: value.clone() for name, value in content(path)["state_dict"].items()}
+        torch.save({**content(path), "state_dict": state}, path)
+    capsys.readouterr()
+    assert unlearn(*options, edit="other") == 2
+    assert "tied weights are there twice" in capsys.readouterr().err
+    assert main(undo) == 2
+    assert "tied weights that were saved twice" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_precision_is_refused(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {name: value.half() for name, value in content("a.ckpt")["state_dict"].items()}
+    torch.save({**content("a.ckpt"), "state_dict": state}, "a.ckpt")
+    assert unlearn("--record", "deletions.jsonl") == 2
+    assert "float16" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["a.ckpt"]
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(
