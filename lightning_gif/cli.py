@@ -433,9 +433,10 @@ def _rewrite(
 
 def _check_ties(weights: dict[str, Any], edit: Edit) -> None:
     """Refuses weights of which one that the edit is in is there twice: the model's, which tells, is not at hand."""
-    others = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    for name in sorted(edit.indices.keys() & others.keys()):
-        here = others.pop(name)
+    found = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in found.items() if name not in edit.indices}
+    for name in found.keys() - others.keys():
+        here = found[name]
         for other, value in others.items():
             if value.dtype == here.dtype and value.data_ptr() != here.data_ptr() and torch.equal(value, here):
                 raise CheckpointError(

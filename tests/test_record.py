@@ -300,15 +300,45 @@ def test_a_record_without_entries_is_whole_and_has_no_weights(tmp_path: Path) ->
 
 
 @forks
-def test_a_process_that_is_killed_leaves_whole_entries(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["half written", "not on the disk", "not replaced", "replaced"])
+def test_a_process_that_is_killed_leaves_whole_entries(tmp_path: Path, moment: str) -> None:
+    path = tmp_path / "deletions.jsonl"
+    written(path, 2)
+    child = os.fork()
+    if not child:
+
+        def die(*args: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        write, replace = Path.write_bytes, os.replace
+        if moment == "half written":
+            Path.write_bytes = lambda self, data: die(write(self, data[: len(data) // 2]))  # type: ignore[method-assign]
+        elif moment == "not on the disk":
+            os.fsync = die
+        elif moment == "not replaced":
+            os.replace = die
+        else:
+            os.replace = lambda *args: die(replace(*args))
+        append(path, "unlearn", told(2))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    kept = read(path)
+    assert kept.damage is None
+    assert len(kept.entries) == (3 if moment == "replaced" else 2)
+    assert append(path, "undo", told(2))["number"] == len(kept.entries) + 1
+    assert read(path).damage is None
+
+
+@forks
+def test_a_process_that_is_killed_at_any_moment_leaves_whole_entries(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     least = 0
-    for round_ in range(5):
+    for round_ in range(3):
         child = os.fork()
         if not child:
             for number in range(10_000):
                 append(path, "unlearn", told(number))
-            os._exit(1)
+            os._exit(0)
         deadline = time.monotonic() + 60
         while (not path.exists() or len(read(path).entries) < least + 3) and time.monotonic() < deadline:
             time.sleep(0.003 + 0.0007 * round_)
