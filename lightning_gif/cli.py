@@ -222,7 +222,9 @@ def _run(command: str, run: Callable[..., int], arguments: list[str]) -> int:
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(prog=f"lightning-gif {command}", description=_first_line(run))
-    parser.add_argument("-c", "--config", action="config", help="A configuration file in JSON or YAML.")
+    parser.add_argument(
+        "-c", "--config", action=jsonargparse.ActionConfigFile, help="A configuration file in JSON or YAML."
+    )
     parser.add_function_arguments(run)
     given = parser.parse_args(arguments).as_dict()
     given.pop("config", None)
@@ -265,7 +267,7 @@ class _Tool(LightningCLI):
             signature = inspect.signature(self._model_type()).parameters
             open_ = {
                 name: kept[name]
-                for name, value in given.items(nested=False)
+                for name, value in vars(given).items()
                 if name in kept and name in signature and value == signature[name].default
             }
             self.config = parser.parse_object({"model": {"init_args": open_}}, self.config)
@@ -435,7 +437,7 @@ def _check_ties(weights: dict[str, Any], edit: Edit) -> None:
     """Refuses weights of which one that the edit is in is there twice: the model's, which tells, is not at hand."""
     found = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
     others = {name: value for name, value in found.items() if name not in edit.indices}
-    for name in found.keys() - others.keys():
+    for name in sorted(found.keys() - others.keys()):
         here = found[name]
         for other, value in others.items():
             if value.dtype == here.dtype and value.data_ptr() != here.data_ptr() and torch.equal(value, here):

@@ -101,7 +101,7 @@ def test_a_deletion_is_made_recorded_verified_and_taken_back(
     assert main([*undo, "--record", "deletions.jsonl"]) == 0
     assert same_weights(before, content("c.ckpt")["state_dict"])
     assert [entry["event"] for entry in read("deletions.jsonl").entries] == ["unlearn", "undo"]
-    assert main(["verify", "--record", "deletions.jsonl", "--ckpt_path", "c.ckpt"]) == 0
+    assert main(["verify", "--record", "deletions.jsonl", "--ckpt_path", "c.ckpt", "--edit", "[edit.safetensors]"]) == 0
     assert main(["verify", "--record", "deletions.jsonl", "--ckpt_path", "b.ckpt"]) == 1
 
 

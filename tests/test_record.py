@@ -89,7 +89,7 @@ def test_an_entry_tells_what_was_asked_and_what_was_done(tmp_path: Path) -> None
     assert entry["versions"]["torch"] == torch.__version__
     assert entry["versions"]["lightning"] == lightning.__version__
     assert entry["notes"] == report.notes
-    assert f"recorded in {path}" in str(report)
+    assert f"recorded in {path}." in str(report)
 
 
 def test_the_digest_of_the_examples_is_of_their_contents_in_any_order(tmp_path: Path) -> None:
@@ -175,6 +175,19 @@ def test_a_loaded_edit_is_recorded_where_a_record_is_given(tmp_path: Path) -> No
     assert entries[0]["edit"] == entries[1]["edit"]
     assert {"indices", "examples"} <= entries[1]["asked"].keys()
     assert entries[1]["asked"] == entries[0]["asked"]
+
+
+def test_an_edit_that_was_saved_without_word_of_its_data_is_recorded_as_such(tmp_path: Path) -> None:
+    path, file = tmp_path / "deletions.jsonl", tmp_path / "edit.safetensors"
+    trainer, module, _ = fitted()
+    report = trainer.unlearn([1, 2])
+    report.data = {}
+    report.save(file)
+    UnlearnReport.load(file, module).undo(record=path)
+    (entry,) = read(path).entries
+    assert entry["asked"]["n_forget"] == 2
+    assert entry["asked"]["indices"] is None
+    assert verify(path, edits=file, module=module).ok
 
 
 def test_metrics_are_an_entry_that_is_tied_to_the_weights(tmp_path: Path) -> None:

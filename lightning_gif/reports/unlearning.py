@@ -490,8 +490,8 @@ class UnlearnReport:
             *([f"running statistics computed anew: {len(self.edit.buffers)} buffers"] if self.edit.buffers else []),
             *(f"note: {note}" for note in self.notes),
         ]
-        if isinstance(self.record, (str, os.PathLike)):
-            lines.append(f"recorded in {os.fspath(self.record)}")
+        if self.record is not None:
+            lines.append(f"Each time it is made or taken back is recorded in {os.fspath(self.record)}.")
         if self.module is not None and self.edit.digest_before != self.edit.digest_after:
             told = {
                 True: "The edit is in the weights.",
