@@ -17,13 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from typing_extensions import override
 
-from ._compat import (
-    LightningArgumentParser,
-    LightningCLI,
-    MisconfigurationException,
-    brings_own,
-)
+from ._compat import LightningArgumentParser, LightningCLI, MisconfigurationException, brings_own
 from .callback import GIFCallback, TargetsChoice, attach
 from .checkpoints import read_checkpoint
 from .data import describe, tensors
@@ -251,12 +247,14 @@ class _Tool(LightningCLI):
             run=False,
         )
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callback's settings, and the arguments of the command."""
         parser.add_class_arguments(GIFCallback, "gif")
         self._names = parser.add_function_arguments(self._command, skip={"tool"})
         parser.add_argument("--weights_only", help=argparse.SUPPRESS)  # in the config files of `fit`
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes what the model was made with from the checkpoint, where nothing else is given."""
         self.config = parser.parse_args(args)
@@ -276,6 +274,7 @@ class _Tool(LightningCLI):
         module, _, name = self.config.model.class_path.rpartition(".")
         return getattr(importlib.import_module(module), name)
 
+    @override
     def after_instantiate_classes(self) -> None:
         """Loads the checkpoint, and gives the trainer its methods."""
         present = [callback for callback in self.trainer.callbacks if isinstance(callback, GIFCallback)]
@@ -287,9 +286,11 @@ class _Tool(LightningCLI):
         self.callback = present[0] if present else self.config_init.gif
         attach(self.trainer, self.model, datamodule=self.datamodule, callback=self.callback)
         self.model.configure_model()
-        self.model.on_load_checkpoint(self.checkpoint)
+        # A hook may change what is loaded, but not what will be written.
+        loaded = {**self.checkpoint, "state_dict": dict(self.checkpoint["state_dict"])}
+        self.model.on_load_checkpoint(loaded)
         try:
-            self.model.load_state_dict(self.checkpoint["state_dict"])
+            self.model.load_state_dict(loaded["state_dict"])
         except RuntimeError as error:
             raise CheckpointError(
                 f"The checkpoint {self.config.ckpt_path!r} does not fit {type(self.model).__name__}: {error} Give the"

@@ -310,6 +310,33 @@ def test_a_checkpoint_that_would_run_code_is_refused(
     assert not Path("ran").exists()
 
 
+def test_what_the_callback_kept_is_used_and_damage_to_it_is_told(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert unlearn("--targets", "cached") == 0
+    torch.save({**content("a.ckpt"), "lightning_gif": {"neurons": 3}}, "a.ckpt")
+    assert unlearn("--targets", "cached", edit="other") == 2
+    assert "What GIFCallback kept in the checkpoint 'a.ckpt' is damaged" in capsys.readouterr().err
+
+
+def test_a_hook_changes_what_is_loaded_but_not_what_is_written(
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def harmless(self: Net, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch"] = -1
+
+    def harmful(self: Net, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["net.2.bias"] = checkpoint["state_dict"]["net.2.bias"] + 1
+
+    monkeypatch.setattr(Net, "on_load_checkpoint", harmless)
+    assert unlearn() == 0
+    assert content("b.ckpt")["epoch"] == trained["epoch"]
+    monkeypatch.setattr(Net, "on_load_checkpoint", harmful)
+    assert unlearn("--gif.selector", "[net.0.*]", edit="other") == 2
+    assert "changed as they are loaded" in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
 def test_without_jsonargparse_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
