@@ -9,6 +9,7 @@ from .callback import GIFCallback, attach
 from .curvature import METHODS
 from .errors import (
     BatchError,
+    CheckpointError,
     ConfigurationError,
     ConvergenceError,
     ConvergenceWarning,
@@ -17,6 +18,7 @@ from .errors import (
     GIFWarning,
     NonFiniteError,
     ObjectiveError,
+    RecordError,
     SelectionError,
     TrainingDataError,
 )
@@ -26,6 +28,7 @@ from .sampling import SAMPLERS
 from .selection import SELECTORS
 from .solvers import SOLVERS
 from .steps import STRATEGIES
+from .verification import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -36,6 +39,7 @@ __all__ = [
     "SOLVERS",
     "STRATEGIES",
     "BatchError",
+    "CheckpointError",
     "ConfigurationError",
     "ConvergenceError",
     "ConvergenceWarning",
@@ -47,8 +51,11 @@ __all__ = [
     "InfluenceReport",
     "NonFiniteError",
     "ObjectiveError",
+    "RecordError",
     "SelectionError",
     "TrainingDataError",
     "UnlearnReport",
+    "Verification",
     "attach",
+    "verify",
 ]

@@ -7,38 +7,57 @@ other. Everything below takes what it needs from here; nothing else in the packa
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.utilities.seed import isolate_rng as _isolate_rng
     from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 else:
     try:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
-        from lightning.pytorch import Callback, LightningModule, Trainer
+        from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
         from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
         from lightning.pytorch.utilities.seed import isolate_rng as _isolate_rng
     except ModuleNotFoundError:
         from lightning_fabric.utilities.exceptions import MisconfigurationException
-        from pytorch_lightning import Callback, LightningModule, Trainer
+        from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
         from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
         from pytorch_lightning.utilities.seed import isolate_rng as _isolate_rng
 
+    def __getattr__(name: str) -> Any:
+        """The parts of LightningCLI, which few need and which need jsonargparse."""
+        if name not in ("LightningArgumentParser", "LightningCLI"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{Trainer.__module__.rpartition('.trainer.')[0]}.cli"), name)
+
+
 __all__ = [
     "Callback",
+    "LightningArgumentParser",
+    "LightningCLI",
+    "LightningDataModule",
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
     "attach_model",
     "brings_own",
     "isolate_rng",
+    "lightning_version",
     "rank_zero_info",
     "rank_zero_warn",
     "unsupported_strategy",
 ]
+
+
+def lightning_version() -> str:
+    """Of the package that is used."""
+    return sys.modules[Trainer.__module__.partition(".")[0]].__version__
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ from .errors import (
 from .influence import influence, self_influence
 from .objective import Objective
 from .parameters import Targets
+from .record import check_whole, read
 from .reports import InfluenceReport, UnlearnReport
 from .reports.loggers import log_table
 from .selection import GradientStatistics, NeuronStatistics, select
@@ -147,6 +148,8 @@ class GIFCallback(Callback):
         report_options: Arguments of :meth:`influence` for these reports, such as ``{"k": 20, "among": indices}``, which
             makes each as cheap as the examples are few.
         seed: Of all random draws of the computations.
+        record: A file, such as ``"deletions.jsonl"``, that gets an entry for each edit that is made or taken back, and
+            is made where there is none: see :func:`~lightning_gif.verify`. An edit that cannot be recorded is not made.
 
     Raises:
         ConfigurationError: For a value out of range or an unknown name (a ``MisconfigurationException``).
@@ -179,6 +182,7 @@ class GIFCallback(Callback):
         query: Any = None,
         report_options: Mapping[str, Any] | None = None,
         seed: int = 0,
+        record: str | None = None,
     ) -> None:
         super().__init__()
         self.settings = Settings(
@@ -208,7 +212,9 @@ class GIFCallback(Callback):
         self.report_every_n_epochs = report_every_n_epochs
         self.query = query
         self.report_options = dict(report_options or {})
+        self.record = record
         self._check_reports()
+        self._check_record(record)
 
         self.neurons = NeuronStatistics()
         self.gradients = GradientStatistics()
@@ -371,6 +377,7 @@ class GIFCallback(Callback):
         dataloader: DataLoader[Any] | None = None,
         refresh_statistics: bool = False,
         dry_run: bool = False,
+        record: str | os.PathLike[str] | Literal[False] | None = None,
         **overrides: Unpack[Overrides],
     ) -> UnlearnReport:
         """Changes the targets so that the model behaves as if it had not seen a batch, or had seen other labels.
@@ -409,7 +416,8 @@ class GIFCallback(Callback):
             refresh_statistics: Compute the running means and variances of BatchNorm anew, over what is retained or
                 corrected: they were gathered from the forgotten examples too. They are then a part of the edit, which
                 takes them back. By default they stay as they are.
-            dry_run: Plan and measure the edit but do not make it; ``report.apply()`` does.
+            dry_run: Plan and measure the edit but do not make it, nor record it; ``report.apply()`` does both.
+            record: The file to record the edit in, where it is not that of the callback; ``False`` for none.
             **overrides: As in :meth:`influence`.
 
         Returns:
@@ -417,9 +425,22 @@ class GIFCallback(Callback):
             from the weights that the last one left, and they are undone in reverse order.
 
         Raises:
+            RecordError: If the record is damaged or cannot be written.
             GIFError: As in :meth:`influence`. The weights are then as they were.
         """
-        named = ("relabel", "retain", "unseen", "step", "targets", "dataloader", "refresh_statistics", "dry_run")
+        named = (
+            "relabel",
+            "retain",
+            "unseen",
+            "step",
+            "targets",
+            "dataloader",
+            "refresh_statistics",
+            "dry_run",
+            "record",
+        )
+        kept = self.record if record is None else record or None
+        self._check_record(kept)
         settings = self.settings.override(overrides, named).for_unlearning()
         check_step(step)
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
@@ -449,8 +470,10 @@ class GIFCallback(Callback):
                 "The optimizer's state (momentum, averages) is no part of the edit and still remembers the forgotten"
                 " data: start a new optimizer before training on."
             )
+        report.global_step = trainer.global_step  # a part of what is recorded
+        report.record = kept
         if not dry_run:
-            report.apply()
+            report.change("unlearn")
         return self._deliver(trainer, report)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -643,6 +666,18 @@ class GIFCallback(Callback):
         known = inspect.signature(self.influence).parameters.keys() - {"trainer", "batch", "overrides"}
         settings = {name: value for name, value in self.report_options.items() if name not in known}
         self.settings.override(settings, known)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _check_record(path: Any) -> None:
+        """Whether an entry could be added: better known before an edit is solved for than after."""
+        if path is None:
+            return
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigurationError(f"`record` must be the path of a file, or None, got {path!r}.")
+        if os.path.isdir(path):
+            raise ConfigurationError(f"`record` must be a file, but {os.fspath(path)!r} is a folder.")
+        if os.path.exists(path):
+            check_whole(read(path), path)
 
     def _report(self, trainer: Trainer) -> None:
         """Makes the report of an epoch. No report is worth a run."""

@@ -25,6 +25,7 @@ from torch.utils.data import (
 )
 
 from .errors import BatchError, GIFWarning, TrainingDataError
+from .parameters import raw
 
 __all__ = [
     "TARGET_KEYS",
@@ -32,6 +33,8 @@ __all__ = [
     "Examples",
     "batch_size",
     "class_targets",
+    "contents_digest",
+    "data_digest",
     "describe",
     "example_classes",
     "find_targets",
@@ -50,6 +53,9 @@ TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 
 
 _MOST_CLASSES = 10_000
+
+# Of how many examples the contents count where data is to be recognised: all of them may not fit into an hour.
+_DIGESTED = 64
 
 
 class Batch(NamedTuple):
@@ -605,11 +611,13 @@ def _seed_global_generators(seed: int) -> None:
 
 def fingerprints(examples: Examples) -> list[bytes]:
     """A hash of each example: equal for examples whose tensors and texts are equal bit by bit after preparation."""
-    found = []
+    found: list[bytes] = []
     for batch in examples.batches():
+        if batch.size > 1 and any(tensor.ndim and tensor.shape[0] != batch.size for tensor in tensors(batch.data)):
+            return fingerprints(replace(examples, batch_size=1, cached=None))  # what is whose shows one by one only
         texts = [items for items in _sequences(batch.data) if len(items) == batch.size]
-        parts = [tensor.detach().cpu().contiguous() for tensor in tensors(batch.data) if tensor.ndim]
-        rows = [part.view(batch.size, -1).view(torch.uint8).numpy() for part in parts]
+        parts = [tensor for tensor in tensors(batch.data) if tensor.ndim]
+        rows = [raw(part, batch.size).numpy() for part in parts]
         heads = [f"{part.dtype}{tuple(part.shape[1:])}".encode() for part in parts]
         for position in range(batch.size):
             state = hashlib.blake2b(digest_size=16)
@@ -620,6 +628,20 @@ def fingerprints(examples: Examples) -> list[bytes]:
                 state.update(repr(items[position]).encode())
             found.append(state.digest())
     return found
+
+
+def contents_digest(examples: Examples) -> str:
+    """SHA-256 of the :func:`fingerprints` of all examples, whatever their order."""
+    return hashlib.sha256(b"".join(sorted(fingerprints(examples)))).hexdigest()
+
+
+def data_digest(examples: Examples) -> str:
+    """SHA-256 of the ids of all examples in their order, and of the contents of some that are spread over them."""
+    some = examples.at(torch.linspace(0, len(examples) - 1, min(len(examples), _DIGESTED)).long().unique())
+    state = hashlib.sha256(examples.ids.numpy().data)
+    for mark in fingerprints(some):
+        state.update(mark)
+    return state.hexdigest()
 
 
 def locate(forget: Examples, train: Examples) -> Tensor:

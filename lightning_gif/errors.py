@@ -6,6 +6,7 @@ from ._compat import MisconfigurationException
 
 __all__ = [
     "BatchError",
+    "CheckpointError",
     "ConfigurationError",
     "ConvergenceError",
     "ConvergenceWarning",
@@ -14,6 +15,7 @@ __all__ = [
     "GIFWarning",
     "NonFiniteError",
     "ObjectiveError",
+    "RecordError",
     "SelectionError",
     "TrainingDataError",
 ]
@@ -53,6 +55,14 @@ class ConvergenceError(GIFError, ArithmeticError):
 
 class EditError(GIFError, ValueError):
     """A recorded edit does not fit the model or the file it is used with."""
+
+
+class RecordError(GIFError, ValueError):
+    """A record of edits is damaged or cannot be written."""
+
+
+class CheckpointError(GIFError, ValueError):
+    """A checkpoint cannot be read without running what is in it, is damaged, or does not fit the model."""
 
 
 class GIFWarning(UserWarning):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._compat import rank_zero_info
 from .curvature import METHODS, Curvature, Method, Submatrix
-from .data import Examples, fingerprints
+from .data import Examples, data_digest, fingerprints
 from .errors import ConfigurationError
 from .objective import Moment, Objective
 from .parameters import Targets, digest
@@ -31,9 +31,6 @@ __all__ = ["influence", "self_influence"]
 
 # Queries that are solved together share the passes that are not kept, but each takes some vectors of the model's size.
 _MOST_TOGETHER, _VECTORS = 16, 12
-
-# How many training examples tell whether the data are the same.
-_DIGESTED = 64
 
 # Of one score, and how much of a fingerprint names a folder.
 _BYTES, _NAMED = 8, 16
@@ -247,14 +244,13 @@ def _fingerprint(
     from . import __version__  # which is known once the package is loaded
 
     state, module = hashlib.sha256(), objective.module
-    some = train.at(torch.linspace(0, len(train) - 1, min(len(train), _DIGESTED)).long().unique())
     chosen = {name: value for name, value in asdict(settings).items() if name not in ("memory", "unconverged")}
     for part in (
         digest({**dict(module.named_parameters()), **dict(module.named_buffers())}),  # those that are frozen as well
         *(digest({"theta": moment.theta, **moment.statistics}) for moment in moments),
-        digest({"train": train.ids, "scored": scored.ids, **targets}),
+        digest({"scored": scored.ids, **targets}),
+        data_digest(train),
         *(mark.hex() for mark in fingerprints(query)),
-        *(mark.hex() for mark in fingerprints(some)),
         json.dumps([chosen, per_example, torch.__version__, __version__], sort_keys=True, default=str),
     ):
         state.update(part.encode())

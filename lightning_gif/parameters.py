@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from .errors import EditError, NonFiniteError, SelectionError
 from .registry import nearest
 
-__all__ = ["Edit", "ParameterSpace", "Targets", "digest", "match_names"]
+__all__ = ["Edit", "ParameterSpace", "Targets", "Weights", "digest", "match_names", "raw", "weights_digest"]
+
+Weights = nn.Module | Mapping[str, Tensor]
+"""A module, or the ``state_dict`` of one, which is all that a checkpoint has."""
 
 
 class _Slot(NamedTuple):
@@ -148,24 +151,40 @@ def match_names(names: Iterable[str], patterns: Sequence[str], *, what: str = "t
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+def raw(tensor: Tensor, rows: int = 1) -> Tensor:
+    """The bytes of a tensor, ``(rows, bytes of a row)``, on the CPU."""
+    value = tensor.detach().cpu().contiguous()
+    if value.numel() == 1:  # which counts as contiguous whatever its strides, but not where its bytes are looked at
+        value = value.clone(memory_format=torch.contiguous_format)
+    return value.view(-1).view(torch.uint8).view(rows, -1)
+
+
 def digest(values: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the given tensors; equal only for bit-equal values."""
     state = hashlib.sha256()
     for name in sorted(values):
-        value = values[name].detach().cpu().contiguous()
+        value = values[name]
         state.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        state.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+        state.update(raw(value).numpy().data)
     return state.hexdigest()
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def weights_digest(weights: Weights) -> str:
+    """SHA-256 over all that a checkpoint keeps of a module: its parameters, and its buffers but non-persistent ones."""
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    return digest({name: value for name, value in state.items() if isinstance(value, Tensor)})
+
+
+def _tensors(weights: Weights) -> dict[str, Tensor]:
     """Parameters and buffers by name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if isinstance(weights, nn.Module):
+        return {**dict(weights.named_parameters()), **dict(weights.named_buffers())}
+    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
 
 
 @dataclass
 class Edit:
-    """A sparse change of parameters that can be applied and taken back bit by bit.
+    """A sparse change of parameters that can be applied and taken back bit by bit, in a module or a ``state_dict``.
 
     Attributes:
         indices: For each parameter's name the changed flat indices ``(k_name,)``, sorted.
@@ -239,6 +258,12 @@ class Edit:
             buffers=tuple(buffers or ()),
         )
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is changed: the indices, the old and the new values."""
+        parts = {"indices": self.indices, "old": self.old, "new": self.new}
+        return digest({f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()})
+
     def flat_new(self, space: ParameterSpace) -> Tensor:
         """The new values ``(k,)`` in the order of the flat vector, in float64."""
         return torch.cat([self.new[name].double() for name in space.slots if name in self.new])
@@ -248,15 +273,13 @@ class Edit:
         """How many entries of parameters the edit changes."""
         return sum(entries.numel() for name, entries in self.indices.items() if name not in self.buffers)
 
-    def check_fits(self, module: nn.Module) -> None:
+    def check_fits(self, module: Weights) -> None:
         """Raises an :class:`~lightning_gif.errors.EditError` if the module is not of the edited shape."""
         parameters = _tensors(module)
+        what = type(module).__name__ if isinstance(module, nn.Module) else "the checkpoint"
         for name, shape in self.shapes.items():
             if name not in parameters:
-                raise EditError(
-                    f"The edit changes {name!r}, which {type(module).__name__} does not have. It was made on another"
-                    " model."
-                )
+                raise EditError(f"The edit changes {name!r}, which {what} does not have. It was made on another model.")
             parameter = parameters[name]
             if tuple(parameter.shape) != shape or parameter.dtype != self.old[name].dtype:
                 raise EditError(
@@ -281,7 +304,7 @@ class Edit:
             if part.keys() != self.shapes.keys():
                 raise EditError("The edit is incomplete: it names parameters that it has no shapes for.")
 
-    def is_in(self, module: nn.Module) -> bool | None:
+    def is_in(self, module: Weights) -> bool | None:
         """Whether a module's weights are, bit by bit, those that the edit leaves behind; ``None``: neither these nor
         those that it starts from."""
         tensors = _tensors(module)
@@ -290,7 +313,7 @@ class Edit:
         found = digest({name: tensors[name] for name in self.indices})
         return found == self.digest_after if found in (self.digest_before, self.digest_after) else None
 
-    def apply(self, module: nn.Module) -> None:
+    def apply(self, module: Weights) -> None:
         """Writes the new values.
 
         Raises:
@@ -298,7 +321,7 @@ class Edit:
         """
         self._swap(module, self.new, self.digest_before, self.digest_after, "apply")
 
-    def undo(self, module: nn.Module) -> None:
+    def undo(self, module: Weights) -> None:
         """Writes the old values back, bit by bit.
 
         Raises:
@@ -306,7 +329,7 @@ class Edit:
         """
         self._swap(module, self.old, self.digest_after, self.digest_before, "undo")
 
-    def _swap(self, module: nn.Module, values: dict[str, Tensor], expected: str, result: str, verb: str) -> None:
+    def _swap(self, module: Weights, values: dict[str, Tensor], expected: str, result: str, verb: str) -> None:
         self.check_fits(module)
         parameters = _tensors(module)
         found = digest({name: parameters[name] for name in self.indices})
@@ -321,7 +344,7 @@ class Edit:
                 " another edit). Undo later edits first, or load the weights that the edit was made on."
             )
 
-    def _write(self, module: nn.Module, values: dict[str, Tensor]) -> None:
+    def _write(self, module: Weights, values: dict[str, Tensor]) -> None:
         parameters = _tensors(module)
         with torch.no_grad():
             for name, entries in self.indices.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._compat import rank_zero_warn
 from .curvature import METHODS, Combination, Curvature, Group, Losses, Method, Scaled, Solve, Submatrix
-from .data import Examples, class_targets, example_classes, locate, relabelled, strata
+from .data import Examples, class_targets, contents_digest, data_digest, example_classes, locate, relabelled, strata
 from .errors import ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError, TrainingDataError
 from .objective import Objective
 from .parameters import Edit, Targets
@@ -196,6 +196,12 @@ def unlearn(
         settings=asdict(settings),
         notes=notes,
         seconds=time.perf_counter() - start,
+        data={
+            "indices": train.ids[found].tolist(),
+            "examples": contents_digest(forget),
+            "relabelled": None if corrected is None else contents_digest(corrected),
+            "train": data_digest(train),
+        },
     )
     for name in ("forget", "retain"):
         if not math.isfinite(after[name]):

@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replace_file", "sync"]
+__all__ = ["replace_file", "replacing", "sync"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of an old one once all of it is on the disk, and not before.
+
+    After an error within the block the old file is as it was.
+
+    Args:
+        path: Where to; its folder must be there.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary  # with the permissions of the old file, or of any new one
+        if path.exists():
+            shutil.copymode(path, temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file, which takes the place of an old one once all of it is on the disk, and not before.
+    """Writes a file as :func:`replacing` does.
 
     Args:
         path: Where to; its folder must be there.
         content: All of it.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(content)  # with the permissions of any new file
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def sync(path: Path) -> None:

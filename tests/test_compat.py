@@ -8,9 +8,11 @@ import sys
 import pytest
 
 STORY = """
+import tempfile
 import pytorch_lightning as pl, torch, torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from lightning_gif import GIFCallback, attach
+from lightning_gif.cli import main
 
 class Model(pl.LightningModule):
     def __init__(self):
@@ -36,6 +38,11 @@ edit = trainer.unlearn(batch)
 assert not torch.equal(before, model.net.weight)
 edit.undo()
 assert torch.equal(before, model.net.weight)
+with tempfile.TemporaryDirectory() as folder:
+    record, checkpoint = folder + "/record.jsonl", folder + "/a.ckpt"
+    trainer.unlearn(batch, record=record)
+    trainer.save_checkpoint(checkpoint)
+    assert main(["verify", "--record", record, "--ckpt_path", checkpoint]) == 0
 other = pl.Trainer(**options)
 attach(other, model, train_dataloaders=DataLoader(data, 5), callback=GIFCallback(ratio=1.0))
 assert other.influence(batch, solver="dense").scores.shape == (1, 20)

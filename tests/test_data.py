@@ -25,8 +25,11 @@ from lightning_gif.data import (
     Examples,
     batch_size,
     class_targets,
+    contents_digest,
+    data_digest,
     describe,
     find_targets,
+    fingerprints,
     locate,
     map_tensors,
     relabelled,
@@ -318,3 +321,41 @@ def test_content_includes_the_label_and_the_dtype() -> None:
     for x, y in ((torch.tensor([[1.0]]), [0]), (torch.tensor([[1.0]], dtype=torch.float64), [1])):
         batch = Examples.from_batch((x, torch.tensor(y)), lambda b: b, batch_size=2)
         assert locate(batch, train).tolist() == []
+
+
+def test_the_digest_of_contents_does_not_depend_on_order_or_batches() -> None:
+    x, y = torch.randn(7, 3), torch.arange(7)
+    one = Examples.from_batch((x, y), lambda data: data, batch_size=3)
+    order = torch.randperm(7)
+    other = Examples.from_loader(DataLoader(TensorDataset(x[order], y[order])), lambda data: data, batch_size=2)
+    assert contents_digest(one) == contents_digest(other)
+    x[4, 1] += 1
+    assert contents_digest(one) != contents_digest(other)
+    twice = Examples.from_batch((x[[0, 0]], y[[0, 0]]), lambda data: data, batch_size=3)
+    assert contents_digest(twice) != contents_digest(twice.at(torch.tensor([0])))
+
+
+def test_the_digest_of_data_sees_ids_and_the_contents_of_some_spread_over_them() -> None:
+    x = torch.zeros(1000, 2)
+    train = Examples.from_loader(DataLoader(TensorDataset(x)), lambda data: data, batch_size=100)
+    seen = {data_digest(train), data_digest(train.at(torch.arange(999)))}
+    for first in (0, 300, 600, 900):  # any 16 in a row have one of the 64 that are looked at
+        x[first : first + 16] += 1
+        seen.add(data_digest(train))
+    assert len(seen) == 6
+    assert data_digest(train) == data_digest(Examples.from_loader(DataLoader(TensorDataset(x)), list, batch_size=7))
+
+
+def test_examples_whose_tensors_are_not_one_row_each_are_recognised_too() -> None:
+    """A graph has as many nodes as it likes: a batch of several does not tell which are whose."""
+    graphs = [
+        (torch.ones(nodes, 2) * value, torch.tensor([value])) for nodes, value in ((2, 1), (3, 1), (2, 2), (2, 1))
+    ]
+
+    def collate(items: list[Any]) -> Any:
+        return torch.cat([nodes for nodes, _ in items]), torch.cat([label for _, label in items])
+
+    data = DataLoader(graphs, collate_fn=collate)  # type: ignore[arg-type]
+    one, two, three, four = fingerprints(Examples.from_loader(data, lambda batch: batch, batch_size=4))
+    assert one == four
+    assert len({one, two, three}) == 3

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_gif import EditError, NonFiniteError, SelectionError
-from lightning_gif.parameters import Edit, ParameterSpace, Targets, digest, match_names
+from lightning_gif.parameters import Edit, ParameterSpace, Targets, digest, match_names, raw, weights_digest
 
 
 def net() -> nn.Sequential:
@@ -157,3 +157,34 @@ def test_the_digest_sees_every_bit() -> None:
         {"a": values["a"]},
     ):
         assert digest(changed) != mark
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((1, 1), (0, 0)), ((1,), (5,)), ((5, 1), (1, 0)), ((), ()), ((2, 3), (1, 2))]
+)
+def test_bytes_do_not_depend_on_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    value = torch.arange(3, 20).as_strided(shape, strides)
+    plain = torch.tensor(value.tolist())
+    rows = shape[0] if shape else 1
+    assert raw(value, rows).numpy().tobytes() == plain.numpy().tobytes()
+    assert raw(value, rows).shape == (rows, 8 * value.numel() // rows)
+    assert digest({"value": value}) == digest({"value": plain})
+    assert raw(torch.zeros(2, 0), 2).shape == (2, 0)
+
+
+def test_an_edit_is_made_in_the_state_of_a_checkpoint_as_in_a_module() -> None:
+    module = net()
+    space = ParameterSpace(module)
+    targets = Targets({"0.weight": torch.tensor([1, 5]), "2.weight": torch.tensor([0])})
+    edit = Edit.plan(module, targets, space, torch.ones(3))
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    before = weights_digest(state)
+    assert before == weights_digest(module)
+    edit.apply(state)
+    edit.apply(module)
+    assert weights_digest(state) == weights_digest(module) != before
+    assert edit.is_in(state)
+    edit.undo(state)
+    assert weights_digest(state) == before
+    with pytest.raises(EditError, match=r"'2\.weight', which the checkpoint does not have"):
+        edit.apply({"0.weight": state["0.weight"]})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import numbers
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..errors import EditError
-from ..parameters import Edit
+from ..errors import EditError, RecordError
+from ..parameters import Edit, Weights, weights_digest
+from ..record import Event, append
 from ..steps import Goal, Point
 from ..writing import replace_file
 from .loggers import log_eigenvalues, log_scalars, log_table, running
@@ -77,9 +80,14 @@ class UnlearnReport:
         settings: Method, solver and their parameters.
         notes: What the user should know: data not found, a search that was cut short, stale optimizer state.
         seconds: Wall time of the whole call.
+        data: Which data the edit is for: ``indices`` in the training dataset of the examples in question that were
+            found there; SHA-256 of their contents as ``examples``, and with their new labels as ``relabelled``
+            (``None`` when they were removed); of the training data that was counted on as ``train``, see
+            :func:`~lightning_gif.data.data_digest`.
         module: The model that :meth:`undo` and :meth:`apply` act on by default.
         loggers: Where :meth:`log` logs to by default: those of the trainer that was asked.
         global_step: The trainer's optimizer steps when it was asked.
+        record: The file that :meth:`apply` and :meth:`undo` add an entry to, see :mod:`lightning_gif.record`.
     """
 
     edit: Edit = field(repr=False)
@@ -102,9 +110,11 @@ class UnlearnReport:
     settings: dict[str, Any] = field(repr=False)
     notes: list[str]
     seconds: float
+    data: dict[str, Any] = field(default_factory=dict, repr=False)
     module: nn.Module | None = field(default=None, repr=False)
     loggers: Sequence[Any] = field(default=(), repr=False)
     global_step: int = field(default=0, repr=False)
+    record: str | os.PathLike[str] | None = field(default=None, repr=False)
 
     @property
     def step(self) -> float:
@@ -120,29 +130,124 @@ class UnlearnReport:
     # The edit
     # ----------------------------------------------------------------------------------------------------------------
 
-    def apply(self, module: nn.Module | None = None) -> None:
+    def apply(self, module: Weights | None = None, *, record: str | os.PathLike[str] | None = None) -> None:
         """Makes the edit: after ``dry_run=True``, after :meth:`undo`, or on another copy of the same weights.
 
         Args:
-            module: The model; by default the one that the edit was made on.
+            module: The model, or the ``state_dict`` of a checkpoint; by default the model that the edit was made on.
+            record: The file to add an entry to; by default that of the report, if it belongs to one.
 
         Raises:
             EditError: If the model is another one, or its weights are not those that the edit starts from.
+            RecordError: If the entry cannot be written. The weights are then as they were.
         """
-        self.edit.apply(self._resolve(module))
+        self.change("apply", module, record)
 
-    def undo(self, module: nn.Module | None = None) -> None:
+    def undo(self, module: Weights | None = None, *, record: str | os.PathLike[str] | None = None) -> None:
         """Restores the values before the edit, bit by bit.
 
         Args:
-            module: The model; by default the one that the edit was made on.
+            module: As in :meth:`apply`.
+            record: As in :meth:`apply`.
 
         Raises:
             EditError: If the model is another one, or its weights are not those that the edit left behind.
+            RecordError: If the entry cannot be written. The weights are then as they were.
         """
-        self.edit.undo(self._resolve(module))
+        self.change("undo", module, record)
 
-    def _resolve(self, module: nn.Module | None) -> nn.Module:
+    def record_metrics(
+        self,
+        metrics: Mapping[str, float],
+        module: Weights | None = None,
+        *,
+        record: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Adds what was measured of the model as it is now to the record.
+
+        Args:
+            metrics: Numbers by name.
+            module: As in :meth:`apply`.
+            record: As in :meth:`apply`.
+
+        Raises:
+            RecordError: If there is no record, a value is no number, or the entry cannot be written.
+        """
+        kept = self.record if record is None else record
+        if kept is None:
+            raise RecordError("The report belongs to no record: give record='deletions.jsonl', or unlearn with one.")
+        values = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+        bad = [name for name, value in values.items() if not isinstance(value, numbers.Real)]
+        if bad:
+            raise RecordError(f"Metrics must be numbers by name; {bad[0]!r} is {metrics[bad[0]]!r}.")
+        here = weights_digest(self._resolve(module))
+        self.write_down("metrics", kept, here, here, values)
+
+    def change(self, event: Event, module: Weights | None = None, record: str | os.PathLike[str] | None = None) -> None:
+        """Makes the edit or takes it back, and tells the record if there is one: both, or neither."""
+        weights = self._resolve(module)
+        make, take_back = (self.edit.undo, self.edit.apply) if event == "undo" else (self.edit.apply, self.edit.undo)
+        kept = self.record if record is None else record
+        if kept is None:
+            make(weights)
+            return
+        before = weights_digest(weights)
+        make(weights)
+        try:
+            self.write_down(event, kept, before, weights_digest(weights))
+        except BaseException:
+            take_back(weights)
+            raise
+
+    def write_down(
+        self,
+        event: Event,
+        record: str | os.PathLike[str],
+        before: str,
+        after: str,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Adds an entry about the edit to a record, and does nothing else.
+
+        Args:
+            event: What happened.
+            record: The file.
+            before: :func:`~lightning_gif.parameters.weights_digest` before.
+            after: The same after.
+            metrics: What was measured.
+        """
+        told = {
+            "asked": {
+                "goal": str(self.goal),
+                "n_forget": self.n_forget,
+                **{name: self.data.get(name) for name in ("indices", "examples", "relabelled")},
+            },
+            "train": {"n_retain": self.n_retain, "digest": self.data.get("train")},
+            "weights": {"before": before, "after": after},
+            "edit": self.digests(),
+            "settings": self.settings,
+            "numbers": self.summary(),
+            "solves": self.solves,
+            "notes": self.notes,
+            "metrics": metrics or {},
+        }
+        append(record, event, told)
+
+    def digests(self) -> dict[str, str]:
+        """What the edit and the report are recognised by.
+
+        SHA-256 of the touched tensors ``before`` and ``after`` the edit, of what is changed in them (``values``), and
+        of all that :meth:`save` writes (``report``).
+        """
+        told = json.dumps(self._told(), sort_keys=True)
+        return {
+            "before": self.edit.digest_before,
+            "after": self.edit.digest_after,
+            "values": self.edit.digest,
+            "report": hashlib.sha256(f"{self.edit.digest}{told}".encode()).hexdigest(),
+        }
+
+    def _resolve(self, module: Weights | None) -> Weights:
         found = self.module if module is None else module
         if found is None:
             raise EditError("The report was loaded from a file; say which model: undo(model) or apply(model).")
@@ -161,19 +266,23 @@ class UnlearnReport:
         tensors = {
             f"{part}/{name}": value.contiguous() for part in _PARTS for name, value in getattr(self.edit, part).items()
         }
-        unsaved = ("edit", "module", "loggers")
-        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unsaved}
-        record["path"] = [asdict(point) for point in self.path]
-        record["edit"] = {
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = save(tensors, metadata={"format": _FORMAT, "report": json.dumps(self._told())})
+        replace_file(target, content)
+
+    def _told(self) -> dict[str, Any]:
+        """All but the tensors, as JSON can hold it."""
+        unsaved = ("edit", "module", "loggers", "record")
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unsaved}
+        told["path"] = [asdict(point) for point in self.path]
+        told["edit"] = {
             "shapes": self.edit.shapes,
             "digest_before": self.edit.digest_before,
             "digest_after": self.edit.digest_after,
             "buffers": self.edit.buffers,
         }
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        content = save(tensors, metadata={"format": _FORMAT, "report": json.dumps(record)})
-        replace_file(target, content)
+        return told
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], module: nn.Module | None = None) -> UnlearnReport:
@@ -381,6 +490,8 @@ class UnlearnReport:
             *([f"running statistics computed anew: {len(self.edit.buffers)} buffers"] if self.edit.buffers else []),
             *(f"note: {note}" for note in self.notes),
         ]
+        if self.record is not None:
+            lines.append(f"Each time it is made or taken back is recorded in {os.fspath(self.record)}.")
         if self.module is not None and self.edit.digest_before != self.edit.digest_after:
             told = {
                 True: "The edit is in the weights.",

@@ -1,0 +1,458 @@
+"""The command line: ask about a checkpoint, edit it, take the edit back, and verify the record of edits.
+
+Models, data, trainers and config files are given as to ``LightningCLI``, which this is built on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from typing_extensions import override
+
+from ._compat import LightningArgumentParser, LightningCLI, MisconfigurationException, brings_own
+from .callback import GIFCallback, TargetsChoice, attach
+from .checkpoints import read_checkpoint
+from .data import describe, tensors
+from .errors import CheckpointError, ConfigurationError, GIFError, TrainingDataError
+from .parameters import Edit, weights_digest
+from .reports import UnlearnReport
+from .verification import verify as _verify
+from .writing import replacing, sync
+
+__all__ = ["main"]
+
+_LOADERS = {"train": "train_dataloader", "val": "val_dataloader", "test": "test_dataloader"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The commands. Their arguments, but the first of those with a model, are those of the command line.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def influence(
+    tool: _Tool,
+    ckpt_path: str,
+    output: str,
+    split: Literal["train", "val", "test"] = "test",
+    indices: list[int] | None = None,
+    indices_file: str | None = None,
+    per_example: bool = False,
+    k: int = 10,
+    targets: TargetsChoice | None = None,
+) -> int:
+    """Tells which training examples moved the loss on some examples.
+
+    Args:
+        tool: The trainer with the model and its data.
+        ckpt_path: The checkpoint to ask about.
+        output: The folder to save the report to.
+        split: Whose examples to ask about.
+        indices: Their indices in that dataset, such as ``[17,4031]``; all of them by default.
+        indices_file: Or a text file of them, separated by white space or commas.
+        per_example: One query for each of them instead of one for their mean.
+        k: How many proponents and opponents are shown.
+        targets: Which parameters to look at; all by default.
+    """
+    loader = tool.loader(split)
+    wanted = _indices(indices, indices_file)
+    if wanted is not None:
+        loader = _only(loader, wanted, split)
+    options: dict[str, Any] = {"k": k, "per_example": per_example, "targets": targets}
+    report = tool.callback.influence(tool.trainer, loader, dataloader=tool.loader("train"), **options)
+    report.save(output)
+    print(report)
+    print(f"The report is in {output}.")
+    return 0
+
+
+def unlearn(
+    tool: _Tool,
+    ckpt_path: str,
+    output: str,
+    edit: str,
+    indices: list[int] | None = None,
+    indices_file: str | None = None,
+    relabel: int | float | list[int] | list[float] | None = None,
+    step: float | str = "relinearise",
+    unseen: bool = True,
+    targets: TargetsChoice = "batch",
+    refresh_statistics: bool = False,
+    record: str | None = None,
+) -> int:
+    """Takes training examples out of a checkpoint, or corrects their labels.
+
+    Args:
+        tool: The trainer with the model and its data.
+        ckpt_path: The checkpoint to edit; it is left as it is, unless it is also the output.
+        output: The file for the edited checkpoint.
+        edit: The file for the edit, which can take it back.
+        indices: The dataset indices of the training examples to forget, such as ``[17,4031]``.
+        indices_file: Or a text file of them, separated by white space or commas.
+        relabel: The labels they should have had, in the order of the indices, or one for all; they are removed by
+            default.
+        step: How far to go: ``relinearise``, ``search``, ``natural`` or a number.
+        unseen: Compare with the validation data, where there is some: see ``unlearn`` of the callback.
+        targets: Which parameters to change.
+        refresh_statistics: Compute the running statistics of BatchNorm anew.
+        record: The file to record the edit in, where it is not that of ``gif.record``.
+    """
+    wanted = _indices(indices, indices_file)
+    if not wanted:
+        raise ConfigurationError("Say which training examples to forget: --indices '[17,4031]' or --indices_file.")
+    target, kept = _check_output(output, "output"), _check_output(edit, "edit", new=True)
+    if target == kept:
+        raise ConfigurationError(f"--output and --edit must be two files, got {output!r} for both.")
+    validation = tool.find_loader("val") if unseen else None
+    report = tool.callback.unlearn(
+        tool.trainer,
+        wanted,
+        relabel=torch.tensor(relabel) if isinstance(relabel, list) else relabel,  # type: ignore[arg-type]
+        unseen=False if validation is None else validation,
+        step=step,
+        targets=targets,
+        refresh_statistics=refresh_statistics,
+        dataloader=tool.loader("train"),
+        record=record,
+        dry_run=True,
+    )
+    report.edit.apply(tool.model)
+    _rewrite(tool.checkpoint, report, "unlearn", target, report.record, edit=kept, expected=weights_digest(tool.model))
+    print(report)
+    remembering = [name for name, part in tool.checkpoint.items() if name != "state_dict" and tensors(part)]
+    print(f"The edited checkpoint is {output}, the edit {edit}.")
+    if remembering:
+        print(f"The rest of the checkpoint is as it was and remembers the data: {', '.join(remembering)}.")
+    if tool.checkpoint.get("optimizer_states"):
+        print("Its optimizer's state is that of before: start a new optimizer to train on.")
+    return 0
+
+
+def undo(edit: str, ckpt_path: str, output: str, record: str | None = None) -> int:
+    """Takes an edit out of a checkpoint: its weights are bit by bit those before.
+
+    Args:
+        edit: The edit file.
+        ckpt_path: The checkpoint that the edit is in; it is left as it is, unless it is also the output.
+        output: The file for the checkpoint without the edit.
+        record: The file to record this in.
+    """
+    target = _check_output(output, "output")
+    checkpoint, report = read_checkpoint(ckpt_path), UnlearnReport.load(edit)
+    _check_ties(checkpoint["state_dict"], report.edit)
+    _rewrite(checkpoint, report, "undo", target, record)
+    print(f"{output} has, bit by bit, the weights before the edit.")
+    return 0
+
+
+def verify(
+    record: str,
+    edit: list[str] | str | None = None,
+    ckpt_path: str | None = None,
+    published: str | None = None,
+) -> int:
+    """Checks a record of edits: 0 if all is well, 1 if not.
+
+    Args:
+        record: The record.
+        edit: An edit file, or a list of them, that must be as recorded.
+        ckpt_path: A checkpoint, whose weights must be those after the last entry.
+        published: A hash of an entry that was kept elsewhere.
+    """
+    edits = [edit] if isinstance(edit, str) else edit or []
+    found = _verify(record, edits=edits, checkpoint=ckpt_path, published=published)
+    print(found)
+    return 0 if found.ok else 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From arguments to a model with its data
+# --------------------------------------------------------------------------------------------------------------------
+
+_WITH_MODEL: dict[str, Callable[..., int]] = {"influence": influence, "unlearn": unlearn}
+_WITHOUT: dict[str, Callable[..., int]] = {"undo": undo, "verify": verify}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: The arguments, by default those of the process.
+
+    Returns:
+        0 if all went well, 1 for a verification that failed, 2 for an error, which is told in one line.
+    """
+    commands = {**_WITH_MODEL, **_WITHOUT}
+    parser = argparse.ArgumentParser(
+        prog="lightning-gif",
+        description="Influence and unlearning for checkpoints of PyTorch Lightning.",
+        epilog="\n".join(f"{name:<10} {_first_line(run)}" for name, run in commands.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=commands, help="followed by its arguments, or --help")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = parser.parse_args(arguments[:1]).command
+    try:
+        import docstring_parser  # noqa: F401
+        import jsonargparse  # noqa: F401
+    except ModuleNotFoundError as error:
+        return _fail(command, f"The command line needs {error.name}. Install it: pip install 'lightning-gif[cli]'")
+    try:
+        if command in _WITHOUT:
+            return _run(command, _WITHOUT[command], arguments[1:])
+        return _Tool(command, _WITH_MODEL[command], arguments[1:]).run_command()
+    except (GIFError, MisconfigurationException, OSError) as error:
+        return _fail(command, str(error))
+
+
+def _run(command: str, run: Callable[..., int], arguments: list[str]) -> int:
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(prog=f"lightning-gif {command}", description=_first_line(run))
+    parser.add_argument(
+        "-c", "--config", action=jsonargparse.ActionConfigFile, help="A configuration file in JSON or YAML."
+    )
+    parser.add_function_arguments(run)
+    given = parser.parse_args(arguments).as_dict()
+    given.pop("config", None)
+    return run(**given)
+
+
+class _Tool(LightningCLI):
+    """``LightningCLI`` without its subcommands, with the callback's settings as ``gif`` and a command's arguments.
+
+    Attributes:
+        checkpoint: All that the checkpoint holds.
+        callback: Attached to the trainer and the model, which has the checkpoint's weights.
+    """
+
+    def __init__(self, command: str, run: Callable[..., int], arguments: list[str]) -> None:
+        self._command = run
+        self._stages: set[str] = set()
+        super().__init__(
+            save_config_callback=None,
+            trainer_defaults={"devices": 1, "logger": False, "enable_checkpointing": False},
+            seed_everything_default=False,
+            parser_kwargs={"prog": f"lightning-gif {command}", "description": _first_line(run)},
+            args=arguments,
+            run=False,
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callback's settings, and the arguments of the command."""
+        parser.add_class_arguments(GIFCallback, "gif")
+        self._names = parser.add_function_arguments(self._command, skip={"tool"})
+        parser.add_argument("--weights_only", help=argparse.SUPPRESS)  # in the config files of `fit`
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Takes what the model was made with from the checkpoint, where nothing else is given."""
+        self.config = parser.parse_args(args)
+        self.checkpoint = read_checkpoint(self.config.ckpt_path)
+        kept = self.checkpoint.get("hyper_parameters")
+        given = self.config.model.get("init_args")
+        if isinstance(kept, dict) and given is not None:
+            signature = inspect.signature(self._model_type()).parameters
+            open_ = {
+                name: kept[name]
+                for name, value in vars(given).items()
+                if name in kept and name in signature and value == signature[name].default
+            }
+            self.config = parser.parse_object({"model": {"init_args": open_}}, self.config)
+
+    def _model_type(self) -> type:
+        module, _, name = self.config.model.class_path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        """Loads the checkpoint, and gives the trainer its methods."""
+        present = [callback for callback in self.trainer.callbacks if isinstance(callback, GIFCallback)]
+        if present and self.config.gif != self.parser.get_defaults().gif:
+            raise ConfigurationError(
+                "The trainer of the config file has a GIFCallback, and `gif` is given too. Give its settings in one"
+                " place."
+            )
+        self.callback = present[0] if present else self.config_init.gif
+        attach(self.trainer, self.model, datamodule=self.datamodule, callback=self.callback)
+        self.model.configure_model()
+        # A hook may change what is loaded, but not what will be written.
+        loaded = {**self.checkpoint, "state_dict": dict(self.checkpoint["state_dict"])}
+        self.model.on_load_checkpoint(loaded)
+        try:
+            self.model.load_state_dict(loaded["state_dict"])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"The checkpoint {self.config.ckpt_path!r} does not fit {type(self.model).__name__}: {error} Give the"
+                " arguments that it was trained with: --model.init_args.…, or the config file of the run."
+            ) from None
+        try:
+            self.callback.on_load_checkpoint(self.trainer, self.model, self.checkpoint)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"What GIFCallback kept in the checkpoint {self.config.ckpt_path!r} is damaged:"
+                f" {type(error).__name__}: {error}."
+            ) from error
+
+    def run_command(self) -> int:
+        """Runs the command with its arguments."""
+        return self._command(self, **{name: self.config[name] for name in self._names})
+
+    def loader(self, split: str) -> DataLoader[Any]:
+        """The training, validation or test loader, of the datamodule or else of the model.
+
+        Raises:
+            TrainingDataError: If there is none.
+        """
+        found = self.find_loader(split)
+        if found is None:
+            raise TrainingDataError(f"There is no {_LOADERS[split]} in the datamodule or the model. Give --data.")
+        return found
+
+    def find_loader(self, split: str) -> DataLoader[Any] | None:
+        """The same, or ``None`` if there is none."""
+        hook, stage = _LOADERS[split], "test" if split == "test" else "fit"
+        owner = next((owner for owner in (self.datamodule, self.model) if owner and brings_own(owner, hook)), None)
+        if owner is None:
+            return None
+        if owner is self.datamodule and stage not in self._stages:
+            self._stages.add(stage)  # once each, as a trainer does: data may be split at random there
+            owner.prepare_data()
+            owner.setup(stage)
+        found = getattr(owner, hook)()
+        found = found[0] if isinstance(found, (list, tuple)) and len(found) == 1 else found
+        if not isinstance(found, DataLoader):
+            raise TrainingDataError(f"Expected a DataLoader from {hook}, got {describe(found)}.")
+        return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Private
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _indices(given: list[int] | None, file: str | None) -> list[int] | None:
+    """The indices of the command line or of a file, ``None`` where neither is given."""
+    if given is not None and file is not None:
+        raise ConfigurationError("Give --indices or --indices_file, not both.")
+    if file is None:
+        return given
+    words = Path(file).read_text(encoding="utf-8", errors="replace").replace(",", " ").split()
+    bad = [word for word in words if not word.isdecimal()]
+    if bad or not words:
+        raise ConfigurationError(
+            f"{file!r} must hold whole numbers, separated by white space or commas, but"
+            f" {f'there is {bad[0]!r}' if bad else 'it is empty'}."
+        )
+    return [int(word) for word in words]
+
+
+def _only(loader: DataLoader[Any], indices: list[int], split: str) -> DataLoader[Any]:
+    """A loader of some of the examples of another."""
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    outside = [index for index in indices if not 0 <= index < size]
+    if outside or not indices:
+        raise ConfigurationError(
+            f"--indices must be one or more from 0 to {size - 1}, which the split {split!r} has, got"
+            f" {outside[0] if outside else 'none'}."
+        )
+    return DataLoader(Subset(loader.dataset, indices), loader.batch_size or 1, collate_fn=loader.collate_fn)
+
+
+def _check_output(path: str, what: str, *, new: bool = False) -> Path:
+    """The file to write, in a folder that is there; a link is followed."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ConfigurationError(f"--{what} must be a file, but {path!r} is a folder.")
+    if new and target.exists():
+        raise ConfigurationError(
+            f"--{what} {path!r} is there already, and may be needed to undo an edit. Name another."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _rewrite(
+    checkpoint: dict[str, Any],
+    report: UnlearnReport,
+    event: Literal["unlearn", "undo"],
+    output: Path,
+    record: str | os.PathLike[str] | None,
+    *,
+    edit: Path | None = None,
+    expected: str | None = None,
+) -> None:
+    """Edits the weights of a checkpoint, writes it to a file, and tells the record: all of it, or nothing.
+
+    The file takes its place last, when nothing is left that may fail for want of room.
+
+    Args:
+        checkpoint: Changed in place.
+        report: The edit.
+        event: Whether to make it or take it back.
+        output: The file.
+        record: Its record, if it has one.
+        edit: Where to save the edit, if it is new.
+        expected: The digest of the weights that there should be then.
+    """
+    weights = checkpoint["state_dict"]
+    before = weights_digest(weights)
+    if event == "undo":
+        report.edit.undo(weights)
+    else:
+        report.edit.apply(weights)
+    after = weights_digest(weights)
+    if expected not in (None, after):
+        raise CheckpointError(
+            "The model does not hold the weights of the checkpoint bit by bit: they are of another precision, are"
+            " changed as they are loaded, or tied weights are there twice. Nothing was written."
+        )
+    with replacing(output) as temporary:
+        try:
+            torch.save(checkpoint, temporary)
+        except RuntimeError as error:  # of the C++ writer, which raises no OSError where the disk is full
+            raise CheckpointError(f"{str(output)!r} cannot be written: {error}") from error
+        sync(temporary)
+        try:
+            if edit is not None:
+                report.save(edit)
+            if record is not None:
+                report.write_down(event, record, before, after)
+        except BaseException:
+            if edit is not None:
+                edit.unlink(missing_ok=True)
+            raise
+
+
+def _check_ties(weights: dict[str, Any], edit: Edit) -> None:
+    """Refuses weights of which one that the edit is in is there twice: the model's, which tells, is not at hand."""
+    found = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in found.items() if name not in edit.indices}
+    for name in sorted(found.keys() - others.keys()):
+        here = found[name]
+        for other, value in others.items():
+            if value.dtype == here.dtype and value.data_ptr() != here.data_ptr() and torch.equal(value, here):
+                raise CheckpointError(
+                    f"{name!r} and {other!r} of the checkpoint are equal, as tied weights that were saved twice would"
+                    " be, and the edit would be taken back in the first only. Load the model, and use"
+                    " UnlearnReport.load(edit, model).undo()."
+                )
+
+
+def _first_line(run: Callable[..., int]) -> str:
+    return (run.__doc__ or "").splitlines()[0]
+
+
+def _fail(command: str, message: str) -> int:
+    print(f"lightning-gif {command}: {' '.join(message.split())}", file=sys.stderr)
+    return 2

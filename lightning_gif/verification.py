@@ -1,0 +1,243 @@
+"""Whether a record of edits, the edits, and the weights at hand belong together."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .checkpoints import read_checkpoint
+from .errors import CheckpointError, ConfigurationError, EditError
+from .parameters import weights_digest
+from .record import read
+from .reports import UnlearnReport
+from .steps import Goal
+
+__all__ = ["Check", "Verification", "verify"]
+
+_MARKS = {True: "ok  ", False: "FAIL", None: "note"}
+
+_SHORT = 12
+
+
+class Check(NamedTuple):
+    """One thing that was looked at.
+
+    Attributes:
+        what: What.
+        ok: Whether all is well; ``None`` for what is told without being right or wrong.
+        found: What was found.
+    """
+
+    what: str
+    ok: bool | None
+    found: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` has found. Printed, it lists all of it.
+
+    Attributes:
+        record: The file.
+        entries: Its entries, up to the first that is damaged.
+        checks: What was looked at.
+        last_hash: The hash of the last entry. Published, it lets others tell later whether anything up to that entry
+            was changed.
+        standing: The numbers of the entries whose edits were made and not taken back.
+    """
+
+    record: str
+    entries: list[dict[str, Any]]
+    checks: list[Check]
+    last_hash: str
+    standing: list[int]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return all(check.ok is not False for check in self.checks)
+
+    def __str__(self) -> str:
+        standing = f"of {_listed(self.standing)}" if self.standing else "none"
+        return "\n".join(
+            [
+                f"Record {self.record}: {_counted(len(self.entries), 'entry', 'entries')}",
+                *(f"  {entry['number']:>3}  {entry['time']}  {_told(entry)}" for entry in self.entries),
+                *(f"{_MARKS[check.ok]}  {check.what}: {check.found}" for check in self.checks),
+                f"Edits that were made and not taken back: {standing}.",
+                f"Last hash: {self.last_hash}",
+                "This is evidence, not a certificate: whoever can write the record can write it anew from any entry on,"
+                " or cut off its end. Where that matters, publish the last hash where it cannot be changed. And a"
+                " record tells which weights were made, not that nothing of the data is left in them.",
+            ]
+        )
+
+
+def verify(
+    record: str | os.PathLike[str],
+    *,
+    edits: str | os.PathLike[str] | UnlearnReport | Sequence[str | os.PathLike[str] | UnlearnReport] = (),
+    checkpoint: str | os.PathLike[str] | None = None,
+    module: nn.Module | None = None,
+    published: str | None = None,
+) -> Verification:
+    """Checks a record of edits, and what is given besides against it.
+
+    Every entry must say what it said when it was written, and have the hash of the one before. Where the weights before
+    an entry are not those after the last one, the model was trained or changed otherwise in between: that is told. The
+    weights of a checkpoint or module must be, bit by bit, those after the last entry.
+
+    Args:
+        record: The file that ``GIFCallback(record=…)`` wrote.
+        edits: An edit file or a report, or several: each must be one that an entry is about, with all that it says.
+        checkpoint: A Lightning checkpoint. It is read without running what is in it.
+        module: A module.
+        published: A hash that was kept elsewhere: it must be that of an entry.
+
+    Returns:
+        What was found. What is damaged is a failed check, and nothing raises for it.
+
+    Raises:
+        ConfigurationError: If ``edits`` has something else than files and reports.
+        FileNotFoundError: If there is no such file.
+
+    Example::
+
+        found = lightning_gif.verify("deletions.jsonl", edits=["edit.safetensors"], checkpoint="edited.ckpt")
+        print(found)
+        assert found.ok
+    """
+    if isinstance(edits, (str, os.PathLike, UnlearnReport)):
+        edits = [edits]
+    kept = read(record)
+    entries = kept.entries
+    if kept.damage is not None:
+        chain = Check("chain", False, f"{kept.damage} What follows is not looked at.")
+    else:
+        told = f"{_counted(len(entries), 'entry says', 'entries say')} what was written, each after the one before"
+        chain = Check("chain", True, told)
+    checks = [chain, *_joins(entries)]
+    if published is not None:
+        checks.append(_published(published, entries))
+    checks += [_edit(given, entries) for given in edits]
+    if checkpoint is not None:
+        what = f"checkpoint {os.fspath(checkpoint)}"
+        try:
+            weights = read_checkpoint(checkpoint)["state_dict"]
+        except CheckpointError as error:
+            checks.append(Check(what, False, str(error)))
+        else:
+            checks.append(_weights(what, weights_digest(weights), entries))
+    if module is not None:
+        checks.append(_weights("module", weights_digest(module), entries))
+    return Verification(os.fspath(record), entries, checks, kept.last_hash, _standing(entries))
+
+
+def _joins(entries: list[dict[str, Any]]) -> list[Check]:
+    """Where something else than a recorded edit changed the weights."""
+    found = []
+    for one, other in itertools.pairwise(entries):
+        if one["weights"]["after"] != other["weights"]["before"]:
+            where = _place(other["weights"]["before"], entries[: one["number"]])
+            came = (
+                "the model was trained or changed otherwise in between, or is another one"
+                if where is None
+                else f"they are those {where}, so what was done since was not kept"
+            )
+            what = f"entries {one['number']} and {other['number']}"
+            found.append(Check(what, None, f"the second does not start from the weights after the first: {came}"))
+    if len(entries) > 1 and not found:
+        found.append(Check("joins", True, "each entry starts from the weights after the one before"))
+    return found
+
+
+def _published(published: str, entries: list[dict[str, Any]]) -> Check:
+    here = [entry["number"] for entry in entries if entry["hash"] == published.strip()]
+    if here:
+        return Check("published hash", True, f"that of entry {here[0]}: nothing up to it was changed since")
+    return Check(
+        "published hash", False, "of no entry: the record was written anew, or cut off, since it was published"
+    )
+
+
+def _edit(given: str | os.PathLike[str] | UnlearnReport, entries: list[dict[str, Any]]) -> Check:
+    if isinstance(given, UnlearnReport):
+        what, report = "edit", given
+    elif isinstance(given, (str, os.PathLike)):
+        what = f"edit {os.fspath(given)}"
+        try:
+            report = UnlearnReport.load(given)
+        except EditError as error:
+            return Check(what, False, str(error))
+    else:
+        raise ConfigurationError(f"`edits` must be edit files or reports of `unlearn`, got {given!r}.")
+    digests = report.digests()
+    same = [entry for entry in entries if entry["edit"]["values"] == digests["values"]]
+    whole = [entry["number"] for entry in same if entry["edit"] == digests]
+    if whole:
+        return Check(what, True, f"that of {_listed(whole)}")
+    if same:
+        numbers = _listed([entry["number"] for entry in same])
+        return Check(what, False, f"it changes the weights as {numbers} says, but was edited: it does not say the same")
+    return Check(what, False, "of no entry: it was edited, or was made elsewhere")
+
+
+def _weights(what: str, found: str, entries: list[dict[str, Any]]) -> Check:
+    if entries and entries[-1]["weights"]["after"] == found:
+        return Check(what, True, "its weights are, bit by bit, those after the last entry")
+    where = _place(found, entries)
+    if where is None:
+        return Check(
+            what,
+            False,
+            f"its weights (SHA-256 {found[:_SHORT]}…) are those of no entry: they were trained or changed otherwise, or"
+            " belong to another model",
+        )
+    return Check(what, False, f"its weights are those {where}, not those after the last entry")
+
+
+def _place(weights: str, entries: list[dict[str, Any]]) -> str | None:
+    """Where weights come in a record, the last time."""
+    for when in ("after", "before"):
+        for entry in reversed(entries):
+            if entry["weights"][when] == weights:
+                return f"{when} entry {entry['number']}"
+    return None
+
+
+def _standing(entries: list[dict[str, Any]]) -> list[int]:
+    """The numbers of the entries whose edits were made and not taken back."""
+    standing: dict[int, str] = {}
+    for entry in entries:
+        values = entry["edit"]["values"]
+        if entry["event"] in ("unlearn", "apply"):
+            standing[entry["number"]] = values
+        elif entry["event"] == "undo":
+            undone = [number for number, other in standing.items() if other == values]
+            if undone:
+                del standing[undone[-1]]
+    return list(standing)
+
+
+def _told(entry: dict[str, Any]) -> str:
+    """What an entry is about, as far as it says so: the hash is right, but anyone can compute one."""
+    asked = entry.get("asked")
+    if not isinstance(asked, dict):
+        return str(entry["event"])
+    count, goal = asked.get("n_forget"), asked.get("goal")
+    if not isinstance(count, int) or goal not in set(map(str, Goal)):
+        return str(entry["event"])
+    return f"{entry['event']:<7}  {_counted(count, 'example', 'examples')} (goal: {goal})"
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
+
+
+def _listed(numbers: list[int]) -> str:
+    return f"entr{'y' if len(numbers) == 1 else 'ies'} {' and '.join(map(str, numbers))}"

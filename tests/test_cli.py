@@ -1,0 +1,362 @@
+"""The command line: the story of a deletion from a checkpoint to its record and back, and errors in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_gif import GIFCallback, InfluenceReport, UnlearnReport, verify
+from lightning_gif.checkpoints import read_checkpoint
+from lightning_gif.cli import main
+from lightning_gif.record import read
+
+from .conftest import make_trainer, same_weights
+from .line import Blobs, Net, Tied
+
+OPTIONS = ["--model", "tests.line.Net", "--data", "tests.line.Blobs"]
+FIT = {"accelerator": "cpu", "max_epochs": 2, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-gif"])
+
+
+@pytest.fixture
+def trained() -> dict[str, Any]:
+    """A checkpoint of a run, ``a.ckpt``."""
+    trainer = make_trainer(GIFCallback(), max_epochs=2)
+    trainer.fit(Net(width=5), datamodule=Blobs())
+    trainer.save_checkpoint("a.ckpt")
+    return read_checkpoint("a.ckpt")
+
+
+def unlearn(*args: str, output: str = "b.ckpt", edit: str = "edit.safetensors") -> int:
+    indices = [] if any(arg.startswith("--indices") for arg in args) else ["--indices", "[3,1]"]
+    return main(["unlearn", *OPTIONS, "--ckpt_path", "a.ckpt", *indices, "--output", output, "--edit", edit, *args])
+
+
+def content(path: str) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def flip(path: str, position: int) -> bytes:
+    """Changes one bit of a file, and gives what it was."""
+    whole = Path(path).read_bytes()
+    changed = bytearray(whole)
+    changed[position] ^= 1
+    Path(path).write_bytes(changed)
+    return whole
+
+
+def test_a_deletion_is_made_recorded_verified_and_taken_back(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {name: value.clone() for name, value in trained["state_dict"].items()}
+    original = Path("a.ckpt").read_bytes()
+    assert unlearn("--record", "deletions.jsonl", "--gif.ratio", "0.4") == 0
+    told = capsys.readouterr().out
+    assert "The edited checkpoint is b.ckpt, the edit edit.safetensors." in told
+    assert "start a new optimizer" in told
+    assert Path("a.ckpt").read_bytes() == original
+
+    (entry,) = read("deletions.jsonl").entries
+    assert entry["event"] == "unlearn"
+    assert sorted(entry["asked"]["indices"]) == [1, 3]
+    assert entry["settings"]["ratio"] == 0.4
+    edited = content("b.ckpt")
+    assert not same_weights(before, edited["state_dict"])
+    assert edited.keys() == trained.keys()
+    assert edited["optimizer_states"] == trained["optimizer_states"]
+    assert edited["hyper_parameters"] == trained["hyper_parameters"]
+    assert edited["epoch"] == trained["epoch"]
+    restored = Net.load_from_checkpoint("b.ckpt", weights_only=True)
+    assert same_weights(restored.state_dict(), edited["state_dict"])
+
+    check = ["verify", "--record", "deletions.jsonl", "--edit", "edit.safetensors", "--ckpt_path", "b.ckpt"]
+    assert main(check) == 0
+    assert verify("deletions.jsonl").last_hash in capsys.readouterr().out
+    weight = Path("b.ckpt").read_bytes().index(edited["state_dict"]["net.0.weight"].numpy().tobytes())
+    for path, position, where in (
+        ("deletions.jsonl", 100, "chain: line 1"),
+        ("edit.safetensors", -1, "edit edit.safetensors"),
+        ("b.ckpt", weight, "checkpoint b.ckpt"),
+    ):
+        whole = flip(path, position)
+        assert main(check) == 1
+        assert f"FAIL  {where}" in capsys.readouterr().out
+        Path(path).write_bytes(whole)
+
+    undo = ["undo", "--edit", "edit.safetensors", "--ckpt_path", "b.ckpt", "--output", "c.ckpt"]
+    assert main([*undo, "--record", "deletions.jsonl"]) == 0
+    assert same_weights(before, content("c.ckpt")["state_dict"])
+    assert [entry["event"] for entry in read("deletions.jsonl").entries] == ["unlearn", "undo"]
+    assert main(["verify", "--record", "deletions.jsonl", "--ckpt_path", "c.ckpt", "--edit", "[edit.safetensors]"]) == 0
+    assert main(["verify", "--record", "deletions.jsonl", "--ckpt_path", "b.ckpt"]) == 1
+
+
+def test_an_edited_checkpoint_takes_the_place_of_the_old_one(trained: dict[str, Any]) -> None:
+    before = {name: value.clone() for name, value in trained["state_dict"].items()}
+    assert unlearn(output="a.ckpt") == 0
+    assert not same_weights(before, content("a.ckpt")["state_dict"])
+    assert main(["undo", "--edit", "edit.safetensors", "--ckpt_path", "a.ckpt", "--output", "a.ckpt"]) == 0
+    assert same_weights(before, content("a.ckpt")["state_dict"])
+    assert Path("a.ckpt").stat().st_size < 2 * Path("edit.safetensors").stat().st_size + 20_000
+
+
+def test_the_command_does_what_the_trainer_does(trained: dict[str, Any]) -> None:
+    assert unlearn("--relabel", "[0,2]", "--step", "natural", "--unseen", "false", "--gif.ratio", "0.4") == 0
+    data = Blobs()
+    trainer = make_trainer(GIFCallback(ratio=0.4))
+    trainer.validate(Net(width=5), datamodule=data, ckpt_path="a.ckpt", verbose=False)
+    report = trainer.unlearn([3, 1], relabel=torch.tensor([0, 2]), step="natural", unseen=False)
+    made = UnlearnReport.load("edit.safetensors")
+    assert made.edit.digest == report.edit.digest
+    assert same_weights(trainer.lightning_module.state_dict(), content("b.ckpt")["state_dict"])
+
+
+def test_indices_come_from_a_file(trained: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("indices.txt").write_text("3, 1\n17\n")
+    assert unlearn("--indices_file", "indices.txt", "--record", "deletions.jsonl") == 0
+    assert sorted(read("deletions.jsonl").entries[0]["asked"]["indices"]) == [1, 3, 17]
+    for text, told in (("3 one", "there is 'one'"), ("", "it is empty")):
+        Path("indices.txt").write_text(text)
+        assert unlearn("--indices_file", "indices.txt", edit="other") == 2
+        assert told in capsys.readouterr().err
+    assert unlearn("--indices_file", "indices.txt", "--indices", "[1]", edit="other") == 2
+    assert "not both" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("split", "held_out"), [("train", False), ("test", True), ("val", True)])
+def test_influence_asks_about_examples_of_a_split(
+    trained: dict[str, Any], split: str, held_out: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["influence", *OPTIONS, "--ckpt_path", "a.ckpt", "--output", "answer", "--split", split]
+    assert main([*command, "--indices", "[5,2]", "--per_example", "true", "--k", "3"]) == 0
+    assert "proponents" in capsys.readouterr().out
+    data = Blobs()
+    data.setup("fit")
+    trainer = make_trainer(GIFCallback())
+    trainer.validate(Net(width=5), datamodule=data, ckpt_path="a.ckpt", verbose=False)
+    dataset = data.held_out if held_out else data.train
+    expected = trainer.influence(tuple(part[[5, 2]] for part in dataset.tensors), per_example=True, k=3)
+    torch.testing.assert_close(InfluenceReport.load("answer").scores, expected.scores)
+
+
+def test_the_config_file_of_a_fit_is_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = {**FIT, "default_root_dir": ".", "callbacks": [{"class_path": "lightning_gif.GIFCallback"}]}
+    trainer["callbacks"][0]["init_args"] = {"ratio": 0.3, "record": "deletions.jsonl"}  # type: ignore[index]
+    model = {"class_path": "tests.line.Net", "init_args": {"width": 4}}
+    config = {"seed_everything": 1, "trainer": trainer, "model": model, "data": {"class_path": "tests.line.Blobs"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Path("fit.yaml").write_text(yaml.safe_dump(config))
+        cli = LightningCLI(args=["fit", "--config", "fit.yaml"])
+    cli.trainer.save_checkpoint("a.ckpt")
+    saved = str(Path(cli.trainer.log_dir) / "config.yaml")
+    command = ["unlearn", "--config", saved, "--ckpt_path", "a.ckpt", "--indices", "[1]", "--output", "b.ckpt"]
+    command += ["--edit", "edit.safetensors"]
+    assert main(command) == 0, capsys.readouterr().err
+    assert read("deletions.jsonl").entries[0]["settings"]["ratio"] == 0.3
+    capsys.readouterr()
+    assert main([*command, "--gif.ratio", "0.4"]) == 2
+    assert "in one place" in capsys.readouterr().err
+
+
+def test_what_the_model_was_made_with_comes_from_the_checkpoint_unless_it_is_given(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert unlearn("--model.folder", "elsewhere") == 0  # of width 5, where the default is 8
+    assert unlearn("--model.width", "6", edit="other") == 2
+    told = capsys.readouterr().err
+    assert "does not fit Net" in told
+    assert "--model.init_args" in told
+
+
+@pytest.mark.parametrize("command", ["influence", "unlearn", "undo", "verify"])
+def test_every_command_prints_its_config(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = OPTIONS if command in ("influence", "unlearn") else []
+    with pytest.raises(SystemExit) as end:
+        main([command, *options, "--print_config"])
+    assert end.value.code in (0, None)
+    printed = capsys.readouterr().out
+    assert "Unable to serialize" not in printed
+    assert "ckpt_path" in yaml.safe_load(printed)
+
+
+def test_every_command_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("influence", "unlearn", "undo", "verify"):
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+        assert "checkpoint" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["forget"])
+    assert end.value.code == 2
+    assert "unlearn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--ckpt_path", "none.ckpt"], "none.ckpt"),
+        (["--indices", "[1,99]"], "belong to no training example: [99]"),
+        (["--gif.solver", "lsmt"], "lsmr"),
+        (["--step", "far"], "Known: natural, relinearise, search"),
+        (["--output", "."], "is a folder"),
+        (["--output", "x", "--edit", "x"], "two files"),
+        (["--edit", "a.ckpt"], "is there already"),
+        (["--record", "a.ckpt"], "damaged in line 1"),
+        (["--record", "a.ckpt/record"], "cannot be written"),
+        (["--indices", "[]"], "Say which training examples"),
+    ],
+)
+def test_an_error_is_one_line_and_nothing_is_written(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str], args: list[str], told: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    assert unlearn(*args) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("lightning-gif unlearn: ")
+    assert told in lines[-1]
+    assert "Traceback" not in "".join(lines)
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_no_trace(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource", reason="the size of files cannot be limited here")
+    Path("b.ckpt").write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))  # enough for the edit
+    try:
+        assert unlearn("--record", "deletions.jsonl") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written" in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == ["a.ckpt", "b.ckpt"]
+    assert Path("b.ckpt").read_text() == "old"
+
+
+def test_an_edit_of_another_model_is_refused(trained: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert unlearn() == 0
+    trainer = make_trainer()
+    trainer.fit(Net(width=6), datamodule=Blobs())
+    trainer.save_checkpoint("other.ckpt")
+    undo = ["undo", "--edit", "edit.safetensors", "--output", "c.ckpt", "--ckpt_path"]
+    for path, told in (("other.ckpt", "made on another model"), ("a.ckpt", "the edit is not in the weights")):
+        capsys.readouterr()
+        assert main([*undo, path]) == 2
+        assert told in capsys.readouterr().err
+    assert not Path("c.ckpt").exists()
+
+
+def test_tied_weights_stay_tied_and_are_refused_where_they_are_there_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(Tied(), datamodule=Blobs())
+    trainer.save_checkpoint("a.ckpt")
+    before = content("a.ckpt")
+    options = ["--model", "tests.line.Tied", "--gif.selector", "[net.0.weight]"]
+    undo = ["undo", "--edit", "edit.safetensors", "--output", "c.ckpt", "--ckpt_path", "b.ckpt"]
+    assert unlearn(*options) == 0
+    state = content("b.ckpt")["state_dict"]
+    assert torch.equal(state["net.0.weight"], state["net.2.weight"])
+    assert not torch.equal(state["net.0.weight"], before["state_dict"]["net.0.weight"])
+    assert main(undo) == 0
+    assert same_weights(content("c.ckpt")["state_dict"], before["state_dict"])
+
+    for path in ("a.ckpt", "b.ckpt"):
+        state = {name: value.clone() for name, value in content(path)["state_dict"].items()}
+        torch.save({**content(path), "state_dict": state}, path)
+    capsys.readouterr()
+    assert unlearn(*options, edit="other") == 2
+    assert "tied weights are there twice" in capsys.readouterr().err
+    assert main(undo) == 2
+    assert "tied weights that were saved twice" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_precision_is_refused(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {name: value.half() for name, value in content("a.ckpt")["state_dict"].items()}
+    torch.save({**content("a.ckpt"), "state_dict": state}, "a.ckpt")
+    assert unlearn("--record", "deletions.jsonl") == 2
+    assert "float16" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["a.ckpt"]
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (os.path.abspath("ran"),)
+
+    torch.save({**content("a.ckpt"), "hyper_parameters": Evil()}, "a.ckpt")
+    assert unlearn() == 2
+    assert main(["undo", "--edit", "x", "--ckpt_path", "a.ckpt", "--output", "c.ckpt"]) == 2
+    assert "cannot be read as tensors and plain values" in capsys.readouterr().err
+    assert not Path("ran").exists()
+
+
+def test_what_the_callback_kept_is_used_and_damage_to_it_is_told(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert unlearn("--targets", "cached") == 0
+    torch.save({**content("a.ckpt"), "lightning_gif": {"neurons": 3}}, "a.ckpt")
+    assert unlearn("--targets", "cached", edit="other") == 2
+    assert "What GIFCallback kept in the checkpoint 'a.ckpt' is damaged" in capsys.readouterr().err
+
+
+def test_a_hook_changes_what_is_loaded_but_not_what_is_written(
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def harmless(self: Net, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch"] = -1
+
+    def harmful(self: Net, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["net.2.bias"] = checkpoint["state_dict"]["net.2.bias"] + 1
+
+    monkeypatch.setattr(Net, "on_load_checkpoint", harmless)
+    assert unlearn() == 0
+    assert content("b.ckpt")["epoch"] == trained["epoch"]
+    monkeypatch.setattr(Net, "on_load_checkpoint", harmful)
+    assert unlearn("--gif.selector", "[net.0.*]", edit="other") == 2
+    assert "changed as they are loaded" in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
+def test_without_jsonargparse_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["verify", "--record", "deletions.jsonl"]) == 2
+    assert "pip install 'lightning-gif[cli]'" in capsys.readouterr().err
+
+
+def test_the_command_runs_as_a_process(trained: dict[str, Any]) -> None:
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "ignore", "-m", "lightning_gif", *args]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    output = ["--output", "b.ckpt", "--edit", "edit.safetensors", "--record", "deletions.jsonl"]
+    done = run("unlearn", *OPTIONS, "--ckpt_path", "a.ckpt", "--indices", "[3,1]", *output)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert run("verify", "--record", "deletions.jsonl", "--ckpt_path", "b.ckpt").returncode == 0
+    done = run("verify", "--record", "deletions.jsonl", "--ckpt_path", "a.ckpt")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "before entry 1" in done.stdout
