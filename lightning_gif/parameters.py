@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,10 +118,11 @@ class Targets(Mapping[str, Tensor]):
                     f"The target parameter {name!r} is not a trainable parameter of this model (missing, renamed or"
                     f" frozen). {nearest(name, space.slots)}"
                 )
-            if int(entries[-1]) >= slot.size:
+            if int(entries[-1]) >= slot.size or int(entries[0]) < 0:
+                reached = int(entries[0] if entries[0] < 0 else entries[-1])
                 raise SelectionError(
-                    f"The targets of {name!r} reach index {int(entries[-1])}, but the parameter has {slot.size}"
-                    " entries: the selection belongs to a model of another shape."
+                    f"The targets of {name!r} reach index {reached}, but the parameter has {slot.size} entries: the"
+                    " selection belongs to a model of another shape."
                 )
             positions.append(entries + slot.offset)
         return torch.cat(positions).sort().values
@@ -148,13 +150,21 @@ def match_names(names: Iterable[str], patterns: Sequence[str], *, what: str = "t
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def digest(values: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the given tensors; equal only for bit-equal values."""
+def digest(values: Mapping[str, Tensor], record: object = None) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the given tensors; equal only for bit-equal values.
+
+    Args:
+        values: The tensors.
+        record: What JSON can hold, kept beside them: a number in it that is another one is still JSON. Keys count in
+            their order, layout does not.
+    """
     state = hashlib.sha256()
     for name in sorted(values):
         value = values[name].detach().cpu().contiguous()
         state.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
         state.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+    if record is not None:
+        state.update(json.dumps(record).encode())
     return state.hexdigest()
 
 
@@ -266,7 +276,11 @@ class Edit:
 
     def check_complete(self) -> None:
         """Raises an :class:`~lightning_gif.errors.EditError` if the parts do not belong together, as in a bad file."""
+        if not self.shapes or not set(self.buffers) <= self.shapes.keys():
+            raise EditError("The edit is incomplete: it names no parameters, or buffers that it has no shapes for.")
         for name, shape in self.shapes.items():
+            if any(side < 0 for side in shape):
+                raise EditError(f"The edit changes {name!r} of shape {shape}, which no tensor has.")
             parts = [part.get(name) for part in (self.indices, self.old, self.new)]
             if any(part is None or part.ndim != 1 for part in parts) or len({len(part) for part in parts}) > 1:  # type: ignore[arg-type]
                 raise EditError(f"The edit of {name!r} is incomplete: indices, old and new values do not match.")
@@ -275,8 +289,10 @@ class Edit:
                 raise EditError(f"The indices of {name!r} are not sorted whole numbers, each once.")
             if int(entries[0]) < 0 or int(entries[-1]) >= math.prod(shape):
                 raise EditError(f"The indices of {name!r} lie outside of its shape {shape}.")
-            if self.old[name].dtype != self.new[name].dtype:
-                raise EditError(f"The old and new values of {name!r} differ in dtype.")
+            if self.old[name].dtype != self.new[name].dtype or not self.new[name].is_floating_point():
+                raise EditError(f"The old and new values of {name!r} differ in dtype, or are no real numbers.")
+            if not torch.isfinite(self.new[name]).all():
+                raise EditError(f"The edit would make {name!r} non-finite.")
         for part in (self.indices, self.old, self.new):
             if part.keys() != self.shapes.keys():
                 raise EditError("The edit is incomplete: it names parameters that it has no shapes for.")
@@ -294,7 +310,8 @@ class Edit:
         """Writes the new values.
 
         Raises:
-            EditError: If the touched parameters are not bit-equal to what they were when the edit was made.
+            EditError: If the touched parameters are not bit-equal to what they were when the edit was made, or would
+                not become what it recorded.
         """
         self._swap(module, self.new, self.digest_before, self.digest_after, "apply")
 
@@ -302,31 +319,33 @@ class Edit:
         """Writes the old values back, bit by bit.
 
         Raises:
-            EditError: If the touched parameters are not bit-equal to what the edit left behind.
+            EditError: If the touched parameters are not bit-equal to what the edit left behind, or would not become
+                what they were.
         """
         self._swap(module, self.old, self.digest_after, self.digest_before, "undo")
 
     def _swap(self, module: nn.Module, values: dict[str, Tensor], expected: str, result: str, verb: str) -> None:
         self.check_fits(module)
-        parameters = _tensors(module)
-        found = digest({name: parameters[name] for name in self.indices})
-        if found == expected:
-            self._write(module, values)
-        elif found == result:
+        tensors = _tensors(module)
+        present = {name: tensors[name].detach() for name in self.indices}
+        found = digest(present)
+        if found == result != expected:
             state = "the edit is in the weights already" if verb == "apply" else "the edit is not in the weights"
             raise EditError(f"Cannot {verb} the edit: {state}.")
-        else:
+        if found != expected:
             raise EditError(
                 f"Cannot {verb} the edit: the parameters it touches have changed since (training, a checkpoint, or"
                 " another edit). Undo later edits first, or load the weights that the edit was made on."
             )
-
-    def _write(self, module: nn.Module, values: dict[str, Tensor]) -> None:
-        parameters = _tensors(module)
+        wanted = {}
+        for name, value in present.items():
+            here = self.indices[name].to(value.device)
+            wanted[name] = value.reshape(-1).index_copy(0, here, values[name].to(value.device)).view(value.shape)
+        if digest(wanted) != result:
+            raise EditError(
+                f"Cannot {verb} the edit: its indices or values are not those that it was made with, since they do not"
+                " lead to the weights that it recorded. Nothing was changed. Load it anew from where it was saved."
+            )
+        # In one call, which no interrupt comes into the middle of: all of the edit is in the weights, or nothing.
         with torch.no_grad():
-            for name, entries in self.indices.items():
-                parameter = parameters[name]
-                flat = parameter.detach().reshape(-1)
-                flat[entries.to(parameter.device)] = values[name].to(parameter.device)
-                if flat.data_ptr() != parameter.data_ptr():  # reshape copied: the parameter is not contiguous
-                    parameter.copy_(flat.view(parameter.shape))
+            torch._foreach_copy_(list(present.values()), list(wanted.values()))
