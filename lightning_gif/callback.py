@@ -434,9 +434,16 @@ class GIFCallback(Callback):
                 "The optimizer's state (momentum, averages) is no part of the edit and still remembers the forgotten"
                 " data: start a new optimizer before training on."
             )
-        if not dry_run:
-            report.apply()
-        return self._deliver(trainer, report)
+        self._deliver(trainer, report)
+        if not dry_run:  # the last thing that happens, since nobody could take back an edit whose report is lost
+            try:
+                report.apply()
+                return report
+            except BaseException:
+                if report.edit.is_in(trainer.lightning_module):
+                    report.undo()
+                raise
+        return report
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training, in the order of the hooks
