@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .curvature import METHODS, Curvature, Method, Submatrix
 from .data import Examples, fingerprints
-from .errors import ConfigurationError
+from .errors import ConfigurationError, NonFiniteError
 from .objective import Moment, Objective
 from .parameters import Targets, digest
+from .reports.files import damage_is_told
 from .reports.influence import InfluenceReport, first_shown
 from .sampling import curvature_sample
 from .settings import Settings
@@ -90,8 +91,10 @@ def influence(
     if scores_to is not None:
         mark = _fingerprint(objective, moments, train, scored, query, per_example, settings, targets)
         store = ScoreStore.open(scores_to, queries, len(scored), mark)
-    found = None if store is None else store.load_directions(len(moments) * queries, objective.space.size)
-    solved = [] if found is None else _Solved.load(*found, objective.device)
+    solved: list[_Solved] = []
+    if store is not None and (found := store.load_directions(len(moments) * queries, objective.space.size)):
+        with damage_is_told(store.folder):
+            solved = _Solved.load(*found, objective.device)
     if not solved:
         for moment in moments:
             with objective.at(moment):
@@ -117,6 +120,7 @@ def influence(
                         part = objective.directional_derivatives(batch.data, one.directions).cpu().double()
                     block += (part + decay) / len(moments)
                 block /= max(len(train) - 1, 1)
+                _require_finite(block, batch.ids)
                 if store is None:
                     scores[:, position:stop] = block
                 else:
@@ -293,8 +297,10 @@ def self_influence(
                 whole = rows + settings.weight_decay * objective.theta
                 found.append(quadratic(whole[:, positions]).cpu())
             bar.update(batch.size)
+    scores = torch.cat(found)[None].double() / max(len(train) - 1, 1)
+    _require_finite(scores, scored.ids)
     return InfluenceReport(
-        scores=torch.cat(found)[None].double() / max(len(train) - 1, 1),
+        scores=scores,
         indices=scored.ids,
         solutions=[],
         curvature=description,
@@ -305,6 +311,17 @@ def self_influence(
         settings=asdict(replace(settings, damping=damping)),
         seconds=time.perf_counter() - start,
     )
+
+
+def _require_finite(scores: Tensor, ids: Tensor) -> None:
+    """Raises a :class:`~lightning_gif.errors.NonFiniteError` that names examples whose scores ``(q, b)`` are NaN."""
+    bad = ids[~torch.isfinite(scores).all(0).cpu()]
+    if len(bad):
+        raise NonFiniteError(
+            f"The scores of {len(bad)} training examples are not finite, at dataset indices"
+            f" {', '.join(map(str, bad[:5].tolist()))}{' …' if len(bad) > 5 else ''}: their losses have no finite"
+            " derivative (NaN in the data, or an overflow: try double=True). Score the others with `among`."
+        )
 
 
 def _damping(curvature: LinearOperator, seed: int) -> float:

@@ -17,6 +17,7 @@ from .._compat import isolate_rng
 from ..data import Examples, map_tensors
 from ..errors import ConfigurationError
 from ..parameters import Targets
+from ..plain import restored
 from ..solvers import Solution
 from .files import damage_is_told, read_folder, write_folder
 from .groups import Grouping, Groups, group_scores, values_of
@@ -35,7 +36,7 @@ _FORMAT = "lightning-gif influence 1"
 _MOST_QUERIES = 8
 
 # What a file keeps of a report as it is; the rest is tensors, or made of them.
-_PLAIN = ("curvature", "k", "settings", "seconds", "global_step")
+_PLAIN = {"curvature": dict[str, Any], "k": int, "settings": dict[str, Any], "seconds": float, "global_step": int}
 
 _NOT_KEPT = Shown(None, None, "not kept with the report: give load() the dataset")
 
@@ -290,6 +291,7 @@ class InfluenceReport:
         record, tensors = read_folder(folder, _FORMAT)
         with damage_is_told(folder):
             report = cls._from_record(record, tensors)
+            str(report), report.summary()  # what cannot be told is no report
         last = int(report.indices.max())
         if hasattr(dataset, "__len__") and len(dataset) <= last:
             raise ConfigurationError(
@@ -305,15 +307,20 @@ class InfluenceReport:
         solutions = [Solution.of_record(stored) for stored in record["solutions"]]
         whole = scores.ndim == 2 and scores.numel() and scores.dtype == torch.float64 and indices.dtype == torch.int64
         solved = len(solutions) in (0, len(scores) if scores.ndim else 0)
+        whole = whole and bool(torch.isfinite(scores).all())
         if not whole or indices.shape != scores.shape[1:] or not solved or int(indices.min()) < 0:
             raise ConfigurationError(
                 f"The parts of the report do not fit together: scores {list(scores.shape)} ({scores.dtype}), indices"
                 f" {list(indices.shape)} ({indices.dtype}), {len(solutions)} solves; expected (n_queries, n_train) in"
-                " float64, (n_train,) whole numbers of at least 0, and n_queries or no solves. Copy the folder again"
-                " from where it was saved."
+                " float64, all finite, (n_train,) whole numbers of at least 0, and n_queries or no solves. Copy the"
+                " folder again from where it was saved."
             )
         looks = {
-            name: Shown(stored["label"], _picture(name, tensors), stored["text"])
+            name: Shown(
+                restored(bool | int | float | str | None, stored["label"], f"the label of {name}"),
+                _picture(name, tensors),
+                restored(str, stored["text"], f"the text of {name}"),
+            )
             for name, stored in record["looks"].items()
         }
         queries, examples = (
@@ -325,6 +332,9 @@ class InfluenceReport:
             for name, bits in tensors.items()
             if name.startswith("targets/")
         }
+        plain = {name: restored(kind, record[name], name) for name, kind in _PLAIN.items()}
+        if plain["k"] < 1:
+            raise ValueError(f"k is {plain['k']}, expected at least 1")
         return cls(
             scores=scores,
             indices=indices,
@@ -333,7 +343,7 @@ class InfluenceReport:
             dataset=None,
             queries=[queries[position] for position in range(len(queries))],
             examples=examples,
-            **{name: record[name] for name in _PLAIN},
+            **plain,
         )
 
     # ----------------------------------------------------------------------------------------------------------------
