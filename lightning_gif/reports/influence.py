@@ -480,7 +480,8 @@ def first_shown(query: Examples, most: int = _MOST_QUERIES) -> list[Shown]:
         return map_tensors(
             batch.data,
             lambda tensor: tensor[position] if tensor.ndim else tensor,
-            lambda texts: texts[position] if len(texts) == batch.size else texts,
+            lambda texts: texts[position],
+            batch.size,
         )
 
     return [Shown.of(item(position)) for position in range(min(most, batch.size))]
