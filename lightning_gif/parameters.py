@@ -72,10 +72,16 @@ class Targets(Mapping[str, Tensor]):
         indices: Flat indices ``(k_name,)`` into each parameter; names without an entry are dropped.
 
     Raises:
-        SelectionError: If nothing is left.
+        SelectionError: If nothing is left, or an index is no whole number.
     """
 
     def __init__(self, indices: Mapping[str, Tensor]) -> None:
+        for name, entries in indices.items():
+            if entries.numel() and (entries.is_floating_point() or entries.dtype == torch.bool):
+                raise SelectionError(
+                    f"The targets of {name!r} must be flat indices, whole numbers; got {entries.dtype}. For a mask,"
+                    " mask.flatten().nonzero().squeeze(1)."
+                )
         self._indices = {
             name: entries.detach().cpu().long().unique() for name, entries in indices.items() if entries.numel()
         }
@@ -126,6 +132,16 @@ class Targets(Mapping[str, Tensor]):
                 )
             positions.append(entries + slot.offset)
         return torch.cat(positions).sort().values
+
+    def check_fit(self, module: nn.Module) -> None:
+        """Raises a :class:`~lightning_gif.errors.SelectionError` if a name or an index is none of the module's."""
+        sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+        for name, entries in self._indices.items():
+            if int(entries[0]) < 0 or int(entries[-1]) >= sizes.get(name, 0):
+                raise SelectionError(
+                    f"The targets reach index {int(entries[-1])} of {name!r}, which has {sizes.get(name, 0)} entries:"
+                    " the selection belongs to another model."
+                )
 
     def jaccard(self, other: Targets) -> float:
         """Share of common entries among all entries of both: 1 for equal selections, 0 for disjoint ones."""
@@ -347,5 +363,4 @@ class Edit:
                 " lead to the weights that it recorded. Nothing was changed. Load it anew from where it was saved."
             )
         # In one call, which no interrupt comes into the middle of: all of the edit is in the weights, or nothing.
-        with torch.no_grad():
-            torch._foreach_copy_(list(present.values()), list(wanted.values()))
+        torch._foreach_copy_(list(present.values()), list(wanted.values()))

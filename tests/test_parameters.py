@@ -180,6 +180,12 @@ def test_an_edit_of_nothing_can_be_made_and_taken_back() -> None:
     edit.undo(module)
 
 
+@pytest.mark.parametrize("entries", [torch.tensor([0.5]), torch.tensor([True, False])])
+def test_targets_that_are_no_indices_are_refused(entries: torch.Tensor) -> None:
+    with pytest.raises(SelectionError, match="must be flat indices, whole numbers; got torch"):
+        Targets({"0.weight": entries})
+
+
 def test_targets_below_zero_are_refused() -> None:
     with pytest.raises(SelectionError, match="reach index -1"):
         Targets({"0.weight": torch.tensor([-1, 2])}).flat(ParameterSpace(net()))

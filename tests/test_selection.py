@@ -329,8 +329,8 @@ def test_statistics_survive_a_checkpoint(tmp_path: Any) -> None:
     torch.save({"n": neurons.state(), "g": gradients.state()}, tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     others = NeuronStatistics(), GradientStatistics()
-    others[0].load_state(state["n"])
-    others[1].load_state(state["g"])
+    others[0].load_state(state["n"], module)
+    others[1].load_state(state["g"], module)
     for kind in ("outputs", "gradients"):
         torch.testing.assert_close(others[0].mean(kind, "head", [1]), neurons.mean(kind, "head", [1]))
     torch.testing.assert_close(others[1].root_mean_square("head.bias"), gradients.root_mean_square("head.bias"))

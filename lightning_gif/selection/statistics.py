@@ -129,8 +129,21 @@ class NeuronStatistics:
         """The sums as tensors on the CPU, for a checkpoint."""
         return {kind: {name: _stored(value) for name, value in getattr(self, kind).items()} for kind in self._STATE}
 
-    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes over what :meth:`state` gave."""
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], module: nn.Module) -> None:
+        """Takes over what :meth:`state` gave.
+
+        Raises:
+            ValueError: If it is not of a module with such layers, or no state; as well as ``KeyError`` and so on.
+        """
+        layers = neuron_layers(module)
+        for kind in ("output", "gradient"):
+            sums, counts = state[f"{kind}s"], state[f"{kind}_counts"]
+            for name in sums.keys() | counts.keys():
+                rows, neurons = sums[name].shape
+                if neurons != layers[name].weight.shape[0] or counts[name].shape != (rows,):
+                    raise ValueError(f"the {kind}s of {name!r} are of another shape")
+                if not (_sound(sums[name]) and _sound(counts[name]) and (counts[name] >= 0).all()):
+                    raise ValueError(f"the {kind}s of {name!r} are not finite numbers")
         for kind in self._STATE:
             setattr(self, kind, {name: value.clone() for name, value in state[kind].items()})
 
@@ -179,6 +192,10 @@ def _per_example(values: Tensor, channel: int) -> Tensor:
     if values.ndim == 2:
         return values
     return values.flatten(2).mean(2) if channel == 1 else values.flatten(1, -2).mean(1)
+
+
+def _sound(value: Tensor) -> bool:
+    return value.is_floating_point() and bool(torch.isfinite(value).all())
 
 
 def _stored(value: Tensor) -> Tensor:
@@ -237,7 +254,15 @@ class GradientStatistics:
         """The sums, for a checkpoint."""
         return {"squares": {name: _stored(value) for name, value in self.squares.items()}, "steps": dict(self.steps)}
 
-    def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Takes over what :meth:`state` gave."""
+    def load_state(self, state: Mapping[str, Mapping[str, Any]], module: nn.Module) -> None:
+        """Takes over what :meth:`state` gave.
+
+        Raises:
+            ValueError: If it is not of a module with such parameters, or no state; as well as ``KeyError`` and so on.
+        """
+        parameters, squares, steps = dict(module.named_parameters()), state["squares"], state["steps"]
+        for name in squares.keys() | steps.keys():
+            if squares[name].shape != parameters[name].shape or not _sound(squares[name]) or not steps[name] > 0:
+                raise ValueError(f"the squared gradients of {name!r} are of another shape, or no finite numbers")
         self.squares = {name: value.clone() for name, value in state["squares"].items()}
         self.steps = {name: int(count) for name, count in state["steps"].items()}
