@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -181,7 +182,7 @@ class NeuronStatistics:
 
     def _add(self, kind: str, name: str, sums: Tensor, counts: Tensor, present: _Rows | None) -> None:
         """Adds to the rows of a layer that are present, unless there is a NaN, which would be in all of them."""
-        if not torch.isfinite(sums.sum()):  # an overflow under loss scaling: the optimizer skips this step too
+        if not math.isfinite(float(sums.sum())):  # an overflow under loss scaling: the optimizer skips this step too
             return
         rows = 1 if present is None else present.last + 1
         for total, new in ((getattr(self, f"{kind}s"), sums), (getattr(self, f"{kind}_counts"), counts)):
@@ -202,27 +203,30 @@ class _Rows(NamedTuple):
     Attributes:
         rows: Those of its classes, ``(r,)``.
         members: Which of its examples are in each, ``(r, B)`` of ones and zeros: a product with it sums over examples.
-        last: The largest.
+        counts: How many these are, ``(r,)``.
+        last: The largest of the rows.
     """
 
     rows: Tensor
     members: Tensor
+    counts: Tensor
     last: int
 
     @classmethod
     def of(cls, classes: Tensor) -> _Rows:
         present, which = classes.long().unique(return_inverse=True)
         members = (which == torch.arange(len(present), device=which.device)[:, None]).float()
-        return cls(present + 1, members, int(present[-1]) + 1)
+        return cls(present + 1, members, members.sum(1), int(present[-1]) + 1)
 
     def to(self, device: torch.device) -> _Rows:
-        return _Rows(self.rows.to(device), self.members.to(device), self.last)
+        return _Rows(self.rows.to(device), self.members.to(device), self.counts.to(device), self.last)
 
 
 def _summed(values: Tensor, rows: _Rows | None) -> tuple[Tensor, Tensor, _Rows | None]:
     """Values ``(B, neurons)`` summed over the examples of each row, how many these are, and which rows."""
-    members = values.new_ones(1, len(values)) if rows is None else rows.members.to(values.dtype)
-    return members @ values, members.sum(1), rows
+    if rows is None:
+        return values.sum(0, keepdim=True), values.new_full((1,), len(values)), None
+    return rows.members.to(values.dtype) @ values, rows.counts.to(values.dtype), rows
 
 
 def _per_example(values: Tensor, channel: int) -> Tensor:
