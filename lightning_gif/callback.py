@@ -472,9 +472,16 @@ class GIFCallback(Callback):
             )
         report.global_step = trainer.global_step  # a part of what is recorded
         report.record = kept
-        if not dry_run:
-            report.change("unlearn")
-        return self._deliver(trainer, report)
+        self._deliver(trainer, report)
+        if not dry_run:  # the last thing that happens, since nobody could take back an edit whose report is lost
+            try:
+                report.change("unlearn")
+                return report
+            except BaseException:
+                if report.edit.is_in(trainer.lightning_module):
+                    report.undo()
+                raise
+        return report
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training, in the order of the hooks
@@ -619,13 +626,26 @@ class GIFCallback(Callback):
         state = checkpoint.get(_CHECKPOINT_KEY)
         if state is None:
             return
-        self.neurons.load_state(state["neurons"])
-        self.gradients.load_state(state["gradients"])
-        if "snapshots" in state:
-            self._snapshots.load_state(**state["snapshots"])
-        if state["state_key"] == self.state_key:
-            self.targets = None if state["targets"] is None else Targets(state["targets"])
-        elif state["targets"] is not None:
+        try:
+            targets = None if state["targets"] is None else Targets(state["targets"])
+            if targets is not None:
+                targets.check_fit(pl_module)
+            self.neurons.load_state(state["neurons"], pl_module)
+            self.gradients.load_state(state["gradients"], pl_module)
+            if "snapshots" in state:
+                self._snapshots.load_state(**state["snapshots"], module=pl_module)
+            same = state["state_key"] == self.state_key
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            self._forget_statistics()  # which are not worth the run that goes on from the checkpoint
+            rank_zero_warn(
+                f"The checkpoint's state of GIFCallback does not fit its model, or is damaged, and is left out:"
+                f" {type(error).__name__}: {error}. The targets are those of the next epoch of training.",
+                category=GIFWarning,
+            )
+            return
+        if same:
+            self.targets = targets
+        elif targets is not None:
             rank_zero_warn(
                 f"The checkpoint's targets were picked by {state['state_key']}, this callback is {self.state_key}: they"
                 " are picked anew from the checkpoint's statistics.",
@@ -708,7 +728,7 @@ class GIFCallback(Callback):
         """Drops what was gathered on another model."""
         self.neurons, self.gradients = NeuronStatistics(), GradientStatistics()
         self.targets = self.targets_epoch = None
-        self._snapshots.load_state(-1, {})
+        self._snapshots = Snapshots(self._snapshots.count)
 
     def _release(self) -> None:
         self.neurons.detach()

@@ -71,26 +71,31 @@ class Batch(NamedTuple):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def map_tensors(data: Any, function: Callable[[Tensor], Any], sequence: Callable[[Any], Any] | None = None) -> Any:
+def map_tensors(
+    data: Any, function: Callable[[Tensor], Any], sequence: Callable[[Any], Any] | None = None, size: int = 0
+) -> Any:
     """The same structure (tuples, lists, mappings, dataclasses, nested) with ``function`` applied to its tensors.
 
     Args:
         data: A batch, or anything a collate function returns.
         function: Applied to each tensor, in a fixed order.
-        sequence: Applied to lists and tuples that hold no tensor at any depth (strings, numbers: one an example).
+        sequence: Applied to lists and tuples of ``size`` items that hold no tensor at any depth: strings, numbers or
+            lists of them, one an example. Those of another length are looked into, as a pair of columns of strings.
+        size: The number of examples.
     """
     if isinstance(data, Tensor):
         return function(data)
     if isinstance(data, Mapping):
-        mapped = {key: map_tensors(value, function, sequence) for key, value in data.items()}
+        mapped = {key: map_tensors(value, function, sequence, size) for key, value in data.items()}
         return mapped if type(data) is dict else type(data)(mapped)  # type: ignore[call-arg]
     if isinstance(data, (list, tuple)):
-        if sequence is not None and not _has_tensor(data):
+        if sequence is not None and len(data) == size and not hasattr(data, "_fields") and not _has_tensor(data):
             return sequence(data)
-        items = [map_tensors(value, function, sequence) for value in data]
+        items = [map_tensors(value, function, sequence, size) for value in data]
         return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
     if is_dataclass(data) and not isinstance(data, type):
-        changes = {f.name: map_tensors(getattr(data, f.name), function, sequence) for f in fields(data) if f.init}
+        init = [f.name for f in fields(data) if f.init]
+        changes = {name: map_tensors(getattr(data, name), function, sequence, size) for name in init}
         return replace(data, **changes)
     return data
 
@@ -110,10 +115,10 @@ def tensors(data: Any) -> list[Tensor]:
     return found
 
 
-def _sequences(data: Any) -> list[Sequence[Any]]:
-    """The lists and tuples of a batch that hold no tensors."""
+def _sequences(data: Any, size: int) -> list[Sequence[Any]]:
+    """The lists and tuples of a batch of ``size`` examples that hold one string, number or list for each."""
     found: list[Sequence[Any]] = []
-    map_tensors(data, lambda tensor: tensor, lambda items: found.append(items))
+    map_tensors(data, lambda tensor: tensor, lambda items: found.append(items), size)
     return found
 
 
@@ -144,7 +149,8 @@ def take(data: Any, rows: Tensor) -> Any:
     return map_tensors(
         data,
         lambda tensor: tensor[rows.to(tensor.device)] if tensor.ndim else tensor,
-        lambda items: type(items)(items[i] for i in rows.tolist()) if len(items) == size else items,
+        lambda items: type(items)(items[i] for i in rows.tolist()),
+        size,
     )
 
 
@@ -154,7 +160,8 @@ def slice_batch(data: Any, start: int, stop: int) -> Any:
     return map_tensors(
         data,
         lambda tensor: tensor[start:stop] if tensor.ndim else tensor,
-        lambda items: items[start:stop] if len(items) == size else items,
+        lambda items: items[start:stop],
+        size,
     )
 
 
@@ -511,7 +518,7 @@ def _joined(pieces: list[Batch], most: int) -> Iterator[Batch]:
     """Batches of up to ``most`` examples made of smaller ones, since one large pass costs less than many small ones."""
     waiting: list[Batch] = []
     for piece in pieces:
-        alike = not waiting or _can_join(waiting[0].data, piece.data)
+        alike = not waiting or _can_join(waiting[0], piece)
         if waiting and (not alike or sum(batch.size for batch in waiting) + piece.size > most):
             yield _join(waiting)
             waiting = []
@@ -520,23 +527,29 @@ def _joined(pieces: list[Batch], most: int) -> Iterator[Batch]:
         yield _join(waiting)
 
 
-def _can_join(one: Any, other: Any) -> bool:
+def _can_join(one: Batch, other: Batch) -> bool:
     """Whether all their tensors are alike but for the number of examples; padding can differ from batch to batch."""
-    return [part.shape[1:] for part in tensors(one)] == [part.shape[1:] for part in tensors(other)]
+
+    def form(batch: Batch) -> tuple[list[torch.Size], int]:
+        return [part.shape[1:] for part in tensors(batch.data)], len(_sequences(batch.data, batch.size))
+
+    return form(one) == form(other)
 
 
 def _join(batches: list[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     columns = zip(*(tensors(batch.data) for batch in batches), strict=True)
-    texts = zip(*(_sequences(batch.data) for batch in batches), strict=True)
+    texts = zip(*(_sequences(batch.data, batch.size) for batch in batches), strict=True)
 
     def joined(items: Any) -> Any:
-        parts = next(texts)
-        return type(items)(item for part in parts for item in part) if len(items) == batches[0].size else items
+        return type(items)(item for part in next(texts) for item in part)
 
     data = map_tensors(
-        batches[0].data, lambda tensor: torch.cat(next(columns)) if tensor.ndim else (next(columns), tensor)[1], joined
+        batches[0].data,
+        lambda tensor: torch.cat(next(columns)) if tensor.ndim else (next(columns), tensor)[1],
+        joined,
+        batches[0].size,
     )
     return Batch(data, torch.cat([batch.ids for batch in batches]), sum(batch.size for batch in batches))
 
@@ -615,14 +628,15 @@ def fingerprints(examples: Examples) -> list[bytes]:
     for batch in examples.batches():
         if batch.size > 1 and any(tensor.ndim and tensor.shape[0] != batch.size for tensor in tensors(batch.data)):
             return fingerprints(replace(examples, batch_size=1, cached=None))  # what is whose shows one by one only
-        texts = [items for items in _sequences(batch.data) if len(items) == batch.size]
+        texts = _sequences(batch.data, batch.size)
         parts = [tensor for tensor in tensors(batch.data) if tensor.ndim]
-        rows = [raw(part, batch.size).numpy() for part in parts]
+        rows = [raw(part, batch.size).numpy() for part in parts if part.numel()]
         heads = [f"{part.dtype}{tuple(part.shape[1:])}".encode() for part in parts]
         for position in range(batch.size):
             state = hashlib.blake2b(digest_size=16)
-            for head, row in zip(heads, rows, strict=True):
+            for head in heads:
                 state.update(head)
+            for row in rows:
                 state.update(row[position])
             for items in texts:
                 state.update(repr(items[position]).encode())

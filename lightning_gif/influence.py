@@ -16,10 +16,11 @@ from torch import Tensor
 from ._compat import rank_zero_info
 from .curvature import METHODS, Curvature, Method, Submatrix
 from .data import Examples, data_digest, fingerprints
-from .errors import ConfigurationError
+from .errors import ConfigurationError, NonFiniteError
 from .objective import Moment, Objective
 from .parameters import Targets, digest
 from .ranking import Strongest
+from .reports.files import damage_is_told
 from .reports.influence import InfluenceReport, first_shown
 from .sampling import curvature_sample
 from .settings import Settings
@@ -104,8 +105,10 @@ def influence(
                 f"The scores take {_BYTES * queries * len(scored) / 2**30:.1f} GiB, and are in {folder}: the same call"
                 " goes on there if it is interrupted. Delete the folder once the report is no longer needed."
             )
-    found = None if store is None else store.load_directions(len(moments) * queries, objective.space.size)
-    solved = [] if found is None else _Solved.load(*found, objective.device)
+    solved: list[_Solved] = []
+    if store is not None and (found := store.load_directions(len(moments) * queries, objective.space.size)):
+        with damage_is_told(store.folder):
+            solved = _Solved.load(*found, objective.device)
     if not solved:
         for moment in moments:
             with objective.at(moment):
@@ -134,7 +137,9 @@ def influence(
                     with objective.at(moment):
                         part = objective.directional_derivatives(batch.data, one.directions).cpu().double()
                     block += (part + decay) / len(moments)
-                kept.write(position, block / max(len(train) - 1, 1))
+                block /= max(len(train) - 1, 1)
+                _require_finite(block, batch.ids)
+                kept.write(position, block)
             position = stop
             bar.update(batch.size)
     if store is not None:
@@ -308,8 +313,10 @@ def self_influence(
                 whole = rows + settings.weight_decay * objective.theta
                 found.append(quadratic(whole[:, positions]).cpu())
             bar.update(batch.size)
+    scores = torch.cat(found)[None].double() / max(len(train) - 1, 1)
+    _require_finite(scores, scored.ids)
     return InfluenceReport(
-        scores=torch.cat(found)[None].double() / max(len(train) - 1, 1),
+        scores=scores,
         indices=scored.ids,
         n_train=len(scored),
         solutions=[],
@@ -321,6 +328,17 @@ def self_influence(
         settings=asdict(replace(settings, damping=damping)),
         seconds=time.perf_counter() - start,
     )
+
+
+def _require_finite(scores: Tensor, ids: Tensor) -> None:
+    """Raises a :class:`~lightning_gif.errors.NonFiniteError` that names examples whose scores ``(q, b)`` are NaN."""
+    bad = ids[~torch.isfinite(scores).all(0).cpu()]
+    if len(bad):
+        raise NonFiniteError(
+            f"The scores of {len(bad)} training examples are not finite, at dataset indices"
+            f" {', '.join(map(str, bad[:5].tolist()))}{' …' if len(bad) > 5 else ''}: their losses have no finite"
+            " derivative (NaN in the data, or an overflow: try double=True). Score the others with `among`."
+        )
 
 
 def _damping(curvature: LinearOperator, seed: int) -> float:

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric, MetricCollection
 from tqdm.auto import tqdm
 
 from ._compat import LightningModule, Trainer, isolate_rng
 from .data import Examples, batch_size, class_targets, describe, map_tensors, same_structure, slice_batch, tensors
 from .errors import BatchError, ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError
+from .interrupts import uninterrupted
 from .mixin import overrides
 from .parameters import ParameterSpace
 from .predictions import Predictions
@@ -296,12 +298,11 @@ class Objective:
             ConfigurationError: If the module has no Linear layer, or it does not see one row an example.
         """
         entered: list[Tensor] = []
-        hooks = [
-            layer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0].detach()))
-            for layer in self.module.modules()
-            if isinstance(layer, nn.Linear)
-        ]
+        hooks: list[RemovableHandle] = []
         try:
+            for layer in self.module.modules():
+                if isinstance(layer, nn.Linear):
+                    hooks.append(layer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0].detach())))
             with torch.no_grad():
                 if self._own_loss:
                     self._call_own(self.theta, data, "influence_loss")
@@ -451,8 +452,8 @@ class Objective:
     def observe(self, examples: Examples) -> tuple[NeuronStatistics, GradientStatistics]:
         """What neurons and parameters would show if the examples were trained on now: one forward and backward pass."""
         neurons, gradients = NeuronStatistics(), GradientStatistics()
-        neurons.attach(self.module)
         try:
+            neurons.attach(self.module)
             for batch in examples.batches():
                 theta = self.theta.detach().requires_grad_()
                 neurons.record(class_targets(batch.data), batch.size)
@@ -741,39 +742,44 @@ def _isolated(
     home = next(module.parameters()).device
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(isolate_rng())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        # Neither compiled code nor fused attention has second derivatives.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # Nor have cuDNN's recurrent layers, which in evaluation mode have no first ones either; and float32 is meant to
-        # be float32, whatever the trainer was told for speed.
-        recurrent = any(isinstance(submodule, nn.RNNBase) for submodule in module.modules())
-        cudnn = torch.backends.cudnn
-        stack.enter_context(
-            cudnn.flags(
-                enabled=cudnn.enabled and not recurrent,
-                benchmark=cudnn.benchmark,
-                deterministic=cudnn.deterministic,
-                allow_tf32=False,
+        with uninterrupted():
+            stack.enter_context(isolate_rng())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            # Neither compiled code nor fused attention has second derivatives.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            # Nor have cuDNN's recurrent layers, which in evaluation mode have no first ones either; and float32 is
+            # meant to be float32, whatever the trainer was told for speed.
+            recurrent = any(isinstance(submodule, nn.RNNBase) for submodule in module.modules())
+            cudnn = torch.backends.cudnn
+            stack.enter_context(
+                cudnn.flags(
+                    enabled=cudnn.enabled and not recurrent,
+                    benchmark=cudnn.benchmark,
+                    deterministic=cudnn.deterministic,
+                    allow_tf32=False,
+                )
             )
-        )
-        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        torch.set_float32_matmul_precision("highest")
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
-        torch.backends.mha.set_fastpath_enabled(False)
-        # A step may make tensors of its own; they should be of the dtype that everything is computed in.
-        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        torch.set_default_dtype(dtype)
-        stack.enter_context(_attributes_restored(module))
-        stack.enter_context(_evaluation_mode(module))
-        stack.enter_context(_silenced(module, loggers))
-        if home != device:  # the strategy's teardown after fit moves the module to the CPU
-            stack.callback(module.to, home)
-            module.to(device)
-        yield
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+            torch.backends.mha.set_fastpath_enabled(False)
+            # A step may make tensors of its own; they should be of the dtype that everything is computed in.
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(dtype)
+            stack.enter_context(_attributes_restored(module))
+            stack.enter_context(_evaluation_mode(module))
+            stack.enter_context(_silenced(module, loggers))
+            if home != device:  # the strategy's teardown after fit moves the module to the CPU
+                stack.callback(module.to, home)
+                module.to(device)
+        try:
+            yield
+        finally:
+            with uninterrupted():
+                stack.close()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,10 +75,16 @@ class Targets(Mapping[str, Tensor]):
         indices: Flat indices ``(k_name,)`` into each parameter; names without an entry are dropped.
 
     Raises:
-        SelectionError: If nothing is left.
+        SelectionError: If nothing is left, or an index is no whole number.
     """
 
     def __init__(self, indices: Mapping[str, Tensor]) -> None:
+        for name, entries in indices.items():
+            if entries.numel() and (entries.is_floating_point() or entries.dtype == torch.bool):
+                raise SelectionError(
+                    f"The targets of {name!r} must be flat indices, whole numbers; got {entries.dtype}. For a mask,"
+                    " mask.flatten().nonzero().squeeze(1)."
+                )
         self._indices = {
             name: entries.detach().cpu().long().unique() for name, entries in indices.items() if entries.numel()
         }
@@ -120,13 +127,24 @@ class Targets(Mapping[str, Tensor]):
                     f"The target parameter {name!r} is not a trainable parameter of this model (missing, renamed or"
                     f" frozen). {nearest(name, space.slots)}"
                 )
-            if int(entries[-1]) >= slot.size:
+            if int(entries[-1]) >= slot.size or int(entries[0]) < 0:
+                reached = int(entries[0] if entries[0] < 0 else entries[-1])
                 raise SelectionError(
-                    f"The targets of {name!r} reach index {int(entries[-1])}, but the parameter has {slot.size}"
-                    " entries: the selection belongs to a model of another shape."
+                    f"The targets of {name!r} reach index {reached}, but the parameter has {slot.size} entries: the"
+                    " selection belongs to a model of another shape."
                 )
             positions.append(entries + slot.offset)
         return torch.cat(positions).sort().values
+
+    def check_fit(self, module: nn.Module) -> None:
+        """Raises a :class:`~lightning_gif.errors.SelectionError` if a name or an index is none of the module's."""
+        sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+        for name, entries in self._indices.items():
+            if int(entries[0]) < 0 or int(entries[-1]) >= sizes.get(name, 0):
+                raise SelectionError(
+                    f"The targets reach index {int(entries[-1])} of {name!r}, which has {sizes.get(name, 0)} entries:"
+                    " the selection belongs to another model."
+                )
 
     def jaccard(self, other: Targets) -> float:
         """Share of common entries among all entries of both: 1 for equal selections, 0 for disjoint ones."""
@@ -159,13 +177,21 @@ def raw(tensor: Tensor, rows: int = 1) -> Tensor:
     return value.view(-1).view(torch.uint8).view(rows, -1)
 
 
-def digest(values: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the given tensors; equal only for bit-equal values."""
+def digest(values: Mapping[str, Tensor], record: object = None) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the given tensors; equal only for bit-equal values.
+
+    Args:
+        values: The tensors.
+        record: What JSON can hold, kept beside them: a number in it that is another one is still JSON. Keys count in
+            their order, layout does not.
+    """
     state = hashlib.sha256()
     for name in sorted(values):
         value = values[name]
         state.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
         state.update(raw(value).numpy().data)
+    if record is not None:
+        state.update(json.dumps(record).encode())
     return state.hexdigest()
 
 
@@ -289,7 +315,11 @@ class Edit:
 
     def check_complete(self) -> None:
         """Raises an :class:`~lightning_gif.errors.EditError` if the parts do not belong together, as in a bad file."""
+        if not self.shapes or not set(self.buffers) <= self.shapes.keys():
+            raise EditError("The edit is incomplete: it names no parameters, or buffers that it has no shapes for.")
         for name, shape in self.shapes.items():
+            if any(side < 0 for side in shape):
+                raise EditError(f"The edit changes {name!r} of shape {shape}, which no tensor has.")
             parts = [part.get(name) for part in (self.indices, self.old, self.new)]
             if any(part is None or part.ndim != 1 for part in parts) or len({len(part) for part in parts}) > 1:  # type: ignore[arg-type]
                 raise EditError(f"The edit of {name!r} is incomplete: indices, old and new values do not match.")
@@ -298,8 +328,10 @@ class Edit:
                 raise EditError(f"The indices of {name!r} are not sorted whole numbers, each once.")
             if int(entries[0]) < 0 or int(entries[-1]) >= math.prod(shape):
                 raise EditError(f"The indices of {name!r} lie outside of its shape {shape}.")
-            if self.old[name].dtype != self.new[name].dtype:
-                raise EditError(f"The old and new values of {name!r} differ in dtype.")
+            if self.old[name].dtype != self.new[name].dtype or not self.new[name].is_floating_point():
+                raise EditError(f"The old and new values of {name!r} differ in dtype, or are no real numbers.")
+            if not torch.isfinite(self.new[name]).all():
+                raise EditError(f"The edit would make {name!r} non-finite.")
         for part in (self.indices, self.old, self.new):
             if part.keys() != self.shapes.keys():
                 raise EditError("The edit is incomplete: it names parameters that it has no shapes for.")
@@ -317,7 +349,8 @@ class Edit:
         """Writes the new values.
 
         Raises:
-            EditError: If the touched parameters are not bit-equal to what they were when the edit was made.
+            EditError: If the touched parameters are not bit-equal to what they were when the edit was made, or would
+                not become what it recorded.
         """
         self._swap(module, self.new, self.digest_before, self.digest_after, "apply")
 
@@ -325,31 +358,32 @@ class Edit:
         """Writes the old values back, bit by bit.
 
         Raises:
-            EditError: If the touched parameters are not bit-equal to what the edit left behind.
+            EditError: If the touched parameters are not bit-equal to what the edit left behind, or would not become
+                what they were.
         """
         self._swap(module, self.old, self.digest_after, self.digest_before, "undo")
 
     def _swap(self, module: Weights, values: dict[str, Tensor], expected: str, result: str, verb: str) -> None:
         self.check_fits(module)
-        parameters = _tensors(module)
-        found = digest({name: parameters[name] for name in self.indices})
-        if found == expected:
-            self._write(module, values)
-        elif found == result:
+        tensors = _tensors(module)
+        present = {name: tensors[name].detach() for name in self.indices}
+        found = digest(present)
+        if found == result != expected:
             state = "the edit is in the weights already" if verb == "apply" else "the edit is not in the weights"
             raise EditError(f"Cannot {verb} the edit: {state}.")
-        else:
+        if found != expected:
             raise EditError(
                 f"Cannot {verb} the edit: the parameters it touches have changed since (training, a checkpoint, or"
                 " another edit). Undo later edits first, or load the weights that the edit was made on."
             )
-
-    def _write(self, module: Weights, values: dict[str, Tensor]) -> None:
-        parameters = _tensors(module)
-        with torch.no_grad():
-            for name, entries in self.indices.items():
-                parameter = parameters[name]
-                flat = parameter.detach().reshape(-1)
-                flat[entries.to(parameter.device)] = values[name].to(parameter.device)
-                if flat.data_ptr() != parameter.data_ptr():  # reshape copied: the parameter is not contiguous
-                    parameter.copy_(flat.view(parameter.shape))
+        wanted = {}
+        for name, value in present.items():
+            here = self.indices[name].to(value.device)
+            wanted[name] = value.reshape(-1).index_copy(0, here, values[name].to(value.device)).view(value.shape)
+        if digest(wanted) != result:
+            raise EditError(
+                f"Cannot {verb} the edit: its indices or values are not those that it was made with, since they do not"
+                " lead to the weights that it recorded. Nothing was changed. Load it anew from where it was saved."
+            )
+        # In one call, which no interrupt comes into the middle of: all of the edit is in the weights, or nothing.
+        torch._foreach_copy_(list(present.values()), list(wanted.values()))

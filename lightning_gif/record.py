@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from ._compat import lightning_version
 from .errors import RecordError
+from .plain import parse
 from .writing import replace_file
 
 __all__ = ["FIRST", "Event", "Record", "append", "check_whole", "read"]
@@ -142,11 +143,11 @@ def check_whole(record: Record, path: str | os.PathLike[str]) -> None:
 def _parse(line: bytes, number: int, previous: str) -> dict[str, Any]:
     """The entry of a line, if it is one that was written as the given number after that with the given hash."""
     try:
-        entry = json.loads(line)
+        entry = parse(line)
         if not isinstance(entry, dict) or entry.get("format") != _FORMAT:
             raise RecordError(f"it is no entry of a record of this package ({_FORMAT!r}).")
         written = _canonical(entry) + b"\n"
-    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested without end
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested too deeply to be written
         if isinstance(error, RecordError):
             raise
         raise RecordError(f"it is no JSON ({error}).") from None

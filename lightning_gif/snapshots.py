@@ -20,6 +20,7 @@ class Snapshots:
         count: How many :meth:`chosen` should give; 0 for none.
 
     Attributes:
+        count: See above.
         kept: By epoch, a copy of the parameters and buffers on the CPU.
         last: The last epoch that was seen.
 
@@ -30,13 +31,13 @@ class Snapshots:
     def __init__(self, count: int) -> None:
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ConfigurationError(f"`snapshots` must be a whole number of at least 0, got {count!r}.")
-        self._count = count
+        self.count = count
         self.kept: dict[int, dict[str, Tensor]] = {}
         self.last = -1
 
     def add(self, epoch: int, module: nn.Module) -> None:
         """Takes note of the state at the end of an epoch, where its turn has come."""
-        if not self._count:
+        if not self.count:
             return
         self.last = epoch
         early = (epoch + 1) / 3  # and a fit may begin anew
@@ -45,9 +46,8 @@ class Snapshots:
         stride = epochs[-1] - epochs[-2] if len(epochs) > 1 else 1
         if epochs and (epoch - epochs[-1]) % stride:
             return
-        values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self.kept[epoch] = {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
-        if len(self.kept) > 2 * self._count:  # the latest stays, and the others are counted back from it
+        self.kept[epoch] = {name: value.detach().to("cpu", copy=True) for name, value in _values(module).items()}
+        if len(self.kept) > 2 * self.count:  # the latest stays, and the others are counted back from it
             self.kept = {past: state for past, state in self.kept.items() if (epoch - past) % (2 * stride) == 0}
 
     def chosen(self) -> dict[int, dict[str, Tensor]]:
@@ -56,13 +56,25 @@ class Snapshots:
         Fewer where there are fewer.
         """
         late = [epoch for epoch in sorted(self.kept) if epoch < self.last]
-        places = torch.linspace(0, len(late) - 1, min(self._count, len(late))).round().long().unique().tolist()
+        places = torch.linspace(0, len(late) - 1, min(self.count, len(late))).round().long().unique().tolist()
         return {late[place]: self.kept[late[place]] for place in places}
 
     def state(self) -> dict[str, object]:
         """What a checkpoint keeps."""
         return {"last": self.last, "kept": self.kept}
 
-    def load_state(self, last: int, kept: dict[int, dict[str, Tensor]]) -> None:
-        """Takes over what :meth:`state` gave."""
+    def load_state(self, last: int, kept: dict[int, dict[str, Tensor]], module: nn.Module) -> None:
+        """Takes over what :meth:`state` gave.
+
+        Raises:
+            ValueError: If it is not of such a module, or no state; as well as ``TypeError`` and so on.
+        """
+        shapes = {name: value.shape for name, value in _values(module).items()}
+        for epoch, state in kept.items():
+            if epoch > last or {name: value.shape for name, value in state.items()} != shapes:
+                raise ValueError(f"the snapshot of epoch {epoch} is of another module")
         self.last, self.kept = last, dict(kept)
+
+
+def _values(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

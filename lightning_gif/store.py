@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .errors import ConfigurationError
+from ._compat import rank_zero_warn
+from .errors import ConfigurationError, GIFWarning
+from .parameters import digest
+from .plain import parse, read
 from .writing import replace_file
 
 __all__ = ["InMemory", "ScoreStore"]
 
-_VERSION = 1
+_VERSION = 2
+# How many examples' scores are looked at at a time.
+_CHECKED = 65536
+
 _MANIFEST, _SCORES, _DONE, _DIRECTIONS = "manifest.json", "scores.bin", "done.bin", "directions.safetensors"
 
 
@@ -44,20 +52,22 @@ class InMemory:
 
 @dataclass
 class ScoreStore:
-    """Scores ``(n_queries, n)`` in float64 in a folder, example by example, each with a flag once it is written.
+    """Scores ``(n_queries, n)`` in float64 in a folder, example by example, each with a mark once it is written.
 
-    A score is written, and has reached the disk, before its flag: whatever interrupts this, what is flagged is right.
-    The directions that a solve found are kept until all scores are there, so that it need not be done again.
+    Scores are written, and have reached the disk, before their mark, which is a checksum of them: whatever interrupts
+    this, or damages the file later, what is marked is right. The directions that a solve found are kept until all
+    scores are there, so that it need not be done again.
 
     Attributes:
         folder: Where.
         scores: ``(n_queries, n)``, a view of the file.
-        done: ``(n,)``, bool, a view of the file.
+        done: ``(n,)``, bool: of which examples the scores are there.
     """
 
     folder: Path
     scores: Tensor
     done: Tensor
+    _marks: Tensor
     _maps: tuple[mmap.mmap, mmap.mmap]
 
     @classmethod
@@ -72,28 +82,40 @@ class ScoreStore:
 
         Raises:
             ConfigurationError: If the folder has something else in it: other files, or scores of other weights, data
-                or settings, or damaged ones. It is left as it is.
+                or settings, or links, or files of another size. It is left as it is.
+            OSError: If there is no room on the disk for all of the scores.
         """
         folder = Path(folder)
         manifest = {"version": _VERSION, "queries": queries, "examples": examples, "fingerprint": fingerprint}
-        sizes = {_SCORES: 8 * queries * examples, _DONE: examples}
-        if not folder.exists() or not any(folder.iterdir()):
+        sizes = {_SCORES: 8 * queries * examples, _DONE: 4 * examples}
+        if not folder.exists() or all(path.name.startswith(f".{_MANIFEST}.") for path in folder.iterdir()):
             folder.mkdir(parents=True, exist_ok=True)
-            for name, size in sizes.items():
-                with open(folder / name, "wb") as file:
-                    file.truncate(size)
             replace_file(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
-        else:
-            cls._check(folder, manifest, sizes)
+        cls._check(folder, manifest)
+        if not (folder / _DONE).exists():  # which is made last: nothing has been written before
+            _reserve(folder / _SCORES, sizes[_SCORES])
+            replace_file(folder / _DONE, bytes(sizes[_DONE]))
         maps = tuple(_map(folder / name, size) for name, size in sizes.items())
         scores = torch.frombuffer(maps[0], dtype=torch.float64).view(examples, queries).T
-        done = torch.frombuffer(maps[1], dtype=torch.bool)
-        return cls(folder, scores, done, (maps[0], maps[1]))
+        marks = torch.frombuffer(maps[1], dtype=torch.int32)
+        done = marks != 0
+        written = done.nonzero().squeeze(1)
+        for part in written.split(_CHECKED):
+            done[part] = _marks_of(scores[:, part]) == marks[part]
+        if damaged := len(written) - int(done.sum()):
+            rank_zero_warn(
+                f"The scores of {damaged} of {examples} examples in {folder} are damaged, and are computed anew.",
+                category=GIFWarning,
+            )
+        return cls(folder, scores, done, marks, (maps[0], maps[1]))
 
     @staticmethod
-    def _check(folder: Path, manifest: dict[str, Any], sizes: dict[str, int]) -> None:
+    def _check(folder: Path, manifest: dict[str, Any]) -> None:
+        linked = [name for name in (_MANIFEST, _SCORES, _DONE, _DIRECTIONS) if (folder / name).is_symlink()]
+        if linked:  # it would be another file, anywhere, that scores are written to
+            raise ConfigurationError(f"{folder} has links in it ({', '.join(linked)}). Give another folder.")
         try:
-            found = json.loads((folder / _MANIFEST).read_bytes())
+            found = read(folder / _MANIFEST)
         except (OSError, ValueError):
             raise ConfigurationError(
                 f"{folder} is not empty and holds no scores that can be gone on with. Give another folder."
@@ -104,13 +126,6 @@ class ScoreStore:
                 f"The scores in {folder} are of other weights, data, queries or settings ({', '.join(other)} differ):"
                 " they cannot be gone on with. Give another folder, or delete that one."
             )
-        for name, size in sizes.items():
-            there = (folder / name).stat().st_size if (folder / name).exists() else 0
-            if there != size:
-                raise ConfigurationError(
-                    f"{folder / name} has {there} bytes, expected {size}: it is damaged. Delete the folder and start"
-                    " anew."
-                )
 
     def missing(self, start: int, stop: int) -> bool:
         """Whether the scores of some of these positions are not there yet."""
@@ -121,12 +136,14 @@ class ScoreStore:
         stop = start + block.shape[1]
         self.scores[:, start:stop] = block
         self._maps[0].flush()
-        self.done[start:stop] = True
+        self._marks[start:stop] = _marks_of(block.double())
         self._maps[1].flush()
+        self.done[start:stop] = True
 
     def save_directions(self, directions: Tensor, told: list[dict[str, Any]]) -> None:
         """Keeps what solves have found: ``(m, p)``, and plain values about each."""
-        content = save({"directions": directions.contiguous().cpu()}, metadata={"told": json.dumps(told)})
+        tensors = {"directions": directions.contiguous().cpu()}
+        content = save(tensors, metadata={"told": json.dumps(told), "digest": digest(tensors, told)})
         replace_file(self.folder / _DIRECTIONS, content)
 
     def load_directions(self, count: int, size: int) -> tuple[Tensor, list[dict[str, Any]]] | None:
@@ -144,8 +161,11 @@ class ScoreStore:
             return None
         try:
             with safe_open(path, "pt") as file:
-                told, directions = json.loads((file.metadata() or {})["told"]), file.get_tensor("directions")
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+                metadata, directions = file.metadata() or {}, file.get_tensor("directions")
+            told = parse(metadata["told"])
+            if digest({"directions": directions}, told) != metadata["digest"]:
+                raise ValueError("its SHA-256 is another one")
+        except (SafetensorError, KeyError, ValueError, OSError, RuntimeError) as error:
             raise ConfigurationError(f"{path} is damaged ({error}). Delete the folder and start anew.") from None
         if directions.shape != (count, size) or not torch.isfinite(directions).all():
             raise ConfigurationError(
@@ -159,6 +179,31 @@ class ScoreStore:
         (self.folder / _DIRECTIONS).unlink(missing_ok=True)
 
 
+def _reserve(path: Path, size: int) -> None:
+    """A file of zeros whose room on the disk is taken: to write to a map of it without would end the process."""
+    try:
+        with open(path, "wb") as file:
+            file.truncate(size)
+            if size and hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # a file system that cannot
+            return
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+
+
+def _marks_of(scores: Tensor) -> Tensor:
+    """A checksum of each example's scores ``(n_queries, b)``, ``(b,)`` int32, which is never 0."""
+    rows = scores.T.contiguous().numpy()
+    return torch.tensor([zlib.crc32(row) or 1 for row in rows], dtype=torch.int64).to(torch.int32)
+
+
 def _map(path: Path, size: int) -> mmap.mmap:
+    there = path.stat().st_size if path.exists() else 0
+    if there != size:
+        raise ConfigurationError(
+            f"{path} has {there} bytes, expected {size}: it is damaged. Delete the folder and start anew."
+        )
     with open(path, "r+b") as file:
         return mmap.mmap(file.fileno(), size)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -21,7 +24,9 @@ from torch.utils.data import (
 )
 
 from lightning_gif import BatchError, GIFWarning, TrainingDataError
+from lightning_gif import data as data_module
 from lightning_gif.data import (
+    Batch,
     Examples,
     batch_size,
     class_targets,
@@ -359,3 +364,129 @@ def test_examples_whose_tensors_are_not_one_row_each_are_recognised_too() -> Non
     one, two, three, four = fingerprints(Examples.from_loader(data, lambda batch: batch, batch_size=4))
     assert one == four
     assert len({one, two, three}) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches of any structure
+# ----------------------------------------------------------------------------------------------------------------------
+
+quick = settings(max_examples=40, derandomize=True, deadline=None, database=None)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
+
+
+@st.composite
+def column(draw: st.DrawFn, size: int) -> Any:
+    """What holds something for each of ``size`` examples: a tensor or strings; or something else."""
+    kind = draw(st.sampled_from(["tensor", "tensor", "texts", "words", "scalar", "number", "other texts", "none"]))
+    texts = st.text("ab", max_size=2)
+    if kind == "tensor":
+        shape = draw(st.lists(st.integers(0, 2), max_size=2))
+        values = torch.randint(0, 2, (size, *shape), generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+        return values.to(draw(st.sampled_from(DTYPES)))
+    if kind == "texts":
+        return draw(st.sampled_from([list, tuple]))(draw(st.lists(texts, min_size=size, max_size=size)))
+    if kind == "words":
+        return [draw(st.lists(texts, max_size=2)) for _ in range(size)]
+    if kind == "other texts":
+        return draw(st.lists(texts, min_size=size + 1, max_size=size + 3))
+    return {"scalar": torch.tensor(2.0), "number": 3, "none": None}[kind]
+
+
+@st.composite
+def structure(draw: st.DrawFn, size: int, depth: int = 2) -> Any:
+    if not depth:
+        return draw(column(size))
+    kind = draw(st.sampled_from([tuple, list, dict, Pair, None]))
+    inner = structure(size, depth - 1)
+    if kind is None:
+        return draw(column(size))
+    if kind is Pair:
+        return Pair(draw(inner), draw(inner))
+    # Two columns of texts for two examples, or texts of one of one, could be meant as either.
+    items = draw(st.lists(inner, min_size=size + 1, max_size=size + 2))
+    return {str(i): item for i, item in enumerate(items)} if kind is dict else kind(items)
+
+
+@st.composite
+def any_batch(draw: st.DrawFn) -> tuple[Any, int]:
+    size = draw(st.integers(2, 5))
+    return (draw(structure(size)), torch.arange(size) % 2), size
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal bit by bit, in equal containers."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def rows_of(draw: Any, size: int) -> Tensor:
+    return torch.tensor(draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=size)))
+
+
+@quick
+@given(batch=any_batch(), data=st.data())
+def test_taking_is_as_indexing_in_every_structure(batch: tuple[Any, int], data: st.DataObject) -> None:
+    batch, size = batch
+    assert batch_size(batch) == size
+    assert same(map_tensors(batch, lambda tensor: tensor, lambda items: items, size), batch)
+    assert same(take(batch, torch.arange(size)), batch)
+    rows = rows_of(data.draw, size)
+    assert batch_size(take(batch, rows)) == len(rows)
+    start = data.draw(st.integers(0, size - 1))
+    stop = data.draw(st.integers(start + 1, size))
+    part = slice_batch(batch, start, stop)
+    assert same(part, take(batch, torch.arange(start, stop)))
+    changed = replace_targets(batch, 7)
+    assert same(changed[0], batch[0])
+    assert changed[1].tolist() == [7] * size
+
+
+@quick
+@given(batch=any_batch(), data=st.data())
+def test_parts_of_a_batch_join_to_it_again(batch: tuple[Any, int], data: st.DataObject) -> None:
+    batch, size = batch
+    cuts = sorted({0, size, *data.draw(st.lists(st.integers(1, size - 1), max_size=2))})
+    ids = torch.arange(size)
+    parts = [
+        Batch(slice_batch(batch, start, stop), ids[start:stop], stop - start)
+        for start, stop in itertools.pairwise(cuts)
+    ]
+    (joined,) = data_module._joined(parts, size)
+    assert same(joined.data, batch)
+    assert torch.equal(joined.ids, ids)
+    assert joined.size == size
+
+
+@quick
+@given(batch=any_batch(), data=st.data())
+def test_fingerprints_are_equal_where_examples_are(batch: tuple[Any, int], data: st.DataObject) -> None:
+    batch, size = batch
+    marks = fingerprints(Examples.from_batch(batch, lambda given: given, batch_size=size))
+    singles = [slice_batch(batch, i, i + 1) for i in range(size)]
+    rows = rows_of(data.draw, size)
+    again = fingerprints(Examples.from_batch(take(batch, rows), lambda given: given, batch_size=size))
+    assert again == [marks[row] for row in rows]
+    for i, j in itertools.combinations(range(size), 2):
+        assert (marks[i] == marks[j]) == same(singles[i], singles[j])
+
+
+def test_pairs_of_texts_are_columns_and_not_examples() -> None:
+    pairs = [("a", "b"), ("c", "d"), ("e", "f")]
+    batch = next(iter(DataLoader([(pair, i % 2) for i, pair in enumerate(pairs)], 3)))
+    texts, targets = slice_batch(batch, 1, 3)
+    assert [list(column) for column in texts] == [["c", "e"], ["d", "f"]]
+    assert targets.tolist() == [1, 0]
+    marks = fingerprints(Examples.from_batch((batch[0], torch.zeros(3)), lambda given: given, batch_size=3))
+    assert len(set(marks)) == 3
+
+
+def test_examples_without_entries_have_fingerprints() -> None:
+    marks = fingerprints(Examples.from_batch((torch.zeros(2, 0), torch.arange(2)), lambda given: given, batch_size=2))
+    assert len(set(marks)) == 2

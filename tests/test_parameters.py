@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -138,6 +142,100 @@ def test_an_edit_refuses_another_model() -> None:
         edit.apply(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3, bias=False)))
     with pytest.raises(EditError, match="float64"):
         edit.apply(net().double())
+
+
+def damaged(edit: Edit, part: str) -> Edit:
+    """The edit with one bit of one number flipped."""
+    tensors = {name: value.clone() for name, value in getattr(edit, part).items()}
+    tensors["0.weight"].view(torch.uint8)[0] ^= 1
+    return replace(edit, **{part: tensors})
+
+
+@pytest.mark.parametrize("part", ["indices", "old", "new"])
+def test_an_edit_ends_in_the_weights_that_it_recorded_or_changes_nothing(part: str) -> None:
+    module = net()
+    space = ParameterSpace(module)
+    targets = Targets({"0.weight": torch.tensor([0, 7]), "2.weight": torch.tensor([3])})
+    edit = Edit.plan(module, targets, space, torch.tensor([0.1, 0.2, 0.3]))
+    start = digest(dict(module.named_parameters()))
+    if part != "old":
+        with pytest.raises(EditError, match="Cannot apply the edit: its indices or values are not those"):
+            damaged(edit, part).apply(module)
+        assert digest(dict(module.named_parameters())) == start
+    edit.apply(module)
+    end = digest(dict(module.named_parameters()))
+    if part != "new":
+        with pytest.raises(EditError, match="Cannot undo the edit: its indices or values are not those"):
+            damaged(edit, part).undo(module)
+        assert digest(dict(module.named_parameters())) == end
+    edit.undo(module)
+    assert digest(dict(module.named_parameters())) == start
+
+
+def test_an_edit_of_nothing_can_be_made_and_taken_back() -> None:
+    module = net()
+    edit = Edit.plan(module, Targets({"2.weight": torch.tensor([0])}), ParameterSpace(module), torch.zeros(1))
+    edit.apply(module)
+    edit.apply(module)
+    edit.undo(module)
+
+
+@pytest.mark.parametrize("entries", [torch.tensor([0.5]), torch.tensor([True, False])])
+def test_targets_that_are_no_indices_are_refused(entries: torch.Tensor) -> None:
+    with pytest.raises(SelectionError, match="must be flat indices, whole numbers; got torch"):
+        Targets({"0.weight": entries})
+
+
+def test_targets_below_zero_are_refused() -> None:
+    with pytest.raises(SelectionError, match="reach index -1"):
+        Targets({"0.weight": torch.tensor([-1, 2])}).flat(ParameterSpace(net()))
+
+
+def test_edits_in_any_order_are_refused_or_right() -> None:
+    module = net()
+    space = ParameterSpace(module)
+    start = {name: value.detach().clone() for name, value in module.named_parameters()}
+    generator = random.Random(0)
+    made: list[Edit] = []  # those in the weights, in their order
+    undone: list[Edit] = []
+    outcomes = Counter[str]()
+    for _ in range(1000):
+        kind = generator.choice(["apply", "undo", "undo out of order", "redo"])
+        present = {name: value.detach().clone() for name, value in module.named_parameters()}
+        if kind == "apply" and len(made) < 8:
+            names = generator.sample(["0.weight", "0.bias", "2.weight"], generator.choice([1, 2]))
+            targets = Targets({name: torch.randperm(space.slots[name].size)[:3] for name in names})
+            edit = Edit.plan(module, targets, space, torch.randn(targets.count))
+            edit.apply(module)
+            made.append(edit)
+            outcomes["made"] += 1
+        elif kind == "redo" and undone:
+            edit = undone.pop(generator.randrange(len(undone)))
+            try:
+                edit.apply(module)
+                made.append(edit)
+                outcomes["redone"] += 1
+            except EditError:
+                assert all(torch.equal(present[name], value) for name, value in module.named_parameters())
+                outcomes["redo refused"] += 1
+        elif kind.startswith("undo") and made:
+            position = len(made) - 1 if kind == "undo" else generator.randrange(len(made))
+            edit = made[position]
+            overlapped = any(edit.shapes.keys() & later.shapes.keys() for later in made[position + 1 :])
+            if overlapped:
+                with pytest.raises(EditError, match="have changed since"):
+                    edit.undo(module)
+                assert all(torch.equal(present[name], value) for name, value in module.named_parameters())
+                outcomes["undo refused"] += 1
+            else:
+                edit.undo(module)
+                undone.append(made.pop(position))
+                outcomes["undone"] += 1
+    assert min(outcomes.values()) > 20
+    assert len(outcomes) == 5
+    for edit in reversed(made):
+        edit.undo(module)
+    assert all(torch.equal(start[name], value) for name, value in module.named_parameters())
 
 
 def test_an_edit_that_overflows_is_refused() -> None:

@@ -940,7 +940,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "edit.safetensors"
     report.save(path)
     content = path.read_bytes()
-    for bad in (b"", b"no edit", content[:-8], content.replace(b"lightning-gif edit 2", b"lightning-gif edit 9")):
+    for bad in (b"", b"no edit", content[:-8], content.replace(b"lightning-gif edit 3", b"lightning-gif edit 9")):
         path.write_bytes(bad)
         with pytest.raises(EditError, match=r"damaged|not an edit"):
             UnlearnReport.load(path)

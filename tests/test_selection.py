@@ -323,14 +323,27 @@ def test_gradient_statistics_are_root_mean_squares_over_steps() -> None:
     assert statistics.root_mean_square("b") is None
 
 
+def test_a_batch_with_outputs_that_are_not_finite_is_left_out_of_its_layers() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    neurons = NeuronStatistics()
+    neurons.attach(module)
+    good = torch.randn(4, 2)
+    for x in (good, torch.full((4, 2), torch.inf)):
+        neurons.record(torch.tensor([0, 1, 1, 0]), 4)
+        module(x).sum().backward()
+    neurons.detach()
+    assert neurons.output_counts["0"].tolist() == [0, 2, 2]
+    torch.testing.assert_close(neurons.mean("outputs", "0", [1]), module[0](good).detach()[1:3].mean(0))
+
+
 def test_statistics_survive_a_checkpoint(tmp_path: Any) -> None:
     module = Mixed()
     neurons, gradients = observed(module, torch.randint(7, (9, 5)), torch.arange(9) % 3)
     torch.save({"n": neurons.state(), "g": gradients.state()}, tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     others = NeuronStatistics(), GradientStatistics()
-    others[0].load_state(state["n"])
-    others[1].load_state(state["g"])
+    others[0].load_state(state["n"], module)
+    others[1].load_state(state["g"], module)
     for kind in ("outputs", "gradients"):
         torch.testing.assert_close(others[0].mean(kind, "head", [1]), neurons.mean(kind, "head", [1]))
     torch.testing.assert_close(others[1].root_mean_square("head.bias"), gradients.root_mean_square("head.bias"))

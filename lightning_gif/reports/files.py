@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 from ..parameters import digest
+from ..plain import MOST_BYTES, read
 from ..writing import sync
 
 __all__ = ["damage_is_told", "read_folder", "write_folder"]
@@ -41,12 +41,18 @@ def write_folder(
         tensors: By name.
 
     Raises:
-        ConfigurationError: If there is something else at ``folder``; it is left alone.
+        ConfigurationError: If there is something else at ``folder``, which is left alone; or if the record is so long
+            that it would not be read.
     """
     target = Path(os.path.realpath(folder))  # the folder that a link leads to is replaced, not the link
     _check_replaceable(target, kind)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({"format": kind, "digest": _digest(record, tensors), **record}, indent=1)
+    text = json.dumps({"format": kind, "digest": digest(tensors, record), **record}, indent=1)
+    if len(text) > MOST_BYTES // 4:  # of up to four bytes each
+        raise ConfigurationError(
+            f"The words and numbers of the report take {len(text)} characters, of which {MOST_BYTES // 4} are read."
+            " Ask about fewer queries, or keep their scores with `scores_to`."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = f".{target.name}.{uuid.uuid4().hex}"
     new, old = target.with_name(mark), target.with_name(f"{mark}.old")
@@ -78,7 +84,9 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
     """
     path = Path(folder)
     if not path.exists():
-        raise FileNotFoundError(f"There is no report at {os.fspath(folder)!r}.")
+        left = sorted(path.parent.glob(f".{path.name}.*.old"))
+        hint = f" A save that was cut off has left an earlier one beside it, at {str(left[-1])!r}." if left else ""
+        raise FileNotFoundError(f"There is no report at {os.fspath(folder)!r}.{hint}")
     if not path.is_dir():
         raise ConfigurationError(f"{os.fspath(folder)!r} is a file. A report is a folder; give the folder of `save`.")
     missing = [name for name in (RECORD, TENSORS) if not (path / name).is_file()]
@@ -88,7 +96,7 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
             " `save`, with both of its files."
         )
     with damage_is_told(path / RECORD):
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        record = read(path / RECORD)
         found, expected = record.pop("format"), record.pop("digest")
         if not isinstance(found, str) or not isinstance(expected, str):
             raise TypeError("format and digest must be strings")
@@ -99,7 +107,7 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
         )
     with damage_is_told(path / TENSORS):
         tensors = load((path / TENSORS).read_bytes())
-        measured = _digest(record, tensors)
+        measured = digest(tensors, record)
     if measured != expected:
         raise ConfigurationError(
             f"{os.fspath(folder)!r} is damaged or has been edited, or its two files are of different reports: the"
@@ -118,17 +126,20 @@ def damage_is_told(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+    except (
+        SafetensorError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         if isinstance(error, ConfigurationError):
             raise
         raise ConfigurationError(
             f"{os.fspath(path)!r} is damaged: {type(error).__name__}: {error}. Copy it again from where it was saved."
         ) from error
-
-
-def _digest(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of both parts: a number that is another one is still JSON. Keys count in their order, layout does not."""
-    return hashlib.sha256(f"{digest(tensors)}{json.dumps(record)}".encode()).hexdigest()
 
 
 def _check_replaceable(target: Path, kind: str) -> None:
@@ -141,7 +152,7 @@ def _check_replaceable(target: Path, kind: str) -> None:
         return
     others = [name for name in names if name not in (RECORD, TENSORS)]
     try:
-        found = json.loads((target / RECORD).read_text(encoding="utf-8"))["format"]
+        found = read(target / RECORD)["format"]
         same = isinstance(found, str) and found.rpartition(" ")[0] == kind.rpartition(" ")[0]
     except (OSError, ValueError, KeyError, TypeError):
         same = False

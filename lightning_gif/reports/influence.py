@@ -17,6 +17,7 @@ from .._compat import isolate_rng
 from ..data import Examples, map_tensors
 from ..errors import ConfigurationError
 from ..parameters import Targets
+from ..plain import restored
 from ..ranking import Ranking, strongest
 from ..solvers import Solution
 from .files import damage_is_told, read_folder, write_folder
@@ -36,7 +37,14 @@ _FORMAT = "lightning-gif influence 2"
 _MOST_QUERIES = 8
 
 # What a file keeps of a report as it is; the rest is tensors, or made of them.
-_PLAIN = ("curvature", "k", "n_train", "settings", "seconds", "global_step")
+_PLAIN = {
+    "curvature": dict[str, Any],
+    "k": int,
+    "n_train": int,
+    "settings": dict[str, Any],
+    "seconds": float,
+    "global_step": int,
+}
 
 # A histogram of so many scores, evenly spaced, looks like that of all.
 _IN_HISTOGRAM = 2**22
@@ -303,6 +311,7 @@ class InfluenceReport:
         record, tensors = read_folder(folder, _FORMAT)
         with damage_is_told(folder):
             report = cls._from_record(record, tensors)
+            str(report), report.summary()  # what cannot be told is no report
         last = int(report.indices.max())
         if hasattr(dataset, "__len__") and len(dataset) <= last:
             raise ConfigurationError(
@@ -318,18 +327,24 @@ class InfluenceReport:
         solutions = [Solution.of_record(stored) for stored in record["solutions"]]
         whole = scores.ndim == 2 and scores.numel() and scores.dtype == torch.float64 and indices.dtype == torch.int64
         solved = len(solutions) in (0, len(scores) if scores.ndim else 0)
+        whole = whole and bool(torch.isfinite(scores).all())
+        n_train = restored(int, record["n_train"], "n_train")
         kept = scores.ndim == 2 and indices.shape == scores.shape
-        kept = kept and scores.shape[1] % 2 == 0 and record["n_train"] > scores.shape[1]
-        fits = kept or (indices.shape == scores.shape[1:] and record["n_train"] == len(indices))
+        kept = kept and scores.shape[1] % 2 == 0 and n_train > scores.shape[1]
+        fits = kept or (indices.shape == scores.shape[1:] and n_train == len(indices))
         if not whole or not fits or not solved or int(indices.min()) < 0:
             raise ConfigurationError(
                 f"The parts of the report do not fit together: scores {list(scores.shape)} ({scores.dtype}), indices"
                 f" {list(indices.shape)} ({indices.dtype}), {len(solutions)} solves; expected (n_queries, n_train) in"
-                " float64, (n_train,) whole numbers of at least 0 (or both (n_queries, 2·keep), fewer than n_train),"
-                " and n_queries or no solves. Copy the folder again from where it was saved."
+                " float64, all finite, (n_train,) whole numbers of at least 0 (or both (n_queries, 2·keep), fewer than"
+                " n_train), and n_queries or no solves. Copy the folder again from where it was saved."
             )
         looks = {
-            name: Shown(stored["label"], _picture(name, tensors), stored["text"])
+            name: Shown(
+                restored(bool | int | float | str | None, stored["label"], f"the label of {name}"),
+                _picture(name, tensors),
+                restored(str, stored["text"], f"the text of {name}"),
+            )
             for name, stored in record["looks"].items()
         }
         queries, examples = (
@@ -341,6 +356,9 @@ class InfluenceReport:
             for name, bits in tensors.items()
             if name.startswith("targets/")
         }
+        plain = {name: restored(kind, record[name], name) for name, kind in _PLAIN.items()}
+        if plain["k"] < 1:
+            raise ValueError(f"k is {plain['k']}, expected at least 1")
         return cls(
             scores=scores,
             indices=indices,
@@ -349,7 +367,7 @@ class InfluenceReport:
             dataset=None,
             queries=[queries[position] for position in range(len(queries))],
             examples=examples,
-            **{name: record[name] for name in _PLAIN},
+            **plain,
         )
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -494,7 +512,8 @@ def first_shown(query: Examples, most: int = _MOST_QUERIES) -> list[Shown]:
         return map_tensors(
             batch.data,
             lambda tensor: tensor[position] if tensor.ndim else tensor,
-            lambda texts: texts[position] if len(texts) == batch.size else texts,
+            lambda texts: texts[position],
+            batch.size,
         )
 
     return [Shown.of(item(position)) for position in range(min(most, batch.size))]

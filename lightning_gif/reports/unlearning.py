@@ -17,7 +17,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import EditError, RecordError
-from ..parameters import Edit, Weights, weights_digest
+from ..parameters import Edit, Weights, digest, weights_digest
+from ..plain import parse, restored, restored_fields
 from ..record import Event, append
 from ..steps import Goal, Point
 from ..writing import replace_file
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "UnlearnReport"]
 
-_FORMAT = "lightning-gif edit 2"
+_FORMAT = "lightning-gif edit 3"
 _PARTS = ("indices", "old", "new")
+_UNSAVED = ("edit", "module", "loggers", "record")
 
 # Beyond this multiple of the natural step the local model says nothing about the loss, and is not printed.
 _PREDICTABLE = 4.0
@@ -266,15 +268,15 @@ class UnlearnReport:
         tensors = {
             f"{part}/{name}": value.contiguous() for part in _PARTS for name, value in getattr(self.edit, part).items()
         }
+        told = self._told()
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        content = save(tensors, metadata={"format": _FORMAT, "report": json.dumps(self._told())})
-        replace_file(target, content)
+        metadata = {"format": _FORMAT, "report": json.dumps(told), "digest": digest(tensors, told)}
+        replace_file(target, save(tensors, metadata=metadata))
 
     def _told(self) -> dict[str, Any]:
         """All but the tensors, as JSON can hold it."""
-        unsaved = ("edit", "module", "loggers", "record")
-        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unsaved}
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSAVED}
         told["path"] = [asdict(point) for point in self.path]
         told["edit"] = {
             "shapes": self.edit.shapes,
@@ -293,48 +295,57 @@ class UnlearnReport:
             module: The model that :meth:`undo` and :meth:`apply` will act on.
 
         Raises:
-            EditError: If the file is not an edit, is damaged, or does not fit ``module``.
+            EditError: If the file is not an edit, is damaged or was edited, or does not fit ``module``.
             FileNotFoundError: If there is no such file.
         """
+        path = Path(path)
+        if path.exists() and not path.is_file():
+            raise EditError(f"{str(path)!r} is no file, and so no edit file. Give the file of `save`.")
         try:
-            with safe_open(os.fspath(path), framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
-                    raise EditError(f"{os.fspath(path)!r} is not an edit file of this package ({_FORMAT!r}).")
-                record = json.loads(metadata["report"])
-                parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
-                for key in file.keys():  # noqa: SIM118
-                    part, name = key.split("/", 1)
-                    parts[part][name] = file.get_tensor(key)
-            report = cls._from_record(record, parts)
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise EditError(f"{str(path)!r} is not an edit file of this package ({_FORMAT!r}).")
+                record = parse(metadata["report"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if digest(tensors, record) != metadata["digest"]:
+                raise EditError(
+                    f"{str(path)!r} is damaged or is an edit file that has been edited: what it holds does not have the"
+                    " SHA-256 that it expects. Copy it again from where it was saved."
+                )
+            report = cls._from_record(record, tensors)
+            report.edit.check_complete()
+            str(report), report.summary()  # what cannot be told is no report
+        except (
+            SafetensorError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:
             if isinstance(error, EditError):
                 raise
-            raise EditError(
-                f"{os.fspath(path)!r} is damaged or no edit file: {type(error).__name__}: {error}"
-            ) from error
-        report.edit.check_complete()
+            raise EditError(f"{str(path)!r} is damaged or no edit file: {type(error).__name__}: {error}") from error
         if module is not None:
             report.edit.check_fits(module)
             report.module = module
         return report
 
     @classmethod
-    def _from_record(cls, record: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> UnlearnReport:
-        stored = record.pop("edit")
-        edit = Edit(
-            **parts,
-            shapes={name: tuple(shape) for name, shape in stored["shapes"].items()},
-            digest_before=stored["digest_before"],
-            digest_after=stored["digest_after"],
-            buffers=tuple(stored["buffers"]),
-        )
-        for name in ("forget", "retain", "relabelled", "unseen"):
-            record[name] = None if record[name] is None else Change(*record[name])
-        record["goal"] = Goal(record["goal"])
-        record["path"] = [Point(**{**point, "steps": tuple(point["steps"])}) for point in record["path"]]
-        record["remembered"] = tuple(record["remembered"])
-        return cls(edit=edit, **record)
+    def _from_record(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> UnlearnReport:
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+        for key, tensor in tensors.items():
+            part, name = key.split("/", 1)
+            parts[part][name] = tensor
+        stored = restored(dict[str, Any], record.pop("edit"), "edit")
+        indices, old, new = parts.values()
+        edit = Edit(indices=indices, old=old, new=new, **restored_fields(Edit, stored, without=_PARTS))
+        report = cls(edit=edit, **restored_fields(cls, record, without=_UNSAVED))
+        if not report.steps or not report.solves or not report.path or report.n_parameters < edit.count:
+            raise ValueError("the report has no steps, solves or path, or more changes than parameters")
+        return report
 
     # ----------------------------------------------------------------------------------------------------------------
     # Looking at it

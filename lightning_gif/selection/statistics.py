@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ __all__ = ["GradientStatistics", "NeuronStatistics", "neuron_layers"]
 
 _CHANNELS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LAYERS = (nn.Linear, *_CHANNELS_FIRST)
+
+# Positions from which on a mean over them is the faster way to take it.
+_MANY = 128
 
 
 def neuron_layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d]:
@@ -49,7 +53,7 @@ class NeuronStatistics:
         self.output_counts: dict[str, Tensor] = {}
         self.gradient_counts: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._rows: Tensor | None = None
+        self._rows: _Rows | None = None
         self._size: int | None = None
         self._weight = 1.0
         self._recording = False
@@ -79,7 +83,7 @@ class NeuronStatistics:
             weight: What output gradients must be multiplied by to be those of the batch's mean loss (undoes gradient
                 accumulation and loss scaling).
         """
-        self._rows = None if classes is None else classes.long() + 1
+        self._rows = None if classes is None else _Rows.of(classes)
         self._size = size
         self._weight = weight
         self._recording = True
@@ -129,8 +133,21 @@ class NeuronStatistics:
         """The sums as tensors on the CPU, for a checkpoint."""
         return {kind: {name: _stored(value) for name, value in getattr(self, kind).items()} for kind in self._STATE}
 
-    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes over what :meth:`state` gave."""
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], module: nn.Module) -> None:
+        """Takes over what :meth:`state` gave.
+
+        Raises:
+            ValueError: If it is not of a module with such layers, or no state; as well as ``KeyError`` and so on.
+        """
+        layers = neuron_layers(module)
+        for kind in ("output", "gradient"):
+            sums, counts = state[f"{kind}s"], state[f"{kind}_counts"]
+            for name in sums.keys() | counts.keys():
+                rows, neurons = sums[name].shape
+                if neurons != layers[name].weight.shape[0] or counts[name].shape != (rows,):
+                    raise ValueError(f"the {kind}s of {name!r} are of another shape")
+                if not (_sound(sums[name]) and _sound(counts[name]) and (counts[name] >= 0).all()):
+                    raise ValueError(f"the {kind}s of {name!r} are not finite numbers")
         for kind in self._STATE:
             setattr(self, kind, {name: value.clone() for name, value in state[kind].items()})
 
@@ -144,31 +161,72 @@ class NeuronStatistics:
             return  # a single example without a batch dimension
         rows = self._rows_for(output)
         with torch.no_grad():
-            self._add("output", name, _per_example(output, channel), rows)
+            self._add("output", name, *_summed(_per_example(output, channel), rows))
         if output.requires_grad:
             output.register_hook(partial(self._after_backward, name, channel, rows, self._weight))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _after_backward(self, name: str, channel: int, rows: Tensor | None, weight: float, gradient: Tensor) -> None:
+    def _after_backward(self, name: str, channel: int, rows: _Rows | None, weight: float, gradient: Tensor) -> None:
         with torch.no_grad():
             size = self._size if self._size is not None and rows is not None else len(gradient)
-            values = _per_example(gradient, channel) * (weight * size)
-            if torch.isfinite(values).all():  # an overflow under loss scaling: the optimizer skips this step too
-                self._add("gradient", name, values, rows)
+            sums, counts, present = _summed(_per_example(gradient, channel), rows)
+            self._add("gradient", name, sums.mul_(weight * size), counts, present)
 
-    def _rows_for(self, output: Tensor) -> Tensor | None:
-        """The row of each example in an output, unless its first dimension is not that of the batch."""
-        if self._rows is None or len(self._rows) != len(output):
+    def _rows_for(self, output: Tensor) -> _Rows | None:
+        """The rows that the examples of an output count for, unless its first dimension is not that of the batch."""
+        if self._rows is None or self._rows.members.shape[1] != len(output):
             return None
-        return self._rows.to(output.device)
+        if self._rows.members.device != output.device:
+            self._rows = self._rows.to(output.device)
+        return self._rows
 
-    def _add(self, kind: str, name: str, values: Tensor, rows: Tensor | None) -> None:
-        if rows is None:
-            rows = torch.zeros(len(values), dtype=torch.long, device=values.device)
-        counts = torch.bincount(rows).to(values.dtype)
-        addition = values.new_zeros(len(counts), values.shape[1]).index_add_(0, rows, values)
-        for total, new in ((getattr(self, f"{kind}s"), addition), (getattr(self, f"{kind}_counts"), counts)):
-            total[name] = _sum(total[name], new) if name in total else new
+    def _add(self, kind: str, name: str, sums: Tensor, counts: Tensor, present: _Rows | None) -> None:
+        """Adds to the rows of a layer that are present, unless there is a NaN, which would be in all of them."""
+        if not math.isfinite(float(sums.sum())):  # an overflow under loss scaling: the optimizer skips this step too
+            return
+        rows = 1 if present is None else present.last + 1
+        for total, new in ((getattr(self, f"{kind}s"), sums), (getattr(self, f"{kind}_counts"), counts)):
+            old = total.get(name)
+            if old is None or len(old) < rows or old.device != new.device:
+                total[name] = new.new_zeros(rows if old is None else max(rows, len(old)), *new.shape[1:])
+                if old is not None:
+                    total[name][: len(old)] = old.to(new.device)
+            if present is None:
+                total[name][0] += new[0]
+            else:
+                total[name].index_add_(0, present.rows, new)
+
+
+class _Rows(NamedTuple):
+    """Which rows of the sums the examples of a batch count for.
+
+    Attributes:
+        rows: Those of its classes, ``(r,)``.
+        members: Which of its examples are in each, ``(r, B)`` of ones and zeros: a product with it sums over examples.
+        counts: How many these are, ``(r,)``.
+        last: The largest of the rows.
+    """
+
+    rows: Tensor
+    members: Tensor
+    counts: Tensor
+    last: int
+
+    @classmethod
+    def of(cls, classes: Tensor) -> _Rows:
+        present, which = classes.long().unique(return_inverse=True)
+        members = (which == torch.arange(len(present), device=which.device)[:, None]).float()
+        return cls(present + 1, members, members.sum(1), int(present[-1]) + 1)
+
+    def to(self, device: torch.device) -> _Rows:
+        return _Rows(self.rows.to(device), self.members.to(device), self.counts.to(device), self.last)
+
+
+def _summed(values: Tensor, rows: _Rows | None) -> tuple[Tensor, Tensor, _Rows | None]:
+    """Values ``(B, neurons)`` summed over the examples of each row, how many these are, and which rows."""
+    if rows is None:
+        return values.sum(0, keepdim=True), values.new_full((1,), len(values)), None
+    return rows.members.to(values.dtype) @ values, rows.counts.to(values.dtype), rows
 
 
 def _per_example(values: Tensor, channel: int) -> Tensor:
@@ -178,19 +236,21 @@ def _per_example(values: Tensor, channel: int) -> Tensor:
         values = values.float()
     if values.ndim == 2:
         return values
-    return values.flatten(2).mean(2) if channel == 1 else values.flatten(1, -2).mean(1)
+    if channel == -1:
+        return values.flatten(1, -2).mean(1)
+    values = values.flatten(2)
+    count = values.shape[2]
+    # Over few positions, a reduction spends its time on beginning each of many; a product with a vector does not.
+    return values.mean(2) if count > _MANY else values @ values.new_full((count,), 1 / count)
+
+
+def _sound(value: Tensor) -> bool:
+    return value.is_floating_point() and bool(torch.isfinite(value).all())
 
 
 def _stored(value: Tensor) -> Tensor:
     """A copy on the CPU: a checkpoint may be written while training goes on adding to the original."""
     return value.detach().to("cpu", copy=True)
-
-
-def _sum(one: Tensor, other: Tensor) -> Tensor:
-    """The sum of two tensors, one of which may have fewer rows; the taller one is updated in place."""
-    short, tall = sorted((one.to(other.device), other), key=len)
-    tall[: len(short)] += short
-    return tall
 
 
 class GradientStatistics:
@@ -218,13 +278,13 @@ class GradientStatistics:
             for name, gradient in gradients:
                 if gradient is None or gradient.is_sparse:
                     continue
-                square = gradient.detach().float().square()
-                if not torch.isfinite(square.sum()):
+                values = gradient.detach().float()
+                if not torch.isfinite(torch.linalg.vector_norm(values)):  # as well where a square would overflow
                     continue
                 if name in self.squares:
-                    self.squares[name] += square
+                    self.squares[name].addcmul_(values, values)
                 else:
-                    self.squares[name] = square
+                    self.squares[name] = values.square()
                 self.steps[name] = self.steps.get(name, 0) + 1
 
     def root_mean_square(self, name: str) -> Tensor | None:
@@ -237,7 +297,15 @@ class GradientStatistics:
         """The sums, for a checkpoint."""
         return {"squares": {name: _stored(value) for name, value in self.squares.items()}, "steps": dict(self.steps)}
 
-    def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Takes over what :meth:`state` gave."""
+    def load_state(self, state: Mapping[str, Mapping[str, Any]], module: nn.Module) -> None:
+        """Takes over what :meth:`state` gave.
+
+        Raises:
+            ValueError: If it is not of a module with such parameters, or no state; as well as ``KeyError`` and so on.
+        """
+        parameters, squares, steps = dict(module.named_parameters()), state["squares"], state["steps"]
+        for name in squares.keys() | steps.keys():
+            if squares[name].shape != parameters[name].shape or not _sound(squares[name]) or not steps[name] > 0:
+                raise ValueError(f"the squared gradients of {name!r} are of another shape, or no finite numbers")
         self.squares = {name: value.clone() for name, value in state["squares"].items()}
         self.steps = {name: int(count) for name, count in state["steps"].items()}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError, ConvergenceError, NonFiniteError
+from ..plain import restored_fields
 from ..registry import Registry
 
 __all__ = ["SOLVERS", "LinearOperator", "Run", "Solution", "Solver", "Status", "require_finite"]
@@ -137,8 +138,12 @@ class Solution:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Solution:
-        """From what :meth:`record` gave; ``x`` is empty."""
-        values = {"peak_memory": None, **record, "status": Status(record["status"])}
+        """From what :meth:`record` gave; ``x`` is empty.
+
+        Raises:
+            TypeError: If it gave something else; ``ValueError`` for an unknown status.
+        """
+        values = restored_fields(cls, {"peak_memory": None, **record}, without=("x",))
         return cls(x=torch.empty(0), **values)
 
 
