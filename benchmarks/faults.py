@@ -441,7 +441,7 @@ class Campaign:
             with fault():
                 found = call.run(world)
         except (GIFError, Injected, KeyboardInterrupt, OSError) as caught:
-            error = caught
+            error = caught if found is None else None  # else it came when the call had returned
         except BaseException as caught:
             return f"{type(caught).__name__}: {caught}"
         if isinstance(error, OSError) and error.errno != errno.ENOSPC:
@@ -456,7 +456,7 @@ class Campaign:
             return f"changed: {', '.join(changed)}"
         now = world.module.state_dict()
         whole = same(now, weights) or (call.edits and same(now, world.weights if call.edited else world.edited))
-        if not whole:
+        if error is not None and not whole:
             return "half an edit"
         try:
             if error is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ from lightning_gif import GIFCallback
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
+
+# Checkpoints are to be read without unpickling anything; from 2.6 on Lightning can be told so.
+_told = "weights_only" in inspect.signature(pl.Trainer.fit).parameters
+WEIGHTS_ONLY: dict[str, Any] = {"weights_only": True} if _told else {}
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ from lightning_gif.interrupts import uninterrupted
 from lightning_gif.parameters import Edit
 from lightning_gif.store import ScoreStore
 
-from .conftest import Classifier, batch_of, fitted, loader, make_trainer, same_weights, weights
+from .conftest import WEIGHTS_ONLY, Classifier, batch_of, fitted, loader, make_trainer, same_weights, weights
 from .test_bad_input import equal, state
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -400,7 +400,7 @@ def test_a_damaged_state_in_a_checkpoint_is_left_out_with_a_warning(kind: str, t
     torch.save(checkpoint, tmp_path / "a.ckpt")
     callback = GIFCallback(snapshots=1)
     fresh = make_trainer(callback, max_epochs=3)
-    options: dict[str, Any] = {"ckpt_path": tmp_path / "a.ckpt", "weights_only": True}
+    options: dict[str, Any] = {"ckpt_path": tmp_path / "a.ckpt", **WEIGHTS_ONLY}
     with pytest.warns(GIFWarning, match="The checkpoint's state of GIFCallback does not fit its model, or is damaged"):
         fresh.validate(Classifier(), loader(data), verbose=False, **options)
     assert callback.targets is None

@@ -43,7 +43,7 @@ from lightning_gif import (
     attach,
 )
 
-from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
+from .conftest import WEIGHTS_ONLY, Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
 
 # --------------------------------------------------------------------------------------------------------------------
 # Helpers
@@ -404,13 +404,13 @@ def test_validate_with_a_checkpoint_restores_the_targets(tmp_path: Path) -> None
 
     callback = quick()
     fresh = make_trainer(callback)
-    fresh.validate(Classifier(), datamodule=Blobs(), ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
+    fresh.validate(Classifier(), datamodule=Blobs(), ckpt_path=tmp_path / "a.ckpt", **WEIGHTS_ONLY, verbose=False)
     assert dict(callback.targets).keys() == dict(trainer.callbacks[0].targets).keys()
     assert callback.targets_epoch == 1
     assert torch.equal(fresh.influence(batch).scores, expected)
 
     bare = make_trainer(quick())
-    bare.validate(Classifier(), loader(blobs()), ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
+    bare.validate(Classifier(), loader(blobs()), ckpt_path=tmp_path / "a.ckpt", **WEIGHTS_ONLY, verbose=False)
     with pytest.raises(TrainingDataError, match="dataloader="):
         bare.influence(batch)
     assert torch.equal(bare.influence(batch, dataloader=loader(blobs())).scores, expected)
@@ -1154,7 +1154,7 @@ def test_the_state_in_a_checkpoint_does_not_move_with_training() -> None:
 def resumed(tmp_path: Path, name: str, make: Any, **options: Any) -> tuple[GIFCallback, Any]:
     callback, module = quick(), make()
     trainer = make_trainer(callback, max_epochs=2, **options)
-    trainer.fit(module, repeating(), loader(blobs(16, seed=1)), ckpt_path=tmp_path / name, weights_only=True)
+    trainer.fit(module, repeating(), loader(blobs(16, seed=1)), ckpt_path=tmp_path / name, **WEIGHTS_ONLY)
     return callback, module
 
 
@@ -1200,7 +1200,7 @@ def test_a_checkpoint_of_validation_says_of_which_epoch_its_targets_are(tmp_path
     for name in ("0.ckpt", "1.ckpt"):
         fresh = quick()
         make_trainer(fresh).validate(
-            Classifier(), loader(blobs()), ckpt_path=tmp_path / name, weights_only=True, verbose=False
+            Classifier(), loader(blobs()), ckpt_path=tmp_path / name, **WEIGHTS_ONLY, verbose=False
         )
         epochs.append((fresh.targets_epoch, fresh.targets is None))
     assert epochs == [(None, True), (0, False)]
@@ -1228,7 +1228,7 @@ def test_targets_of_another_selector_are_picked_anew_from_the_statistics(tmp_pat
     other = quick(selector="lowest_k_gradients")
     with pytest.warns(GIFWarning, match="picked anew"):
         make_trainer(other).validate(
-            Classifier(), loader(blobs()), ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False
+            Classifier(), loader(blobs()), ckpt_path=tmp_path / "a.ckpt", **WEIGHTS_ONLY, verbose=False
         )
     assert differences(dict(wanted.callbacks[0].targets), dict(other.targets)) != []  # another training
     expected = trainer.callbacks[0]._select(trainer.lightning_module, other.settings)
@@ -1241,7 +1241,7 @@ def test_a_checkpoint_whose_statistics_do_not_serve_the_selector_still_loads(tmp
     other = quick()
     fresh = make_trainer(other)
     with pytest.warns(GIFWarning, match="cache_neurons"):
-        fresh.validate(Classifier(), loader(blobs()), ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
+        fresh.validate(Classifier(), loader(blobs()), ckpt_path=tmp_path / "a.ckpt", **WEIGHTS_ONLY, verbose=False)
     assert other.targets is None
     with pytest.raises(SelectionError, match="targets='batch'"):
         fresh.influence(batch_of(blobs(), slice(4)), targets="cached", dataloader=loader(blobs()))
@@ -1253,7 +1253,7 @@ def test_a_checkpoint_from_before_the_callback_still_loads(tmp_path: Path) -> No
     trainer.fit(module, loader(blobs()))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     callback = quick()
-    make_trainer(callback, max_epochs=2).fit(module, loader(blobs()), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    make_trainer(callback, max_epochs=2).fit(module, loader(blobs()), ckpt_path=tmp_path / "a.ckpt", **WEIGHTS_ONLY)
     assert callback.targets_epoch == 1
 
 

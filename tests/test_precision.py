@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_gif import GIFCallback, UnlearnReport, attach
 
-from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
+from .conftest import WEIGHTS_ONLY, Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -194,6 +194,6 @@ def test_statistics_gathered_on_a_gpu_come_with_a_checkpoint_to_the_cpu(tmp_path
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     callback = quick()
     fresh = make_trainer(callback)
-    fresh.validate(Classifier(net()), loader(data), ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
+    fresh.validate(Classifier(net()), loader(data), ckpt_path=tmp_path / "a.ckpt", **WEIGHTS_ONLY, verbose=False)
     assert dict(callback.targets).keys() == dict(trainer.callbacks[0].targets).keys()
     assert same_weights(weights(module), weights(fresh.lightning_module))

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_gif import ConfigurationError, GIFCallback, attach
 from lightning_gif.snapshots import Snapshots
 
-from .conftest import Classifier, batch_of, fitted, loader, make_trainer
+from .conftest import WEIGHTS_ONLY, Classifier, batch_of, fitted, loader, make_trainer
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5, 8, 15, 40, 100])
@@ -92,7 +92,7 @@ def test_snapshots_come_back_with_a_checkpoint(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     query = batch_of(dataset, slice(0, 3))
     fresh = make_trainer(GIFCallback(snapshots=2))
-    fresh.validate(Classifier(), loader(dataset), ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
+    fresh.validate(Classifier(), loader(dataset), ckpt_path=tmp_path / "a.ckpt", **WEIGHTS_ONLY, verbose=False)
     again = fresh.influence(query, snapshots=True, dataloader=loader(dataset))
     torch.testing.assert_close(again.scores, trainer.influence(query, snapshots=True).scores)
 
