@@ -639,7 +639,8 @@ class GIFCallback(Callback):
             self._forget_statistics()  # which are not worth the run that goes on from the checkpoint
             rank_zero_warn(
                 f"The checkpoint's state of GIFCallback does not fit its model, or is damaged, and is left out:"
-                f" {type(error).__name__}: {error}. The targets are those of the next epoch of training.",
+                f" {type(error).__name__}: {error}. Targets are picked anew: after the next epoch of training, or"
+                " after a pass over the data where the model was attached.",
                 category=GIFWarning,
             )
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,12 @@ torch.set_num_threads(1)
 # Checkpoints are to be read without unpickling anything; from 2.6 on Lightning can be told so.
 _told = "weights_only" in inspect.signature(pl.Trainer.fit).parameters
 WEIGHTS_ONLY: dict[str, Any] = {"weights_only": True} if _told else {}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """Also in a shell's background, where interrupts are ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

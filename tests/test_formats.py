@@ -92,6 +92,7 @@ def some_scores(queries: int = 2, examples: int = 5, seed: int = 0) -> Influence
     return InfluenceReport(
         scores=torch.randn(queries, examples, generator=generator, dtype=torch.float64),
         indices=torch.randperm(100, generator=generator)[:examples].sort().values,
+        n_train=examples,
         solutions=[solution] * queries,
         curvature={"curvature": "ggn"},
         targets=Targets({"net.weight": torch.tensor([0, 3, 64])}),

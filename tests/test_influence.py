@@ -732,7 +732,7 @@ def test_scores_that_take_much_of_the_memory_go_to_a_folder_that_is_gone_on_with
     (folder,) = tmp_path.glob("lightning_gif_scores/*")
     assert torch.equal(found.scores, expected.scores)
     assert torch.equal(kept.proponents().indices, found.proponents().indices)
-    (folder / "done.bin").write_bytes(bytes(len(dataset)))
+    (folder / "done.bin").write_bytes(bytes(4 * len(dataset)))
     (folder / "scores.bin").write_bytes(bytes(8 * len(dataset)))
     assert torch.equal(trainer.influence(query, memory=0.0).scores, expected.scores)
     assert list(tmp_path.glob("lightning_gif_scores/*")) == [folder]
