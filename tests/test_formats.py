@@ -38,7 +38,7 @@ quick = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
-KIND = "lightning-gif influence 1"
+KIND = "lightning-gif influence 2"
 SOLVE: dict[str, Any] = {
     "solver": "cg",
     "status": "converged",
