@@ -68,9 +68,8 @@ def unsupported_strategy(trainer: Trainer) -> str | None:
     name = type(strategy).__name__
     if _is_a(strategy.launcher, "_MultiProcessingLauncher"):
         return f"{name} trains in child processes, and what is gathered there is lost when they end"
-    if trainer.world_size > 1:
-        return f"the trainer has {trainer.world_size} processes"
-    if not _is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
+    whole = _is_a(strategy, "SingleDeviceStrategy", "DDPStrategy")
+    if not whole or _is_a(strategy, "DeepSpeedStrategy", "XLAStrategy"):  # which derive from DDPStrategy
         return f"{name} may split the parameters, and their second derivatives are not supported there"
     return None
 

@@ -14,6 +14,7 @@ __all__ = [
     "GIFWarning",
     "NonFiniteError",
     "ObjectiveError",
+    "RankError",
     "SelectionError",
     "TrainingDataError",
 ]
@@ -53,6 +54,10 @@ class ConvergenceError(GIFError, ArithmeticError):
 
 class EditError(GIFError, ValueError):
     """A recorded edit does not fit the model or the file it is used with."""
+
+
+class RankError(GIFError, RuntimeError):
+    """Another process of the trainer failed or ended, or does something else than this one."""
 
 
 class GIFWarning(UserWarning):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .data import Examples, fingerprints
 from .errors import ConfigurationError
 from .objective import Moment, Objective
 from .parameters import Targets, digest
+from .ranks import Ranks
 from .reports.influence import InfluenceReport, first_shown
 from .sampling import curvature_sample
 from .settings import Settings
@@ -67,6 +68,7 @@ def influence(
         per_example: One query for each example instead of one for their mean.
         among: Those of the training examples that are scored; by default all.
         scores_to: A folder for the scores, see :class:`~lightning_gif.store.ScoreStore`; by default they are in memory.
+            Of several processes the first writes it, and all must see it.
         states: Earlier states of the module by epoch: scores are the mean of those with the present weights and with
             each of these, of which each has its own solve.
         k: How many proponents and opponents the report shows.
@@ -79,24 +81,26 @@ def influence(
             something else.
         ConvergenceError: See :meth:`~lightning_gif.settings.Settings.solve`.
     """
-    start = time.perf_counter()
+    begin = time.perf_counter()
     objective.check(query, "query", measured=True)
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
     scored = train if among is None else among
     queries = len(query) if per_example else 1
     moments = [objective.moment(), *map(objective.moment, (states or {}).values())]
-    store = None
+    store, ranks = None, objective.ranks
     if scores_to is not None:
         mark = _fingerprint(objective, moments, train, scored, query, per_example, settings, targets)
-        store = ScoreStore.open(scores_to, queries, len(scored), mark)
+        store = _open_store(ranks, scores_to, queries, len(scored), ranks.first(mark))
     found = None if store is None else store.load_directions(len(moments) * queries, objective.space.size)
+    if ranks.first(found is None):  # what the first process has not found there, others may only seem to
+        found = None
     solved = [] if found is None else _Solved.load(*found, objective.device)
     if not solved:
         for moment in moments:
             with objective.at(moment):
                 solved.append(_solve(objective, train, query, settings, method, targets, per_example))
-        if store is not None and not store.done.all():
+        if store is not None and ranks.rank == 0 and not store.done.all():
             directions = torch.cat([one.directions for one in solved])
             store.save_directions(directions, [one.told() for one in solved])
 
@@ -106,24 +110,31 @@ def influence(
         for moment, one in zip(moments, solved, strict=True)
     ]
     scores = torch.empty(queries, len(scored), dtype=torch.float64) if store is None else store.scores
-    with objective.progress("Scoring training examples", len(scored)) as bar:
-        position = 0
-        for batch in scored.batches():
-            stop = position + batch.size
-            if store is None or not store.done[position:stop].all():
+    done = None if store is None else store.done.clone()
+
+    def blocks() -> Iterator[tuple[int, int, Tensor | None]]:
+        """For this process's batches: from and to which position, and the scores; those that are there are left out."""
+        start, _ = scored.part
+        for batch in scored.mine():
+            stop, block = start + batch.size, None
+            if done is None or not done[start:stop].all():
                 block = torch.zeros(queries, batch.size, dtype=torch.float64)
                 for moment, one, decay in zip(moments, solved, decays, strict=True):
                     with objective.at(moment):
                         part = objective.directional_derivatives(batch.data, one.directions).cpu().double()
                     block += (part + decay) / len(moments)
                 block /= max(len(train) - 1, 1)
-                if store is None:
-                    scores[:, position:stop] = block
-                else:
-                    store.write(position, block)
-            position = stop
-            bar.update(batch.size)
-    if store is not None:
+            yield start, stop, block
+            start = stop
+
+    with objective.progress("Scoring training examples", len(scored)) as bar:
+        for start, stop, block in ranks.taken_in_turn(blocks()):
+            if block is not None and store is None:
+                scores[:, start:stop] = block
+            elif block is not None and store is not None and ranks.rank == 0:
+                store.write(start, block)
+            bar.update(stop - start)
+    if store is not None and ranks.rank == 0:
         store.finish()
     return InfluenceReport(
         scores=scores,
@@ -135,8 +146,23 @@ def influence(
         dataset=train.dataset,
         queries=first_shown(query),
         settings={**asdict(replace(settings, damping=solved[0].damping)), "snapshots": list(states or {})},
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - begin,
     )
+
+
+def _open_store(ranks: Ranks, folder: Path, queries: int, examples: int, mark: str) -> ScoreStore:
+    """The store, which the first process opens and writes, and the others read."""
+    if ranks.rank == 0:
+        store = ScoreStore.open(folder, queries, examples, mark)
+    ranks.gather(None)  # it is there now
+    if ranks.rank > 0:
+        if not folder.exists():
+            raise ConfigurationError(
+                f"Rank {ranks.rank} does not see the folder {folder}, which rank 0 has opened for the scores. Give one"
+                " that all processes see, on a file system that the machines share."
+            )
+        store = ScoreStore.open(folder, queries, examples, mark)
+    return store
 
 
 @dataclass
@@ -189,7 +215,7 @@ def _solve(
         curvature, damping = _open(objective, train, settings, settings.weight_decay - decay, bar.update)
         solve = replace(settings, damping=damping + decay).solve
         gradients = objective.query_gradients(query, per_example=per_example)
-        together = int(settings.bytes_to_keep(objective.device) // (_VECTORS * gradients[0].nbytes))
+        together = int(settings.bytes_to_keep(objective) // (_VECTORS * gradients[0].nbytes))
         together = min(max(together, 1), _MOST_TOGETHER)
         if settings.solver == "nystrom":  # whose sketch costs the same for all
             together = len(gradients)
@@ -209,7 +235,7 @@ def _open(
     examples = curvature_sample(
         objective, train, settings.curvature_examples, settings.curvature_sampling, settings.seed
     )
-    examples = examples.held(settings.bytes_to_keep(objective.device))
+    examples = examples.held(settings.bytes_to_keep(objective))
     curvature = settings.open_curvature(objective, examples, weight_decay=weight_decay, on_product=on_product)
     return curvature, _damping(curvature, settings.seed) if settings.damping is None else settings.damping
 
@@ -288,13 +314,13 @@ def self_influence(
         description = settings.describe(curvature)
     found = []
     with objective.progress("Scoring training examples", len(scored)) as bar:
-        for batch in scored.batches():
+        for batch in scored.mine():
             for rows in objective.gradients(batch.data):
                 whole = rows + settings.weight_decay * objective.theta
                 found.append(quadratic(whole[:, positions]).cpu())
-            bar.update(batch.size)
+            bar.update(batch.size * objective.ranks.size)
     return InfluenceReport(
-        scores=torch.cat(found)[None].double() / max(len(train) - 1, 1),
+        scores=scored.gathered(found)[None].double() / max(len(train) - 1, 1),
         indices=scored.ids,
         solutions=[],
         curvature=description,
