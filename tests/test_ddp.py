@@ -27,7 +27,7 @@ def launch(story: str, world: int, folder: Path) -> tuple[int, str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=400,
+        timeout=900,
         env=environment,
     )
     return done.returncode, done.stderr
