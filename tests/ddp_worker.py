@@ -28,7 +28,7 @@ warnings.filterwarnings("ignore")
 N, CLASSES = 52, 3  # as many for each process, so that training repeats none; parts are no multiples of a batch
 
 
-def points(n: int, seed: int = 0) -> TensorDataset:
+def points(n: int = 48, seed: int = 0) -> TensorDataset:
     """In float64, since what is asked is whether sums differ by more than their order."""
     x, y = blobs(n, seed=seed).tensors
     return TensorDataset(x.double(), y)
@@ -52,7 +52,7 @@ def trained(normal: bool = False) -> Classifier:
 
 def trainer_of(world: int, **options: Any) -> pl.Trainer:
     callback = GIFCallback(**{"ratio": 0.4, "unconverged": "ignore", "double": True, "batch_size": 8, **options})
-    strategy = "auto" if world == 1 else DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
+    strategy = "auto" if world == 1 else DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=180))
     return make_trainer(callback, max_epochs=1, devices=world, strategy=strategy, use_distributed_sampler=False)
 
 
@@ -115,7 +115,15 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     edit("one", batch_of(data, [5]), step="search", solver="dense")
     edit("class", lambda batch: batch[1] == 1)
     edit("relabel", [3, 17, 30], relabel=torch.tensor([1, 0, 2]))
-    edit("unseen", list(range(25)), unseen=DataLoader(points(40, seed=5), 16))
+
+    def fixed(walk: Any) -> Any:
+        """All that single examples are measured and solved by; where a search would turn can hang on rounding."""
+        walk.answer()
+        walk.descend(walk.measure(0.5))
+        return walk.measure(0.5, 0.5)
+
+    unseen = DataLoader(points(40, seed=5), 16)
+    edit("unseen", list(range(25)), unseen=unseen, step=fixed, solver="dense")
     edit("if", [3, 17], method="if", step=0.5, solver="dense")
     callback = trainer.callbacks[0]
     assert isinstance(callback, GIFCallback)
@@ -182,7 +190,7 @@ def failures(world: int, folder: Path) -> dict[str, Any]:
     before = {name: value.clone() for name, value in module.state_dict().items()}
     found: dict[str, Any] = {}
     whole = trainer.influence(query).scores
-    for reading in (4, 20, 60, 75):  # comparing the data, and the passes
+    for reading in (4, 20, 35):  # comparing the data, and the passes
         dataset.left = reading if rank == world - 1 else -1
         found[f"missing {reading}"] = told(lambda: trainer.influence(query))
         dataset.left = reading if rank == world - 1 else -1
@@ -215,7 +223,7 @@ def death(world: int, folder: Path) -> dict[str, Any]:
     """What the others are told when a process is killed in the middle of a pass."""
     dataset = Breaking(lambda: os.kill(os.getpid(), signal.SIGKILL))
     trainer, _ = after_fit(world, dataset)  # type: ignore[arg-type]
-    dataset.left = 60 if trainer.global_rank == world - 1 else -1
+    dataset.left = 40 if trainer.global_rank == world - 1 else -1
     return {"dead": told(lambda: trainer.influence(batch_of(points(), range(3))))}
 
 
