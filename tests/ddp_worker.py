@@ -207,9 +207,13 @@ def failures(world: int, folder: Path) -> dict[str, Any]:
     part = DataLoader(points(20, seed=rank), 4)
     found["other loader"] = told(lambda: trainer.influence(part))
     found["other data"] = told(lambda: trainer.influence(query, dataloader=part))
-    found["out of step"] = told(
-        lambda: trainer.unlearn([3], step=lambda walk: (rank or walk.answer(), walk.path[0])[1])
-    )
+
+    def differently(walk: Any) -> Any:
+        for _ in range(1 + rank):
+            walk.answer()
+        return walk.measure(1.0)
+
+    found["out of step"] = told(lambda: trainer.unlearn([3], step=differently))
     with torch.no_grad():
         module.net[0].weight += rank
     found["other weights"] = told(lambda: trainer.influence(query))
