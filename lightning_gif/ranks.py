@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -71,7 +72,7 @@ class Ranks:
         """The sum over all processes of a tensor of one shape and dtype, whose memory may be used for it."""
         if self.size == 1:
             return tensor
-        self._meet(f"sum {tensor.dtype} {list(tensor.shape)}")
+        self._meet(f"{_caller()}: sum of {tensor.dtype} {list(tensor.shape)}")
         total = tensor.detach().to(self._device).contiguous()
         self._call(dist.all_reduce, total)
         return total.to(tensor.device)
@@ -84,7 +85,7 @@ class Ranks:
         """The values of all processes, in their order: plain ones, or tensors on the CPU, in any structure."""
         if self.size == 1:
             return [value]
-        self._meet("gather")
+        self._meet(f"{_caller()}: gather")
         found: list[Any] = [None] * self.size
         self._call(dist.all_gather_object, found, value)
         return found
@@ -93,7 +94,7 @@ class Ranks:
         """The value of the first process, see :meth:`gather`."""
         if self.size == 1:
             return value
-        self._meet("first")
+        self._meet(f"{_caller()}: first")
         found: list[Any] = [value]
         self._call(dist.broadcast_object_list, found, src=0, device=self._device)
         return found[0]
@@ -183,6 +184,11 @@ class Ranks:
                 f" limit of the process group ({lines[0][:200]}). No weight was changed. Look at what the others wrote"
                 " last, and start anew."
             ) from error
+
+
+def _caller() -> str:
+    """The function that calls the one that calls this: what is put together there is of one kind on all processes."""
+    return sys._getframe(2).f_code.co_name
 
 
 def _of_another(rank: int, kind: str, text: str) -> GIFError:
