@@ -272,6 +272,11 @@ class _Task:
         compared = None
         if unseen is not None and goal is Goal.EXAMPLES:
             if min(len(forget), len(unseen)) >= _FEWEST:
+                if objective.ranks.size > 1:  # ranks among losses turn on rounding, and results were not the same
+                    raise ConfigurationError(
+                        "Comparing single examples with unseen ones does not work in several processes so far. Pass"
+                        " unseen=False for the step of the theory, or use a Trainer with devices=1 and attach()."
+                    )
                 compared = unseen.sample(count, seed).held(memory)
                 objective.check(compared, "unseen")
             else:
