@@ -82,15 +82,22 @@ def attach_model(trainer: Trainer, model: LightningModule, train_dataloaders: An
 
 
 def unsupported_strategy(trainer: Trainer) -> str | None:
-    """Why the computations cannot run under the trainer's strategy, or ``None`` where they can."""
+    """Why the computations cannot run under the trainer's strategy, or ``None`` where they can.
+
+    Under FSDP2 (``ModelParallelStrategy``, tried with gloo) the hooks of a forward pass put gathered parameters in the
+    place of those that ``functional_call`` hands in, and gradients reach the shards by hooks of the backward pass:
+    ``autograd.grad`` by either finds them unused, so that there is not even a first derivative to take another of.
+    """
     strategy = trainer.strategy
     name = type(strategy).__name__
     if _is_a(strategy.launcher, "_MultiProcessingLauncher"):
         return f"{name} trains in child processes, and what is gathered there is lost when they end"
-    if trainer.world_size > 1:
-        return f"the trainer has {trainer.world_size} processes"
-    if not _is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
-        return f"{name} may split the parameters, and their second derivatives are not supported there"
+    whole = _is_a(strategy, "SingleDeviceStrategy", "DDPStrategy")
+    if not whole or _is_a(strategy, "DeepSpeedStrategy", "XLAStrategy"):  # which derive from DDPStrategy
+        return (
+            f"{name} may split the parameters, and put gathered ones in their place by hooks that no derivative of a"
+            " loss can be taken through"
+        )
     return None
 
 

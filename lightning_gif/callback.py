@@ -7,6 +7,7 @@ import inspect
 import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -35,12 +36,14 @@ from .errors import (
     ConfigurationError,
     GIFError,
     GIFWarning,
+    RankError,
     SelectionError,
     TrainingDataError,
 )
 from .influence import influence, self_influence
 from .objective import Objective
 from .parameters import Targets
+from .ranks import Ranks
 from .record import check_whole, read
 from .reports import InfluenceReport, UnlearnReport
 from .reports.loggers import log_table
@@ -226,6 +229,7 @@ class GIFCallback(Callback):
         self._observed: LightningModule | None = None  # whose statistics and targets these are
         self.last_report: InfluenceReport | None = None
         self._history: list[list[Any]] = []  # of the reports made in training
+        self._apart = False  # the statistics of neurons hold what this process alone has seen
 
     @property
     @override
@@ -471,11 +475,12 @@ class GIFCallback(Callback):
                 " data: start a new optimizer before training on."
             )
         report.global_step = trainer.global_step  # a part of what is recorded
-        report.record = kept
+        report.record = kept if trainer.is_global_zero else None
         self._deliver(trainer, report)
         if not dry_run:  # the last thing that happens, since nobody could take back an edit whose report is lost
             try:
-                report.change("unlearn")
+                with Ranks.of(trainer).guarded():  # if one process cannot, none does
+                    report.change("unlearn")
                 return report
             except BaseException:
                 if report.edit.is_in(trainer.lightning_module):
@@ -517,12 +522,16 @@ class GIFCallback(Callback):
         self._unseen_loader = _single(trainer.val_dataloaders)
         self.neurons.reset()
         self.gradients.reset()
+        self._apart = True
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tells the hooks which classes are about to pass."""
         if not self.cache_neurons:
             return
+        if not self._apart and not trainer.is_global_zero:
+            self.neurons.reset()  # what all have seen so far is in the first process's sums
+        self._apart = True
         try:
             size = batch_size(batch)
         except BatchError:
@@ -560,7 +569,14 @@ class GIFCallback(Callback):
         if every is not None and (trainer.current_epoch + 1) % every == 0:
             self._report(trainer)
 
+    def _put_together(self, ranks: Ranks) -> None:
+        """The statistics of neurons become those of all processes; those of gradients are the same on all."""
+        if self._apart:
+            self.neurons.sum_over(ranks)
+            self._apart = False
+
     def _pick_targets(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._put_together(Ranks.of(trainer))
         previous = self.targets
         self._pick(pl_module, f"at the end of epoch {trainer.current_epoch}")
         if self.targets is None:
@@ -587,6 +603,7 @@ class GIFCallback(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lets go of the layers: ``teardown`` does not run after an exception."""
+        self._apart = False  # other processes may be gone, and what they have seen with them
         self._release()
 
     @override
@@ -611,7 +628,11 @@ class GIFCallback(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the targets and the statistics: tensors and primitives, so that ``weights_only=True`` can load them."""
+        """Adds the targets and the statistics: tensors and primitives, so that ``weights_only=True`` can load them.
+
+        Statistics are of all processes, so that all have to save, as Lightning asks for anyway.
+        """
+        self._put_together(Ranks.of(trainer))
         checkpoint[_CHECKPOINT_KEY] = {
             "state_key": self.state_key,
             "targets": None if self.targets is None else dict(self.targets),
@@ -626,6 +647,7 @@ class GIFCallback(Callback):
         state = checkpoint.get(_CHECKPOINT_KEY)
         if state is None:
             return
+        self._apart = False
         try:
             targets = None if state["targets"] is None else Targets(state["targets"])
             if targets is not None:
@@ -667,8 +689,9 @@ class GIFCallback(Callback):
         reason = unsupported_strategy(trainer)
         if reason is not None:
             raise ConfigurationError(
-                f"GIFCallback works on one device in one process so far, but {reason}. Use devices=1, or train without"
-                " the callback and use lightning_gif.attach() on the trained model."
+                f"GIFCallback works on one device, or on several under strategy='ddp', but {reason}. Use 'ddp', or"
+                " train without the callback, gather the weights in a checkpoint, and use lightning_gif.attach() on a"
+                " Trainer with devices=1."
             )
 
     def _check_reports(self) -> None:
@@ -704,6 +727,8 @@ class GIFCallback(Callback):
         """Makes the report of an epoch. No report is worth a run."""
         try:
             report = self.influence(trainer, self.query, **self.report_options)
+        except RankError:  # the processes are not at the same place any more, or not there
+            raise
         except GIFError as error:
             rank_zero_warn(
                 f"No influence report at the end of epoch {trainer.current_epoch}: {error}", category=GIFWarning
@@ -729,6 +754,7 @@ class GIFCallback(Callback):
         """Drops what was gathered on another model."""
         self.neurons, self.gradients = NeuronStatistics(), GradientStatistics()
         self.targets = self.targets_epoch = None
+        self._apart = False
         self._snapshots = Snapshots(self._snapshots.count)
 
     def _release(self) -> None:
@@ -805,7 +831,7 @@ class GIFCallback(Callback):
         choice: TargetsChoice = "cached" if targets is None else targets
         first = asked.for_influence(ggn=True, on_targets=on_targets)
         with self._opened(trainer, choice, first, dataloader) as (objective, train):
-            rank = int(asked.bytes_to_keep(objective.device) / (_SKETCHES * objective.theta.nbytes))
+            rank = int(asked.bytes_to_keep(objective) / (_SKETCHES * objective.theta.nbytes))
             # A power of two: the same call should not be another one because a little more memory is free.
             rank = 1 << (rank.bit_length() - 1) if rank else 0
 
@@ -835,38 +861,48 @@ class GIFCallback(Callback):
         module = trainer.lightning_module
         if module is None:
             raise ConfigurationError("The trainer has no model yet: fit, validate or test first, or use attach().")
-        with isolate_rng():
-            loader = self._loader(trainer) if dataloader is None else dataloader
-        nothing_seen = self.targets is None and not self.neurons and not self.gradients and not self._rank_on_demand
-        if choice == "cached" and nothing_seen and not settings.needs_no_cache:
-            raise SelectionError(
-                "There are no cached targets: the model was not fitted with this callback, and no checkpoint with its"
-                " state was loaded. Fit, pass targets='batch' to rank neurons on the batch at hand, or use"
-                " lightning_gif.attach(trainer, model, …) for a model that was trained before."
-            )
-        with (
-            self.neurons.paused(),
-            Objective.open(trainer, module, seed=settings.seed, double=settings.double) as objective,
-        ):
-            most = trainer.fast_dev_run * settings.batch_size if trainer.fast_dev_run else None
-            if not trainer.fast_dev_run and (trainer.overfit_batches or trainer.limit_train_batches != 1.0):
-                rank_zero_warn(
-                    "The trainer limits its training batches (overfit_batches or limit_train_batches), but all examples"
-                    " of the training loader are counted as trained on. Pass `dataloader=` with those that were.",
-                    category=GIFWarning,
+        ranks = Ranks.of(trainer)
+        with ranks.guarded(), self.neurons.paused():
+            ranks.agree([choice, asdict(settings)], "arguments", "Make the same call on all of them.")
+            self._put_together(ranks)
+            with isolate_rng():
+                loader = self._loader(trainer, ranks) if dataloader is None else dataloader
+            nothing_seen = self.targets is None and not self.neurons and not self.gradients
+            if choice == "cached" and nothing_seen and not self._rank_on_demand and not settings.needs_no_cache:
+                raise SelectionError(
+                    "There are no cached targets: the model was not fitted with this callback, and no checkpoint with"
+                    " its state was loaded. Fit, pass targets='batch' to rank neurons on the batch at hand, or use"
+                    " lightning_gif.attach(trainer, model, …) for a model that was trained before."
                 )
-            train = Examples.from_loader(
-                loader, objective.prepare, batch_size=settings.batch_size, most=most, seed=settings.seed
-            )
-            train.warn_if_random()
-            objective.learn_structure(train)
-            yield objective, train
+            opened = Objective.open(trainer, module, seed=settings.seed, double=settings.double, ranks=ranks)
+            with opened as objective:
+                most = trainer.fast_dev_run * settings.batch_size if trainer.fast_dev_run else None
+                if not trainer.fast_dev_run and (trainer.overfit_batches or trainer.limit_train_batches != 1.0):
+                    rank_zero_warn(
+                        "The trainer limits its training batches (overfit_batches or limit_train_batches), but all"
+                        " examples of the training loader are counted as trained on. Pass `dataloader=` with those that"
+                        " were.",
+                        category=GIFWarning,
+                    )
+                train = Examples.from_loader(
+                    loader,
+                    objective.prepare,
+                    batch_size=settings.batch_size,
+                    most=most,
+                    seed=settings.seed,
+                    ranks=ranks,
+                ).agreed("training data")
+                train.warn_if_random()
+                objective.learn_structure(train)
+                yield objective, train
 
-    def _loader(self, trainer: Trainer) -> Any:
+    def _loader(self, trainer: Trainer, ranks: Ranks) -> Any:
         """The training loader: that of the last ``fit``, or the one that a datamodule or the module would give."""
         found = self._train_loader if self._train_loader is not None else trainer.train_dataloader
         if found is None and trainer.datamodule is not None:
-            trainer.datamodule.prepare_data()
+            if trainer.local_rank == 0:  # others would write the same files
+                trainer.datamodule.prepare_data()
+            ranks.gather(None)  # until it is done
             trainer.datamodule.setup("fit")
             found = trainer.datamodule.train_dataloader()
         if found is None and brings_own(trainer.lightning_module, "train_dataloader"):
@@ -880,9 +916,12 @@ class GIFCallback(Callback):
         return found
 
     def _examples(self, given: Any, objective: Objective, settings: Settings) -> Examples:
+        size, ranks = settings.batch_size, objective.ranks
         if isinstance(given, DataLoader):
-            return Examples.from_loader(given, objective.prepare, batch_size=settings.batch_size, seed=settings.seed)
-        return Examples.from_batch(given, objective.prepare, batch_size=settings.batch_size)
+            found = Examples.from_loader(given, objective.prepare, batch_size=size, seed=settings.seed, ranks=ranks)
+        else:
+            found = Examples.from_batch(given, objective.prepare, batch_size=size, ranks=ranks)
+        return found.agreed("batch or loader")
 
     @staticmethod
     def _chosen_examples(given: Any, train: Examples) -> Examples | None:
@@ -893,7 +932,7 @@ class GIFCallback(Callback):
         numbered = getattr(given, "ndim", None) == 1 and "int" in str(getattr(given, "dtype", ""))
         listed = isinstance(given, (list, tuple, range)) and len(given) > 0
         if numbered or (listed and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in given)):
-            return train.with_ids(given.tolist() if numbered else given)
+            return train.with_ids(given.tolist() if numbered else given).agreed("indices")
         return None
 
     def _forget_examples(self, given: Any, train: Examples, objective: Objective, settings: Settings) -> Examples:
@@ -916,13 +955,17 @@ class GIFCallback(Callback):
         loader = self._unseen_loader if given is None else given
         if not isinstance(loader, DataLoader):
             return None
+        found, size = None, settings.batch_size
         try:
-            found = self._examples(loader, objective, settings)
+            found = Examples.from_loader(loader, objective.prepare, batch_size=size, seed=settings.seed)
             objective.check(found.at(torch.arange(1)), "unseen")
         except Exception:
             if given is not None:
                 raise
-            return None  # validation may look at something else altogether
+            found = None  # validation may look at something else altogether
+        if any(objective.ranks.gather(found is None)) or found is None:
+            return None
+        found = replace(found, ranks=objective.ranks).agreed("unseen data")
         if found.shares(train):
             if given is not None:
                 raise ConfigurationError("`unseen` has examples of the training data; give those not trained on.")
@@ -936,7 +979,7 @@ class GIFCallback(Callback):
         return report
 
     def _log(self, trainer: Trainer, log: Callable[[Any], None]) -> None:
-        if self.log_reports and not trainer.fast_dev_run:
+        if self.log_reports and not trainer.fast_dev_run and trainer.is_global_zero:
             for logger in trainer.loggers:
                 try:
                     log(logger)
@@ -1001,6 +1044,7 @@ def attach(
     present = [found for found in trainer.callbacks if isinstance(found, GIFCallback)]
     callback = callback or (present[0] if present else GIFCallback())
     callback._check_trainer(trainer)
+    Ranks.of(trainer)  # which are running
     if callback not in trainer.callbacks:
         trainer.callbacks.append(callback)
     if callback._observed is not None and callback._observed is not model:

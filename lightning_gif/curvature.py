@@ -157,7 +157,8 @@ class Curvature:
 
     Micro-batches count with their true sizes, so a ragged last batch counts as what it is. At a fixed ``θ`` the first
     pass of a product, which does not depend on the vector, is kept for as many micro-batches as ``memory`` allows, and
-    done anew for the others: memory does not grow with the number of examples. Several vectors share it.
+    done anew for the others: memory does not grow with the number of examples. Several vectors share it. Where several
+    processes share out the examples, each keeps passes of its own part, and products are those of all.
 
     Args:
         linearise: The curvature of a micro-batch: :func:`hessian` or :func:`gauss_newton`.
@@ -193,13 +194,15 @@ class Curvature:
 
     @property
     def _batches(self) -> int:
-        return len(self._examples.cached or ()) or -(-len(self._examples) // self._examples.batch_size)
+        """How many this process goes through."""
+        return self._examples.n_mine
 
     def summary(self) -> dict[str, int]:
         """How the products were made: micro-batches, of how many the first pass was kept, products and examples."""
+        batches, kept = self._examples.ranks.sum(torch.tensor([self._batches, len(self._kept)])).tolist()
         return {
-            "batches": self._batches,
-            "batches_kept": len(self._kept),
+            "batches": batches,
+            "batches_kept": kept,
             "products": self.products,
             "examples": self.examples,
         }
@@ -215,6 +218,7 @@ class Curvature:
         for product in self._passes():
             total += torch.stack([product(column) for column in columns.T], dim=1)
             del product  # before the next is made, so that there is one at a time
+        total = self._examples.ranks.sum(total)
         total = total / len(self._examples) + self._weight_decay * columns
         return total[:, 0] if vectors.ndim == 1 else total
 
@@ -227,7 +231,7 @@ class Curvature:
             yield from self._kept
             return
         # All batches are read, also those whose passes are kept: random augmentation repeats itself only as a whole.
-        for position, batch in enumerate(self._examples.batches()):
+        for position, batch in enumerate(self._examples.mine()):
             if position < len(self._kept):
                 yield self._kept[position]
                 continue

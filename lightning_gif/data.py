@@ -26,6 +26,7 @@ from torch.utils.data import (
 
 from .errors import BatchError, GIFWarning, TrainingDataError
 from .parameters import raw
+from .ranks import ALONE, Ranks
 
 __all__ = [
     "TARGET_KEYS",
@@ -56,6 +57,9 @@ _MOST_CLASSES = 10_000
 
 # Of how many examples the contents count where data is to be recognised: all of them may not fit into an hour.
 _DIGESTED = 64
+
+# How many examples of a dataset tell whether all processes have the same.
+_COMPARED = 8
 
 
 class Batch(NamedTuple):
@@ -238,12 +242,15 @@ def class_targets(data: Any) -> Tensor | None:
 def example_classes(examples: Examples) -> Tensor | None:
     """The class of each example, ``(n,)`` on the CPU, in order; ``None`` where the targets are no classes."""
     found = []
-    for batch in examples.batches():
+    for batch in examples.mine():
         classes = class_targets(batch.data)
+        found.append(classes if classes is None else classes.cpu())
         if classes is None:
-            return None
-        found.append(classes.cpu())
-    return torch.cat(found)
+            break
+    parts = examples.ranks.gather(found)
+    if any(classes is None for part in parts for classes in part):
+        return None
+    return torch.cat([classes for part in parts for classes in part])  # type: ignore[misc]
 
 
 def strata(examples: Examples) -> Tensor:
@@ -302,6 +309,10 @@ def replace_targets(data: Any, targets: Tensor | int) -> Any:
 class Examples:
     """Examples that can be read again and again, always in the same order and the same batches.
 
+    Where several processes share out the work, all of them know the same examples and each can read all of them. A pass
+    by :meth:`mine` or :meth:`dealt` goes over the part of this process, and what it finds has to be put together with
+    what the others find; one by :meth:`batches` goes over all of them.
+
     Attributes:
         dataset: Map-style; its items are collated.
         ids: Dataset indices ``(n,)`` of these examples, in reading order.
@@ -311,6 +322,8 @@ class Examples:
         loader_options: Options of the user's loader that are kept: workers and how they start.
         seed: Set on the global generators before each pass, so that random augmentation repeats itself.
         cached: The prepared batches if they are held in memory.
+        ranks: The processes.
+        held_part: If ``cached`` are only the batches of this process's part: at which positions that starts and stops.
     """
 
     dataset: Any
@@ -321,10 +334,19 @@ class Examples:
     loader_options: Mapping[str, Any]
     seed: int = 0
     cached: tuple[Batch, ...] | None = None
+    ranks: Ranks = ALONE
+    held_part: tuple[int, int] | None = None
 
     @classmethod
     def from_loader(
-        cls, loader: Any, prepare: Callable[[Any], Any], *, batch_size: int, most: int | None = None, seed: int = 0
+        cls,
+        loader: Any,
+        prepare: Callable[[Any], Any],
+        *,
+        batch_size: int,
+        most: int | None = None,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
     ) -> Examples:
         """The examples that a loader draws from, in dataset order. The loader itself is never iterated.
 
@@ -334,6 +356,7 @@ class Examples:
             batch_size: See the class.
             most: Keep only the first so many.
             seed: See the class.
+            ranks: See the class.
 
         Raises:
             TrainingDataError: If the order of its examples cannot be made stable, or there are none.
@@ -361,35 +384,116 @@ class Examples:
             name: getattr(loader, name)
             for name in ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout")
         }
-        return cls(dataset, ids, batch_size, loader.collate_fn, prepare, options, seed)
+        return cls(dataset, ids, batch_size, loader.collate_fn, prepare, options, seed, ranks=ranks)
 
     @classmethod
-    def from_batch(cls, data: Any, prepare: Callable[[Any], Any], *, batch_size: int) -> Examples:
-        """The examples of one batch in hand; their ids are their positions in it."""
+    def from_batch(cls, data: Any, prepare: Callable[[Any], Any], *, batch_size: int, ranks: Ranks = ALONE) -> Examples:
+        """The examples of one batch in hand, the same on all processes; their ids are their positions in it."""
         prepared = prepare(data)
-        return _in_memory(prepared, batch_size)
+        return replace(_in_memory(prepared, batch_size), ranks=ranks)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def batches(self) -> Iterator[Batch]:
         """The examples as prepared batches, in order."""
-        if self.cached is not None:
+        if self.cached is not None and self.held_part is None:
             yield from self.cached
-            return
+        else:
+            yield from self._read(self.ids.split(self.batch_size))
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """At which positions the part of this process starts and stops."""
+        return self.held_part or self.ranks.part(len(self))
+
+    def mine(self) -> Iterator[Batch]:
+        """This process's part of the examples, in order, as batches of its own; all parts cover each example once."""
+        if self.ranks.size == 1:
+            yield from self.batches()
+        elif self.cached is None:
+            start, stop = self.part
+            yield from self._read(self.ids[start:stop].split(self.batch_size) if start < stop else ())
+        else:
+            for batch, start, stop in self._pieces():
+                whole = stop - start == batch.size
+                data = batch.data if whole else slice_batch(batch.data, start, stop)
+                yield Batch(data, batch.ids[start:stop], stop - start)
+
+    @property
+    def n_mine(self) -> int:
+        """How many batches :meth:`mine` gives."""
+        if self.cached is not None:
+            return len(list(self._pieces()))
+        start, stop = self.part
+        return -(-(stop - start) // self.batch_size)
+
+    def _pieces(self) -> Iterator[tuple[Batch, int, int]]:
+        """Batches in memory with examples of this process, and from where to where these are."""
+        start, stop = self.part
+        position = start if self.held_part else 0
+        for batch in self.cached or ():
+            low, high = max(start - position, 0), min(stop - position, batch.size)
+            if low < high:
+                yield batch, low, high
+            position += batch.size
+
+    def dealt(self) -> Iterator[Batch]:
+        """This process's part of :meth:`batches`, as they are: for what depends on which examples are in a batch."""
+        if self.ranks.size == 1:
+            yield from self.batches()
+        elif self.cached is not None and self.held_part is None:
+            yield from self.cached[self.ranks.rank :: self.ranks.size]
+        else:
+            yield from self._read(self.ids.split(self.batch_size)[self.ranks.rank :: self.ranks.size])
+
+    def gathered(self, values: list[Tensor]) -> Tensor:
+        """What all processes have found for the examples, ``(n, …)``, in their order.
+
+        Args:
+            values: For each batch of :meth:`mine` a value for each of its examples, ``(B, …)``.
+        """
+        if self.ranks.size == 1:
+            return torch.cat(values)
+        parts = self.ranks.gather([value.detach().cpu() for value in values])
+        return torch.cat([value for part in parts for value in part])
+
+    def agreed(self, what: str) -> Examples:
+        """These, once it is sure that all processes have the same: by index, and by content where it stays the same.
+
+        Args:
+            what: What they are, for the message.
+
+        Raises:
+            ConfigurationError: If they have not.
+        """
+        if self.ranks.size > 1:
+            own = replace(self, ranks=ALONE, held_part=None)
+            some = own
+            if self.dataset is not None:
+                some = own.at(torch.linspace(0, len(self) - 1, min(len(self), _COMPARED)).long().unique())
+            marks = fingerprints(some)
+            if any(self.ranks.gather(fingerprints(some) != marks)):  # it is random
+                marks = []
+            self.ranks.agree(
+                [self.ids.tolist(), marks],
+                what,
+                "Each process reads the whole of the data and does its part: give all of them the same batch, the same"
+                " indices, or a loader over the same dataset, not the part that a process trains on.",
+            )
+        return self
+
+    def _read(self, groups: Sequence[Tensor]) -> Iterator[Batch]:
+        """Batches of the dataset, of ids ``(B,)`` each."""
         _seed_global_generators(self.seed)
         loader = DataLoader(
             self.dataset,
-            batch_size=self.batch_size,
-            sampler=self.ids.tolist(),
+            batch_sampler=[group.tolist() for group in groups],
             collate_fn=self.collate,
             generator=torch.Generator().manual_seed(self.seed),
             **self.loader_options,
         )
-        start = 0
-        for data in loader:
-            ids = self.ids[start : start + self.batch_size]
-            start += len(ids)
+        for ids, data in zip(groups, loader, strict=True):
             yield Batch(self.prepare(data), ids, len(ids))
 
     def at(self, positions: Tensor) -> Examples:
@@ -398,19 +502,24 @@ class Examples:
         Examples that are only held in memory are given in the order they are held in.
         """
         if self.dataset is not None:
-            return replace(self, ids=self.ids[positions], cached=None)
+            return replace(self, ids=self.ids[positions], cached=None, held_part=None)
         return self._in_memory(positions)
 
     def _in_memory(self, positions: Tensor) -> Examples:
         wanted = torch.zeros(len(self), dtype=torch.bool)
         wanted[positions] = True
-        pieces, start = [], 0
-        for batch in self.batches():
+        start = 0 if self.held_part is None else self.held_part[0]
+        part = None
+        if self.held_part is not None:
+            part = int(wanted[: self.held_part[0]].sum()), int(wanted[: self.held_part[1]].sum())
+        pieces = []
+        for batch in self.batches() if self.held_part is None else self.cached or ():
             here = wanted[start : start + batch.size].nonzero().squeeze(1)
             start += batch.size
             if len(here):
                 pieces.append(Batch(take(batch.data, here), batch.ids[here], len(here)))
-        return replace(self, ids=self.ids[wanted], cached=tuple(_joined(pieces, self.batch_size)))
+        cached = tuple(_joined(pieces, self.batch_size))
+        return replace(self, ids=self.ids[wanted], cached=cached, held_part=part)
 
     def with_ids(self, ids: Sequence[int]) -> Examples:
         """Those with the given dataset indices, in the order given.
@@ -447,7 +556,7 @@ class Examples:
             TrainingDataError: If it is true for none.
         """
         found = []
-        for batch in self.batches():
+        for batch in self.mine():
             mask = predicate(batch.data)
             mask = torch.as_tensor(mask).cpu() if isinstance(mask, (Tensor, list, tuple)) else mask
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch.size,):
@@ -456,7 +565,7 @@ class Examples:
                     f" batch, a bool tensor of shape [{batch.size}]; it returned {describe(mask)}."
                 )
             found.append(mask)
-        positions = torch.cat(found).nonzero().squeeze(1)
+        positions = self.gathered(found).nonzero().squeeze(1)
         if not len(positions):
             raise TrainingDataError(
                 f"The function that says which examples to forget is true for none of the {len(self)} training"
@@ -472,21 +581,24 @@ class Examples:
         return self.at(drawn.sort().values) if self.cached is None else self._in_memory(drawn)
 
     def held(self, most: float = math.inf) -> Examples:
-        """The same examples with their prepared batches held in memory, if they take no more than ``most`` bytes."""
+        """The same examples with their prepared batches held in memory, if they take no more than ``most`` bytes.
+
+        Each process holds its own part.
+        """
         if self.cached is not None:
             return self
         pieces, size = [], 0
-        for batch in self.batches():
+        for batch in self.mine():
             size += sum(tensor.numel() * tensor.element_size() for tensor in tensors(batch.data))
             if size > most:
                 return self
             pieces.append(batch)
-        return replace(self, cached=tuple(pieces))
+        return replace(self, cached=tuple(pieces), held_part=None if self.ranks.size == 1 else self.part)
 
-    def warn_if_random(self) -> None:
-        """Warns if an item of the dataset is not the same twice, as under random augmentation."""
+    def warn_if_random(self) -> bool:
+        """Warns if an item of the dataset is not the same twice, as under random augmentation, and says whether."""
         if self.cached is not None:
-            return
+            return False
         index = int(self.ids[0])
         first, second = (self.collate([self.dataset[index]]) for _ in range(2))
         same = all(
@@ -500,6 +612,7 @@ class Examples:
                 GIFWarning,
                 stacklevel=2,
             )
+        return not same
 
 
 def _in_memory(prepared: Any, size_of_batches: int) -> Examples:
@@ -577,7 +690,7 @@ def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tenso
             new = targets(batch.data) if callable(targets) else targets
         changed.append(batch._replace(data=replace_targets(batch.data, new)))
         start += batch.size
-    return replace(examples, dataset=None, cached=tuple(changed))  # the dataset has the old targets
+    return replace(examples, dataset=None, cached=tuple(changed), held_part=None)  # the dataset has the old targets
 
 
 def _sampled_ids(loader: DataLoader[Any]) -> Tensor:
@@ -587,6 +700,8 @@ def _sampled_ids(loader: DataLoader[Any]) -> Tensor:
         sampler = loader.batch_sampler.sampler
     elif loader.batch_sampler is not None:
         sampler = loader.batch_sampler
+    # Under several processes Lightning wraps any sampler into a distributed one, of which this is a part.
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     if isinstance(sampler, SubsetRandomSampler):
         return torch.as_tensor(sampler.indices, dtype=torch.long).sort().values
     if isinstance(sampler, Sequence) and sampler is not loader.batch_sampler:
@@ -625,7 +740,7 @@ def _seed_global_generators(seed: int) -> None:
 def fingerprints(examples: Examples) -> list[bytes]:
     """A hash of each example: equal for examples whose tensors and texts are equal bit by bit after preparation."""
     found: list[bytes] = []
-    for batch in examples.batches():
+    for batch in examples.mine():
         if batch.size > 1 and any(tensor.ndim and tensor.shape[0] != batch.size for tensor in tensors(batch.data)):
             return fingerprints(replace(examples, batch_size=1, cached=None))  # what is whose shows one by one only
         texts = _sequences(batch.data, batch.size)
@@ -641,7 +756,7 @@ def fingerprints(examples: Examples) -> list[bytes]:
             for items in texts:
                 state.update(repr(items[position]).encode())
             found.append(state.digest())
-    return found
+    return [mark for part in examples.ranks.gather(found) for mark in part]
 
 
 def contents_digest(examples: Examples) -> str:

@@ -15,6 +15,7 @@ __all__ = [
     "GIFWarning",
     "NonFiniteError",
     "ObjectiveError",
+    "RankError",
     "RecordError",
     "SelectionError",
     "TrainingDataError",
@@ -63,6 +64,10 @@ class RecordError(GIFError, ValueError):
 
 class CheckpointError(GIFError, ValueError):
     """A checkpoint cannot be read without running what is in it, is damaged, or does not fit the model."""
+
+
+class RankError(GIFError, RuntimeError):
+    """Another process of the trainer failed or ended, or does something else than this one."""
 
 
 class GIFWarning(UserWarning):

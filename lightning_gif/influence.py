@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .errors import ConfigurationError, NonFiniteError
 from .objective import Moment, Objective
 from .parameters import Targets, digest
 from .ranking import Strongest
+from .ranks import Ranks
 from .reports.files import damage_is_told
 from .reports.influence import InfluenceReport, first_shown
 from .sampling import curvature_sample
@@ -72,6 +73,7 @@ def influence(
         per_example: One query for each example instead of one for their mean.
         among: Those of the training examples that are scored; by default all.
         scores_to: A folder for the scores, see :class:`~lightning_gif.store.ScoreStore`; by default they are in memory.
+            Of several processes the first writes it, and all must see it.
         spill_to: A folder in which there will be one for the scores if they take much of the memory that is free.
         keep: Keep only so many of either end of each query's ranking.
         states: Earlier states of the module by epoch: scores are the mean of those with the present weights and with
@@ -86,34 +88,37 @@ def influence(
             something else.
         ConvergenceError: See :meth:`~lightning_gif.settings.Settings.solve`.
     """
-    start = time.perf_counter()
+    begin = time.perf_counter()
     objective.check(query, "query", measured=True)
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
     scored = train if among is None else among
     queries = len(query) if per_example else 1
     moments = [objective.moment(), *map(objective.moment, (states or {}).values())]
-    store = None
+    store, ranks = None, objective.ranks
     partial = keep is not None and 2 * keep < len(scored)
-    spills = not partial and spill_to is not None and settings.is_large(_BYTES * queries * len(scored))
+    spills = not partial and spill_to is not None and settings.is_large(_BYTES * queries * len(scored), ranks)
     if scores_to is not None or spills:
-        mark = _fingerprint(objective, moments, train, scored, query, per_example, settings, targets)
+        mark = ranks.first(_fingerprint(objective, moments, train, scored, query, per_example, settings, targets))
         folder = scores_to or spill_to / mark[:_NAMED]  # type: ignore[operator]
-        store = ScoreStore.open(folder, queries, len(scored), mark)
+        store = _open_store(ranks, folder, queries, len(scored), mark)
         if scores_to is None:
             rank_zero_info(
                 f"The scores take {_BYTES * queries * len(scored) / 2**30:.1f} GiB, and are in {folder}: the same call"
                 " goes on there if it is interrupted. Delete the folder once the report is no longer needed."
             )
+    found = None if store is None else store.load_directions(len(moments) * queries, objective.space.size)
+    if ranks.first(found is None):  # what the first process has not found there, others may only seem to
+        found = None
     solved: list[_Solved] = []
-    if store is not None and (found := store.load_directions(len(moments) * queries, objective.space.size)):
+    if store is not None and found is not None:
         with damage_is_told(store.folder):
             solved = _Solved.load(*found, objective.device)
     if not solved:
         for moment in moments:
             with objective.at(moment):
                 solved.append(_solve(objective, train, query, settings, method, targets, per_example))
-        if store is not None and not store.done.all():
+        if store is not None and ranks.rank == 0 and not store.done.all():
             directions = torch.cat([one.directions for one in solved])
             store.save_directions(directions, [one.told() for one in solved])
 
@@ -127,11 +132,14 @@ def influence(
         kept = Strongest(queries, scored.ids, keep)
     else:
         kept = store or InMemory(queries, len(scored))
-    with objective.progress("Scoring training examples", len(scored)) as bar:
-        position = 0
-        for batch in scored.batches():
-            stop = position + batch.size
-            if kept.missing(position, stop):
+    done = None if store is None else store.done.clone()
+
+    def blocks() -> Iterator[tuple[int, int, Tensor | None]]:
+        """For this process's batches: from and to which position, and the scores; those that are there are left out."""
+        start, _ = scored.part
+        for batch in scored.mine():
+            stop, block = start + batch.size, None
+            if done is None or not done[start:stop].all():
                 block = torch.zeros(queries, batch.size, dtype=torch.float64)
                 for moment, one, decay in zip(moments, solved, decays, strict=True):
                     with objective.at(moment):
@@ -139,10 +147,15 @@ def influence(
                     block += (part + decay) / len(moments)
                 block /= max(len(train) - 1, 1)
                 _require_finite(block, batch.ids)
-                kept.write(position, block)
-            position = stop
-            bar.update(batch.size)
-    if store is not None:
+            yield start, stop, block
+            start = stop
+
+    with objective.progress("Scoring training examples", len(scored)) as bar:
+        for start, stop, block in ranks.taken_in_turn(blocks()):
+            if block is not None and (store is None or ranks.rank == 0):  # one process writes a file
+                kept.write(start, block)
+            bar.update(stop - start)
+    if store is not None and ranks.rank == 0:
         store.finish()
     scores, indices = kept.both() if isinstance(kept, Strongest) else (kept.scores, scored.ids)
     return InfluenceReport(
@@ -156,8 +169,23 @@ def influence(
         dataset=train.dataset,
         queries=first_shown(query),
         settings={**asdict(replace(settings, damping=solved[0].damping)), "snapshots": list(states or {})},
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - begin,
     )
+
+
+def _open_store(ranks: Ranks, folder: Path, queries: int, examples: int, mark: str) -> ScoreStore:
+    """The store, which the first process opens and writes, and the others read."""
+    if ranks.rank == 0:
+        store = ScoreStore.open(folder, queries, examples, mark)
+    ranks.gather(None)  # it is there now
+    if ranks.rank > 0:
+        if not folder.exists():
+            raise ConfigurationError(
+                f"Rank {ranks.rank} does not see the folder {folder}, which rank 0 has opened for the scores. Give one"
+                " that all processes see, on a file system that the machines share."
+            )
+        store = ScoreStore.open(folder, queries, examples, mark)
+    return store
 
 
 @dataclass
@@ -210,7 +238,7 @@ def _solve(
         curvature, damping = _open(objective, train, settings, settings.weight_decay - decay, bar.update)
         solve = replace(settings, damping=damping + decay).solve
         gradients = objective.query_gradients(query, per_example=per_example)
-        together = int(settings.bytes_to_keep(objective.device) // (_VECTORS * gradients[0].nbytes))
+        together = int(settings.bytes_to_keep(objective) // (_VECTORS * gradients[0].nbytes))
         together = min(max(together, 1), _MOST_TOGETHER)
         if settings.solver == "nystrom":  # whose sketch costs the same for all
             together = len(gradients)
@@ -230,7 +258,7 @@ def _open(
     examples = curvature_sample(
         objective, train, settings.curvature_examples, settings.curvature_sampling, settings.seed
     )
-    examples = examples.held(settings.bytes_to_keep(objective.device))
+    examples = examples.held(settings.bytes_to_keep(objective))
     curvature = settings.open_curvature(objective, examples, weight_decay=weight_decay, on_product=on_product)
     return curvature, _damping(curvature, settings.seed) if settings.damping is None else settings.damping
 
@@ -308,12 +336,12 @@ def self_influence(
         description = settings.describe(curvature)
     found = []
     with objective.progress("Scoring training examples", len(scored)) as bar:
-        for batch in scored.batches():
+        for batch in scored.mine():
             for rows in objective.gradients(batch.data):
                 whole = rows + settings.weight_decay * objective.theta
                 found.append(quadratic(whole[:, positions]).cpu())
-            bar.update(batch.size)
-    scores = torch.cat(found)[None].double() / max(len(train) - 1, 1)
+            bar.update(batch.size * objective.ranks.size)
+    scores = scored.gathered(found)[None].double() / max(len(train) - 1, 1)
     _require_finite(scores, scored.ids)
     return InfluenceReport(
         scores=scores,

@@ -23,8 +23,9 @@ from .data import Examples, batch_size, class_targets, describe, map_tensors, sa
 from .errors import BatchError, ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError
 from .interrupts import uninterrupted
 from .mixin import overrides
-from .parameters import ParameterSpace
+from .parameters import ParameterSpace, digest
 from .predictions import Predictions
+from .ranks import ALONE, Ranks
 from .selection import GradientStatistics, NeuronStatistics
 
 __all__ = ["Moment", "Objective"]
@@ -67,14 +68,20 @@ class Objective:
     computations do to it lasts: parameters, buffers, metrics, logged values, attributes, train/eval flags and random
     generators are as before.
 
+    Passes over examples are shared out over the processes that these know (:class:`~lightning_gif.data.Examples`), and
+    what is computed is the same on all of them. Parameters must be, too. Buffers, which BatchNorm lets drift apart, are
+    taken from the first process.
+
     Args:
         trainer: Whose precision, strategy and hooks prepare batches.
         module: The module, unwrapped.
         seed: Of random numbers that a loss may draw; the same at every evaluation, so that the loss is one function.
+        ranks: The processes that share out the work.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, *, seed: int = 0) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, *, seed: int = 0, ranks: Ranks = ALONE) -> None:
         self.trainer = trainer
+        self.ranks = ranks
         self.module = module
         self.space = ParameterSpace(module)
         self.device = trainer.strategy.root_device
@@ -85,6 +92,7 @@ class Objective:
         self._reduction: str | None = None
         self._reference: Any = None
         self.statistics: dict[str, Tensor] = {}
+        self._common: dict[str, Tensor] = {}  # the first process's buffers, where they are not this one's
         self._step = _Step(module)
         self.check_module(module)
 
@@ -112,7 +120,13 @@ class Objective:
     @classmethod
     @contextlib.contextmanager
     def open(
-        cls, trainer: Trainer, module: LightningModule, *, seed: int = 0, double: bool = False
+        cls,
+        trainer: Trainer,
+        module: LightningModule,
+        *,
+        seed: int = 0,
+        double: bool = False,
+        ranks: Ranks = ALONE,
     ) -> Iterator[Objective]:
         """The objective, inside of everything that isolates its evaluation from the user's run.
 
@@ -121,13 +135,33 @@ class Objective:
             module: See the class.
             seed: See the class.
             double: Compute in float64 instead of float32.
+            ranks: See the class.
+
+        Raises:
+            ConfigurationError: If the processes do not have the same parameters.
         """
-        objective = cls(trainer, module, seed=seed)
+        objective = cls(trainer, module, seed=seed, ranks=ranks)
         least = torch.float64 if double else torch.float32
         dtype = torch.promote_types(next(iter(objective._parameters())).dtype, least)
-        with _isolated(module, objective.device, dtype, trainer.loggers):
+        with _isolated(module, objective.device, dtype, trainer.loggers, ranks):
             objective.theta = objective.space.flatten(module, dtype)
+            objective._meet()
             yield objective
+
+    def _meet(self) -> None:
+        """Makes sure that all processes compute with the same weights."""
+        if self.ranks.size == 1:
+            return
+        self.ranks.agree(
+            digest(dict(self.module.named_parameters())),
+            "weights",
+            "Load the same checkpoint on all of them; apply and undo an edit on all of them, not on the first alone.",
+        )
+        buffers = {name: buffer.detach().cpu() for name, buffer in self.module.named_buffers()}
+        marks = self.ranks.gather(digest(buffers))
+        if any(mark != marks[0] for mark in marks):
+            common = self.ranks.first(buffers)
+            self._common = {name: common[name].to(buffer.device) for name, buffer in self.module.named_buffers()}
 
     theta: Tensor
     """The parameters as they are, ``(p,)``, in float32 or wider."""
@@ -140,8 +174,9 @@ class Objective:
         if state is None:
             return Moment(self.theta, self.statistics)
         theta = torch.cat([state[name].reshape(-1) for name in self.space.slots]).to(self.theta)
-        buffers = dict(self.module.named_buffers())
-        return Moment(theta, {name: state[name].to(buffer) for name, buffer in buffers.items() if name in state})
+        buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in state}
+        common = self.ranks.first({name: state[name] for name in buffers})
+        return Moment(theta, {name: common[name].to(buffer) for name, buffer in buffers.items()})
 
     @contextlib.contextmanager
     def at(self, moment: Moment) -> Iterator[None]:
@@ -197,7 +232,7 @@ class Objective:
             own, function, name = True, self.measurements, "measurements"
         else:
             own, function, name = self._own_loss, self.losses, "losses"
-        for batch in examples.batches():
+        for batch in examples.mine():
             if not own and not same_structure(batch.data, self._reference):
                 raise BatchError(
                     f"The {what} batch is not structured as the training batches are. Given: {describe(batch.data)}."
@@ -399,7 +434,8 @@ class Objective:
     def mean(self, examples: Examples, function: Callable[[Tensor, Any], Tensor], theta: Tensor) -> float:
         """The mean over examples of a function that is summed over batches, ``(θ, batch) → ()``, at ``theta``."""
         with torch.no_grad():
-            return sum(float(function(theta, batch.data)) for batch in examples.batches()) / len(examples)
+            found = sum(float(function(theta, batch.data)) for batch in examples.mine())
+        return self.ranks.total(found) / len(examples)
 
     def mean_loss(self, examples: Examples, theta: Tensor | None = None) -> float:
         """The mean loss over examples at ``theta``, by default at the present parameters."""
@@ -409,7 +445,7 @@ class Objective:
         """The losses of all examples, ``(n,)``, at ``theta``."""
         with torch.no_grad():
             at = self.theta if theta is None else theta
-            return torch.cat([self.losses(at, batch.data) for batch in examples.batches()])
+            return examples.gathered([self.losses(at, batch.data) for batch in examples.mine()]).to(self.device)
 
     def gradient(
         self,
@@ -428,10 +464,10 @@ class Objective:
             NonFiniteError: If it is not finite.
         """
         total = torch.zeros_like(self.theta)
-        for batch in examples.batches():
+        for batch in examples.mine():
             at = (self.theta if theta is None else theta).detach().requires_grad_()
             total += self._gradient((loss_sum or self.loss_sum)(at, batch.data), at)
-        return self._finite(total / len(examples))
+        return self._finite(self.ranks.sum(total) / len(examples))
 
     def query_gradients(self, examples: Examples, *, per_example: bool) -> Tensor:
         """Gradients of the measurement, ``(q, p)``: of its mean over all examples (q = 1), or of each (q = n).
@@ -440,21 +476,28 @@ class Objective:
             NonFiniteError: If one is not finite.
         """
         rows, total = [], torch.zeros_like(self.theta)
-        for batch in examples.batches():
+        for batch in examples.mine():
             theta = self.theta.detach().requires_grad_()
             values = self.measurements(theta, batch.data)
             if per_example:
                 rows += [self._gradient(value, theta, retain_graph=True) for value in values]
             else:
                 total += self._gradient(values.sum(), theta)
-        return self._finite(torch.stack(rows) if per_example else total[None] / len(examples))
+        if not per_example:
+            return self._finite(self.ranks.sum(total)[None] / len(examples))
+        if self.ranks.size == 1:
+            return self._finite(torch.stack(rows))
+        found = self.theta.new_zeros(len(examples), self.space.size)
+        for position, row in enumerate(rows, examples.part[0]):
+            found[position] = row
+        return self._finite(self.ranks.sum(found))
 
     def observe(self, examples: Examples) -> tuple[NeuronStatistics, GradientStatistics]:
         """What neurons and parameters would show if the examples were trained on now: one forward and backward pass."""
         neurons, gradients = NeuronStatistics(), GradientStatistics()
         try:
             neurons.attach(self.module)
-            for batch in examples.batches():
+            for batch in examples.dealt():
                 theta = self.theta.detach().requires_grad_()
                 neurons.record(class_targets(batch.data), batch.size)
                 if self._own_loss:
@@ -464,6 +507,8 @@ class Objective:
                 gradients.add(self.space.unflatten(self._gradient(loss, theta)).items())
         finally:
             neurons.detach()
+        neurons.sum_over(self.ranks)
+        gradients.sum_over(self.ranks)
         return neurons, gradients
 
     def refreshed_statistics(self, theta: Tensor, *examples: Examples) -> dict[str, Tensor]:
@@ -486,6 +531,11 @@ class Objective:
                 f"refresh_statistics=True computes the running statistics of BatchNorm anew, but"
                 f" {type(self.module).__name__} has no layer that keeps any. Leave it out."
             )
+        if self.ranks.size > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values()):
+            raise ConfigurationError(
+                "refresh_statistics=True does not work while BatchNorm is synchronised over processes (sync_batchnorm):"
+                " call it after `fit`, when Lightning has turned that back."
+            )
         buffers, seen = self._buffers(), 0
         names = [f"{name}.{kind}" for name in layers for kind in ("running_mean", "running_var")]
         momenta = {name: layer.momentum for name, layer in layers.items()}
@@ -496,7 +546,7 @@ class Objective:
         try:
             with torch.no_grad():
                 for part in examples:
-                    for batch in part.at(torch.randperm(len(part), generator=generator)).batches():
+                    for batch in part.at(torch.randperm(len(part), generator=generator)).dealt():
                         if batch.size == 1:  # which has no variance
                             continue
                         seen += batch.size
@@ -507,11 +557,14 @@ class Objective:
             for name, layer in layers.items():
                 layer.momentum = momenta[name]
                 layer.eval()
-        if not seen:
+        everywhere = self.ranks.total(seen)
+        if not everywhere:
             raise ConfigurationError(
                 "refresh_statistics=True needs batches of two or more examples: what stays is one, or batch_size is 1."
             )
-        return {name: buffers[name] for name in names}
+        if self.ranks.size == 1:
+            return {name: buffers[name] for name in names}
+        return {name: self.ranks.sum(buffers[name] * seen) / everywhere for name in names}
 
     def directional_derivatives(self, data: Any, directions: Tensor) -> Tensor:
         """``wᵀ∇ℓ(zᵢ)`` for each direction ``w`` and each example of a prepared batch.
@@ -582,7 +635,7 @@ class Objective:
 
     def _buffers(self) -> dict[str, Tensor]:
         """Throw-away copies."""
-        buffers = {**dict(self.module.named_buffers()), **self.statistics}
+        buffers = {**dict(self.module.named_buffers()), **self._common, **self.statistics}
         return {name: self._widen(buffer.detach().clone()) for name, buffer in buffers.items()}
 
     def _call(self, theta: Tensor, function: str, *args: Any, buffers: dict[str, Tensor] | None = None) -> Any:
@@ -736,7 +789,7 @@ def _why_not_finite(data: Any) -> str:
 
 @contextlib.contextmanager
 def _isolated(
-    module: LightningModule, device: torch.device, dtype: torch.dtype, loggers: Sequence[Any]
+    module: LightningModule, device: torch.device, dtype: torch.dtype, loggers: Sequence[Any], ranks: Ranks
 ) -> Iterator[None]:
     """Everything under which the module may be evaluated and differentiated twice, undone at the end."""
     home = next(module.parameters()).device
@@ -771,7 +824,7 @@ def _isolated(
             torch.set_default_dtype(dtype)
             stack.enter_context(_attributes_restored(module))
             stack.enter_context(_evaluation_mode(module))
-            stack.enter_context(_silenced(module, loggers))
+            stack.enter_context(_silenced(module, loggers, ranks))
             if home != device:  # the strategy's teardown after fit moves the module to the CPU
                 stack.callback(module.to, home)
                 module.to(device)
@@ -849,11 +902,12 @@ def _refill(container: Any, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def _silenced(module: LightningModule, loggers: Sequence[Any]) -> Iterator[None]:
+def _silenced(module: LightningModule, loggers: Sequence[Any], ranks: Ranks) -> Iterator[None]:
     """Shadows ``log``, ``log_dict``, the loggers' ``log_metrics``, and all metrics of the module.
 
     Outside of the loop ``log`` raises, and a metric would count the examples again. A metric answers NaN instead of
-    being asked: should its value enter the loss, the loss is NaN and says so, rather than wrong.
+    being asked: should its value enter the loss, the loss is NaN and says so, rather than wrong. Of several processes
+    each looks at examples of its own, so that a step must not wait for the others.
     """
     shadowed: list[tuple[Any, str, Any]] = []
 
@@ -864,7 +918,15 @@ def _silenced(module: LightningModule, loggers: Sequence[Any]) -> Iterator[None]
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
 
+    def no_others(*args: Any, **kwargs: Any) -> None:
+        raise ObjectiveError(
+            f"{type(module).__name__} calls self.all_gather for its loss, which couples the examples of all processes."
+            " Define `influence_loss(self, batch) -> (B,)` without it (see GIFMixin)."
+        )
+
     try:
+        if ranks.size > 1:
+            shadow(module, "all_gather", no_others)
         for name in ("log", "log_dict"):
             shadow(module, name, nothing)
         for logger in loggers:

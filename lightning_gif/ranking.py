@@ -23,12 +23,14 @@ class Ranking(NamedTuple):
     indices: Tensor
     scores: Tensor
 
-    def add(self, indices: Tensor, scores: Tensor, k: int, *, largest: bool) -> Ranking:
-        """The ``k`` strongest of these and of ``b`` more, ``(b,)`` and ``(n_queries, b)``; equal ones in that order."""
-        ids = torch.cat([self.indices, indices.expand(len(scores), -1)], dim=1)
+    def add(self, positions: Tensor, scores: Tensor, k: int, *, largest: bool) -> Ranking:
+        """The ``k`` strongest of these and of ``b`` more, ``(b,)`` and ``(n_queries, b)``; equal ones by position."""
+        places = torch.cat([self.indices, positions.expand(len(scores), -1)], dim=1)
         values = torch.cat([self.scores, scores.to(self.scores)], dim=1)
+        order = places.argsort(dim=1)
+        places, values = places.gather(1, order), values.gather(1, order)
         best = values.sort(dim=1, descending=largest, stable=True).indices[:, :k]
-        return Ranking(ids.gather(1, best), values.gather(1, best))
+        return Ranking(places.gather(1, best), values.gather(1, best))
 
     @classmethod
     def empty(cls, queries: int) -> Ranking:
@@ -45,39 +47,32 @@ def strongest(scores: Tensor, indices: Tensor, k: int, *, largest: bool) -> Rank
         k: How many.
         largest: The highest rather than the lowest.
     """
-    found = Ranking.empty(len(scores))
-    columns = max(_BLOCK // len(scores), k)
-    for start in range(0, len(indices), columns):
-        stop = start + columns
-        found = found.add(indices[start:stop], scores[:, start:stop], k, largest=largest)
-    return found
+    found, columns = Ranking.empty(len(scores)), max(_BLOCK // len(scores), k)
+    for positions in torch.arange(len(indices)).split(columns):
+        found = found.add(positions, scores[:, positions[0] : positions[-1] + 1], k, largest=largest)
+    return Ranking(indices[found.indices], found.scores)
 
 
 class Strongest:
-    """Takes scores block by block and keeps the ``k`` highest and the ``k`` lowest of each query.
+    """Takes scores block by block, in any order, and keeps the ``k`` highest and the ``k`` lowest of each query.
 
-    Attributes:
-        proponents: The highest of those seen so far.
-        opponents: The lowest.
+    Args:
+        queries: How many queries.
+        indices: Dataset indices ``(n,)`` of all that will be scored.
+        k: How many of either end.
     """
 
     def __init__(self, queries: int, indices: Tensor, k: int) -> None:
         self._indices, self._k = indices, k
-        self.proponents = self.opponents = Ranking.empty(queries)
-
-    def missing(self, start: int, stop: int) -> bool:
-        """Whether scores of these positions are still wanted: always, each is given once."""
-        return True
+        self._highest = self._lowest = Ranking.empty(queries)
 
     def write(self, start: int, block: Tensor) -> None:
         """Takes the scores ``(n_queries, b)`` of the examples from position ``start`` on."""
-        ids = self._indices[start : start + block.shape[1]]
-        self.proponents = self.proponents.add(ids, block, self._k, largest=True)
-        self.opponents = self.opponents.add(ids, block, self._k, largest=False)
+        positions = torch.arange(start, start + block.shape[1])
+        self._highest = self._highest.add(positions, block, self._k, largest=True)
+        self._lowest = self._lowest.add(positions, block, self._k, largest=False)
 
     def both(self) -> tuple[Tensor, Tensor]:
         """Scores and dataset indices, ``(n_queries, 2k)`` each: the highest, falling, and then the lowest, falling."""
-        lowest = Ranking(*(part.flip(1) for part in self.opponents))
-        return torch.cat([self.proponents.scores, lowest.scores], 1), torch.cat(
-            [self.proponents.indices, lowest.indices], 1
-        )
+        positions = torch.cat([self._highest.indices, self._lowest.indices.flip(1)], dim=1)
+        return torch.cat([self._highest.scores, self._lowest.scores.flip(1)], dim=1), self._indices[positions]

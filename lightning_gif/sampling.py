@@ -67,7 +67,7 @@ def by_features(objective: Objective, examples: Examples, count: int, generator:
 
     After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
     """
-    found = torch.cat([objective.features(batch.data) for batch in examples.batches()])
+    found = examples.gathered([objective.features(batch.data) for batch in examples.mine()])
     return _representative(found, strata(examples), count, generator)
 
 
@@ -77,7 +77,7 @@ def by_logits(objective: Objective, examples: Examples, count: int, generator: t
 
     After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
     """
-    found = torch.cat([objective.predictions(batch.data) for batch in examples.batches()])
+    found = examples.gathered([objective.predictions(batch.data) for batch in examples.mine()])
     return _representative(found, strata(examples), count, generator)
 
 

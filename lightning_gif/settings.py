@@ -17,6 +17,7 @@ from .curvature import CURVATURES, METHODS, Curvature, Losses
 from .data import Examples
 from .errors import ConfigurationError, ConvergenceError, ConvergenceWarning
 from .objective import Objective
+from .ranks import Ranks
 from .registry import nearest
 from .sampling import SAMPLERS
 from .selection import check_selector, is_name
@@ -205,22 +206,23 @@ class Settings:
         """The same for a solve that is followed by others where it leads to, if nothing else is asked for."""
         return replace(self, max_iter=_STEPS_OF_MANY) if self.max_iter is None and self.rtol is None else self
 
-    def bytes_to_keep(self, device: torch.device) -> float:
-        """How many bytes of batches, and again of passes, may be kept between products.
+    def bytes_to_keep(self, objective: Objective) -> float:
+        """How many bytes of batches, and again of passes, a process may keep between products.
 
-        Half of ``memory`` each; of a quarter of what is free, where that is ``None``.
+        Half of ``memory`` each; of a quarter of what is free, where that is ``None``: of this process's share of it,
+        and no more than all other processes may.
         """
-        if self.memory is not None:
-            most = self.memory * 2**30
-        elif device.type == "cuda":
-            most = torch.cuda.mem_get_info(device)[0] / 4
-        else:
-            most = _free_memory() / 4
-        return most / 2
+        return self._share(objective.device, objective.ranks)
 
-    def is_large(self, size: float) -> bool:
+    def _share(self, device: torch.device, ranks: Ranks) -> float:
+        if self.memory is not None:
+            return self.memory * 2**30 / 2
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory() / ranks.here
+        return min(ranks.gather(free)) / 4 / 2
+
+    def is_large(self, size: float, ranks: Ranks) -> bool:
         """Whether ``size`` bytes of results should be in a file rather than in the CPU's memory."""
-        return size > max(self.bytes_to_keep(torch.device("cpu")), _ALWAYS_IN_MEMORY)
+        return size > max(self._share(torch.device("cpu"), ranks), _ALWAYS_IN_MEMORY)
 
     def open_curvature(
         self,
@@ -249,7 +251,7 @@ class Settings:
             objective.theta if theta is None else theta,
             examples,
             weight_decay=float(self.weight_decay if weight_decay is None else weight_decay),
-            memory=self.bytes_to_keep(objective.device) if keep else 0.0,
+            memory=self.bytes_to_keep(objective) if keep else 0.0,
             on_product=on_product,
         )
 

@@ -41,10 +41,6 @@ class InMemory:
     def __init__(self, queries: int, examples: int) -> None:
         self.scores = torch.empty(queries, examples, dtype=torch.float64)
 
-    def missing(self, start: int, stop: int) -> bool:
-        """Whether scores of these positions are still wanted: always, each is given once."""
-        return True
-
     def write(self, start: int, block: Tensor) -> None:
         """Puts down the scores ``(n_queries, b)`` of the examples from position ``start`` on."""
         self.scores[:, start : start + block.shape[1]] = block
@@ -126,10 +122,6 @@ class ScoreStore:
                 f"The scores in {folder} are of other weights, data, queries or settings ({', '.join(other)} differ):"
                 " they cannot be gone on with. Give another folder, or delete that one."
             )
-
-    def missing(self, start: int, stop: int) -> bool:
-        """Whether the scores of some of these positions are not there yet."""
-        return not self.done[start:stop].all()
 
     def write(self, start: int, block: Tensor) -> None:
         """Puts down the scores ``(n_queries, b)`` of the examples from position ``start`` on."""

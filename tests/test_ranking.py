@@ -28,17 +28,16 @@ def test_strongest_is_a_stable_sort_whatever_the_blocks(
         assert torch.equal(found.scores, scores.gather(1, order[:, :k]))
 
 
+@pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("sizes", [[41], [1] * 41, [3, 20, 18]])
-def test_blocks_of_any_size_leave_the_same_ends(sizes: list[int]) -> None:
-    scores, indices = scores_with_ties(2, 41), torch.arange(41) * 3
-    kept, start = Strongest(2, indices, 6), 0
-    for size in sizes:
+def test_blocks_of_any_size_and_order_leave_the_same_ends(sizes: list[int], backwards: bool) -> None:
+    scores, indices = scores_with_ties(2, 41), torch.randperm(41) * 3
+    kept, starts = Strongest(2, indices, 6), [sum(sizes[:i]) for i in range(len(sizes))]
+    blocks = list(zip(starts, sizes, strict=True))
+    for start, size in reversed(blocks) if backwards else blocks:
         kept.write(start, scores[:, start : start + size])
-        start += size
-    for found, largest in ((kept.proponents, True), (kept.opponents, False)):
-        expected = strongest(scores, indices, 6, largest=largest)
-        assert torch.equal(found.indices, expected.indices)
-        assert torch.equal(found.scores, expected.scores)
     both, ids = kept.both()
-    assert both.shape == ids.shape == (2, 12)
+    highest, lowest = (strongest(scores, indices, 6, largest=largest) for largest in (True, False))
+    assert torch.equal(ids, torch.cat([highest.indices, lowest.indices.flip(1)], 1))
+    assert torch.equal(both, torch.cat([highest.scores, lowest.scores.flip(1)], 1))
     assert bool((both.diff(dim=1) <= 0).all())

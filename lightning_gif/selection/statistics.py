@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..ranks import Ranks
+
 __all__ = ["GradientStatistics", "NeuronStatistics", "neuron_layers"]
 
 _CHANNELS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -107,6 +109,11 @@ class NeuronStatistics:
         """Forgets all sums."""
         for kind in self._STATE:
             setattr(self, kind, {})
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Puts together what all processes have seen, which need not be the same layers and classes."""
+        for kind in self._STATE:
+            setattr(self, kind, _over_ranks(getattr(self, kind), ranks))
 
     def mean(self, kind: str, layer: str, classes: Iterable[int] | None = None) -> Tensor | None:
         """The mean over examples ``(neurons,)`` of outputs or output gradients of a layer.
@@ -253,6 +260,26 @@ def _stored(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True)
 
 
+def _over_ranks(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The sums over all processes by name, of tensors that some of them lack, or have fewer rows of."""
+    if ranks.size == 1:
+        return tensors
+    known: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for found in ranks.gather({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}):
+        for name, (shape, dtype) in found.items():
+            known[name] = max(known.get(name, (shape, dtype)), (shape, dtype), key=lambda one: one[0])
+    summed = {}
+    for name, (shape, dtype) in known.items():
+        own = tensors.get(name)
+        total = torch.zeros(shape, dtype=dtype, device=None if own is None else own.device)
+        if own is not None and own.shape == total.shape:
+            total += own
+        elif own is not None:
+            total[: len(own)] += own
+        summed[name] = ranks.sum(total)
+    return summed
+
+
 class GradientStatistics:
     """Mean squares of each parameter's gradient over optimizer steps: ``O(parameters)`` memory.
 
@@ -286,6 +313,17 @@ class GradientStatistics:
                 else:
                     self.squares[name] = values.square()
                 self.steps[name] = self.steps.get(name, 0) + 1
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Puts together the steps of all processes, where each has made some of its own."""
+        if ranks.size == 1:
+            return
+        self.squares = _over_ranks(self.squares, ranks)
+        counts: dict[str, int] = {}
+        for steps in ranks.gather(self.steps):
+            for name, count in steps.items():
+                counts[name] = counts.get(name, 0) + count
+        self.steps = counts
 
     def root_mean_square(self, name: str) -> Tensor | None:
         """The root mean square of a parameter's gradient entries, or ``None`` if it had none."""

@@ -1,0 +1,230 @@
+"""What each process of ``tests/test_ddp.py`` runs: a script of a user, started once and multiplied by Lightning."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lightning_gif import GIFCallback
+from lightning_gif.errors import GIFError
+from tests.conftest import Classifier, batch_of, blobs, make_trainer
+
+warnings.filterwarnings("ignore")
+
+N, CLASSES = 52, 3  # as many for each process, so that training repeats none; parts are no multiples of a batch
+
+
+def points(n: int = 48, seed: int = 0) -> TensorDataset:
+    """In float64, since what is asked is whether sums differ by more than their order."""
+    x, y = blobs(n, seed=seed).tensors
+    return TensorDataset(x.double(), y)
+
+
+def trained(normal: bool = False) -> Classifier:
+    """Weights that fit the data somewhat, the same in every process; fits leave them as they are."""
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Linear(6, 12), nn.BatchNorm1d(12) if normal else nn.Tanh(), nn.Tanh(), nn.Linear(12, CLASSES)
+    )
+    module = Classifier(net, lr=0.0).double()
+    x, y = points(N).tensors
+    optimizer = torch.optim.Adam(module.parameters(), 0.05)
+    for _ in range(8):  # not so far that what is left is rounding
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(module(x), y).backward()
+        optimizer.step()
+    return module
+
+
+def trainer_of(world: int, **options: Any) -> pl.Trainer:
+    callback = GIFCallback(**{"ratio": 0.4, "unconverged": "ignore", "double": True, "batch_size": 8, **options})
+    strategy = "auto" if world == 1 else DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=180))
+    return make_trainer(callback, max_epochs=1, devices=world, strategy=strategy, use_distributed_sampler=False)
+
+
+def after_fit(world: int, dataset: TensorDataset, **options: Any) -> tuple[pl.Trainer, Classifier]:
+    """A trainer after an epoch without learning, whose steps see the same examples for each number of processes.
+
+    Lightning's own sampler would shuffle.
+    """
+    module, trainer = trained(), trainer_of(world, **options)
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    sampler = None if world == 1 else DistributedSampler(dataset, world, rank, shuffle=False)
+    loader = DataLoader(dataset, 12 // world, sampler=sampler)
+    trainer.fit(module, loader, DataLoader(points(40, seed=5), 16))
+    return trainer, module
+
+
+def results(world: int, folder: Path) -> dict[str, Any]:
+    """Everything that must not depend on how many processes there are."""
+    data = points(N)
+    trainer, module = after_fit(world, data)
+    found: dict[str, Any] = {}
+
+    def scores(name: str, report: Any) -> None:
+        found[f"scores {name}"] = report.scores.clone()
+        found[f"indices {name}"] = report.indices
+        found[f"batches {name}"] = torch.tensor(report.curvature["examples"])
+
+    query, many = batch_of(points(60, seed=7), range(3)), batch_of(points(60, seed=7), range(60))
+    few = {"max_iter": 8, "damping": 0.05}
+    scores("by default", trainer.influence(query))
+    scores("cg", trainer.influence(query, **few))
+    scores("per example", trainer.influence(query, per_example=True, curvature_examples=31, **few))
+    scores("nystrom", trainer.influence(many, per_example=True, solver="nystrom", max_iter=64, damping=0.05))
+    scores("gif", trainer.influence(query, method="gif", targets="batch", solver="dense"))
+    scores("lsmr", trainer.influence(query, method="gif", targets="batch", max_iter=8))
+    scores("class", trainer.influence(query, method="gif", targets="class", solver="dense"))
+    scores("stochastic", trainer.influence(query, method="gif", solver="stochastic_lissa", damping=1.0, max_iter=50))
+    scores("features", trainer.influence(query, curvature_examples=20, curvature_sampling="features", **few))
+    scores("eigenvalues", trainer.influence(query, eigenvalues=2, **few))
+    scores("among indices", trainer.influence(query, among=[4, 2, 50], **few))
+    scores("among one", trainer.influence(query, among=[7], **few))  # fewer than processes
+    scores("among", trainer.influence(query, among=lambda batch: batch[1] == 2, **few))
+    scores("loader", trainer.influence(DataLoader(points(17, seed=9), 4), **few))
+    scores("self", trainer.self_influence())
+    scores("file", trainer.influence(query, per_example=True, **few, scores_to=folder / f"scores {world}"))
+    scores("file again", trainer.influence(query, per_example=True, **few, scores_to=folder / f"scores {world}"))
+
+    def edit(name: str, *args: Any, **options: Any) -> None:
+        before = {key: value.clone() for key, value in module.state_dict().items()}
+        report = trainer.unlearn(*args, **options)
+        for key, value in module.state_dict().items():
+            found[f"edit {name}: {key}"] = value.double() - before[key].double()
+        found[f"losses {name}"] = torch.tensor(
+            [*report.steps, report.forget.after, report.retain.after, *(point.risk for point in report.path)]
+        ).double()
+        report.undo()
+        assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items()), name
+
+    edit("natural", [3, 17], step="natural", solver="dense")
+    edit("one", batch_of(data, [5]), step="search", solver="dense")
+    edit("class", lambda batch: batch[1] == 1)
+    edit("relabel", [3, 17, 30], relabel=torch.tensor([1, 0, 2]))
+    edit("if", [3, 17], method="if", step=0.5, solver="dense")
+    callback = trainer.callbacks[0]
+    assert isinstance(callback, GIFCallback)
+    for kind, layers in callback.neurons.state().items():
+        found |= {f"{kind} of {name}": value.double() for name, value in layers.items()}
+    found |= {f"squares of {name}": value for name, value in callback.gradients.state()["squares"].items()}
+    assert callback.targets is not None
+    found |= {f"targets of {name}": entries for name, entries in callback.targets.items()}
+    trainer.save_checkpoint(folder / f"{world}.ckpt")
+
+    # Running statistics that have drifted apart: those of the first process count.
+    module, trainer = trained(normal=True), trainer_of(world)
+    trainer.validate(module, DataLoader(data, 16), verbose=False)
+    module.net[1].running_mean += trainer.global_rank
+    loader = DataLoader(data, 16)
+    scores("drifted", trainer.influence(query, dataloader=loader, **few))
+    options = {"targets": "batch", "step": 0.5, "solver": "dense", "refresh_statistics": True, "dry_run": True}
+    report = trainer.unlearn([3, 17], dataloader=loader, **options)
+    found |= {f"refreshed {name}": value.double() for name, value in report.edit.new.items()}
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What must not hang
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Breaking(Dataset[Any]):
+    """Data that does something at its ``at``-th reading, in one process."""
+
+    def __init__(self, what: Callable[[], Any]) -> None:
+        self.data, self.what, self.left = points(N), what, -1
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> Any:
+        self.left -= 1
+        if not self.left:
+            self.what()
+        return self.data[index]
+
+
+def told(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except (Exception, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}{' (GIFError)' * isinstance(error, GIFError)}: {error}"
+    return "nothing"
+
+
+def failures(world: int, folder: Path) -> dict[str, Any]:
+    """What each process is told when one fails; afterwards all go on working together."""
+
+    def missing() -> None:
+        raise FileNotFoundError("image 7 is missing")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    dataset = Breaking(missing)
+    trainer, module = after_fit(world, dataset)  # type: ignore[arg-type]
+    rank, query = trainer.global_rank, batch_of(points(), range(3))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    found: dict[str, Any] = {}
+    whole = trainer.influence(query).scores
+    for reading in (4, 20, 35):  # comparing the data, and the passes
+        dataset.left = reading if rank == world - 1 else -1
+        found[f"missing {reading}"] = told(lambda: trainer.influence(query))
+        dataset.left = reading if rank == world - 1 else -1
+        found[f"missing in unlearn {reading}"] = told(lambda: trainer.unlearn([3]))
+    dataset.what, dataset.left = interrupted, 40 if rank == 0 else -1
+    found["interrupted"] = told(lambda: trainer.influence(query))
+    bad = batch_of(points(), range(3))
+    bad[0][2] = torch.nan
+    found["nan"] = told(lambda: trainer.influence(bad))
+    found["other batch"] = told(lambda: trainer.influence(batch_of(points(), range(rank, rank + 3))))
+    found["other settings"] = told(lambda: trainer.influence(query, ratio=0.1 + rank / 10))
+    found["other indices"] = told(lambda: trainer.unlearn([rank]))
+    unseen = DataLoader(points(40, seed=5), 16)
+    found["unseen"] = told(lambda: trainer.unlearn(list(range(25)), unseen=unseen))
+    found["other labels"] = told(lambda: trainer.unlearn([3, 5], relabel=torch.tensor([1, rank % 2])))
+    part = DataLoader(points(20, seed=rank), 4)
+    found["other loader"] = told(lambda: trainer.influence(part))
+    found["other data"] = told(lambda: trainer.influence(query, dataloader=part))
+
+    def differently(walk: Any) -> Any:
+        for _ in range(1 + rank):
+            walk.answer()
+        return walk.measure(1.0)
+
+    found["out of step"] = told(lambda: trainer.unlearn([3], step=differently))
+    with torch.no_grad():
+        module.net[0].weight += rank
+    found["other weights"] = told(lambda: trainer.influence(query))
+    module.load_state_dict(before)
+    found["same scores afterwards"] = bool(torch.equal(whole, trainer.influence(query).scores))
+    found["same weights afterwards"] = all(torch.equal(before[name], v) for name, v in module.state_dict().items())
+    return found
+
+
+def death(world: int, folder: Path) -> dict[str, Any]:
+    """What the others are told when a process is killed in the middle of a pass."""
+    dataset = Breaking(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    trainer, _ = after_fit(world, dataset)  # type: ignore[arg-type]
+    dataset.left = 40 if trainer.global_rank == world - 1 else -1
+    return {"dead": told(lambda: trainer.influence(batch_of(points(), range(3))))}
+
+
+if __name__ == "__main__":
+    story, world, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    answer = {"results": results, "failures": failures, "death": death}[story](world, folder)
+    torch.save(answer, folder / f"{story} {world} {os.environ.get('LOCAL_RANK', 0)}.pt")

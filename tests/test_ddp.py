@@ -1,0 +1,122 @@
+"""Several processes compute what one does, and none of them waits for one that has failed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+
+# A solve of twenty steps amplifies rounding, as another batch size does too; all others end before, or decompose.
+LOOSE, AMPLIFIED = 1e-2, ("by default",)
+
+
+def launch(story: str, world: int, folder: Path) -> tuple[int, str]:
+    """Runs a story in so many processes; how it ended and what was written."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, str(WORKER), story, str(world), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        env=environment,
+    )
+    return done.returncode, done.stderr
+
+
+def answers(story: str, world: int, folder: Path) -> list[dict[str, Any]]:
+    code, errors = launch(story, world, folder)
+    assert code == 0, errors[-3000:]
+    return [torch.load(folder / f"{story} {world} {rank}.pt") for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ddp")
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> dict[str, Any]:
+    return answers("results", 1, folder)[0]
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_find_what_one_finds(world: int, single: dict[str, Any], folder: Path) -> None:
+    found = answers("results", world, folder)
+    for name, expected in single.items():
+        share = LOOSE if any(part in name for part in AMPLIFIED) else 1e-5
+        tolerance = share * float(expected.double().nan_to_num().norm()) + 1e-12
+        for other in found:
+            torch.testing.assert_close(
+                other[name],
+                expected,
+                rtol=share,
+                atol=tolerance,
+                equal_nan=True,
+                msg=f"not that of one process: {name}",
+            )
+            torch.testing.assert_close(
+                other[name], found[0][name], rtol=0, atol=0, equal_nan=True, msg=f"other ranks: {name}"
+            )
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_checkpoint_of_several_processes_holds_what_all_have_seen(
+    world: int, single: dict[str, Any], folder: Path
+) -> None:
+    if not (folder / f"{world}.ckpt").exists():
+        answers("results", world, folder)
+    states = [torch.load(folder / f"{of}.ckpt", weights_only=True)["lightning_gif"] for of in (1, world)]
+    for kind in ("outputs", "gradients", "output_counts", "gradient_counts"):
+        for name, expected in states[0]["neurons"][kind].items():
+            torch.testing.assert_close(states[1]["neurons"][kind][name], expected, rtol=1e-6, atol=1e-9)
+    assert all(torch.equal(states[1]["targets"][name], entries) for name, entries in states[0]["targets"].items())
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_what_stops_one_process_stops_all_with_its_reason(world: int, tmp_path: Path) -> None:
+    found = answers("failures", world, tmp_path)
+    last = found[-1]
+    for name in [name for name in last if name.startswith("missing")]:
+        assert last[name] == "FileNotFoundError: image 7 is missing"
+        for other in found[:-1]:
+            assert other[name].startswith(f"RankError (GIFError): Rank {world - 1} failed"), other[name]
+            assert "image 7 is missing" in other[name]
+    assert found[0]["interrupted"].startswith("KeyboardInterrupt")
+    assert all("Rank 0" in other["interrupted"] and "KeyboardInterrupt" in other["interrupted"] for other in found[1:])
+    expected = {
+        "nan": ("NonFiniteError", "not finite"),
+        "other batch": ("ConfigurationError", "must be given the same batch"),
+        "other settings": ("ConfigurationError", "must be given the same arguments"),
+        "other indices": ("ConfigurationError", "must be given the same indices"),
+        "other labels": ("ConfigurationError", "must be given the same new labels"),
+        "other loader": ("ConfigurationError", "must be given the same batch or loader"),
+        "other data": ("ConfigurationError", "must be given the same training data"),
+        "other weights": ("ConfigurationError", "must be given the same weights"),
+        "unseen": ("ConfigurationError", "unseen=False"),
+        "out of step": ("RankError", "out of step"),
+    }
+    for other in found:
+        for name, (kind, text) in expected.items():
+            assert other[name].startswith(f"{kind} (GIFError)"), (name, other[name])
+            assert text in other[name], (name, other[name])
+        assert other["same scores afterwards"]
+        assert other["same weights afterwards"]
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_process_that_is_killed_is_noticed_by_all_others(world: int, tmp_path: Path) -> None:
+    launch("death", world, tmp_path)  # Lightning kills what is left of it some seconds later
+    for rank in range(world - 1):
+        told = torch.load(tmp_path / f"death {world} {rank}.pt")["dead"]
+        assert told.startswith("RankError (GIFError)"), told
+        assert "one has ended" in told
