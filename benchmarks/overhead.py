@@ -2,10 +2,10 @@
 
     python benchmarks/overhead.py [--steps 300] [--net tinynet --net resnet]
 
-Random images of MNIST's size, batches of 128, one thread. The callback works in every other step of one fit, and is
-gone in those between. A step is from its first hook to its last, without the reading of the batch; of each pair of
-neighbouring steps the ratio, of these the median and the quartiles. What is done once an epoch, picking the targets, is
-measured by itself.
+Random images of MNIST's size, batches of 128, one thread. In one fit each step is in turn without the callback, with it
+but not one of those that it gathers from, and one of these. A step is from its first hook to its last, without the
+reading of the batch; of neighbouring steps the ratios, of these the medians. An epoch of MNIST has 469 steps, and 67 of
+them are gathered from. What is done once an epoch, picking the targets, is measured by itself.
 """
 
 from __future__ import annotations
@@ -26,30 +26,34 @@ from lightning_gif import GIFCallback
 
 _WARM_UP = 10
 
+# Steps of an epoch of MNIST, and those of them that are gathered from by default.
+_EPOCH, _GATHERED = 469, 67
 
-class EveryOther(GIFCallback):
-    """Works in every other step, and notes how long each takes."""
+
+class InTurn(GIFCallback):
+    """Is away, idle, and gathers, in turn, and notes how long each step takes."""
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.times: dict[bool, list[float]] = {True: [], False: []}
-        self.works, self.picking = False, 0.0
+        super().__init__(cache_steps=None, **arguments)
+        self.times: tuple[list[float], ...] = ([], [], [])
+        self.picking = 0.0
         self._wanted = self.cache_neurons, self.cache_gradients
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.works = batch_idx % 2 == 0
-        self.cache_neurons, self.cache_gradients = self._wanted if self.works else (False, False)
+        turn = batch_idx % len(self.times)
+        self.cache_neurons, self.cache_gradients = self._wanted if turn == 2 else (False, False)
         self.neurons.detach()
-        if self.cache_neurons:
+        if turn and self._wanted[0]:
             self.neurons.attach(pl_module)
         self.start = time.perf_counter()
-        if self.works:
+        if turn:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.works:
+        turn = batch_idx % len(self.times)
+        if turn:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self.times[self.works].append(time.perf_counter() - self.start)
+        self.times[turn].append(time.perf_counter() - self.start)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.perf_counter()
@@ -57,10 +61,10 @@ class EveryOther(GIFCallback):
         self.picking = time.perf_counter() - start
 
 
-def measured(net: str, data: TensorDataset, **arguments: Any) -> tuple[EveryOther, int]:
+def measured(net: str, data: TensorDataset, **arguments: Any) -> tuple[InTurn, int]:
     """The callback after an epoch, and the bytes of the parameters."""
     torch.manual_seed(0)
-    model, callback = NETS[net](), EveryOther(**arguments)
+    model, callback = NETS[net](), InTurn(**arguments)
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -99,17 +103,19 @@ def main() -> None:
         "no gradients": {"cache_gradients": False},
     }
     print(
-        "| net | caches | step without, ms | with, ms | ratio (quartiles) | caches, MB | parameters, MB | picking, ms |"
+        "| net | caches | step without, ms | idle step | gathered from | epoch | caches, MB | parameters, MB |"
+        " picking, ms |"
     )
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for net in options.net or ["tinynet", "resnet"]:
         for kind, arguments in kinds.items():
             callback, own = measured(net, data, **arguments)
-            pairs = list(zip(callback.times[True], callback.times[False], strict=False))[_WARM_UP:]
-            low, middle, high = statistics.quantiles([on / off for on, off in pairs], n=4)
-            with_it, without = (1e3 * statistics.median(side) for side in zip(*pairs, strict=True))
+            steps = list(zip(*callback.times, strict=False))[_WARM_UP:]
+            without = 1e3 * statistics.median(step[0] for step in steps)
+            idle, gathered = (statistics.median(step[turn] / step[0] for step in steps) for turn in (1, 2))
+            epoch = idle + (gathered - idle) * _GATHERED / _EPOCH
             print(
-                f"| {net} | {kind} | {without:.2f} | {with_it:.2f} | {middle:.3f} ({low:.3f} to {high:.3f}) |"
+                f"| {net} | {kind} | {without:.1f} | {idle:.3f} | {gathered:.3f} | {epoch:.3f} |"
                 f" {cached(callback) / 1e6:.2f} | {own / 1e6:.2f} | {1e3 * callback.picking:.0f} |",
                 flush=True,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,6 +139,8 @@ class GIFCallback(Callback):
         unconverged: What to do about a solve that stops before ``rtol``: ``"warn"``, ``"raise"`` or ``"ignore"``.
         cache_neurons: Gather the statistics of neurons: 8 bytes for each neuron and class.
         cache_gradients: Gather the mean squares of gradients: 4 bytes for each parameter.
+        cache_steps: At how many optimizer steps of an epoch, evenly spaced, both are gathered: the more, the slower
+            training is. ``None``: at all, as in epochs of fewer steps or of unknown length.
         snapshots: How many states of the weights to keep from the epochs of ``fit``, spread over the last two thirds
             of them, for ``influence(…, snapshots=True)``: up to twice so many copies in the CPU's memory and in
             checkpoints.
@@ -179,6 +182,7 @@ class GIFCallback(Callback):
         unconverged: Literal["warn", "raise", "ignore"] = "warn",
         cache_neurons: bool = True,
         cache_gradients: bool = True,
+        cache_steps: int | None = 64,
         snapshots: int = 0,
         log_reports: bool = True,
         report_every_n_epochs: int | None = None,
@@ -210,6 +214,14 @@ class GIFCallback(Callback):
         )
         self.cache_neurons = cache_neurons
         self.cache_gradients = cache_gradients
+        if cache_steps is not None and (
+            isinstance(cache_steps, bool) or not isinstance(cache_steps, int) or cache_steps < 1
+        ):
+            raise ConfigurationError(
+                f"`cache_steps` must be None or a whole number of at least 1, got {cache_steps!r}."
+            )
+        self.cache_steps = cache_steps
+        self._gathers = False  # at the present step
         self.log_reports = log_reports
         self._snapshots = Snapshots(snapshots)
         self.report_every_n_epochs = report_every_n_epochs
@@ -284,7 +296,7 @@ class GIFCallback(Callback):
                 keeps some: nearer to what retraining does, at the cost of a solve and a pass for each.
             dataloader: The training data, where it is not that of ``fit``.
             **overrides: Arguments of the constructor to change for this call: all but ``cache_neurons``,
-                ``cache_gradients`` and ``log_reports``.
+                ``cache_gradients``, ``cache_steps`` and ``log_reports``.
 
         Returns:
             Scores ``(n_queries, n_train)`` with the dataset index of each training example.
@@ -526,8 +538,11 @@ class GIFCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Tells the hooks which classes are about to pass."""
-        if not self.cache_neurons:
+        """Tells the hooks which classes are about to pass, if this is a step to gather from."""
+        steps, step = (count / trainer.accumulate_grad_batches for count in (trainer.num_training_batches, batch_idx))
+        few = self.cache_steps is None or not math.isfinite(steps)
+        self._gathers = few or int(step) % max(int(steps / self.cache_steps), 1) == 0  # type: ignore[operator]
+        if not (self.cache_neurons and self._gathers):
             return
         if not self._apart and not trainer.is_global_zero:
             self.neurons.reset()  # what all have seen so far is in the first process's sums
@@ -543,7 +558,7 @@ class GIFCallback(Callback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Adds the gradients of this optimizer's parameters: summed over micro-batches, unscaled, not yet clipped."""
-        if not self.cache_gradients:
+        if not (self.cache_gradients and self._gathers):
             return
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         self.gradients.add(

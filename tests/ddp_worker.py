@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_gif import GIFCallback
 from lightning_gif.errors import GIFError
+from lightning_gif.record import read
 from tests.conftest import Classifier, batch_of, blobs, make_trainer
 
 warnings.filterwarnings("ignore")
@@ -97,6 +98,7 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     scores("among", trainer.influence(query, among=lambda batch: batch[1] == 2, **few))
     scores("loader", trainer.influence(DataLoader(points(17, seed=9), 4), **few))
     scores("self", trainer.self_influence())
+    scores("strongest", trainer.influence(query, per_example=True, k=2, keep=6, **few))
     scores("file", trainer.influence(query, per_example=True, **few, scores_to=folder / f"scores {world}"))
     scores("file again", trainer.influence(query, per_example=True, **few, scores_to=folder / f"scores {world}"))
 
@@ -116,6 +118,10 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     edit("class", lambda batch: batch[1] == 1)
     edit("relabel", [3, 17, 30], relabel=torch.tensor([1, 0, 2]))
     edit("if", [3, 17], method="if", step=0.5, solver="dense")
+    record = folder / f"record {world}"
+    edit("recorded", [3, 17], step="natural", solver="dense", record=record)
+    trainer.strategy.barrier()
+    found["entries"] = torch.tensor([1 + ["unlearn", "undo"].index(entry["event"]) for entry in read(record).entries])
     callback = trainer.callbacks[0]
     assert isinstance(callback, GIFCallback)
     for kind, layers in callback.neurons.state().items():
@@ -196,6 +202,8 @@ def failures(world: int, folder: Path) -> dict[str, Any]:
     found["other indices"] = told(lambda: trainer.unlearn([rank]))
     unseen = DataLoader(points(40, seed=5), 16)
     found["unseen"] = told(lambda: trainer.unlearn(list(range(25)), unseen=unseen))
+    (folder / "file").write_text("")  # below which there can be no record
+    found["no record"] = told(lambda: trainer.unlearn([3], record=folder / "file" / "record"))
     found["other labels"] = told(lambda: trainer.unlearn([3, 5], relabel=torch.tensor([1, rank % 2])))
     part = DataLoader(points(20, seed=rank), 4)
     found["other loader"] = told(lambda: trainer.influence(part))

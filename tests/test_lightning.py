@@ -11,7 +11,7 @@ import pickle
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -1081,6 +1081,28 @@ def test_neurons_are_gathered_by_class_as_gradients_of_single_losses(options: di
     for c in range(3):
         assert torch.allclose(callback.neurons.mean("outputs", "net.0", [c]), hidden[y == c].mean(0), atol=1e-5)
         assert torch.allclose(callback.neurons.mean("gradients", "net.0", [c]), gradient[y == c].mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "accumulated", "gathered"),
+    [(None, 1, range(12)), (64, 1, range(12)), (4, 1, [0, 3, 6, 9]), (5, 1, range(0, 12, 2)), (2, 2, [0, 1, 6, 7])],
+)
+def test_some_steps_of_an_epoch_are_gathered_from(steps: int | None, accumulated: int, gathered: Iterable[int]) -> None:
+    """Every so many; of one that takes several batches all of these."""
+    callback, module, data = quick(cache_steps=steps), Classifier(lr=0.0), blobs()
+    trainer = make_trainer(callback, max_epochs=1, accumulate_grad_batches=accumulated)
+    trainer.fit(module, loader(data, 4, shuffle=False))
+    seen = torch.cat([torch.arange(4 * batch, 4 * batch + 4) for batch in gathered])
+    assert callback.gradients.steps["net.0.weight"] == len(seen) / 4 / accumulated
+    assert callback.neurons.output_counts["net.0"].sum() == len(seen)
+    hidden = module.net[0](data.tensors[0][seen])
+    assert torch.allclose(callback.neurons.mean("outputs", "net.0"), hidden.mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [0, -1, True, 2.5, "all"])
+def test_cache_steps_are_checked(steps: Any) -> None:
+    with pytest.raises(ConfigurationError, match="`cache_steps` must be None or a whole number"):
+        GIFCallback(cache_steps=steps)
 
 
 def test_with_several_optimizers_each_adds_its_own_parameters_once_a_step() -> None:
