@@ -278,11 +278,6 @@ class _Task:
         compared = None
         if unseen is not None and goal is Goal.EXAMPLES:
             if min(len(forget), len(unseen)) >= _FEWEST:
-                if objective.ranks.size > 1:  # ranks among losses turn on rounding, and results were not the same
-                    raise ConfigurationError(
-                        "Comparing single examples with unseen ones does not work in several processes so far. Pass"
-                        " unseen=False for the step of the theory, or use a Trainer with devices=1 and attach()."
-                    )
                 compared = unseen.sample(count, seed).held(memory)
                 objective.check(compared, "unseen")
             else:
@@ -374,9 +369,7 @@ class _Ranked:
         for label, (forgotten, unseen) in self.groups.items():
             here = classes == label
             mine = losses[here]
-            ends = torch.searchsorted(forgotten, mine), torch.searchsorted(forgotten, mine, right=True)
-            rank = (ends[0] + ends[1]).to(unseen) / 2 / len(forgotten)  # of equal losses the middle one
-            found[here] = torch.quantile(unseen, rank.clamp(0, 1))
+            found[here] = torch.quantile(unseen, _rank(mine, forgotten))
         return found
 
     def sum(self, losses: Tensor, data: Any) -> Tensor:
@@ -386,6 +379,20 @@ class _Ranked:
             classes = class_targets(data)
             wanted = self.wanted(trained, torch.zeros_like(trained, dtype=torch.long) if classes is None else classes)
         return (wanted - losses).square().sum() / (2 * self.size)
+
+
+def _rank(values: Tensor, among: Tensor) -> Tensor:
+    """Where ``values`` stand among others ``(m,)``, sorted, from 0 to 1: of equal ones in the middle.
+
+    In between it is linear: what is computed anew in other batches may differ by rounding, and still stand there.
+    """
+    levels, counts = among.unique_consecutive(return_counts=True)
+    heights = (counts.cumsum(0) - counts / 2).to(values) / len(among)
+    if len(levels) == 1:
+        return heights.expand(len(values))
+    above = torch.searchsorted(levels, values).clamp(1, len(levels) - 1)
+    way = (values - levels[above - 1]) / (levels[above] - levels[above - 1])
+    return torch.lerp(heights[above - 1], heights[above], way.clamp(0, 1))
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,7 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     edit("one", batch_of(data, [5]), step="search", solver="dense")
     edit("class", lambda batch: batch[1] == 1)
     edit("relabel", [3, 17, 30], relabel=torch.tensor([1, 0, 2]))
+    edit("unseen", list(range(25)), unseen=DataLoader(points(40, seed=5), 16))
     edit("if", [3, 17], method="if", step=0.5, solver="dense")
     record = folder / f"record {world}"
     edit("recorded", [3, 17], step="natural", solver="dense", record=record)
@@ -200,8 +201,6 @@ def failures(world: int, folder: Path) -> dict[str, Any]:
     found["other batch"] = told(lambda: trainer.influence(batch_of(points(), range(rank, rank + 3))))
     found["other settings"] = told(lambda: trainer.influence(query, ratio=0.1 + rank / 10))
     found["other indices"] = told(lambda: trainer.unlearn([rank]))
-    unseen = DataLoader(points(40, seed=5), 16)
-    found["unseen"] = told(lambda: trainer.unlearn(list(range(25)), unseen=unseen))
     (folder / "file").write_text("")  # below which there can be no record
     found["no record"] = told(lambda: trainer.unlearn([3], record=folder / "file" / "record"))
     found["other labels"] = told(lambda: trainer.unlearn([3, 5], relabel=torch.tensor([1, rank % 2])))

@@ -13,8 +13,8 @@ import torch
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
-# A solve of twenty steps amplifies rounding, as another batch size does too; all others end before, or decompose.
-LOOSE, AMPLIFIED = 1e-2, ("by default",)
+# Solves of twenty steps, and some solves in a row, amplify rounding, as another batch size does too.
+LOOSE, AMPLIFIED = 1e-2, ("by default", "unseen")
 
 
 def launch(story: str, world: int, folder: Path) -> tuple[int, str]:
@@ -103,7 +103,6 @@ def test_what_stops_one_process_stops_all_with_its_reason(world: int, tmp_path: 
         "other loader": ("ConfigurationError", "must be given the same batch or loader"),
         "other data": ("ConfigurationError", "must be given the same training data"),
         "other weights": ("ConfigurationError", "must be given the same weights"),
-        "unseen": ("ConfigurationError", "unseen=False"),
         "out of step": ("RankError", "out of step"),
         "no record": ("RecordError", "cannot be written"),
     }

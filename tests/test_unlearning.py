@@ -332,6 +332,16 @@ def test_a_forgotten_example_should_have_the_loss_of_the_unseen_one_of_its_class
     torch.testing.assert_close(wanted, torch.tensor(same), atol=5e-3, rtol=0)
 
 
+def test_a_loss_that_is_computed_anew_stands_where_it_stood_up_to_rounding() -> None:
+    """In batches of another size, or another process, the last bits are others."""
+    losses = torch.rand(50, generator=torch.Generator().manual_seed(0)).sort().values
+    found, classes = ranked(c0=(losses.tolist(), [0.0, 10.0])), torch.zeros(50, dtype=torch.long)
+    wanted = found.wanted(losses, classes)
+    torch.testing.assert_close(wanted, 10 * (torch.arange(50) + 0.5) / 50)
+    for change in (1e-6, -1e-6):
+        torch.testing.assert_close(found.wanted(losses * (1 + change), classes), wanted, rtol=0, atol=0.02)
+
+
 def test_equal_losses_have_the_rank_in_their_middle() -> None:
     """A saturated net, whose losses are all zero, is not taken for one that has nothing to forget."""
     wanted = ranked(c0=([0.0] * 100, [1.0, 2.0, 3.0])).wanted(torch.zeros(4), torch.zeros(4, dtype=torch.long))
