@@ -1030,6 +1030,8 @@ def test_scores_of_each_example_for_itself_are_reported_without_a_query(tmp_path
     best = int(report.scores.argmax())
     assert f"24 training examples for themselves, strongest proponent {best} (" in repr(report)
     assert "24 training examples on themselves (if, 195 target parameters; " in str(report)
+    assert "\nhighest: " in str(report)
+    assert "opponents" not in str(report)
     assert "change of its own loss if the example were removed" in str(report)
     assert csv_values(trainer.logger)["gif/influence/score_max"] == float(report.scores.max())  # type: ignore[arg-type]
     assert report.by_group().means.sum() * 8 == pytest.approx(float(report.scores.sum()))

@@ -109,6 +109,11 @@ class InfluenceReport:
         return self.scores.shape[1] // 2 if self.indices.ndim == 2 else None
 
     @property
+    def _ends(self) -> tuple[str, str]:
+        """What the ends of the ranking are called: what an example does to itself is no vote for or against."""
+        return ("highest", "lowest") if self._of_themselves else ("proponents", "opponents")
+
+    @property
     def _whose(self) -> str:
         return "its own" if self._of_themselves else "the query's"
 
@@ -428,7 +433,7 @@ class InfluenceReport:
         self._check_query(query)
         queries = self.scores.shape[0]
         count = self._checked(k, min(self.k, 8))
-        rankings = {"proponents": self.proponents(count), "opponents": self.opponents(count)}
+        rankings = dict(zip(self._ends, (self.proponents(count), self.opponents(count)), strict=True))
 
         made, axes = figure(3, count + 1, width=max(1.3 * (count + 1), 6.5), height=5.8)
         beside, below, *_ = (row[0] for row in axes)
@@ -493,7 +498,7 @@ class InfluenceReport:
             f" ({self.settings['method']}, {self.targets.count} target parameters{solved}; {self.seconds:.1f} s)",
             f"score = predicted change of {self._whose} loss if the example were removed, by dataset index",
         ]
-        rankings = {"proponents": self.proponents(), "opponents": self.opponents()}
+        rankings = dict(zip(self._ends, (self.proponents(), self.opponents()), strict=True))
         for query in range(min(queries, _MOST_QUERIES)):
             for kind, ranking in rankings.items():
                 pairs = zip(ranking.indices[query].tolist(), ranking.scores[query].tolist(), strict=True)
