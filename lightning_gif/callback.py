@@ -62,6 +62,9 @@ _SCORES_FOLDER = "lightning_gif_scores"
 # How many times its own size a sketch of the curvature takes while it is made.
 _SKETCHES = 4
 
+# Multiples of it are spread over the unit interval as evenly as can be.
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
 TargetsChoice = Literal["cached", "class", "batch"]
 
 _Report = TypeVar("_Report", InfluenceReport, UnlearnReport)
@@ -139,8 +142,8 @@ class GIFCallback(Callback):
         unconverged: What to do about a solve that stops before ``rtol``: ``"warn"``, ``"raise"`` or ``"ignore"``.
         cache_neurons: Gather the statistics of neurons: 8 bytes for each neuron and class.
         cache_gradients: Gather the mean squares of gradients: 4 bytes for each parameter.
-        cache_steps: At how many optimizer steps of an epoch, evenly spaced, both are gathered: the more, the slower
-            training is. ``None``: at all, as in epochs of fewer steps or of unknown length.
+        cache_steps: At about how many optimizer steps of an epoch, spread evenly, both are gathered: the more, the
+            slower training is. ``None``: at all, as in epochs of fewer steps or of unknown length.
         snapshots: How many states of the weights to keep from the epochs of ``fit``, spread over the last two thirds
             of them, for ``influence(…, snapshots=True)``: up to twice so many copies in the CPU's memory and in
             checkpoints.
@@ -295,8 +298,8 @@ class GIFCallback(Callback):
             snapshots: Average the scores over the present weights and the snapshots of training, where the callback
                 keeps some: nearer to what retraining does, at the cost of a solve and a pass for each.
             dataloader: The training data, where it is not that of ``fit``.
-            **overrides: Arguments of the constructor to change for this call: all but ``cache_neurons``,
-                ``cache_gradients``, ``cache_steps`` and ``log_reports``.
+            **overrides: Arguments of the constructor to change for this call: those of the computations,
+                from ``selector`` to ``unconverged``, and ``seed``.
 
         Returns:
             Scores ``(n_queries, n_train)`` with the dataset index of each training example.
@@ -336,7 +339,7 @@ class GIFCallback(Callback):
                 per_example=per_example,
                 among=some,
                 scores_to=None if scores_to is None else Path(scores_to),
-                spill_to=Path(trainer.default_root_dir) / _SCORES_FOLDER,
+                spill_to=self._folder_for_scores(trainer),
                 keep=keep,
                 states=states,
                 k=k,
@@ -456,10 +459,12 @@ class GIFCallback(Callback):
             "record",
         )
         kept = self.record if record is None else record or None
-        self._check_record(kept)
+        self._check_path(kept)
         settings = self.settings.override(overrides, named).for_unlearning()
         check_step(step)
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
+            if trainer.is_global_zero:  # which writes it
+                self._check_record(kept)
             forget = self._forget_examples(batch, train, objective, settings)
             for name, given in (("retain", retain), ("unseen", unseen or None)):
                 if given is not None and not isinstance(given, DataLoader):
@@ -487,15 +492,14 @@ class GIFCallback(Callback):
                 " data: start a new optimizer before training on."
             )
         report.global_step = trainer.global_step  # a part of what is recorded
-        report.record = kept if trainer.is_global_zero else None
+        report.record, report.ranks = kept, Ranks.of(trainer)
         self._deliver(trainer, report)
         if not dry_run:  # the last thing that happens, since nobody could take back an edit whose report is lost
             try:
-                with Ranks.of(trainer).guarded():  # if one process cannot, none does
-                    report.change("unlearn")
+                report.change("unlearn")
                 return report
             except BaseException:
-                if report.edit.is_in(trainer.lightning_module):
+                if report.ranks.size == 1 and report.edit.is_in(trainer.lightning_module):
                     report.undo()
                 raise
         return report
@@ -539,9 +543,14 @@ class GIFCallback(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tells the hooks which classes are about to pass, if this is a step to gather from."""
-        steps, step = (count / trainer.accumulate_grad_batches for count in (trainer.num_training_batches, batch_idx))
-        few = self.cache_steps is None or not math.isfinite(steps)
-        self._gathers = few or int(step) % max(int(steps / self.cache_steps), 1) == 0  # type: ignore[operator]
+        step, steps = batch_idx // trainer.accumulate_grad_batches, math.inf
+        if math.isfinite(trainer.num_training_batches):
+            steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+        if trainer.max_steps > 0:
+            steps = min(steps, trainer.max_steps - trainer.global_step + step)
+        share = 1.0 if self.cache_steps is None or math.isinf(steps) else self.cache_steps / max(steps, 1)
+        # Spread evenly, and without a period that training might have as well (Weyl's sequence).
+        self._gathers = step * _GOLDEN % 1 < share
         if not (self.cache_neurons and self._gathers):
             return
         if not self._apart and not trainer.is_global_zero:
@@ -727,16 +736,26 @@ class GIFCallback(Callback):
         self.settings.override(settings, known)  # type: ignore[arg-type]
 
     @staticmethod
-    def _check_record(path: Any) -> None:
+    def _check_path(path: Any) -> None:
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise ConfigurationError(f"`record` must be the path of a file, or None, got {path!r}.")
+
+    def _check_record(self, path: Any) -> None:
         """Whether an entry could be added: better known before an edit is solved for than after."""
+        self._check_path(path)
         if path is None:
             return
-        if not isinstance(path, (str, os.PathLike)):
-            raise ConfigurationError(f"`record` must be the path of a file, or None, got {path!r}.")
         if os.path.isdir(path):
             raise ConfigurationError(f"`record` must be a file, but {os.fspath(path)!r} is a folder.")
         if os.path.exists(path):
             check_whole(read(path), path)
+
+    @staticmethod
+    def _folder_for_scores(trainer: Trainer) -> Path | None:
+        """Where scores go that take much memory: nowhere in training, whose reports would leave one file after another,
+        nor where the trainer's folder is not on a disk."""
+        root = str(trainer.default_root_dir)
+        return None if trainer.training or "://" in root else Path(root) / _SCORES_FOLDER
 
     def _report(self, trainer: Trainer) -> None:
         """Makes the report of an epoch. No report is worth a run."""
@@ -744,7 +763,7 @@ class GIFCallback(Callback):
             report = self.influence(trainer, self.query, **self.report_options)
         except RankError:  # the processes are not at the same place any more, or not there
             raise
-        except GIFError as error:
+        except (GIFError, OSError) as error:
             rank_zero_warn(
                 f"No influence report at the end of epoch {trainer.current_epoch}: {error}", category=GIFWarning
             )
@@ -915,7 +934,8 @@ class GIFCallback(Callback):
         """The training loader: that of the last ``fit``, or the one that a datamodule or the module would give."""
         found = self._train_loader if self._train_loader is not None else trainer.train_dataloader
         if found is None and trainer.datamodule is not None:
-            if trainer.local_rank == 0:  # others would write the same files
+            each = getattr(trainer.datamodule, "prepare_data_per_node", True)
+            if trainer.local_rank == 0 if each else trainer.is_global_zero:  # others would write the same files
                 trainer.datamodule.prepare_data()
             ranks.gather(None)  # until it is done
             trainer.datamodule.setup("fit")

@@ -206,6 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         import jsonargparse  # noqa: F401
     except ModuleNotFoundError as error:
         return _fail(command, f"The command line needs {error.name}. Install it: pip install 'lightning-gif[cli]'")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as for a script there, or python -m: models are given by import path
     try:
         if command in _WITHOUT:
             return _run(command, _WITHOUT[command], arguments[1:])

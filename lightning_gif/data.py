@@ -591,8 +591,10 @@ class Examples:
         for batch in self.mine():
             size += sum(tensor.numel() * tensor.element_size() for tensor in tensors(batch.data))
             if size > most:
-                return self
+                break
             pieces.append(batch)
+        if any(self.ranks.gather(size > most)):  # all hold their parts, or none
+            return self
         return replace(self, cached=tuple(pieces), held_part=None if self.ranks.size == 1 else self.part)
 
     def warn_if_random(self) -> bool:

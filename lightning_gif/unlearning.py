@@ -558,7 +558,7 @@ class _Walk:
         for term, value in zip(self._terms, parts, strict=True):
             left = 0.0 if term.left_measured is None else float(term.left_measured @ (theta - objective.theta))
             risk += term.weight * (value - left)
-        point = Point(tuple(steps), forget, retain, risk, remembered)
+        point = Point(tuple(map(float, steps)), forget, retain, risk, remembered)
         self.path.append(point)
         if len(self.path) == 1 and not math.isfinite(risk):
             raise NonFiniteError(

@@ -183,7 +183,8 @@ def _edit(given: str | os.PathLike[str] | UnlearnReport, entries: list[dict[str,
         return Check(what, True, f"that of {_listed(whole)}")
     if same:
         numbers = _listed([entry["number"] for entry in same])
-        return Check(what, False, f"it changes the weights as {numbers} says, but was edited: it does not say the same")
+        told = "its report is another one: it was edited, or is of another call that came to the same weights"
+        return Check(what, False, f"it changes the weights as in {numbers}, but {told}")
     return Check(what, False, "of no entry: it was edited, or was made elsewhere")
 
 

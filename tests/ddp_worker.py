@@ -203,6 +203,11 @@ def failures(world: int, folder: Path) -> dict[str, Any]:
     found["other indices"] = told(lambda: trainer.unlearn([rank]))
     (folder / "file").write_text("")  # below which there can be no record
     found["no record"] = told(lambda: trainer.unlearn([3], record=folder / "file" / "record"))
+    made = trainer.unlearn([3], step="natural", record=folder / "record")
+    made.record_metrics({"loss": 0.5})
+    found["no undo"] = told(lambda: made.undo(record=folder / "file" / "record"))
+    found["still edited"] = made.edit.is_in(module)
+    made.undo()
     found["other labels"] = told(lambda: trainer.unlearn([3, 5], relabel=torch.tensor([1, rank % 2])))
     part = DataLoader(points(20, seed=rank), 4)
     found["other loader"] = told(lambda: trainer.influence(part))

@@ -105,11 +105,13 @@ def test_what_stops_one_process_stops_all_with_its_reason(world: int, tmp_path: 
         "other weights": ("ConfigurationError", "must be given the same weights"),
         "out of step": ("RankError", "out of step"),
         "no record": ("RecordError", "cannot be written"),
+        "no undo": ("RecordError", "cannot be written"),
     }
     for other in found:
         for name, (kind, text) in expected.items():
             assert other[name].startswith(f"{kind} (GIFError)"), (name, other[name])
             assert text in other[name], (name, other[name])
+        assert other["still edited"]
         assert other["same scores afterwards"]
         assert other["same weights afterwards"]
 

@@ -17,8 +17,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import EditError, RecordError
+from ..interrupts import uninterrupted
 from ..parameters import Edit, Weights, digest, weights_digest
 from ..plain import parse, restored, restored_fields
+from ..ranks import ALONE, Ranks
 from ..record import Event, append
 from ..steps import Goal, Point
 from ..writing import replace_file
@@ -32,7 +34,7 @@ __all__ = ["Change", "UnlearnReport"]
 
 _FORMAT = "lightning-gif edit 3"
 _PARTS = ("indices", "old", "new")
-_UNSAVED = ("edit", "module", "loggers", "record")
+_UNSAVED = ("edit", "module", "loggers", "record", "ranks")
 
 # Beyond this multiple of the natural step the local model says nothing about the loss, and is not printed.
 _PREDICTABLE = 4.0
@@ -90,6 +92,7 @@ class UnlearnReport:
         loggers: Where :meth:`log` logs to by default: those of the trainer that was asked.
         global_step: The trainer's optimizer steps when it was asked.
         record: The file that :meth:`apply` and :meth:`undo` add an entry to, see :mod:`lightning_gif.record`.
+        ranks: The processes that hold copies of the model: what one cannot do to its copy, none does.
     """
 
     edit: Edit = field(repr=False)
@@ -117,6 +120,7 @@ class UnlearnReport:
     loggers: Sequence[Any] = field(default=(), repr=False)
     global_step: int = field(default=0, repr=False)
     record: str | os.PathLike[str] | None = field(default=None, repr=False)
+    ranks: Ranks = field(default=ALONE, repr=False)
 
     @property
     def step(self) -> float:
@@ -183,22 +187,32 @@ class UnlearnReport:
         if bad:
             raise RecordError(f"Metrics must be numbers by name; {bad[0]!r} is {metrics[bad[0]]!r}.")
         here = weights_digest(self._resolve(module))
-        self.write_down("metrics", kept, here, here, values)
+        with self.ranks.guarded():
+            if self.ranks.rank == 0:
+                self.write_down("metrics", kept, here, here, values)
 
     def change(self, event: Event, module: Weights | None = None, record: str | os.PathLike[str] | None = None) -> None:
-        """Makes the edit or takes it back, and tells the record if there is one: both, or neither."""
+        """Makes the edit or takes it back, and tells the record if there is one: both, or neither, in all processes."""
         weights = self._resolve(module)
         make, take_back = (self.edit.undo, self.edit.apply) if event == "undo" else (self.edit.apply, self.edit.undo)
         kept = self.record if record is None else record
-        if kept is None:
-            make(weights)
-            return
-        before = weights_digest(weights)
-        make(weights)
+        kept = kept if self.ranks.rank == 0 else None  # one process writes it
+        before, after = "" if kept is None else weights_digest(weights), ""
+        made = told = False
         try:
-            self.write_down(event, kept, before, weights_digest(weights))
+            with self.ranks.guarded():
+                with uninterrupted():
+                    make(weights)
+                    made = True
+                if kept is not None:
+                    after = weights_digest(weights)
+                    self.write_down(event, kept, before, after)
+                    told = True
         except BaseException:
-            take_back(weights)
+            if made:
+                take_back(weights)
+            if told and kept is not None:  # another process could not make it
+                self.write_down("apply" if event == "undo" else "undo", kept, after, before)
             raise
 
     def write_down(

@@ -167,14 +167,14 @@ class NeuronStatistics:
         if output.ndim < 2 or (channel == 1 and output.ndim != layer.weight.ndim):
             return  # a single example without a batch dimension
         rows = self._rows_for(output)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):  # sums of thousands need float32
             self._add("output", name, *_summed(_per_example(output, channel), rows))
         if output.requires_grad:
             output.register_hook(partial(self._after_backward, name, channel, rows, self._weight))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_backward(self, name: str, channel: int, rows: _Rows | None, weight: float, gradient: Tensor) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             size = self._size if self._size is not None and rows is not None else len(gradient)
             sums, counts, present = _summed(_per_example(gradient, channel), rows)
             self._add("gradient", name, sums.mul_(weight * size), counts, present)
@@ -194,6 +194,7 @@ class NeuronStatistics:
         rows = 1 if present is None else present.last + 1
         for total, new in ((getattr(self, f"{kind}s"), sums), (getattr(self, f"{kind}_counts"), counts)):
             old = total.get(name)
+            new = new if old is None else new.to(old.dtype)
             if old is None or len(old) < rows or old.device != new.device:
                 total[name] = new.new_zeros(rows if old is None else max(rows, len(old)), *new.shape[1:])
                 if old is not None:
