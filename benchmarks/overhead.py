@@ -4,7 +4,7 @@
 
 Random images of MNIST's size, batches of 128, one thread. In one fit each step is in turn without the callback, with it
 but not one of those that it gathers from, and one of these. A step is from its first hook to its last, without the
-reading of the batch; of neighbouring steps the ratios, of these the medians. An epoch of MNIST has 469 steps, and 67 of
+reading of the batch; of neighbouring steps the ratios, of these the medians. An epoch of MNIST has 469 steps, and 64 of
 them are gathered from. What is done once an epoch, picking the targets, is measured by itself.
 """
 
@@ -27,7 +27,7 @@ from lightning_gif import GIFCallback
 _WARM_UP = 10
 
 # Steps of an epoch of MNIST, and those of them that are gathered from by default.
-_EPOCH, _GATHERED = 469, 67
+_EPOCH, _GATHERED = 469, 64
 
 
 class InTurn(GIFCallback):

@@ -24,8 +24,8 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from .digests import raw
 from .errors import BatchError, GIFWarning, TrainingDataError
-from .parameters import raw
 from .ranks import ALONE, Ranks
 
 __all__ = [

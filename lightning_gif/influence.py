@@ -16,12 +16,12 @@ from torch import Tensor
 from ._compat import rank_zero_info
 from .curvature import METHODS, Curvature, Method, Submatrix
 from .data import Examples, data_digest, fingerprints
+from .digests import digest
 from .errors import ConfigurationError, NonFiniteError
 from .objective import Moment, Objective
-from .parameters import Targets, digest
+from .parameters import Targets
 from .ranking import Strongest
 from .ranks import Ranks
-from .reports.files import damage_is_told
 from .reports.influence import InfluenceReport, first_shown
 from .sampling import curvature_sample
 from .settings import Settings
@@ -107,13 +107,7 @@ def influence(
                 f"The scores take {_BYTES * queries * len(scored) / 2**30:.1f} GiB, and are in {folder}: the same call"
                 " goes on there if it is interrupted. Delete the folder once the report is no longer needed."
             )
-    found = None if store is None else store.load_directions(len(moments) * queries, objective.space.size)
-    if ranks.first(found is None):  # what the first process has not found there, others may only seem to
-        found = None
-    solved: list[_Solved] = []
-    if store is not None and found is not None:
-        with damage_is_told(store.folder):
-            solved = _Solved.load(*found, objective.device)
+    solved = [] if store is None else _Solved.load(store, len(moments), queries, objective)
     if not solved:
         for moment in moments:
             with objective.at(moment):
@@ -213,13 +207,22 @@ class _Solved:
         }
 
     @classmethod
-    def load(cls, directions: Tensor, told: list[dict[str, Any]], device: torch.device) -> list[_Solved]:
-        """From what was kept of several."""
-        found = []
-        for part, values in zip(directions.to(device).chunk(len(told)), told, strict=True):
-            solutions = [Solution.of_record(record) for record in values["solutions"]]
-            found.append(cls(part, solutions, values["curvature"], values["damping"]))
-        return found
+    def load(cls, store: ScoreStore, moments: int, queries: int, objective: Objective) -> list[_Solved]:
+        """What an interrupted call has kept of the solves at each of the moments; nothing if it has not."""
+        found = store.load_directions(moments * queries, objective.space.size)
+        if objective.ranks.first(found is None) or found is None:  # others may only seem to see what the first does not
+            return []
+        directions, told = found
+        with store.damage_is_told():
+            return [
+                cls(
+                    part,
+                    [Solution.of_record(record) for record in values["solutions"]],
+                    values["curvature"],
+                    values["damping"],
+                )
+                for part, values in zip(directions.to(objective.device).chunk(len(told)), told, strict=True)
+            ]
 
 
 def _solve(

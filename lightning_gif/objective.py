@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 
 from ._compat import LightningModule, Trainer, isolate_rng
 from .data import Examples, batch_size, class_targets, describe, map_tensors, same_structure, slice_batch, tensors
+from .digests import digest
 from .errors import BatchError, ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError
 from .interrupts import uninterrupted
 from .mixin import overrides
-from .parameters import ParameterSpace, digest
+from .parameters import ParameterSpace
 from .predictions import Predictions
 from .ranks import ALONE, Ranks
 from .selection import GradientStatistics, NeuronStatistics

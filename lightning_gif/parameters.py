@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .digests import digest
 from .errors import EditError, NonFiniteError, SelectionError
 from .registry import nearest
 
-__all__ = ["Edit", "ParameterSpace", "Targets", "Weights", "digest", "match_names", "raw", "weights_digest"]
+__all__ = ["Edit", "ParameterSpace", "Targets", "Weights", "match_names", "weights_digest"]
 
 Weights = nn.Module | Mapping[str, Tensor]
 """A module, or the ``state_dict`` of one, which is all that a checkpoint has."""
@@ -167,32 +166,6 @@ def match_names(names: Iterable[str], patterns: Sequence[str], *, what: str = "t
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise SelectionError(f"{pattern!r} matches no {what} of the model. {nearest(pattern, names)}")
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def raw(tensor: Tensor, rows: int = 1) -> Tensor:
-    """The bytes of a tensor, ``(rows, bytes of a row)``, on the CPU."""
-    value = tensor.detach().cpu().contiguous()
-    if value.numel() == 1:  # which counts as contiguous whatever its strides, but not where its bytes are looked at
-        value = value.clone(memory_format=torch.contiguous_format)
-    return value.view(-1).view(torch.uint8).view(rows, -1)
-
-
-def digest(values: Mapping[str, Tensor], record: object = None) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the given tensors; equal only for bit-equal values.
-
-    Args:
-        values: The tensors.
-        record: What JSON can hold, kept beside them: a number in it that is another one is still JSON. Keys count in
-            their order, layout does not.
-    """
-    state = hashlib.sha256()
-    for name in sorted(values):
-        value = values[name]
-        state.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        state.update(raw(value).numpy().data)
-    if record is not None:
-        state.update(json.dumps(record).encode())
-    return state.hexdigest()
 
 
 def weights_digest(weights: Weights) -> str:

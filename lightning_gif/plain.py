@@ -5,16 +5,51 @@ from __future__ import annotations
 import json
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["MOST_BYTES", "parse", "read", "restored", "restored_fields"]
+from safetensors import SafetensorError
+
+from .errors import ConfigurationError, GIFError
+
+__all__ = ["MOST_BYTES", "damage_is_told", "parse", "read", "restored", "restored_fields"]
 
 # What a record may take on the disk: some ten times as much in memory.
 MOST_BYTES = 2**28
+
+
+@contextmanager
+def damage_is_told(
+    path: str | os.PathLike[str], remedy: str, kind: type[GIFError] = ConfigurationError
+) -> Iterator[None]:
+    """Turns what goes wrong with the contents of a file, which anybody may have written, into an error that names it.
+
+    Args:
+        path: The file.
+        remedy: What to do about it.
+        kind: The error. One of this kind is let through as it is.
+
+    Raises:
+        kind: In the place of an error about a missing key, a wrong type, value or shape.
+    """
+    try:
+        yield
+    except (
+        SafetensorError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        if isinstance(error, kind):
+            raise
+        raise kind(f"{os.fspath(path)!r} is damaged: {type(error).__name__}: {error}. {remedy}") from error
 
 
 def parse(text: str | bytes) -> Any:

@@ -60,9 +60,12 @@ def read(path: str | os.PathLike[str]) -> Record:
     Raises:
         FileNotFoundError: If there is none.
     """
+    return _follow(Path(path).read_bytes())
+
+
+def _follow(content: bytes) -> Record:
     entries: list[dict[str, Any]] = []
     previous = FIRST
-    content = Path(path).read_bytes()
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         try:
             entry = _parse(line, number, previous)
@@ -95,7 +98,8 @@ def append(path: str | os.PathLike[str], event: Event, told: Mapping[str, Any]) 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
-            record = read(target) if target.exists() else Record([], None)
+            old = target.read_bytes() if target.exists() else b""
+            record = _follow(old)
             check_whole(record, path)
             entry = {
                 "format": _FORMAT,
@@ -112,7 +116,6 @@ def append(path: str | os.PathLike[str], event: Event, told: Mapping[str, Any]) 
                 **_plain(told),
             }
             entry["hash"] = _hash(entry)
-            old = target.read_bytes() if target.exists() else b""
             _write(target, old, old + _canonical(entry) + b"\n")
     except OSError as error:
         raise RecordError(

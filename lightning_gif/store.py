@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import mmap
@@ -12,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ._compat import rank_zero_warn
+from .digests import digest
 from .errors import ConfigurationError, GIFWarning
-from .parameters import digest
-from .plain import parse, read
+from .plain import damage_is_told, parse, read
 from .writing import replace_file
 
 __all__ = ["InMemory", "ScoreStore"]
@@ -151,20 +152,25 @@ class ScoreStore:
         path = self.folder / _DIRECTIONS
         if not path.exists():
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                metadata, directions = file.metadata() or {}, file.get_tensor("directions")
+        with self.damage_is_told():
+            try:
+                with safe_open(path, "pt") as file:
+                    metadata, directions = file.metadata() or {}, file.get_tensor("directions")
+            except OSError as error:  # a folder in its place, or a disk that fails
+                raise ValueError(str(error)) from error
             told = parse(metadata["told"])
             if digest({"directions": directions}, told) != metadata["digest"]:
                 raise ValueError("its SHA-256 is another one")
-        except (SafetensorError, KeyError, ValueError, OSError, RuntimeError) as error:
-            raise ConfigurationError(f"{path} is damaged ({error}). Delete the folder and start anew.") from None
         if directions.shape != (count, size) or not torch.isfinite(directions).all():
             raise ConfigurationError(
                 f"{path} has directions of shape {list(directions.shape)}, expected finite ones of shape"
                 f" [{count}, {size}]. Delete the folder and start anew."
             )
         return directions, told
+
+    def damage_is_told(self) -> contextlib.AbstractContextManager[None]:
+        """Turns what goes wrong with what :meth:`load_directions` gave into an error that names the file."""
+        return damage_is_told(self.folder / _DIRECTIONS, "Delete the folder and start anew.")
 
     def finish(self) -> None:
         """Lets go of what only an unfinished run needs."""

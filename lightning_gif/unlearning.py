@@ -17,9 +17,10 @@ from torch import Tensor
 from ._compat import rank_zero_warn
 from .curvature import METHODS, Combination, Curvature, Group, Losses, Method, Scaled, Solve, Submatrix
 from .data import Examples, class_targets, contents_digest, data_digest, example_classes, locate, relabelled, strata
+from .digests import digest
 from .errors import ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError, TrainingDataError
 from .objective import Objective
-from .parameters import Edit, Targets, digest
+from .parameters import Edit, Targets
 from .reports.unlearning import Change, UnlearnReport
 from .sampling import curvature_sample
 from .settings import Settings

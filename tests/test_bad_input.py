@@ -35,7 +35,7 @@ from lightning_gif import (
     TrainingDataError,
     UnlearnReport,
 )
-from lightning_gif.parameters import digest
+from lightning_gif.digests import digest
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 

@@ -22,7 +22,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_gif import ConfigurationError, EditError, GIFWarning, InfluenceReport, UnlearnReport
-from lightning_gif.parameters import Edit, ParameterSpace, Targets, digest
+from lightning_gif.digests import digest
+from lightning_gif.parameters import Edit, ParameterSpace, Targets
 from lightning_gif.plain import MOST_BYTES, parse, read, restored, restored_fields
 from lightning_gif.reports.files import read_folder, write_folder
 from lightning_gif.reports.unlearning import Change

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lightning_gif import EditError, NonFiniteError, SelectionError
-from lightning_gif.parameters import Edit, ParameterSpace, Targets, digest, match_names, raw, weights_digest
+from lightning_gif.digests import digest, raw
+from lightning_gif.parameters import Edit, ParameterSpace, Targets, match_names, weights_digest
 
 
 def net() -> nn.Sequential:

@@ -342,16 +342,22 @@ def test_a_process_that_is_killed_leaves_whole_entries(tmp_path: Path, moment: s
     assert read(path).damage is None
 
 
+def appending(path: Path, count: int) -> int:
+    """A process of its own that adds so many entries."""
+    child = os.fork()
+    if not child:
+        for number in range(count):
+            append(path, "unlearn", told(number))
+        os._exit(0)
+    return child
+
+
 @forks
 def test_a_process_that_is_killed_at_any_moment_leaves_whole_entries(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     least = 0
     for round_ in range(3):
-        child = os.fork()
-        if not child:
-            for number in range(10_000):
-                append(path, "unlearn", told(number))
-            os._exit(0)
+        child = appending(path, 10_000)
         deadline = time.monotonic() + 60
         while (not path.exists() or len(read(path).entries) < least + 3) and time.monotonic() < deadline:
             time.sleep(0.003 + 0.0007 * round_)
@@ -367,14 +373,7 @@ def test_a_process_that_is_killed_at_any_moment_leaves_whole_entries(tmp_path: P
 @forks
 def test_processes_that_write_at_once_wait_for_each_other(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
-    children = []
-    for _ in range(3):
-        child = os.fork()
-        if not child:
-            for number in range(8):
-                append(path, "unlearn", told(number))
-            os._exit(0)
-        children.append(child)
+    children = [appending(path, 8) for _ in range(3)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
     assert [entry["number"] for entry in read(path).entries] == list(range(1, 25))
 

@@ -6,23 +6,23 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..digests import digest
 from ..errors import ConfigurationError
-from ..parameters import digest
-from ..plain import MOST_BYTES, read
+from ..plain import MOST_BYTES, damage_is_told, read
 from ..writing import sync
 
-__all__ = ["damage_is_told", "read_folder", "write_folder"]
+__all__ = ["REMEDY", "read_folder", "write_folder"]
 
 RECORD, TENSORS = "report.json", "scores.safetensors"
+
+REMEDY = "Copy it again from where it was saved."
 
 
 def write_folder(
@@ -95,7 +95,7 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
             f"{os.fspath(folder)!r} is not a whole report: {' and '.join(missing)} is missing. Give the folder of"
             " `save`, with both of its files."
         )
-    with damage_is_told(path / RECORD):
+    with damage_is_told(path / RECORD, REMEDY):
         record = read(path / RECORD)
         found, expected = record.pop("format"), record.pop("digest")
         if not isinstance(found, str) or not isinstance(expected, str):
@@ -105,7 +105,7 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
             f"{os.fspath(folder)!r} holds {found!r}, but {kind!r} was expected. Load it with the version of this"
             " package that saved it, or save the report anew."
         )
-    with damage_is_told(path / TENSORS):
+    with damage_is_told(path / TENSORS, REMEDY):
         tensors = load((path / TENSORS).read_bytes())
         measured = digest(tensors, record)
     if measured != expected:
@@ -115,31 +115,6 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
             " one report again."
         )
     return record, tensors
-
-
-@contextmanager
-def damage_is_told(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what goes wrong with the contents of a file into an error that names the file.
-
-    Raises:
-        ConfigurationError: In the place of an error about a missing key, a wrong type, value or shape.
-    """
-    try:
-        yield
-    except (
-        SafetensorError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        raise ConfigurationError(
-            f"{os.fspath(path)!r} is damaged: {type(error).__name__}: {error}. Copy it again from where it was saved."
-        ) from error
 
 
 def _check_replaceable(target: Path, kind: str) -> None:

@@ -17,10 +17,10 @@ from .._compat import isolate_rng
 from ..data import Examples, map_tensors
 from ..errors import ConfigurationError
 from ..parameters import Targets
-from ..plain import restored
+from ..plain import damage_is_told, restored
 from ..ranking import Ranking, strongest
 from ..solvers import Solution
-from .files import damage_is_told, read_folder, write_folder
+from .files import REMEDY, read_folder, write_folder
 from .groups import Grouping, Groups, group_scores, values_of
 from .loggers import log_eigenvalues, log_figure, log_histogram, log_scalars, log_table, log_text, running
 from .pictures import Shown, figure, label_of, show
@@ -314,7 +314,7 @@ class InfluenceReport:
             FileNotFoundError: If there is no such folder.
         """
         record, tensors = read_folder(folder, _FORMAT)
-        with damage_is_told(folder):
+        with damage_is_told(folder, REMEDY):
             report = cls._from_record(record, tensors)
             str(report), report.summary()  # what cannot be told is no report
         last = int(report.indices.max())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import numbers
@@ -12,14 +11,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..digests import digest
 from ..errors import EditError, RecordError
 from ..interrupts import uninterrupted
-from ..parameters import Edit, Weights, digest, weights_digest
-from ..plain import parse, restored, restored_fields
+from ..parameters import Edit, Weights, weights_digest
+from ..plain import damage_is_told, parse, restored, restored_fields
 from ..ranks import ALONE, Ranks
 from ..record import Event, append
 from ..steps import Goal, Point
@@ -255,12 +255,11 @@ class UnlearnReport:
         SHA-256 of the touched tensors ``before`` and ``after`` the edit, of what is changed in them (``values``), and
         of all that :meth:`save` writes (``report``).
         """
-        told = json.dumps(self._told(), sort_keys=True)
         return {
             "before": self.edit.digest_before,
             "after": self.edit.digest_after,
             "values": self.edit.digest,
-            "report": hashlib.sha256(f"{self.edit.digest}{told}".encode()).hexdigest(),
+            "report": digest(*self._contents()),
         }
 
     def _resolve(self, module: Weights | None) -> Weights:
@@ -279,26 +278,21 @@ class UnlearnReport:
         Args:
             path: Where to; ``.safetensors`` is a good ending. Folders that are missing are made.
         """
-        tensors = {
-            f"{part}/{name}": value.contiguous() for part in _PARTS for name, value in getattr(self.edit, part).items()
-        }
-        told = self._told()
+        tensors, told = self._contents()
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"format": _FORMAT, "report": json.dumps(told), "digest": digest(tensors, told)}
         replace_file(target, save(tensors, metadata=metadata))
 
-    def _told(self) -> dict[str, Any]:
-        """All but the tensors, as JSON can hold it."""
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file holds: the edit's tensors by name, and all else as JSON can hold it."""
+        tensors = {
+            f"{part}/{name}": value.contiguous() for part in _PARTS for name, value in getattr(self.edit, part).items()
+        }
         told = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSAVED}
         told["path"] = [asdict(point) for point in self.path]
-        told["edit"] = {
-            "shapes": self.edit.shapes,
-            "digest_before": self.edit.digest_before,
-            "digest_after": self.edit.digest_after,
-            "buffers": self.edit.buffers,
-        }
-        return told
+        told["edit"] = {f.name: getattr(self.edit, f.name) for f in fields(self.edit) if f.name not in _PARTS}
+        return tensors, told
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], module: nn.Module | None = None) -> UnlearnReport:
@@ -315,7 +309,7 @@ class UnlearnReport:
         path = Path(path)
         if path.exists() and not path.is_file():
             raise EditError(f"{str(path)!r} is no file, and so no edit file. Give the file of `save`.")
-        try:
+        with damage_is_told(path, "If it is an edit file, copy it again from where it was saved.", EditError):
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
@@ -330,18 +324,6 @@ class UnlearnReport:
             report = cls._from_record(record, tensors)
             report.edit.check_complete()
             str(report), report.summary()  # what cannot be told is no report
-        except (
-            SafetensorError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            ArithmeticError,
-            RuntimeError,
-        ) as error:
-            if isinstance(error, EditError):
-                raise
-            raise EditError(f"{str(path)!r} is damaged or no edit file: {type(error).__name__}: {error}") from error
         if module is not None:
             report.edit.check_fits(module)
             report.module = module
