@@ -100,7 +100,8 @@ def _method(function: Callable[..., None]) -> Method:
         relabel: The forget examples are kept, with these labels, instead of removed.
         steps: Ends after so many steps, if that is before what is planned. A step is one batch passed forward and
             backward, whatever for, so the same number costs each method about the same.
-        seconds: Ends after so many seconds, if that is before what is planned.
+        seconds: Ends after so many seconds of the processor, whatever else it does at the time, if that is before what
+            is planned.
         hyperparameters: Its own, and those of :func:`_descend` where it optimises. An epoch is one pass over all
             examples that it optimises on; of NegGrad+, over the retained ones.
     """
@@ -325,7 +326,7 @@ BASELINES: dict[str, Baseline] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a method: its hyperparameters, the score of what came out (NaN: not asked), its own seconds."""
+    """One run of a method: its hyperparameters, the score of what came out (NaN: not asked), its processor seconds."""
 
     hyperparameters: dict[str, Any]
     score: float
@@ -387,22 +388,22 @@ def tuned(
         steps: Budget of each trial.
         seconds: Budget of each trial.
     """
-    start = time.perf_counter()
+    start = time.process_time()
     best: tuple[pl.LightningModule, Trial] | None = None
     trials = []
     for hyperparameters in baseline.grid:
         changed = copy.deepcopy(module)
-        begun = time.perf_counter()
+        begun = time.process_time()
         limits = {"relabel": relabel, "steps": steps, "seconds": seconds}
         baseline.function(changed, forget, retain, seed=seed, **limits, **hyperparameters)
-        spent = time.perf_counter() - begun
+        spent = time.process_time() - begun
         trial = Trial(hyperparameters, float(score(changed)), spent)
         trials.append(trial)
         if best is None or trial.score > best[1].score or math.isnan(best[1].score):
             best = changed, trial
     if best is None:
         raise ValueError("The grid of the baseline is empty.")
-    return Outcome(*best, trials, time.perf_counter() - start)
+    return Outcome(*best, trials, time.process_time() - start)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -411,11 +412,11 @@ def tuned(
 
 
 class _Budget:
-    """Counts steps and seconds from its making on."""
+    """Counts steps and seconds of the processor from its making on."""
 
     def __init__(self, steps: int | None, seconds: float | None) -> None:
         self._steps_left = math.inf if steps is None else steps
-        self._end = math.inf if seconds is None else time.perf_counter() + seconds
+        self._end = math.inf if seconds is None else time.process_time() + seconds
 
     def rounds(self, planned: float, *, share: float = 1.0, batches: int = 1) -> Iterator[float]:
         """How far the work is, from 0 up to 1, before each round until all are made or the budget is spent.
@@ -425,13 +426,13 @@ class _Budget:
             share: Of what is left of the budget.
             batches: That a round takes.
         """
-        start = time.perf_counter()
+        start = time.process_time()
         seconds = share * (self._end - start)
         most = max(1, math.ceil(planned))
         if self._steps_left < math.inf:
             most = max(1, min(most, int(share * self._steps_left) // batches))
         for done in range(most):
-            elapsed = time.perf_counter() - start
+            elapsed = time.process_time() - start
             if done and elapsed >= seconds:
                 return
             self._steps_left -= batches

@@ -5,24 +5,24 @@
 
 Module and datamodule are given as to LightningCLI, by import path. Without `--ckpt_path` the model is fitted first.
 What is removed is a class, or the training examples of `--forget "[17, 42]"`. The edit is `trainer.unlearn` by its
-defaults; a baseline gets as many seconds for each trial. `tuned` is the best of its grid by training-side data:
-for a class by the harmonic mean of what is right on retained examples and wrong on forgotten ones; for single examples
-by how close their loss comes to that of the validation data, and the retained loss stays. Losses are in the unit of the
-module's own; accuracies need one cross-entropy for each example. Test data, where the datamodule has some, is only
-looked at to report. Prints a Markdown table.
+defaults; a baseline gets as many seconds of the processor for each trial. `tuned` is the best of its grid by
+training-side data: for a class by the harmonic mean of what is right on retained examples and wrong on forgotten ones;
+for single examples by how close their loss comes to that of the validation data, and the retained loss stays. Losses
+are in the unit of the module's own; accuracies need one cross-entropy for each example. Test data, where the datamodule
+has some, is only looked at to report. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from baselines import BASELINES
-from evidence import run_baselines, say, table
+from evidence import run_baselines, say, table, timed
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -127,9 +127,7 @@ def main(args: list[str] | None = None) -> None:
     rows = [_row("before", before, reference, math.nan)]
     if reference is not None:
         rows.append(_row("retrained", reference, None, math.nan))
-    start = time.perf_counter()
-    edit = trainer.unlearn(forget)
-    seconds = time.perf_counter() - start
+    edit, seconds = timed(partial(trainer.unlearn, forget))
     say(edit)
     rows.append(_row("edit", know(model), reference, seconds))
     edit.undo()

@@ -11,9 +11,10 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -40,7 +41,10 @@ __all__ = [
     "run_baselines",
     "say",
     "table",
+    "timed",
 ]
+
+Made = TypeVar("Made")
 
 Sets = Mapping[str, TensorDataset]
 """Named sets of examples that models are asked about."""
@@ -52,7 +56,7 @@ class Known:
 
     Attributes:
         logits: For each set of examples ``(n, C)``.
-        seconds: What it took to make the model.
+        seconds: Of the processor, to make the model.
     """
 
     logits: dict[str, Tensor] = field(repr=False)
@@ -94,6 +98,13 @@ def know(model: nn.Module, sets: Sets, seconds: float) -> Known:
     return Known({name: answers(model, data) for name, data in sets.items()}, seconds)
 
 
+def timed(make: Callable[[], Made]) -> tuple[Made, float]:
+    """What is made, and the seconds that the processor took for it, whatever else it did in the meantime."""
+    start = time.process_time()
+    made = make()
+    return made, time.process_time() - start
+
+
 def answers(model: nn.Module, data: TensorDataset) -> Tensor:
     """The logits ``(n, 10)``; a baseline may have made a model diverge, which then says the same of all classes."""
     return logits(model, data).nan_to_num(0.0)
@@ -120,9 +131,8 @@ def retrained(
             if known.logits.keys() != sets.keys() or any(len(known.logits[key]) != len(sets[key]) for key in sets):
                 raise SystemExit(f"{file} is about other sets of examples than those asked about; remove it.")
         else:
-            start = time.perf_counter()
-            model = make(seed)
-            known = know(model, sets, time.perf_counter() - start)
+            model, seconds = timed(partial(make, seed))
+            known = know(model, sets, seconds)
             known.logits = {key: value.half().float() for key, value in known.logits.items()}  # as from the cache
             say(f"retrained {name}, seed {seed}: {known.seconds:.0f} s")
             if file is not None:
