@@ -5,7 +5,8 @@
 The edit is `trainer.unlearn` with its defaults. Seconds are those of the processor. A baseline gets as many as the edit
 took, for each of its trials. `default`: as its authors set it. `tuned`: the best of six settings by the paper's F1 on
 training data (a sample of the forgotten and of the retained examples), found on the first class and used on all of
-them; the seconds of the search are not counted. Test images are only looked at to report. Prints a Markdown table, and
+them; the seconds of the search are not counted. `the class ruled out` is the trained model with its probability of the
+class set to zero, whatever is in its weights. Test images are only looked at to report. Prints a Markdown table, and
 one with each class.
 """
 
@@ -81,7 +82,9 @@ def main() -> None:
             rows.setdefault(name, []).append(measured(known, others, sets, label))
             say(data, options.net, label, name, {key: round(v, 3) for key, v in rows[name][-1].items()})
 
-        note("before", know(model, sets, fit_seconds))
+        before = know(model, sets, fit_seconds)
+        note("before", before)
+        note("the class ruled out", ruled_out(before, label))
         for position, other in enumerate(others):
             beside = others[:position] + others[position + 1 :]
             if beside:
@@ -102,6 +105,14 @@ def main() -> None:
             note(name, know(changed, sets, spent))
     if rows:
         report(rows, options.classes)
+
+
+def ruled_out(known: Known, label: int) -> Known:
+    """A model whose answers are those of another without a class: what an edit aims at, though nothing is forgotten."""
+    logits = {name: values.clone() for name, values in known.logits.items()}
+    for values in logits.values():
+        values[:, label] = -1e4  # a probability of zero
+    return Known(logits, 0.0)
 
 
 def score(module: nn.Module, sets: Sets, label: int) -> float:

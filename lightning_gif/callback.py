@@ -127,7 +127,8 @@ class GIFCallback(Callback):
             the model itself, is positive semi-definite for convex losses, and costs less a product. It is taken at the
             predictions that ``training_step`` gives to a loss function of PyTorch. ``"auto"``: ``"ggn"`` for scores
             where there are such predictions, ``"hessian"`` else.
-        curvature_examples: How many training examples the curvature is taken over; ``None`` for all.
+        curvature_examples: How many training examples the curvature is taken over, and neurons are ranked on at most;
+            ``None`` for all.
         curvature_sampling: How they are drawn: ``"random"``, ``"balanced"`` (as many of each class), ``"features"`` or
             ``"logits"`` (representative of how each class spreads there), or one that was registered in
             ``lightning_gif.SAMPLERS``.
@@ -830,7 +831,7 @@ class GIFCallback(Callback):
         if choice == "batch":
             if settings.needs_no_cache:
                 return self._select(module, settings)
-            neurons, gradients = objective.observe(examples)
+            neurons, gradients = objective.observe(examples.sample(settings.curvature_examples, settings.seed))
             return self._select(module, settings, neurons=neurons, gradients=gradients)
         if self._rank_on_demand and self.targets is None and not self.neurons:
             sample = train.sample(settings.curvature_examples, settings.seed)

@@ -580,6 +580,16 @@ class Examples:
         drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
         return self.at(drawn.sort().values) if self.cached is None else self._in_memory(drawn)
 
+    def mapped(self, function: Callable[[Any], Any]) -> Examples:
+        """The same examples with what a function makes of each prepared batch in its place.
+
+        Of batches held in memory it is made once, now, and of others whenever they are read.
+        """
+        made = None
+        if self.cached is not None:
+            made = tuple(batch._replace(data=function(batch.data)) for batch in self.cached)
+        return replace(self, prepare=lambda data: function(self.prepare(data)), cached=made)
+
     def held(self, most: float = math.inf) -> Examples:
         """The same examples with their prepared batches held in memory, if they take no more than ``most`` bytes.
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -347,6 +347,13 @@ class _Of:
         return lambda outputs: self.function(outputs, data)
 
 
+class _Expecting(NamedTuple):
+    """A prepared batch, and what is to be predicted for its examples: probabilities ``(B, C)``."""
+
+    data: Any
+    expected: Tensor
+
+
 @dataclass(frozen=True)
 class _Ranked:
     """``(t − ℓ)²/(2σ)`` of a loss.
@@ -481,7 +488,9 @@ class _Walk:
         objective, task, settings = self._objective, self._task, self._settings
         curved = max(math.ceil(_CURVED_SHARE * len(task.sample)), _LEAST_CURVED)
         if task.gone is not None:
-            kept = _Term(1.0, task.sample, task.check, curved, _Of(objective.logits, self._divergence))
+            seen = task.sample.mapped(self._expecting)
+            measured = seen if task.check is task.sample else task.check.mapped(self._expecting)
+            kept = _Term(1.0, seen, measured, curved, _Of(self._logits, self._divergence))
         else:
             # The slope that training left in the risk on all data, as the two samples of the retained data show it.
             left = task.share * self._old + (1 + task.share) * settings.weight_decay * objective.theta
@@ -580,14 +589,16 @@ class _Walk:
                 parts.append(retain if same else objective.mean(term.measured, term.losses.loss_sum, theta))
             return float(losses.mean()), retain, parts, self.remembered(theta, losses)
         # All of it is made of what one pass over each of the examples gives.
-        asked: list[tuple[Examples, Callable[[Tensor, Any], Tensor] | None]] = [(task.judged, None), (task.check, None)]
+        retained = self._terms[0].measured
+        asked: list[tuple[Examples, Callable[[Tensor, Any], Tensor] | None]] = [(task.judged, None), (retained, None)]
         asked += [(term.measured, term.losses.function) for term in self._terms if isinstance(term.losses, _Of)]
         asked.append(self._memory)
         sums = [0.0] * len(asked)
         with torch.no_grad():
             for examples in {id(these): these for these, _ in asked}.values():
                 for batch in examples.mine():
-                    loss, logits = objective.loss_and_logits(theta, batch.data)
+                    data = batch.data.data if isinstance(batch.data, _Expecting) else batch.data
+                    loss, logits = objective.loss_and_logits(theta, data)
                     for position, (these, function) in enumerate(asked):
                         if these is examples:
                             value = loss if function is None else function(logits, batch.data)
@@ -630,15 +641,21 @@ class _Walk:
         """How many are predicted as another class than that of their label."""
         return (logits.argmax(1) != _labels(data)).double().sum()
 
-    # What the risk is made of where predictions are known, each summed over a batch.
-
-    def _divergence(self, logits: Tensor, data: Any) -> Tensor:
-        """``KL(q ‖ p)`` from what the trained model predicts, without the classes in question."""
+    def _expecting(self, data: Any) -> _Expecting:
+        """With what the trained model predicts, the classes in question ruled out."""
         with torch.no_grad():
             trained = self._objective.logits(self._objective.theta, data)
-            expected = torch.where(self._gone, -math.inf, trained).softmax(1)
-        found = logits.log_softmax(1).masked_fill(expected == 0, 0.0)  # the logits of a masked class are −∞
-        return (torch.special.entr(expected).neg() - expected * found).sum()
+            return _Expecting(data, torch.where(self._gone, -math.inf, trained).softmax(1))
+
+    def _logits(self, theta: Tensor, batch: _Expecting) -> Tensor:
+        return self._objective.logits(theta, batch.data)
+
+    # What the risk is made of where predictions are known, each summed over a batch.
+
+    def _divergence(self, logits: Tensor, batch: _Expecting) -> Tensor:
+        """``KL(expected ‖ p)``."""
+        found = logits.log_softmax(1).masked_fill(batch.expected == 0, 0.0)  # the logits of a masked class are −∞
+        return (torch.special.entr(batch.expected).neg() - batch.expected * found).sum()
 
     def _cross_entropy(self, logits: Tensor, data: Any) -> Tensor:
         """``−log p`` of the labels, whatever else the training loss does to it."""

@@ -264,6 +264,25 @@ def test_examples_are_held_within_a_budget_only() -> None:
     assert found.held(0) is found
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_what_is_made_of_batches_goes_with_the_examples_and_is_made_once_of_those_in_memory(held: bool) -> None:
+    made: list[int] = []
+
+    def doubled(data: Any) -> Any:
+        made.append(len(data[0]))
+        return data, 2 * data[0]
+
+    found = examples(DataLoader(numbered(), 3))
+    mapped = (found.held() if held else found).mapped(doubled)
+    assert made == ([4, 4, 2] if held else [])
+    for part in (mapped, mapped, mapped.sample(5, seed=1)):
+        for batch in part.batches():
+            (values, _), twice = batch.data
+            assert torch.equal(values.squeeze(1), batch.ids.float())
+            assert torch.equal(twice, 2 * values)
+    assert made == ([4, 4, 2] if held else [4, 4, 2, 4, 4, 2, 4, 1])
+
+
 def test_some_of_a_batch_in_memory_are_taken_from_there() -> None:
     found = Examples.from_batch((X, Y), lambda batch: batch, batch_size=3)
     some = found.at(torch.tensor([3, 1]))
