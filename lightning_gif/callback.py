@@ -42,6 +42,7 @@ from .errors import (
     TrainingDataError,
 )
 from .influence import influence, self_influence
+from .journal import Journal
 from .objective import Objective
 from .parameters import Targets
 from .ranks import Ranks
@@ -398,6 +399,7 @@ class GIFCallback(Callback):
         refresh_statistics: bool = False,
         dry_run: bool = False,
         record: str | os.PathLike[str] | Literal[False] | None = None,
+        solves_to: str | os.PathLike[str] | None = None,
         **overrides: Unpack[Overrides],
     ) -> UnlearnReport:
         """Changes the targets so that the model behaves as if it had not seen a batch, or had seen other labels.
@@ -438,6 +440,10 @@ class GIFCallback(Callback):
                 takes them back. By default they stay as they are.
             dry_run: Plan and measure the edit but do not make it, nor record it; ``report.apply()`` does both.
             record: The file to record the edit in, where it is not that of the callback; ``False`` for none.
+            solves_to: A folder to write each change to as it is solved for, and to go on where a call was interrupted:
+                the same call again solves only for what is missing. It is refused if weights, settings or data have
+                changed. After a dry run it stays, so that the same call can make the edit at once; when the edit is
+                made, it is emptied.
             **overrides: As in :meth:`influence`.
 
         Returns:
@@ -458,9 +464,13 @@ class GIFCallback(Callback):
             "refresh_statistics",
             "dry_run",
             "record",
+            "solves_to",
         )
         kept = self.record if record is None else record or None
         self._check_path(kept)
+        if solves_to is not None and not isinstance(solves_to, (str, os.PathLike)):
+            raise ConfigurationError(f"`solves_to` must be the path of a folder, or None, got {solves_to!r}.")
+        folder = None if solves_to is None else Path(solves_to)
         settings = self.settings.override(overrides, named).for_unlearning()
         check_step(step)
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
@@ -485,6 +495,7 @@ class GIFCallback(Callback):
                 unseen=self._unseen_examples(unseen, train, objective, settings),
                 step=step,
                 refresh_statistics=refresh_statistics,
+                solves_to=folder,
             )
         report.module = trainer.lightning_module
         if trainer.optimizers and any(report.steps):
@@ -498,6 +509,8 @@ class GIFCallback(Callback):
         if not dry_run:  # the last thing that happens, since nobody could take back an edit whose report is lost
             try:
                 report.change("unlearn")
+                if folder is not None and trainer.is_global_zero:
+                    Journal.clear(folder)
                 return report
             except BaseException:
                 if report.ranks.size == 1 and report.edit.is_in(trainer.lightning_module):
@@ -953,6 +966,12 @@ class GIFCallback(Callback):
 
     def _examples(self, given: Any, objective: Objective, settings: Settings) -> Examples:
         size, ranks = settings.batch_size, objective.ranks
+        if isinstance(given, numbers.Number) or (isinstance(given, (list, tuple, range)) and _are_indices(given)):
+            raise BatchError(
+                f"Expected a batch as the training loader gives them, or a DataLoader, got {describe(given)}. For"
+                " examples of a dataset by their indices, give a loader over them:"
+                " DataLoader(Subset(dataset, [17, 4]), 64)."
+            )
         if isinstance(given, DataLoader):
             found = Examples.from_loader(given, objective.prepare, batch_size=size, seed=settings.seed, ranks=ranks)
         else:
@@ -964,12 +983,7 @@ class GIFCallback(Callback):
         """The training examples that indices or a function name; ``None`` if it is neither."""
         if callable(given) and not isinstance(given, Tensor):
             return train.where(given)
-        # A batch has tensors in it, and more than one axis; numbers alone, or an array of them, are indices.
-        numbered = getattr(given, "ndim", None) == 1 and "int" in str(getattr(given, "dtype", ""))
-        listed = isinstance(given, (list, tuple, range)) and len(given) > 0
-        if numbered or (listed and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in given)):
-            return train.with_ids(given.tolist() if numbered else given).agreed("indices")
-        return None
+        return train.with_ids(list(given)).agreed("indices") if _are_indices(given) else None
 
     def _forget_examples(self, given: Any, train: Examples, objective: Objective, settings: Settings) -> Examples:
         chosen = self._chosen_examples(given, train)
@@ -1030,6 +1044,14 @@ class GIFCallback(Callback):
 def _single(loaders: Any) -> Any:
     """The loader in a list of one."""
     return loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders
+
+
+def _are_indices(given: Any) -> bool:
+    """Whether something is a list, range or array of whole numbers: a batch has tensors, of more than one axis."""
+    if getattr(given, "ndim", None) == 1:
+        return "int" in str(getattr(given, "dtype", ""))
+    listed = isinstance(given, (list, tuple, range)) and len(given) > 0
+    return listed and all(isinstance(index, numbers.Integral) and not isinstance(index, bool) for index in given)
 
 
 def _known_classes(examples: Examples) -> list[int]:

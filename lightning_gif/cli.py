@@ -24,6 +24,7 @@ from .callback import GIFCallback, TargetsChoice, attach
 from .checkpoints import read_checkpoint
 from .data import describe, tensors
 from .errors import CheckpointError, ConfigurationError, GIFError, TrainingDataError
+from .journal import Journal
 from .parameters import Edit, weights_digest
 from .reports import UnlearnReport
 from .verification import verify as _verify
@@ -88,6 +89,7 @@ def unlearn(
     targets: TargetsChoice = "batch",
     refresh_statistics: bool = False,
     record: str | None = None,
+    solves_to: str | None = None,
 ) -> int:
     """Takes training examples out of a checkpoint, or corrects their labels.
 
@@ -105,6 +107,7 @@ def unlearn(
         targets: Which parameters to change.
         refresh_statistics: Compute the running statistics of BatchNorm anew.
         record: The file to record the edit in, where it is not that of ``gif.record``.
+        solves_to: A folder to go on from where the command was interrupted; it is emptied in the end.
     """
     wanted = _indices(indices, indices_file)
     if not wanted:
@@ -123,10 +126,13 @@ def unlearn(
         refresh_statistics=refresh_statistics,
         dataloader=tool.loader("train"),
         record=record,
+        solves_to=solves_to,
         dry_run=True,
     )
     report.edit.apply(tool.model)
     _rewrite(tool.checkpoint, report, "unlearn", target, report.record, edit=kept, expected=weights_digest(tool.model))
+    if solves_to is not None:
+        Journal.clear(Path(solves_to))
     print(report)
     remembering = [name for name, part in tool.checkpoint.items() if name != "state_dict" and tensors(part)]
     print(f"The edited checkpoint is {output}, the edit {edit}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -177,7 +178,9 @@ def describe(data: Any) -> str:
         return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in data.items()) + "}"
     if isinstance(data, (list, tuple)):
         if not _has_tensor(data):
-            return f"{type(data).__name__} of {len(data)} values"
+            told = [f"{value!r}" for value in data[:3] if isinstance(value, numbers.Number)]
+            few = f" ({', '.join(told)}{', …' if len(data) > 3 else ''})" if told else ""
+            return f"{type(data).__name__} of {len(data)} value{'' if len(data) == 1 else 's'}{few}"
         inner = ", ".join(describe(value) for value in data)
         return f"[{inner}]" if isinstance(data, list) else f"({inner})"
     return type(data).__name__

@@ -19,7 +19,7 @@ from .data import Examples, data_digest, fingerprints
 from .digests import digest
 from .errors import ConfigurationError, NonFiniteError
 from .objective import Moment, Objective
-from .parameters import Targets
+from .parameters import Targets, state_digest
 from .ranking import Strongest
 from .ranks import Ranks
 from .reports.influence import InfluenceReport, first_shown
@@ -279,10 +279,10 @@ def _fingerprint(
     """A digest of what scores depend on: weights, buffers, queries, settings, versions, ids, and some of the data."""
     from . import __version__  # which is known once the package is loaded
 
-    state, module = hashlib.sha256(), objective.module
+    state = hashlib.sha256()
     chosen = {name: value for name, value in asdict(settings).items() if name not in ("memory", "unconverged")}
     for part in (
-        digest({**dict(module.named_parameters()), **dict(module.named_buffers())}),  # those that are frozen as well
+        state_digest(objective.module),  # what is frozen as well
         *(digest({"theta": moment.theta, **moment.statistics}) for moment in moments),
         digest({"scored": scored.ids, **targets}),
         data_digest(train),

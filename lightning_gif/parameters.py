@@ -15,7 +15,7 @@ from .digests import digest
 from .errors import EditError, NonFiniteError, SelectionError
 from .registry import nearest
 
-__all__ = ["Edit", "ParameterSpace", "Targets", "Weights", "match_names", "weights_digest"]
+__all__ = ["Edit", "ParameterSpace", "Targets", "Weights", "match_names", "state_digest", "weights_digest"]
 
 Weights = nn.Module | Mapping[str, Tensor]
 """A module, or the ``state_dict`` of one, which is all that a checkpoint has."""
@@ -172,6 +172,11 @@ def weights_digest(weights: Weights) -> str:
     """SHA-256 over all that a checkpoint keeps of a module: its parameters, and its buffers but non-persistent ones."""
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     return digest({name: value for name, value in state.items() if isinstance(value, Tensor)})
+
+
+def state_digest(module: nn.Module) -> str:
+    """SHA-256 over all parameters and buffers, also those that no checkpoint keeps."""
+    return digest(_tensors(module))
 
 
 def _tensors(weights: Weights) -> dict[str, Tensor]:

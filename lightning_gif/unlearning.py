@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,11 @@ from ._compat import rank_zero_warn
 from .curvature import METHODS, Combination, Curvature, Group, Losses, Method, Scaled, Solve, Submatrix
 from .data import Examples, class_targets, contents_digest, data_digest, example_classes, locate, relabelled, strata
 from .digests import digest
-from .errors import ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError, TrainingDataError
+from .errors import BatchError, ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError, TrainingDataError
+from .journal import Journal
 from .objective import Objective
-from .parameters import Edit, Targets
+from .parameters import Edit, Targets, state_digest
+from .plain import restored_fields
 from .reports.unlearning import Change, UnlearnReport
 from .sampling import curvature_sample
 from .settings import Settings
@@ -105,6 +108,7 @@ def unlearn(
     unseen: Examples | None = None,
     step: Step = "relinearise",
     refresh_statistics: bool = False,
+    solves_to: Path | None = None,
 ) -> UnlearnReport:
     """Plans the edit after which the model behaves as if it had not seen some examples, or had seen other labels.
 
@@ -125,8 +129,11 @@ def unlearn(
         unseen: Examples like the training data that the model was not trained on.
         step: The name of a strategy or one itself, or a number: that multiple of the one change.
         refresh_statistics: Compute the running statistics of BatchNorm anew, over what is retained or corrected.
+        solves_to: A folder for what is solved for, see :class:`~lightning_gif.journal.Journal`; by default it is lost
+            where the call is interrupted.
 
     Raises:
+        ConfigurationError: If ``solves_to`` holds something else, or solves of other weights, data or settings.
         BatchError: If the examples are not structured as training batches are.
         TrainingDataError: If nothing would be retained.
         ObjectiveError: If the loss of the examples does not depend on the targets.
@@ -138,6 +145,11 @@ def unlearn(
     objective.check(forget, "forget")
     corrected = None if relabel is None else relabelled(forget, relabel).agreed("new labels")
     if corrected is not None:
+        new, classes = example_classes(corrected), objective.n_classes(forget)
+        if new is not None and classes is not None and (new >= classes).any():
+            raise BatchError(
+                f"`relabel` has the class {int(new.max())}, but the model predicts {classes}: 0 to {classes - 1}."
+            )
         objective.check(corrected, "relabelled")
 
     found = locate(forget, train)
@@ -149,7 +161,14 @@ def unlearn(
 
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
-    walk = _Walk(objective, task, settings, method, targets.flat(objective.space).to(objective.device))
+    ranks = objective.ranks
+    told: dict[str, str | None] = {"examples": contents_digest(forget), "train": data_digest(train)}
+    told["relabelled"] = None if corrected is None else contents_digest(corrected)
+    journal = None
+    if solves_to is not None:
+        mark = _fingerprint(objective, task, settings, targets, told)
+        journal = Journal(solves_to, ranks.first(mark), ranks)
+    walk = _Walk(objective, task, settings, method, targets.flat(objective.space).to(objective.device), journal)
     if isinstance(step, numbers.Real):
         walk.answer()
         chosen = walk.measure(float(step))
@@ -162,6 +181,8 @@ def unlearn(
             )
     if step != "natural" and not isinstance(step, numbers.Real):
         _tell(walk, chosen, notes)
+    if journal is not None and journal.recalled:
+        notes.append(f"{journal.recalled} of the {len(walk.solutions)} changes were found in {str(solves_to)!r}.")
 
     moved = walk.moved(chosen.steps)
     before, remembered = walk.losses(objective.theta), chosen.remembered
@@ -172,7 +193,7 @@ def unlearn(
         remembered = walk.remembered(moved)
     change = moved[walk.positions] - objective.theta[walk.positions]
     edit = Edit.plan(objective.module, targets, objective.space, change, objective.statistics)
-    objective.ranks.agree(
+    ranks.agree(
         digest({**{f"new/{name}": value for name, value in edit.new.items()}, **edit.indices}),
         "edit",
         "They computed other weights, though from the same sums: run on machines of one kind, with as many threads each"
@@ -203,12 +224,7 @@ def unlearn(
         settings=asdict(settings),
         notes=notes,
         seconds=time.perf_counter() - start,
-        data={
-            "indices": train.ids[found].tolist(),
-            "examples": contents_digest(forget),
-            "relabelled": None if corrected is None else contents_digest(corrected),
-            "train": data_digest(train),
-        },
+        data={"indices": train.ids[found].tolist(), **told},
     )
     for name in ("forget", "retain"):
         if not math.isfinite(after[name]):
@@ -217,6 +233,28 @@ def unlearn(
                 " smaller `step`, or 'search'."
             )
     return report
+
+
+def _fingerprint(
+    objective: Objective, task: _Task, settings: Settings, targets: Targets, told: dict[str, str | None]
+) -> str:
+    """A digest of what the solves of a walk depend on, but the strategy: that is seen in what it asks for."""
+    from . import __version__  # which is known once the package is loaded
+
+    chosen = {name: value for name, value in asdict(settings).items() if name not in ("memory", "unconverged")}
+    sets = {"sample": task.sample, "check": task.check, "unseen": task.unseen}
+    return digest(
+        {"theta": objective.theta, **targets, **{name: part.ids for name, part in sets.items() if part is not None}},
+        [
+            state_digest(objective.module),
+            *(None if part is None else data_digest(part) for part in (task.sample, task.check, task.unseen)),
+            *(told[name] for name in ("examples", "relabelled", "train")),
+            task.goal.value,
+            task.share,
+            {name: str(value) for name, value in chosen.items()},
+            [torch.__version__, __version__],
+        ],
+    )
 
 
 @dataclass(frozen=True)
@@ -428,6 +466,27 @@ class _Term:
     left_measured: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What a journal keeps beside a change.
+
+    Attributes:
+        slope: Of the local model along the change.
+        bend: Likewise.
+        solution: The record of the solve.
+        curvature: How its products were made.
+        newton: Whether it was a Newton step.
+        damping: That of Newton steps.
+    """
+
+    slope: float
+    bend: float
+    solution: dict[str, Any]
+    curvature: dict[str, Any]
+    newton: bool
+    damping: float
+
+
 class _Walk:
     """The weights on their way, see :class:`~lightning_gif.steps.Walk`.
 
@@ -437,19 +496,27 @@ class _Walk:
         settings: Method, solver and their parameters.
         method: The method that is named there.
         positions: The targets ``(k,)``.
+        journal: Where changes are kept; ``None`` for nowhere.
 
     Raises:
         ObjectiveError: If the new labels are the old ones; from a solve, if the examples do not depend on the targets.
     """
 
     def __init__(
-        self, objective: Objective, task: _Task, settings: Settings, method: Method, positions: Tensor
+        self,
+        objective: Objective,
+        task: _Task,
+        settings: Settings,
+        method: Method,
+        positions: Tensor,
+        journal: Journal | None = None,
     ) -> None:
         self.goal, self.positions = task.goal, positions
         self.path: list[Point] = []
         self.solutions: list[Solution] = []
         self.description: dict[str, Any] = {}
         self._objective, self._task, self._settings, self._method = objective, task, settings, method
+        self._journal = journal
         self._changes: list[Tensor] = []
         self._answer: tuple[int, LocalModel] | None = None  # which change it is
         self._damping = _DAMPING
@@ -679,7 +746,41 @@ class _Walk:
         assert self._task.gone is not None  # else nothing is asked that is made of predictions
         return self._task.gone
 
+    def _solved(self, asked: list[Any], solve: Callable[[], tuple[LocalModel, bool]]) -> tuple[LocalModel, bool]:
+        """The local model along a further change, and whether that is a Newton step: solved for, or from the journal.
+
+        Args:
+            asked: What for, and where.
+            solve: Does it.
+        """
+        position = len(self._changes)
+        found = None if self._journal is None else self._journal.recall(position, asked, len(self.positions))
+        if self._journal is None or found is None:
+            model, newton = solve()
+            if self._journal is not None:
+                solution, damping = self.solutions[-1].record(), self._damping
+                told = _Told(model.slope, model.bend, solution, self.description, newton, damping)
+                self._journal.keep(position, asked, self._changes[-1], asdict(told))
+            return model, newton
+        change, record = found
+        with self._journal.damage_is_told(position):
+            told = _Told(**restored_fields(_Told, record))
+            self.solutions.append(Solution.of_record(told.solution))
+        self._changes.append(change.to(self._objective.theta))
+        self.description, self._damping = self.description or told.curvature, told.damping
+        return LocalModel(told.slope, told.bend), told.newton
+
     def answer(self) -> LocalModel:
+        model, _ = self._solved(["answer"], self._solve_answer)
+        self._answer = len(self._changes) - 1, model
+        return model
+
+    def descend(self, at: Point) -> LocalModel:
+        model, newton = self._solved(["descend", *at.steps], partial(self._solve_descent, at))
+        self._expected = (at, model) if newton else None
+        return model
+
+    def _solve_answer(self) -> tuple[LocalModel, bool]:
         objective, task, settings = self._objective, self._task, self._settings
         with objective.progress("Hessian products") as bar:
             opened = partial(settings.open_curvature, objective, on_product=bar.update)
@@ -692,11 +793,9 @@ class _Walk:
         for term in self._terms:
             of_term = objective.gradient(term.measured, loss_sum=term.losses.loss_sum)
             slope = slope + term.weight * (of_term if term.left_measured is None else of_term - term.left_measured)
-        model = LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
-        self._answer = len(self._changes) - 1, model
-        return model
+        return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend), False
 
-    def descend(self, at: Point) -> LocalModel:
+    def _solve_descent(self, at: Point) -> tuple[LocalModel, bool]:
         objective, settings = self._objective, self._settings
         there = self.moved(at.steps)
         slope, curvatures = self._decay * there, list[tuple[float, Curvature]]()
@@ -719,9 +818,7 @@ class _Walk:
             else:
                 bend = self._take(whole, -slope, settings.for_one_of_many().solve, units=self._units())
             self.description = self.description or settings.describe(curvatures[0][1])
-        model = LocalModel(float(slope[self.positions] @ self._changes[-1]), bend)
-        self._expected = (at, model) if newton else None
-        return model
+        return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend), newton
 
     def _units(self) -> Tensor:
         """The root mean square of the parameter that an entry belongs to in that of all, at least 1, ``(p,)``.

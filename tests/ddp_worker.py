@@ -105,6 +105,7 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     def edit(name: str, *args: Any, **options: Any) -> None:
         before = {key: value.clone() for key, value in module.state_dict().items()}
         report = trainer.unlearn(*args, **options)
+        assert "solves_to" not in options or any("changes were found" in note for note in report.notes), name
         for key, value in module.state_dict().items():
             found[f"edit {name}: {key}"] = value.double() - before[key].double()
         found[f"losses {name}"] = torch.tensor(
@@ -116,6 +117,9 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     edit("natural", [3, 17], step="natural", solver="dense")
     edit("one", batch_of(data, [5]), step="search", solver="dense")
     edit("class", lambda batch: batch[1] == 1)
+    kept = {"solves_to": folder / f"solves {world}"}
+    trainer.unlearn(lambda batch: batch[1] == 1, **kept, dry_run=True)
+    edit("class again", lambda batch: batch[1] == 1, **kept)
     edit("relabel", [3, 17, 30], relabel=torch.tensor([1, 0, 2]))
     edit("unseen", list(range(25)), unseen=DataLoader(points(40, seed=5), 16))
     edit("if", [3, 17], method="if", step=0.5, solver="dense")

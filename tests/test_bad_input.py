@@ -35,6 +35,7 @@ from lightning_gif import (
     TrainingDataError,
     UnlearnReport,
 )
+from lightning_gif.data import describe
 from lightning_gif.digests import digest
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
@@ -266,6 +267,13 @@ def test_batches_of_another_structure(call: str, batch: Any, words: list[str]) -
         getattr(trainer, call)(batch)
 
 
+@pytest.mark.parametrize("given", [[3], (3, 4, 5, 6), range(2), 3])
+def test_indices_are_no_query(given: Any) -> None:
+    trainer, module, _ = ready()
+    with refused(module, BatchError, "DataLoader(Subset(", describe(given)):
+        trainer.influence(given)
+
+
 @pytest.mark.parametrize("call", ["influence", "unlearn"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_batches_that_are_not_finite(call: str, value: float) -> None:
@@ -483,7 +491,8 @@ def test_unlearning_everything() -> None:
         (torch.zeros(3, dtype=torch.long), ["3 targets", "4 examples", "one for each"]),
         (torch.zeros(4, 2, dtype=torch.long), ["[4, 2]", "[4]", "one new target for each"]),
         (lambda batch: batch[1][:2], ["[2]", "[4]"]),
-        (9, ["relabelled", "could not be computed"]),
+        (9, ["`relabel`", "the class 9", "predicts 3: 0 to 2"]),
+        (-1, ["relabelled", "could not be computed"]),
         ("cat", ["`relabel`", "'cat'"]),
         (True, ["`relabel`", "True"]),
         ([0, 1, 2], ["`relabel`", "3 targets", "4 examples"]),
@@ -491,7 +500,7 @@ def test_unlearning_everything() -> None:
         (1.5, ["`relabel`", "1.5", "int64[4]"]),
         (torch.tensor([0.0, 0.5, 1.0, 2.0]), ["`relabel`", "float32[4]", "int64[4]", "rounded"]),
     ],
-    ids=["few", "columns", "function", "class", "string", "bool", "list", "none", "float", "floats"],
+    ids=["few", "columns", "function", "class", "negative", "string", "bool", "list", "none", "float", "floats"],
 )
 def test_relabelling_with_targets_that_do_not_fit(relabel: Any, words: list[str]) -> None:
     trainer, module, batch = ready()

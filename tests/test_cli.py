@@ -125,6 +125,24 @@ def test_the_command_does_what_the_trainer_does(trained: dict[str, Any]) -> None
     assert same_weights(trainer.lightning_module.state_dict(), content("b.ckpt")["state_dict"])
 
 
+def test_an_interrupted_command_goes_on(trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_gif.cli._rewrite", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn("--solves_to", "solves")
+    assert not Path("b.ckpt").exists()
+    assert list(Path("solves").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_gif.unlearning._Walk._solve_answer", interrupted)
+        patch.setattr("lightning_gif.unlearning._Walk._solve_descent", interrupted)
+        assert unlearn("--solves_to", "solves") == 0
+    assert Path("b.ckpt").exists()
+    assert not Path("solves").exists()
+
+
 def test_indices_come_from_a_file(trained: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     Path("indices.txt").write_text("3, 1\n17\n")
     assert unlearn("--indices_file", "indices.txt", "--record", "deletions.jsonl") == 0

@@ -1,0 +1,220 @@
+"""An edit that was interrupted goes on where it was, to the same bits; from anything else it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lightning_gif import ConfigurationError, steps, unlearning
+from lightning_gif.digests import digest
+from lightning_gif.journal import Journal
+
+from .conftest import batch_of, blobs, fitted, loader, same_weights, weights
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "a class": {"batch": lambda batch: batch[1] == 1},
+    "labels": {"batch": [0, 3, 6, 9], "relabel": torch.tensor([1, 2, 1, 2])},
+    "examples": {"batch": list(range(24)), "unseen": loader(blobs(40, seed=3))},
+    "the theory alone": {"batch": [1, 2], "step": "search"},
+}
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[str]:
+    """The solves that are made from now on; instead of one of them the user interrupts."""
+    made: list[str] = []
+    for name in ("_solve_answer", "_solve_descent"):
+        original = getattr(unlearning._Walk, name)
+
+        def solve(self: Any, *args: Any, original: Callable[..., Any] = original, name: str = name) -> Any:
+            if len(made) == stop:
+                raise KeyboardInterrupt
+            made.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(unlearning._Walk, name, solve)
+    return made
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_an_interrupted_edit_goes_on_and_ends_in_the_same_bits(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, module, _ = fitted()
+    folder, before = tmp_path / "solves", weights(module)
+    expected = trainer.unlearn(**OPTIONS[what])
+    wanted = weights(module)
+    expected.undo()
+    total = len(expected.solves)
+    for stop in range(total):
+        with monkeypatch.context() as patch:
+            made = counting(patch, stop)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.unlearn(**OPTIONS[what], solves_to=folder)
+        assert same_weights(weights(module), before)
+        with monkeypatch.context() as patch:
+            made = counting(patch)
+            report = trainer.unlearn(**OPTIONS[what], solves_to=folder)
+        assert len(made) == total - stop
+        assert same_weights(weights(module), wanted)
+        assert report.path == expected.path
+        assert [{**one, "seconds": 0, "peak_memory": 0} for one in report.solves] == [
+            {**one, "seconds": 0, "peak_memory": 0} for one in expected.solves
+        ]
+        assert report.curvature == expected.curvature
+        assert report.residuals == expected.residuals
+        assert any(f"{stop} of the {total} changes were found" in note for note in report.notes) == (stop > 0)
+        assert not folder.exists()
+        report.undo()
+        assert same_weights(weights(module), before)
+
+
+def test_after_a_dry_run_the_same_call_makes_the_edit_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _, _ = fitted()
+    looked_at = trainer.unlearn(**OPTIONS["a class"], solves_to=tmp_path / "solves", dry_run=True)
+    assert len(list((tmp_path / "solves").iterdir())) == len(looked_at.solves)
+    made = counting(monkeypatch)
+    edit = trainer.unlearn(**OPTIONS["a class"], solves_to=tmp_path / "solves")
+    assert not made
+    assert edit.edit.digest == looked_at.edit.digest
+    assert not (tmp_path / "solves").exists()
+
+
+def test_solves_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
+    trainer, module, _ = fitted()
+    asked = {"batch": [1, 2, 5], "step": "natural", "solves_to": tmp_path, "dry_run": True}
+    trainer.unlearn(**asked)
+    (kept,) = tmp_path.iterdir()
+    content = kept.read_bytes()
+    others: list[dict[str, Any]] = [
+        {"batch": [1, 2, 6]},
+        {"relabel": 2},
+        {"damping": 0.7},
+        {"ratio": 0.25},
+        {"targets": "cached"},
+        {"retain": loader(blobs(30, seed=4))},
+        {"dataloader": loader(blobs(48, seed=5))},
+    ]
+    for other in others:
+        with pytest.raises(ConfigurationError, match="other weights, data, settings"):
+            trainer.unlearn(**{**asked, **other})
+    with torch.no_grad():
+        next(module.parameters())[0, 0] += 1e-3
+    with pytest.raises(ConfigurationError, match="other weights"):
+        trainer.unlearn(**asked)
+    assert kept.read_bytes() == content
+
+
+def test_a_strategy_that_takes_another_way_goes_on_from_where_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _, _ = fitted()
+
+    def two(second: float) -> Callable[[steps.Walk], steps.Point]:
+        def walk_on(walk: steps.Walk) -> steps.Point:
+            walk.answer()
+            walk.descend(walk.measure(second))
+            return walk.measure(second, 1.0)
+
+        return walk_on
+
+    trainer.unlearn([1, 2], step=two(1.0), solves_to=tmp_path, dry_run=True)
+    expected = trainer.unlearn([1, 2], step=two(0.5), dry_run=True)
+    made = counting(monkeypatch)
+    found = trainer.unlearn([1, 2], step=two(0.5), solves_to=tmp_path, dry_run=True)
+    assert made == ["_solve_descent"]
+    assert found.edit.digest == expected.edit.digest
+    assert trainer.unlearn([1, 2], step=two(0.5), solves_to=tmp_path, dry_run=True).edit.digest == expected.edit.digest
+    assert made == ["_solve_descent"]
+
+
+def rewritten(path: Path, change: Callable[[dict[str, str], torch.Tensor], torch.Tensor], *, signed: bool) -> None:
+    """The file with something else in it, with a digest that fits or not."""
+    with safe_open(path, "pt") as file:
+        metadata, tensor = dict(file.metadata()), file.get_tensor("change")
+    tensor = change(metadata, tensor)
+    if signed:
+        record = {name: metadata[name] for name in ("fingerprint", "asked", "told")}
+        metadata["digest"] = digest({"change": tensor}, record)
+    save_file({"change": tensor}, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b"nothing"), "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-3]), "damaged"),
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: rewritten(path, lambda _, change: change + 1, signed=False), "SHA-256"),
+        (lambda path: rewritten(path, lambda _, change: change[:-1], signed=True), "shape"),
+        (lambda path: rewritten(path, lambda _, change: change / 0, signed=True), "not finite"),
+        (lambda path: rewritten(path, lambda m, change: (m.update(told="{}"), change)[1], signed=True), "damaged"),
+        (lambda path: rewritten(path, lambda m, change: (m.update(told="[1"), change)[1], signed=True), "damaged"),
+        (lambda path: rewritten(path, lambda m, change: (m.pop("asked"), change)[1], signed=False), "asked"),
+    ],
+)
+def test_a_damaged_file_is_told(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    trainer, module, _ = fitted()
+    before = weights(module)
+    trainer.unlearn([1, 2, 5], solves_to=tmp_path, dry_run=True)
+    path = min(tmp_path.iterdir())
+    damage(path)
+    with pytest.raises(ConfigurationError, match=message) as error:
+        trainer.unlearn([1, 2, 5], solves_to=tmp_path)
+    assert path.name in str(error.value)
+    assert "Delete it" in str(error.value)
+    assert same_weights(weights(module), before)
+    path.unlink()
+    trainer.unlearn([1, 2, 5], solves_to=tmp_path)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    trainer, _, _ = fitted()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"notes\.txt"):
+        trainer.unlearn([1, 2], solves_to=tmp_path)
+    with pytest.raises(ConfigurationError, match="must be a folder"):
+        trainer.unlearn([1, 2], solves_to=tmp_path / "notes.txt")
+    with pytest.raises(ConfigurationError, match="`solves_to`"):
+        trainer.unlearn([1, 2], solves_to=3)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "change-00.safetensors").symlink_to(tmp_path / "notes.txt")
+    with pytest.raises(ConfigurationError, match="change-00"):
+        trainer.unlearn([1, 2], solves_to=tmp_path / "linked")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_what_a_kill_leaves_of_a_file_is_passed_over(tmp_path: Path) -> None:
+    trainer, _, _ = fitted()
+    (tmp_path / f".change-00.safetensors.{'0' * 32}").write_bytes(b"half of")
+    trainer.unlearn([1, 2], solves_to=tmp_path)
+    assert not tmp_path.exists()
+
+
+def test_clearing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
+    Journal.clear(tmp_path / "nowhere")
+    (tmp_path / "kept").write_text("")
+    Journal.clear(tmp_path)
+    assert (tmp_path / "kept").exists()
+
+
+def test_an_edit_that_cannot_be_recorded_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, module, dataset = fitted()
+    before = weights(module)
+    with monkeypatch.context() as patch:
+
+        def full(*args: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr("lightning_gif.reports.unlearning.UnlearnReport.change", full)
+        with pytest.raises(OSError, match="No space"):
+            trainer.unlearn(batch_of(dataset, slice(0, 3)), solves_to=tmp_path / "solves")
+    assert same_weights(weights(module), before)
+    made = counting(monkeypatch)
+    trainer.unlearn(batch_of(dataset, slice(0, 3)), solves_to=tmp_path / "solves")
+    assert not made
