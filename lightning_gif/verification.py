@@ -64,13 +64,14 @@ class Verification:
 
     def __str__(self) -> str:
         standing = f"of {_listed(self.standing)}" if self.standing else "none"
+        known = "" if self.checks[0].ok else ", as far as it can be read"
         return "\n".join(
             [
                 f"Record {self.record}: {_counted(len(self.entries), 'entry', 'entries')}",
                 *(f"  {entry['number']:>3}  {entry['time']}  {_told(entry)}" for entry in self.entries),
                 *(f"{_MARKS[check.ok]}  {check.what}: {check.found}" for check in self.checks),
-                f"Edits that were made and not taken back: {standing}.",
-                f"Last hash: {self.last_hash}",
+                f"Edits that were made and not taken back{known}: {standing}.",
+                f"Last hash: {self.last_hash if self.entries else 'none'}",
                 "This is evidence, not a certificate: whoever can write the record can write it anew from any entry on,"
                 " or cut off its end. Where that matters, publish the last hash where it cannot be changed. And a"
                 " record tells which weights were made, not that nothing of the data is left in them.",
@@ -115,16 +116,18 @@ def verify(
     if isinstance(edits, (str, os.PathLike, UnlearnReport)):
         edits = [edits]
     kept = read(record)
-    entries = kept.entries
+    entries, damaged = kept.entries, kept.damage is not None
     if kept.damage is not None:
         chain = Check("chain", False, f"{kept.damage} What follows is not looked at.")
+    elif not entries:  # a record begins with its first entry
+        chain = Check("chain", False, "there is no entry: all of them were cut off, or this is no record")
     else:
         told = f"{_counted(len(entries), 'entry says', 'entries say')} what was written, each after the one before"
         chain = Check("chain", True, told)
     checks = [chain, *_joins(entries)]
     if published is not None:
-        checks.append(_published(published, entries))
-    checks += [_edit(given, entries) for given in edits]
+        checks.append(_published(published, entries, damaged))
+    checks += [_edit(given, entries, damaged) for given in edits]
     if checkpoint is not None:
         what = f"checkpoint {os.fspath(checkpoint)}"
         try:
@@ -132,9 +135,9 @@ def verify(
         except CheckpointError as error:
             checks.append(Check(what, False, str(error)))
         else:
-            checks.append(_weights(what, weights_digest(weights), entries))
+            checks.append(_weights(what, weights_digest(weights), entries, damaged))
     if module is not None:
-        checks.append(_weights("module", weights_digest(module), entries))
+        checks.append(_weights("module", weights_digest(module), entries, damaged))
     return Verification(os.fspath(record), entries, checks, kept.last_hash, _standing(entries))
 
 
@@ -156,16 +159,21 @@ def _joins(entries: list[dict[str, Any]]) -> list[Check]:
     return found
 
 
-def _published(published: str, entries: list[dict[str, Any]]) -> Check:
+def _absent(what: str, damaged: bool, found: str) -> Check:
+    """What is in no entry, which says nothing where there are others that cannot be read."""
+    return Check(what, None, "of no entry before the damage") if damaged else Check(what, False, found)
+
+
+def _published(published: str, entries: list[dict[str, Any]], damaged: bool) -> Check:
     here = [entry["number"] for entry in entries if entry["hash"] == published.strip()]
     if here:
         return Check("published hash", True, f"that of entry {here[0]}: nothing up to it was changed since")
-    return Check(
-        "published hash", False, "of no entry: the record was written anew, or cut off, since it was published"
+    return _absent(
+        "published hash", damaged, "of no entry: the record was written anew, or cut off, since it was published"
     )
 
 
-def _edit(given: str | os.PathLike[str] | UnlearnReport, entries: list[dict[str, Any]]) -> Check:
+def _edit(given: str | os.PathLike[str] | UnlearnReport, entries: list[dict[str, Any]], damaged: bool) -> Check:
     if isinstance(given, UnlearnReport):
         what, report = "edit", given
     elif isinstance(given, (str, os.PathLike)):
@@ -185,20 +193,22 @@ def _edit(given: str | os.PathLike[str] | UnlearnReport, entries: list[dict[str,
         numbers = _listed([entry["number"] for entry in same])
         told = "its report is another one: it was edited, or is of another call that came to the same weights"
         return Check(what, False, f"it changes the weights as in {numbers}, but {told}")
-    return Check(what, False, "of no entry: it was edited, or was made elsewhere")
+    return _absent(what, damaged, "of no entry: it was edited, or was made elsewhere")
 
 
-def _weights(what: str, found: str, entries: list[dict[str, Any]]) -> Check:
-    if entries and entries[-1]["weights"]["after"] == found:
-        return Check(what, True, "its weights are, bit by bit, those after the last entry")
+def _weights(what: str, found: str, entries: list[dict[str, Any]], damaged: bool) -> Check:
     where = _place(found, entries)
     if where is None:
-        return Check(
+        return _absent(
             what,
-            False,
+            damaged,
             f"its weights (SHA-256 {found[:_SHORT]}…) are those of no entry: they were trained or changed otherwise, or"
             " belong to another model",
         )
+    if damaged:
+        return Check(what, None, f"its weights are those {where}, as far as it can be read")
+    if entries[-1]["weights"]["after"] == found:
+        return Check(what, True, "its weights are, bit by bit, those after the last entry")
     return Check(what, False, f"its weights are those {where}, not those after the last entry")
 
 

@@ -297,14 +297,38 @@ def test_an_entry_with_the_right_hash_and_wrong_contents_is_refused(tmp_path: Pa
     assert not verify(path).ok
 
 
-def test_a_record_without_entries_is_whole_and_has_no_weights(tmp_path: Path) -> None:
+def test_an_empty_file_is_no_record_whose_edits_can_be_vouched_for(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     path.write_bytes(b"")
-    assert verify(path).ok
+    assert failed(verify(path)) == ["chain"]
+    assert "Last hash: none" in str(verify(path))
     assert verify(path).last_hash == FIRST
-    assert failed(verify(path, module=nn.Linear(2, 2))) == ["module"]
+    append(path, "undo", told())  # it may be begun
+    assert verify(path).ok
+    path.write_bytes(b"")
+    assert failed(verify(path, module=nn.Linear(2, 2))) == ["chain", "module"]
     with pytest.raises(FileNotFoundError):
         verify(tmp_path / "none.jsonl")
+
+
+def test_what_cannot_be_looked_at_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    trainer, module, _ = fitted()
+    path = tmp_path / "deletions.jsonl"
+    edits = [trainer.unlearn([index], record=path) for index in (1, 2)]
+    last = verify(path, edits=edits, module=module)
+    assert last.ok
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second.replace(b"unlearn", b"unlearm", 1))
+    found = verify(path, edits=edits, module=module, published=last.last_hash)
+    assert failed(found) == ["chain"]
+    known = {check.what: check for check in found.checks[1:]}
+    assert known["published hash"].found == known["module"].found == "of no entry before the damage"
+    assert [check.ok for check in found.checks if check.what == "edit"] == [True, None]
+    assert "not taken back, as far as it can be read: of entry 1." in str(found)
+    edits[1].edit.undo(module)
+    (again,) = [check for check in verify(path, module=module).checks if check.what == "module"]
+    assert again.ok is None
+    assert "after entry 1" in again.found
 
 
 # --------------------------------------------------------------------------------------------------------------------
