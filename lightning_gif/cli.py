@@ -45,7 +45,7 @@ def influence(
     ckpt_path: str,
     output: str,
     split: Literal["train", "val", "test"] = "test",
-    indices: list[int] | None = None,
+    indices: list[int] | int | None = None,
     indices_file: str | None = None,
     per_example: bool = False,
     k: int = 10,
@@ -58,7 +58,7 @@ def influence(
         ckpt_path: The checkpoint to ask about.
         output: The folder to save the report to.
         split: Whose examples to ask about.
-        indices: Their indices in that dataset, such as ``[17,4031]``; all of them by default.
+        indices: Their indices in that dataset, such as ``17`` or ``[17,4031]``; all of them by default.
         indices_file: Or a text file of them, separated by white space or commas.
         per_example: One query for each of them instead of one for their mean.
         k: How many proponents and opponents are shown.
@@ -81,7 +81,7 @@ def unlearn(
     ckpt_path: str,
     output: str,
     edit: str,
-    indices: list[int] | None = None,
+    indices: list[int] | int | None = None,
     indices_file: str | None = None,
     relabel: int | float | list[int] | list[float] | None = None,
     step: float | str = "relinearise",
@@ -98,7 +98,7 @@ def unlearn(
         ckpt_path: The checkpoint to edit; it is left as it is, unless it is also the output.
         output: The file for the edited checkpoint.
         edit: The file for the edit, which can take it back.
-        indices: The dataset indices of the training examples to forget, such as ``[17,4031]``.
+        indices: The dataset indices of the training examples to forget, such as ``17`` or ``[17,4031]``.
         indices_file: Or a text file of them, separated by white space or commas.
         relabel: The labels they should have had, in the order of the indices, or one for all; they are removed by
             default.
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, run: Callable[..., int], arguments: list[str]) -> int:
     import jsonargparse
 
-    parser = jsonargparse.ArgumentParser(prog=f"lightning-gif {command}", description=_first_line(run))
+    parser = jsonargparse.ArgumentParser(**_named(command, run))
     parser.add_argument(
         "-c", "--config", action=jsonargparse.ActionConfigFile, help="A configuration file in JSON or YAML."
     )
@@ -233,6 +233,12 @@ def _run(command: str, run: Callable[..., int], arguments: list[str]) -> int:
     given = parser.parse_args(arguments).as_dict()
     given.pop("config", None)
     return run(**given)
+
+
+def _named(command: str, run: Callable[..., int]) -> dict[str, Any]:
+    """Of a command's parser. All arguments of a trainer, a model and its data would bury each error in their usage."""
+    usage = "%(prog)s [arguments], which --help explains"
+    return {"prog": f"lightning-gif {command}", "usage": usage, "description": _first_line(run)}
 
 
 class _Tool(LightningCLI):
@@ -250,7 +256,7 @@ class _Tool(LightningCLI):
             save_config_callback=None,
             trainer_defaults={"devices": 1, "logger": False, "enable_checkpointing": False},
             seed_everything_default=False,
-            parser_kwargs={"prog": f"lightning-gif {command}", "description": _first_line(run)},
+            parser_kwargs=_named(command, run),
             args=arguments,
             run=False,
         )
@@ -271,10 +277,11 @@ class _Tool(LightningCLI):
         given = self.config.model.get("init_args")
         if isinstance(kept, dict) and given is not None:
             signature = inspect.signature(self._model_type()).parameters
+            named = {arg.split("=")[0].rpartition(".")[2] for arg in args if arg.startswith("--model.")}
             open_ = {
                 name: kept[name]
                 for name, value in vars(given).items()
-                if name in kept and name in signature and value == signature[name].default
+                if name in kept and name not in named and name in signature and value == signature[name].default
             }
             self.config = parser.parse_object({"model": {"init_args": open_}}, self.config)
 
@@ -343,12 +350,12 @@ class _Tool(LightningCLI):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _indices(given: list[int] | None, file: str | None) -> list[int] | None:
+def _indices(given: list[int] | int | None, file: str | None) -> list[int] | None:
     """The indices of the command line or of a file, ``None`` where neither is given."""
     if given is not None and file is not None:
         raise ConfigurationError("Give --indices or --indices_file, not both.")
     if file is None:
-        return given
+        return [given] if isinstance(given, int) else given
     words = Path(file).read_text(encoding="utf-8", errors="replace").replace(",", " ").split()
     bad = [word for word in words if not word.isdecimal()]
     if bad or not words:

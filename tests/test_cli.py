@@ -147,6 +147,8 @@ def test_indices_come_from_a_file(trained: dict[str, Any], capsys: pytest.Captur
     Path("indices.txt").write_text("3, 1\n17\n")
     assert unlearn("--indices_file", "indices.txt", "--record", "deletions.jsonl") == 0
     assert sorted(read("deletions.jsonl").entries[0]["asked"]["indices"]) == [1, 3, 17]
+    assert unlearn("--indices", "17", edit="single", output="c.ckpt") == 0
+    assert UnlearnReport.load("single").data["indices"] == [17]
     for text, told in (("3 one", "there is 'one'"), ("", "it is empty")):
         Path("indices.txt").write_text(text)
         assert unlearn("--indices_file", "indices.txt", edit="other") == 2
@@ -195,7 +197,8 @@ def test_what_the_model_was_made_with_comes_from_the_checkpoint_unless_it_is_giv
     trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert unlearn("--model.folder", "elsewhere") == 0  # of width 5, where the default is 8
-    assert unlearn("--model.width", "6", edit="other") == 2
+    for width in ("6", "8"):  # also where it is what the class would take by itself
+        assert unlearn("--model.width", width, edit="other") == 2
     told = capsys.readouterr().err
     assert "does not fit Net" in told
     assert "--model.init_args" in told
@@ -218,6 +221,12 @@ def test_every_command_says_what_it_takes(capsys: pytest.CaptureFixture[str]) ->
             main([command, "--help"])
         assert end.value.code == 0
         assert "checkpoint" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["unlearn", *OPTIONS, "--indices", "many"])
+    told = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert len(told) < 15
+    assert any('"indices"' in line for line in told)
     with pytest.raises(SystemExit) as end:
         main(["forget"])
     assert end.value.code == 2
