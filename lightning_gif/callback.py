@@ -629,7 +629,9 @@ class GIFCallback(Callback):
             values |= {f"gif/targets/{name}": float(len(entries)) for name, entries in self.targets.items()}
             if previous is not None:
                 values["gif/targets/jaccard"] = self.targets.jaccard(previous)
-            pl_module.log_dict(values, on_step=False, on_epoch=True, rank_zero_only=True, batch_size=1)
+            # The same on all processes; without their mean Lightning would warn of each.
+            several = trainer.world_size > 1
+            pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=several, batch_size=1)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

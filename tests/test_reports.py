@@ -432,7 +432,12 @@ def test_a_plot_of_several_changes_shows_the_losses_after_each() -> None:
     trainer, _, dataset = fitted()
     report = trainer.unlearn(batch_of(dataset, dataset.tensors[1] == 1))
     assert len(report.steps) > 1
-    losses, _ = report.plot().axes
+    losses, memory, _ = report.plot().axes
+    assert memory.get_title() == "still predicted as the class"
+    path, end = memory.lines
+    assert path.get_ydata()[0] == report.remembered[0] == report.path[0].remembered
+    assert path.get_xdata().tolist() == list(range(len(report.steps) + 1))
+    assert end.get_ydata()[0] == report.remembered[1]
     forget, forget_after, *_ = losses.lines
     assert forget.get_xdata().tolist() == list(range(len(report.steps) + 1))
     assert forget.get_ydata()[0] == pytest.approx(report.forget.before, rel=1e-6)

@@ -402,13 +402,14 @@ class UnlearnReport:
         log_eigenvalues(loggers, prefix, self.curvature)
 
     def plot(self) -> Figure:
-        """The losses along the change, or after each of several, and the first solve's residual.
+        """The losses along the change, or after each of several; what is remembered there; the first solve's residual.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        made, axes = figure(1, 2, width=9, height=3.2)
-        along, curve = axes[0]
+        known = not math.isnan(self.remembered[1])
+        made, axes = figure(1, 2 + known, width=13.5 if known else 9, height=3.2)
+        along, curve = axes[0][0], axes[0][-1]
         several = len(self.steps) > 1
         if several:  # where the way led: no step, the first one, the first two, …
             measured = {point.steps: point for point in self.path}
@@ -416,27 +417,34 @@ class UnlearnReport:
             path = [measured[end] for end in ends if end in measured]
         else:
             path = sorted(self.path, key=lambda point: point.steps)
+        where = [float(len(point.steps)) if several else point.step for point in path]
+        end = len(self.steps) if several else self.step
         lines = {name: [getattr(point, f"{name}_loss") for point in path] for name in ("forget", "retain")}
         for name, losses in lines.items():
-            where = [float(len(point.steps)) if several else point.step for point in path]
             (line,) = along.plot(where, losses, "o-", markersize=4, label=name)
-            end = len(self.steps) if several else self.step
             along.plot([end], [getattr(self, name).after], "*", markersize=11, color=line.get_color())
         along.plot([], [], "k*", label="the edit")
         if all(loss > 0 for losses in lines.values() for loss in losses):  # other losses than cross-entropy may not be
             along.set_yscale("log")
-        if several:
-            along.set_title(f"losses after each change, goal: {self.goal}", fontsize=10)
-            along.set_xlabel("changes made, each solved where the last one led")
-            along.set_xticks(range(len(self.steps) + 1))
-        else:
-            along.axvline(self.step, color="grey", linestyle=":", label=f"step {self.step:.3g}")
-            along.set_xscale("symlog", linthresh=0.1)
-            if path[0].step >= 0:
-                along.set_xlim(left=0.0, right=path[-1].step * 1.5 or None)
-            along.set_title(f"losses along the change, goal: {self.goal}", fontsize=10)
-            along.set_xlabel("step (1 = natural)")
+        along.set_title(f"losses {'after each' if several else 'along the'} change, goal: {self.goal}", fontsize=10)
         along.set_ylabel("mean loss")
+        if known:
+            memory = axes[0][1]
+            (line,) = memory.plot(where, [point.remembered for point in path], "o-", markersize=4)
+            memory.plot([end], [self.remembered[1]], "*", markersize=11, color=line.get_color())
+            memory.set_ylim(-0.05, 1.05)
+            memory.set_title(self._what_is_remembered, fontsize=10)
+            memory.set_ylabel("AUROC (0.5: not at all)" if self.goal is Goal.EXAMPLES else "share")
+        for axis in axes[0][:-1]:
+            if several:
+                axis.set_xlabel("changes made, each solved where the last one led")
+                axis.set_xticks(range(len(self.steps) + 1))
+                continue
+            axis.axvline(self.step, color="grey", linestyle=":", label=f"step {self.step:.3g}")
+            axis.set_xscale("symlog", linthresh=0.1)
+            if path[0].step >= 0:
+                axis.set_xlim(left=0.0, right=path[-1].step * 1.5 or None)
+            axis.set_xlabel("step (1 = natural)")
         along.legend()
         curve.semilogy(self.residuals)
         status = f"{self.solve['iterations']} steps"
@@ -448,6 +456,14 @@ class UnlearnReport:
         curve.set_xlabel("step of the solve")
         curve.set_ylabel("relative residual")
         return made
+
+    @property
+    def _what_is_remembered(self) -> str:
+        return {
+            Goal.CLASS: "still predicted as the class",
+            Goal.LABELS: "not predicted as corrected",
+            Goal.EXAMPLES: f"told from {self.n_unseen} unseen examples by a smaller loss",
+        }[self.goal]
 
     def __str__(self) -> str:
         share = 100 * self.edit.count / self.n_parameters
@@ -475,14 +491,10 @@ class UnlearnReport:
             remembered = []
         elif self.goal is not Goal.EXAMPLES:
             before, after = (100 * share for share in self.remembered)
-            what = "still predicted as the class" if self.goal is Goal.CLASS else "not predicted as corrected"
-            remembered = [f"{what}: {before:.1f} % -> {after:.1f} %"]
+            remembered = [f"{self._what_is_remembered}: {before:.1f} % -> {after:.1f} %"]
         else:
             before, after = self.remembered
-            remembered = [
-                f"told from {self.n_unseen} unseen examples by a smaller loss (AUROC; 0.5: not at all):"
-                f" {before:.3f} -> {after:.3f}"
-            ]
+            remembered = [f"{self._what_is_remembered} (AUROC; 0.5: not at all): {before:.3f} -> {after:.3f}"]
         lines = [
             f"Edit for {self.n_forget} examples (goal: {self.goal}; {self.n_retain} retained) by changing"
             f" {changed}, {made};"
