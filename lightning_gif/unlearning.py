@@ -595,8 +595,10 @@ class _Walk:
         if not len(short):
             return []
         ranked = _Ranked(objective, groups, float(lacking[short].square().mean().sqrt()))
-        these = task.forget.at(short.cpu()).held(self._settings.bytes_to_keep(objective) / 4)
-        weight = _EXAMPLES_WEIGHT * task.share * len(these) / len(task.forget)
+        settings = self._settings
+        these = task.forget.at(short.cpu()).sample(settings.curvature_examples, settings.seed)
+        these = these.held(settings.bytes_to_keep(objective) / 4)
+        weight = _EXAMPLES_WEIGHT * task.share * len(short) / len(task.forget)
         return [_Term(weight, these, these, curved, _Of(objective.losses, ranked.sum))]
 
     @property
