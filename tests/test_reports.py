@@ -411,6 +411,13 @@ def test_texts_that_look_like_formulas_are_drawn_as_they_are() -> None:
     report.plot().canvas.draw()
 
 
+def test_a_solve_that_took_its_number_of_steps_is_not_said_to_have_failed() -> None:
+    trainer, _, dataset = fitted()
+    query = batch_of(dataset, [0, 1])
+    assert "; cg after 20 steps, residual" in str(trainer.influence(query))
+    assert "; cg max_iter after 2 steps" in str(trainer.influence(query, rtol=1e-9, max_iter=2))
+
+
 def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
     trainer, _, dataset = fitted()
     report = trainer.unlearn(batch_of(dataset, [0, 1]))

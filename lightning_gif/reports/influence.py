@@ -19,7 +19,7 @@ from ..errors import ConfigurationError
 from ..parameters import Targets
 from ..plain import damage_is_told, restored
 from ..ranking import Ranking, strongest
-from ..solvers import Solution
+from ..solvers import Solution, Status
 from .files import REMEDY, read_folder, write_folder
 from .groups import Grouping, Groups, group_scores, values_of
 from .loggers import log_eigenvalues, log_figure, log_histogram, log_scalars, log_table, log_text, running
@@ -491,8 +491,9 @@ class InfluenceReport:
         on = "themselves" if self._of_themselves else f"{queries} quer{'y' if queries == 1 else 'ies'}"
         solved = ""
         if (solution := self.solution) is not None:
-            solved = f"; {solution.solver} {solution.status} after {solution.iterations} steps, residual"
-            solved += f" {solution.residual:.1e}"
+            as_asked = solution.status is Status.MAX_ITER and self.settings.get("rtol") is None
+            told = "" if as_asked else f" {solution.status}"
+            solved = f"; {solution.solver}{told} after {solution.iterations} steps, residual {solution.residual:.1e}"
         lines = [
             f"Influence of {self.n_train} training examples on {on}"
             f" ({self.settings['method']}, {self.targets.count} target parameters{solved}; {self.seconds:.1f} s)",
