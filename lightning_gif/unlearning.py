@@ -182,7 +182,7 @@ def unlearn(
     if step != "natural" and not isinstance(step, numbers.Real):
         _tell(walk, chosen, notes)
     if journal is not None and journal.recalled:
-        notes.append(f"{journal.recalled} of the {len(walk.solutions)} changes were found in {str(solves_to)!r}.")
+        notes.append(f"Changes that were found in {str(solves_to)!r}: {journal.recalled} of {len(walk.solutions)}.")
 
     moved = walk.moved(chosen.steps)
     before, remembered = walk.losses(objective.theta), chosen.remembered

@@ -68,7 +68,7 @@ def test_an_interrupted_edit_goes_on_and_ends_in_the_same_bits(
         ]
         assert report.curvature == expected.curvature
         assert report.residuals == expected.residuals
-        assert any(f"{stop} of the {total} changes were found" in note for note in report.notes) == (stop > 0)
+        assert any(f"found in {str(folder)!r}: {stop} of {total}." in note for note in report.notes) == (stop > 0)
         assert not folder.exists()
         report.undo()
         assert same_weights(weights(module), before)

@@ -496,8 +496,8 @@ class UnlearnReport:
             before, after = self.remembered
             remembered = [f"{self._what_is_remembered} (AUROC; 0.5: not at all): {before:.3f} -> {after:.3f}"]
         lines = [
-            f"Edit for {self.n_forget} examples (goal: {self.goal}; {self.n_retain} retained) by changing"
-            f" {changed}, {made};"
+            f"Edit for {self.n_forget} example{'' if self.n_forget == 1 else 's'} (goal: {self.goal};"
+            f" {self.n_retain} retained) by changing {changed}, {made};"
             f" {'first solve: ' if len(self.solves) > 1 else ''}{self.solve['solver']}{solved} after"
             f" {self.solve['iterations']} steps, residual {self.solve['residual']:.1e}; {self.seconds:.1f} s",
             *(
