@@ -277,7 +277,8 @@ class _Tool(LightningCLI):
         given = self.config.model.get("init_args")
         if isinstance(kept, dict) and given is not None:
             signature = inspect.signature(self._model_type()).parameters
-            named = {arg.split("=")[0].rpartition(".")[2] for arg in args if arg.startswith("--model.")}
+            paths = [arg.split("=")[0].removeprefix("--model.") for arg in args if arg.startswith("--model.")]
+            named = {path.removeprefix("init_args.").split(".")[0] for path in paths}
             open_ = {
                 name: kept[name]
                 for name, value in vars(given).items()

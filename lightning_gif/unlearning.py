@@ -244,7 +244,11 @@ def _fingerprint(
     chosen = {name: value for name, value in asdict(settings).items() if name not in ("memory", "unconverged")}
     sets = {"sample": task.sample, "check": task.check, "unseen": task.unseen}
     return digest(
-        {"theta": objective.theta, **targets, **{name: part.ids for name, part in sets.items() if part is not None}},
+        {
+            "theta": objective.theta,
+            **{f"ids of {name}": part.ids for name, part in sets.items() if part is not None},
+            **{f"targets in {name}": entries for name, entries in targets.items()},
+        },
         [
             state_digest(objective.module),
             *(None if part is None else data_digest(part) for part in (task.sample, task.check, task.unseen)),
@@ -752,10 +756,11 @@ class _Walk:
         """The local model along a further change, and whether that is a Newton step: solved for, or from the journal.
 
         Args:
-            asked: What for, and where.
+            asked: What for, and at which point: steps along the changes before, which are part of the question.
             solve: Does it.
         """
         position = len(self._changes)
+        asked = [*asked, digest({str(number): change for number, change in enumerate(self._changes)})]
         found = None if self._journal is None else self._journal.recall(position, asked, len(self.positions))
         if self._journal is None or found is None:
             model, newton = solve()

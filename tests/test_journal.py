@@ -133,6 +133,18 @@ def test_a_strategy_that_takes_another_way_goes_on_from_where_it_does(
     assert made == ["_solve_descent"]
 
 
+def test_a_change_that_another_one_came_before_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _, _ = fitted()
+    report = trainer.unlearn(**OPTIONS["a class"], solves_to=tmp_path, dry_run=True)
+    assert len(report.solves) > 1
+    rewritten(tmp_path / "change-00.safetensors", lambda _, change: change * (1 + 1e-6), signed=True)
+    made = counting(monkeypatch)
+    again = trainer.unlearn(**OPTIONS["a class"], solves_to=tmp_path, dry_run=True)
+    assert len(made) == len(again.solves) - 1
+
+
 def rewritten(path: Path, change: Callable[[dict[str, str], torch.Tensor], torch.Tensor], *, signed: bool) -> None:
     """The file with something else in it, with a digest that fits or not."""
     with safe_open(path, "pt") as file:
