@@ -936,6 +936,13 @@ def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
             f"{share} of the corrected labels are not predicted as they should be. Look at the retained loss as well,"
             " and undo the edit if it is not worth it; a larger ratio may do better.",
         )
+    elif walk.goal is Goal.EXAMPLES and chosen.moved and walk.enough is not None:
+        before = walk.path[0]
+        if abs(chosen.remembered - walk.enough) >= abs(before.remembered - walk.enough):
+            notes.append(
+                "Their losses tell the examples from unseen ones as well as before, or better (AUROC"
+                f" {before.remembered:.3f} -> {chosen.remembered:.3f}). Undo the edit if that is not worth it."
+            )
     elif not chosen.moved:
         _warn(
             notes,

@@ -116,7 +116,8 @@ def verify(
     if isinstance(edits, (str, os.PathLike, UnlearnReport)):
         edits = [edits]
     kept = read(record)
-    entries, damaged = kept.entries, kept.damage is not None
+    entries = kept.entries
+    damaged = kept.damage is not None or not entries
     if kept.damage is not None:
         chain = Check("chain", False, f"{kept.damage} What follows is not looked at.")
     elif not entries:  # a record begins with its first entry
@@ -161,7 +162,7 @@ def _joins(entries: list[dict[str, Any]]) -> list[Check]:
 
 def _absent(what: str, damaged: bool, found: str) -> Check:
     """What is in no entry, which says nothing where there are others that cannot be read."""
-    return Check(what, None, "of no entry before the damage") if damaged else Check(what, False, found)
+    return Check(what, None, "of no entry that can be read") if damaged else Check(what, False, found)
 
 
 def _published(published: str, entries: list[dict[str, Any]], damaged: bool) -> Check:

@@ -118,7 +118,7 @@ def test_what_stops_one_process_stops_all_with_its_reason(world: int, tmp_path: 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_is_noticed_by_all_others(world: int, tmp_path: Path) -> None:
-    launch("death", world, tmp_path)  # Lightning kills what is left of it some seconds later
+    launch("death", world, tmp_path)
     for rank in range(world - 1):
         told = torch.load(tmp_path / f"death {world} {rank}.pt")["dead"]
         assert told.startswith("RankError (GIFError)"), told
