@@ -42,6 +42,7 @@ from .errors import (
     TrainingDataError,
 )
 from .influence import influence, self_influence
+from .interrupts import uninterrupted
 from .journal import Journal
 from .objective import Objective
 from .parameters import Targets
@@ -442,8 +443,8 @@ class GIFCallback(Callback):
             record: The file to record the edit in, where it is not that of the callback; ``False`` for none.
             solves_to: A folder to write each change to as it is solved for, and to go on where a call was interrupted:
                 the same call again solves only for what is missing. It is refused if weights, settings or data have
-                changed. After a dry run it stays, so that the same call can make the edit at once; when the edit is
-                made, it is emptied.
+                changed; that a registered function is another one under its name is not noticed. After a dry run it
+                stays, so that the same call can make the edit at once; once a call has made it, the folder is removed.
             **overrides: As in :meth:`influence`.
 
         Returns:
@@ -510,7 +511,8 @@ class GIFCallback(Callback):
             try:
                 report.change("unlearn")
                 if folder is not None and trainer.is_global_zero:
-                    Journal.clear(folder)
+                    with uninterrupted():
+                        Journal.clear(folder)
                 return report
             except BaseException:
                 if report.ranks.size == 1 and report.edit.is_in(trainer.lightning_module):

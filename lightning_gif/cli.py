@@ -107,7 +107,7 @@ def unlearn(
         targets: Which parameters to change.
         refresh_statistics: Compute the running statistics of BatchNorm anew.
         record: The file to record the edit in, where it is not that of ``gif.record``.
-        solves_to: A folder to go on from where the command was interrupted; it is emptied in the end.
+        solves_to: A folder to go on from where the command was interrupted; it is removed in the end.
     """
     wanted = _indices(indices, indices_file)
     if not wanted:

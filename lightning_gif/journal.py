@@ -23,7 +23,7 @@ from .writing import replace_file
 __all__ = ["Journal"]
 
 # Of a change, or of what a kill left of the writing of one.
-_NAME = re.compile(r"change-\d\d\.safetensors|\.change-\d\d\.safetensors\.[0-9a-f]{32}")
+_NAME = re.compile(r"change-\d{2,}\.safetensors|\.change-\d{2,}\.safetensors\.[0-9a-f]{32}")
 
 
 @dataclass
@@ -124,9 +124,11 @@ class Journal:
         return self.folder / f"change-{position:02}.safetensors"
 
     def _drop(self, first: int) -> None:
-        while (path := self._path(first)).exists():
-            path.unlink()
-            first += 1
+        last = first
+        while self._path(last).exists():
+            last += 1
+        for position in reversed(range(first, last)):
+            self._path(position).unlink()
 
     @classmethod
     def clear(cls, folder: Path) -> None:

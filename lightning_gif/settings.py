@@ -290,7 +290,7 @@ class Settings:
             rtol=self._least_residual,
             max_iter=self._most_steps,
         )
-        self._judge([solution])
+        self.judge([solution])
         return solution, bend
 
     def solve(self, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
@@ -326,7 +326,7 @@ class Settings:
             )
         for solution in solutions:
             require_finite(solution.x, f"The solution of {self.solver!r}")
-        self._judge(solutions)
+        self.judge(solutions)
         return solutions
 
     def quadratic(self, operator: LinearOperator, damping: float) -> Callable[[Tensor], Tensor]:
@@ -350,8 +350,12 @@ class Settings:
         found = low_rank(operator, self.max_iter or _RANK, seed=self.seed)
         return lambda rows: found.quadratic(rows, damping)
 
-    def _judge(self, solutions: list[Solution]) -> None:
-        """Warns or raises where a residual was asked for and not reached."""
+    def judge(self, solutions: list[Solution]) -> None:
+        """Warns where a residual was asked for and not reached.
+
+        Raises:
+            ConvergenceError: In the place of a warning, with ``unconverged="raise"``.
+        """
         short = [solution for solution in solutions if solution.status in _ADVICE]
         if self.rtol is not None and short and self.unconverged != "ignore":
             worst = max(short, key=lambda solution: solution.residual)

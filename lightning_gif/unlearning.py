@@ -17,7 +17,17 @@ from torch import Tensor
 
 from ._compat import rank_zero_warn
 from .curvature import METHODS, Combination, Curvature, Group, Losses, Method, Scaled, Solve, Submatrix
-from .data import Examples, class_targets, contents_digest, data_digest, example_classes, locate, relabelled, strata
+from .data import (
+    Examples,
+    class_targets,
+    contents_digest,
+    data_digest,
+    example_classes,
+    fingerprints,
+    locate,
+    relabelled,
+    strata,
+)
 from .digests import digest
 from .errors import BatchError, ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError, TrainingDataError
 from .journal import Journal
@@ -242,17 +252,18 @@ def _fingerprint(
     from . import __version__  # which is known once the package is loaded
 
     chosen = {name: value for name, value in asdict(settings).items() if name not in ("memory", "unconverged")}
-    sets = {"sample": task.sample, "check": task.check, "unseen": task.unseen}
+    # Where samples are drawn by position, order counts.
+    parts = [task.sample, task.check, task.unseen, task.forget, task.judged, task.corrected, task.amended]
     return digest(
         {
             "theta": objective.theta,
-            **{f"ids of {name}": part.ids for name, part in sets.items() if part is not None},
+            **{f"ids of {number}": part.ids for number, part in enumerate(parts) if part is not None},
             **{f"targets in {name}": entries for name, entries in targets.items()},
         },
         [
             state_digest(objective.module),
-            *(None if part is None else data_digest(part) for part in (task.sample, task.check, task.unseen)),
-            *(told[name] for name in ("examples", "relabelled", "train")),
+            *(None if part is None else [mark.hex() for mark in fingerprints(part)] for part in parts),
+            told["train"],
             task.goal.value,
             task.share,
             {name: str(value) for name, value in chosen.items()},
@@ -760,7 +771,9 @@ class _Walk:
             solve: Does it.
         """
         position = len(self._changes)
-        asked = [*asked, digest({str(number): change for number, change in enumerate(self._changes)})]
+        start = self.path[0]  # where a loss that is another one shows, with the same weights and data
+        seen = [f"{value:.4g}" for value in (start.forget_loss, start.retain_loss, start.risk)]
+        asked = [*asked, *seen, digest({str(number): change for number, change in enumerate(self._changes)})]
         found = None if self._journal is None else self._journal.recall(position, asked, len(self.positions))
         if self._journal is None or found is None:
             model, newton = solve()
@@ -772,7 +785,11 @@ class _Walk:
         change, record = found
         with self._journal.damage_is_told(position):
             told = _Told(**restored_fields(_Told, record))
-            self.solutions.append(Solution.of_record(told.solution))
+            recalled = Solution.of_record(told.solution)
+            if not all(map(math.isfinite, (told.slope, told.bend, told.damping))) or told.damping <= 0:
+                raise ValueError(f"it tells of slope {told.slope}, bend {told.bend} and damping {told.damping}")
+        self._settings.judge([recalled])
+        self.solutions.append(recalled)
         self._changes.append(change.to(self._objective.theta))
         self.description, self._damping = self.description or told.curvature, told.damping
         return LocalModel(told.slope, told.bend), told.newton

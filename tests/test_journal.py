@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lightning_gif import ConfigurationError, steps, unlearning
+from lightning_gif import ConfigurationError, ConvergenceError, steps, unlearning
 from lightning_gif.digests import digest
 from lightning_gif.journal import Journal
 
-from .conftest import batch_of, blobs, fitted, loader, same_weights, weights
+from .conftest import Classifier, batch_of, blobs, fitted, loader, same_weights, weights
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "a class": {"batch": lambda batch: batch[1] == 1},
@@ -53,7 +53,7 @@ def test_an_interrupted_edit_goes_on_and_ends_in_the_same_bits(
     total = len(expected.solves)
     for stop in range(total):
         with monkeypatch.context() as patch:
-            made = counting(patch, stop)
+            counting(patch, stop)
             with pytest.raises(KeyboardInterrupt):
                 trainer.unlearn(**OPTIONS[what], solves_to=folder)
         assert same_weights(weights(module), before)
@@ -230,3 +230,37 @@ def test_an_edit_that_cannot_be_recorded_is_not_lost(tmp_path: Path, monkeypatch
     made = counting(monkeypatch)
     trainer.unlearn(batch_of(dataset, slice(0, 3)), solves_to=tmp_path / "solves")
     assert not made
+
+
+def test_other_labels_order_or_loss_are_told_from_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Smoothed(Classifier):
+        smooth = 0.0
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self(batch[0]), batch[1], label_smoothing=self.smooth)
+
+    trainer, module, dataset = fitted(Smoothed(), blobs(300))
+    forget = list(range(1, 100, 7))
+    asked: dict[str, Any] = {"step": "natural", "targets": "cached", "solves_to": tmp_path, "dry_run": True}
+    trainer.unlearn(forget, **asked)
+    with pytest.raises(ConfigurationError, match="other weights, data"):
+        trainer.unlearn(forget[::-1], **asked)
+    changed = dataset.tensors[1].clone()
+    dataset.tensors[1][150:160] = (dataset.tensors[1][150:160] + 1) % 3  # of 300, which are all looked at
+    with pytest.raises(ConfigurationError, match="other weights, data"):
+        trainer.unlearn(forget, **asked)
+    dataset.tensors[1].copy_(changed)
+    made = counting(monkeypatch)
+    trainer.unlearn(forget, **asked)
+    assert not made
+    module.smooth = 0.3
+    trainer.unlearn(forget, **asked)
+    assert made == ["_solve_answer"]
+
+
+def test_a_solve_that_fell_short_is_told_again(tmp_path: Path) -> None:
+    trainer, _, _ = fitted()
+    asked: dict[str, Any] = {"rtol": 1e-9, "max_iter": 2, "solves_to": tmp_path, "dry_run": True}
+    trainer.unlearn([1, 2], **asked)
+    with pytest.raises(ConvergenceError):
+        trainer.unlearn([1, 2], **asked, unconverged="raise")
