@@ -176,7 +176,7 @@ def unlearn(
     told["relabelled"] = None if corrected is None else contents_digest(corrected)
     journal = None
     if solves_to is not None:
-        mark = _fingerprint(objective, task, settings, targets, told)
+        mark = _fingerprint(objective, task, settings, targets, str(told["train"]))
         journal = Journal(solves_to, ranks.first(mark), ranks)
     walk = _Walk(objective, task, settings, method, targets.flat(objective.space).to(objective.device), journal)
     if isinstance(step, numbers.Real):
@@ -245,9 +245,7 @@ def unlearn(
     return report
 
 
-def _fingerprint(
-    objective: Objective, task: _Task, settings: Settings, targets: Targets, told: dict[str, str | None]
-) -> str:
+def _fingerprint(objective: Objective, task: _Task, settings: Settings, targets: Targets, train: str) -> str:
     """A digest of what the solves of a walk depend on, but the strategy: that is seen in what it asks for."""
     from . import __version__  # which is known once the package is loaded
 
@@ -263,7 +261,7 @@ def _fingerprint(
         [
             state_digest(objective.module),
             *(None if part is None else [mark.hex() for mark in fingerprints(part)] for part in parts),
-            told["train"],
+            train,
             task.goal.value,
             task.share,
             {name: str(value) for name, value in chosen.items()},
@@ -770,20 +768,21 @@ class _Walk:
             asked: What for, and at which point: steps along the changes before, which are part of the question.
             solve: Does it.
         """
-        position = len(self._changes)
+        journal, position = self._journal, len(self._changes)
+        if journal is None:
+            return solve()
         start = self.path[0]  # where a loss that is another one shows, with the same weights and data
         seen = [f"{value:.4g}" for value in (start.forget_loss, start.retain_loss, start.risk)]
         asked = [*asked, *seen, digest({str(number): change for number, change in enumerate(self._changes)})]
-        found = None if self._journal is None else self._journal.recall(position, asked, len(self.positions))
-        if self._journal is None or found is None:
+        found = journal.recall(position, asked, len(self.positions))
+        if found is None:
             model, newton = solve()
-            if self._journal is not None:
-                solution, damping = self.solutions[-1].record(), self._damping
-                told = _Told(model.slope, model.bend, solution, self.description, newton, damping)
-                self._journal.keep(position, asked, self._changes[-1], asdict(told))
+            solution = self.solutions[-1].record()
+            told = _Told(model.slope, model.bend, solution, self.description, newton, self._damping)
+            journal.keep(position, asked, self._changes[-1], asdict(told))
             return model, newton
         change, record = found
-        with self._journal.damage_is_told(position):
+        with journal.damage_is_told(position):
             told = _Told(**restored_fields(_Told, record))
             recalled = Solution.of_record(told.solution)
             if not all(map(math.isfinite, (told.slope, told.bend, told.damping))) or told.damping <= 0:
