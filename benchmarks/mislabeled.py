@@ -2,10 +2,10 @@
 
     python benchmarks/mislabeled.py --data path/to/FashionMNIST/raw --nets mlp cnn
 
-By `trainer.self_influence()` as it is, by the training loss, by the length of the gradient, and by other libraries
-(`pip install kronfluence captum`; those that are not there are left out). Prints a Markdown table: the AUC, and which
-share of the wrong labels is among the first 10 and 20 % of all examples; means over seeds of the labels and the net.
-Seconds are those of the processor.
+By `trainer.self_influence()` as it is and over snapshots of training, by the training loss, by the length of the
+gradient, and by other libraries (`pip install kronfluence captum`; those that are not there are left out). Prints a
+Markdown table: the AUC, and which share of the wrong labels is among the first 10 and 20 % of all examples; means over
+seeds of the labels and the net. Seconds are those of the processor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
@@ -37,8 +38,10 @@ Suspicion = Callable[[pl.Trainer, nn.Module, TensorDataset, list[dict[str, Tenso
 """``(trainer, model, train, checkpoints) ↦`` the higher the more suspicious, ``(n,)``."""
 
 
-def self_influence(trainer: pl.Trainer, model: nn.Module, train: TensorDataset, checkpoints: Any) -> Tensor:
-    report = trainer.self_influence()
+def self_influence(
+    trainer: pl.Trainer, model: nn.Module, train: TensorDataset, checkpoints: Any, **options: Any
+) -> Tensor:
+    report = trainer.self_influence(**options)
     return torch.zeros(len(train), dtype=torch.float64).index_copy(0, report.indices, report.scores[0])
 
 
@@ -90,6 +93,7 @@ def tracin(trainer: pl.Trainer, model: nn.Module, train: TensorDataset, checkpoi
 
 RANKINGS: dict[str, tuple[str, Suspicion]] = {
     "`trainer.self_influence()`": ("lightning_gif", self_influence),
+    "`trainer.self_influence(snapshots=True)`": ("lightning_gif", partial(self_influence, snapshots=True)),
     "loss": ("torch", loss),
     "gradient length": ("torch", gradient_length),
     "kronfluence EK-FAC": ("kronfluence", kronfluence),
@@ -120,7 +124,13 @@ def main() -> None:
             train = TensorDataset(x, torch.where(wrong, other, y))
             snapshots = Snapshots(options.epochs)
             trainer, model = fit(
-                train, [GIFCallback(), snapshots], epochs=options.epochs, seed=seed, net=net, decay=True, batch_size=64
+                train,
+                [GIFCallback(snapshots=4), snapshots],
+                epochs=options.epochs,
+                seed=seed,
+                net=net,
+                decay=True,
+                batch_size=64,
             )
             for name, (package, rank) in RANKINGS.items():
                 if find_spec(package) is None:

@@ -130,7 +130,7 @@ class GIFCallback(Callback):
             predictions that ``training_step`` gives to a loss function of PyTorch. ``"auto"``: ``"ggn"`` for scores
             where there are such predictions, ``"hessian"`` else.
         curvature_examples: How many training examples the curvature is taken over, and neurons are ranked on at most;
-            ``None`` for all.
+            ``None`` for all. ``"auto"``: 2048; 1024 for the curvature where a class is forgotten.
         curvature_sampling: How they are drawn: ``"random"``, ``"balanced"`` (as many of each class), ``"features"`` or
             ``"logits"`` (representative of how each class spreads there), or one that was registered in
             ``lightning_gif.SAMPLERS``.
@@ -178,7 +178,7 @@ class GIFCallback(Callback):
         rtol: float | None = None,
         discrepancy: float = 0.0,
         curvature: str = AUTO,
-        curvature_examples: int | None = 2048,
+        curvature_examples: int | Literal["auto"] | None = "auto",
         curvature_sampling: str = "random",
         weight_decay: float = 0.0,
         eigenvalues: int = 0,
@@ -323,12 +323,7 @@ class GIFCallback(Callback):
             )
         if keep is not None and scores_to is not None:
             raise ConfigurationError("`scores_to` is for all scores, `keep` for the strongest alone: give one of them.")
-        states = self._snapshots.chosen() if snapshots else {}
-        if snapshots and not states:
-            raise ConfigurationError(
-                "snapshots=True needs snapshots of the weights, but there are none: fit with GIFCallback(snapshots=4),"
-                " or load a checkpoint of such a fit. After a fit of one epoch there is none beside the final weights."
-            )
+        states = self._earlier_states(snapshots)
         with self._attributing(trainer, targets, among, dataloader, k, overrides, named) as asked:
             objective, train, some, settle = asked
             query = self._examples(batch, objective, self.settings.override(overrides, named))
@@ -356,6 +351,7 @@ class GIFCallback(Callback):
         k: int = 10,
         targets: Literal["cached"] | None = None,
         among: Sequence[int] | Callable[[Any], Tensor] | None = None,
+        snapshots: bool = False,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
     ) -> InfluenceReport:
@@ -369,6 +365,8 @@ class GIFCallback(Callback):
             k: How many are shown and logged.
             targets: Look at the cached targets only; by default at all parameters, see :meth:`influence`.
             among: As in :meth:`influence`.
+            snapshots: As in :meth:`influence`, at the cost of a sketch and a pass for each. Wrong labels that are known
+                by heart at the end stood out earlier.
             dataloader: As in :meth:`influence`.
             **overrides: As in :meth:`influence`. With more than 1024 parameters ``max_iter`` is the rank of a sketch.
 
@@ -378,12 +376,13 @@ class GIFCallback(Callback):
         Raises:
             GIFError: As in :meth:`influence`.
         """
-        named = ("k", "targets", "among", "dataloader")
+        named = ("k", "targets", "among", "snapshots", "dataloader")
+        states = self._earlier_states(snapshots)
         with self._attributing(trainer, targets, among, dataloader, k, overrides, named) as asked:
             objective, train, some, settle = asked
             settings = settle(len(train))
             choose = partial(self._choose_targets, objective, train, train, "cached", settings, overrides)
-            report = self_influence(objective, train, settings, choose, among=some, k=k)
+            report = self_influence(objective, train, settings, choose, among=some, states=states, k=k)
         return self._deliver(trainer, report)
 
     def unlearn(
@@ -835,6 +834,16 @@ class GIFCallback(Callback):
             seed=settings.seed,
         )
 
+    def _earlier_states(self, wanted: bool) -> dict[int, dict[str, Tensor]]:
+        """The snapshots of training by epoch, if they are wanted."""
+        states = self._snapshots.chosen() if wanted else {}
+        if wanted and not states:
+            raise ConfigurationError(
+                "snapshots=True needs snapshots of the weights, but there are none: fit with GIFCallback(snapshots=4),"
+                " or load a checkpoint of such a fit. After a fit of one epoch there is none beside the final weights."
+            )
+        return states
+
     def _choose_targets(
         self,
         objective: Objective,
@@ -848,10 +857,10 @@ class GIFCallback(Callback):
         if choice == "batch":
             if settings.needs_no_cache:
                 return self._select(module, settings)
-            neurons, gradients = objective.observe(examples.sample(settings.curvature_examples, settings.seed))
+            neurons, gradients = objective.observe(examples.sample(settings.sample_size(), settings.seed))
             return self._select(module, settings, neurons=neurons, gradients=gradients)
         if self._rank_on_demand and self.targets is None and not self.neurons:
-            sample = train.sample(settings.curvature_examples, settings.seed)
+            sample = train.sample(settings.sample_size(), settings.seed)
             rank_zero_info(f"No statistics from training: neurons are ranked by one pass over {len(sample)} examples.")
             self.neurons, self.gradients = objective.observe(sample)
             self._observed = module

@@ -258,9 +258,7 @@ def _open(
     objective: Objective, train: Examples, settings: Settings, weight_decay: float, on_product: Callable[[], Any]
 ) -> tuple[Curvature, float]:
     """The curvature over a sample of the training examples, and the damping: as it is given, or measured."""
-    examples = curvature_sample(
-        objective, train, settings.curvature_examples, settings.curvature_sampling, settings.seed
-    )
+    examples = curvature_sample(objective, train, settings.sample_size(), settings.curvature_sampling, settings.seed)
     examples = examples.held(settings.bytes_to_keep(objective))
     curvature = settings.open_curvature(objective, examples, weight_decay=weight_decay, on_product=on_product)
     return curvature, _damping(curvature, settings.seed) if settings.damping is None else settings.damping
@@ -300,6 +298,7 @@ def self_influence(
     choose_targets: Callable[[], Targets],
     *,
     among: Examples | None = None,
+    states: Mapping[int, Mapping[str, Tensor]] | None = None,
     k: int = 10,
 ) -> InfluenceReport:
     """Scores each training example for itself: what removing it would do to its own loss.
@@ -316,6 +315,8 @@ def self_influence(
         settings: Curvature, damping and their parameters; with ``max_iter`` the rank of the sketch.
         choose_targets: Called for the target parameters, unless all are looked at.
         among: Those of the training examples that are scored; by default all.
+        states: Earlier states of the module by epoch: scores are the mean of those with the present weights and with
+            each of these, of which each has its own curvature and damping.
         k: How many of either end the report shows.
 
     Raises:
@@ -332,20 +333,27 @@ def self_influence(
     targets = METHODS[settings.method].targets(objective.space, choose_targets)
     positions = targets.flat(objective.space).to(objective.device)
     scored = train if among is None else among
-    with objective.progress("Hessian products") as bar:
-        curvature, damping = _open(objective, train, settings, 0.0, bar.update)  # weight decay counts as damping
-        solved_for = Submatrix(curvature, positions, positions)
-        quadratic = settings.quadratic(solved_for, damping + settings.weight_decay)
-        description = settings.describe(curvature)
-    found = []
-    with objective.progress("Scoring training examples", len(scored)) as bar:
-        for batch in scored.mine():
-            for rows in objective.gradients(batch.data):
-                whole = rows + settings.weight_decay * objective.theta
-                found.append(quadratic(whole[:, positions]).cpu())
-            bar.update(batch.size * objective.ranks.size)
-    scores = scored.gathered(found)[None].double() / max(len(train) - 1, 1)
+    moments = [objective.moment(), *map(objective.moment, (states or {}).values())]
+    scores, told = torch.zeros(1, len(scored), dtype=torch.float64), list[tuple[dict[str, Any], float]]()
+    for moment in moments:
+        with objective.at(moment):
+            with objective.progress("Hessian products") as bar:
+                curvature, damping = _open(
+                    objective, train, settings, 0.0, bar.update
+                )  # weight decay counts as damping
+                solved_for = Submatrix(curvature, positions, positions)
+                quadratic = settings.quadratic(solved_for, damping + settings.weight_decay)
+                told.append((settings.describe(curvature), damping))
+            found = []
+            with objective.progress("Scoring training examples", len(scored)) as bar:
+                for batch in scored.mine():
+                    for rows in objective.gradients(batch.data):
+                        whole = rows + settings.weight_decay * objective.theta
+                        found.append(quadratic(whole[:, positions]).cpu())
+                    bar.update(batch.size * objective.ranks.size)
+            scores += scored.gathered(found).double() / len(moments) / max(len(train) - 1, 1)
     _require_finite(scores, scored.ids)
+    description, damping = told[0]  # with the present weights
     return InfluenceReport(
         scores=scores,
         indices=scored.ids,
@@ -356,7 +364,7 @@ def self_influence(
         k=k,
         dataset=train.dataset,
         queries=[],
-        settings=asdict(replace(settings, damping=damping)),
+        settings={**asdict(replace(settings, damping=damping)), "snapshots": list(states or {})},
         seconds=time.perf_counter() - start,
     )
 

@@ -42,6 +42,9 @@ AUTO = "auto"
 # Where scores by a least-squares solve stop to change much.
 _INFLUENCE_RTOL = 1e-3
 
+# How many examples give the curvature. Where a class is forgotten fewer do: steps are measured on others.
+_EXAMPLES, _EXAMPLES_WITHOUT_A_CLASS = 2048, 1024
+
 # Steps of conjugate gradients for scores: more follow the noise of the curvature's sample.
 _STEPS_FOR_SCORES = 20
 
@@ -77,7 +80,7 @@ class Overrides(TypedDict, total=False):
     rtol: float | None
     discrepancy: float
     curvature: str
-    curvature_examples: int | None
+    curvature_examples: int | Literal["auto"] | None
     curvature_sampling: str
     weight_decay: float
     eigenvalues: int
@@ -105,7 +108,7 @@ class Settings:
     rtol: float | None
     discrepancy: float
     curvature: str
-    curvature_examples: int | None
+    curvature_examples: int | Literal["auto"] | None
     curvature_sampling: str
     weight_decay: float
     eigenvalues: int
@@ -139,8 +142,8 @@ class Settings:
             _require("rtol", self.rtol, number, lambda value: 0 < value < 1, "None or a number between 0 and 1")
         _require("batch_size", self.batch_size, int, lambda value: value >= 1, "a whole number of at least 1")
         _require("seed", self.seed, int, lambda value: value >= 0, "a whole number of at least 0")
-        if self.curvature_examples is not None:
-            expected = "None (all) or a whole number of at least 1"
+        if self.curvature_examples not in (None, AUTO):
+            expected = "'auto', None (all) or a whole number of at least 1"
             _require("curvature_examples", self.curvature_examples, int, lambda value: value >= 1, expected)
         if self.unconverged not in ("warn", "raise", "ignore"):
             raise ConfigurationError(f"`unconverged` must be 'warn', 'raise' or 'ignore', got {self.unconverged!r}.")
@@ -205,6 +208,16 @@ class Settings:
     def for_one_of_many(self) -> Settings:
         """The same for a solve that is followed by others where it leads to, if nothing else is asked for."""
         return replace(self, max_iter=_STEPS_OF_MANY) if self.max_iter is None and self.rtol is None else self
+
+    def sample_size(self, *, without_a_class: bool = False) -> int | None:
+        """Over how many examples the curvature is taken, at most; ``None`` for all.
+
+        Args:
+            without_a_class: Whether it is that of the examples that stay where a class is forgotten.
+        """
+        if isinstance(self.curvature_examples, str):
+            return _EXAMPLES_WITHOUT_A_CLASS if without_a_class else _EXAMPLES
+        return self.curvature_examples
 
     def bytes_to_keep(self, objective: Objective) -> float:
         """How many bytes of batches, and again of passes, a process may keep between products.

@@ -312,7 +312,13 @@ class _Task:
         share: float,
         notes: list[str],
     ) -> _Task:
-        memory, count, seed = settings.bytes_to_keep(objective) / 4, settings.curvature_examples, settings.seed
+        if corrected is None:
+            goal, gone = _goal_of_removal(objective, forget, rest, notes)
+        else:
+            goal, predicted = Goal.LABELS, objective.n_classes(corrected)
+            gone = None if predicted is None else torch.zeros(predicted, dtype=torch.bool, device=objective.device)
+        memory, seed = settings.bytes_to_keep(objective) / 4, settings.seed
+        count = settings.sample_size(without_a_class=goal is Goal.CLASS)
         measured = _MEASURED if count is None else min(count, _MEASURED)
         sample = curvature_sample(objective, retained, count, settings.curvature_sampling, seed)
         # A solve lowers the loss of the examples that it sees more than that of others like them, so steps are measured
@@ -321,11 +327,6 @@ class _Task:
         left = len(retained) - len(taken)
         check = _others(retained, taken) if left and left >= min(len(sample), measured) // 2 else sample
 
-        if corrected is None:
-            goal, gone = _goal_of_removal(objective, forget, rest, notes)
-        else:
-            goal, predicted = Goal.LABELS, objective.n_classes(corrected)
-            gone = None if predicted is None else torch.zeros(predicted, dtype=torch.bool, device=objective.device)
         judged = forget.sample(measured, seed)
         compared = None
         if unseen is not None and goal is Goal.EXAMPLES:
@@ -609,7 +610,7 @@ class _Walk:
             return []
         ranked = _Ranked(objective, groups, float(lacking[short].square().mean().sqrt()))
         settings = self._settings
-        these = task.forget.at(short.cpu()).sample(settings.curvature_examples, settings.seed)
+        these = task.forget.at(short.cpu()).sample(settings.sample_size(), settings.seed)
         these = these.held(settings.bytes_to_keep(objective) / 4)
         weight = _EXAMPLES_WEIGHT * task.share * len(short) / len(task.forget)
         return [_Term(weight, these, these, curved, _Of(objective.losses, ranked.sum))]

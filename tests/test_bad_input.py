@@ -70,7 +70,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], list[str]]] = [
     ({"batch_size": 0}, ["`batch_size`", "got 0"]),
     ({"batch_size": True}, ["`batch_size`", "got True"]),
     ({"curvature_examples": 0}, ["`curvature_examples`", "None (all)", "got 0"]),
-    ({"curvature_examples": "all"}, ["`curvature_examples`", "got 'all'"]),
+    ({"curvature_examples": "all"}, ["`curvature_examples`", "'auto', None (all)", "got 'all'"]),
     ({"curvature": "gnn"}, ["curvature", "'gnn'", "Did you mean 'ggn'"]),
     ({"curvature": None}, ["curvature", "None", "hessian"]),
     ({"curvature_sampling": "ballanced"}, ["curvature sampling", "Did you mean 'balanced'"]),

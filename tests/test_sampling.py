@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_gif import SAMPLERS, ConfigurationError, attach
+from lightning_gif import SAMPLERS, ConfigurationError, GIFCallback, attach
 from lightning_gif.curvature import Curvature, hessian
 from lightning_gif.data import Examples
 from lightning_gif.objective import Objective
@@ -141,3 +141,11 @@ def test_the_forgotten_examples_are_not_among_the_curvature_examples() -> None:
         SAMPLERS._items.pop("spy")
     (ids,) = seen
     assert set(ids.tolist()) == set(range(len(dataset))) - set(range(3, 9))
+
+
+def test_fewer_examples_give_the_curvature_where_a_class_is_forgotten_unless_a_number_is_given() -> None:
+    settings = GIFCallback().settings
+    assert (settings.sample_size(), settings.sample_size(without_a_class=True)) == (2048, 1024)
+    for given in (3000, None):
+        settings = GIFCallback(curvature_examples=given).settings
+        assert settings.sample_size() == settings.sample_size(without_a_class=True) == given

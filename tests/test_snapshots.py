@@ -87,6 +87,22 @@ def test_scores_over_snapshots_are_the_mean_of_those_with_each_state(tmp_path: P
         trainer.influence(query, per_example=True, scores_to=tmp_path / "scores")
 
 
+def test_self_influence_over_snapshots_is_the_mean_of_that_with_each_state() -> None:
+    trainer, _, dataset = fitted(Normal(), callback=GIFCallback(snapshots=2), max_epochs=6)
+    report = trainer.self_influence(snapshots=True, among=[3, 5, 8])
+    parts = [trainer.self_influence(among=[3, 5, 8]).scores]
+    for epoch in report.settings["snapshots"]:
+        other, earlier = make_trainer(), Normal()
+        earlier.load_state_dict(trainer.callbacks[0]._snapshots.kept[epoch])
+        attach(other, earlier, train_dataloaders=loader(dataset), callback=GIFCallback())
+        parts.append(other.self_influence(among=[3, 5, 8]).scores)
+    assert len(parts) == 3
+    torch.testing.assert_close(report.scores, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-7)
+    assert (parts[1] - parts[0]).abs().max() > 1e-5
+    with pytest.raises(ConfigurationError, match="there are none: fit with GIFCallback"):
+        fitted()[0].self_influence(snapshots=True)
+
+
 def test_snapshots_come_back_with_a_checkpoint(tmp_path: Path) -> None:
     trainer, _, dataset = fitted(callback=GIFCallback(snapshots=2), max_epochs=6)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
