@@ -140,3 +140,11 @@ def test_help_tells_the_story_and_the_defaults(name: str, epochs: int) -> None:
     assert "handwritten digit" in printed
     assert "--epochs EPOCHS" in printed
     assert f"(default: {epochs})" in printed
+
+
+def test_each_benchmark_is_published() -> None:
+    folder = EXAMPLES.parent / "benchmarks"
+    published = (folder / "README.md").read_text()
+    commands = [file.name for file in folder.glob("*.py") if '__name__ == "__main__"' in file.read_text()]
+    assert len(commands) > 10
+    assert not [name for name in commands if f"python benchmarks/{name} " not in published]
