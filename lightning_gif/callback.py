@@ -368,7 +368,8 @@ class GIFCallback(Callback):
             snapshots: As in :meth:`influence`, at the cost of a sketch and a pass for each. Wrong labels that are known
                 by heart at the end stood out earlier.
             dataloader: As in :meth:`influence`.
-            **overrides: As in :meth:`influence`. With more than 1024 parameters ``max_iter`` is the rank of a sketch.
+            **overrides: As in :meth:`influence`. With more than 1024 parameters ``max_iter`` is the rank of a sketch
+                (64 by default); a larger one gives the size of scores more closely, and ranks as well.
 
         Returns:
             One row of scores, of each example for itself: see :func:`~lightning_gif.influence.self_influence`.

@@ -58,6 +58,9 @@ _EXACT = 1024
 _MANY = 13
 _RANK, _LEAST_RANK = 512, 64
 
+# The rank of one that examples are scored for themselves by: more of it does not find more wrong labels.
+_RANK_FOR_ITSELF = 64
+
 # How many steps a solve takes, and the most that it takes towards a residual.
 _STEPS, _MOST_STEPS = 10, 200
 
@@ -360,7 +363,7 @@ class Settings:
                 f"Self-influence on {size} parameters is estimated with a sketch of the curvature, which needs a"
                 " `damping` above 0. Leave it out to have it measured."
             )
-        found = low_rank(operator, self.max_iter or _RANK, seed=self.seed)
+        found = low_rank(operator, self.max_iter or _RANK_FOR_ITSELF, seed=self.seed)
         return lambda rows: found.quadratic(rows, damping)
 
     def judge(self, solutions: list[Solution]) -> None:
