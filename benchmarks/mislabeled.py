@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from lds import Snapshots
 from mnist import NETS, fit, load
-from peers import captum_loss, classification, frozen
+from peers import captum_gradients, classification, frozen
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -87,7 +87,8 @@ def tracin(trainer: pl.Trainer, model: nn.Module, train: TensorDataset, checkpoi
         return 1.0
 
     model = frozen(model)
-    found = TracInCP(model, train, iter(checkpoints), put, batch_size=250, **captum_loss(model))
+    options, size = captum_gradients(model, 250)
+    found = TracInCP(model, train, iter(checkpoints), put, batch_size=size, **options)
     return found.self_influence().detach()
 
 

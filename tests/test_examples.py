@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -142,9 +143,19 @@ def test_help_tells_the_story_and_the_defaults(name: str, epochs: int) -> None:
     assert f"(default: {epochs})" in printed
 
 
+def benchmarks() -> list[Path]:
+    """Those that are commands."""
+    found = sorted((EXAMPLES.parent / "benchmarks").glob("*.py"))
+    return [file for file in found if '__name__ == "__main__"' in file.read_text()]
+
+
 def test_each_benchmark_is_published() -> None:
-    folder = EXAMPLES.parent / "benchmarks"
-    published = (folder / "README.md").read_text()
-    commands = [file.name for file in folder.glob("*.py") if '__name__ == "__main__"' in file.read_text()]
-    assert len(commands) > 10
-    assert not [name for name in commands if f"python benchmarks/{name} " not in published]
+    published = (EXAMPLES.parent / "benchmarks" / "README.md").read_text()
+    assert len(benchmarks()) > 10
+    assert not [file.name for file in benchmarks() if f"python benchmarks/{file.name} " not in published]
+
+
+@pytest.mark.parametrize("file", benchmarks(), ids=lambda file: file.stem)
+def test_each_benchmark_can_be_loaded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(file.parent))
+    assert callable(importlib.import_module(file.stem).main)
