@@ -381,7 +381,7 @@ class GIFCallback(Callback):
         states = self._earlier_states(snapshots)
         with self._attributing(trainer, targets, among, dataloader, k, overrides, named) as asked:
             objective, train, some, settle = asked
-            settings = settle(len(train))
+            settings = settle(len(train), itself=True)
             choose = partial(self._choose_targets, objective, train, train, "cached", settings, overrides)
             report = self_influence(objective, train, settings, choose, among=some, states=states, k=k)
         return self._deliver(trainer, report)
@@ -884,7 +884,7 @@ class GIFCallback(Callback):
         k: int,
         overrides: Overrides,
         named: Sequence[str],
-    ) -> Iterator[tuple[Objective, Examples, Examples | None, Callable[[int], Settings]]]:
+    ) -> Iterator[tuple[Objective, Examples, Examples | None, Callable[..., Settings]]]:
         """What scores are made from: objective, training data, those to be scored, and settings for many queries."""
         asked = self.settings.override(overrides, named)
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -897,13 +897,14 @@ class GIFCallback(Callback):
             # A power of two: the same call should not be another one because a little more memory is free.
             rank = 1 << (rank.bit_length() - 1) if rank else 0
 
-            def settle(queries: int) -> Settings:
+            def settle(queries: int, *, itself: bool = False) -> Settings:
                 few = next(train.at(torch.arange(1)).batches()).data
                 return asked.for_influence(
                     ggn=has_gauss_newton(objective, objective.theta, few),
                     on_targets=on_targets,
                     queries=queries,
                     rank=rank,
+                    itself=itself,
                 )
 
             some = None if among is None else self._chosen_examples(among, train)

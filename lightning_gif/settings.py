@@ -183,7 +183,9 @@ class Settings:
             damping=0.0 if self.damping is None else self.damping,
         )
 
-    def for_influence(self, *, ggn: bool, on_targets: bool, queries: int = 1, rank: int = 0) -> Settings:
+    def for_influence(
+        self, *, ggn: bool, on_targets: bool, queries: int = 1, rank: int = 0, itself: bool = False
+    ) -> Settings:
         """The same with what was left open chosen for scores; damping stays open where it is to be measured.
 
         Args:
@@ -191,12 +193,14 @@ class Settings:
             on_targets: Whether only target parameters are to be looked at.
             queries: How many right-hand sides there are.
             rank: Of a sketch of the curvature, the most that there is memory for.
+            itself: Whether each example is scored for itself.
         """
         method = _chosen(self.method, "fif" if on_targets else "if")
         square = METHODS[method].rows == METHODS[method].cols
         curvature = _chosen(self.curvature, "ggn" if square and ggn else "hessian")
         # Where all queries together would take more products than a sketch that is as good.
-        rank = min(rank, _RANK, queries * _STEPS_FOR_SCORES) if self.max_iter is None else min(rank, self.max_iter)
+        most = min(_RANK_FOR_ITSELF if itself else _RANK, queries * _STEPS_FOR_SCORES)
+        rank = min(rank, most if self.max_iter is None else self.max_iter)
         shared = rank >= _LEAST_RANK and queries >= _MANY and self.rtol is None
         symmetric = "nystrom" if shared else "cg"
         solver = _chosen(self.solver, symmetric if square and curvature == "ggn" else "lsmr")

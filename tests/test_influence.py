@@ -514,6 +514,14 @@ def test_a_sketch_of_small_rank_overestimates_self_influence_and_keeps_its_order
     assert torch.corrcoef(torch.stack([rough.argsort().argsort(), exact.argsort().argsort()]).double())[0, 1] > 0.9
 
 
+def test_the_sketch_for_self_influence_has_rank_64_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_gif.settings._EXACT", 1)
+    trainer, _, _ = fitted()
+    assert trainer.self_influence().settings["max_iter"] == 64
+    assert trainer.self_influence(max_iter=80).settings["max_iter"] == 80
+    assert trainer.influence(blobs(20).tensors, per_example=True).settings["max_iter"] > 64
+
+
 def test_self_influence_of_the_cached_targets_and_of_some_examples() -> None:
     trainer, _, _ = fitted()
     whole, part = trainer.self_influence(), trainer.self_influence(targets="cached")
