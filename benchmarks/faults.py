@@ -7,7 +7,8 @@ random time, an error in a random tensor operation, in the user's step or datase
 SIGKILL before a random line, in a process of its own; a full disk; files with a random bit flipped or the end cut off.
 Afterwards weights and buffers must be bit for bit what they were, or what the whole edit makes them; everything else of
 the module, the trainer and the process as it was; each file the old one or the new one; the error the one that was
-injected or one of the package; and a call that returned must have returned the right answer.
+injected or one of the package; and a call that returned must have returned the right answer. A call that goes on where
+it was interrupted is made again, and must end in the bits of one that was not.
 """
 
 from __future__ import annotations
@@ -125,6 +126,12 @@ class World:
         self.edit.apply()
         self.edited = copy.deepcopy(self.module.state_dict())
         self.edit.undo()
+        # One class is forgotten in many steps, whose solves are kept.
+        self.reset(edited=False)
+        forget_class(self, dry_run=True).edit.apply(self.module)
+        self.solves = {path.name: path.read_bytes() for path in solves(self).iterdir()}
+        self.forgotten = copy.deepcopy(self.module.state_dict())
+        self.reset(edited=False)
 
     def reset(self, *, edited: bool) -> None:
         """Weights, files and faults as at the start."""
@@ -169,7 +176,7 @@ class Call:
         prepare: What there was before it.
         whole: Whether the files in the folder are the old or the new ones after it was broken.
         edited: Whether the edit is in the weights before it.
-        edits: Whether it may change the weights.
+        ends: The weights of the world that it may lead to; ``None`` for those before it alone.
     """
 
     name: str
@@ -178,7 +185,7 @@ class Call:
     prepare: Callable[[World], Any] = lambda world: None
     whole: Callable[[World], bool] = lambda world: True
     edited: bool = False
-    edits: bool = False
+    ends: str | None = None
 
 
 def near(one: Tensor, other: Tensor) -> bool:
@@ -212,6 +219,36 @@ def stored_scores(world: World) -> bool:
     return near(found.scores, world.other.scores)
 
 
+def solves(world: World) -> Path:
+    return world.folder / "solves"
+
+
+def forget_class(world: World, *, dry_run: bool = False) -> UnlearnReport:
+    return world.trainer.unlearn(lambda batch: batch[1] == 1, max_iter=2, solves_to=solves(world), dry_run=dry_run)
+
+
+def keep_some(world: World) -> None:
+    """What a call leaves that was interrupted half-way: some solves, and a file that was being written."""
+    solves(world).mkdir()
+    names = sorted(world.solves)
+    for name in names[: len(names) // 2]:
+        (solves(world) / name).write_bytes(world.solves[name])
+    (solves(world) / f".{names[-1]}.{'0' * 32}").write_bytes(world.solves[names[-1]][:100])
+
+
+def forgotten(world: World) -> bool:
+    """Whether the class is forgotten as where nothing breaks, and no solve is left."""
+    return same(world.module.state_dict(), world.forgotten) and not solves(world).exists()
+
+
+def gone_on_with(world: World) -> bool:
+    """Whether the same call goes on, and ends in the same bits."""
+    world.module.load_state_dict(world.weights)
+    Net.fails = world.data.fails = math.inf
+    forget_class(world)
+    return forgotten(world)
+
+
 def checkpointed(world: World) -> bool:
     """Whether the callback can still say what it knows."""
     world.trainer.save_checkpoint(world.folder / "again.ckpt")
@@ -240,16 +277,31 @@ CALLS = [
         "unlearn",
         lambda world: world.trainer.unlearn(world.batch, step=1.0),
         lambda world, found: found.edit.is_in(world.module) is True,
-        edits=True,
+        ends="edited",
     ),
     Call(
         "unlearn in many steps",
         lambda world: world.trainer.unlearn(lambda batch: batch[1] == 1, max_iter=2),
-        lambda world, found: found.edit.is_in(world.module) is True,
-        edits=True,
+        lambda world, found: same(world.module.state_dict(), world.forgotten),
+        ends="forgotten",
     ),
-    Call("undo", lambda world: world.edit.undo(), lambda world, _: True, edited=True, edits=True),
-    Call("apply", lambda world: world.edit.apply(), lambda world, _: True, edits=True),
+    Call(
+        "unlearn, solves in a folder",
+        forget_class,
+        lambda world, found: forgotten(world),
+        whole=gone_on_with,
+        ends="forgotten",
+    ),
+    Call(
+        "unlearn, going on from solves",
+        forget_class,
+        lambda world, found: forgotten(world),
+        prepare=keep_some,
+        whole=gone_on_with,
+        ends="forgotten",
+    ),
+    Call("undo", lambda world: world.edit.undo(), lambda world, _: True, edited=True, ends="weights"),
+    Call("apply", lambda world: world.edit.apply(), lambda world, _: True, ends="edited"),
     Call(
         "save an edit",
         lambda world: world.edit.save(world.folder / "edit"),
@@ -455,7 +507,7 @@ class Campaign:
         if changed:
             return f"changed: {', '.join(changed)}"
         now = world.module.state_dict()
-        whole = same(now, weights) or (call.edits and same(now, world.weights if call.edited else world.edited))
+        whole = same(now, weights) or (call.ends is not None and same(now, getattr(world, call.ends)))
         if error is not None and not whole:
             return "half an edit"
         try:
@@ -543,24 +595,29 @@ FAULTS: dict[str, Callable[[Campaign, Call], Fault]] = {
 def damage(world: World, generator: random.Random) -> tuple[str, str]:
     """Flips a bit in a file, or cuts it off: what was damaged, and what came of reading it."""
     world.reset(edited=False)
-    what = generator.choice(["edit", "report", "scores"])
+    what = generator.choice(["edit", "report", "scores", "solves"])
     if what == "edit":
         world.edit.save(world.folder / "edit")
         files = [world.folder / "edit"]
     elif what == "report":
         world.scores.save(world.folder / "report")
         files = sorted((world.folder / "report").iterdir())
+    elif what == "solves":
+        solves(world).mkdir()
+        for name, content in world.solves.items():
+            (solves(world) / name).write_bytes(content)
+        files = sorted(solves(world).iterdir())
     else:
         world.trainer.influence(world.batch, per_example=True, scores_to=world.folder / "scores")
         files = sorted((world.folder / "scores").iterdir())
     path = generator.choice(files)
-    content = bytearray(path.read_bytes())
-    at = generator.randrange(len(content))
+    damaged = bytearray(path.read_bytes())
+    at = generator.randrange(len(damaged))
     if generator.random() < 0.7:
-        content[at] ^= 1 << generator.randrange(8)
+        damaged[at] ^= 1 << generator.randrange(8)
     else:
-        content = content[:at]
-    path.write_bytes(content)
+        damaged = damaged[:at]
+    path.write_bytes(damaged)
     try:
         if what == "edit":
             loaded = UnlearnReport.load(path, world.module)
@@ -569,10 +626,14 @@ def damage(world: World, generator: random.Random) -> tuple[str, str]:
         elif what == "report":
             report = InfluenceReport.load(world.folder / "report")
             right = torch.equal(report.scores, world.scores.scores) and str(report) == str(world.scores)
+        elif what == "solves":
+            right = gone_on_with(world)
         else:
             right = stored_scores(world)
-    except GIFError:
-        return f"damaged {what}", "as before"
+    except GIFError as error:
+        if what == "solves" and path.name not in str(error):
+            return f"damaged {what}", f"an error that does not name {path.name}: {error}"
+        return f"damaged {what}", "as before" if same(world.module.state_dict(), world.weights) else "half an edit"
     except Exception as error:
         return f"damaged {what}", f"{type(error).__name__}: {error}"
     return f"damaged {what}", "done" if right else "a wrong answer"

@@ -467,16 +467,17 @@ class GIFCallback(Callback):
             "record",
             "solves_to",
         )
-        kept = self.record if record is None else record or None
-        self._check_path(kept)
-        if solves_to is not None and not isinstance(solves_to, (str, os.PathLike)):
-            raise ConfigurationError(f"`solves_to` must be the path of a folder, or None, got {solves_to!r}.")
+        kept = self.record if record is None else None if record is False else record
+        self._check_path("record", kept, "file")
+        self._check_path("solves_to", solves_to, "folder")
         folder = None if solves_to is None else Path(solves_to)
         settings = self.settings.override(overrides, named).for_unlearning()
         check_step(step)
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
             if trainer.is_global_zero:  # which writes it
                 self._check_record(kept)
+                if folder is not None:
+                    Journal.make(folder)
             forget = self._forget_examples(batch, train, objective, settings)
             for name, given in (("retain", retain), ("unseen", unseen or None)):
                 if given is not None and not isinstance(given, DataLoader):
@@ -754,13 +755,13 @@ class GIFCallback(Callback):
         self.settings.override(settings, known)  # type: ignore[arg-type]
 
     @staticmethod
-    def _check_path(path: Any) -> None:
-        if path is not None and not isinstance(path, (str, os.PathLike)):
-            raise ConfigurationError(f"`record` must be the path of a file, or None, got {path!r}.")
+    def _check_path(name: str, path: Any, kind: str) -> None:
+        if path is not None and not (isinstance(path, (str, os.PathLike)) and os.fspath(path)):
+            raise ConfigurationError(f"`{name}` must be the path of a {kind}, or None, got {path!r}.")
 
     def _check_record(self, path: Any) -> None:
         """Whether an entry could be added: better known before an edit is solved for than after."""
-        self._check_path(path)
+        self._check_path("record", path, "file")
         if path is None:
             return
         if os.path.isdir(path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,22 +47,33 @@ class Journal:
     recalled: int = 0
 
     def __post_init__(self) -> None:
-        """Makes the folder where there is none.
+        if self.ranks.rank == 0:
+            self.make(self.folder)
+
+    @staticmethod
+    def make(folder: Path) -> None:
+        """Makes the folder where there is none: better known before anything is solved for than after.
 
         Raises:
-            ConfigurationError: If it has something else in it. It is left as it is.
+            ConfigurationError: If it cannot be made or written to, or has something else in it. It is left as it is.
         """
-        if self.ranks.rank:
-            return
-        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
-            raise ConfigurationError(f"`solves_to` must be a folder, but {str(self.folder)!r} is a file or a link.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.iterdir():
-            if not _NAME.fullmatch(path.name) or path.is_symlink() or not path.is_file():
-                raise ConfigurationError(
-                    f"{str(self.folder)!r} is not empty and holds no solves that can be gone on with ({path.name})."
-                    " Give another folder as `solves_to`."
-                )
+        try:
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                raise ConfigurationError(f"`solves_to` must be a folder, but {str(folder)!r} is a file or a link.")
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.iterdir():
+                if not _NAME.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+                    raise ConfigurationError(
+                        f"{str(folder)!r} is not empty and holds no solves that can be gone on with ({path.name})."
+                        " Give another folder as `solves_to`."
+                    )
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        except OSError as error:
+            raise ConfigurationError(
+                f"`solves_to` must be a folder that can be made and written to, but {str(folder)!r} cannot: {error}."
+                " Give another folder."
+            ) from error
 
     def recall(self, position: int, asked: list[Any], size: int) -> tuple[Tensor, dict[str, Any]] | None:
         """The change at a position, and what :meth:`keep` was told of it; ``None`` where there is none.
@@ -75,6 +88,7 @@ class Journal:
 
         Raises:
             ConfigurationError: If the file is damaged, or of other weights, data or settings.
+            OSError: If it cannot be read.
         """
         found = self.ranks.first(self._read(position, asked, size) if self.ranks.rank == 0 else None)
         self.recalled += found is not None
@@ -85,20 +99,18 @@ class Journal:
         if not path.exists():
             return None
         with self.damage_is_told(position):
-            try:
-                with safe_open(path, "pt") as file:
-                    metadata = file.metadata() or {}
-                    record = {name: metadata[name] for name in ("fingerprint", "asked", "told")}
-                    if record["fingerprint"] != self.fingerprint:
-                        raise ConfigurationError(
-                            f"The solves in {str(self.folder)!r} are of other weights, data, settings or versions: they"
-                            " cannot be gone on with. Give another folder as `solves_to`, or delete that one."
-                        )
-                    if (shape := file.get_slice("change").get_shape()) != [size]:  # before it is read
-                        raise ValueError(f"its change has shape {shape}, expected [{size}]")
-                    change = file.get_tensor("change")
-            except OSError as error:  # a disk that fails
-                raise ValueError(str(error)) from error
+            path.open("rb").close()  # safetensors takes what a disk says for a file that is missing
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                record = {name: metadata[name] for name in ("fingerprint", "asked", "told")}
+                if record["fingerprint"] != self.fingerprint:
+                    raise ConfigurationError(
+                        f"The solve in {str(path)!r} is of other weights, data, settings or versions, or damaged:"
+                        " it cannot be gone on with. Give another folder as `solves_to`, or delete this one."
+                    )
+                if (shape := file.get_slice("change").get_shape()) != [size]:  # before it is read
+                    raise ValueError(f"its change has shape {shape}, expected [{size}]")
+                change = file.get_tensor("change")
             if digest({"change": change}, record) != metadata["digest"]:
                 raise ValueError("its SHA-256 is another one")
             if parse(record["asked"]) != asked:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lightning_gif import ConfigurationError, ConvergenceError, steps, unlearning
+from lightning_gif import ConfigurationError, ConvergenceError, GIFCallback, steps, unlearning
 from lightning_gif.digests import digest
 from lightning_gif.journal import Journal
 
@@ -194,11 +196,49 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         trainer.unlearn([1, 2], solves_to=tmp_path / "notes.txt")
     with pytest.raises(ConfigurationError, match="`solves_to`"):
         trainer.unlearn([1, 2], solves_to=3)
+    with pytest.raises(ConfigurationError, match="`solves_to` must be the path of a folder, or None, got ''"):
+        trainer.unlearn([1, 2], solves_to="")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "change-00.safetensors").symlink_to(tmp_path / "notes.txt")
     with pytest.raises(ConfigurationError, match="change-00"):
         trainer.unlearn([1, 2], solves_to=tmp_path / "linked")
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _, _ = fitted()
+
+    def denied(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    def work(*args: Any) -> None:
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(GIFCallback, "_forget_examples", work)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"can be made and written to, but '.*file/below' cannot: .*Not a dir"):
+        trainer.unlearn([1, 2], solves_to=tmp_path / "file" / "below")
+    for owner, name, refused in ((Path, "mkdir", denied), (Path, "iterdir", denied), (os, "access", lambda *_: False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refused)
+            with pytest.raises(ConfigurationError, match=r"'.*solves' cannot: .*Permission denied"):
+                trainer.unlearn([1, 2], solves_to=tmp_path / "solves")
+
+
+def test_a_file_that_the_disk_does_not_give_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _, _ = fitted()
+    trainer.unlearn([1, 2, 5], solves_to=tmp_path, dry_run=True)
+    content = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def failing(self: Path, *args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", failing)
+        with pytest.raises(OSError, match=r"Input/output error: '.*change-00\.safetensors'") as error:
+            trainer.unlearn([1, 2, 5], solves_to=tmp_path)
+    assert "Delete" not in str(error.value)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == content
 
 
 def test_what_a_kill_leaves_of_a_file_is_passed_over(tmp_path: Path) -> None:

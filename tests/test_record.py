@@ -462,6 +462,8 @@ def test_a_damaged_record_is_told_before_anything_is_solved(tmp_path: Path) -> N
         trainer.unlearn([1, 2], record=tmp_path)
     with pytest.raises(ConfigurationError, match="must be the path of a file"):
         trainer.unlearn([1, 2], record=7)
+    with pytest.raises(ConfigurationError, match="must be the path of a file, or None, got ''"):
+        trainer.unlearn([1, 2], record="")
     assert same_weights(before, weights(module))
     assert path.read_text() == "something else\n"
 
