@@ -6,8 +6,6 @@ Models, data, trainers and config files are given as to ``LightningCLI``, which 
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -195,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments, by default those of the process.
 
     Returns:
-        0 if all went well, 1 for a verification that failed, 2 for an error, which is told in one line.
+        0 if all went well, 1 for a verification that failed, 2 for an error, 130 for Ctrl-C; both are told in one line.
     """
     commands = {**_WITH_MODEL, **_WITHOUT}
     parser = argparse.ArgumentParser(
@@ -220,6 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _Tool(command, _WITH_MODEL[command], arguments[1:]).run_command()
     except (GIFError, MisconfigurationException, OSError) as error:
         return _fail(command, str(error))
+    except KeyboardInterrupt:
+        goes_on = " With --solves_to the same command goes on where it was." if command == "unlearn" else ""
+        return _fail(command, f"interrupted. No file is written in part.{goes_on}", code=130)
 
 
 def _run(command: str, run: Callable[..., int], arguments: list[str]) -> int:
@@ -274,21 +275,11 @@ class _Tool(LightningCLI):
         self.config = parser.parse_args(args)
         self.checkpoint = read_checkpoint(self.config.ckpt_path)
         kept = self.checkpoint.get("hyper_parameters")
-        given = self.config.model.get("init_args")
-        if isinstance(kept, dict) and given is not None:
-            signature = inspect.signature(self._model_type()).parameters
-            paths = [arg.split("=")[0].removeprefix("--model.") for arg in args if arg.startswith("--model.")]
-            named = {path.removeprefix("init_args.").split(".")[0] for path in paths}
-            open_ = {
-                name: kept[name]
-                for name, value in vars(given).items()
-                if name in kept and name not in named and name in signature and value == signature[name].default
-            }
+        taken = self.config.model.get("init_args")
+        if isinstance(kept, dict) and taken is not None:
+            given = parser.parse_args(args, defaults=False).model.get("init_args") or {}
+            open_ = {name: kept[name] for name in vars(taken) if name in kept and name not in given}
             self.config = parser.parse_object({"model": {"init_args": open_}}, self.config)
-
-    def _model_type(self) -> type:
-        module, _, name = self.config.model.class_path.rpartition(".")
-        return getattr(importlib.import_module(module), name)
 
     @override
     def after_instantiate_classes(self) -> None:
@@ -463,6 +454,6 @@ def _first_line(run: Callable[..., int]) -> str:
     return (run.__doc__ or "").splitlines()[0]
 
 
-def _fail(command: str, message: str) -> int:
+def _fail(command: str, message: str, *, code: int = 2) -> int:
     print(f"lightning-gif {command}: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return code

@@ -336,17 +336,20 @@ class Objective:
         entered: list[Tensor] = []
         hooks: list[RemovableHandle] = []
         try:
-            for layer in self.module.modules():
-                if isinstance(layer, nn.Linear):
-                    hooks.append(layer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0].detach())))
+            with uninterrupted():
+                for layer in self.module.modules():
+                    if isinstance(layer, nn.Linear):
+                        note = layer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0].detach()))
+                        hooks.append(note)
             with torch.no_grad():
                 if self._own_loss:
                     self._call_own(self.theta, data, "influence_loss")
                 else:
                     self._training_step(self.theta, data)
         finally:
-            for hook in hooks:
-                hook.remove()
+            with uninterrupted():
+                for hook in hooks:
+                    hook.remove()
         if not entered or len(entered[-1]) != batch_size(data):
             raise ConfigurationError(
                 f"curvature_sampling='features' needs a Linear layer that sees one row for each example, which"
@@ -497,7 +500,8 @@ class Objective:
         """What neurons and parameters would show if the examples were trained on now: one forward and backward pass."""
         neurons, gradients = NeuronStatistics(), GradientStatistics()
         try:
-            neurons.attach(self.module)
+            with uninterrupted():
+                neurons.attach(self.module)
             for batch in examples.dealt():
                 theta = self.theta.detach().requires_grad_()
                 neurons.record(class_targets(batch.data), batch.size)
@@ -507,7 +511,8 @@ class Objective:
                     loss = self._training_step(theta, batch.data)
                 gradients.add(self.space.unflatten(self._gradient(loss, theta)).items())
         finally:
-            neurons.detach()
+            with uninterrupted():
+                neurons.detach()
         neurons.sum_over(self.ranks)
         gradients.sum_over(self.ranks)
         return neurons, gradients

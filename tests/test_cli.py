@@ -125,14 +125,18 @@ def test_the_command_does_what_the_trainer_does(trained: dict[str, Any]) -> None
     assert same_weights(trainer.lightning_module.state_dict(), content("b.ckpt")["state_dict"])
 
 
-def test_an_interrupted_command_goes_on(trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_command_goes_on(
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("lightning_gif.cli._rewrite", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            unlearn("--solves_to", "solves")
+        assert unlearn("--solves_to", "solves") == 130
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("lightning-gif unlearn: interrupted. No file is written in part.")
+    assert "--solves_to" in told
     assert not Path("b.ckpt").exists()
     assert list(Path("solves").iterdir())
     with monkeypatch.context() as patch:
@@ -199,6 +203,11 @@ def test_what_the_model_was_made_with_comes_from_the_checkpoint_unless_it_is_giv
     assert unlearn("--model.folder", "elsewhere") == 0  # of width 5, where the default is 8
     for width in ("6", "8"):  # also where it is what the class would take by itself
         assert unlearn("--model.width", width, edit="other") == 2
+    Path("model.yaml").write_text(
+        yaml.safe_dump({"model": {"class_path": "tests.line.Net", "init_args": {"width": 8}}})
+    )
+    assert unlearn("--config", "model.yaml", edit="other") == 2
+    assert unlearn("--model", '{"class_path": "tests.line.Net", "init_args": {"width": 8}}', edit="other") == 2
     told = capsys.readouterr().err
     assert "does not fit Net" in told
     assert "--model.init_args" in told
