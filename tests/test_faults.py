@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_gif import (
     ConfigurationError,
@@ -160,6 +161,25 @@ def test_an_edit_whose_report_does_not_arrive_is_taken_back(monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         trainer.unlearn(batch_of(data, slice(4)), step=1.0)
     assert same_weights(before, weights(module))
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature_sampling": "features", "curvature_examples": 20}])
+def test_ctrl_c_while_hooks_are_removed_leaves_none(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    trainer, module, data = fitted()
+
+    def hooks() -> list[int]:
+        return [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()]
+
+    before, remove = hooks(), RemovableHandle.remove
+
+    def interrupted(self: RemovableHandle) -> None:
+        signal.raise_signal(signal.SIGINT)
+        remove(self)
+
+    monkeypatch.setattr(RemovableHandle, "remove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.influence(batch_of(data, slice(4)), targets="batch", **options)
+    assert hooks() == before
 
 
 def test_an_interrupt_while_a_report_is_logged_leaves_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
