@@ -138,7 +138,7 @@ def check_whole(record: Record, path: str | os.PathLike[str]) -> None:
     """Raises a :class:`~lightning_gif.errors.RecordError` if a record is damaged: nothing may be added to it then."""
     if record.damage is not None:
         raise RecordError(
-            f"The record {os.fspath(path)!r} is damaged in {record.damage}. Nothing is added to it: restore it from a"
+            f"The record {os.fspath(path)!r} is damaged in {record.damage} Nothing is added to it: restore it from a"
             " copy, or move it away and start another."
         )
 
@@ -153,7 +153,7 @@ def _parse(line: bytes, number: int, previous: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # no JSON, no text, or nested too deeply to be written
         if isinstance(error, RecordError):
             raise
-        raise RecordError(f"it is no JSON ({error}).") from None
+        raise RecordError(f"it is no entry of a record, each of which is a line of JSON ({error}).") from None
     stated = entry.pop("hash", None)
     if stated != _hash(entry) or line != written:
         raise RecordError("the entry was changed after it was written: its hash is not that of what it says.")
