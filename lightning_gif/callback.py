@@ -347,7 +347,7 @@ class GIFCallback(Callback):
     def self_influence(
         self,
         trainer: Trainer,
-        *,
+        *batch: Any,
         k: int = 10,
         targets: Literal["cached"] | None = None,
         among: Sequence[int] | Callable[[Any], Tensor] | None = None,
@@ -362,6 +362,7 @@ class GIFCallback(Callback):
 
         Args:
             trainer: The trainer; filled in by the binding.
+            *batch: None is taken: to look at some examples only, say which by ``among``.
             k: How many are shown and logged.
             targets: Look at the cached targets only; by default at all parameters, see :meth:`influence`.
             among: As in :meth:`influence`.
@@ -377,6 +378,12 @@ class GIFCallback(Callback):
         Raises:
             GIFError: As in :meth:`influence`.
         """
+        if batch:
+            raise ConfigurationError(
+                f"trainer.self_influence scores every training example for itself and takes no batch, got"
+                f" {describe(batch[0])}. For some of them, among=[17, 4031] or a function from a batch to truth values;"
+                " for what moved the loss on a batch, trainer.influence(batch)."
+            )
         named = ("k", "targets", "among", "snapshots", "dataloader")
         states = self._earlier_states(snapshots)
         with self._attributing(trainer, targets, among, dataloader, k, overrides, named) as asked:
@@ -506,7 +513,7 @@ class GIFCallback(Callback):
                 " data: start a new optimizer before training on."
             )
         report.global_step = trainer.global_step  # a part of what is recorded
-        report.record, report.ranks = kept, Ranks.of(trainer)
+        report.record = kept
         self._deliver(trainer, report)
         if not dry_run:  # the last thing that happens, since nobody could take back an edit whose report is lost
             try:
@@ -1039,7 +1046,7 @@ class GIFCallback(Callback):
         return found
 
     def _deliver(self, trainer: Trainer, report: _Report) -> _Report:
-        report.loggers = list(trainer.loggers)
+        report.loggers, report.ranks = list(trainer.loggers), Ranks.of(trainer)
         report.global_step = trainer.global_step
         self._log(trainer, lambda logger: report.log([logger]))
         return report

@@ -129,7 +129,11 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     edit("if", [3, 17], method="if", step=0.5, solver="dense")
     record = folder / f"record {world}"
     edit("recorded", [3, 17], step="natural", solver="dense", record=record)
+    saved = (trainer.influence(query, **few), trainer.unlearn([3, 17], step="natural", solver="dense", dry_run=True))
+    for kind, report in zip(("scores", "edit"), saved, strict=True):
+        report.save(folder / f"saved {world}" / f"{kind} {trainer.global_rank}")
     trainer.strategy.barrier()
+    found["written"] = torch.tensor(len(list((folder / f"saved {world}").iterdir())))
     found["entries"] = torch.tensor([1 + ["unlearn", "undo"].index(entry["event"]) for entry in read(record).entries])
     callback = trainer.callbacks[0]
     assert isinstance(callback, GIFCallback)

@@ -267,6 +267,15 @@ def test_batches_of_another_structure(call: str, batch: Any, words: list[str]) -
         getattr(trainer, call)(batch)
 
 
+def test_self_influence_says_that_it_takes_no_batch() -> None:
+    trainer, module, batch = ready()
+    for given in (batch, [3, 4]):
+        with refused(
+            module, ConfigurationError, "takes no batch", describe(given), "among=", "trainer.influence(batch)"
+        ):
+            trainer.self_influence(given)
+
+
 @pytest.mark.parametrize("given", [[3], (3, 4, 5, 6), range(2), 3])
 def test_indices_are_no_query(given: Any) -> None:
     trainer, module, _ = ready()

@@ -53,6 +53,7 @@ def single(folder: Path) -> dict[str, Any]:
 def test_several_processes_find_what_one_finds(world: int, single: dict[str, Any], folder: Path) -> None:
     found = answers("results", world, folder)
     assert single["entries"].tolist() == [1, 2]  # one process writes them, and undoing is one too
+    assert single["written"] == 2  # likewise
     for name, expected in single.items():
         share = LOOSE if any(part in name for part in AMPLIFIED) else 1e-5
         tolerance = share * float(expected.double().nan_to_num().norm()) + 1e-12

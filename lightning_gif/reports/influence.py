@@ -19,6 +19,7 @@ from ..errors import ConfigurationError
 from ..parameters import Targets
 from ..plain import damage_is_told, restored
 from ..ranking import Ranking, strongest
+from ..ranks import ALONE, Ranks
 from ..solvers import Solution, Status
 from .files import REMEDY, read_folder, write_folder
 from .groups import Grouping, Groups, group_scores, values_of
@@ -76,6 +77,7 @@ class InfluenceReport:
         loggers: Where :meth:`log` logs to by default: those of the trainer that was asked.
         global_step: The trainer's optimizer steps when it was asked.
         examples: How training examples are shown that were shown before, by dataset index.
+        ranks: The processes that have this report, of which the first one writes it.
     """
 
     scores: Tensor
@@ -92,6 +94,7 @@ class InfluenceReport:
     loggers: Sequence[Any] = ()
     global_step: int = 0
     examples: dict[int, Shown] = field(default_factory=dict)
+    ranks: Ranks = field(default=ALONE, repr=False)
 
     @property
     def solution(self) -> Solution | None:
@@ -264,6 +267,7 @@ class InfluenceReport:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the report into a folder, with how the examples look that it shows: the query's, and up to ``k``
         proponents and opponents of each of the first eight queries. An old report is replaced only by a whole new one.
+        Of several processes the first one writes.
 
         ``report.json`` has the settings, how the solves went, labels and texts in plain words and numbers;
         ``scores.safetensors`` the scores, their dataset indices, the targets and the pictures. The training data, and
@@ -275,6 +279,8 @@ class InfluenceReport:
         Raises:
             ConfigurationError: If there is a file, or a folder with anything but a report in it; it is left alone.
         """
+        if self.ranks.rank:
+            return
         rankings = (self.proponents(), self.opponents())
         shown = {int(index) for ranking in rankings for index in ranking.indices[:_MOST_QUERIES].flatten()}
         looks = {f"queries/{position}": example for position, example in enumerate(self.queries)}

@@ -92,7 +92,8 @@ class UnlearnReport:
         loggers: Where :meth:`log` logs to by default: those of the trainer that was asked.
         global_step: The trainer's optimizer steps when it was asked.
         record: The file that :meth:`apply` and :meth:`undo` add an entry to, see :mod:`lightning_gif.record`.
-        ranks: The processes that hold copies of the model: what one cannot do to its copy, none does.
+        ranks: The processes that hold copies of the model: what one cannot do to its copy, none does. The first one
+            writes files.
     """
 
     edit: Edit = field(repr=False)
@@ -275,9 +276,13 @@ class UnlearnReport:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the edit and the report to a safetensors file; an old file is replaced only by a whole new one.
 
+        Of several processes the first one writes.
+
         Args:
             path: Where to; ``.safetensors`` is a good ending. Folders that are missing are made.
         """
+        if self.ranks.rank:
+            return
         tensors, told = self._contents()
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
