@@ -6,6 +6,7 @@ Models, data, trainers and config files are given as to ``LightningCLI``, which 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from .callback import GIFCallback, TargetsChoice, attach
 from .checkpoints import read_checkpoint
 from .data import describe, tensors
 from .errors import CheckpointError, ConfigurationError, GIFError, TrainingDataError
+from .interrupts import uninterrupted
 from .journal import Journal
 from .parameters import Edit, weights_digest
 from .reports import UnlearnReport
@@ -418,12 +420,13 @@ def _rewrite(
             "The model does not hold the weights of the checkpoint bit by bit: they are of another precision, are"
             " changed as they are loaded, or tied weights are there twice. Nothing was written."
         )
-    with replacing(output) as temporary:
+    with contextlib.ExitStack() as end, replacing(output) as temporary:
         try:
             torch.save(checkpoint, temporary)
         except RuntimeError as error:  # of the C++ writer, which raises no OSError where the disk is full
             raise CheckpointError(f"{str(output)!r} cannot be written: {error}") from error
         sync(temporary)
+        end.enter_context(uninterrupted())  # until the file has taken its place
         try:
             if edit is not None:
                 report.save(edit)

@@ -119,7 +119,10 @@ def verify(
     entries = kept.entries
     damaged = kept.damage is not None or not entries
     if kept.damage is not None:
-        chain = Check("chain", False, f"{kept.damage} What follows is not looked at.")
+        found = f"{kept.damage} What follows is not looked at."
+        if not entries:
+            found += f" If {os.fspath(record)!r} is another file, give the one that edits were recorded in."
+        chain = Check("chain", False, found)
     elif not entries:  # a record begins with its first entry
         chain = Check("chain", False, "there is no entry: all of them were cut off, or this is no record")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -145,6 +146,32 @@ def test_an_interrupted_command_goes_on(
         assert unlearn("--solves_to", "solves") == 0
     assert Path("b.ckpt").exists()
     assert not Path("solves").exists()
+
+
+def test_ctrl_c_does_not_come_between_the_record_and_the_checkpoint(
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = UnlearnReport.write_down
+
+    def interrupted(self: UnlearnReport, *args: Any) -> None:
+        original(self, *args)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(UnlearnReport, "write_down", interrupted)
+    assert unlearn("--record", "deletions.jsonl") == 130
+    assert verify("deletions.jsonl", edits="edit.safetensors", checkpoint="b.ckpt").ok
+
+
+def test_a_file_that_is_no_record_is_named(trained: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--record", "a.ckpt"]) == 1
+    told = capsys.readouterr().out
+    assert "FAIL  chain: line 1" in told
+    assert "If 'a.ckpt' is another file, give the one" in told
+    assert unlearn("--record", "deletions.jsonl") == 0
+    capsys.readouterr()
+    Path("deletions.jsonl").write_bytes(Path("deletions.jsonl").read_bytes() + b"{}\n")
+    assert main(["verify", "--record", "deletions.jsonl"]) == 1
+    assert "is another file" not in capsys.readouterr().out
 
 
 def test_indices_come_from_a_file(trained: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
