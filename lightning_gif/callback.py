@@ -849,7 +849,8 @@ class GIFCallback(Callback):
         if wanted and not states:
             raise ConfigurationError(
                 "snapshots=True needs snapshots of the weights, but there are none: fit with GIFCallback(snapshots=4),"
-                " or load a checkpoint of such a fit. After a fit of one epoch there is none beside the final weights."
+                " or load a checkpoint of such a fit with that callback. After a fit of one epoch there is none beside"
+                " the final weights."
             )
         return states
 
