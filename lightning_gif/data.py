@@ -564,14 +564,14 @@ class Examples:
             mask = torch.as_tensor(mask).cpu() if isinstance(mask, (Tensor, list, tuple)) else mask
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch.size,):
                 raise BatchError(
-                    f"The function that says which examples to forget must return one truth value for each example of a"
+                    f"The function that says which examples are meant must return one truth value for each example of a"
                     f" batch, a bool tensor of shape [{batch.size}]; it returned {describe(mask)}."
                 )
             found.append(mask)
         positions = self.gathered(found).nonzero().squeeze(1)
         if not len(positions):
             raise TrainingDataError(
-                f"The function that says which examples to forget is true for none of the {len(self)} training"
+                f"The function that says which examples are meant is true for none of the {len(self)} training"
                 " examples."
             )
         return self.at(positions)

@@ -380,10 +380,13 @@ class Settings:
         if self.rtol is not None and short and self.unconverged != "ignore":
             worst = max(short, key=lambda solution: solution.residual)
             several = f" ({len(short)} of {len(solutions)} queries; the worst is told)" if len(solutions) > 1 else ""
+            advice = _ADVICE[worst.status]
+            if worst.status is Status.MAX_ITER and worst.solver not in ("lsmr", "truncated_newton"):
+                advice += ", or take solver='lsmr'"
             message = (
                 f"The {worst.solver} solve ended as {str(worst.status)!r} with a relative residual of"
                 f" {worst.residual:.2g} after {worst.iterations} steps ({worst.hvps} Hessian products){several}; rtol"
-                f" is {self.rtol:g}. {_ADVICE[worst.status]}, or accept it by a larger `rtol` or unconverged='ignore'."
+                f" is {self.rtol:g}. {advice}, or accept it by a larger `rtol` or unconverged='ignore'."
             )
             if self.unconverged == "raise":
                 raise ConvergenceError(message)
@@ -408,7 +411,7 @@ def _free_memory() -> float:
 _ADVICE = {
     Status.MAX_ITER: (
         "The result is a regularised one: directions of small curvature are not followed to their end. Raise `max_iter`"
-        " or `damping`, or take solver='lsmr'"
+        " or `damping`"
     ),
     Status.STALLED: "More steps do not help, rounding decides: use double=True, or a `damping` above 0",
 }

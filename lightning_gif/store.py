@@ -83,6 +83,10 @@ class ScoreStore:
             OSError: If there is no room on the disk for all of the scores.
         """
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ConfigurationError(
+                f"Scores are written to a folder, but {str(folder)!r} is a file. Give another path."
+            )
         manifest = {"version": _VERSION, "queries": queries, "examples": examples, "fingerprint": fingerprint}
         sizes = {_SCORES: 8 * queries * examples, _DONE: 4 * examples}
         if not folder.exists() or all(path.name.startswith(f".{_MANIFEST}.") for path in folder.iterdir()):

@@ -335,8 +335,8 @@ class _Task:
                 objective.check(compared, "unseen")
             else:
                 notes.append(
-                    f"Fewer than {_FEWEST} examples are too few to compare with unseen ones, or to compare others with;"
-                    " the step is that of the theory."
+                    f"Fewer than {_FEWEST} examples are too few to compare with unseen ones, or to compare others with:"
+                    " how far to go is told by the theory and by the risk on what is retained."
                 )
         return cls(
             goal=goal,

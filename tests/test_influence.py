@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -723,6 +724,14 @@ def test_a_file_of_all_scores_and_the_strongest_alone_exclude_each_other(tmp_pat
     trainer, _, dataset = fitted()
     with pytest.raises(ConfigurationError, match="give one of them"):
         trainer.influence(batch_of(dataset, slice(0, 3)), keep=20, scores_to=tmp_path)
+
+
+def test_scores_go_to_a_folder_not_a_file(tmp_path: Path) -> None:
+    trainer, _, dataset = fitted()
+    (tmp_path / "scores").write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"to a folder, but .* is a file"):
+        trainer.influence(batch_of(dataset, slice(3)), scores_to=tmp_path / "scores")
+    assert (tmp_path / "scores").read_text() == "mine"
 
 
 def test_scores_that_take_much_of_the_memory_go_to_a_folder_that_is_gone_on_with(
