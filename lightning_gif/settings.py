@@ -199,17 +199,18 @@ class Settings:
         square = METHODS[method].rows == METHODS[method].cols
         curvature = _chosen(self.curvature, "ggn" if square and ggn else "hessian")
         # Where all queries together would take more products than a sketch that is as good.
-        most = min(_RANK_FOR_ITSELF if itself else _RANK, queries * _STEPS_FOR_SCORES)
-        rank = min(rank, most if self.max_iter is None else self.max_iter)
-        shared = rank >= _LEAST_RANK and queries >= _MANY and self.rtol is None
+        shares = min(rank, _RANK, queries * _STEPS_FOR_SCORES) if self.max_iter is None else min(rank, self.max_iter)
+        shared = shares >= _LEAST_RANK and queries >= _MANY and self.rtol is None
         symmetric = "nystrom" if shared else "cg"
         solver = _chosen(self.solver, symmetric if square and curvature == "ggn" else "lsmr")
         chosen = replace(self, method=method, curvature=curvature, solver=solver)
         if not square:  # the plain least squares of GIF, to the end
             rtol = _INFLUENCE_RTOL if self.rtol is None else self.rtol
             return replace(chosen, damping=0.0 if self.damping is None else self.damping, rtol=rtol)
+        if itself:  # by a sketch, whatever solves for queries
+            return replace(chosen, max_iter=self.max_iter or min(rank or _RANK_FOR_ITSELF, _RANK_FOR_ITSELF))
         if self.max_iter is None and self.rtol is None and solver in ("cg", "nystrom"):
-            return replace(chosen, max_iter=_STEPS_FOR_SCORES if solver == "cg" else rank or _RANK)
+            return replace(chosen, max_iter=_STEPS_FOR_SCORES if solver == "cg" else shares or _RANK)
         return chosen
 
     def for_one_of_many(self) -> Settings:
@@ -367,7 +368,8 @@ class Settings:
                 f"Self-influence on {size} parameters is estimated with a sketch of the curvature, which needs a"
                 " `damping` above 0. Leave it out to have it measured."
             )
-        found = low_rank(operator, self.max_iter or _RANK_FOR_ITSELF, seed=self.seed)
+        assert self.max_iter is not None  # which is chosen for what is scored for itself
+        found = low_rank(operator, self.max_iter, seed=self.seed)
         return lambda rows: found.quadratic(rows, damping)
 
     def judge(self, solutions: list[Solution]) -> None:

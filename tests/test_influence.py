@@ -329,8 +329,11 @@ def test_a_solve_that_does_not_converge_warns_or_raises_as_asked() -> None:
     with pytest.warns(ConvergenceWarning, match="Raise `max_iter` or `damping`"):
         report = trainer.influence(query, method="gif", max_iter=2, unconverged="warn")
     assert not report.solution.converged
-    with pytest.raises(ConvergenceError, match="'max_iter'"):
+    with pytest.raises(ConvergenceError, match="'max_iter'") as told:
         trainer.influence(query, method="gif", max_iter=2, unconverged="raise")
+    assert "solver='lsmr'" not in str(told.value)  # which it was
+    with pytest.raises(ConvergenceError, match="or take solver='lsmr'"):
+        trainer.influence(query, method="gif", solver="cgls", max_iter=2, unconverged="raise")
 
 
 @pytest.mark.parametrize("targets", ["cached", "class", "batch"])
@@ -520,6 +523,10 @@ def test_the_sketch_for_self_influence_has_rank_64_unless_told_otherwise(monkeyp
     trainer, _, _ = fitted()
     assert trainer.self_influence().settings["max_iter"] == 64
     assert trainer.self_influence(max_iter=80).settings["max_iter"] == 80
+    assert trainer.self_influence(solver="cg").settings["max_iter"] == 64
+    assert trainer.self_influence(rtol=1e-3).settings["max_iter"] == 64
+    assert trainer.self_influence(memory=0).settings["max_iter"] == 64  # the least that is worth it
+    assert fitted(dataset=blobs(10))[0].self_influence().settings["max_iter"] == 64
     assert trainer.influence(blobs(20).tensors, per_example=True).settings["max_iter"] > 64
 
 
