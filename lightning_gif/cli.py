@@ -221,7 +221,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (GIFError, MisconfigurationException, OSError) as error:
         return _fail(command, str(error))
     except KeyboardInterrupt:
-        goes_on = " With --solves_to the same command goes on where it was." if command == "unlearn" else ""
+        goes_on = ""
+        if command == "unlearn":
+            goes_on = " Where --edit is not there yet, the same command goes on where it was with --solves_to."
         return _fail(command, f"interrupted. No file is written in part.{goes_on}", code=130)
 
 

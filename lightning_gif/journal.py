@@ -106,7 +106,8 @@ class Journal:
                 if record["fingerprint"] != self.fingerprint:
                     raise ConfigurationError(
                         f"The solve in {str(path)!r} is of other weights, data, settings or versions, or damaged:"
-                        " it cannot be gone on with. Give another folder as `solves_to`, or delete this one."
+                        " it cannot be gone on with. Give another folder as `solves_to`; delete the file only if it is"
+                        " damaged."
                     )
                 if (shape := file.get_slice("change").get_shape()) != [size]:  # before it is read
                     raise ValueError(f"its change has shape {shape}, expected [{size}]")
