@@ -67,8 +67,11 @@ def isolate_rng() -> Iterator[None]:
     isolation.__enter__()
     try:
         yield
-    finally:
-        isolation.__exit__(None, None, None)
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # a GPU that has failed has no state to restore; why it did is the news
+            isolation.__exit__(None, None, None)
+        raise
+    isolation.__exit__(None, None, None)
 
 
 def attach_model(trainer: Trainer, model: LightningModule, train_dataloaders: Any, datamodule: Any) -> None:

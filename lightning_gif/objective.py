@@ -25,7 +25,7 @@ from .errors import BatchError, ConfigurationError, GIFWarning, NonFiniteError, 
 from .interrupts import uninterrupted
 from .mixin import overrides
 from .parameters import ParameterSpace
-from .predictions import Predictions
+from .predictions import IndicesInBounds, Predictions
 from .ranks import ALONE, Ranks
 from .selection import GradientStatistics, NeuronStatistics
 
@@ -241,7 +241,10 @@ class Objective:
                 )
             try:
                 with torch.no_grad():
-                    values = function(self.theta, batch.data)
+                    with IndicesInBounds():
+                        values = (function if own else self._training_step)(self.theta, batch.data)
+                    if not own:  # so far the mean of all
+                        values = function(self.theta, batch.data)
             except (BatchError, ObjectiveError, ConfigurationError):
                 raise
             except Exception as error:
@@ -832,13 +835,36 @@ def _isolated(
             stack.enter_context(_evaluation_mode(module))
             stack.enter_context(_silenced(module, loggers, ranks))
             if home != device:  # the strategy's teardown after fit moves the module to the CPU
-                stack.callback(module.to, home)
-                module.to(device)
+                stack.enter_context(_moved(module, device))
         try:
             yield
         finally:
             with uninterrupted():
                 stack.close()
+
+
+@contextlib.contextmanager
+def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module on another device; at the end it has the very tensors again that it had before.
+
+    They are not copied back, so that they are there too where the device has failed: after an index that is out of
+    bounds a GPU answers nothing any more. Inside, nothing is written to them. States of metrics, and where a module
+    says it is, are plain attributes, see :func:`_attributes_restored`.
+    """
+    own: list[Tensor] = list(module.parameters())
+    own += [tensor.grad for tensor in own if tensor.grad is not None]
+    values = [(tensor, tensor.data) for tensor in own]
+    submodules = list(module.modules())
+    slots: list[dict[str, Any]] = [held for one in submodules for held in (one._parameters, one._buffers)]
+    names = [(held, dict(held)) for held in slots]
+    try:
+        module.to(device)
+        yield
+    finally:
+        for tensor, value in values:
+            tensor.data = value
+        for held, before in names:
+            held.update(before)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""What a loss is a function of: the predictions that a step hands to a loss function of PyTorch."""
+"""What a step hands to a loss function of PyTorch: the predictions that a loss is a function of, and the targets."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Predictions"]
+__all__ = ["IndicesInBounds", "Predictions"]
 
 # Loss functions that are convex in their first argument, the prediction.
 _LOSSES: set[Callable[..., Any]] = {
@@ -101,6 +102,36 @@ class Predictions(TorchFunctionMode):
             return prediction
         start, self._used = self._used, self._used + prediction.numel()
         return self._others[start : self._used].view(prediction.shape)
+
+
+class IndicesInBounds(TorchFunctionMode):
+    """Inside of it, a class that the model does not predict, or a row that an embedding does not have, raises at once.
+
+    On a CPU PyTorch raises an ``IndexError`` as well. On a GPU an assertion fails inside of a kernel, after which the
+    process cannot read from that device any more, not even the weights. It cannot look at what ``vmap`` maps over.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.cross_entropy, F.nll_loss):
+            given = inspect.signature(func).bind(*args, **kwargs)
+            given.apply_defaults()
+            prediction, target, ignored = (given.arguments[name] for name in ("input", "target", "ignore_index"))
+            if not target.is_floating_point():  # else probabilities
+                classes = prediction.shape[1 if prediction.ndim > 1 else 0]
+                _check_bounds(target[target != ignored], classes, "target", "classes that the model predicts")
+        elif func is F.embedding:
+            given = inspect.signature(func).bind(*args, **kwargs)
+            _check_bounds(given.arguments["input"], len(given.arguments["weight"]), "index", "rows of an embedding")
+        return func(*args, **kwargs)
+
+
+def _check_bounds(indices: Tensor, size: int, what: str, of: str) -> None:
+    bad = indices[(indices < 0) | (indices >= size)]
+    if len(bad):
+        raise IndexError(f"The {what} {int(bad[0])} is none of the {size} {of}, 0 to {size - 1}")
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:

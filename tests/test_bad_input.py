@@ -248,7 +248,7 @@ NO_BATCH = "said by each call in its own words"
         ((X[0], Y[0]), ["float32[6]", "In training"]),
         ((X, Y[:3]), ["disagree", "int64[3]"]),
         ((X[:, :5], Y), ["could not be computed", "float32[4, 5]", "In training", "float32[3, 6]"]),
-        ((X, Y + 7), ["could not be computed", "In training"]),
+        ((X, Y + 7), ["could not be computed", "none of the 3 classes", "0 to 2", "In training"]),
         ((X[:0], Y[:0]), ["empty", "float32[0, 6]", "at least one"]),
         (None, [NO_BATCH, "NoneType"]),
         ("images", [NO_BATCH, "str"]),

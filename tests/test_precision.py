@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_gif import GIFCallback, UnlearnReport, attach
+from lightning_gif.errors import BatchError
+from lightning_gif.objective import _moved
 
 from .conftest import WEIGHTS_ONLY, Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
 
@@ -155,6 +159,34 @@ def test_half_precision_on_a_cpu_works(tmp_path: Path) -> None:
     assert theory.isfinite().all()
 
 
+@pytest.mark.parametrize("how", ["read", "interrupted"])
+def test_a_device_that_fails_leaves_the_tensors_that_were_elsewhere(how: str) -> None:
+    """As of a GPU that has failed, nothing can be read back from PyTorch's device without memory."""
+    module = Classifier(net())
+    batch = batch_of(blobs(), slice(4))
+    module.training_step(batch, 0).backward()
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    held = {name: (tensor, tensor.data_ptr(), tensor.clone(), tensor.grad) for name, tensor in own.items()}
+
+    def fail() -> None:
+        with _moved(module, torch.device("meta")):
+            assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+            if how == "read":
+                module.cpu()
+            raise KeyboardInterrupt
+
+    with pytest.raises(NotImplementedError if how == "read" else KeyboardInterrupt):
+        fail()
+    for name, tensor in {**dict(module.named_parameters()), **dict(module.named_buffers())}.items():
+        before, where, value, grad = held[name]
+        assert tensor is before
+        assert tensor.data_ptr() == where
+        assert torch.equal(tensor, value)
+        assert tensor.grad is grad
+        assert grad is None or grad.device.type == "cpu"
+    module.training_step(batch, 0).backward()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # On a GPU
 # --------------------------------------------------------------------------------------------------------------------
@@ -194,3 +226,49 @@ def test_statistics_gathered_on_a_gpu_come_with_a_checkpoint_to_the_cpu(tmp_path
     fresh.validate(Classifier(net()), loader(data), ckpt_path=tmp_path / "a.ckpt", **WEIGHTS_ONLY, verbose=False)
     assert dict(callback.targets).keys() == dict(trainer.callbacks[0].targets).keys()
     assert same_weights(weights(module), weights(fresh.lightning_module))
+
+
+@needs_gpu
+def test_a_class_that_is_none_is_refused_before_the_gpu_fails_on_it() -> None:
+    trainer, _, data = fitted(Classifier(net()), callback=quick(), accelerator="gpu", devices=1)
+    x, y = batch_of(data, slice(4))
+    before = trainer.influence((x, y)).scores
+    for call in (trainer.influence, trainer.unlearn):
+        with pytest.raises(BatchError, match="target 9 is none of the 3 classes"):
+            call((x, torch.full_like(y, 9)))
+    with pytest.raises(BatchError, match="target -1 is none of the 3 classes"):
+        trainer.unlearn((x, y), relabel=-1)
+    torch.testing.assert_close(trainer.influence((x, y)).scores, before)
+
+
+FAILING = """
+import torch
+from lightning_gif.errors import BatchError
+from tests.conftest import Classifier, batch_of, fitted
+from tests.test_precision import net, quick
+
+class Indexing(Classifier):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return super().training_step((x, y % 3), batch_idx) + 0 * self.net[0].bias[y].sum()
+
+trainer, module, data = fitted(Indexing(net()), callback=quick(), accelerator="gpu", devices=1)
+x, y = batch_of(data, slice(4))
+before = {name: (tensor, tensor.clone()) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+try:
+    trainer.influence((x, y + 50))
+except BatchError as error:
+    assert "could not be computed" in str(error), error
+else:
+    raise AssertionError("no error")
+for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    assert tensor is before[name][0] and tensor.device.type == "cpu" and torch.equal(tensor, before[name][1]), name
+print("whole")
+"""
+
+
+@needs_gpu
+def test_a_gpu_that_fails_leaves_the_weights_on_the_cpu() -> None:
+    """In a process of its own, which has no GPU afterwards."""
+    done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("whole\n"), done.stderr

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_gif.predictions import Predictions
+from lightning_gif.predictions import IndicesInBounds, Predictions
 
 LOGITS = torch.randn(4, 3)
 LABELS = torch.tensor([0, 2, 1, 1])
@@ -120,3 +120,43 @@ def test_other_losses_do_not_classify_examples(loss: Callable[[], object]) -> No
     with Predictions() as noted:
         loss()
     assert noted.classified() is None
+
+
+OTHER = torch.tensor([0, 2, 3, 1])  # a class more than are predicted
+
+OUT_OF_BOUNDS: dict[str, Callable[[], Tensor]] = {
+    "cross_entropy": lambda: F.cross_entropy(LOGITS, OTHER),
+    "keyword": lambda: F.cross_entropy(target=OTHER, input=LOGITS, label_smoothing=0.1),
+    "module": lambda: nn.CrossEntropyLoss(ignore_index=7)(LOGITS, OTHER),
+    "negative": lambda: F.cross_entropy(LOGITS, -LABELS),
+    "nll": lambda: F.nll_loss(F.log_softmax(LOGITS, 1), OTHER),
+    "one": lambda: F.cross_entropy(LOGITS[0], torch.tensor(3)),
+    "positions": lambda: F.cross_entropy(torch.randn(4, 3, 5), OTHER[:, None].expand(-1, 5)),
+    "embedding": lambda: nn.Embedding(3, 2)(OTHER),
+}
+
+
+@pytest.mark.parametrize("name", list(OUT_OF_BOUNDS))
+def test_what_is_out_of_bounds_is_told_before_a_kernel_sees_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in ("cross_entropy_loss", "nll_loss_nd"):
+        monkeypatch.setattr(torch._C._nn, kernel, lambda *_: pytest.fail("the kernel was called"))
+    monkeypatch.setattr(torch, "embedding", lambda *_: pytest.fail("the kernel was called"))
+    with pytest.raises(IndexError, match="is none of the 3"), IndicesInBounds():
+        OUT_OF_BOUNDS[name]()
+
+
+def test_what_is_in_bounds_or_ignored_passes() -> None:
+    def losses() -> list[Tensor]:
+        ignored = torch.tensor([0, -100, 2, -100])
+        return [
+            *(loss(LOGITS) for loss in LOSSES.values()),
+            F.cross_entropy(LOGITS, ignored),
+            F.cross_entropy(LOGITS, OTHER, ignore_index=3),
+            F.cross_entropy(LOGITS, torch.softmax(VALUES, 1)),
+            F.embedding(LABELS, VALUES),
+        ]
+
+    expected = losses()
+    with IndicesInBounds():
+        found = losses()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
