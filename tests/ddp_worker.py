@@ -254,3 +254,6 @@ if __name__ == "__main__":
     story, world, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     answer = {"results": results, "failures": failures, "death": death}[story](world, folder)
     torch.save(answer, folder / f"{story} {world} {os.environ.get('LOCAL_RANK', 0)}.pt")
+    # Here the story ends. Threads of gloo and of the launcher that wake while an interpreter is torn down can abort it.
+    sys.stderr.flush()
+    os._exit(0)
