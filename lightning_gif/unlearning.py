@@ -57,8 +57,9 @@ _EXAMPLES_WEIGHT, _LEARNED_BY_HEART = 8.0, 0.05
 # What the unlikelihood of a forgotten class weighs beside the divergence on the retained examples.
 _CLASS_WEIGHT = 0.2
 
-# Where more of a class than this are predicted as it, their log-odds are far from where they should be.
-_FAR = 0.5
+# Where more of a class than this are predicted as it, their log-odds are far from where they should be. A step to there
+# need not be as good as the last ones: this share of the examples for the curvature will do.
+_FAR, _FAR_SHARE = 0.5, 0.5
 
 # What a corrected example weighs where the retained ones have to keep their predictions. Some of these are still those
 # that the wrong labels taught, and hold back what the right ones should undo.
@@ -828,7 +829,8 @@ class _Walk:
             for term in self._terms:
                 of_term = objective.gradient(term.seen, there, term.losses.loss_sum)
                 slope = slope + term.weight * (of_term if term.left_seen is None else of_term - term.left_seen)
-                part = term.seen.sample(term.curved, settings.seed + len(self._changes))
+                curved = math.ceil(_FAR_SHARE * term.curved) if far and self.goal is Goal.CLASS else term.curved
+                part = term.seen.sample(curved, settings.seed + len(self._changes))
                 losses = term.bound if term.bound is not None and self._changes and far else term.losses
                 decay = 0.0 if curvatures else self._decay  # of the whole risk, in the first term, whose weight is 1
                 curvature = settings.open_curvature(
