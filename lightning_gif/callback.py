@@ -484,7 +484,7 @@ class GIFCallback(Callback):
             if trainer.is_global_zero:  # which writes it
                 self._check_record(kept)
                 if folder is not None:
-                    Journal.make(folder)
+                    Journal.check(folder)
             forget = self._forget_examples(batch, train, objective, settings)
             for name, given in (("retain", retain), ("unseen", unseen or None)):
                 if given is not None and not isinstance(given, DataLoader):

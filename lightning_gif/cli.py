@@ -130,9 +130,16 @@ def unlearn(
         dry_run=True,
     )
     report.edit.apply(tool.model)
-    _rewrite(tool.checkpoint, report, "unlearn", target, report.record, edit=kept, expected=weights_digest(tool.model))
-    if solves_to is not None:
-        Journal.clear(Path(solves_to))
+    _rewrite(
+        tool.checkpoint,
+        report,
+        "unlearn",
+        target,
+        report.record,
+        edit=kept,
+        expected=weights_digest(tool.model),
+        solves=None if solves_to is None else Path(solves_to),
+    )
     print(report)
     remembering = [name for name, part in tool.checkpoint.items() if name != "state_dict" and tensors(part)]
     print(f"The edited checkpoint is {output}, the edit {edit}.")
@@ -396,6 +403,7 @@ def _rewrite(
     *,
     edit: Path | None = None,
     expected: str | None = None,
+    solves: Path | None = None,
 ) -> None:
     """Edits the weights of a checkpoint, writes it to a file, and tells the record: all of it, or nothing.
 
@@ -409,6 +417,7 @@ def _rewrite(
         record: Its record, if it has one.
         edit: Where to save the edit, if it is new.
         expected: The digest of the weights that there should be then.
+        solves: The folder of what was solved for, which is let go of in the end.
     """
     weights = checkpoint["state_dict"]
     before = weights_digest(weights)
@@ -422,22 +431,33 @@ def _rewrite(
             "The model does not hold the weights of the checkpoint bit by bit: they are of another precision, are"
             " changed as they are loaded, or tied weights are there twice. Nothing was written."
         )
-    with contextlib.ExitStack() as end, replacing(output) as temporary:
+    with contextlib.ExitStack() as end:
+        made: os.stat_result | None = None
+        told = False
         try:
-            torch.save(checkpoint, temporary)
-        except RuntimeError as error:  # of the C++ writer, which raises no OSError where the disk is full
-            raise CheckpointError(f"{str(output)!r} cannot be written: {error}") from error
-        sync(temporary)
-        end.enter_context(uninterrupted())  # until the file has taken its place
-        try:
-            if edit is not None:
-                report.save(edit)
-            if record is not None:
-                report.write_down(event, record, before, after)
+            with replacing(output) as temporary:
+                try:
+                    torch.save(checkpoint, temporary)
+                except RuntimeError as error:  # of the C++ writer, which raises no OSError where the disk is full
+                    raise CheckpointError(f"{str(output)!r} cannot be written: {error}") from error
+                sync(temporary)
+                end.enter_context(uninterrupted())  # until all is done
+                made = temporary.stat()
+                if edit is not None:
+                    report.save(edit)
+                if record is not None:
+                    report.write_down(event, record, before, after)
+                    told = True
         except BaseException:
-            if edit is not None:
-                edit.unlink(missing_ok=True)
+            in_place = made is not None and output.exists() and os.path.samestat(made, output.stat())
+            if made is not None and not in_place:
+                if told and record is not None:
+                    report.write_down("apply" if event == "undo" else "undo", record, after, before)
+                if edit is not None:
+                    edit.unlink(missing_ok=True)
             raise
+        if solves is not None:
+            Journal.clear(solves)
 
 
 def _check_ties(weights: dict[str, Any], edit: Edit) -> None:

@@ -46,29 +46,29 @@ class Journal:
     ranks: Ranks = ALONE
     recalled: int = 0
 
-    def __post_init__(self) -> None:
-        if self.ranks.rank == 0:
-            self.make(self.folder)
-
     @staticmethod
-    def make(folder: Path) -> None:
-        """Makes the folder where there is none: better known before anything is solved for than after.
+    def check(folder: Path) -> None:
+        """Makes sure that changes could be kept in a folder: better known before anything is solved for than after.
+
+        Nothing is made; :meth:`keep` makes the folder.
 
         Raises:
-            ConfigurationError: If it cannot be made or written to, or has something else in it. It is left as it is.
+            ConfigurationError: If it has something else in it, or could not be made or written to.
         """
         try:
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
                 raise ConfigurationError(f"`solves_to` must be a folder, but {str(folder)!r} is a file or a link.")
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.iterdir():
+            for path in folder.iterdir() if folder.exists() else ():
                 if not _NAME.fullmatch(path.name) or path.is_symlink() or not path.is_file():
                     raise ConfigurationError(
                         f"{str(folder)!r} is not empty and holds no solves that can be gone on with ({path.name})."
                         " Give another folder as `solves_to`."
                     )
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
         except OSError as error:
             raise ConfigurationError(
                 f"`solves_to` must be a folder that can be made and written to, but {str(folder)!r} cannot: {error}."
@@ -126,11 +126,12 @@ class Journal:
         return damage_is_told(self._path(position), "Delete it, and what is behind it is solved for anew.")
 
     def keep(self, position: int, asked: list[Any], change: Tensor, told: dict[str, Any]) -> None:
-        """Writes down a change ``(k,)``, and plain values about it."""
+        """Writes down a change ``(k,)``, and plain values about it; makes the folder where there is none."""
         if self.ranks.rank:
             return
         record = {"fingerprint": self.fingerprint, "asked": json.dumps(asked), "told": json.dumps(told)}
         tensors = {"change": change.detach().cpu().contiguous()}
+        self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self._path(position), save(tensors, metadata={**record, "digest": digest(tensors, record)}))
 
     def _path(self, position: int) -> Path:

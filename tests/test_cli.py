@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -158,7 +159,51 @@ def test_ctrl_c_does_not_come_between_the_record_and_the_checkpoint(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(UnlearnReport, "write_down", interrupted)
-    assert unlearn("--record", "deletions.jsonl") == 130
+    assert unlearn("--record", "deletions.jsonl", "--solves_to", "solves") == 130
+    assert verify("deletions.jsonl", edits="edit.safetensors", checkpoint="b.ckpt").ok
+    assert not Path("solves").exists()
+
+
+@pytest.mark.parametrize("command", ["unlearn", "undo"])
+def test_a_checkpoint_that_cannot_take_its_place_is_told_to_the_record(
+    command: str, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = os.replace
+
+    def failing(source: Any, target: Any) -> None:
+        if Path(target).suffix == ".ckpt":
+            raise OSError(errno.EIO, "Input/output error", str(target))
+        original(source, target)
+
+    if command == "undo":
+        assert unlearn("--record", "deletions.jsonl") == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        undo = ["undo", "--edit", "edit.safetensors", "--ckpt_path", "b.ckpt", "--output", "c.ckpt"]
+        run = {"unlearn": unlearn, "undo": lambda *args: main([*undo, *args])}[command]
+        assert run("--record", "deletions.jsonl") == 2
+    assert "Input/output error" in capsys.readouterr().err
+    events = [entry["event"] for entry in read("deletions.jsonl").entries]
+    assert events == (["unlearn", "undo"] if command == "unlearn" else ["unlearn", "undo", "apply"])
+    assert verify("deletions.jsonl", checkpoint="a.ckpt" if command == "unlearn" else "b.ckpt").ok
+    assert Path("edit.safetensors").exists() == (command == "undo")
+    assert sorted(path.name for path in Path().glob("*.ckpt")) == ["a.ckpt", "b.ckpt"][: 1 + (command == "undo")]
+    assert run("--record", "deletions.jsonl") == 0
+    assert verify("deletions.jsonl", edits="edit.safetensors").ok
+
+
+def test_a_checkpoint_in_its_place_is_kept_where_its_folder_is_not_told_to_be_on_the_disk(
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(path: Path) -> None:
+        if path.is_dir() and Path("b.ckpt").exists():
+            raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_gif.writing.sync", failing)
+        assert unlearn("--record", "deletions.jsonl") == 2
+    assert [entry["event"] for entry in read("deletions.jsonl").entries] == ["unlearn"]
     assert verify("deletions.jsonl", edits="edit.safetensors", checkpoint="b.ckpt").ok
 
 

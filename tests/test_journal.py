@@ -13,7 +13,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lightning_gif import ConfigurationError, ConvergenceError, GIFCallback, steps, unlearning
+from lightning_gif import (
+    BatchError,
+    ConfigurationError,
+    ConvergenceError,
+    GIFCallback,
+    TrainingDataError,
+    steps,
+    unlearning,
+)
 from lightning_gif.digests import digest
 from lightning_gif.journal import Journal
 
@@ -218,11 +226,44 @@ def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path: Path, mo
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigurationError, match=r"can be made and written to, but '.*file/below' cannot: .*Not a dir"):
         trainer.unlearn([1, 2], solves_to=tmp_path / "file" / "below")
-    for owner, name, refused in ((Path, "mkdir", denied), (Path, "iterdir", denied), (os, "access", lambda *_: False)):
+    (tmp_path / "solves").mkdir()
+    refusals: list[tuple[str, Any, str, Callable[..., Any]]] = [
+        ("solves", Path, "iterdir", denied),
+        ("solves", os, "access", lambda *_: False),
+        ("solves/below/it", os, "access", lambda *_: False),
+    ]
+    for folder, owner, name, refused in refusals:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, refused)
-            with pytest.raises(ConfigurationError, match=r"'.*solves' cannot: .*Permission denied"):
-                trainer.unlearn([1, 2], solves_to=tmp_path / "solves")
+            with pytest.raises(ConfigurationError, match=rf"'.*{folder}' cannot: .*Permission denied.*solves'"):
+                trainer.unlearn([1, 2], solves_to=tmp_path / folder)
+    assert not list((tmp_path / "solves").iterdir())
+
+
+@pytest.mark.parametrize("examples", [[1000], []])
+def test_a_call_that_is_refused_makes_no_folder(examples: list[int], tmp_path: Path) -> None:
+    trainer, _, _ = fitted()
+    with pytest.raises((BatchError, TrainingDataError)):
+        trainer.unlearn(examples, solves_to=tmp_path / "some" / "solves")
+    with pytest.raises(BatchError):
+        trainer.unlearn([1, 2], relabel=7, solves_to=tmp_path / "some" / "solves")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_after_all_costs_nothing_but_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, module, _ = fitted()
+    before = weights(module)
+
+    def denied(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", denied)
+        with pytest.raises(PermissionError, match="solves"):
+            trainer.unlearn([1, 2], solves_to=tmp_path / "solves")
+    assert same_weights(weights(module), before)
 
 
 def test_a_file_that_the_disk_does_not_give_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
