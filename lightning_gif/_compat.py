@@ -51,6 +51,7 @@ __all__ = [
     "lightning_version",
     "rank_zero_info",
     "rank_zero_warn",
+    "trainer_of",
     "unsupported_strategy",
 ]
 
@@ -72,6 +73,11 @@ def isolate_rng() -> Iterator[None]:
             isolation.__exit__(None, None, None)
         raise
     isolation.__exit__(None, None, None)
+
+
+def trainer_of(module: Any) -> Trainer | None:
+    """That which a LightningModule was last given to, if any; its property ``trainer`` raises where there is none."""
+    return getattr(module, "_trainer", None)
 
 
 def attach_model(trainer: Trainer, model: LightningModule, train_dataloaders: Any, datamodule: Any) -> None:

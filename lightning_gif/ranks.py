@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import errors
+from ._compat import trainer_of
 from .errors import ConfigurationError, GIFError, RankError
 
 if TYPE_CHECKING:
@@ -59,6 +60,14 @@ class Ranks:
                 " Trainer with devices=1."
             )
         return cls(dist.get_rank(), dist.get_world_size(), trainer.num_devices, trainer.strategy.root_device)
+
+    @classmethod
+    def of_module(cls, module: nn.Module) -> Ranks:
+        """Those that hold copies of a module; this one alone if it has no trainer, or one that runs in no others."""
+        trainer = trainer_of(module)
+        if trainer is None or trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+            return ALONE
+        return cls.of(trainer)
 
     def part(self, count: int) -> tuple[int, int]:
         """Where the part of this process in ``count`` things starts and stops; parts differ by one at most."""

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lightning_gif import GIFCallback
+from lightning_gif import GIFCallback, UnlearnReport, verify
 from lightning_gif.errors import GIFError
 from lightning_gif.record import read
 from tests.conftest import Classifier, batch_of, blobs, make_trainer
@@ -134,7 +134,14 @@ def results(world: int, folder: Path) -> dict[str, Any]:
         report.save(folder / f"saved {world}" / f"{kind} {trainer.global_rank}")
     trainer.strategy.barrier()
     found["written"] = torch.tensor(len(list((folder / f"saved {world}").iterdir())))
-    found["entries"] = torch.tensor([1 + ["unlearn", "undo"].index(entry["event"]) for entry in read(record).entries])
+    loaded = UnlearnReport.load(folder / f"saved {world}" / "edit 0", module)
+    loaded.apply(record=record)
+    loaded.record_metrics({"loss": 0.5}, record=record)
+    loaded.undo(record=record)
+    trainer.strategy.barrier()
+    assert verify(record, edits=folder / f"saved {world}" / "edit 0").ok
+    events = ["unlearn", "undo", "apply", "metrics"]
+    found["entries"] = torch.tensor([1 + events.index(entry["event"]) for entry in read(record).entries])
     callback = trainer.callbacks[0]
     assert isinstance(callback, GIFCallback)
     for kind, layers in callback.neurons.state().items():

@@ -267,7 +267,8 @@ class InfluenceReport:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the report into a folder, with how the examples look that it shows: the query's, and up to ``k``
         proponents and opponents of each of the first eight queries. An old report is replaced only by a whole new one.
-        Of several processes the first one writes.
+        Of several processes the first one writes, and the others do not wait for it: ``trainer.strategy.barrier()``
+        before they read it.
 
         ``report.json`` has the settings, how the solves went, labels and texts in plain words and numbers;
         ``scores.safetensors`` the scores, their dataset indices, the targets and the pictures. The training data, and

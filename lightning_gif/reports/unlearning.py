@@ -276,7 +276,8 @@ class UnlearnReport:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the edit and the report to a safetensors file; an old file is replaced only by a whole new one.
 
-        Of several processes the first one writes.
+        Of several processes the first one writes, and the others do not wait for it: ``trainer.strategy.barrier()``
+        before they read it.
 
         Args:
             path: Where to; ``.safetensors`` is a good ending. Folders that are missing are made.
@@ -305,7 +306,8 @@ class UnlearnReport:
 
         Args:
             path: The file.
-            module: The model that :meth:`undo` and :meth:`apply` will act on.
+            module: The model that :meth:`undo` and :meth:`apply` will act on. Where a trainer runs it in several
+                processes, these act on all copies or on none, and must be called by all.
 
         Raises:
             EditError: If the file is not an edit, is damaged or was edited, or does not fit ``module``.
@@ -331,7 +333,7 @@ class UnlearnReport:
             str(report), report.summary()  # what cannot be told is no report
         if module is not None:
             report.edit.check_fits(module)
-            report.module = module
+            report.module, report.ranks = module, Ranks.of_module(module)
         return report
 
     @classmethod
