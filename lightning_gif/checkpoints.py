@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
     """
     name = os.fspath(path)
+    if os.path.isdir(path):
+        raise CheckpointError(
+            f"{name!r} is a folder, as the checkpoints of sharded strategies are. Give a single file: consolidate it"
+            " first (`python -m lightning.pytorch.utilities.consolidate_checkpoint`)."
+        )
+    if os.path.isfile(path) and not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{name!r} is no checkpoint, or a damaged one: it is not the zip archive that torch.save writes. Give a"
+            " file that Trainer.save_checkpoint or ModelCheckpoint wrote."
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:

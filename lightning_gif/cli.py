@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -242,7 +244,7 @@ def _run(command: str, run: Callable[..., int], arguments: list[str]) -> int:
         "-c", "--config", action=jsonargparse.ActionConfigFile, help="A configuration file in JSON or YAML."
     )
     parser.add_function_arguments(run)
-    given = parser.parse_args(arguments).as_dict()
+    given = _parsed(parser, arguments).as_dict()
     given.pop("config", None)
     return run(**given)
 
@@ -250,7 +252,45 @@ def _run(command: str, run: Callable[..., int], arguments: list[str]) -> int:
 def _named(command: str, run: Callable[..., int]) -> dict[str, Any]:
     """Of a command's parser. All arguments of a trainer, a model and its data would bury each error in their usage."""
     usage = "%(prog)s [arguments], which --help explains"
-    return {"prog": f"lightning-gif {command}", "usage": usage, "description": _first_line(run)}
+    return {
+        "prog": f"lightning-gif {command}",
+        "usage": usage,
+        "description": _first_line(run),
+        "exit_on_error": False,  # but raise, see _parsed
+    }
+
+
+def _parsed(parser: Any, arguments: Any) -> Any:
+    """The arguments, parsed.
+
+    Raises:
+        ConfigurationError: If they cannot be, with what to do where that is known.
+    """
+    try:
+        return parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(_remedy(" ".join(str(error).split()), parser)) from None
+
+
+def _remedy(told: str, parser: Any) -> str:
+    """What to do about an error of the parser, which names its own classes; and that error."""
+    if told.startswith(start := "the following arguments are required: "):
+        return f"{', '.join(f'--{name}' for name in told.removeprefix(start).split(', '))} must be given, see --help."
+    if unknown := re.match(r"unrecognized arguments: --([\w.]+)", told):
+        known = [option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+        close = difflib.get_close_matches(unknown[1], known, n=1)
+        return f"{told}. {f'Did you mean --{close[0]}?' if close else 'See --help.'}"
+    remedy = "See --help."
+    if re.search(r"Parser key \"(model|data)\".*Given value type: <class 'dict'>", told):
+        remedy = (
+            "Where a config file gives arguments without a class_path, as that of LightningCLI(Model, Data) does, name"
+            " the classes before it: --model package.Model --data package.Data --config …"
+        )
+    elif re.search(r"Parser key \"(model|data)\".*Given value type: <class 'str'>", told):
+        remedy = "Give the class by its import path, such as --model package.module.Class."
+    elif listed := re.search(r"list\[.*Given value: (\S+,\S*)$", told):
+        remedy = f"Write a list in brackets: '[{listed[1]}]'."
+    return f"{remedy} {told}"
 
 
 class _Tool(LightningCLI):
@@ -283,7 +323,7 @@ class _Tool(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes what the model was made with from the checkpoint, where nothing else is given."""
-        self.config = parser.parse_args(args)
+        self.config = _parsed(parser, args)
         self.checkpoint = read_checkpoint(self.config.ckpt_path)
         kept = self.checkpoint.get("hyper_parameters")
         taken = self.config.model.get("init_args")
