@@ -472,7 +472,10 @@ def test_the_command_runs_as_a_process(trained: dict[str, Any]) -> None:
         (["influence", *OPTIONS, "--gif.ration", "0.2"], ["--gif.ration 0.2", "Did you mean --gif.ratio?"]),
         (["verify", "--recrd", "x"], ["Did you mean --record?"]),
         (["influence", *OPTIONS, "--indices", "1,2"], ["Write a list in brackets: '[1,2]'."]),
-        (["influence", "--model", "Net", "--ckpt_path", "a.ckpt", "--output", "a"], ["--model package.module.Class"]),
+        (
+            ["influence", "--model", "Missing", "--ckpt_path", "a.ckpt", "--output", "a"],
+            ["--model package.module.Class"],
+        ),
         (["influence", "--config", "short.yaml"], ["name the classes before it: --model", "'width'"]),
         (["influence", *OPTIONS, "--ckpt_path", "short.yaml", "--output", "a"], ["'short.yaml' is no checkpoint"]),
         (["influence", *OPTIONS, "--ckpt_path", "folder", "--output", "a"], ["'folder' is a folder", "consolidate"]),
