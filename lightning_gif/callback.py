@@ -1013,6 +1013,8 @@ class GIFCallback(Callback):
         chosen = self._chosen_examples(given, train)
         if chosen is not None:
             return chosen
+        if isinstance(given, (list, tuple)) and not given:
+            raise BatchError(f"There are no examples to forget: an empty {type(given).__name__} was given.")
         mask = isinstance(given, Tensor) and given.dtype is torch.bool and given.ndim == 1
         if mask or (not isinstance(given, DataLoader) and not any(tensor.ndim for tensor in tensors(given))):
             raise BatchError(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -174,10 +175,12 @@ def describe(data: Any) -> str:
     """The structure of a batch in words, for error messages."""
     if isinstance(data, Tensor):
         return f"{str(data.dtype).removeprefix('torch.')}{list(data.shape)}"
+    if isinstance(data, np.ndarray):
+        return f"a NumPy array {data.dtype}{list(data.shape)}, of which torch.as_tensor makes a tensor"
     if isinstance(data, Mapping):
         return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in data.items()) + "}"
     if isinstance(data, (list, tuple)):
-        if not _has_tensor(data):
+        if not _has_tensor(data) and not any(isinstance(value, np.ndarray) for value in data):
             told = [f"{value!r}" for value in data[:3] if isinstance(value, numbers.Number)]
             few = f" ({', '.join(told)}{', …' if len(data) > 3 else ''})" if told else ""
             return f"{type(data).__name__} of {len(data)} value{'' if len(data) == 1 else 's'}{few}"

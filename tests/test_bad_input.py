@@ -238,6 +238,14 @@ X, Y = batch_of(blobs(), slice(4))
 NO_BATCH = "said by each call in its own words"
 
 
+def test_no_examples_at_all() -> None:
+    trainer, module, _ = ready()
+    with refused(module, BatchError, "no examples to forget", "empty list"):
+        trainer.unlearn([])
+    with refused(module, BatchError, "list of 0"):
+        trainer.influence([])
+
+
 @pytest.mark.parametrize("call", ["influence", "unlearn"])
 @pytest.mark.parametrize(
     ("batch", "words"),
@@ -252,12 +260,12 @@ NO_BATCH = "said by each call in its own words"
         ((X[:0], Y[:0]), ["empty", "float32[0, 6]", "at least one"]),
         (None, [NO_BATCH, "NoneType"]),
         ("images", [NO_BATCH, "str"]),
-        ([], [NO_BATCH, "list of 0"]),
+        ((X.numpy(), Y.numpy()), [NO_BATCH, "NumPy array float32[4, 6]", "torch.as_tensor"]),
         (torch.tensor(1.0), [NO_BATCH, "float32[]"]),
     ],
     ids=[
         *("mapping", "too long", "no targets", "no batch dimension", "disagreeing", "features", "classes", "empty"),
-        *("none", "string", "empty list", "scalar"),
+        *("none", "string", "arrays", "scalar"),
     ],
 )
 def test_batches_of_another_structure(call: str, batch: Any, words: list[str]) -> None:

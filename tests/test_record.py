@@ -201,6 +201,8 @@ def test_metrics_are_an_entry_that_is_tied_to_the_weights(tmp_path: Path) -> Non
     assert set(entry["weights"].values()) == {weights_digest(module)}
     with pytest.raises(RecordError, match="'accuracy' is 'good'"):
         report.record_metrics({"accuracy": "good"})  # type: ignore[dict-item]
+    with pytest.raises(RecordError, match=r"numbers by name, such as .*, got 0\.5"):
+        report.record_metrics(0.5)  # type: ignore[arg-type]
     report.record = None
     with pytest.raises(RecordError, match="belongs to no record"):
         report.record_metrics({"accuracy": 0.5})
