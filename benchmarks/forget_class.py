@@ -47,14 +47,18 @@ def main() -> None:
     parser = make_parser(__doc__, ["relinearise"])
     parser.add_argument("--classes", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--only-retrain", action="store_true", help="fill the cache")
+    parser.add_argument("--accelerator", default="cpu", help="of the trainings and edits; baselines run on the CPU")
     parser.add_argument("--options", type=json.loads, default={}, help="of trainer.unlearn, as JSON")
     options = parser.parse_args()
+    if options.accelerator != "cpu" and options.baselines:
+        parser.error("baselines run on the CPU: compare them with edits there, or leave them out")
     warnings.filterwarnings("ignore", message=".*still predicted as it.*")
 
     train, test = load(options.data)
     data, labels = options.data.parent.name, train.tensors[1]
-    common = {"epochs": options.epochs, "net": options.net, "decay": True}
+    common = {"epochs": options.epochs, "net": options.net, "decay": True, "accelerator": options.accelerator}
     trainer, model, fit_seconds = None, None, 0.0
+    suffix = "" if options.accelerator == "cpu" else f"_{options.accelerator}"
     rows: dict[str, list[dict[str, float]]] = {}
     chosen: dict[str, dict[str, Any]] = {}
     for label in options.classes:
@@ -71,7 +75,7 @@ def main() -> None:
             sets,
             seeds=range(1, options.seeds + 1),
             cache=options.cache,
-            name=f"{data}_{options.net}_{options.epochs}_without{label}",
+            name=f"{data}_{options.net}_{options.epochs}_without{label}{suffix}",
         )
         if options.only_retrain:
             continue

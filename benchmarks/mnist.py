@@ -135,6 +135,7 @@ def fit(
     net: str = "tinynet",
     decay: bool = False,
     batch_size: int = 128,
+    accelerator: str = "cpu",
 ) -> tuple[pl.Trainer, TinyNet]:
     """A trained net and its trainer, which prints nothing; the learning rate is constant, or decays to zero."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -144,7 +145,8 @@ def fit(
     model = NETS[net](decay=decay)
     trainer = pl.Trainer(
         max_epochs=epochs,
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
