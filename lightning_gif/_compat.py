@@ -68,11 +68,8 @@ def isolate_rng() -> Iterator[None]:
     isolation.__enter__()
     try:
         yield
-    except BaseException:
-        with contextlib.suppress(RuntimeError):  # a GPU that has failed has no state to restore; why it did is the news
-            isolation.__exit__(None, None, None)
-        raise
-    isolation.__exit__(None, None, None)
+    finally:
+        isolation.__exit__(None, None, None)
 
 
 def trainer_of(module: Any) -> Trainer | None:

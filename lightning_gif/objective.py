@@ -838,9 +838,13 @@ def _isolated(
                 stack.enter_context(_moved(module, device))
         try:
             yield
-        finally:
-            with uninterrupted():
+        except BaseException:
+            # A GPU that has failed has no state of its random numbers to restore any more. Why it failed is the news.
+            with uninterrupted(), contextlib.suppress(RuntimeError):
                 stack.close()
+            raise
+        with uninterrupted():
+            stack.close()
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_gif import GIFCallback, UnlearnReport, attach
+from lightning_gif._compat import isolate_rng
 from lightning_gif.errors import BatchError
 from lightning_gif.objective import _moved
 
@@ -185,6 +188,24 @@ def test_a_device_that_fails_leaves_the_tensors_that_were_elsewhere(how: str) ->
         assert tensor.grad is grad
         assert grad is None or grad.device.type == "cpu"
     module.training_step(batch, 0).backward()
+
+
+def test_why_a_device_has_failed_is_told_rather_than_that_it_cannot_be_tidied(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, module, data = fitted(Classifier(net()), callback=quick())
+    own, training = isolate_rng, {name: part.training for name, part in module.named_modules()}
+
+    @contextlib.contextmanager
+    def failed() -> Iterator[None]:
+        with own():
+            yield
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr("lightning_gif.objective.isolate_rng", failed)
+    with pytest.raises(BatchError, match="none of the 3 classes"):
+        trainer.influence((data.tensors[0][:4], data.tensors[1][:4] + 7))
+    assert {name: part.training for name, part in module.named_modules()} == training
+    with pytest.raises(RuntimeError, match="device-side"):
+        trainer.influence(batch_of(data, slice(4)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
