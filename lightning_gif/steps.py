@@ -28,7 +28,8 @@ _TRUSTED, _HALVINGS = 0.25, 10
 # Where it falls by more than predicted, twice the step is tried, up to this one.
 _LONGEST = 4.0
 
-# No further step after one that gained less than this share of the risk that is left.
+# No further step after one that gained less than this share of the risk that is left; for a class after two such, where
+# the first one was cut short.
 _WORTH = 0.02
 
 # No further step where a class is forgotten and the risk, in nats, is below this: retrained models differ by more.
@@ -187,19 +188,25 @@ def relinearise(walk: Walk) -> Point:
         best = _best_along_answer(walk, expected)
         if _forgotten(walk, best) and _as_it_should_be(walk, best, expected):
             return best
+    stalled = False
     while solved < _MOST_SOLVES:
         found = _trusted(walk, best, walk.descend(best), solved)
         solved += 1
-        if found is None:
-            # The curvature of a class that is predicted for certain can point anywhere: the next solve bounds it.
-            if walk.goal is Goal.CLASS and solved == 1:
-                continue
+        gained, best = (0.0, best) if found is None else (best.risk - found.risk, found)
+        forgotten = _forgotten(walk, best)
+        if walk.goal is Goal.CLASS and forgotten and best.risk < _NEAR:
             break
-        gained, best = best.risk - found.risk, found
-        near = walk.goal is Goal.CLASS and best.risk < _NEAR
-        done = walk.goal is not Goal.CLASS or _forgotten(walk, best)
-        if done and (near or gained < _WORTH * abs(best.risk)):
+        if found is not None and gained >= _WORTH * abs(best.risk):
+            stalled = False
+        elif walk.goal is not Goal.CLASS:
             break
+        else:
+            # The curvature of a class that is predicted for certain can point anywhere, which the next solve bounds;
+            # and a step that had to be cut short to almost nothing says that more damping is due, which that has too.
+            short = found is None or found.steps[-1] < 1
+            if (forgotten or found is None) and (stalled or not short):
+                break
+            stalled = short
     return best
 
 

@@ -875,7 +875,7 @@ def test_edits_are_undone_in_reverse_order_only() -> None:
     assert same_weights(before, weights(module))
 
 
-@pytest.mark.parametrize("given", [17, [], [1.5], slice(3), "all", torch.tensor(3)])
+@pytest.mark.parametrize("given", [17, [1.5], slice(3), "all", torch.tensor(3)])
 def test_what_names_no_examples_is_told_what_would(given: Any) -> None:
     trainer, _, _ = fitted()
     with pytest.raises(BatchError, match="a list of indices of the training dataset"):
@@ -1122,6 +1122,29 @@ def test_a_class_gets_a_second_solve_where_the_first_one_led_nowhere() -> None:
     walk = Told(risk=lambda *steps: 9.0 + sum(steps), models=[LocalModel(-1.0, 1.0)] * 9)
     assert not relinearise(walk).moved
     assert len(walk.solved) == 2
+
+
+@pytest.mark.parametrize("gain", [0.0, 1e-3])
+def test_a_class_is_not_left_half_way_where_a_step_is_cut_short_to_almost_nothing(gain: float) -> None:
+    """The second change leads up, but for its very beginning; those after it lead down."""
+
+    def risk(first: float = 0.0, second: float = 0.0, *later: float) -> float:
+        rise = second if second > 2**-9 else -gain * second * 2**9
+        return 9.0 - first + rise - sum(later)
+
+    walk = Told(
+        lambda *steps: 1.0 - sum(steps), risk=risk, models=[LocalModel(-1.0, 1.0), *[LocalModel(-1e-3, 1e-3)] * 9]
+    )
+    point = relinearise(walk)
+    assert len(point.steps) > 2
+    assert sum(point.steps[2:]) > 1
+    hopeless = Told(
+        lambda *steps: 1.0 - sum(steps),
+        risk=lambda first=0.0, *later: 9.0 - first + sum(later),
+        models=[LocalModel(-1.0, 1.0)] * 9,
+    )
+    assert relinearise(hopeless).steps == (4.0,)
+    assert len(hopeless.solved) == 3
 
 
 def test_no_further_step_costs_more_than_forgetting_may() -> None:
