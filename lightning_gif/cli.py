@@ -52,6 +52,7 @@ def influence(
     per_example: bool = False,
     k: int = 10,
     targets: TargetsChoice | None = None,
+    snapshots: bool = False,
 ) -> int:
     """Tells which training examples moved the loss on some examples.
 
@@ -65,12 +66,13 @@ def influence(
         per_example: One query for each of them instead of one for their mean.
         k: How many proponents and opponents are shown.
         targets: Which parameters to look at; all by default.
+        snapshots: Average over the states of training that the checkpoint has; give as many as ``gif.snapshots``.
     """
     loader = tool.loader(split)
     wanted = _indices(indices, indices_file)
     if wanted is not None:
         loader = _only(loader, wanted, split)
-    options: dict[str, Any] = {"k": k, "per_example": per_example, "targets": targets}
+    options: dict[str, Any] = {"k": k, "per_example": per_example, "targets": targets, "snapshots": snapshots}
     report = tool.callback.influence(tool.trainer, loader, dataloader=tool.loader("train"), **options)
     report.save(output)
     print(report)

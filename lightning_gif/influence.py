@@ -343,7 +343,8 @@ def self_influence(
                 )  # weight decay counts as damping
                 solved_for = Submatrix(curvature, positions, positions)
                 quadratic = settings.quadratic(solved_for, damping + settings.weight_decay)
-                told.append((settings.describe(curvature), damping))
+                inverse = settings.quadratic_kind(len(positions))
+                told.append(({**settings.describe(curvature), "inverse": inverse}, damping))
             found = []
             with objective.progress("Scoring training examples", len(scored)) as bar:
                 for batch in scored.mine():

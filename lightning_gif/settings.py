@@ -350,6 +350,10 @@ class Settings:
         self.judge(solutions)
         return solutions
 
+    def quadratic_kind(self, size: int) -> str:
+        """How :meth:`quadratic` has the inverse of a matrix of ``size`` rows, in words."""
+        return "exact" if size <= _EXACT else f"sketch of rank {self.max_iter}"
+
     def quadratic(self, operator: LinearOperator, damping: float) -> Callable[[Tensor], Tensor]:
         """``gᵀ(C + λ)⁻¹g`` of each row ``g`` of ``(m, n)`` as a function: exact for a small ``C``, else by a sketch.
 
@@ -358,7 +362,7 @@ class Settings:
             damping: ``λ``.
         """
         size = operator.shape[0]
-        if size <= _EXACT:
+        if self.quadratic_kind(size) == "exact":
             matrix = to_matrix(operator).double()
             matrix.diagonal().add_(damping)
             factor = torch.linalg.lu_factor(matrix)

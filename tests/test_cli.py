@@ -421,6 +421,18 @@ def test_what_the_callback_kept_is_used_and_damage_to_it_is_told(trained: dict[s
         assert unlearn("--targets", "cached", edit="other") == 0
 
 
+def test_snapshots_of_a_checkpoint_are_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(GIFCallback(snapshots=2), max_epochs=6)
+    trainer.fit(Net(width=5), datamodule=Blobs())
+    trainer.save_checkpoint("long.ckpt")
+    asked = ["influence", *OPTIONS, "--ckpt_path", "long.ckpt", "--output", "report", "--snapshots", "true"]
+    assert main([*asked, "--gif.snapshots", "2"]) == 0
+    assert "the mean over 3 states of training" in capsys.readouterr().out
+    assert len(InfluenceReport.load("report").settings["snapshots"]) == 2
+    assert main(asked) == 2
+    assert "snapshots" in capsys.readouterr().err
+
+
 def test_a_hook_changes_what_is_loaded_but_not_what_is_written(
     trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -521,7 +521,9 @@ def test_a_sketch_of_small_rank_overestimates_self_influence_and_keeps_its_order
 def test_the_sketch_for_self_influence_has_rank_64_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_gif.settings._EXACT", 1)
     trainer, _, _ = fitted()
-    assert trainer.self_influence().settings["max_iter"] == 64
+    report = trainer.self_influence()
+    assert report.settings["max_iter"] == 64
+    assert "; sketch of rank 64; " in str(report)
     assert trainer.self_influence(max_iter=80).settings["max_iter"] == 80
     assert trainer.self_influence(solver="cg").settings["max_iter"] == 64
     assert trainer.self_influence(rtol=1e-3).settings["max_iter"] == 64

@@ -140,12 +140,16 @@ def test_a_table_of_all_scores() -> None:
 
 def test_a_group_is_the_sum_of_its_scores_and_groups_are_ranked() -> None:
     report = report_of([[0.1, -0.2, 0.3, 0.05], [1.0, 2.0, 4.0, 8.0]])
-    groups = report.by_group({100: "a", 101: "b", 102: "a", 103: "c"})
+    groups = report.by_group({100: "a", 101: "b", 102: "a", 103: "c"}, query=0)
     assert groups.names == ["a", "c", "b"]
     assert groups.totals.tolist() == [pytest.approx(0.4), 0.05, -0.2]
     assert groups.counts.tolist() == [2, 1, 1]
     assert groups.means.tolist() == [pytest.approx(0.2), 0.05, -0.2]
     assert report.by_group({100: "a", 101: "b", 102: "a", 103: "c"}, query=1).totals.tolist() == [8.0, 5.0, 2.0]
+    both = report.by_group({100: "a", 101: "b", 102: "a", 103: "c"})
+    assert dict(zip(both.names, both.totals.tolist(), strict=True)) == pytest.approx({"a": 2.7, "b": 0.9, "c": 4.025})
+    assert "do to the mean of 2 queries" in str(both)
+    assert "do to query 0" in str(groups)
     assert groups.to_dataframe().values.tolist() == [
         ["a", pytest.approx(0.4), 2, pytest.approx(0.2)],
         ["c", 0.05, 1, 0.05],
@@ -1041,7 +1045,8 @@ def test_scores_of_each_example_for_itself_are_reported_without_a_query(tmp_path
     assert report.solution is None
     best = int(report.scores.argmax())
     assert f"24 training examples for themselves, strongest proponent {best} (" in repr(report)
-    assert "24 training examples on themselves (if, 195 target parameters; " in str(report)
+    assert "24 training examples on themselves (if, 195 target parameters; exact; " in str(report)
+    assert "does to its own loss by being there" in str(report.by_group())
     assert "\nhighest: " in str(report)
     assert "opponents" not in str(report)
     assert "change of its own loss if the example were removed" in str(report)

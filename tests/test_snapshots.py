@@ -70,6 +70,9 @@ def test_scores_over_snapshots_are_the_mean_of_those_with_each_state(tmp_path: P
     report = trainer.influence(query, per_example=True, snapshots=True)
     epochs = report.settings["snapshots"]
     assert len(epochs) == 2
+    assert str(report).startswith(
+        "Influence of 48 training examples on 3 queries, the mean over 3 states of training ("
+    )
     parts = [trainer.influence(query, per_example=True).scores]
     for epoch in epochs:
         state = trainer.callbacks[0]._snapshots.kept[epoch]

@@ -32,11 +32,13 @@ class Groups(NamedTuple):
         names: The ``g`` groups, as they were given.
         totals: ``(g,)``: to first order, the change of the query's loss if the whole group were removed.
         counts: How many of the scored examples are in each, ``(g,)``.
+        meaning: What the numbers say, in words.
     """
 
     names: list[Any]
     totals: Tensor
     counts: Tensor
+    meaning: str
 
     @property
     def means(self) -> Tensor:
@@ -69,15 +71,20 @@ class Groups(NamedTuple):
             rows[_MOST_SHOWN:-_MOST_SHOWN] = [[f"… {left_out} more", "", "", ""]]
         rows.insert(0, ["group", "total", "examples", "mean"])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["total = sum of scores: to first order, what removing the whole group would do"]
+        lines = [self.meaning]
         for row in rows:
             cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
             lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
         return "\n".join(lines)
 
 
-def group_scores(names: Iterable[Hashable], scores: Tensor) -> Groups:
+def group_scores(names: Iterable[Hashable], scores: Tensor, meaning: str) -> Groups:
     """Sums ``scores`` ``(n,)`` over the examples of the same name, and ranks the names by these sums.
+
+    Args:
+        names: Of the examples.
+        scores: See above.
+        meaning: What they say, in words.
 
     Raises:
         ConfigurationError: If a name cannot be hashed.
@@ -93,7 +100,7 @@ def group_scores(names: Iterable[Hashable], scores: Tensor) -> Groups:
     counts = torch.bincount(members, minlength=len(found))
     order = totals.sort(descending=True, stable=True).indices
     names_found = list(found)
-    return Groups([names_found[i] for i in order.tolist()], totals[order], counts[order])
+    return Groups([names_found[i] for i in order.tolist()], totals[order], counts[order], meaning)
 
 
 def values_of(column: Sequence[Any] | Tensor | Mapping[int, Any], indices: Tensor, size: int | None) -> list[Any]:

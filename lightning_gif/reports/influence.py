@@ -164,7 +164,7 @@ class InfluenceReport:
         if isinstance(query, bool) or not isinstance(query, int) or not 0 <= query < queries:
             raise ConfigurationError(f"`query` must be a whole number from 0 to {queries - 1}, got {query!r}.")
 
-    def by_group(self, groups: Grouping | None = None, query: int = 0) -> Groups:
+    def by_group(self, groups: Grouping | None = None, query: int | None = None) -> Groups:
         """What removing whole groups of training examples would do to a query: the sums of their scores.
 
         A sum is of first order: it takes the effects of a group's examples to add up, as they do while the group is a
@@ -179,7 +179,7 @@ class InfluenceReport:
                 up by *dataset index*, also where only a part of the dataset was scored; or a mapping from dataset
                 indices to values; or a function from an item of the dataset to its group. By default the label of each
                 item.
-            query: Which query.
+            query: Which query; by default the mean of all.
 
         Returns:
             The groups, ranked by their sums: the strongest proponents first.
@@ -189,7 +189,8 @@ class InfluenceReport:
                 the dataset or no value for some of the scored examples, or items must be read and there is no dataset
                 or no label in them.
         """
-        self._check_query(query)
+        if query is not None:
+            self._check_query(query)
         if self._kept is not None:
             raise ConfigurationError(
                 f"The report kept the {self._kept} strongest of either end alone, which say nothing of whole groups."
@@ -207,7 +208,17 @@ class InfluenceReport:
         else:
             size = len(self.dataset) if hasattr(self.dataset, "__len__") else None
             names = values_of(groups, self.indices, size)
-        return group_scores(names, self.scores[query])
+        scores = self.scores.mean(0) if query is None else self.scores[query]
+        if self._of_themselves:
+            return group_scores(
+                names, scores, "mean = what an example of the group does to its own loss by being there"
+            )
+        queries = len(self.scores)
+        whose = (
+            f"query {query}" if query is not None else f"the mean of {queries} queries" if queries > 1 else "the query"
+        )
+        meaning = f"total = sum of scores: to first order, what removing the whole group would do to {whose}"
+        return group_scores(names, scores, meaning)
 
     def _read(self, function: Any) -> list[Any]:
         """A function of each item of the dataset that was scored."""
@@ -496,13 +507,15 @@ class InfluenceReport:
     def __str__(self) -> str:
         queries = self.scores.shape[0]
         on = "themselves" if self._of_themselves else f"{queries} quer{'y' if queries == 1 else 'ies'}"
-        solved = ""
+        solved = f"; {self.curvature['inverse']}" if "inverse" in self.curvature else ""
         if (solution := self.solution) is not None:
             as_asked = solution.status is Status.MAX_ITER and self.settings.get("rtol") is None
             told = "" if as_asked else f" {solution.status}"
             solved = f"; {solution.solver}{told} after {solution.iterations} steps, residual {solution.residual:.1e}"
+        states = self.settings.get("snapshots") or ()
+        averaged = f", the mean over {1 + len(states)} states of training" if states else ""
         lines = [
-            f"Influence of {self.n_train} training examples on {on}"
+            f"Influence of {self.n_train} training examples on {on}{averaged}"
             f" ({self.settings['method']}, {self.targets.count} target parameters{solved}; {self.seconds:.1f} s)",
             f"score = predicted change of {self._whose} loss if the example were removed, by dataset index",
         ]
