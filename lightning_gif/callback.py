@@ -1013,8 +1013,6 @@ class GIFCallback(Callback):
         chosen = self._chosen_examples(given, train)
         if chosen is not None:
             return chosen
-        if isinstance(given, (list, tuple)) and not given:
-            raise BatchError(f"There are no examples to forget: an empty {type(given).__name__} was given.")
         mask = isinstance(given, Tensor) and given.dtype is torch.bool and given.ndim == 1
         if mask or (not isinstance(given, DataLoader) and not any(tensor.ndim for tensor in tensors(given))):
             raise BatchError(
@@ -1073,11 +1071,12 @@ def _single(loaders: Any) -> Any:
 
 
 def _are_indices(given: Any) -> bool:
-    """Whether something is a list, range or array of whole numbers: a batch has tensors, of more than one axis."""
+    """Whether something is a list, range or array of whole numbers, if of any: a batch has tensors, of more axes."""
     if getattr(given, "ndim", None) == 1:
         return "int" in str(getattr(given, "dtype", ""))
-    listed = isinstance(given, (list, tuple, range)) and len(given) > 0
-    return listed and all(isinstance(index, numbers.Integral) and not isinstance(index, bool) for index in given)
+    return isinstance(given, (list, tuple, range)) and all(
+        isinstance(index, numbers.Integral) and not isinstance(index, bool) for index in given
+    )
 
 
 def _known_classes(examples: Examples) -> list[int]:

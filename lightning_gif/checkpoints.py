@@ -33,16 +33,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{name!r} is a folder, as the checkpoints of sharded strategies are. Give a single file: consolidate it"
             " first (`python -m lightning.pytorch.utilities.consolidate_checkpoint`)."
         )
-    if os.path.isfile(path) and not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{name!r} is no checkpoint, or a damaged one: it is not the zip archive that torch.save writes. Give a"
-            " file that Trainer.save_checkpoint or ModelCheckpoint wrote."
-        )
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever a file that anyone may have written leads to
+        if not isinstance(error, OSError) and not zipfile.is_zipfile(path):
+            raise CheckpointError(
+                f"{name!r} is no checkpoint, or a damaged one: it is not the zip archive that torch.save writes. Give a"
+                " file that Trainer.save_checkpoint or ModelCheckpoint wrote."
+            ) from error
         told = " ".join(str(error).split())
         told = told if len(told) <= _LONGEST else f"{told[:_LONGEST]} …"
         raise CheckpointError(

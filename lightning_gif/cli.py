@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -246,7 +246,8 @@ def _run(command: str, run: Callable[..., int], arguments: list[str]) -> int:
         "-c", "--config", action=jsonargparse.ActionConfigFile, help="A configuration file in JSON or YAML."
     )
     parser.add_function_arguments(run)
-    given = _parsed(parser, arguments).as_dict()
+    with _told(parser):
+        given = parser.parse_args(arguments).as_dict()
     given.pop("config", None)
     return run(**given)
 
@@ -258,27 +259,30 @@ def _named(command: str, run: Callable[..., int]) -> dict[str, Any]:
         "prog": f"lightning-gif {command}",
         "usage": usage,
         "description": _first_line(run),
-        "exit_on_error": False,  # but raise, see _parsed
+        "exit_on_error": False,  # but raise, see _told
     }
 
 
-def _parsed(parser: Any, arguments: Any) -> Any:
-    """The arguments, parsed.
+@contextlib.contextmanager
+def _told(parser: Any) -> Iterator[None]:
+    """Turns what the parser does not take into an error that says what to do, where that is known.
 
     Raises:
-        ConfigurationError: If they cannot be, with what to do where that is known.
+        ConfigurationError: In its place.
     """
     try:
-        return parser.parse_args(arguments)
+        yield
     except argparse.ArgumentError as error:
         raise ConfigurationError(_remedy(" ".join(str(error).split()), parser)) from None
 
 
 def _remedy(told: str, parser: Any) -> str:
     """What to do about an error of the parser, which names its own classes; and that error."""
-    if told.startswith(start := "the following arguments are required: "):
-        return f"{', '.join(f'--{name}' for name in told.removeprefix(start).split(', '))} must be given, see --help."
-    if unknown := re.match(r"unrecognized arguments: --([\w.]+)", told):
+    missing = re.match(r'the following arguments are required: (.+)|Key "([\w.]+)" is required', told)
+    if missing:  # in the words of the parser's newer and older versions
+        names = (missing[1] or missing[2]).split(", ")
+        return f"{', '.join(f'--{name}' for name in names)} must be given, see --help."
+    if unknown := re.match(r"[Uu]nrecognized arguments: --([\w.]+)", told):
         known = [option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"]
         close = difflib.get_close_matches(unknown[1], known, n=1)
         return f"{told}. {f'Did you mean --{close[0]}?' if close else 'See --help.'}"
@@ -290,7 +294,9 @@ def _remedy(told: str, parser: Any) -> str:
         )
     elif re.search(r"Parser key \"(model|data)\".*Given value type: <class 'str'>", told):
         remedy = "Give the class by its import path, such as --model package.module.Class."
-    elif listed := re.search(r"list\[.*Given value: (\S+,\S*)$", told):
+    elif lacking := re.match(r"argument (--[\w.]+): expected one argument", told):
+        remedy = f"Give it a value, such as {lacking[1]} true, or whatever --help says."
+    elif listed := re.search(r"list\[.*Given value: ([^\s\[]\S*,\S*)$", told):
         remedy = f"Write a list in brackets: '[{listed[1]}]'."
     return f"{remedy} {told}"
 
@@ -325,14 +331,16 @@ class _Tool(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes what the model was made with from the checkpoint, where nothing else is given."""
-        self.config = _parsed(parser, args)
+        with _told(parser):
+            self.config = parser.parse_args(args)
         self.checkpoint = read_checkpoint(self.config.ckpt_path)
         kept = self.checkpoint.get("hyper_parameters")
         taken = self.config.model.get("init_args")
         if isinstance(kept, dict) and taken is not None:
-            given = parser.parse_args(args, defaults=False).model.get("init_args") or {}
-            open_ = {name: kept[name] for name in vars(taken) if name in kept and name not in given}
-            self.config = parser.parse_object({"model": {"init_args": open_}}, self.config)
+            with _told(parser):
+                given = parser.parse_args(args, defaults=False).model.get("init_args") or {}
+                open_ = {name: kept[name] for name in vars(taken) if name in kept and name not in given}
+                self.config = parser.parse_object({"model": {"init_args": open_}}, self.config)
 
     @override
     def after_instantiate_classes(self) -> None:
@@ -474,28 +482,32 @@ def _rewrite(
             " changed as they are loaded, or tied weights are there twice. Nothing was written."
         )
     with contextlib.ExitStack() as end:
-        made: os.stat_result | None = None
-        told = False
+        placed: list[bool] = []
+        saved = told = False
         try:
-            with replacing(output) as temporary:
+            with replacing(output, lambda: placed.append(True)) as temporary:
                 try:
                     torch.save(checkpoint, temporary)
                 except RuntimeError as error:  # of the C++ writer, which raises no OSError where the disk is full
                     raise CheckpointError(f"{str(output)!r} cannot be written: {error}") from error
                 sync(temporary)
                 end.enter_context(uninterrupted())  # until all is done
-                made = temporary.stat()
                 if edit is not None:
+                    saved = True
                     report.save(edit)
                 if record is not None:
                     report.write_down(event, record, before, after)
                     told = True
-        except BaseException:
-            in_place = made is not None and output.exists() and os.path.samestat(made, output.stat())
-            if made is not None and not in_place:
+        except BaseException as error:
+            if placed:
+                raise CheckpointError(
+                    f"{str(output)!r} is written, and in its place, but not known to be on the disk for good: {error}"
+                ) from error
+            try:
                 if told and record is not None:
                     report.write_down("apply" if event == "undo" else "undo", record, after, before)
-                if edit is not None:
+            finally:
+                if saved and edit is not None:
                     edit.unlink(missing_ok=True)
             raise
         if solves is not None:

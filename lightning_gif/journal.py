@@ -50,7 +50,7 @@ class Journal:
     def check(folder: Path) -> None:
         """Makes sure that changes could be kept in a folder: better known before anything is solved for than after.
 
-        Nothing is made; :meth:`keep` makes the folder.
+        It is tried out, and nothing is left of that; :meth:`keep` makes the folder.
 
         Raises:
             ConfigurationError: If it has something else in it, or could not be made or written to.
@@ -64,11 +64,15 @@ class Journal:
                         f"{str(folder)!r} is not empty and holds no solves that can be gone on with ({path.name})."
                         " Give another folder as `solves_to`."
                     )
-            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-            if not there.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
-            if not os.access(there, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+            missing = [path for path in (folder, *folder.parents) if not path.exists()]
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+            finally:
+                for path in missing:
+                    if path.is_dir():
+                        path.rmdir()
         except OSError as error:
             raise ConfigurationError(
                 f"`solves_to` must be a folder that can be made and written to, but {str(folder)!r} cannot: {error}."

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric, MetricCollection
 from tqdm.auto import tqdm
 
-from ._compat import LightningModule, Trainer, isolate_rng
+from ._compat import LightningModule, Trainer, isolate_rng, rank_zero_warn
 from .data import Examples, batch_size, class_targets, describe, map_tensors, same_structure, slice_batch, tensors
 from .digests import digest
 from .errors import BatchError, ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError
@@ -241,10 +241,10 @@ class Objective:
                 )
             try:
                 with torch.no_grad():
-                    with IndicesInBounds():
-                        values = (function if own else self._training_step)(self.theta, batch.data)
-                    if not own:  # so far the mean of all
-                        values = function(self.theta, batch.data)
+                    if _fails_for_good(self.device):
+                        with IndicesInBounds():
+                            (function if own else self._training_step)(self.theta, batch.data)
+                    values = function(self.theta, batch.data)
             except (BatchError, ObjectiveError, ConfigurationError):
                 raise
             except Exception as error:
@@ -295,7 +295,13 @@ class Objective:
         def predictions(*example: Any) -> Tensor:
             with Predictions() as noted:
                 self._loss_of(theta, *example)
-            found = noted.flat()
+            try:
+                found = noted.flat()
+            except RuntimeError as error:
+                raise ObjectiveError(
+                    f"{type(self.module).__name__} computes its losses inside of a vmap, out of which their predictions"
+                    " cannot be taken for curvature='ggn' and curvature_sampling='logits'. Use curvature='hessian'."
+                ) from error
             if found is None:
                 raise ObjectiveError(
                     "curvature='ggn' and curvature_sampling='logits' need the predictions of the loss, but"
@@ -796,6 +802,11 @@ def _why_not_finite(data: Any) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def _fails_for_good(device: torch.device) -> bool:
+    """Whether a kernel that meets an index out of bounds there makes all else on the device impossible."""
+    return device.type != "cpu"
+
+
 @contextlib.contextmanager
 def _isolated(
     module: LightningModule, device: torch.device, dtype: torch.dtype, loggers: Sequence[Any], ranks: Ranks
@@ -839,9 +850,14 @@ def _isolated(
         try:
             yield
         except BaseException:
-            # A GPU that has failed has no state of its random numbers to restore any more. Why it failed is the news.
-            with uninterrupted(), contextlib.suppress(RuntimeError):
-                stack.close()
+            with uninterrupted():
+                try:
+                    stack.close()
+                except RuntimeError as error:
+                    if not _fails_for_good(device):
+                        raise
+                    # It has no random state to restore any more, say. Why it failed is the news.
+                    rank_zero_warn(f"Not all could be restored on {device}: {error}", category=GIFWarning)
             raise
         with uninterrupted():
             stack.close()
@@ -859,7 +875,7 @@ def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
     own += [tensor.grad for tensor in own if tensor.grad is not None]
     values = [(tensor, tensor.data) for tensor in own]
     submodules = list(module.modules())
-    slots: list[dict[str, Any]] = [held for one in submodules for held in (one._parameters, one._buffers)]
+    slots: list[dict[str, Any]] = [held for one in submodules for held in (one._parameters, one._buffers, one._modules)]
     names = [(held, dict(held)) for held in slots]
     try:
         module.to(device)
@@ -868,6 +884,7 @@ def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
         for tensor, value in values:
             tensor.data = value
         for held, before in names:
+            held.clear()  # of what a step has registered since, on the other device
             held.update(before)
 
 
@@ -904,9 +921,9 @@ def _attributes_restored(module: nn.Module) -> Iterator[None]:
             for name in attributes.keys() - own.keys() - internal:
                 del attributes[name]
             attributes.update(own)
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.ExitStack() as all_of_them:  # also where one of them fails
             for container, content in contents.values():
-                _refill(container, content)
+                all_of_them.callback(_refill, container, content)
 
 
 def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:

@@ -107,8 +107,9 @@ class Predictions(TorchFunctionMode):
 class IndicesInBounds(TorchFunctionMode):
     """Inside of it, a class that the model does not predict, or a row that an embedding does not have, raises at once.
 
-    On a CPU PyTorch raises an ``IndexError`` as well. On a GPU an assertion fails inside of a kernel, after which the
-    process cannot read from that device any more, not even the weights. It cannot look at what ``vmap`` maps over.
+    On a CPU PyTorch raises an ``IndexError`` itself. On a GPU an assertion fails inside of a kernel, after which the
+    process cannot read from that device any more, not even the weights. Checked are the targets of a cross-entropy and
+    what is looked up in an embedding, but not inside of ``vmap``, where nothing can be decided by values.
     """
 
     def __torch_function__(
@@ -121,17 +122,23 @@ class IndicesInBounds(TorchFunctionMode):
             prediction, target, ignored = (given.arguments[name] for name in ("input", "target", "ignore_index"))
             if not target.is_floating_point():  # else probabilities
                 classes = prediction.shape[1 if prediction.ndim > 1 else 0]
-                _check_bounds(target[target != ignored], classes, "target", "classes that the model predicts")
-        elif func is F.embedding:
+                _check_bounds(target, classes, ignored, "target", "classes that the model predicts")
+        elif func in (F.embedding, F.embedding_bag):
             given = inspect.signature(func).bind(*args, **kwargs)
-            _check_bounds(given.arguments["input"], len(given.arguments["weight"]), "index", "rows of an embedding")
+            _check_bounds(
+                given.arguments["input"], len(given.arguments["weight"]), None, "index", "rows of an embedding"
+            )
         return func(*args, **kwargs)
 
 
-def _check_bounds(indices: Tensor, size: int, what: str, of: str) -> None:
-    bad = indices[(indices < 0) | (indices >= size)]
-    if len(bad):
-        raise IndexError(f"The {what} {int(bad[0])} is none of the {size} {of}, 0 to {size - 1}")
+def _check_bounds(indices: Tensor, size: int, ignored: int | None, what: str, of: str) -> None:
+    try:
+        bad = indices[(indices < 0) | (indices >= size)].flatten().tolist()
+        bad = [index for index in bad if index != ignored]
+    except RuntimeError:  # inside of vmap
+        return
+    if bad:
+        raise IndexError(f"The {what} {bad[0]} is none of the {size} {of}, 0 to {size - 1}")
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:

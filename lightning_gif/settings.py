@@ -352,7 +352,7 @@ class Settings:
 
     def quadratic_kind(self, size: int) -> str:
         """How :meth:`quadratic` has the inverse of a matrix of ``size`` rows, in words."""
-        return "exact" if size <= _EXACT else f"sketch of rank {self.max_iter}"
+        return "exact" if _is_small(size) else f"sketch of rank {self.max_iter}"
 
     def quadratic(self, operator: LinearOperator, damping: float) -> Callable[[Tensor], Tensor]:
         """``gᵀ(C + λ)⁻¹g`` of each row ``g`` of ``(m, n)`` as a function: exact for a small ``C``, else by a sketch.
@@ -362,7 +362,7 @@ class Settings:
             damping: ``λ``.
         """
         size = operator.shape[0]
-        if self.quadratic_kind(size) == "exact":
+        if _is_small(size):
             matrix = to_matrix(operator).double()
             matrix.diagonal().add_(damping)
             factor = torch.linalg.lu_factor(matrix)
@@ -426,3 +426,8 @@ _ADVICE = {
 def _require(name: str, value: Any, kind: Any, fits: Callable[[Any], bool], expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
         raise ConfigurationError(f"`{name}` must be {expected}, got {value!r}.")
+
+
+def _is_small(size: int) -> bool:
+    """Whether a matrix of ``size`` rows is made and inverted as it is."""
+    return size <= _EXACT

@@ -202,7 +202,8 @@ def relinearise(walk: Walk) -> Point:
             break
         else:
             # The curvature of a class that is predicted for certain can point anywhere, which the next solve bounds;
-            # and a step that had to be cut short to almost nothing says that more damping is due, which that has too.
+            # and a Newton step that had to be cut short, and so gained next to nothing, had too little damping, of
+            # which the next one has more.
             short = found is None or found.steps[-1] < 1
             if (forgotten or found is None) and (stalled or not short):
                 break

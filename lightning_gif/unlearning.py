@@ -464,7 +464,7 @@ class _Term:
         weight: In the risk.
         seen: The examples that solves see.
         measured: The examples that steps are measured on.
-        curved: How many of those seen give the curvature.
+        curved: How many of those seen give the curvature, near the end of the walk.
         losses: The function; the training loss where it is the objective itself.
         bound: What has the curvature of a parabola above the function, for where that of its own leads nowhere.
         left_seen: The slope ``(p,)`` that is subtracted, over those seen.

@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 __all__ = ["replace_file", "replacing", "sync"]
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, placed: Callable[[], Any] = lambda: None) -> Iterator[Path]:
     """A file to write, which takes the place of an old one once all of it is on the disk, and not before.
 
     After an error within the block the old file is as it was.
 
     Args:
         path: Where to; its folder must be there.
+        placed: Is called once it has taken that place; what is left, and may still fail, is to wait for the disk.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -28,6 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.copymode(path, temporary)
         sync(temporary)
         os.replace(temporary, path)
+        placed()
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)

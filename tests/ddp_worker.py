@@ -136,8 +136,9 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     found["written"] = torch.tensor(len(list((folder / f"saved {world}").iterdir())))
     loaded = UnlearnReport.load(folder / f"saved {world}" / "edit 0", module)
     loaded.apply(record=record)
-    loaded.record_metrics({"loss": 0.5}, record=record)
-    loaded.undo(record=record)
+    loaded = UnlearnReport.load(folder / f"saved {world}" / "edit 0")
+    loaded.record_metrics({"loss": 0.5}, module, record=record)
+    loaded.undo(module, record=record)
     trainer.strategy.barrier()
     assert verify(record, edits=folder / f"saved {world}" / "edit 0").ok
     events = ["unlearn", "undo", "apply", "metrics"]
@@ -261,6 +262,7 @@ if __name__ == "__main__":
     story, world, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     answer = {"results": results, "failures": failures, "death": death}[story](world, folder)
     torch.save(answer, folder / f"{story} {world} {os.environ.get('LOCAL_RANK', 0)}.pt")
-    # Here the story ends. Threads of gloo and of the launcher that wake while an interpreter is torn down can abort it.
+    # Here the story ends: what is asked is in the file. Threads of gloo and of the launcher that wake while an
+    # interpreter is torn down can abort it, which says nothing of this package; it starts none.
     sys.stderr.flush()
     os._exit(0)

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import pytest
 import torch
 import yaml
@@ -18,7 +19,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_gif import GIFCallback, GIFWarning, InfluenceReport, UnlearnReport, verify
 from lightning_gif.checkpoints import read_checkpoint
-from lightning_gif.cli import main
+from lightning_gif.cli import _remedy, main
 from lightning_gif.record import read
 
 from .conftest import make_trainer, same_weights
@@ -194,7 +195,7 @@ def test_a_checkpoint_that_cannot_take_its_place_is_told_to_the_record(
 
 
 def test_a_checkpoint_in_its_place_is_kept_where_its_folder_is_not_told_to_be_on_the_disk(
-    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing(path: Path) -> None:
         if path.is_dir() and Path("b.ckpt").exists():
@@ -203,6 +204,7 @@ def test_a_checkpoint_in_its_place_is_kept_where_its_folder_is_not_told_to_be_on
     with monkeypatch.context() as patch:
         patch.setattr("lightning_gif.writing.sync", failing)
         assert unlearn("--record", "deletions.jsonl") == 2
+    assert "is written, and in its place" in capsys.readouterr().err
     assert [entry["event"] for entry in read("deletions.jsonl").entries] == ["unlearn"]
     assert verify("deletions.jsonl", edits="edit.safetensors", checkpoint="b.ckpt").ok
 
@@ -430,7 +432,7 @@ def test_snapshots_of_a_checkpoint_are_asked(tmp_path: Path, capsys: pytest.Capt
     assert "the mean over 3 states of training" in capsys.readouterr().out
     assert len(InfluenceReport.load("report").settings["snapshots"]) == 2
     assert main(asked) == 2
-    assert "snapshots" in capsys.readouterr().err
+    assert "there are none: fit with GIFCallback(snapshots" in capsys.readouterr().err
 
 
 def test_a_hook_changes_what_is_loaded_but_not_what_is_written(
@@ -476,9 +478,25 @@ def test_the_command_runs_as_a_process(trained: dict[str, Any]) -> None:
     assert "before entry 1" in done.stdout
 
 
+def test_saved_arguments_that_do_not_fit_the_model_are_told(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({**content("a.ckpt"), "hyper_parameters": {"width": "wide"}}, "other.ckpt")
+    assert main(["influence", *OPTIONS, "--ckpt_path", "other.ckpt", "--output", "report"]) == 2
+    assert "width" in capsys.readouterr().err
+
+
+def test_words_of_older_parsers_are_understood() -> None:
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--ratio")
+    assert "--output must be given" in _remedy('Key "output" is required but not included in config object', parser)
+    assert "Did you mean --ratio?" in _remedy("Unrecognized arguments: --ration 3", parser)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["influence", *OPTIONS, "--snapshots"], ["such as --snapshots true"]),
         (["influence", *OPTIONS, "--ckpt_path", "a.ckpt"], ["--output must be given"]),
         (["undo", "--edit", "edit"], ["--ckpt_path, --output must be given"]),
         (["influence", *OPTIONS, "--gif.ration", "0.2"], ["--gif.ration 0.2", "Did you mean --gif.ratio?"]),

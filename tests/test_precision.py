@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_gif import GIFCallback, UnlearnReport, attach
+from lightning_gif import GIFCallback, GIFWarning, UnlearnReport, attach
 from lightning_gif._compat import isolate_rng
-from lightning_gif.errors import BatchError
+from lightning_gif.errors import BatchError, ObjectiveError
 from lightning_gif.objective import _moved
 
 from .conftest import WEIGHTS_ONLY, Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
@@ -162,6 +162,39 @@ def test_half_precision_on_a_cpu_works(tmp_path: Path) -> None:
     assert theory.isfinite().all()
 
 
+class Replaced(Classifier):
+    """Moves as from a CPU to a GPU: parameters stay, and hold another tensor."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.data = torch.zeros_like(parameter)
+                assert parameter.grad is not None
+                parameter.grad.data = torch.zeros_like(parameter)
+        for submodule in self.modules():
+            submodule._buffers.update({name: torch.zeros_like(held) for name, held in submodule.named_buffers()})
+        return self
+
+
+def test_the_tensors_of_before_are_held_again_and_none_of_those_that_were_added() -> None:
+    module = Replaced(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
+    module.training_step(batch_of(blobs(), slice(4)), 0).backward()
+    state = [*module.parameters(), *module.buffers(), *(p.grad for p in module.parameters() if p.grad is not None)]
+    before = [(tensor, tensor.data_ptr(), tensor.clone()) for tensor in state]
+    names = list(module.state_dict())
+    with _moved(module, torch.device("cpu")):
+        assert not any(parameter.any() for parameter in module.parameters())
+        module.net.register_buffer("mask", torch.ones(2))
+        module.register_parameter("scale", nn.Parameter(torch.ones(2)))
+        module.add_module("later", nn.Linear(2, 2))
+    assert list(module.state_dict()) == names
+    after = [*module.parameters(), *module.buffers(), *(p.grad for p in module.parameters() if p.grad is not None)]
+    for tensor, (one, where, value) in zip(after, before, strict=True):
+        assert tensor is one
+        assert tensor.data_ptr() == where
+        assert torch.equal(tensor, value)
+
+
 @pytest.mark.parametrize("how", ["read", "interrupted"])
 def test_a_device_that_fails_leaves_the_tensors_that_were_elsewhere(how: str) -> None:
     """As of a GPU that has failed, nothing can be read back from PyTorch's device without memory."""
@@ -201,7 +234,8 @@ def test_why_a_device_has_failed_is_told_rather_than_that_it_cannot_be_tidied(mo
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     monkeypatch.setattr("lightning_gif.objective.isolate_rng", failed)
-    with pytest.raises(BatchError, match="none of the 3 classes"):
+    monkeypatch.setattr("lightning_gif.objective._fails_for_good", lambda device: True)
+    with pytest.raises(BatchError, match="none of the 3 classes"), pytest.warns(GIFWarning, match="device-side"):
         trainer.influence((data.tensors[0][:4], data.tensors[1][:4] + 7))
     assert {name: part.training for name, part in module.named_modules()} == training
     with pytest.raises(RuntimeError, match="device-side"):
@@ -247,6 +281,26 @@ def test_statistics_gathered_on_a_gpu_come_with_a_checkpoint_to_the_cpu(tmp_path
     fresh.validate(Classifier(net()), loader(data), ckpt_path=tmp_path / "a.ckpt", **WEIGHTS_ONLY, verbose=False)
     assert dict(callback.targets).keys() == dict(trainer.callbacks[0].targets).keys()
     assert same_weights(weights(module), weights(fresh.lightning_module))
+
+
+class OwnLosses(Classifier):
+    """By a ``vmap`` of its own."""
+
+    def influence_loss(self, batch: Any) -> Tensor:
+        return torch.func.vmap(nn.functional.cross_entropy)(self(batch[0]), batch[1])
+
+
+def test_losses_by_a_vmap_of_the_users_own_work_where_indices_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _, data = fitted(OwnLosses(net()), callback=quick())
+    report = trainer.influence(batch_of(data, slice(4)))
+    assert report.settings["curvature"] == "hessian"
+    expected = report.scores
+    with pytest.raises(ObjectiveError, match="inside of a vmap"):
+        trainer.influence(batch_of(data, slice(4)), curvature="ggn")
+    trainer.unlearn([1, 2], dry_run=True)
+    monkeypatch.setattr("lightning_gif.objective._fails_for_good", lambda device: True)
+    assert torch.equal(trainer.influence(batch_of(data, slice(4))).scores, expected)
+    trainer.unlearn([1, 2], dry_run=True)
 
 
 @needs_gpu

@@ -133,6 +133,7 @@ OUT_OF_BOUNDS: dict[str, Callable[[], Tensor]] = {
     "one": lambda: F.cross_entropy(LOGITS[0], torch.tensor(3)),
     "positions": lambda: F.cross_entropy(torch.randn(4, 3, 5), OTHER[:, None].expand(-1, 5)),
     "embedding": lambda: nn.Embedding(3, 2)(OTHER),
+    "bag": lambda: nn.EmbeddingBag(3, 2)(OTHER[None]),
 }
 
 
@@ -140,9 +141,20 @@ OUT_OF_BOUNDS: dict[str, Callable[[], Tensor]] = {
 def test_what_is_out_of_bounds_is_told_before_a_kernel_sees_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in ("cross_entropy_loss", "nll_loss_nd"):
         monkeypatch.setattr(torch._C._nn, kernel, lambda *_: pytest.fail("the kernel was called"))
-    monkeypatch.setattr(torch, "embedding", lambda *_: pytest.fail("the kernel was called"))
+    for kernel in ("embedding", "embedding_bag"):
+        monkeypatch.setattr(torch, kernel, lambda *_: pytest.fail("the kernel was called"))
     with pytest.raises(IndexError, match="is none of the 3"), IndicesInBounds():
         OUT_OF_BOUNDS[name]()
+
+
+def test_what_vmap_maps_over_is_left_to_it() -> None:
+    def loss(logits: Tensor, label: Tensor, word: Tensor) -> Tensor:
+        return F.cross_entropy(logits, label) + F.embedding(word, VALUES).sum()
+
+    mapped = torch.func.vmap(loss)
+    with IndicesInBounds():
+        found = mapped(LOGITS, LABELS, LABELS)
+    assert torch.equal(found, mapped(LOGITS, LABELS, LABELS))
 
 
 def test_what_is_in_bounds_or_ignored_passes() -> None:

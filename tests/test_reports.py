@@ -1046,7 +1046,7 @@ def test_scores_of_each_example_for_itself_are_reported_without_a_query(tmp_path
     best = int(report.scores.argmax())
     assert f"24 training examples for themselves, strongest proponent {best} (" in repr(report)
     assert "24 training examples on themselves (if, 195 target parameters; exact; " in str(report)
-    assert "does to its own loss by being there" in str(report.by_group())
+    assert "change of an example's own loss if it were removed" in str(report.by_group())
     assert "\nhighest: " in str(report)
     assert "opponents" not in str(report)
     assert "change of its own loss if the example were removed" in str(report)

@@ -211,7 +211,7 @@ class InfluenceReport:
         scores = self.scores.mean(0) if query is None else self.scores[query]
         if self._of_themselves:
             return group_scores(
-                names, scores, "mean = what an example of the group does to its own loss by being there"
+                names, scores, "mean = predicted change of an example's own loss if it were removed, total = their sum"
             )
         queries = len(self.scores)
         whose = (

@@ -142,6 +142,8 @@ class UnlearnReport:
 
         Args:
             module: The model, or the ``state_dict`` of a checkpoint; by default the model that the edit was made on.
+                Where its trainer runs it in several processes, all must call this: the edit is made in all copies, or
+                in none.
             record: The file to add an entry to; by default that of the report, if it belongs to one.
 
         Raises:
@@ -189,21 +191,22 @@ class UnlearnReport:
         bad = [name for name, value in values.items() if not isinstance(value, numbers.Real)]
         if bad:
             raise RecordError(f"Metrics must be numbers by name; {bad[0]!r} is {metrics[bad[0]]!r}.")
-        here = weights_digest(self._resolve(module))
-        with self.ranks.guarded():
-            if self.ranks.rank == 0:
+        weights = self._resolve(module)
+        here, ranks = weights_digest(weights), self._ranks_of(weights)
+        with ranks.guarded():
+            if ranks.rank == 0:
                 self.write_down("metrics", kept, here, here, values)
 
     def change(self, event: Event, module: Weights | None = None, record: str | os.PathLike[str] | None = None) -> None:
         """Makes the edit or takes it back, and tells the record if there is one: both, or neither, in all processes."""
         weights = self._resolve(module)
         make, take_back = (self.edit.undo, self.edit.apply) if event == "undo" else (self.edit.apply, self.edit.undo)
-        kept = self.record if record is None else record
-        kept = kept if self.ranks.rank == 0 else None  # one process writes it
+        kept, ranks = self.record if record is None else record, self._ranks_of(weights)
+        kept = kept if ranks.rank == 0 else None  # one process writes it
         before, after = "" if kept is None else weights_digest(weights), ""
         made = told = False
         try:
-            with self.ranks.guarded():
+            with ranks.guarded():
                 with uninterrupted():
                     make(weights)
                     made = True
@@ -271,6 +274,12 @@ class UnlearnReport:
             raise EditError("The report was loaded from a file; say which model: undo(model) or apply(model).")
         return found
 
+    def _ranks_of(self, weights: Weights) -> Ranks:
+        """The processes that hold copies of the weights; a report that was loaded knows of none itself."""
+        if self.ranks.size > 1 or not isinstance(weights, nn.Module):
+            return self.ranks
+        return Ranks.of_module(weights)
+
     # ----------------------------------------------------------------------------------------------------------------
     # Files
     # ----------------------------------------------------------------------------------------------------------------
@@ -308,8 +317,7 @@ class UnlearnReport:
 
         Args:
             path: The file.
-            module: The model that :meth:`undo` and :meth:`apply` will act on. Where a trainer runs it in several
-                processes, these act on all copies or on none, and must be called by all.
+            module: The model that :meth:`undo` and :meth:`apply` will act on.
 
         Raises:
             EditError: If the file is not an edit, is damaged or was edited, or does not fit ``module``.
@@ -335,7 +343,7 @@ class UnlearnReport:
             str(report), report.summary()  # what cannot be told is no report
         if module is not None:
             report.edit.check_fits(module)
-            report.module, report.ranks = module, Ranks.of_module(module)
+            report.module = module
         return report
 
     @classmethod
