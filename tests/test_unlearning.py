@@ -28,6 +28,7 @@ from lightning_gif import (
     attach,
     unlearning,
 )
+from lightning_gif.settings import Settings
 from lightning_gif.steps import Goal, LocalModel, Point, Walk, natural, relinearise, search
 from lightning_gif.unlearning import _Ranked
 
@@ -1366,3 +1367,26 @@ def test_examples_of_a_regression_net_are_forgotten() -> None:
     report = trainer.unlearn([10, 11, 12, 13])
     assert report.goal is Goal.EXAMPLES
     assert float((module(x).detach() - truth).square().mean()) < 0.5 * far
+
+
+def test_while_most_of_a_class_is_remembered_half_of_the_examples_give_the_curvature(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at: list[int] = []
+    original = Settings.open_curvature
+
+    def noted(self: Settings, objective: Any, examples: Any, *args: Any, **options: Any) -> Any:
+        looked_at.append(len(examples))
+        return original(self, objective, examples, *args, **options)
+
+    trainer, _, _ = fitted(dataset=blobs(1200), max_epochs=4)
+    monkeypatch.setattr(Settings, "open_curvature", noted)
+    edit = trainer.unlearn(lambda batch: batch[1] == 1, dry_run=True)
+    assert edit.goal is Goal.CLASS
+    assert edit.path[0].remembered > 0.5
+    solves = list(zip(looked_at[::2], looked_at[1::2], strict=True))  # over retained examples, and over the class
+    assert solves[0] == (128, 32)
+    assert solves[-1] == (256, 64)
+    looked_at.clear()
+    trainer.unlearn(list(range(0, 30)), relabel=1, dry_run=True)
+    assert set(looked_at) & {128} == set()
