@@ -481,6 +481,8 @@ class GIFCallback(Callback):
         settings = self.settings.override(overrides, named).for_unlearning()
         check_step(step)
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
+            paths = [None if path is None else os.fspath(path) for path in (kept, folder)]
+            objective.ranks.agree(paths, "record and solves_to", "Make the same call on all of them.")
             if trainer.is_global_zero:  # which writes it
                 self._check_record(kept)
                 if folder is not None:

@@ -231,11 +231,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _Tool(command, _WITH_MODEL[command], arguments[1:]).run_command()
     except (GIFError, MisconfigurationException, OSError) as error:
         return _fail(command, str(error))
-    except KeyboardInterrupt:
-        goes_on = ""
-        if command == "unlearn":
-            goes_on = " Where --edit is not there yet, the same command goes on where it was with --solves_to."
-        return _fail(command, f"interrupted. No file is written in part.{goes_on}", code=130)
+    except KeyboardInterrupt as interrupt:
+        told = str(interrupt) or "No file is written."
+        if command == "unlearn" and not str(interrupt):
+            told += " With --solves_to, the same command goes on from the last solve that was finished."
+        return _fail(command, f"interrupted. {told}", code=130)
 
 
 def _run(command: str, run: Callable[..., int], arguments: list[str]) -> int:
@@ -349,7 +349,7 @@ class _Tool(LightningCLI):
         if present and self.config.gif != self.parser.get_defaults().gif:
             raise ConfigurationError(
                 "The trainer of the config file has a GIFCallback, and `gif` is given too. Give its settings in one"
-                " place."
+                " place: in the file, or by --gif with --trainer.callbacks null behind the file."
             )
         self.callback = present[0] if present else self.config_init.gif
         attach(self.trainer, self.model, datamodule=self.datamodule, callback=self.callback)
@@ -481,37 +481,43 @@ def _rewrite(
             "The model does not hold the weights of the checkpoint bit by bit: they are of another precision, are"
             " changed as they are loaded, or tied weights are there twice. Nothing was written."
         )
-    with contextlib.ExitStack() as end:
-        placed: list[bool] = []
-        saved = told = False
-        try:
-            with replacing(output, lambda: placed.append(True)) as temporary:
-                try:
-                    torch.save(checkpoint, temporary)
-                except RuntimeError as error:  # of the C++ writer, which raises no OSError where the disk is full
-                    raise CheckpointError(f"{str(output)!r} cannot be written: {error}") from error
-                sync(temporary)
-                end.enter_context(uninterrupted())  # until all is done
-                if edit is not None:
-                    saved = True
-                    report.save(edit)
-                if record is not None:
-                    report.write_down(event, record, before, after)
-                    told = True
-        except BaseException as error:
-            if placed:
-                raise CheckpointError(
-                    f"{str(output)!r} is written, and in its place, but not known to be on the disk for good: {error}"
-                ) from error
+    placed: list[bool] = []
+    saved = told = False
+    try:
+        with contextlib.ExitStack() as end:
             try:
-                if told and record is not None:
-                    report.write_down("apply" if event == "undo" else "undo", record, after, before)
-            finally:
-                if saved and edit is not None:
-                    edit.unlink(missing_ok=True)
-            raise
-        if solves is not None:
-            Journal.clear(solves)
+                with replacing(output, lambda: placed.append(True)) as temporary:
+                    try:
+                        torch.save(checkpoint, temporary)
+                    except RuntimeError as error:  # of the C++ writer, which raises no OSError where the disk is full
+                        raise CheckpointError(f"{str(output)!r} cannot be written: {error}") from error
+                    sync(temporary)
+                    end.enter_context(uninterrupted())  # until all is done
+                    if edit is not None:
+                        saved = True
+                        report.save(edit)
+                    if record is not None:
+                        report.write_down(event, record, before, after)
+                        told = True
+            except BaseException as error:
+                if placed:
+                    raise CheckpointError(
+                        f"{str(output)!r} is written, and in its place, but not known to be on the disk for good:"
+                        f" {error}"
+                    ) from error
+                try:
+                    if told and record is not None:
+                        report.write_down("apply" if event == "undo" else "undo", record, after, before)
+                finally:
+                    if saved and edit is not None:
+                        edit.unlink(missing_ok=True)
+                raise
+            if solves is not None:
+                Journal.clear(solves)
+    except KeyboardInterrupt:
+        if placed:
+            raise KeyboardInterrupt(f"{output} is written, and all that belongs to it.") from None
+        raise
 
 
 def _check_ties(weights: dict[str, Any], edit: Edit) -> None:

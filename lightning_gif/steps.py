@@ -238,18 +238,26 @@ def _trusted(walk: Walk, start: Point, model: LocalModel, solved: int) -> Point 
     """
     before = start.steps + (0.0,) * (solved - len(start.steps))
 
-    def lowers(point: Point, step: float) -> bool:  # NaN does not
-        falls = point.risk < start.risk and point.risk - start.risk <= _TRUSTED * model.change(step)
-        return falls and (_affordable(walk, point) or point.retain_loss <= start.retain_loss)
+    def lower(point: Point) -> bool:  # NaN is not
+        return point.risk < start.risk and (_affordable(walk, point) or point.retain_loss <= start.retain_loss)
+
+    def as_predicted(point: Point, step: float) -> bool:
+        return lower(point) and point.risk - start.risk <= _TRUSTED * model.change(step)
 
     step, there = 1.0, walk.measure(*before, 1.0)
+    tried = [there]
     for _ in range(_HALVINGS):
-        if lowers(there, step):
+        if as_predicted(there, step):
             break
         step /= 2
         there = walk.measure(*before, step)
-    if not lowers(there, step):
-        return None
+        tried.append(there)
+    if not as_predicted(there, step):
+        if walk.goal is Goal.EXAMPLES:
+            return None
+        # The risk of a class or of labels is no less than zero. A model from the curvature of a few examples may
+        # promise more than all of it, along a change that lowers it all the same.
+        return min(filter(lower, tried), key=lambda point: point.risk, default=None)
     longer = step == 1.0 and there.risk - start.risk <= model.change(1.0)
     while longer and 2 * step <= _LONGEST:
         further = walk.measure(*before, 2 * step)

@@ -228,6 +228,8 @@ def failures(world: int, folder: Path) -> dict[str, Any]:
     found["no undo"] = told(lambda: made.undo(record=folder / "file" / "record"))
     found["still edited"] = made.edit.is_in(module)
     made.undo()
+    differing = {"record": folder / f"record {rank}"}
+    found["other record"] = told(lambda: trainer.unlearn([3], **differing))
     found["other labels"] = told(lambda: trainer.unlearn([3, 5], relabel=torch.tensor([1, rank % 2])))
     part = DataLoader(points(20, seed=rank), 4)
     found["other loader"] = told(lambda: trainer.influence(part))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def test_an_interrupted_command_goes_on(
         patch.setattr("lightning_gif.cli._rewrite", interrupted)
         assert unlearn("--solves_to", "solves") == 130
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith("lightning-gif unlearn: interrupted. No file is written in part.")
+    assert told.startswith("lightning-gif unlearn: interrupted. No file is written.")
     assert "--solves_to" in told
     assert not Path("b.ckpt").exists()
     assert list(Path("solves").iterdir())
@@ -151,7 +152,7 @@ def test_an_interrupted_command_goes_on(
 
 
 def test_ctrl_c_does_not_come_between_the_record_and_the_checkpoint(
-    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = UnlearnReport.write_down
 
@@ -161,6 +162,7 @@ def test_ctrl_c_does_not_come_between_the_record_and_the_checkpoint(
 
     monkeypatch.setattr(UnlearnReport, "write_down", interrupted)
     assert unlearn("--record", "deletions.jsonl", "--solves_to", "solves") == 130
+    assert re.search(r"interrupted\. .*b\.ckpt is written, and all that belongs to it\.", capsys.readouterr().err)
     assert verify("deletions.jsonl", edits="edit.safetensors", checkpoint="b.ckpt").ok
     assert not Path("solves").exists()
 

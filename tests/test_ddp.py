@@ -100,6 +100,7 @@ def test_what_stops_one_process_stops_all_with_its_reason(world: int, tmp_path: 
         "other batch": ("ConfigurationError", "must be given the same batch"),
         "other settings": ("ConfigurationError", "must be given the same arguments"),
         "other indices": ("ConfigurationError", "must be given the same indices"),
+        "other record": ("ConfigurationError", "must be given the same record"),
         "other labels": ("ConfigurationError", "must be given the same new labels"),
         "other loader": ("ConfigurationError", "must be given the same batch or loader"),
         "other data": ("ConfigurationError", "must be given the same training data"),

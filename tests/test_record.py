@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -201,8 +202,9 @@ def test_metrics_are_an_entry_that_is_tied_to_the_weights(tmp_path: Path) -> Non
     assert set(entry["weights"].values()) == {weights_digest(module)}
     with pytest.raises(RecordError, match="'accuracy' is 'good'"):
         report.record_metrics({"accuracy": "good"})  # type: ignore[dict-item]
-    with pytest.raises(RecordError, match=r"numbers by name, such as .*, got 0\.5"):
-        report.record_metrics(0.5)  # type: ignore[arg-type]
+    for bad in (0.5, {}, {1: 0.5}):
+        with pytest.raises(RecordError, match=rf"numbers by name, such as .*, got {re.escape(str(bad))}"):
+            report.record_metrics(bad)  # type: ignore[arg-type]
     report.record = None
     with pytest.raises(RecordError, match="belongs to no record"):
         report.record_metrics({"accuracy": 0.5})

@@ -1148,6 +1148,12 @@ def test_a_class_is_not_left_half_way_where_a_step_is_cut_short_to_almost_nothin
     assert len(hopeless.solved) == 3
 
 
+def test_a_model_that_promises_more_than_there_is_does_not_hide_a_step_that_helps() -> None:
+    """It promises 400, of a risk that is 1 and falls to 0.3 in the middle of the step."""
+    valley = lambda s=0.0, *later: 1.0 - 1.4 * (s if s < 0.5 else 1.0 - s)  # noqa: E731
+    assert relinearise(labels(valley, LocalModel(-800.0, 800.0), LocalModel(-1.0, 1.0))).steps == (0.5,)
+
+
 def test_no_further_step_costs_more_than_forgetting_may() -> None:
     walk = Told(
         lambda first=0.0, *later: 1.0 - sum(later) / 3,

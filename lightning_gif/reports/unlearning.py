@@ -185,7 +185,7 @@ class UnlearnReport:
         kept = self.record if record is None else record
         if kept is None:
             raise RecordError("The report belongs to no record: give record='deletions.jsonl', or unlearn with one.")
-        if not isinstance(metrics, Mapping):
+        if not isinstance(metrics, Mapping) or not metrics or not all(isinstance(name, str) for name in metrics):
             raise RecordError(f"Metrics must be numbers by name, such as {{'test/accuracy': 0.98}}, got {metrics!r}.")
         values = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
         bad = [name for name, value in values.items() if not isinstance(value, numbers.Real)]
