@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (GIFError, MisconfigurationException, OSError) as error:
         return _fail(command, str(error))
     except KeyboardInterrupt as interrupt:
-        told = str(interrupt) or "No file is written."
+        told = str(interrupt) or "No file is written in part."
         if command == "unlearn" and not str(interrupt):
             told += " With --solves_to, the same command goes on from the last solve that was finished."
         return _fail(command, f"interrupted. {told}", code=130)

@@ -71,7 +71,7 @@ class Journal:
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
             finally:
                 for path in missing:
-                    if path.is_dir():
+                    with contextlib.suppress(OSError):  # not there, or another process has put something into it
                         path.rmdir()
         except OSError as error:
             raise ConfigurationError(

@@ -139,7 +139,7 @@ def test_an_interrupted_command_goes_on(
         patch.setattr("lightning_gif.cli._rewrite", interrupted)
         assert unlearn("--solves_to", "solves") == 130
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith("lightning-gif unlearn: interrupted. No file is written.")
+    assert told.startswith("lightning-gif unlearn: interrupted. No file is written in part.")
     assert "--solves_to" in told
     assert not Path("b.ckpt").exists()
     assert list(Path("solves").iterdir())
