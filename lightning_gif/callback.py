@@ -235,6 +235,7 @@ class GIFCallback(Callback):
         self.report_options = dict(report_options or {})
         self.record = record
         self._check_reports()
+        self._check_path("record", record, "file")
         self._check_record(record)
 
         self.neurons = NeuronStatistics()
@@ -770,7 +771,6 @@ class GIFCallback(Callback):
 
     def _check_record(self, path: Any) -> None:
         """Whether an entry could be added: better known before an edit is solved for than after."""
-        self._check_path("record", path, "file")
         if path is None:
             return
         if os.path.isdir(path):

@@ -31,7 +31,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if os.path.isdir(path):
         raise CheckpointError(
             f"{name!r} is a folder, as the checkpoints of sharded strategies are. Give a single file: consolidate it"
-            " first (`python -m lightning.pytorch.utilities.consolidate_checkpoint`)."
+            " first (of FSDP by `python -m lightning.pytorch.utilities.consolidate_checkpoint`)."
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -28,6 +28,7 @@ from .errors import CheckpointError, ConfigurationError, GIFError, TrainingDataE
 from .interrupts import uninterrupted
 from .journal import Journal
 from .parameters import Edit, weights_digest
+from .record import Event
 from .reports import UnlearnReport
 from .verification import verify as _verify
 from .writing import replacing, sync
@@ -232,9 +233,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (GIFError, MisconfigurationException, OSError) as error:
         return _fail(command, str(error))
     except KeyboardInterrupt as interrupt:
-        told = str(interrupt) or "No file is written in part."
-        if command == "unlearn" and not str(interrupt):
-            told += " With --solves_to, the same command goes on from the last solve that was finished."
+        goes_on = ""
+        if command == "unlearn":
+            goes_on = " With --solves_to, the same command goes on from the last solve that was finished."
+        told = str(interrupt) or f"No file is written in part.{goes_on}"
         return _fail(command, f"interrupted. {told}", code=130)
 
 
@@ -481,41 +483,28 @@ def _rewrite(
             "The model does not hold the weights of the checkpoint bit by bit: they are of another precision, are"
             " changed as they are loaded, or tied weights are there twice. Nothing was written."
         )
-    placed: list[bool] = []
-    saved = told = False
+    done = False
     try:
         with contextlib.ExitStack() as end:
-            try:
-                with replacing(output, lambda: placed.append(True)) as temporary:
-                    try:
-                        torch.save(checkpoint, temporary)
-                    except RuntimeError as error:  # of the C++ writer, which raises no OSError where the disk is full
-                        raise CheckpointError(f"{str(output)!r} cannot be written: {error}") from error
-                    sync(temporary)
-                    end.enter_context(uninterrupted())  # until all is done
-                    if edit is not None:
-                        saved = True
-                        report.save(edit)
-                    if record is not None:
-                        report.write_down(event, record, before, after)
-                        told = True
-            except BaseException as error:
-                if placed:
-                    raise CheckpointError(
-                        f"{str(output)!r} is written, and in its place, but not known to be on the disk for good:"
-                        f" {error}"
-                    ) from error
+            with contextlib.ExitStack() as take_back, replacing(output, take_back.pop_all) as temporary:
                 try:
-                    if told and record is not None:
-                        report.write_down("apply" if event == "undo" else "undo", record, after, before)
-                finally:
-                    if saved and edit is not None:
-                        edit.unlink(missing_ok=True)
-                raise
+                    torch.save(checkpoint, temporary)
+                except RuntimeError as error:  # of the C++ writer, which raises no OSError where the disk is full
+                    raise CheckpointError(f"{str(output)!r} cannot be written: {error}") from error
+                sync(temporary)
+                end.enter_context(uninterrupted())  # until all is done
+                if edit is not None:
+                    take_back.callback(edit.unlink, missing_ok=True)
+                    report.save(edit)
+                if record is not None:
+                    report.write_down(event, record, before, after)
+                    reverse: Event = "apply" if event == "undo" else "undo"
+                    take_back.callback(report.write_down, reverse, record, after, before)
             if solves is not None:
                 Journal.clear(solves)
+            done = True
     except KeyboardInterrupt:
-        if placed:
+        if done:
             raise KeyboardInterrupt(f"{output} is written, and all that belongs to it.") from None
         raise
 

@@ -874,9 +874,9 @@ def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
     own: list[Tensor] = list(module.parameters())
     own += [tensor.grad for tensor in own if tensor.grad is not None]
     values = [(tensor, tensor.data) for tensor in own]
-    submodules = list(module.modules())
-    slots: list[dict[str, Any]] = [held for one in submodules for held in (one._parameters, one._buffers, one._modules)]
-    names = [(held, dict(held)) for held in slots]
+    names: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (held, dict(held)) for one in module.modules() for held in (one._parameters, one._buffers, one._modules)
+    ]
     try:
         module.to(device)
         yield

@@ -22,6 +22,9 @@ def replacing(path: Path, placed: Callable[[], Any] = lambda: None) -> Iterator[
     Args:
         path: Where to; its folder must be there.
         placed: Is called once it has taken that place; what is left, and may still fail, is to wait for the disk.
+
+    Raises:
+        OSError: If it cannot be written; or is, which the error says, but perhaps not for good.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -33,7 +36,11 @@ def replacing(path: Path, placed: Callable[[], Any] = lambda: None) -> Iterator[
         placed()
     finally:
         temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    try:
+        sync(path.parent)
+    except OSError as error:
+        told = f"it is written, and in its place, but not known to be on the disk for good ({error.strerror})"
+        raise OSError(error.errno, told, str(path)) from error
 
 
 def replace_file(path: Path, content: bytes) -> None:
