@@ -107,14 +107,12 @@ def influence(
                 f"The scores take {_BYTES * queries * len(scored) / 2**30:.1f} GiB, and are in {folder}: the same call"
                 " goes on there if it is interrupted. Delete the folder once the report is no longer needed."
             )
-    solved = [] if store is None else _Solved.load(store, len(moments), queries, objective)
-    if not solved:
-        for moment in moments:
-            with objective.at(moment):
-                solved.append(_solve(objective, train, query, settings, method, targets, per_example))
-        if store is not None and ranks.rank == 0 and not store.done.all():
-            directions = torch.cat([one.directions for one in solved])
-            store.save_directions(directions, [one.told() for one in solved])
+    solved = [] if store is None else _Solved.load(store, objective)
+    for moment in moments[len(solved) :]:
+        with objective.at(moment):
+            solved.append(_solve(objective, train, query, settings, method, targets, per_example))
+        if store is not None and ranks.rank == 0:
+            store.save_directions(torch.cat([one.directions for one in solved]), [one.told() for one in solved])
 
     # Weight decay does not become less where one example is removed, so each example's loss carries its share.
     decays = [
@@ -149,8 +147,8 @@ def influence(
             if block is not None and (store is None or ranks.rank == 0):  # one process writes a file
                 kept.write(start, block)
             bar.update(stop - start)
-    if store is not None and ranks.rank == 0:
-        store.finish()
+    if store is not None and ranks.rank == 0 and any(len(one.directions) for one in solved):
+        store.finish([one.told() for one in solved], objective.space.size)
     scores, indices = kept.both() if isinstance(kept, Strongest) else (kept.scores, scored.ids)
     return InfluenceReport(
         scores=scores,
@@ -207,9 +205,9 @@ class _Solved:
         }
 
     @classmethod
-    def load(cls, store: ScoreStore, moments: int, queries: int, objective: Objective) -> list[_Solved]:
-        """What an interrupted call has kept of the solves at each of the moments; nothing if it has not."""
-        found = store.load_directions(moments * queries, objective.space.size)
+    def load(cls, store: ScoreStore, objective: Objective) -> list[_Solved]:
+        """What an earlier call has kept of the solves at the first of the moments; without directions, if it ended."""
+        found = store.load_directions(objective.space.size)
         if objective.ranks.first(found is None) or found is None:  # others may only seem to see what the first does not
             return []
         directions, told = found
@@ -221,7 +219,7 @@ class _Solved:
                     values["curvature"],
                     values["damping"],
                 )
-                for part, values in zip(directions.to(objective.device).chunk(len(told)), told, strict=True)
+                for part, values in zip(directions.to(objective.device).tensor_split(len(told)), told, strict=True)
             ]
 
 

@@ -245,6 +245,7 @@ class Objective:
                         with IndicesInBounds():
                             (function if own else self._training_step)(self.theta, batch.data)
                     values = function(self.theta, batch.data)
+                    finite = bool(torch.isfinite(values).all())  # where a GPU tells what its kernels met
             except (BatchError, ObjectiveError, ConfigurationError):
                 raise
             except Exception as error:
@@ -252,7 +253,7 @@ class Objective:
                     f"The {name} of the {what} batch could not be computed: {type(error).__name__}: {error}. Given:"
                     f" {describe(batch.data)}. In training, three at a time: {describe(self._reference)}."
                 ) from error
-            if not torch.isfinite(values).all():
+            if not finite:
                 raise NonFiniteError(
                     f"{int((~torch.isfinite(values)).sum())} of {batch.size} {name} of the {what} batch are"
                     f" not finite{_why_not_finite(batch.data)}. Nothing was changed."

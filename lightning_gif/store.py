@@ -52,8 +52,8 @@ class ScoreStore:
     """Scores ``(n_queries, n)`` in float64 in a folder, example by example, each with a mark once it is written.
 
     Scores are written, and have reached the disk, before their mark, which is a checksum of them: whatever interrupts
-    this, or damages the file later, what is marked is right. The directions that a solve found are kept until all
-    scores are there, so that it need not be done again.
+    this, or damages the file later, what is marked is right. The directions that solves found are kept until all
+    scores are there, so that they need not be done again; what is told of the solves stays.
 
     Attributes:
         folder: Where.
@@ -138,16 +138,17 @@ class ScoreStore:
         self.done[start:stop] = True
 
     def save_directions(self, directions: Tensor, told: list[dict[str, Any]]) -> None:
-        """Keeps what solves have found: ``(m, p)``, and plain values about each."""
+        """Keeps what solves have found: ``(m, p)``, and plain values about those at each state of the model."""
         tensors = {"directions": directions.contiguous().cpu()}
         content = save(tensors, metadata={"told": json.dumps(told), "digest": digest(tensors, told)})
         replace_file(self.folder / _DIRECTIONS, content)
 
-    def load_directions(self, count: int, size: int) -> tuple[Tensor, list[dict[str, Any]]] | None:
+    def load_directions(self, size: int) -> tuple[Tensor, list[dict[str, Any]]] | None:
         """What :meth:`save_directions` has kept, ``None`` if that is not there.
 
+        Once all scores are there the directions are none, ``(0, p)``.
+
         Args:
-            count: ``m``.
             size: ``p``.
 
         Raises:
@@ -165,6 +166,10 @@ class ScoreStore:
             told = parse(metadata["told"])
             if digest({"directions": directions}, told) != metadata["digest"]:
                 raise ValueError("its SHA-256 is another one")
+        finished = not len(directions)
+        if finished and not self.done.all():  # some of the scores were damaged since
+            return None
+        count = 0 if finished else len(self.scores) * len(told)
         if directions.shape != (count, size) or not torch.isfinite(directions).all():
             raise ConfigurationError(
                 f"{path} has directions of shape {list(directions.shape)}, expected finite ones of shape"
@@ -176,9 +181,9 @@ class ScoreStore:
         """Turns what goes wrong with what :meth:`load_directions` gave into an error that names the file."""
         return damage_is_told(self.folder / _DIRECTIONS, "Delete the folder and start anew.")
 
-    def finish(self) -> None:
-        """Lets go of what only an unfinished run needs."""
-        (self.folder / _DIRECTIONS).unlink(missing_ok=True)
+    def finish(self, told: list[dict[str, Any]], size: int) -> None:
+        """Lets go of what only an unfinished run needs: the directions ``(m, p)``."""
+        self.save_directions(torch.empty(0, size), told)
 
 
 def _reserve(path: Path, size: int) -> None:

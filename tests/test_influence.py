@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+import lightning_gif.influence
 from lightning_gif import (
     ConfigurationError,
     ConvergenceError,
@@ -610,7 +612,45 @@ def test_scores_in_a_file_go_on_where_they_were_interrupted(tmp_path: Any, monke
     assert torch.equal(report.scores, expected.scores)
     assert report.solution.summary()["hvps"] == expected.solution.hvps
     assert "proponents" in str(report)
-    assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["done.bin", "manifest.json", "scores.bin"]
+    names = sorted(path.name for path in (tmp_path / "scores").iterdir())
+    assert names == ["directions.safetensors", "done.bin", "manifest.json", "scores.bin"]
+    with safe_open(tmp_path / "scores" / "directions.safetensors", "pt") as file:
+        assert len(file.get_tensor("directions")) == 0  # what is told of the solves is still there
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_gif.influence._solve", no_solve)
+        finished = trainer.influence(query, **options, scores_to=tmp_path / "scores")
+    assert torch.equal(finished.scores, expected.scores)
+    assert finished.solution.summary()["hvps"] == expected.solution.hvps
+
+
+def test_states_that_were_solved_for_are_not_solved_for_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _, dataset = fitted(callback=GIFCallback(snapshots=2), max_epochs=3)
+    query = batch_of(dataset, slice(0, 3))
+    options: dict[str, Any] = {"per_example": True, "snapshots": True}
+    expected = trainer.influence(query, **options)
+    solve, solved = lightning_gif.influence._solve, list[int]()
+
+    def fragile(*args: Any, **kwargs: Any) -> Any:
+        if len(solved) == 1:
+            raise KeyboardInterrupt
+        solved.append(1)
+        return solve(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_gif.influence._solve", fragile)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.influence(query, **options, scores_to=tmp_path / "scores")
+    again = list[int]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        again.append(1)
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr("lightning_gif.influence._solve", counted)
+    report = trainer.influence(query, **options, scores_to=tmp_path / "scores")
+    assert len(again) == len(expected.settings["snapshots"])  # of these and the present state the first was there
+    assert torch.equal(report.scores, expected.scores)
 
 
 def test_scores_of_something_else_are_not_gone_on_with(tmp_path: Any) -> None:
