@@ -586,7 +586,15 @@ class Examples:
         if count is None or count >= len(self):
             return self
         drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return self.at(drawn.sort().values) if self.cached is None else self._in_memory(drawn)
+        return self._some(drawn.sort().values)
+
+    def dealt_out(self, count: int) -> list[Examples]:
+        """Groups of the examples, to which they are given in turn: so many, or one for each if these are fewer."""
+        return [self._some(torch.arange(start, len(self), count)) for start in range(min(count, len(self)))]
+
+    def _some(self, positions: Tensor) -> Examples:
+        """The examples at sorted positions ``(m,)``, from memory where they are held there."""
+        return self.at(positions) if self.cached is None else self._in_memory(positions)
 
     def mapped(self, function: Callable[[Any], Any]) -> Examples:
         """The same examples with what a function makes of each prepared batch in its place.

@@ -64,8 +64,9 @@ _RANK_FOR_ITSELF = 64
 # How many steps a solve takes, and the most that it takes towards a residual.
 _STEPS, _MOST_STEPS = 10, 200
 
-# How many one takes that is followed by others at the weights it leads to.
-_STEPS_OF_MANY = 5
+# How many one takes that is followed by others at the weights it leads to; where labels are corrected, few examples
+# have to be learned anew beside all that is to stay.
+_STEPS_OF_MANY, _STEPS_FOR_LABELS = 5, 8
 
 # Where a number of steps is asked for and no residual, those that float32 can still tell from rounding.
 _LEAST_RTOL = 1e-4
@@ -213,9 +214,14 @@ class Settings:
             return replace(chosen, max_iter=_STEPS_FOR_SCORES if solver == "cg" else shares or _RANK)
         return chosen
 
-    def for_one_of_many(self) -> Settings:
-        """The same for a solve that is followed by others where it leads to, if nothing else is asked for."""
-        return replace(self, max_iter=_STEPS_OF_MANY) if self.max_iter is None and self.rtol is None else self
+    def for_one_of_many(self, *, labels: bool) -> Settings:
+        """The same for a solve that is followed by others where it leads to, if nothing else is asked for.
+
+        Args:
+            labels: Whether it corrects labels.
+        """
+        steps = _STEPS_FOR_LABELS if labels else _STEPS_OF_MANY
+        return replace(self, max_iter=steps) if self.max_iter is None and self.rtol is None else self
 
     def sample_size(self, *, without_a_class: bool = False) -> int | None:
         """Over how many examples the curvature is taken, at most; ``None`` for all.

@@ -28,8 +28,8 @@ _TRUSTED, _HALVINGS = 0.25, 10
 # Where it falls by more than predicted, twice the step is tried, up to this one.
 _LONGEST = 4.0
 
-# No further step after one that gained less than this share of the risk that is left; for a class after two such, where
-# the first one was cut short.
+# No further step after one that gained less than this share of the risk that is left; for a class or for labels after
+# two such, where the first one was cut short.
 _WORTH = 0.02
 
 # No further step where a class is forgotten and the risk, in nats, is below this: retrained models differ by more.
@@ -140,9 +140,10 @@ class Walk(Protocol):
     def descend(self, at: Point) -> LocalModel:
         """Solves, at the weights of a point, for what lowers the risk.
 
-        The first change, and others while most of a class or of the wrong labels is remembered, is by the method of the
-        edit: least squares hold whatever the curvature is so far from where the risk is least. There the second and
-        later ones take the curvature of a bound for a class. All others are damped Newton steps on the targets.
+        The first change, and others while most of a class or a quarter of the wrong labels is remembered, is by the
+        method of the edit: least squares hold whatever the curvature is so far from where the risk is least. There the
+        second and later ones take the curvature of a bound for a class. All others are damped Newton steps on the
+        targets.
         """
 
     def measure(self, *steps: float) -> Point:
@@ -198,7 +199,7 @@ def relinearise(walk: Walk) -> Point:
             break
         if found is not None and gained >= _WORTH * abs(best.risk):
             stalled = False
-        elif walk.goal is not Goal.CLASS:
+        elif walk.goal is Goal.EXAMPLES:
             break
         else:
             # The curvature of a class that is predicted for certain can point anywhere, which the next solve bounds;

@@ -57,9 +57,9 @@ _EXAMPLES_WEIGHT, _LEARNED_BY_HEART = 8.0, 0.05
 # What the unlikelihood of a forgotten class weighs beside the divergence on the retained examples.
 _CLASS_WEIGHT = 0.2
 
-# Where more of a class than this are predicted as it, their log-odds are far from where they should be. A step to there
-# need not be as good as the last ones: this share of the examples for the curvature will do.
-_FAR, _FAR_SHARE = 0.5, 0.5
+# Where more than this is remembered of a class, or of wrong labels, log-odds are far from where they should be. A step
+# to there need not be as good as the last ones: for a class this share of the examples for the curvature will do.
+_FAR, _FAR_SHARE = {Goal.CLASS: 0.5, Goal.LABELS: 0.25}, 0.5
 
 # What a corrected example weighs where the retained ones have to keep their predictions. Some of these are still those
 # that the wrong labels taught, and hold back what the right ones should undo.
@@ -86,6 +86,10 @@ _CURVED_SHARE, _LEAST_CURVED = 0.125, 256
 # less where this share of the predicted change of the risk came true (Levenberg and Marquardt). It grows as steps are
 # cut short.
 _DAMPING, _ADAPT, _GOOD = 3e-3, 3.0, 0.75
+
+# Where labels are corrected: how many groups of examples tell the mean square of an entry's gradients, the least that
+# it counts as, beside that of all entries, and its power that is in the unit of the entry (Martens, ICML 2010: −3/8).
+_GROUPS, _NO_GRADIENT, _POWER = 8, 1e-2, -0.25
 
 # Where less than this of a Newton step could be made, or nothing, the damping grows as if it were this.
 _SHORTEST = 2.0**-7
@@ -824,39 +828,68 @@ class _Walk:
         objective, settings = self._objective, self._settings
         there = self.moved(at.steps)
         slope, curvatures = self._decay * there, list[tuple[float, Curvature]]()
-        far = self.goal is not Goal.EXAMPLES and at.remembered > _FAR
+        gradients = torch.zeros_like(slope)
+        far = at.remembered > _FAR.get(self.goal, math.inf)
         with objective.progress("Hessian products, at the new weights") as bar:
             for term in self._terms:
                 of_term = objective.gradient(term.seen, there, term.losses.loss_sum)
                 slope = slope + term.weight * (of_term if term.left_seen is None else of_term - term.left_seen)
                 curved = math.ceil(_FAR_SHARE * term.curved) if far and self.goal is Goal.CLASS else term.curved
                 part = term.seen.sample(curved, settings.seed + len(self._changes))
+                part = part.held(settings.bytes_to_keep(objective) / 4)
                 losses = term.bound if term.bound is not None and self._changes and far else term.losses
                 decay = 0.0 if curvatures else self._decay  # of the whole risk, in the first term, whose weight is 1
                 curvature = settings.open_curvature(
                     objective, part, there, losses=losses, weight_decay=decay, on_product=bar.update
                 )
                 curvatures.append((term.weight, curvature))
-            whole = Combination(*curvatures)
+                if self.goal is Goal.LABELS:
+                    gradients += term.weight * self._squares(part, there, term.losses)
+            whole, units = Combination(*curvatures), self._units(gradients)
             newton = bool(self._changes) and not far
             if newton:
-                bend = self._newton(whole, -slope, at)
+                bend = self._newton(whole, -slope, at, units)
             else:
-                bend = self._take(whole, -slope, settings.for_one_of_many().solve, units=self._units())
+                bend = self._take(whole, -slope, self._for_one_of_many.solve, units=units)
             self.description = self.description or settings.describe(curvatures[0][1])
         return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend), newton
 
-    def _units(self) -> Tensor:
-        """The root mean square of the parameter that an entry belongs to in that of all, at least 1, ``(p,)``.
+    @property
+    def _for_one_of_many(self) -> Settings:
+        return self._settings.for_one_of_many(labels=self.goal is Goal.LABELS)
 
-        A solve of a few steps moves most what has the largest gradients, which in a net with normalisation is what has
-        the smallest weights. In these units it is shares of the weights that are moved.
+    def _squares(self, examples: Examples, theta: Tensor, losses: Losses) -> Tensor:
+        """The mean square of the gradients of a few groups of examples, times the size of these, ``(p,)``.
+
+        It lies between that of single examples and the square of the gradient of all, and costs one pass.
+        """
+        groups = examples.dealt_out(_GROUPS)
+        found = [len(group) * self._objective.gradient(group, theta, losses.loss_sum).square() for group in groups]
+        return torch.stack(found).mean(0)
+
+    def _units(self, gradients: Tensor) -> Tensor:
+        """What a solve counts the change of an entry in, ``(p,)``.
+
+        The root mean square of the parameter that it belongs to in that of all, at least 1: a solve of a few steps
+        moves most what has the largest gradients, which in a net with normalisation is what has the smallest weights,
+        and in these units it is shares of the weights that are moved. Times a power of the size of its own gradients,
+        where that is asked for: few steps then get further, as with the preconditioner of Martens (ICML 2010), section
+        4.7. Where a class is forgotten they get less far: of a class that is predicted for certain there are no
+        gradients that would tell.
+
+        Args:
+            gradients: The mean square of the gradients ``(p,)``, see :meth:`_squares`; zeros if nothing is asked for.
         """
         theta = self._objective.theta
         whole = theta.square().mean().sqrt()
         parts = self._objective.space.unflatten(theta).values()
         sizes = torch.cat([part.square().mean().sqrt().expand(part.numel()) for part in parts])
-        return (sizes / whole).clamp_min(1.0) if whole > 0 else torch.ones_like(theta)
+        shares = (sizes / whole).clamp_min(1.0) if whole > 0 else torch.ones_like(theta)
+        mean = gradients[self.positions].mean()
+        if not mean > 0:
+            return shares
+        scale = (gradients / mean + _NO_GRADIENT).pow(_POWER)
+        return shares * scale / scale[self.positions].square().mean().sqrt()
 
     def _take(
         self,
@@ -882,7 +915,7 @@ class _Walk:
         self.solutions.append(max(solutions, key=lambda solution: solution.residual))
         return float(change @ Submatrix(curvature, self.positions, self.positions).matvec(change))
 
-    def _newton(self, curvature: LinearOperator, gradient: Tensor, at: Point) -> float:
+    def _newton(self, curvature: LinearOperator, gradient: Tensor, at: Point, units: Tensor) -> float:
         """Solves for a damped Newton step on the targets, and says how the risk bends along it."""
         if self._expected is not None:
             start, model = self._expected
@@ -891,11 +924,9 @@ class _Walk:
                 self._damping /= max(step, _SHORTEST)
             elif step > 1 or at.risk - start.risk <= _GOOD * model.change(step):
                 self._damping /= _ADAPT
-        units = self._units()[self.positions]
+        units = units[self.positions]
         matrix = Scaled(Submatrix(curvature, self.positions, self.positions), units, rows=True)
-        solution, bend = self._settings.for_one_of_many().newton(
-            matrix, units * gradient[self.positions], self._damping
-        )
+        solution, bend = self._for_one_of_many.newton(matrix, units * gradient[self.positions], self._damping)
         self._changes.append(units * solution.x)
         self.solutions.append(solution)
         return bend

@@ -256,6 +256,14 @@ def test_parts_and_samples_keep_ids() -> None:
     assert read(sample.held()) == read(sample)
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_examples_are_dealt_out_in_turn(held: bool) -> None:
+    found = examples(DataLoader(numbered(), 3))
+    groups = (found.held() if held else found).dealt_out(4)
+    assert [read(group) for group in groups] == [[0, 4, 8], [1, 5, 9], [2, 6], [3, 7]]
+    assert [len(group) for group in found.dealt_out(99)] == [1] * 10
+
+
 def test_examples_are_held_within_a_budget_only() -> None:
     found = examples(DataLoader(numbered(), 3))
     size = sum(tensor.nbytes for batch in found.batches() for tensor in tensors(batch.data))

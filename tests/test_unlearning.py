@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -28,9 +29,11 @@ from lightning_gif import (
     attach,
     unlearning,
 )
+from lightning_gif.data import Examples
+from lightning_gif.objective import Objective
 from lightning_gif.settings import Settings
 from lightning_gif.steps import Goal, LocalModel, Point, Walk, natural, relinearise, search
-from lightning_gif.unlearning import _Ranked
+from lightning_gif.unlearning import _Ranked, _Walk
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
 from .nets import make
@@ -1146,6 +1149,34 @@ def test_a_class_is_not_left_half_way_where_a_step_is_cut_short_to_almost_nothin
     )
     assert relinearise(hopeless).steps == (4.0,)
     assert len(hopeless.solved) == 3
+
+
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_sizes_of_gradients_are_those_of_examples_where_there_are_few_whatever_the_batches(batch_size: int) -> None:
+    trainer, module, data = fitted(precision="64-true")
+    with Objective.open(trainer, module) as objective:
+        part = DataLoader(Subset(data, range(8)), 4)
+        examples = Examples.from_loader(part, objective.prepare, batch_size=batch_size)
+        objective.learn_structure(examples)
+        each = torch.cat([rows for batch in examples.batches() for rows in objective.gradients(batch.data)])
+        walk: Any = SimpleNamespace(_objective=objective)
+        found = _Walk._squares(walk, examples, objective.theta, objective)
+    torch.testing.assert_close(found, each.square().mean(0))
+
+
+def test_labels_get_another_step_after_one_that_was_cut_short_but_not_after_two() -> None:
+    """The second change leads up beyond its half, where it has gained next to nothing; the third leads down."""
+
+    def risk(first: float = 0.0, second: float = 0.0, third: float = 0.0, *later: float) -> float:
+        return 9.0 - first + (second if second > 0.5 else -0.02 * second) - third * then
+
+    then = 1.0
+    models = [LocalModel(-1.0, 1.0), LocalModel(-0.02, 0.02), *[LocalModel(-1.0, 1.0)] * 9]
+    assert relinearise(labels(risk, *models)).steps[1:3] == (0.5, 4.0)
+    then = -1.0
+    walk = labels(risk, *models)
+    assert relinearise(walk).steps == (4.0, 0.5)
+    assert len(walk.solved) == 3
 
 
 def test_a_model_that_promises_more_than_there_is_does_not_hide_a_step_that_helps() -> None:
