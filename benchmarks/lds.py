@@ -20,6 +20,7 @@ from them. Prints a Markdown table; progress goes to stderr.
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from argparse import ArgumentParser
@@ -53,13 +54,20 @@ class Model:
 
     Attributes:
         trainer: With ``influence``.
-        module: The net, in evaluation mode.
+        module: The net, in evaluation mode, on the CPU.
         checkpoints: Its state after some of the epochs, the last one included.
     """
 
     trainer: pl.Trainer
     module: pl.LightningModule
     checkpoints: list[dict[str, Tensor]]
+
+    def on_its_device(self, *data: TensorDataset) -> tuple[pl.LightningModule, list[TensorDataset]]:
+        """A copy of the net, and data, where the trainer computes."""
+        device = self.trainer.strategy.root_device
+        return copy.deepcopy(self.module).to(device), [
+            TensorDataset(*(tensor.to(device) for tensor in part.tensors)) for part in data
+        ]
 
 
 Score = Callable[[Model, TensorDataset, TensorDataset], tuple[Tensor, str]]
@@ -83,7 +91,7 @@ def say(*parts: object) -> None:
 
 
 def open_task(
-    folder: Path | None, net: str, examples: int, queries: int, epochs: int
+    folder: Path | None, net: str, examples: int, queries: int, epochs: int, accelerator: str
 ) -> tuple[Fit, TensorDataset, TensorDataset]:
     """How to train, on what, and the queries, which are other examples of the training data."""
 
@@ -93,7 +101,8 @@ def open_task(
         return digits.fit(digits.DigitsModel(), data, epochs=epochs, seed=seed, **options)
 
     def fit_images(data: TensorDataset, seed: int, callbacks: list[Any]) -> tuple[pl.Trainer, pl.LightningModule]:
-        return mnist.fit(data, callbacks, epochs=epochs, seed=seed, net=net, decay=True, batch_size=64)
+        options = {"epochs": epochs, "seed": seed, "net": net, "accelerator": accelerator}
+        return mnist.fit(data, callbacks, decay=True, batch_size=64, **options)
 
     whole, _ = digits.digits() if folder is None else mnist.load(folder)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
@@ -159,7 +168,8 @@ def theirs(function: Callable[..., Tensor]) -> Score:
     """The scores of another library."""
 
     def score(model: Model, train: TensorDataset, queries: TensorDataset) -> tuple[Tensor, str]:
-        return function(model.module, train, queries, checkpoints=model.checkpoints).double(), ""
+        module, data = model.on_its_device(train, queries)
+        return function(module, *data, checkpoints=model.checkpoints).double(), ""
 
     return score
 
@@ -235,11 +245,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="trainings on each half")
     parser.add_argument("--models", type=int, default=1, help="models to score, trained with different seeds")
     parser.add_argument("--cache", type=Path, help="file for the losses of the retrained nets")
+    parser.add_argument("--accelerator", default="cpu", help="of the trainers and of what scores, with --data")
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
     options = parser.parse_args()
     digits.quiet()
 
-    fit, train, queries = open_task(options.data, options.net, options.examples, options.queries, options.epochs)
+    fit, train, queries = open_task(
+        options.data, options.net, options.examples, options.queries, options.epochs, options.accelerator
+    )
     name = "digits" if options.data is None else f"{options.data.resolve().parent.name}, {options.net}"
     task = f"{name}, {len(train)} examples, {len(queries)} queries, {options.epochs} epochs"
     removed, losses = retrain(

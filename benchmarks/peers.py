@@ -9,8 +9,8 @@ function says what its library calls it. The scale is left as the library has it
 are not finite raise a RuntimeError.
 
 The model is copied, put into evaluation mode and never changed; BatchNorm then is a fixed affine map, and its buffers
-belong to the net. Data and model are expected on the CPU. The libraries are no dependencies of this project: a peer
-imports its own when it is called.
+belong to the net. Data and model are expected on one device, where all is computed. The libraries are no dependencies
+of this project: a peer imports its own when it is called.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def usable(scores: Tensor) -> Tensor:
     lost = int((~scores.isfinite().all(1)).sum())
     if lost:
         raise RuntimeError(f"Scores are not finite for {lost} of {len(scores)} queries: the library's solve diverged.")
-    return scores.detach().float()
+    return scores.detach().float().cpu()
+
+
+def device_of(model: nn.Module) -> str:
+    return str(next(model.parameters()).device)
 
 
 def blocks(data: TensorDataset, size: int) -> DataLoader[Any]:
@@ -145,7 +149,7 @@ def kronfluence_ekfac(
     task = classification()
     with tempfile.TemporaryDirectory() as folder, seeded():
         prepared = prepare_model(frozen(model), task)
-        analyzer = Analyzer("peer", prepared, task, cpu=True, disable_tqdm=True, output_dir=folder)
+        analyzer = Analyzer("peer", prepared, task, cpu=device_of(model) == "cpu", disable_tqdm=True, output_dir=folder)
         factors = FactorArguments(strategy="ekfac")
         analyzer.fit_all_factors("factors", train, per_device_batch_size=batch_size, factor_args=factors)
         analyzer.compute_pairwise_scores(
@@ -221,7 +225,7 @@ def dattri_cg(
     """
     from dattri.algorithm.influence_function import IFAttributorCG
 
-    attributor = IFAttributorCG(dattri_task(model), max_iter=10, regularization=5e-3)
+    attributor = IFAttributorCG(dattri_task(model), max_iter=10, regularization=5e-3, device=device_of(model))
     return dattri_scores(attributor, train, queries, batch_size=batch_size)
 
 
@@ -242,7 +246,8 @@ def dattri_lissa(
     """
     from dattri.algorithm.influence_function import IFAttributorLiSSA
 
-    attributor = IFAttributorLiSSA(dattri_task(model), batch_size=min(100, len(train)), recursion_depth=100)
+    size, device = min(100, len(train)), device_of(model)
+    attributor = IFAttributorLiSSA(dattri_task(model), batch_size=size, recursion_depth=100, device=device)
     return dattri_scores(attributor, train, queries, batch_size=batch_size)
 
 
@@ -271,7 +276,7 @@ def dattri_arnoldi(
         def transform_train_rep(self, ckpt_idx: int, train_rep: Tensor) -> Tensor:
             return super().transform_train_rep(ckpt_idx, train_rep).nan_to_num(0)
 
-    attributor = Positive(dattri_task(model), regularization=1e-2, max_iter=50)
+    attributor = Positive(dattri_task(model), regularization=1e-2, max_iter=50, device=device_of(model))
     return dattri_scores(attributor, train, queries, batch_size=batch_size)
 
 
@@ -293,7 +298,7 @@ def dattri_ekfac(
     """
     from dattri.algorithm.influence_function import IFAttributorEKFAC
 
-    attributor = IFAttributorEKFAC(dattri_task(model), damping=0.1)
+    attributor = IFAttributorEKFAC(dattri_task(model), damping=0.1, device=device_of(model))
     return dattri_scores(attributor, train, queries, batch_size=batch_size, whole=False)
 
 
