@@ -105,8 +105,9 @@ class GIFCallback(Callback):
             the parameters that are not targets), ``"pif"`` (full influence function, cut to the targets), ``"if"``
             (full influence function on all parameters) or ``"sif"`` (second-order influence of a group on all
             parameters; for ``unlearn`` only, in the change of the theory: the steps that lower a risk are those of
-            ``"if"``). Once most of a class or of wrong labels is forgotten, the steps of ``unlearn`` are damped Newton
-            steps on the targets, whatever the method and the solver: see :meth:`~lightning_gif.steps.Walk.descend`.
+            ``"if"``). Once most of a class or three quarters of the wrong labels are forgotten, the steps of
+            ``unlearn`` are damped Newton steps on the targets, whatever the method and the solver: see
+            :meth:`~lightning_gif.steps.Walk.descend`.
             ``"auto"``: what was measured to predict retraining best: for scores ``"if"``, or ``"fif"`` where a call
             asks for targets; for edits ``"gif"``.
         solver: ``"lsmr"``, ``"cgls"``, ``"lissa"``, ``"plain_lissa"``, ``"stochastic_lissa"``, ``"dense"`` (small
@@ -119,8 +120,8 @@ class GIFCallback(Callback):
             eigenvalue, found by three more products; 0 for edits and for ``"gif"``.
         max_iter: Most steps of the solve, each of two Hessian-vector products (of ``"cg"`` and of a Newton step one; of
             ``"nystrom"`` the rank); ``None``: 200 where there is an ``rtol`` to reach; else 20 for scores, up to 512
-            for those by ``"nystrom"``, 10 for the change of the theory and 5 for each of those that are solved anew.
-            Fewer steps regularise.
+            for those by ``"nystrom"``, 10 for the change of the theory, and for each of those that are solved anew 5
+            (8 where labels are corrected). Fewer steps regularise.
         rtol: Relative normal-equation residual at which the solve counts as converged. Directions of small curvature
             hardly show in it: smaller values follow them further. ``None``: 1e-3 for the scores of ``"gif"``; none
             elsewhere: a number of steps is all that a solve is asked for.

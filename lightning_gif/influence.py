@@ -107,12 +107,15 @@ def influence(
                 f"The scores take {_BYTES * queries * len(scored) / 2**30:.1f} GiB, and are in {folder}: the same call"
                 " goes on there if it is interrupted. Delete the folder once the report is no longer needed."
             )
-    solved = [] if store is None else _Solved.load(store, objective)
-    for moment in moments[len(solved) :]:
-        with objective.at(moment):
-            solved.append(_solve(objective, train, query, settings, method, targets, per_example))
-        if store is not None and ranks.rank == 0:
-            store.save_directions(torch.cat([one.directions for one in solved]), [one.told() for one in solved])
+    solved = []
+    for state, moment in enumerate(moments):
+        one = None if store is None else _Solved.load(store, state, objective)
+        if one is None:
+            with objective.at(moment):
+                one = _solve(objective, train, query, settings, method, targets, per_example)
+            if store is not None and ranks.rank == 0:
+                store.save_directions(state, one.directions, one.told())
+        solved.append(one)
 
     # Weight decay does not become less where one example is removed, so each example's loss carries its share.
     decays = [
@@ -147,8 +150,10 @@ def influence(
             if block is not None and (store is None or ranks.rank == 0):  # one process writes a file
                 kept.write(start, block)
             bar.update(stop - start)
-    if store is not None and ranks.rank == 0 and any(len(one.directions) for one in solved):
-        store.finish([one.told() for one in solved], objective.space.size)
+    if store is not None and ranks.rank == 0:
+        for state, one in enumerate(solved):
+            if len(one.directions):
+                store.save_directions(state, one.directions[:0], one.told())
     scores, indices = kept.both() if isinstance(kept, Strongest) else (kept.scores, scored.ids)
     return InfluenceReport(
         scores=scores,
@@ -205,22 +210,15 @@ class _Solved:
         }
 
     @classmethod
-    def load(cls, store: ScoreStore, objective: Objective) -> list[_Solved]:
-        """What an earlier call has kept of the solves at the first of the moments; without directions, if it ended."""
-        found = store.load_directions(objective.space.size)
+    def load(cls, store: ScoreStore, state: int, objective: Objective) -> _Solved | None:
+        """What an earlier call has kept of the solves at a state; without directions, if it has ended."""
+        found = store.load_directions(state, objective.space.size)
         if objective.ranks.first(found is None) or found is None:  # others may only seem to see what the first does not
-            return []
+            return None
         directions, told = found
-        with store.damage_is_told():
-            return [
-                cls(
-                    part,
-                    [Solution.of_record(record) for record in values["solutions"]],
-                    values["curvature"],
-                    values["damping"],
-                )
-                for part, values in zip(directions.to(objective.device).tensor_split(len(told)), told, strict=True)
-            ]
+        with store.damage_is_told(state):
+            solutions = [Solution.of_record(record) for record in told["solutions"]]
+            return cls(directions.to(objective.device), solutions, told["curvature"], told["damping"])
 
 
 def _solve(

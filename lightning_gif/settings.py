@@ -64,8 +64,7 @@ _RANK_FOR_ITSELF = 64
 # How many steps a solve takes, and the most that it takes towards a residual.
 _STEPS, _MOST_STEPS = 10, 200
 
-# How many one takes that is followed by others at the weights it leads to; where labels are corrected, few examples
-# have to be learned anew beside all that is to stay.
+# How many one takes that is followed by others at the weights it leads to; of a class, more led to no better ones.
 _STEPS_OF_MANY, _STEPS_FOR_LABELS = 5, 8
 
 # Where a number of steps is asked for and no residual, those that float32 can still tell from rounding.

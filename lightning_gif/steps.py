@@ -199,7 +199,7 @@ def relinearise(walk: Walk) -> Point:
             break
         if found is not None and gained >= _WORTH * abs(best.risk):
             stalled = False
-        elif walk.goal is Goal.EXAMPLES:
+        elif walk.goal is Goal.EXAMPLES or (walk.goal is Goal.LABELS and found is None):
             break
         else:
             # The curvature of a class that is predicted for certain can point anywhere, which the next solve bounds;

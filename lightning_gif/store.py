@@ -25,11 +25,11 @@ from .writing import replace_file
 
 __all__ = ["InMemory", "ScoreStore"]
 
-_VERSION = 2
+_VERSION = 3
 # How many examples' scores are looked at at a time.
 _CHECKED = 65536
 
-_MANIFEST, _SCORES, _DONE, _DIRECTIONS = "manifest.json", "scores.bin", "done.bin", "directions.safetensors"
+_MANIFEST, _SCORES, _DONE, _DIRECTIONS = "manifest.json", "scores.bin", "done.bin", "directions-*.safetensors"
 
 
 class InMemory:
@@ -112,7 +112,8 @@ class ScoreStore:
 
     @staticmethod
     def _check(folder: Path, manifest: dict[str, Any]) -> None:
-        linked = [name for name in (_MANIFEST, _SCORES, _DONE, _DIRECTIONS) if (folder / name).is_symlink()]
+        paths = [folder / name for name in (_MANIFEST, _SCORES, _DONE)] + sorted(folder.glob(_DIRECTIONS))
+        linked = [path.name for path in paths if path.is_symlink()]
         if linked:  # it would be another file, anywhere, that scores are written to
             raise ConfigurationError(f"{folder} has links in it ({', '.join(linked)}). Give another folder.")
         try:
@@ -137,27 +138,32 @@ class ScoreStore:
         self._maps[1].flush()
         self.done[start:stop] = True
 
-    def save_directions(self, directions: Tensor, told: list[dict[str, Any]]) -> None:
-        """Keeps what solves have found: ``(m, p)``, and plain values about those at each state of the model."""
-        tensors = {"directions": directions.contiguous().cpu()}
-        content = save(tensors, metadata={"told": json.dumps(told), "digest": digest(tensors, told)})
-        replace_file(self.folder / _DIRECTIONS, content)
-
-    def load_directions(self, size: int) -> tuple[Tensor, list[dict[str, Any]]] | None:
-        """What :meth:`save_directions` has kept, ``None`` if that is not there.
-
-        Once all scores are there the directions are none, ``(0, p)``.
+    def save_directions(self, state: int, directions: Tensor, told: dict[str, Any]) -> None:
+        """Keeps what the solves at a state of the model have found.
 
         Args:
+            state: Its number.
+            directions: ``(n_queries, p)``; none of them, ``(0, p)``, once all scores are there.
+            told: Plain values about the solves.
+        """
+        tensors = {"directions": directions.contiguous().cpu()}
+        content = save(tensors, metadata={"told": json.dumps(told), "digest": digest(tensors, told)})
+        replace_file(self._directions_at(state), content)
+
+    def load_directions(self, state: int, size: int) -> tuple[Tensor, dict[str, Any]] | None:
+        """What :meth:`save_directions` has kept; ``None`` if that is not there, or not all that is needed still.
+
+        Args:
+            state: The number of the state.
             size: ``p``.
 
         Raises:
             ConfigurationError: If the file is damaged.
         """
-        path = self.folder / _DIRECTIONS
+        path = self._directions_at(state)
         if not path.exists():
             return None
-        with self.damage_is_told():
+        with self.damage_is_told(state):
             try:
                 with safe_open(path, "pt") as file:
                     metadata, directions = file.metadata() or {}, file.get_tensor("directions")
@@ -166,24 +172,21 @@ class ScoreStore:
             told = parse(metadata["told"])
             if digest({"directions": directions}, told) != metadata["digest"]:
                 raise ValueError("its SHA-256 is another one")
-        finished = not len(directions)
-        if finished and not self.done.all():  # some of the scores were damaged since
+            if len(directions) not in (0, len(self.scores)) or directions.shape[1:] != (size,):
+                expected = f"[{len(self.scores)}, {size}]"
+                raise ValueError(f"its directions have the shape {list(directions.shape)}, expected {expected}")
+            if not torch.isfinite(directions).all():
+                raise ValueError("its directions are not finite")
+        if not len(directions) and not self.done.all():  # some of the scores were damaged since
             return None
-        count = 0 if finished else len(self.scores) * len(told)
-        if directions.shape != (count, size) or not torch.isfinite(directions).all():
-            raise ConfigurationError(
-                f"{path} has directions of shape {list(directions.shape)}, expected finite ones of shape"
-                f" [{count}, {size}]. Delete the folder and start anew."
-            )
         return directions, told
 
-    def damage_is_told(self) -> contextlib.AbstractContextManager[None]:
+    def damage_is_told(self, state: int) -> contextlib.AbstractContextManager[None]:
         """Turns what goes wrong with what :meth:`load_directions` gave into an error that names the file."""
-        return damage_is_told(self.folder / _DIRECTIONS, "Delete the folder and start anew.")
+        return damage_is_told(self._directions_at(state), "Delete it, and what it tells is solved for again.")
 
-    def finish(self, told: list[dict[str, Any]], size: int) -> None:
-        """Lets go of what only an unfinished run needs: the directions ``(m, p)``."""
-        self.save_directions(torch.empty(0, size), told)
+    def _directions_at(self, state: int) -> Path:
+        return self.folder / _DIRECTIONS.replace("*", str(state))
 
 
 def _reserve(path: Path, size: int) -> None:

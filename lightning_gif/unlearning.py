@@ -57,9 +57,11 @@ _EXAMPLES_WEIGHT, _LEARNED_BY_HEART = 8.0, 0.05
 # What the unlikelihood of a forgotten class weighs beside the divergence on the retained examples.
 _CLASS_WEIGHT = 0.2
 
-# Where more than this is remembered of a class, or of wrong labels, log-odds are far from where they should be. A step
-# to there need not be as good as the last ones: for a class this share of the examples for the curvature will do.
-_FAR, _FAR_SHARE = {Goal.CLASS: 0.5, Goal.LABELS: 0.25}, 0.5
+# Where more than this is remembered of a class, or of wrong labels, log-odds are far from where they should be.
+_FAR = {Goal.CLASS: 0.5, Goal.LABELS: 0.25}
+
+# A step of a class from there need not be as good as the last: this share of the examples for the curvature will do.
+_FAR_SHARE = 0.5
 
 # What a corrected example weighs where the retained ones have to keep their predictions. Some of these are still those
 # that the wrong labels taught, and hold back what the right ones should undo.
@@ -87,8 +89,8 @@ _CURVED_SHARE, _LEAST_CURVED = 0.125, 256
 # cut short.
 _DAMPING, _ADAPT, _GOOD = 3e-3, 3.0, 0.75
 
-# Where labels are corrected: how many groups of examples tell the mean square of an entry's gradients, the least that
-# it counts as, beside that of all entries, and its power that is in the unit of the entry (Martens, ICML 2010: −3/8).
+# Where labels are corrected: how many groups of examples tell the mean square of an entry's gradients, what is added to
+# that as a share of the mean over all entries, and the power of it that is in the unit of the entry (Martens: −3/8).
 _GROUPS, _NO_GRADIENT, _POWER = 8, 1e-2, -0.25
 
 # Where less than this of a Newton step could be made, or nothing, the damping grows as if it were this.
@@ -828,7 +830,7 @@ class _Walk:
         objective, settings = self._objective, self._settings
         there = self.moved(at.steps)
         slope, curvatures = self._decay * there, list[tuple[float, Curvature]]()
-        gradients = torch.zeros_like(slope)
+        gradients = torch.zeros_like(slope) if self.goal is Goal.LABELS else None
         far = at.remembered > _FAR.get(self.goal, math.inf)
         with objective.progress("Hessian products, at the new weights") as bar:
             for term in self._terms:
@@ -843,7 +845,7 @@ class _Walk:
                     objective, part, there, losses=losses, weight_decay=decay, on_product=bar.update
                 )
                 curvatures.append((term.weight, curvature))
-                if self.goal is Goal.LABELS:
+                if gradients is not None:
                     gradients += term.weight * self._squares(part, there, term.losses)
             whole, units = Combination(*curvatures), self._units(gradients)
             newton = bool(self._changes) and not far
@@ -859,34 +861,38 @@ class _Walk:
         return self._settings.for_one_of_many(labels=self.goal is Goal.LABELS)
 
     def _squares(self, examples: Examples, theta: Tensor, losses: Losses) -> Tensor:
-        """The mean square of the gradients of a few groups of examples, times the size of these, ``(p,)``.
+        """About the mean square of the gradients of single examples, ``(p,)``.
 
-        It lies between that of single examples and the square of the gradient of all, and costs one pass.
+        It is that of the mean gradients of a few groups, times the size of these, and what is expected of it where the
+        gradients of examples are independent and their mean is small; the mean counts for more. It costs one pass.
         """
-        groups = examples.dealt_out(_GROUPS)
-        found = [len(group) * self._objective.gradient(group, theta, losses.loss_sum).square() for group in groups]
-        return torch.stack(found).mean(0)
+        groups = examples.dealt_out(min(_GROUPS, max(len(examples) // 2, 1)))
+        total = torch.zeros_like(theta)
+        for group in groups:
+            total += len(group) * self._objective.gradient(group, theta, losses.loss_sum).square()
+        return total / len(groups)
 
-    def _units(self, gradients: Tensor) -> Tensor:
+    def _units(self, gradients: Tensor | None) -> Tensor:
         """What a solve counts the change of an entry in, ``(p,)``.
 
-        The root mean square of the parameter that it belongs to in that of all, at least 1: a solve of a few steps
-        moves most what has the largest gradients, which in a net with normalisation is what has the smallest weights,
-        and in these units it is shares of the weights that are moved. Times a power of the size of its own gradients,
-        where that is asked for: few steps then get further, as with the preconditioner of Martens (ICML 2010), section
-        4.7. Where a class is forgotten they get less far: of a class that is predicted for certain there are no
-        gradients that would tell.
+        First there is the root mean square of the parameter that it belongs to in that of all, at least 1: a solve of a
+        few steps moves most what has the largest gradients, which in a net with normalisation is what has the smallest
+        weights, and in these units it is shares of the weights that are moved.
+
+        Where labels are corrected that is multiplied by a power of the size of the entry's own gradients. Few steps get
+        further so, as with the preconditioner of Martens (ICML 2010), section 4.7. A class that is predicted for
+        certain has no gradients that would tell, and is forgotten in more steps with it than without.
 
         Args:
-            gradients: The mean square of the gradients ``(p,)``, see :meth:`_squares`; zeros if nothing is asked for.
+            gradients: The mean square of each entry's gradients, see :meth:`_squares`.
         """
         theta = self._objective.theta
         whole = theta.square().mean().sqrt()
         parts = self._objective.space.unflatten(theta).values()
         sizes = torch.cat([part.square().mean().sqrt().expand(part.numel()) for part in parts])
         shares = (sizes / whole).clamp_min(1.0) if whole > 0 else torch.ones_like(theta)
-        mean = gradients[self.positions].mean()
-        if not mean > 0:
+        mean = 0.0 if gradients is None else gradients[self.positions].mean()
+        if gradients is None or not mean > 0:
             return shares
         scale = (gradients / mean + _NO_GRADIENT).pow(_POWER)
         return shares * scale / scale[self.positions].square().mean().sqrt()

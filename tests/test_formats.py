@@ -503,8 +503,12 @@ def test_any_damage_to_scores_is_noticed(data: st.DataObject, tmp_path: Path) ->
     store = some_store(folder)
     values = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     store.write(0, values[:, :4])
-    store.save_directions(torch.ones(2, 3), [{"damping": 0.1}])
-    path = folder / data.draw(st.sampled_from(["scores.bin", "done.bin", "manifest.json", "directions.safetensors"]))
+    finished = data.draw(st.booleans())
+    if finished:
+        store.write(4, values[:, 4:])
+    directions = torch.ones(0 if finished else 2, 3)
+    store.save_directions(0, directions, {"damping": 0.1})
+    path = folder / data.draw(st.sampled_from(["scores.bin", "done.bin", "manifest.json", "directions-0.safetensors"]))
     content = bytearray(path.read_bytes())
     at = data.draw(st.integers(0, len(content) - 1))
     if data.draw(st.booleans()):
@@ -517,13 +521,27 @@ def test_any_damage_to_scores_is_noticed(data: st.DataObject, tmp_path: Path) ->
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GIFWarning)
             again = some_store(folder)
-        found = again.load_directions(3)
+        found = again.load_directions(0, 3)
     except ConfigurationError:
         return
     assert torch.equal(again.scores[:, again.done], values[:, again.done])
+    if finished and not again.done.all():
+        assert found is None
+        return
     assert found is not None
-    assert torch.equal(found[0], torch.ones(2, 3))
-    assert found[1] == [{"damping": 0.1}]
+    assert torch.equal(found[0], directions)
+    assert found[1] == {"damping": 0.1}
+
+
+@pytest.mark.parametrize(
+    "directions", [torch.ones(1, 3), torch.ones(2, 4), torch.ones(4, 3), torch.full((2, 3), math.nan)], ids=str
+)
+def test_directions_of_another_shape_or_that_are_none_are_damage(directions: Tensor, tmp_path: Path) -> None:
+    store = some_store(tmp_path / "scores")
+    assert store.load_directions(0, 3) is None
+    store.save_directions(0, directions, {})
+    with pytest.raises(ConfigurationError, match=r"directions-0.*Delete it, and what it tells is solved for again"):
+        store.load_directions(0, 3)
 
 
 def test_damaged_scores_are_computed_anew_with_a_warning(tmp_path: Path) -> None:
@@ -536,7 +554,7 @@ def test_damaged_scores_are_computed_anew_with_a_warning(tmp_path: Path) -> None
     assert store.done.tolist() == [False] + [True] * 5
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "scores.bin", "done.bin", "directions.safetensors"])
+@pytest.mark.parametrize("name", ["manifest.json", "scores.bin", "done.bin", "directions-0.safetensors"])
 def test_scores_are_not_written_through_links(name: str, tmp_path: Path) -> None:
     some_store(tmp_path / "scores")
     path = tmp_path / "scores" / name

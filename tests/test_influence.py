@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -24,6 +26,7 @@ from lightning_gif import (
     InfluenceReport,
     attach,
 )
+from lightning_gif.digests import digest
 from lightning_gif.objective import Objective
 from lightning_gif.parameters import ParameterSpace
 
@@ -613,8 +616,8 @@ def test_scores_in_a_file_go_on_where_they_were_interrupted(tmp_path: Any, monke
     assert report.solution.summary()["hvps"] == expected.solution.hvps
     assert "proponents" in str(report)
     names = sorted(path.name for path in (tmp_path / "scores").iterdir())
-    assert names == ["directions.safetensors", "done.bin", "manifest.json", "scores.bin"]
-    with safe_open(tmp_path / "scores" / "directions.safetensors", "pt") as file:
+    assert names == ["directions-0.safetensors", "done.bin", "manifest.json", "scores.bin"]
+    with safe_open(tmp_path / "scores" / "directions-0.safetensors", "pt") as file:
         assert len(file.get_tensor("directions")) == 0  # what is told of the solves is still there
 
     with monkeypatch.context() as patch:
@@ -622,6 +625,38 @@ def test_scores_in_a_file_go_on_where_they_were_interrupted(tmp_path: Any, monke
         finished = trainer.influence(query, **options, scores_to=tmp_path / "scores")
     assert torch.equal(finished.scores, expected.scores)
     assert finished.solution.summary()["hvps"] == expected.solution.hvps
+
+
+def test_damaged_scores_of_a_finished_call_are_solved_for_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _, dataset = fitted()
+    query = batch_of(dataset, slice(0, 3))
+    expected = trainer.influence(query, scores_to=tmp_path / "scores").scores.clone()
+    content = bytearray((tmp_path / "scores" / "scores.bin").read_bytes())
+    content[8] ^= 1
+    (tmp_path / "scores" / "scores.bin").write_bytes(content)
+    solve, solved = lightning_gif.influence._solve, list[int]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        solved.append(1)
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr("lightning_gif.influence._solve", counted)
+    with pytest.warns(GIFWarning, match="1 of 48 examples in .* are damaged"):
+        assert torch.equal(trainer.influence(query, scores_to=tmp_path / "scores").scores, expected)
+    assert torch.equal(trainer.influence(query, scores_to=tmp_path / "scores").scores, expected)
+    assert len(solved) == 1
+
+
+@pytest.mark.parametrize("told", [5, None, [], {}, {"solutions": [1], "curvature": {}, "damping": 0.1}])
+def test_what_is_told_of_solves_is_read_back_or_refused(told: Any, tmp_path: Any) -> None:
+    trainer, module, dataset = fitted()
+    query = batch_of(dataset, slice(0, 3))
+    trainer.influence(query, scores_to=tmp_path)
+    directions = {"directions": torch.empty(0, sum(parameter.numel() for parameter in module.parameters()))}
+    metadata = {"told": json.dumps(told), "digest": digest(directions, told)}
+    save_file(directions, tmp_path / "directions-0.safetensors", metadata)
+    with pytest.raises(ConfigurationError, match=r"directions-0.*solved for again"):
+        trainer.influence(query, scores_to=tmp_path)
 
 
 def test_states_that_were_solved_for_are_not_solved_for_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -649,7 +684,7 @@ def test_states_that_were_solved_for_are_not_solved_for_again(tmp_path: Any, mon
 
     monkeypatch.setattr("lightning_gif.influence._solve", counted)
     report = trainer.influence(query, **options, scores_to=tmp_path / "scores")
-    assert len(again) == len(expected.settings["snapshots"])  # of these and the present state the first was there
+    assert len(again) == len(expected.settings["snapshots"]) > 0  # of these and the present state the first was there
     assert torch.equal(report.scores, expected.scores)
 
 
@@ -692,7 +727,7 @@ def test_damaged_directions_are_refused(tmp_path: Any) -> None:
     trainer, _, dataset = fitted()
     query = batch_of(dataset, slice(0, 3))
     trainer.influence(query, scores_to=tmp_path)
-    (tmp_path / "directions.safetensors").write_bytes(b"not one")
+    (tmp_path / "directions-0.safetensors").write_bytes(b"not one")
     with pytest.raises(ConfigurationError, match="damaged"):
         trainer.influence(query, scores_to=tmp_path)
 

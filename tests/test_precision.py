@@ -316,6 +316,17 @@ def test_a_class_that_is_none_is_refused_before_the_gpu_fails_on_it() -> None:
     torch.testing.assert_close(trainer.influence((x, y)).scores, before)
 
 
+def test_what_a_gpu_tells_late_is_told_of_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _, data = fitted(Classifier(net()), callback=quick())
+
+    def late(values: Any) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch, "isfinite", late)  # the first that asks for a value
+    with pytest.raises(BatchError, match="losses of the query batch could not be computed: RuntimeError: CUDA error"):
+        trainer.influence(batch_of(data, slice(4)))
+
+
 FAILING = """
 import torch
 from lightning_gif.errors import BatchError

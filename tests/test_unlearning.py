@@ -1151,17 +1151,66 @@ def test_a_class_is_not_left_half_way_where_a_step_is_cut_short_to_almost_nothin
     assert len(hopeless.solved) == 3
 
 
-@pytest.mark.parametrize("batch_size", [3, 8])
-def test_sizes_of_gradients_are_those_of_examples_where_there_are_few_whatever_the_batches(batch_size: int) -> None:
+@pytest.mark.parametrize(("count", "groups"), [(1, 1), (3, 1), (11, 5), (19, 8)])
+@pytest.mark.parametrize("batch_size", [3, 32])
+def test_sizes_of_gradients_are_those_of_groups_whatever_the_batches(count: int, groups: int, batch_size: int) -> None:
     trainer, module, data = fitted(precision="64-true")
     with Objective.open(trainer, module) as objective:
-        part = DataLoader(Subset(data, range(8)), 4)
-        examples = Examples.from_loader(part, objective.prepare, batch_size=batch_size)
+        loader = DataLoader(Subset(data, range(count)), 4)
+        examples = Examples.from_loader(loader, objective.prepare, batch_size=batch_size)
         objective.learn_structure(examples)
         each = torch.cat([rows for batch in examples.batches() for rows in objective.gradients(batch.data)])
         walk: Any = SimpleNamespace(_objective=objective)
         found = _Walk._squares(walk, examples, objective.theta, objective)
-    torch.testing.assert_close(found, each.square().mean(0))
+    parts = [each[start::groups] for start in range(groups)]
+    torch.testing.assert_close(found, sum(len(part) * part.mean(0).square() for part in parts) / groups)
+
+
+def test_units_are_shares_of_the_weights_and_for_labels_of_large_gradients_small() -> None:
+    trainer, module, _ = fitted(precision="64-true")
+    with Objective.open(trainer, module) as objective:
+        positions = torch.arange(2, objective.space.size, 3)
+        walk: Any = SimpleNamespace(_objective=objective, positions=positions)
+        shares = _Walk._units(walk, None)
+        sizes = [part.square().mean().sqrt() for part in objective.space.unflatten(objective.theta).values()]
+        whole = objective.theta.square().mean().sqrt()
+        counts = torch.tensor([part.numel() for part in objective.space.unflatten(objective.theta).values()])
+        squares = torch.rand(objective.space.size, dtype=torch.float64)
+        units = _Walk._units(walk, squares)
+        again = _Walk._units(walk, 1e6 * squares)
+        nothing = _Walk._units(walk, torch.zeros_like(squares))
+    torch.testing.assert_close(shares, (torch.stack(sizes) / whole).clamp_min(1).repeat_interleave(counts))
+    expected = (squares / squares[positions].mean() + 0.01) ** -0.25
+    ratio = units / shares
+    torch.testing.assert_close(ratio / ratio[0], expected / expected[0])
+    assert ratio[positions].square().mean() == pytest.approx(1)
+    torch.testing.assert_close(again, units)
+    assert torch.equal(nothing, shares)
+
+
+def test_labels_are_corrected_by_newton_steps_once_three_quarters_of_them_are_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[float, bool, int]] = []
+    descend = _Walk.descend
+
+    def told(self: _Walk, at: Point) -> LocalModel:
+        first = not self._changes
+        model = descend(self, at)
+        newton = self.solutions[-1].solver == "truncated_newton"
+        seen.append((at.remembered, newton, self.solutions[-1].iterations))
+        assert newton == (not first and at.remembered <= 0.25)
+        return model
+
+    monkeypatch.setattr(_Walk, "descend", told)
+    data = blobs(120)
+    x, y = data.tensors
+    wrong = y.clone()
+    wrong[::4] = (y[::4] + 1) % 3
+    trainer, _, _ = fitted(dataset=TensorDataset(x, wrong), callback=GIFCallback(ratio=0.5), max_epochs=20)
+    trainer.unlearn(list(range(0, 120, 4)), relabel=y[::4])
+    assert {newton for _, newton, _ in seen} == {False, True}
+    assert max(steps for _, _, steps in seen) == 8
 
 
 def test_labels_get_another_step_after_one_that_was_cut_short_but_not_after_two() -> None:
@@ -1177,6 +1226,9 @@ def test_labels_get_another_step_after_one_that_was_cut_short_but_not_after_two(
     walk = labels(risk, *models)
     assert relinearise(walk).steps == (4.0, 0.5)
     assert len(walk.solved) == 3
+    hopeless = labels(lambda *steps: 9.0 + sum(steps), *models)
+    assert not relinearise(hopeless).moved
+    assert len(hopeless.solved) == 1
 
 
 def test_a_model_that_promises_more_than_there_is_does_not_hide_a_step_that_helps() -> None:
