@@ -129,7 +129,8 @@ class GIFCallback(Callback):
         curvature: ``"hessian"``, or ``"ggn"``: the generalised Gauss–Newton matrix, which leaves out the curvature of
             the model itself, is positive semi-definite for convex losses, and costs less a product. It is taken at the
             predictions that ``training_step`` gives to a loss function of PyTorch. ``"auto"``: ``"ggn"`` for scores
-            where there are such predictions, ``"hessian"`` else.
+            where there are such predictions, ``"hessian"`` else. Steps that correct labels take ``"ggn"`` whatever is
+            asked for, where the model predicts classes: least squares on another can lead up where it is far from them.
         curvature_examples: How many training examples the curvature is taken over, and neurons are ranked on at most;
             ``None`` for all. ``"auto"``: 2048; 1024 for the curvature where a class is forgotten.
         curvature_sampling: How they are drawn: ``"random"``, ``"balanced"`` (as many of each class), ``"features"`` or
@@ -426,9 +427,9 @@ class GIFCallback(Callback):
                 whole numbers in a list, range or array; or a function from a batch to the truth value of each of its
                 examples, which is asked about all training data: ``lambda batch: batch[1] == 3``. All others are
                 retained.
-            relabel: The labels they should have had: a tensor in the order of the batch or of the indices, or of the
-                dataset for a loader or function; one class for all; or a function from a batch to its new targets.
-                ``None`` removes them.
+            relabel: The labels they should have had: a tensor, an array or a list in the order of the batch or of the
+                indices, or of the dataset for a loader or function; one class for all; or a function from a batch to
+                its new targets. ``None`` removes them. A batch has the labels that it was trained with.
             retain: A loader of all the data to keep, where it is not the rest of the training data: after earlier
                 edits, what these left. The more there is of it, the less weight has what is forgotten.
             unseen: A loader of examples like the training data that the model was not trained on: single examples that

@@ -284,7 +284,7 @@ def replace_targets(data: Any, targets: Tensor | int) -> Any:
     old = data[key]
     if isinstance(targets, bool) or not isinstance(targets, (Tensor, int, float)):
         raise BatchError(
-            "`relabel` must be a tensor of new targets, one class for all examples, or a function from a batch to its"
+            "`relabel` must be a tensor or list of new targets, one class for all, or a function from a batch to its"
             f" new targets, got {targets!r}."
         )
     given = torch.as_tensor(targets)
@@ -703,7 +703,7 @@ def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tenso
         targets: ``(n, …)`` in the order of ``examples``; or one class for all; or a function from a batch to its new
             targets.
     """
-    if isinstance(targets, (list, tuple)):
+    if isinstance(targets, (list, tuple, np.ndarray, np.generic)):
         targets = torch.as_tensor(targets)
     if isinstance(targets, Tensor) and targets.ndim and len(targets) != len(examples):
         raise BatchError(

@@ -213,14 +213,16 @@ class Settings:
             return replace(chosen, max_iter=_STEPS_FOR_SCORES if solver == "cg" else shares or _RANK)
         return chosen
 
-    def for_one_of_many(self, *, labels: bool) -> Settings:
+    def for_one_of_many(self, *, labels: bool, convex: bool) -> Settings:
         """The same for a solve that is followed by others where it leads to, if nothing else is asked for.
 
         Args:
             labels: Whether it corrects labels.
+            convex: Whether its curvature is to be one without negative eigenvalues, whatever is asked for.
         """
+        chosen = replace(self, curvature="ggn") if convex else self
         steps = _STEPS_FOR_LABELS if labels else _STEPS_OF_MANY
-        return replace(self, max_iter=steps) if self.max_iter is None and self.rtol is None else self
+        return replace(chosen, max_iter=steps) if self.max_iter is None and self.rtol is None else chosen
 
     def sample_size(self, *, without_a_class: bool = False) -> int | None:
         """Over how many examples the curvature is taken, at most; ``None`` for all.

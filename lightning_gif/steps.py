@@ -60,7 +60,8 @@ class Goal(str, Enum):
     lack, and eight times the weight of a retained loss.
     ``LABELS``: labels are corrected. The risk is ``KL(expected ‖ predicted)`` over the retained examples, with no class
     ruled out, and the cross-entropy of the corrected ones, each of which weighs eight times a retained one. Where it is
-    not known what is predicted, it is their losses, less the slope as above, each example with the same weight.
+    not known what is predicted, it is their losses, each example with the same weight: what retraining would minimise.
+    Less a slope it would have no minimum in a model that is not convex.
     """
 
     CLASS = "class"
@@ -106,7 +107,7 @@ class Point:
 
 
 class LocalModel(NamedTuple):
-    """The risk along a solved change, to second order: ``risk(s) − risk(0) ≈ slope·s + bend·s²/2``."""
+    """The risk along a solved change: ``risk(s) − risk(0) ≈ slope·s + bend·s²/2``, bent as what was solved with is."""
 
     slope: float
     bend: float

@@ -23,6 +23,7 @@ from .data import (
     contents_digest,
     data_digest,
     example_classes,
+    find_targets,
     fingerprints,
     locate,
     relabelled,
@@ -162,11 +163,9 @@ def unlearn(
     objective.check(forget, "forget")
     corrected = None if relabel is None else relabelled(forget, relabel).agreed("new labels")
     if corrected is not None:
-        new, classes = example_classes(corrected), objective.n_classes(forget)
-        if new is not None and classes is not None and (new >= classes).any():
-            raise BatchError(
-                f"`relabel` has the class {int(new.max())}, but the model predicts {classes}: 0 to {classes - 1}."
-            )
+        classes = objective.n_classes(forget)
+        if classes is not None and example_classes(forget) is not None:
+            _check_classes(corrected, classes)
         objective.check(corrected, "relabelled")
 
     found = locate(forget, train)
@@ -250,6 +249,17 @@ def unlearn(
                 " smaller `step`, or 'search'."
             )
     return report
+
+
+def _check_classes(corrected: Examples, classes: int) -> None:
+    """Raises a :class:`~lightning_gif.errors.BatchError` for a new label that is none of the predicted classes."""
+    for batch in corrected.mine():
+        new = find_targets(batch.data)
+        wrong = None if new is None else new[(new < 0) | (new >= classes)]
+        if wrong is not None and wrong.numel():
+            raise BatchError(
+                f"`relabel` has the class {wrong[0].item()}, but the model predicts {classes}: 0 to {classes - 1}."
+            )
 
 
 def _fingerprint(objective: Objective, task: _Task, settings: Settings, targets: Targets, train: str) -> str:
@@ -579,6 +589,8 @@ class _Walk:
             seen = task.sample.mapped(self._expecting)
             measured = seen if task.check is task.sample else task.check.mapped(self._expecting)
             kept = _Term(1.0, seen, measured, curved, _Of(self._logits, self._divergence))
+        elif task.goal is Goal.LABELS:
+            kept = _Term(1.0, task.sample, task.check, curved, objective)
         else:
             # The slope that training left in the risk on all data, as the two samples of the retained data show it.
             left = task.share * self._old + (1 + task.share) * settings.weight_decay * objective.theta
@@ -831,7 +843,7 @@ class _Walk:
         there = self.moved(at.steps)
         slope, curvatures = self._decay * there, list[tuple[float, Curvature]]()
         gradients = torch.zeros_like(slope) if self.goal is Goal.LABELS else None
-        far = at.remembered > _FAR.get(self.goal, math.inf)
+        far, steps = at.remembered > _FAR.get(self.goal, math.inf), self._for_one_of_many
         with objective.progress("Hessian products, at the new weights") as bar:
             for term in self._terms:
                 of_term = objective.gradient(term.seen, there, term.losses.loss_sum)
@@ -841,7 +853,7 @@ class _Walk:
                 part = part.held(settings.bytes_to_keep(objective) / 4)
                 losses = term.bound if term.bound is not None and self._changes and far else term.losses
                 decay = 0.0 if curvatures else self._decay  # of the whole risk, in the first term, whose weight is 1
-                curvature = settings.open_curvature(
+                curvature = steps.open_curvature(
                     objective, part, there, losses=losses, weight_decay=decay, on_product=bar.update
                 )
                 curvatures.append((term.weight, curvature))
@@ -852,13 +864,15 @@ class _Walk:
             if newton:
                 bend = self._newton(whole, -slope, at, units)
             else:
-                bend = self._take(whole, -slope, self._for_one_of_many.solve, units=units)
-            self.description = self.description or settings.describe(curvatures[0][1])
+                bend = self._take(whole, -slope, steps.solve, units=units)
+            self.description = self.description or steps.describe(curvatures[0][1])
         return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend), newton
 
     @property
     def _for_one_of_many(self) -> Settings:
-        return self._settings.for_one_of_many(labels=self.goal is Goal.LABELS)
+        labels = self.goal is Goal.LABELS
+        # By what is predicted the risk is a convex function of that.
+        return self._settings.for_one_of_many(labels=labels, convex=labels and self._task.gone is not None)
 
     def _squares(self, examples: Examples, theta: Tensor, losses: Losses) -> Tensor:
         """About the mean square of the gradients of single examples, ``(p,)``.
@@ -986,11 +1000,11 @@ def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
             f"{share} of the class are still predicted as it. More would have raised the retained loss too far, was not"
             " found, or was not asked for. Try targets='batch', another selector, a larger ratio, or another `step`.",
         )
-    elif walk.goal is Goal.LABELS and chosen.remembered > _LABELS_POOR:
+    elif walk.goal is Goal.LABELS and chosen.moved and chosen.remembered > _LABELS_POOR:
         _warn(
             notes,
             f"{share} of the corrected labels are not predicted as they should be. Look at the retained loss as well,"
-            " and undo the edit if it is not worth it; a larger ratio may do better.",
+            " and undo the edit if it is not worth it.",
         )
     elif walk.goal is Goal.EXAMPLES and chosen.moved and walk.enough is not None:
         before = walk.path[0]
