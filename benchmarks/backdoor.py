@@ -12,6 +12,7 @@ grid by the paper's F1 on training data. Prints a Markdown table.
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ TRIGGERS = {"checkerboard": (checkerboard, 0.10), "corner": (corner, 0.05)}
 def main() -> None:
     parser = make_parser(__doc__, ["relinearise", "search"])
     parser.add_argument("--trigger", default="checkerboard", choices=list(TRIGGERS))
+    parser.add_argument("--draws", type=int, default=1, help="edits, each by another draw of the examples")
     options = parser.parse_args()
 
     clean, test = load(options.data)
@@ -102,12 +104,12 @@ def main() -> None:
     if len(others) > 1:
         show("retrained, one seed", others[0], others[1:])
     seconds = 0.0
-    for step in options.steps:
-        edit, spent = timed(partial(trainer.unlearn, chosen.tolist(), relabel=labels[chosen], step=step))
+    for step, seed in product(options.steps, range(options.draws)):
+        edit, spent = timed(partial(trainer.unlearn, chosen.tolist(), relabel=labels[chosen], step=step, seed=seed))
         seconds = seconds or spent
         say(edit)
         say(edit.steps, [round(point.risk, 4) for point in edit.path])
-        show(f"edit, {step}", know(model, sets, spent))
+        show(f"edit, {step}" + f", draw {seed}" * (options.draws > 1), know(model, sets, spent))
         edit.undo()
 
     def grade(module: nn.Module) -> float:

@@ -516,7 +516,7 @@ def test_unlearning_everything() -> None:
         (torch.zeros(4, 2, dtype=torch.long), ["[4, 2]", "[4]", "one new target for each"]),
         (lambda batch: batch[1][:2], ["[2]", "[4]"]),
         (9, ["`relabel`", "the class 9", "predicts 3: 0 to 2"]),
-        (-1, ["relabelled", "could not be computed"]),
+        (-1, ["class -1", "predicts 3: 0 to 2"]),
         ("cat", ["`relabel`", "'cat'"]),
         (True, ["`relabel`", "True"]),
         ([0, 1, 2], ["`relabel`", "3 targets", "4 examples"]),
