@@ -249,6 +249,8 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
     options = parser.parse_args()
     digits.quiet()
+    if options.data is None and options.accelerator != "cpu":
+        parser.error("--accelerator is for --data; the digits are trained on the CPU")
 
     fit, train, queries = open_task(
         options.data, options.net, options.examples, options.queries, options.epochs, options.accelerator

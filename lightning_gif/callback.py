@@ -129,8 +129,8 @@ class GIFCallback(Callback):
         curvature: ``"hessian"``, or ``"ggn"``: the generalised Gauss–Newton matrix, which leaves out the curvature of
             the model itself, is positive semi-definite for convex losses, and costs less a product. It is taken at the
             predictions that ``training_step`` gives to a loss function of PyTorch. ``"auto"``: ``"ggn"`` for scores
-            where there are such predictions, ``"hessian"`` else. Steps that correct labels take ``"ggn"`` whatever is
-            asked for, where the model predicts classes: least squares on another can lead up where it is far from them.
+            where there are such predictions and for the steps that correct labels where the model predicts classes
+            (least squares on the Hessian can lead up where it is far from them), ``"hessian"`` else.
         curvature_examples: How many training examples the curvature is taken over, and neurons are ranked on at most;
             ``None`` for all. ``"auto"``: 2048; 1024 for the curvature where a class is forgotten.
         curvature_sampling: How they are drawn: ``"random"``, ``"balanced"`` (as many of each class), ``"features"`` or

@@ -700,11 +700,10 @@ def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tenso
 
     Args:
         examples: ``n`` examples.
-        targets: ``(n, …)`` in the order of ``examples``; or one class for all; or a function from a batch to its new
-            targets.
+        targets: ``(n, …)`` in the order of ``examples``, a tensor, an array or a list; or one class for all; or a
+            function from a batch to its new targets.
     """
-    if isinstance(targets, (list, tuple, np.ndarray, np.generic)):
-        targets = torch.as_tensor(targets)
+    targets = _numbers(targets)
     if isinstance(targets, Tensor) and targets.ndim and len(targets) != len(examples):
         raise BatchError(
             f"`relabel` has {len(targets)} targets for {len(examples)} examples. Give one for each, in the order of the"
@@ -715,10 +714,20 @@ def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tenso
         if isinstance(targets, Tensor):
             new: Tensor | int = targets[start : start + batch.size] if targets.ndim else targets
         else:
-            new = targets(batch.data) if callable(targets) else targets
+            new = _numbers(targets(batch.data)) if callable(targets) else targets
         changed.append(batch._replace(data=replace_targets(batch.data, new)))
         start += batch.size
     return replace(examples, dataset=None, cached=tuple(changed), held_part=None)  # the dataset has the old targets
+
+
+def _numbers(targets: Any) -> Any:
+    """Lists, and arrays and numbers of NumPy, as tensors; anything else as it is."""
+    if not isinstance(targets, (list, tuple, np.ndarray, np.generic)) or isinstance(targets, np.bool_):
+        return targets
+    try:
+        return torch.as_tensor(np.array(targets))  # a copy: tensors have no negative strides
+    except (TypeError, ValueError) as error:
+        raise BatchError(f"`relabel` must be numbers, as many for each example, got {targets!r:.200}.") from error
 
 
 def _sampled_ids(loader: DataLoader[Any]) -> Tensor:

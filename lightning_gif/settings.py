@@ -64,7 +64,8 @@ _RANK_FOR_ITSELF = 64
 # How many steps a solve takes, and the most that it takes towards a residual.
 _STEPS, _MOST_STEPS = 10, 200
 
-# How many one takes that is followed by others at the weights it leads to; of a class, more led to no better ones.
+# How many one takes that is followed by others at the weights it leads to. Where a class is forgotten more steps led to
+# no better weights; where labels are corrected they did.
 _STEPS_OF_MANY, _STEPS_FOR_LABELS = 5, 8
 
 # Where a number of steps is asked for and no residual, those that float32 can still tell from rounding.
@@ -174,12 +175,11 @@ class Settings:
         return replace(self, **changes)
 
     def for_unlearning(self) -> Settings:
-        """The same with what was left open chosen for edits."""
+        """The same with what was left open chosen for edits, but the curvature: see :meth:`for_one_of_many`."""
         return replace(
             self,
             method=_chosen(self.method, "gif"),
             solver=_chosen(self.solver, "lsmr"),
-            curvature=_chosen(self.curvature, "hessian"),
             damping=0.0 if self.damping is None else self.damping,
         )
 
@@ -218,9 +218,9 @@ class Settings:
 
         Args:
             labels: Whether it corrects labels.
-            convex: Whether its curvature is to be one without negative eigenvalues, whatever is asked for.
+            convex: Whether its curvature is better one without negative eigenvalues, if it is left open.
         """
-        chosen = replace(self, curvature="ggn") if convex else self
+        chosen = replace(self, curvature=_chosen(self.curvature, "ggn" if convex else "hessian"))
         steps = _STEPS_FOR_LABELS if labels else _STEPS_OF_MANY
         return replace(chosen, max_iter=steps) if self.max_iter is None and self.rtol is None else chosen
 
@@ -275,7 +275,7 @@ class Settings:
             on_product: Called at each product.
         """
         return Curvature(
-            CURVATURES[self.curvature](losses or objective),
+            CURVATURES[_chosen(self.curvature, "hessian")](losses or objective),
             objective.theta if theta is None else theta,
             examples,
             weight_decay=float(self.weight_decay if weight_decay is None else weight_decay),
@@ -288,7 +288,7 @@ class Settings:
         ends: dict[str, Any] = {}
         if self.eigenvalues:
             ends = asdict(spectrum(curvature, self.eigenvalues, seed=self.seed))
-        return {"kind": self.curvature, **curvature.summary(), **ends}
+        return {"kind": _chosen(self.curvature, "hessian"), **curvature.summary(), **ends}
 
     @property
     def _most_steps(self) -> int:

@@ -29,7 +29,7 @@ _TRUSTED, _HALVINGS = 0.25, 10
 _LONGEST = 4.0
 
 # No further step after one that gained less than this share of the risk that is left; for a class or for labels after
-# two such, where the first one was cut short.
+# two such, where the first one was cut short (for labels: and not to nothing).
 _WORTH = 0.02
 
 # No further step where a class is forgotten and the risk, in nats, is below this: retrained models differ by more.
@@ -257,8 +257,8 @@ def _trusted(walk: Walk, start: Point, model: LocalModel, solved: int) -> Point 
     if not as_predicted(there, step):
         if walk.goal is Goal.EXAMPLES:
             return None
-        # The risk of a class or of labels is no less than zero. A model from the curvature of a few examples may
-        # promise more than all of it, along a change that lowers it all the same.
+        # The risk of a class or of labels has a least value. A model from the curvature of a few examples may promise
+        # more than all of it, along a change that lowers it all the same.
         return min(filter(lower, tried), key=lambda point: point.risk, default=None)
     longer = step == 1.0 and there.risk - start.risk <= model.change(1.0)
     while longer and 2 * step <= _LONGEST:

@@ -871,14 +871,15 @@ class _Walk:
     @property
     def _for_one_of_many(self) -> Settings:
         labels = self.goal is Goal.LABELS
-        # By what is predicted the risk is a convex function of that.
+        # Where predictions are known the risk is convex in them: its Gauss–Newton matrix has no negative eigenvalues.
         return self._settings.for_one_of_many(labels=labels, convex=labels and self._task.gone is not None)
 
     def _squares(self, examples: Examples, theta: Tensor, losses: Losses) -> Tensor:
         """About the mean square of the gradients of single examples, ``(p,)``.
 
         It is that of the mean gradients of a few groups, times the size of these, and what is expected of it where the
-        gradients of examples are independent and their mean is small; the mean counts for more. It costs one pass.
+        gradients of examples are independent and their mean is small; the mean counts for more. It costs one pass over
+        what is held in memory.
         """
         groups = examples.dealt_out(min(_GROUPS, max(len(examples) // 2, 1)))
         total = torch.zeros_like(theta)

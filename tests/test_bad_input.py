@@ -517,6 +517,9 @@ def test_unlearning_everything() -> None:
         (lambda batch: batch[1][:2], ["[2]", "[4]"]),
         (9, ["`relabel`", "the class 9", "predicts 3: 0 to 2"]),
         (-1, ["class -1", "predicts 3: 0 to 2"]),
+        (["a", "b", "c", "d"], ["`relabel`", "numbers", "'a'"]),
+        ([[1], [1, 2], [1], [1]], ["`relabel`", "numbers"]),
+        (numpy.True_, ["`relabel`", "True"]),
         ("cat", ["`relabel`", "'cat'"]),
         (True, ["`relabel`", "True"]),
         ([0, 1, 2], ["`relabel`", "3 targets", "4 examples"]),
@@ -524,7 +527,22 @@ def test_unlearning_everything() -> None:
         (1.5, ["`relabel`", "1.5", "int64[4]"]),
         (torch.tensor([0.0, 0.5, 1.0, 2.0]), ["`relabel`", "float32[4]", "int64[4]", "rounded"]),
     ],
-    ids=["few", "columns", "function", "class", "negative", "string", "bool", "list", "none", "float", "floats"],
+    ids=[
+        "few",
+        "columns",
+        "function",
+        "class",
+        "negative",
+        "strings",
+        "ragged",
+        "numpy bool",
+        "string",
+        "bool",
+        "list",
+        "none",
+        "float",
+        "floats",
+    ],
 )
 def test_relabelling_with_targets_that_do_not_fit(relabel: Any, words: list[str]) -> None:
     trainer, module, batch = ready()

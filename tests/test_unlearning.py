@@ -700,13 +700,11 @@ def test_the_local_model_is_that_of_the_risk(examples: slice | None, relabel: in
         ahead, behind = walk.measure(h), walk.measure(-h)
         slope, bend = (ahead.risk - behind.risk) / (2 * h), (ahead.risk - 2 * walk.path[0].risk + behind.risk) / h**2
         assert model.slope == pytest.approx(slope, rel=1e-3)
-        if relabel is None:
-            assert model.bend == pytest.approx(bend, rel=1e-2)
-        else:  # by the Gauss–Newton matrix
-            assert model.bend > 0
+        assert model.bend == pytest.approx(bend, rel=1e-2)
         return ahead
 
-    trainer, _, dataset = fitted(max_epochs=10)
+    linear = Classifier(nn.Linear(6, 3))  # of which the Gauss–Newton matrix, which labels take, is the Hessian
+    trainer, _, dataset = fitted(linear if relabel else None, max_epochs=10)
     forget = batch_of(dataset, dataset.tensors[1] == 1 if examples is None else examples)
     options = {"double": True, "curvature_examples": None, "weight_decay": 0.1, "dry_run": True}
     if relabel is None or examples is not None:
@@ -1198,8 +1196,7 @@ def test_labels_are_corrected_with_the_curvature_of_what_is_predicted() -> None:
     options: dict[str, Any] = {"relabel": (y[:6] + 1) % 3, "dry_run": True}
     found = trainer.unlearn(list(range(6)), **options)
     assert found.curvature["kind"] == "ggn"
-    asked = trainer.unlearn(list(range(6)), curvature="hessian", **options)
-    assert asked.steps == found.steps
+    assert trainer.unlearn(list(range(6)), curvature="hessian", **options).curvature["kind"] == "hessian"
     assert trainer.unlearn(list(range(6)), step="natural", **options).curvature["kind"] == "hessian"
 
 
@@ -1224,10 +1221,20 @@ def test_targets_of_a_regression_are_corrected_on_the_way_to_what_retraining_fin
     assert report.relabelled is not None
     assert report.relabelled.after < 0.5 * report.relabelled.before
     assert report.retain.after < report.retain.before  # which the wrong targets had raised
-    assert 0 < report.path[-1].risk < 0.5 * report.path[0].risk
+    (chosen,) = [point for point in report.path if list(point.steps) == report.steps]
+    assert 0 < chosen.risk < 0.5 * report.path[0].risk
 
 
-@pytest.mark.parametrize("kind", [torch.Tensor.numpy, torch.Tensor.tolist, lambda labels: labels.numpy()[0]])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        torch.Tensor.numpy,
+        torch.Tensor.tolist,
+        lambda labels: labels.numpy()[0],
+        lambda labels: labels.numpy()[::-1],
+        lambda labels: lambda batch: [2] * len(batch[1]),
+    ],
+)
 def test_new_labels_can_be_arrays_lists_and_numbers_of_numpy(kind: Callable[[Tensor], Any]) -> None:
     trainer, _, _ = fitted()
     new = torch.tensor([2, 2, 2])
