@@ -906,8 +906,7 @@ class _Walk:
         parts = self._objective.space.unflatten(theta).values()
         sizes = torch.cat([part.square().mean().sqrt().expand(part.numel()) for part in parts])
         shares = (sizes / whole).clamp_min(1.0) if whole > 0 else torch.ones_like(theta)
-        mean = 0.0 if gradients is None else gradients[self.positions].mean()
-        if gradients is None or not mean > 0:
+        if gradients is None or not (mean := gradients[self.positions].mean()) > 0:
             return shares
         scale = (gradients / mean + _NO_GRADIENT).pow(_POWER)
         return shares * scale / scale[self.positions].square().mean().sqrt()
