@@ -117,7 +117,8 @@ class GIFCallback(Callback):
             and room for its sketch; ``"lsmr"`` for edits, for ``"gif"``, and where the curvature is the Hessian.
         damping: ``λ`` in ``min ‖Ax − g‖² + λ²‖x‖²``, in the unit of the Hessian's eigenvalues; of ``"cg"``,
             ``"nystrom"`` and a Newton step, what is added to these. ``None``: for scores a thousandth of the largest
-            eigenvalue, found by three more products; 0 for edits and for ``"gif"``.
+            eigenvalue, found by three more products; 0 for ``"gif"`` and for edits, but where least squares correct the
+            labels of a classifier: there a fifth of the curvature along the slope, found by one.
         max_iter: Most steps of the solve, each of two Hessian-vector products (of ``"cg"`` and of a Newton step one; of
             ``"nystrom"`` the rank); ``None``: 200 where there is an ``rtol`` to reach; else 20 for scores, up to 512
             for those by ``"nystrom"``, 10 for the change of the theory, and for each of those that are solved anew 5

@@ -175,13 +175,11 @@ class Settings:
         return replace(self, **changes)
 
     def for_unlearning(self) -> Settings:
-        """The same with what was left open chosen for edits, but the curvature: see :meth:`for_one_of_many`."""
-        return replace(
-            self,
-            method=_chosen(self.method, "gif"),
-            solver=_chosen(self.solver, "lsmr"),
-            damping=0.0 if self.damping is None else self.damping,
-        )
+        """The same with what was left open chosen for edits, but what differs between their solves.
+
+        That is the curvature, see :meth:`for_one_of_many`, and the damping, see :meth:`solve`.
+        """
+        return replace(self, method=_chosen(self.method, "gif"), solver=_chosen(self.solver, "lsmr"))
 
     def for_influence(
         self, *, ggn: bool, on_targets: bool, queries: int = 1, rank: int = 0, itself: bool = False
@@ -321,12 +319,13 @@ class Settings:
         self.judge([solution])
         return solution, bend
 
-    def solve(self, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
+    def solve(self, operator: LinearOperator, rhs: Tensor, *, relative: float = 0.0) -> list[Solution]:
         """Runs the chosen solver.
 
         Args:
             operator: ``B``, ``(rows, cols)``.
-            rhs: ``(rows,)``, or several as columns ``(rows, q)``.
+            rhs: ``b``, ``(rows,)``, or several as columns ``(rows, q)``.
+            relative: Damping where it was left open, as a share of ``‖Bᵀb‖/‖b‖``, which takes a product.
 
         Returns:
             A solution for each right-hand side. Without an ``rtol``, a number of steps is all that was asked for.
@@ -335,10 +334,14 @@ class Settings:
             ConvergenceError: If it did not converge and ``unconverged="raise"``, or if it diverged.
             NonFiniteError: If it met a non-finite number.
         """
+        damping, before = float(self.damping or 0.0), (operator.products, operator.examples)
+        if relative and self.damping is None:
+            damping = relative * float(torch.linalg.vector_norm(operator.rmatvec(rhs)) / torch.linalg.vector_norm(rhs))
+        spent = operator.products - before[0], operator.examples - before[1]
         found = SOLVERS[self.solver](
             operator,
             rhs,
-            damping=float(self.damping or 0.0),
+            damping=damping,
             rtol=self._least_residual,
             max_iter=self._most_steps,
             seed=self.seed,
@@ -355,7 +358,7 @@ class Settings:
         for solution in solutions:
             require_finite(solution.x, f"The solution of {self.solver!r}")
         self.judge(solutions)
-        return solutions
+        return [replace(one, hvps=one.hvps + spent[0], examples=one.examples + spent[1]) for one in solutions]
 
     def quadratic_kind(self, size: int) -> str:
         """How :meth:`quadratic` has the inverse of a matrix of ``size`` rows, in words."""

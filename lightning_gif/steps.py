@@ -143,8 +143,8 @@ class Walk(Protocol):
 
         The first change, and others while most of a class or a quarter of the wrong labels is remembered, is by the
         method of the edit: least squares hold whatever the curvature is so far from where the risk is least. There the
-        second and later ones take the curvature of a bound for a class. All others are damped Newton steps on the
-        targets.
+        second and later ones take the curvature of a bound for a class, and all are damped where the labels of a
+        classifier are corrected. All others are damped Newton steps on the targets.
         """
 
     def measure(self, *steps: float) -> Point:

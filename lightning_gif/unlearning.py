@@ -68,8 +68,9 @@ _FAR_SHARE = 0.5
 # that the wrong labels taught, and hold back what the right ones should undo.
 _LABELS_WEIGHT = 8.0
 
-# A correction that leaves more than this share of the labels as they were is told to be a poor one.
-_LABELS_POOR = 0.2
+# The share of labels that may be left as they were where steps gain little; a correction that leaves more is told to be
+# a poor one.
+_LABELS_ENOUGH = 0.2
 
 # How many examples a step is measured on, at most, of each kind.
 _MEASURED = 1024
@@ -89,6 +90,11 @@ _CURVED_SHARE, _LEAST_CURVED = 0.125, 256
 # less where this share of the predicted change of the risk came true (Levenberg and Marquardt). It grows as steps are
 # cut short.
 _DAMPING, _ADAPT, _GOOD = 3e-3, 3.0, 0.75
+
+# That of the least squares by which labels of a classifier are corrected. Of wrong ones that are predicted for certain
+# the Gauss–Newton matrix is next to nothing along much of the slope: without damping steps were too long by orders of
+# magnitude, and rounding, which differs with the number of processes and the size of batches, decided where they led.
+_LABELS_DAMPING = 0.2
 
 # Where labels are corrected: how many groups of examples tell the mean square of an entry's gradients, what is added to
 # that as a share of the mean over all entries, and the power of it that is in the unit of the entry (Martens: −3/8).
@@ -643,6 +649,8 @@ class _Walk:
         task = self._task
         if task.goal is Goal.CLASS:
             return _CLASS_ENOUGH, start.retain_loss + _CLASS_BUDGET * math.log(len(self._gone))
+        if task.goal is Goal.LABELS and task.gone is not None:
+            return _LABELS_ENOUGH, math.inf
         if task.unseen is not None and not math.isnan(start.remembered):
             # Nothing is forgotten at no cost at all, even where unseen losses are no larger.
             least = _LEAST_BUDGET * abs(start.retain_loss)
@@ -864,15 +872,22 @@ class _Walk:
             if newton:
                 bend = self._newton(whole, -slope, at, units)
             else:
-                bend = self._take(whole, -slope, steps.solve, units=units)
+                solve = partial(steps.solve, relative=_LABELS_DAMPING if self._convex else 0.0)
+                bend = self._take(whole, -slope, solve, units=units)
             self.description = self.description or steps.describe(curvatures[0][1])
         return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend), newton
 
     @property
     def _for_one_of_many(self) -> Settings:
-        labels = self.goal is Goal.LABELS
-        # Where predictions are known the risk is convex in them: its Gauss–Newton matrix has no negative eigenvalues.
-        return self._settings.for_one_of_many(labels=labels, convex=labels and self._task.gone is not None)
+        return self._settings.for_one_of_many(labels=self.goal is Goal.LABELS, convex=self._convex)
+
+    @property
+    def _convex(self) -> bool:
+        """Whether labels are corrected and predictions are known: the risk is convex in these.
+
+        Then its Gauss–Newton matrix has no negative eigenvalues.
+        """
+        return self.goal is Goal.LABELS and self._task.gone is not None
 
     def _squares(self, examples: Examples, theta: Tensor, losses: Losses) -> Tensor:
         """About the mean square of the gradients of single examples, ``(p,)``.
@@ -1000,7 +1015,7 @@ def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
             f"{share} of the class are still predicted as it. More would have raised the retained loss too far, was not"
             " found, or was not asked for. Try targets='batch', another selector, a larger ratio, or another `step`.",
         )
-    elif walk.goal is Goal.LABELS and chosen.moved and chosen.remembered > _LABELS_POOR:
+    elif walk.goal is Goal.LABELS and chosen.moved and chosen.remembered > _LABELS_ENOUGH:
         _warn(
             notes,
             f"{share} of the corrected labels are not predicted as they should be. Look at the retained loss as well,"

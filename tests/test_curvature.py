@@ -225,6 +225,24 @@ def test_the_settings_reach_the_solver() -> None:
         expected = lissa(curvature, rhs, damping=0.25, rtol=1e-9, max_iter=3)
         assert torch.equal(found.x, expected.x)
         assert found.iterations == 3
+        (again,) = settings.solve(curvature, rhs, relative=0.5)  # which is for where it was left open
+        assert torch.equal(again.x, found.x)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_damping_that_is_left_open_is_a_share_of_the_curvature_along_the_right_hand_side(scale: float) -> None:
+    settings = GIFCallback(solver="dense").settings
+    with opened() as (objective, train):
+        curvature = hessian_of(objective, train)
+        rhs = scale * torch.randn(objective.space.size, dtype=torch.float64)
+        (found,) = settings.solve(curvature, rhs, relative=0.3)
+        damping = 0.3 * float(curvature.rmatvec(rhs).norm() / rhs.norm())
+        expected = dense(curvature, rhs, damping=damping)
+        torch.testing.assert_close(found.x, expected.x, rtol=1e-9, atol=0)
+        assert (found.hvps, found.examples) == (expected.hvps + 1, expected.examples + len(train))
+        (without,) = settings.solve(curvature, rhs)
+        torch.testing.assert_close(without.x, dense(curvature, rhs).x, rtol=1e-9, atol=0)
+        assert without.x.norm() > 1.5 * found.x.norm()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -659,6 +659,19 @@ def test_corrected_labels_do_not_depend_on_what_the_loss_is_multiplied_by(factor
     assert scaled.after / factor == pytest.approx(plain.after, rel=0.05)
 
 
+def test_the_first_step_towards_corrected_labels_is_not_too_long() -> None:
+    """The Gauss–Newton matrix of labels that are predicted for certain is next to nothing along much of the slope."""
+    trainer, _, _ = fitted(max_epochs=10)
+    forget, new = [3, 17, 30], torch.tensor([1, 0, 2])
+    damped = trainer.unlearn(forget, relabel=new, dry_run=True)
+    before, after = damped.path[:2]
+    assert after.steps == (1.0,)
+    assert after.risk < 0.8 * before.risk
+    plain = trainer.unlearn(forget, relabel=new, damping=0.0, dry_run=True)
+    assert plain.path[1].risk > before.risk
+    assert (damped.settings["damping"], plain.settings["damping"]) == (None, 0.0)
+
+
 def test_the_risk_of_labels_is_that_of_the_corrected_ones_at_the_start() -> None:
     trainer, _, dataset = fitted()
     report = trainer.unlearn(batch_of(dataset, slice(0, 8)), relabel=(dataset.tensors[1][:8] + 1) % 3, dry_run=True)
