@@ -9,7 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["digest", "raw"]
+__all__ = ["Fingerprint", "differences", "digest", "raw"]
+
+Fingerprint = dict[str, str]
+"""What results depend on, by name: digests, or plain values in words."""
 
 
 def raw(tensor: Tensor, rows: int = 1) -> Tensor:
@@ -36,3 +39,14 @@ def digest(values: Mapping[str, Tensor], record: object = None) -> str:
     if record is not None:
         state.update(json.dumps(record).encode())
     return state.hexdigest()
+
+
+def differences(found: object, expected: Mapping[str, object]) -> str:
+    """The names of what is not found as it is expected; empty if all is.
+
+    Raises:
+        ValueError: If what was found has no names.
+    """
+    if not isinstance(found, Mapping):
+        raise ValueError(f"a {type(found).__name__} is not what results depend on, by name")
+    return ", ".join(name for name, value in expected.items() if found.get(name) != value)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +14,7 @@ from torch import Tensor
 from ._compat import rank_zero_info
 from .curvature import METHODS, Curvature, Method, Submatrix
 from .data import Examples, data_digest, fingerprints
-from .digests import digest
+from .digests import Fingerprint, digest
 from .errors import ConfigurationError, NonFiniteError
 from .objective import Moment, Objective
 from .parameters import Targets, state_digest
@@ -34,7 +32,7 @@ __all__ = ["influence", "self_influence"]
 # Queries that are solved together share the passes that are not kept, but each takes some vectors of the model's size.
 _MOST_TOGETHER, _VECTORS = 16, 12
 
-# Of one score, and how much of a fingerprint names a folder.
+# Of one score, and how much of the digest of a fingerprint names a folder.
 _BYTES, _NAMED = 8, 16
 
 # Damping as a share of the largest eigenvalue, see benchmarks/README.md, and products that estimate that.
@@ -100,7 +98,7 @@ def influence(
     spills = not partial and spill_to is not None and settings.is_large(_BYTES * queries * len(scored), ranks)
     if scores_to is not None or spills:
         mark = ranks.first(_fingerprint(objective, moments, train, scored, query, per_example, settings, targets))
-        folder = scores_to or spill_to / mark[:_NAMED]  # type: ignore[operator]
+        folder = scores_to or spill_to / digest({}, mark)[:_NAMED]  # type: ignore[operator]
         store = _open_store(ranks, folder, queries, len(scored), mark)
         if scores_to is None:
             rank_zero_info(
@@ -170,7 +168,7 @@ def influence(
     )
 
 
-def _open_store(ranks: Ranks, folder: Path, queries: int, examples: int, mark: str) -> ScoreStore:
+def _open_store(ranks: Ranks, folder: Path, queries: int, examples: int, mark: Fingerprint) -> ScoreStore:
     """The store, which the first process opens and writes, and the others read."""
     if ranks.rank == 0:
         store = ScoreStore.open(folder, queries, examples, mark)
@@ -269,22 +267,19 @@ def _fingerprint(
     per_example: bool,
     settings: Settings,
     targets: Targets,
-) -> str:
-    """A digest of what scores depend on: weights, buffers, queries, settings, versions, ids, and some of the data."""
-    from . import __version__  # which is known once the package is loaded
-
-    state = hashlib.sha256()
-    chosen = {name: value for name, value in asdict(settings).items() if name not in ("memory", "unconverged")}
-    for part in (
-        state_digest(objective.module),  # what is frozen as well
-        *(digest({"theta": moment.theta, **moment.statistics}) for moment in moments),
-        digest({"scored": scored.ids, **targets}),
-        data_digest(train),
-        *(mark.hex() for mark in fingerprints(query)),
-        json.dumps([chosen, per_example, torch.__version__, __version__], sort_keys=True, default=str),
-    ):
-        state.update(part.encode())
-    return state.hexdigest()
+) -> Fingerprint:
+    """What scores depend on. Of the training data some are looked at."""
+    states = [digest({"theta": moment.theta, **moment.statistics}) for moment in moments]
+    return {
+        "weights": digest({}, [state_digest(objective.module), states[0]]),  # what is frozen as well
+        "snapshots": digest({}, states[1:]),
+        "training data": data_digest(train),
+        "the examples that are scored": digest({"ids": scored.ids}),
+        "queries": digest({}, [mark.hex() for mark in fingerprints(query)]),
+        "per_example": str(per_example),
+        "target parameters": digest(dict(targets)),
+        **settings.fingerprint(),
+    }
 
 
 def self_influence(

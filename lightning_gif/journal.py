@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .digests import digest
+from .digests import Fingerprint, differences, digest
 from .errors import ConfigurationError
 from .plain import damage_is_told, parse
 from .ranks import ALONE, Ranks
@@ -42,7 +42,7 @@ class Journal:
     """
 
     folder: Path
-    fingerprint: str
+    fingerprint: Fingerprint
     ranks: Ranks = ALONE
     recalled: int = 0
 
@@ -107,10 +107,10 @@ class Journal:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 record = {name: metadata[name] for name in ("fingerprint", "asked", "told")}
-                if record["fingerprint"] != self.fingerprint:
+                if other := differences(parse(record["fingerprint"]), self.fingerprint):
                     raise ConfigurationError(
-                        f"The solve in {str(path)!r} is of other weights, data, settings or versions, or damaged:"
-                        " it cannot be gone on with. Give another folder as `solves_to`; delete the file only if it is"
+                        f"The solve in {str(path)!r} is of another call, which differs in: {other}. Or it is damaged."
+                        " It cannot be gone on with: give another folder as `solves_to`; delete the file only if it is"
                         " damaged."
                     )
                 if (shape := file.get_slice("change").get_shape()) != [size]:  # before it is read
@@ -133,7 +133,7 @@ class Journal:
         """Writes down a change ``(k,)``, and plain values about it; makes the folder where there is none."""
         if self.ranks.rank:
             return
-        record = {"fingerprint": self.fingerprint, "asked": json.dumps(asked), "told": json.dumps(told)}
+        record = {"fingerprint": json.dumps(self.fingerprint), "asked": json.dumps(asked), "told": json.dumps(told)}
         tensors = {"change": change.detach().cpu().contiguous()}
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self._path(position), save(tensors, metadata={**record, "digest": digest(tensors, record)}))

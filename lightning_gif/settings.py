@@ -15,6 +15,7 @@ from torch import Tensor
 from ._compat import rank_zero_warn
 from .curvature import CURVATURES, METHODS, Curvature, Losses
 from .data import Examples
+from .digests import Fingerprint
 from .errors import ConfigurationError, ConvergenceError, ConvergenceWarning
 from .objective import Objective
 from .ranks import Ranks
@@ -173,6 +174,13 @@ class Settings:
             if name not in known:
                 raise ConfigurationError(f"Unknown argument {name!r}. {nearest(name, {*known, *named})}")
         return replace(self, **changes)
+
+    def fingerprint(self) -> Fingerprint:
+        """Those that results depend on, and the versions of what computes them."""
+        from . import __version__  # which is known once the package is loaded
+
+        chosen = {name: str(value) for name, value in asdict(self).items() if name not in ("memory", "unconverged")}
+        return {**chosen, "the version of PyTorch": torch.__version__, "that of lightning_gif": __version__}
 
     def for_unlearning(self) -> Settings:
         """The same with what was left open chosen for edits, but what differs between their solves.

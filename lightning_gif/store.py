@@ -18,14 +18,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ._compat import rank_zero_warn
-from .digests import digest
+from .digests import Fingerprint, differences, digest
 from .errors import ConfigurationError, GIFWarning
 from .plain import damage_is_told, parse, read
 from .writing import replace_file
 
 __all__ = ["InMemory", "ScoreStore"]
 
-_VERSION = 3
+_VERSION = 4
 # How many examples' scores are looked at at a time.
 _CHECKED = 65536
 
@@ -68,7 +68,7 @@ class ScoreStore:
     _maps: tuple[mmap.mmap, mmap.mmap]
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], queries: int, examples: int, fingerprint: str) -> ScoreStore:
+    def open(cls, folder: str | os.PathLike[str], queries: int, examples: int, fingerprint: Fingerprint) -> ScoreStore:
         """A new store, or the one that an interrupted run has left in the folder.
 
         Args:
@@ -87,7 +87,7 @@ class ScoreStore:
             raise ConfigurationError(
                 f"Scores are written to a folder, but {str(folder)!r} is a file. Give another path."
             )
-        manifest = {"version": _VERSION, "queries": queries, "examples": examples, "fingerprint": fingerprint}
+        manifest = {"format": _VERSION, "n_queries": queries, "n_examples": examples, **fingerprint}
         sizes = {_SCORES: 8 * queries * examples, _DONE: 4 * examples}
         if not folder.exists() or all(path.name.startswith(f".{_MANIFEST}.") for path in folder.iterdir()):
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,16 +117,15 @@ class ScoreStore:
         if linked:  # it would be another file, anywhere, that scores are written to
             raise ConfigurationError(f"{folder} has links in it ({', '.join(linked)}). Give another folder.")
         try:
-            found = read(folder / _MANIFEST)
+            other = differences(read(folder / _MANIFEST), manifest)
         except (OSError, ValueError):
             raise ConfigurationError(
                 f"{folder} is not empty and holds no scores that can be gone on with. Give another folder."
             ) from None
-        other = [name for name in manifest if not isinstance(found, dict) or found.get(name) != manifest[name]]
         if other:
             raise ConfigurationError(
-                f"The scores in {folder} are of other weights, data, queries or settings ({', '.join(other)} differ):"
-                " they cannot be gone on with. Give another folder, or delete that one."
+                f"The scores in {folder} are of another call, which differs in: {other}. They cannot be gone on with."
+                " Give another folder, or delete that one."
             )
 
     def write(self, start: int, block: Tensor) -> None:

@@ -29,7 +29,7 @@ from .data import (
     relabelled,
     strata,
 )
-from .digests import digest
+from .digests import Fingerprint, digest
 from .errors import BatchError, ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError, TrainingDataError
 from .journal import Journal
 from .objective import Objective
@@ -268,29 +268,25 @@ def _check_classes(corrected: Examples, classes: int) -> None:
             )
 
 
-def _fingerprint(objective: Objective, task: _Task, settings: Settings, targets: Targets, train: str) -> str:
-    """A digest of what the solves of a walk depend on, but the strategy: that is seen in what it asks for."""
-    from . import __version__  # which is known once the package is loaded
+def _fingerprint(objective: Objective, task: _Task, settings: Settings, targets: Targets, train: str) -> Fingerprint:
+    """What the solves of a walk depend on, but the strategy: that is seen in what it asks for."""
 
-    chosen = {name: value for name, value in asdict(settings).items() if name not in ("memory", "unconverged")}
-    # Where samples are drawn by position, order counts.
-    parts = [task.sample, task.check, task.unseen, task.forget, task.judged, task.corrected, task.amended]
-    return digest(
-        {
-            "theta": objective.theta,
-            **{f"ids of {number}": part.ids for number, part in enumerate(parts) if part is not None},
-            **{f"targets in {name}": entries for name, entries in targets.items()},
-        },
-        [
-            state_digest(objective.module),
-            *(None if part is None else [mark.hex() for mark in fingerprints(part)] for part in parts),
-            train,
-            task.goal.value,
-            task.share,
-            {name: str(value) for name, value in chosen.items()},
-            [torch.__version__, __version__],
-        ],
-    )
+    def of(*parts: Examples | None) -> str:
+        # Where samples are drawn by position, order counts.
+        marks = [None if part is None else [mark.hex() for mark in fingerprints(part)] for part in parts]
+        return digest({str(i): part.ids for i, part in enumerate(parts) if part is not None}, marks)
+
+    return {
+        "weights": digest({"theta": objective.theta}, state_digest(objective.module)),
+        "training data": train,
+        "the examples to be forgotten, in their order": of(task.forget, task.judged),
+        "new labels": of(task.corrected, task.amended),
+        "retained examples": digest({}, [of(task.sample, task.check), task.share]),
+        "unseen examples": of(task.unseen),
+        "goal": task.goal.value,
+        "target parameters": digest(dict(targets)),
+        **settings.fingerprint(),
+    }
 
 
 @dataclass(frozen=True)

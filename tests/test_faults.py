@@ -280,7 +280,7 @@ def test_a_training_example_that_is_not_finite_is_named(ask: str, bad: float, tm
 
 
 def scores_of(folder: Path) -> ScoreStore:
-    return ScoreStore.open(folder, 3, 1000, "mark")
+    return ScoreStore.open(folder, 3, 1000, {"weights": "mark"})
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room cannot be reserved here")

@@ -484,7 +484,7 @@ def test_no_link_is_followed_where_something_is_replaced(tmp_path: Path) -> None
 
 
 def some_store(folder: Path) -> ScoreStore:
-    return ScoreStore.open(folder, 2, 6, "mark")
+    return ScoreStore.open(folder, 2, 6, {"weights": "mark"})
 
 
 def test_marks_are_of_what_was_written(tmp_path: Path) -> None:

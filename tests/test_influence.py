@@ -694,12 +694,19 @@ def test_scores_of_something_else_are_not_gone_on_with(tmp_path: Any) -> None:
     done = trainer.influence(query, scores_to=tmp_path / "scores")
     again = trainer.influence(query, scores_to=tmp_path / "scores")
     assert torch.equal(again.scores, done.scores)
-    for change in ({"batch": batch_of(dataset, slice(1, 4))}, {"damping": 0.7}, {"among": [1, 2]}):
-        with pytest.raises(ConfigurationError, match="fingerprint"):
+    changes: dict[str, dict[str, Any]] = {
+        "queries": {"batch": batch_of(dataset, slice(1, 4))},
+        "damping": {"damping": 0.7},
+        "n_examples, the examples that are scored": {"among": [1, 2]},
+        "n_queries, per_example": {"per_example": True},
+        "max_iter, seed": {"max_iter": 3, "seed": 4},
+    }
+    for names, change in changes.items():
+        with pytest.raises(ConfigurationError, match=rf"differs in: {names}\. They cannot be gone on with"):
             trainer.influence(**{"batch": query, **change}, scores_to=tmp_path / "scores")
     with torch.no_grad():
         next(module.parameters())[0, 0] += 1e-3
-    with pytest.raises(ConfigurationError, match="other weights"):
+    with pytest.raises(ConfigurationError, match="differs in: weights"):
         trainer.influence(query, scores_to=tmp_path / "scores")
     assert torch.equal(done.scores, again.scores)
 
@@ -708,7 +715,8 @@ def test_scores_of_something_else_are_not_gone_on_with(tmp_path: Any) -> None:
     ("name", "content", "message"),
     [
         ("manifest.json", b"{", "no scores that can be gone on with"),
-        ("manifest.json", b"[]", "differ"),
+        ("manifest.json", b"[]", "no scores that can be gone on with"),
+        ("manifest.json", b"{}", "differs in: format, n_queries"),
         ("scores.bin", b"short", "5 bytes"),
         ("done.bin", b"", "0 bytes"),
     ],
@@ -758,7 +766,7 @@ def test_scores_of_other_frozen_weights_are_not_gone_on_with(tmp_path: Any) -> N
     trainer.influence(query, scores_to=tmp_path)
     with torch.no_grad():
         module.net[0].weight[0, 0] += 1e-3
-    with pytest.raises(ConfigurationError, match="other weights"):
+    with pytest.raises(ConfigurationError, match="differs in: weights"):
         trainer.influence(query, scores_to=tmp_path)
 
 

@@ -86,7 +86,7 @@ def test_scores_over_snapshots_are_the_mean_of_those_with_each_state(tmp_path: P
 
     filed = trainer.influence(query, per_example=True, snapshots=True, scores_to=tmp_path / "scores")
     torch.testing.assert_close(filed.scores, report.scores)
-    with pytest.raises(ConfigurationError, match="fingerprint"):
+    with pytest.raises(ConfigurationError, match="differs in: snapshots"):
         trainer.influence(query, per_example=True, scores_to=tmp_path / "scores")
 
 
