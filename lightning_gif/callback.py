@@ -98,8 +98,10 @@ class GIFCallback(Callback):
         selector: How targets are picked in each Linear and Conv layer: ``"highest_k_gradients"``,
             ``"highest_k_outputs"``, ``"lowest_k_gradients"``, ``"lowest_k_outputs"``, ``"exclusive_k_gradients"``,
             ``"exclusive_k_outputs"``, ``"random"``, ``"threshold"`` (of the GIF paper), ``"largest_gradients"``, or one
-            that was registered in ``lightning_gif.SELECTORS``. Or names or patterns of parameters of any layer, such as
-            ``["head.*", "*.norm.weight"]``, all of whose entries become targets.
+            that was registered in ``lightning_gif.SELECTORS``. What embeddings, normalisation and
+            ``nn.MultiheadAttention`` have for weights belongs to no neuron of these layers, and stays. Or names or
+            patterns of parameters of any layer, such as ``["head.*", "*.norm.weight"]``, all of whose entries become
+            targets.
         ratio: Share of each layer's parameters that become targets, in (0, 1]; up to 0.5 for ``exclusive_k``.
         method: ``"gif"`` (cancels the gradient change on all parameters by changing the targets), ``"fif"`` (ignores
             the parameters that are not targets), ``"pif"`` (full influence function, cut to the targets), ``"if"``
@@ -117,8 +119,9 @@ class GIFCallback(Callback):
             and room for its sketch; ``"lsmr"`` for edits, for ``"gif"``, and where the curvature is the Hessian.
         damping: ``λ`` in ``min ‖Ax − g‖² + λ²‖x‖²``, in the unit of the Hessian's eigenvalues; of ``"cg"``,
             ``"nystrom"`` and a Newton step, what is added to these. ``None``: for scores a thousandth of the largest
-            eigenvalue, found by three more products; 0 for ``"gif"`` and for edits, but where least squares correct the
-            labels of a classifier: there a fifth of the curvature along the slope, found by one.
+            eigenvalue, found by three more products; 0 for ``"gif"`` and for edits, but a fifth of
+            ``‖Aᵀg‖/‖g‖``, found by one, for the solves that start to correct the labels of a classifier, and more after
+            one that nothing came of. What a solve had is in its diagnostics.
         max_iter: Most steps of the solve, each of two Hessian-vector products (of ``"cg"`` and of a Newton step one; of
             ``"nystrom"`` the rank); ``None``: 200 where there is an ``rtol`` to reach; else 20 for scores, up to 512
             for those by ``"nystrom"``, 10 for the change of the theory, and for each of those that are solved anew 5

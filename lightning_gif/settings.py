@@ -33,6 +33,7 @@ from .solvers import (
     to_matrix,
     truncated_newton,
 )
+from .solvers.base import norms
 
 __all__ = ["Overrides", "Settings"]
 
@@ -185,7 +186,7 @@ class Settings:
     def for_unlearning(self) -> Settings:
         """The same with what was left open chosen for edits, but what differs between their solves.
 
-        That is the curvature, see :meth:`for_one_of_many`, and the damping, see :meth:`solve`.
+        That is the curvature, see :meth:`for_one_of_many`, and the damping, which :meth:`solve` has none of then.
         """
         return replace(self, method=_chosen(self.method, "gif"), solver=_chosen(self.solver, "lsmr"))
 
@@ -327,13 +328,12 @@ class Settings:
         self.judge([solution])
         return solution, bend
 
-    def solve(self, operator: LinearOperator, rhs: Tensor, *, relative: float = 0.0) -> list[Solution]:
+    def solve(self, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
         """Runs the chosen solver.
 
         Args:
             operator: ``B``, ``(rows, cols)``.
-            rhs: ``b``, ``(rows,)``, or several as columns ``(rows, q)``.
-            relative: Damping where it was left open, as a share of ``‖Bᵀb‖/‖b‖``, which takes a product.
+            rhs: ``(rows,)``, or several as columns ``(rows, q)``.
 
         Returns:
             A solution for each right-hand side. Without an ``rtol``, a number of steps is all that was asked for.
@@ -342,14 +342,10 @@ class Settings:
             ConvergenceError: If it did not converge and ``unconverged="raise"``, or if it diverged.
             NonFiniteError: If it met a non-finite number.
         """
-        damping, before = float(self.damping or 0.0), (operator.products, operator.examples)
-        if relative and self.damping is None:
-            damping = relative * float(torch.linalg.vector_norm(operator.rmatvec(rhs)) / torch.linalg.vector_norm(rhs))
-        spent = operator.products - before[0], operator.examples - before[1]
         found = SOLVERS[self.solver](
             operator,
             rhs,
-            damping=damping,
+            damping=float(self.damping or 0.0),
             rtol=self._least_residual,
             max_iter=self._most_steps,
             seed=self.seed,
@@ -366,7 +362,27 @@ class Settings:
         for solution in solutions:
             require_finite(solution.x, f"The solution of {self.solver!r}")
         self.judge(solutions)
-        return [replace(one, hvps=one.hvps + spent[0], examples=one.examples + spent[1]) for one in solutions]
+        return solutions
+
+    def solve_damped(self, relative: float, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
+        """:meth:`solve` for one right-hand side, with a damping that is measured where none is named.
+
+        Args:
+            relative: The damping as a share of ``‖Bᵀb‖/‖b‖``, which takes a product.
+            operator: ``B``, ``(rows, cols)``.
+            rhs: ``b``, ``(rows,)``.
+
+        Raises:
+            ConvergenceError: See :meth:`solve`.
+            NonFiniteError: Likewise.
+        """
+        if self.damping is not None:
+            return self.solve(operator, rhs)
+        before, length = (operator.products, operator.examples), float(norms(rhs))
+        scale = float(norms(operator.rmatvec(rhs))) / length if length else 0.0
+        spent = operator.products - before[0], operator.examples - before[1]
+        found = replace(self, damping=relative * scale if math.isfinite(scale) else 0.0).solve(operator, rhs)
+        return [replace(one, hvps=one.hvps + spent[0], examples=one.examples + spent[1]) for one in found]
 
     def quadratic_kind(self, size: int) -> str:
         """How :meth:`quadratic` has the inverse of a matrix of ``size`` rows, in words."""

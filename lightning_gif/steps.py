@@ -10,14 +10,25 @@ from typing import NamedTuple, Protocol
 
 from .registry import Registry
 
-__all__ = ["STRATEGIES", "Goal", "LocalModel", "Point", "Strategy", "Walk", "natural", "relinearise", "search"]
+__all__ = [
+    "MOST_SOLVES",
+    "STRATEGIES",
+    "Goal",
+    "LocalModel",
+    "Point",
+    "Strategy",
+    "Walk",
+    "natural",
+    "relinearise",
+    "search",
+]
 
 _LARGEST_STEP = 2.0**12
 _LARGEST_NEAR_NATURAL = 4.0
 _SMALLEST_STEP = 2.0**-6
 
 # The most changes that are solved for, that of the theory included.
-_MOST_SOLVES = 12
+MOST_SOLVES = 12
 
 # Smaller changes of a mean loss than this share of it are not told from rounding in float32: there the theory decides.
 _ROUNDING = 1e-6
@@ -29,7 +40,8 @@ _TRUSTED, _HALVINGS = 0.25, 10
 _LONGEST = 4.0
 
 # No further step after one that gained less than this share of the risk that is left; for a class or for labels after
-# two such, where the first one was cut short (for labels: and not to nothing).
+# two such, where the first one was cut short (for labels to nothing only while too much of them is remembered). While
+# too much is remembered the walk goes on as long as steps lower the risk.
 _WORTH = 0.02
 
 # No further step where a class is forgotten and the risk, in nats, is below this: retrained models differ by more.
@@ -122,7 +134,8 @@ class Walk(Protocol):
 
     Attributes:
         goal: What the edit is for.
-        enough: The largest :attr:`Point.remembered` that counts as forgotten; ``None`` where nothing tells.
+        enough: The largest :attr:`Point.remembered` that counts as forgotten, or as corrected; ``None`` where nothing
+            tells.
         affordable: The largest retained loss that forgetting may cost.
         path: All points that were measured, in order. The first is the trained model.
     """
@@ -191,7 +204,7 @@ def relinearise(walk: Walk) -> Point:
         if _forgotten(walk, best) and _as_it_should_be(walk, best, expected):
             return best
     stalled = False
-    while solved < _MOST_SOLVES:
+    while solved < MOST_SOLVES:
         found = _trusted(walk, best, walk.descend(best), solved)
         solved += 1
         gained, best = (0.0, best) if found is None else (best.risk - found.risk, found)
@@ -200,7 +213,7 @@ def relinearise(walk: Walk) -> Point:
             break
         if found is not None and gained >= _WORTH * abs(best.risk):
             stalled = False
-        elif walk.goal is Goal.EXAMPLES or (walk.goal is Goal.LABELS and found is None):
+        elif walk.goal is Goal.EXAMPLES or (walk.goal is Goal.LABELS and found is None and forgotten):
             break
         else:
             # The curvature of a class that is predicted for certain can point anywhere, which the next solve bounds;

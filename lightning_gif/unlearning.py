@@ -6,7 +6,7 @@ import math
 import numbers
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ from .reports.unlearning import Change, UnlearnReport
 from .sampling import curvature_sample
 from .settings import Settings
 from .solvers import LinearOperator, Solution
-from .steps import STRATEGIES, Goal, LocalModel, Point, Strategy
+from .steps import MOST_SOLVES, STRATEGIES, Goal, LocalModel, Point, Strategy
 
 __all__ = ["Step", "check_step", "unlearn"]
 
@@ -68,8 +68,8 @@ _FAR_SHARE = 0.5
 # that the wrong labels taught, and hold back what the right ones should undo.
 _LABELS_WEIGHT = 8.0
 
-# The share of labels that may be left as they were where steps gain little; a correction that leaves more is told to be
-# a poor one.
+# The share of labels that may be left as they were where a walk ends as steps gain little; a correction that leaves
+# more is told to be a poor one.
 _LABELS_ENOUGH = 0.2
 
 # How many examples a step is measured on, at most, of each kind.
@@ -91,10 +91,10 @@ _CURVED_SHARE, _LEAST_CURVED = 0.125, 256
 # cut short.
 _DAMPING, _ADAPT, _GOOD = 3e-3, 3.0, 0.75
 
-# That of the least squares by which labels of a classifier are corrected. Of wrong ones that are predicted for certain
-# the Gauss–Newton matrix is next to nothing along much of the slope: without damping steps were too long by orders of
-# magnitude, and rounding, which differs with the number of processes and the size of batches, decided where they led.
-_LABELS_DAMPING = 0.2
+# The same of the least squares that the labels of a classifier are corrected by, for the size of the slope. Of wrong
+# ones that are predicted for certain the Gauss–Newton matrix is next to nothing: without damping first steps were up
+# to a hundred times too long. Where nothing of a step could be made, there is so many times more in the next.
+_LABELS_DAMPING, _AFTER_NOTHING = 0.2, 128.0
 
 # Where labels are corrected: how many groups of examples tell the mean square of an entry's gradients, what is added to
 # that as a share of the mean over all entries, and the power of it that is in the unit of the entry (Martens: −3/8).
@@ -201,8 +201,6 @@ def unlearn(
                 f"The strategy must solve for a change (walk.answer or walk.descend) and return one of the points that"
                 f" it measured (walk.measure), got {chosen!r} after {len(walk.solutions)} solves."
             )
-    if step != "natural" and not isinstance(step, numbers.Real):
-        _tell(walk, chosen, notes)
     if journal is not None and journal.recalled:
         notes.append(f"Changes that were found in {str(solves_to)!r}: {journal.recalled} of {len(walk.solutions)}.")
 
@@ -213,6 +211,8 @@ def unlearn(
         kept = [retained] if corrected is None else [retained, corrected]
         objective.statistics = objective.refreshed_statistics(moved, *kept)
         remembered = walk.remembered(moved)
+    if step != "natural" and not isinstance(step, numbers.Real):
+        _tell(walk, replace(chosen, remembered=remembered), notes)
     change = moved[walk.positions] - objective.theta[walk.positions]
     edit = Edit.plan(objective.module, targets, objective.space, change, objective.statistics)
     ranks.agree(
@@ -868,7 +868,9 @@ class _Walk:
             if newton:
                 bend = self._newton(whole, -slope, at, units)
             else:
-                solve = partial(steps.solve, relative=_LABELS_DAMPING if self._convex else 0.0)
+                # Steps that nothing came of are behind those that lead here.
+                relative = _LABELS_DAMPING * _AFTER_NOTHING ** (len(self._changes) - len(at.steps))
+                solve = partial(steps.solve_damped, relative) if self._convex else steps.solve
                 bend = self._take(whole, -slope, solve, units=units)
             self.description = self.description or steps.describe(curvatures[0][1])
         return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend), newton
@@ -933,8 +935,9 @@ class _Walk:
         """Solves for a change by the method, and says how the risk bends along it."""
         if not gradient[self.positions].any():
             raise ObjectiveError(
-                "The loss of the forget examples does not depend on the target parameters: its gradient on all of them"
-                " is exactly zero. Use targets='batch', a larger ratio, or method='if'."
+                "The loss of the forget examples, or the risk, does not depend on the target parameters: its gradient"
+                " on all of them is exactly zero. Either there is nothing to forget or to correct, as what should be"
+                " predicted is predicted for certain; or use targets='batch', a larger ratio, or method='if'."
             )
         change, solutions = self._method.edit(curvature, self.positions, gradient, solve, group, units)
         if not change.any():
@@ -1011,7 +1014,7 @@ def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
             f"{share} of the class are still predicted as it. More would have raised the retained loss too far, was not"
             " found, or was not asked for. Try targets='batch', another selector, a larger ratio, or another `step`.",
         )
-    elif walk.goal is Goal.LABELS and chosen.moved and chosen.remembered > _LABELS_ENOUGH:
+    elif walk.goal is Goal.LABELS and walk.enough is not None and chosen.moved and chosen.remembered > walk.enough:
         _warn(
             notes,
             f"{share} of the corrected labels are not predicted as they should be. Look at the retained loss as well,"
@@ -1030,6 +1033,8 @@ def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
             "The search found no step that lowers the risk on the data that retraining would see; the edit changes"
             " nothing. step='natural' makes the step of the theory all the same.",
         )
+    if len(chosen.steps) == MOST_SOLVES and chosen.steps[-1]:
+        notes.append(f"The risk still fell with the last of the {MOST_SOLVES} changes that are solved for at most.")
 
 
 def _others(examples: Examples, positions: Tensor) -> Examples:

@@ -32,6 +32,7 @@ from lightning_gif.solvers import dense, lissa, to_matrix
 from .conftest import Classifier, blobs, loader, make_trainer
 from .nets import NETS as NETS_OF_ALL_KINDS
 from .nets import Regressor, make
+from .test_solvers import Matrix
 
 NETS = {
     "mlp": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
@@ -225,24 +226,31 @@ def test_the_settings_reach_the_solver() -> None:
         expected = lissa(curvature, rhs, damping=0.25, rtol=1e-9, max_iter=3)
         assert torch.equal(found.x, expected.x)
         assert found.iterations == 3
-        (again,) = settings.solve(curvature, rhs, relative=0.5)  # which is for where it was left open
+        (again,) = settings.solve_damped(0.5, curvature, rhs)  # which is for where it was left open
         assert torch.equal(again.x, found.x)
+        assert (again.damping, again.hvps) == (0.25, found.hvps)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-6])
-def test_damping_that_is_left_open_is_a_share_of_the_curvature_along_the_right_hand_side(scale: float) -> None:
+@pytest.mark.parametrize(("scale", "dtype"), [(1.0, torch.float64), (1e-6, torch.float64), (1e-24, torch.float32)])
+def test_damping_that_is_left_open_is_a_share_of_what_the_curvature_makes_of_the_right_hand_side(
+    scale: float, dtype: torch.dtype
+) -> None:
     settings = GIFCallback(solver="dense").settings
     with opened() as (objective, train):
         curvature = hessian_of(objective, train)
-        rhs = scale * torch.randn(objective.space.size, dtype=torch.float64)
-        (found,) = settings.solve(curvature, rhs, relative=0.3)
-        damping = 0.3 * float(curvature.rmatvec(rhs).norm() / rhs.norm())
-        expected = dense(curvature, rhs, damping=damping)
-        torch.testing.assert_close(found.x, expected.x, rtol=1e-9, atol=0)
-        assert (found.hvps, found.examples) == (expected.hvps + 1, expected.examples + len(train))
-        (without,) = settings.solve(curvature, rhs)
-        torch.testing.assert_close(without.x, dense(curvature, rhs).x, rtol=1e-9, atol=0)
-        assert without.x.norm() > 1.5 * found.x.norm()
+        matrix = Matrix(to_matrix(curvature).to(dtype))
+        rhs = torch.randn(objective.space.size, dtype=dtype)
+        (found,) = settings.solve_damped(0.3, matrix, scale * rhs)
+        damping = 0.3 * float(matrix.rmatvec(rhs).norm() / rhs.norm())
+        assert found.damping == pytest.approx(damping, rel=1e-5)
+        expected = dense(matrix, scale * rhs, damping=damping)
+        torch.testing.assert_close(found.x / scale, expected.x / scale, rtol=1e-3, atol=0)
+        (counted,) = settings.solve_damped(0.3, curvature, rhs.double())
+        assert counted.hvps == objective.space.size + 1
+        assert counted.examples == len(train) * counted.hvps
+        (without,) = settings.solve(matrix, rhs)
+        assert without.damping == 0
+        assert without.x.norm() > 1.5 * (found.x / scale).norm()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

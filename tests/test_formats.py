@@ -50,6 +50,7 @@ SOLVE: dict[str, Any] = {
     "unexplained": 0.5,
     "sigma_max": 2.0,
     "rtol": 1e-3,
+    "damping": 0.0,
     "seconds": 0.1,
 }
 

@@ -64,6 +64,7 @@ def report_of(scores: Any, **changes: Any) -> InfluenceReport:
         unexplained=0.1,
         sigma_max=1.0,
         rtol=1e-2,
+        damping=0.0,
         seconds=0.1,
         peak_memory=None,
         residuals=[1.0, 0.1, 1e-3],

@@ -661,15 +661,53 @@ def test_corrected_labels_do_not_depend_on_what_the_loss_is_multiplied_by(factor
 
 def test_the_first_step_towards_corrected_labels_is_not_too_long() -> None:
     """The Gauss–Newton matrix of labels that are predicted for certain is next to nothing along much of the slope."""
+
+    def first(walk: Any) -> Point:
+        walk.descend(walk.path[0])
+        return walk.measure(1.0)
+
+    rises: dict[float | None, list[float]] = {None: [], 0.0: []}
+    for seed in range(6):
+        torch.manual_seed(seed)
+        trainer, _, _ = fitted(max_epochs=10)
+        for damping, found in rises.items():
+            options: dict[str, Any] = {"damping": damping, "step": first, "dry_run": True}
+            report = trainer.unlearn([3, 17, 30], relabel=torch.tensor([1, 0, 2]), **options)
+            found.append(report.path[1].risk - report.path[0].risk)
+            assert (report.solve["damping"] > 0) == (damping is None)
+    assert sum(rise < 0 for rise in rises[None]) >= 5
+    assert sum(rise > 0 for rise in rises[0.0]) >= 5
+
+
+def test_labels_that_a_first_step_did_nothing_for_get_a_more_cautious_one() -> None:
+    """Where the model is sharper than training made it the first step is too long by far more than is tried."""
+    trainer, module, _ = fitted(max_epochs=160)
+    with torch.no_grad():
+        for parameter in module.net[-1].parameters():
+            parameter *= 4
+    options: dict[str, Any] = {"relabel": torch.tensor([1, 0, 2]), "dry_run": True}
+    report = trainer.unlearn([3, 17, 30], **options)
+    assert report.steps[0] == 0
+    assert report.solves[1]["damping"] > 20 * report.solves[0]["damping"]
+    (chosen,) = [point for point in report.path if list(point.steps) == report.steps]
+    assert chosen.risk < 0.5 * report.path[0].risk
+    with pytest.warns(GIFWarning, match="found no step"):
+        assert not trainer.unlearn([3, 17, 30], damping=0.0, **options).path[-1].risk < report.path[0].risk
+
+
+def test_corrected_labels_do_not_depend_on_the_size_of_batches() -> None:
+    """In float64: walks of many steps amplify what float32 rounds."""
     trainer, _, _ = fitted(max_epochs=10)
-    forget, new = [3, 17, 30], torch.tensor([1, 0, 2])
-    damped = trainer.unlearn(forget, relabel=new, dry_run=True)
-    before, after = damped.path[:2]
-    assert after.steps == (1.0,)
-    assert after.risk < 0.8 * before.risk
-    plain = trainer.unlearn(forget, relabel=new, damping=0.0, dry_run=True)
-    assert plain.path[1].risk > before.risk
-    assert (damped.settings["damping"], plain.settings["damping"]) == (None, 0.0)
+
+    def edited(batch_size: int) -> UnlearnReport:
+        options: dict[str, Any] = {"batch_size": batch_size, "double": True, "dry_run": True}
+        return trainer.unlearn([3, 17, 30], relabel=torch.tensor([1, 0, 2]), **options)
+
+    expected = edited(64)
+    for found in (edited(16), edited(7)):
+        assert found.steps == expected.steps
+        for name, value in expected.edit.new.items():
+            torch.testing.assert_close(found.edit.new[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_the_risk_of_labels_is_that_of_the_corrected_ones_at_the_start() -> None:
@@ -1101,9 +1139,27 @@ def test_the_natural_step_is_natural_whatever_it_does() -> None:
     assert natural(Told(lambda s=0.0: 1.0, lambda s=0.0: math.inf)).steps == (1.0,)
 
 
-def labels(risk: Callable[..., float], *models: LocalModel) -> Told:
+def labels(
+    risk: Callable[..., float], *models: LocalModel, remembered: Callable[..., float] = lambda *steps: 0.0
+) -> Told:
     """A walk for labels, whose every change lowers the risk, or should."""
-    return Told(risk=risk, goal=Goal.LABELS, enough=None, models=models)
+    return Told(remembered, risk=risk, goal=Goal.LABELS, enough=0.2, models=models)
+
+
+@pytest.mark.parametrize(("left", "solves"), [(0.25, 12), (0.15, 1)])
+def test_small_gains_end_the_correction_of_labels_once_few_are_left(left: float, solves: int) -> None:
+    models = [LocalModel(-0.01, 0.01)] * 12
+    walk = labels(lambda *steps: 9.0 - 0.005 * sum(steps), *models, remembered=lambda *steps: left)
+    relinearise(walk)
+    assert len(walk.solved) == solves
+
+
+@pytest.mark.parametrize(("left", "solves"), [(0.25, 2), (0.15, 1)])
+def test_labels_get_a_second_solve_where_the_first_one_led_nowhere_and_many_are_left(left: float, solves: int) -> None:
+    models = [LocalModel(-1.0, 1.0)] * 12
+    walk = labels(lambda *steps: 9.0 + sum(steps), *models, remembered=lambda *steps: left)
+    assert not relinearise(walk).moved
+    assert len(walk.solved) == solves
 
 
 def test_a_class_is_forgotten_by_steps_that_lower_the_risk() -> None:
@@ -1455,6 +1511,8 @@ def test_statistics_of_normalisation_are_computed_anew_where_asked(relabel: int 
     assert not plain.edit.buffers
     plain.undo()
     report = trainer.unlearn(batch_of(dataset, gone), relabel=relabel, refresh_statistics=True)
+    left = [float(note.split(" %")[0]) for note in report.notes if "still predicted as it" in note]
+    assert left == ([round(100 * report.remembered[1], 1)] if relabel is None and report.remembered[1] > 0.005 else [])
     assert (norm.momentum, norm.num_batches_tracked) == (0.3, before["net.1.num_batches_tracked"])
     assert report.edit.count == plain.edit.count
     assert "running statistics computed anew: 2 buffers" in str(report)

@@ -90,6 +90,7 @@ class Solution:
         unexplained: ``‖B x − b‖ / ‖b‖``: the share of ``b`` that no ``x`` found so far accounts for.
         sigma_max: Largest singular value of ``B`` that the solve has seen: an estimate from below.
         rtol: The residual that counts as converged.
+        damping: ``λ``; where ``B + λ`` is what is solved with (``cg``, ``nystrom``, a Newton step) that.
         seconds: Wall time, of all right-hand sides that were solved together.
         peak_memory: The most bytes that the process had needed when the solve ended: allocated on the GPU, or resident
             on the CPU; ``None`` where the system does not tell.
@@ -107,6 +108,7 @@ class Solution:
     unexplained: float
     sigma_max: float
     rtol: float
+    damping: float
     seconds: float
     peak_memory: int | None
     residuals: list[float] = field(repr=False)
@@ -128,6 +130,7 @@ class Solution:
             "unexplained": self.unexplained,
             "sigma_max": self.sigma_max,
             "rtol": self.rtol,
+            "damping": self.damping,
             "seconds": self.seconds,
         }
         return found if self.peak_memory is None else {**found, "peak_memory": self.peak_memory}
@@ -446,6 +449,7 @@ class Run:
                 unexplained=trace.unexplained,
                 sigma_max=trace.sigma,
                 rtol=self._rtol,
+                damping=float(self.damping),
                 seconds=seconds,
                 peak_memory=memory,
                 residuals=trace.residuals,

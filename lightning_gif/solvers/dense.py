@@ -99,6 +99,7 @@ def dense(
             unexplained=float((target - matrix @ x).norm()) / norm if norm else 0.0,
             sigma_max=sigma,
             rtol=rtol,
+            damping=float(damping),
             seconds=time.perf_counter() - begin,
             peak_memory=peak_memory(operator.device),
             residuals=[1.0 if scale else 0.0, residual],

@@ -157,6 +157,7 @@ def nystrom(
             unexplained=left,
             sigma_max=float(found.values.max()) if len(found.values) else 0.0,
             rtol=rtol,
+            damping=float(damping),
             seconds=seconds,
             peak_memory=memory,
             residuals=[1.0, left],

@@ -204,6 +204,7 @@ class _Conjugation:
                 unexplained=left[column],
                 sigma_max=float(self._largest[column]),
                 rtol=rtol,
+                damping=float(self._shift[column]),
                 seconds=seconds,
                 peak_memory=memory,
                 residuals=curve,
