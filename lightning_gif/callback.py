@@ -431,8 +431,9 @@ class GIFCallback(Callback):
                 whole numbers in a list, range or array; or a function from a batch to the truth value of each of its
                 examples, which is asked about all training data: ``lambda batch: batch[1] == 3``. All others are
                 retained.
-            relabel: The labels they should have had: a tensor, an array or a list in the order of the batch or of the
-                indices, or of the dataset for a loader or function; one class for all; or a function from a batch to
+            relabel: The labels they should have had: a tensor, an array or a list in the order of the batch, of the
+                indices, of the dataset of the loader (a ``Subset`` has an order of its own), or of the training dataset
+                for a function; one class for all; or a function from a batch to
                 its new targets. ``None`` removes them. A batch has the labels that it was trained with.
             retain: A loader of all the data to keep, where it is not the rest of the training data: after earlier
                 edits, what these left. The more there is of it, the less weight has what is forgotten.
@@ -1121,7 +1122,8 @@ def attach(
         The callback, which is among the trainer's from now on.
 
     Raises:
-        ConfigurationError: If the trainer is not supported, or both kinds of data are given.
+        ConfigurationError: If the trainer is not supported or none, the model is no LightningModule, or both kinds of
+            data are given.
 
     Example::
 
@@ -1130,6 +1132,9 @@ def attach(
         attach(trainer, model, datamodule=data)
         trainer.unlearn(batch).save("edit.safetensors")
     """
+    for name, given, kind in (("trainer", trainer, Trainer), ("model", model, LightningModule)):
+        if not isinstance(given, kind):
+            raise ConfigurationError(f"`{name}` must be a Lightning {kind.__name__}, got a {type(given).__name__}.")
     if train_dataloaders is not None and datamodule is not None:
         raise ConfigurationError("Give `train_dataloaders` or `datamodule`, not both.")
     present = [found for found in trainer.callbacks if isinstance(found, GIFCallback)]

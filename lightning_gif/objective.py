@@ -235,9 +235,11 @@ class Objective:
             own, function, name = self._own_loss, self.losses, "losses"
         for batch in examples.mine():
             if not own and not same_structure(batch.data, self._reference):
+                several = isinstance(batch.data, Tensor) and batch.data.ndim > 1 and not batch.data.is_floating_point()
+                remedy = " Indices in the training dataset have one dimension, as `.indices[0]` has." if several else ""
                 raise BatchError(
                     f"The {what} batch is not structured as the training batches are. Given: {describe(batch.data)}."
-                    f" In training, three at a time: {describe(self._reference)}."
+                    f" In training, three at a time: {describe(self._reference)}.{remedy}"
                 )
             try:
                 with torch.no_grad():
@@ -256,8 +258,18 @@ class Objective:
             if not finite:
                 raise NonFiniteError(
                     f"{int((~torch.isfinite(values)).sum())} of {batch.size} {name} of the {what} batch are"
-                    f" not finite{_why_not_finite(batch.data)}. Nothing was changed."
+                    f" not finite{self._why_not_finite(batch.data)}. Nothing was changed."
                 )
+
+    def _why_not_finite(self, data: Any) -> str:
+        parts = self.space.unflatten(self.theta).items()
+        names = [name for name, part in parts if not torch.isfinite(part).all()]
+        if names:
+            return f": the model's own weights are not ({', '.join(names[:5])}{' …' if len(names) > 5 else ''})"
+        bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors(data) if tensor.is_floating_point())
+        if bad:
+            return f": its tensors hold {bad} non-finite value(s)"
+        return ", though its tensors are: the model overflows, or its loss uses the value of a torchmetrics metric"
 
     # ----------------------------------------------------------------------------------------------------------------
     # Functions of θ
@@ -789,13 +801,6 @@ class _Step(nn.Module):
 def _close(one: Tensor, other: Tensor) -> bool:
     tolerance = 1e-4 if one.dtype == torch.float32 else 1e-9
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True)
-
-
-def _why_not_finite(data: Any) -> str:
-    bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors(data) if tensor.is_floating_point())
-    if bad:
-        return f": its tensors hold {bad} non-finite value(s)"
-    return ", though its tensors are: the model overflows, or its loss uses the value of a torchmetrics metric"
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -39,9 +39,9 @@ _TRUSTED, _HALVINGS = 0.25, 10
 # Where it falls by more than predicted, twice the step is tried, up to this one.
 _LONGEST = 4.0
 
-# No further step after one that gained less than this share of the risk that is left; for a class or for labels after
-# two such, where the first one was cut short (for labels to nothing only while too much of them is remembered). While
-# too much is remembered the walk goes on as long as steps lower the risk.
+# No further step after one that gained less than this share of the risk that is left: for labels after two such, for a
+# class too where the first one was cut short. While too much is remembered the walk goes on as long as steps lower the
+# risk, and one may lead nowhere.
 _WORTH = 0.02
 
 # No further step where a class is forgotten and the risk, in nats, is below this: retrained models differ by more.
@@ -219,10 +219,11 @@ def relinearise(walk: Walk) -> Point:
             # The curvature of a class that is predicted for certain can point anywhere, which the next solve bounds;
             # and a Newton step that had to be cut short, and so gained next to nothing, had too little damping, of
             # which the next one has more.
-            short = found is None or found.steps[-1] < 1
-            if (forgotten or found is None) and (stalled or not short):
+            # The first change for labels is another kind of step than those after it.
+            another = walk.goal is Goal.LABELS or found is None or found.steps[-1] < 1
+            if (forgotten or found is None) and (stalled or not another):
                 break
-            stalled = short
+            stalled = another
     return best
 
 

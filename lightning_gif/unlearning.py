@@ -76,8 +76,12 @@ _LABELS_ENOUGH = 0.2
 _MEASURED = 1024
 
 # What forgetting may cost in retained loss: for a class a share of the loss of guessing; for single examples a tenth of
-# the way to the loss of unseen ones, at which the others would be forgotten as well.
+# the way to the loss of unseen ones, at which the others would be forgotten as well, or of itself where there are none
+# (the risk, of which a slope is subtracted, may have no lower end). A hundredth of itself, or of guessing, is no cost.
 _CLASS_BUDGET, _EXAMPLES_BUDGET, _LEAST_BUDGET = 0.05, 0.1, 0.01
+
+# By how much of itself a loss may be larger than it was before that is told.
+_WORSE = 0.1
 
 # Fewer examples are too few to tell how well a threshold on their loss tells them from unseen ones.
 _FEWEST = 20
@@ -208,12 +212,12 @@ def unlearn(
     moved = walk.moved(chosen.steps)
     before, remembered = walk.losses(objective.theta), chosen.remembered
     predicted = walk.predicted(before, chosen)
+    solved_for = None
     if refresh_statistics:
+        solved_for = walk.losses(moved)
         kept = [retained] if corrected is None else [retained, corrected]
         objective.statistics = objective.refreshed_statistics(moved, *kept)
         remembered = walk.remembered(moved)
-    if step != "natural" and not isinstance(step, numbers.Real):
-        _tell(walk, replace(chosen, remembered=remembered), notes)
     change = moved[walk.positions] - objective.theta[walk.positions]
     edit = Edit.plan(objective.module, targets, objective.space, change, objective.statistics)
     ranks.agree(
@@ -225,6 +229,9 @@ def unlearn(
     edited = objective.theta.clone()
     edited[walk.positions] = edit.flat_new(objective.space).to(edited)
     after = walk.losses(edited)
+    if step != "natural" and not isinstance(step, numbers.Real):
+        _tell(walk, replace(chosen, remembered=remembered), notes)
+    _tell_losses(walk, before, after, solved_for, notes)
     changes = {name: Change(before[name], after[name], predicted[name]) for name in before}
     report = UnlearnReport(
         edit=edit,
@@ -653,7 +660,18 @@ class _Walk:
             least = _LEAST_BUDGET * abs(start.retain_loss)
             budget = max(_EXAMPLES_BUDGET * (self._objective.mean_loss(task.unseen) - start.retain_loss), least)
             return _EXAMPLES_ENOUGH, start.retain_loss + budget
+        if task.goal is Goal.EXAMPLES:
+            classes = self._objective.n_classes(task.judged)
+            least = _LEAST_BUDGET * math.log(classes) if classes else 0.0
+            # Without a large share of the data even what is best costs more than that: weight decay weighs more.
+            share = max(_EXAMPLES_BUDGET, task.share)
+            return None, start.retain_loss + max(share * abs(start.retain_loss), least)
         return None, math.inf
+
+    @property
+    def tolerated(self) -> float:
+        """What corrected labels may cost in retained loss before it is told: as much as a class, if there are any."""
+        return 0.0 if self._task.gone is None else _CLASS_BUDGET * math.log(len(self._gone))
 
     def moved(self, steps: tuple[float, ...]) -> Tensor:
         """The weights ``(p,)`` at a point."""
@@ -1023,7 +1041,7 @@ def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
         )
     elif walk.goal is Goal.EXAMPLES and chosen.moved and walk.enough is not None:
         before = walk.path[0]
-        if abs(chosen.remembered - walk.enough) >= abs(before.remembered - walk.enough):
+        if chosen.remembered >= before.remembered > walk.enough:
             notes.append(
                 "Their losses tell the examples from unseen ones as well as before, or better (AUROC"
                 f" {before.remembered:.3f} -> {chosen.remembered:.3f}). Undo the edit if that is not worth it."
@@ -1036,6 +1054,47 @@ def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
         )
     if len(chosen.steps) == MOST_SOLVES and chosen.steps[-1]:
         notes.append(f"The risk still fell with the last of the {MOST_SOLVES} changes that are solved for at most.")
+
+
+def _tell_losses(
+    walk: _Walk,
+    before: dict[str, float],
+    after: dict[str, float],
+    solved_for: dict[str, float] | None,
+    notes: list[str],
+) -> None:
+    """Warns of losses that went where nobody wants them.
+
+    Args:
+        walk: The walk.
+        before: The losses by name, see :meth:`_Walk.losses`.
+        after: The same with the edit.
+        solved_for: The same with the edit, but the running statistics as they were; ``None`` where they still are.
+        notes: Of the report.
+    """
+    for name in ("retain", "relabelled") if solved_for is not None else ():
+        if name in after and solved_for is not None and after[name] > (1 + _WORSE) * solved_for[name]:
+            _warn(
+                notes,
+                f"The running statistics that were computed anew raise the {name} loss: {solved_for[name]:.4g} without"
+                f" them, {after[name]:.4g} with them. The edit was solved for with the old ones. Leave"
+                " `refresh_statistics` out if that matters more.",
+            )
+    if walk.goal is Goal.LABELS:
+        rise = max(_WORSE * abs(before["retain"]), walk.tolerated)
+        if after["retain"] > before["retain"] + rise:
+            _warn(
+                notes,
+                f"The retained loss rose from {before['retain']:.4g} to {after['retain']:.4g}. The new labels are not"
+                " what the other examples teach; a model that is trained with them would not follow all of them either."
+                " Make sure that they are right, and undo the edit if it is not worth it.",
+            )
+        if after["relabelled"] > before["relabelled"]:
+            _warn(
+                notes,
+                f"The loss of the corrected examples rose from {before['relabelled']:.4g} to {after['relabelled']:.4g}:"
+                " the risk fell by that of the retained ones. Training had not ended there, or they are too few.",
+            )
 
 
 def _others(examples: Examples, positions: Tensor) -> Examples:
