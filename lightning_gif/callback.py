@@ -1134,7 +1134,8 @@ def attach(
     """
     for name, given, kind in (("trainer", trainer, Trainer), ("model", model, LightningModule)):
         if not isinstance(given, kind):
-            raise ConfigurationError(f"`{name}` must be a Lightning {kind.__name__}, got a {type(given).__name__}.")
+            found, expected = (f"{one.__module__}.{one.__qualname__}" for one in (type(given), kind))
+            raise ConfigurationError(f"`{name}` must be a {expected}, got a {found}.")
     if train_dataloaders is not None and datamodule is not None:
         raise ConfigurationError("Give `train_dataloaders` or `datamodule`, not both.")
     present = [found for found in trainer.callbacks if isinstance(found, GIFCallback)]
