@@ -560,13 +560,20 @@ class Examples:
             predicate: From a batch of B examples to B truth values.
 
         Raises:
-            BatchError: If it returns anything else.
+            BatchError: If it fails, or returns anything else.
             TrainingDataError: If it is true for none.
         """
         found = []
         for batch in self.mine():
-            mask = predicate(batch.data)
-            mask = torch.as_tensor(mask).cpu() if isinstance(mask, (Tensor, list, tuple)) else mask
+            try:
+                mask = predicate(batch.data)
+            except Exception as error:
+                raise BatchError(
+                    f"The function that says which examples are meant failed: {type(error).__name__}: {error}. It is"
+                    f" asked about whole batches, as {describe(batch.data)}."
+                ) from error
+            mask = np.array(mask) if isinstance(mask, np.ndarray) else mask  # tensors have no negative strides
+            mask = torch.as_tensor(mask).cpu() if isinstance(mask, (Tensor, list, tuple, np.ndarray)) else mask
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch.size,):
                 raise BatchError(
                     f"The function that says which examples are meant must return one truth value for each example of a"

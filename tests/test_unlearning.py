@@ -281,6 +281,11 @@ def test_only_the_training_examples_of_a_loader_can_be_named() -> None:
         (lambda batch: batch[1], BatchError, r"a bool tensor of shape \[48\]; it returned int64"),
         (lambda batch: True, BatchError, "it returned bool"),
         (lambda batch: (batch[1] == 1)[:3], BatchError, r"it returned bool\[3\]"),
+        (
+            lambda example: example[1].item() == 1,
+            BatchError,
+            "failed: RuntimeError: .* It is asked about whole batches",
+        ),
     ],
 )
 def test_a_question_that_finds_nothing_or_is_no_question_is_refused(question: Any, error: Any, match: str) -> None:
@@ -289,6 +294,15 @@ def test_a_question_that_finds_nothing_or_is_no_question_is_refused(question: An
     with pytest.raises(error, match=match):
         trainer.unlearn(question)
     assert same_weights(before, weights(module))
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.Tensor.tolist, torch.Tensor.numpy, lambda mask: mask.numpy()[::-1].copy()[::-1]]
+)
+def test_a_question_can_be_answered_with_a_list_or_an_array(kind: Any) -> None:
+    trainer, _, dataset = fitted()
+    report = trainer.unlearn(lambda batch: kind(batch[1] == 1), dry_run=True)
+    assert report.n_forget == int((dataset.tensors[1] == 1).sum())
 
 
 def memorised(**options: Any) -> tuple[Any, Classifier, TensorDataset, TensorDataset]:
