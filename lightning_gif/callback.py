@@ -99,9 +99,9 @@ class GIFCallback(Callback):
             ``"highest_k_outputs"``, ``"lowest_k_gradients"``, ``"lowest_k_outputs"``, ``"exclusive_k_gradients"``,
             ``"exclusive_k_outputs"``, ``"random"``, ``"threshold"`` (of the GIF paper), ``"largest_gradients"``, or one
             that was registered in ``lightning_gif.SELECTORS``. What embeddings, normalisation and
-            ``nn.MultiheadAttention`` have for weights belongs to no neuron of these layers, and stays. Or names or
-            patterns of parameters of any layer, such as ``["head.*", "*.norm.weight"]``, all of whose entries become
-            targets.
+            ``nn.MultiheadAttention`` have for weights belongs to no neuron of these layers, and stays (but the output
+            projections of the latter, with ``"random"`` and ``"largest_gradients"``). Or names or patterns of
+            parameters of any layer, such as ``["head.*", "*.norm.weight"]``, all of whose entries become targets.
         ratio: Share of each layer's parameters that become targets, in (0, 1]; up to 0.5 for ``exclusive_k``.
         method: ``"gif"`` (cancels the gradient change on all parameters by changing the targets), ``"fif"`` (ignores
             the parameters that are not targets), ``"pif"`` (full influence function, cut to the targets), ``"if"``

@@ -567,13 +567,13 @@ class Examples:
         for batch in self.mine():
             try:
                 mask = predicate(batch.data)
+                mask = np.array(mask) if isinstance(mask, np.ndarray) else mask  # tensors have no negative strides
+                mask = torch.as_tensor(mask).cpu() if isinstance(mask, (Tensor, list, tuple, np.ndarray)) else mask
             except Exception as error:
                 raise BatchError(
-                    f"The function that says which examples are meant failed: {type(error).__name__}: {error}. It is"
-                    f" asked about whole batches, as {describe(batch.data)}."
+                    f"The function that says which examples are meant failed, or returned no truth values:"
+                    f" {type(error).__name__}: {error}. It is asked about whole batches, as {describe(batch.data)}."
                 ) from error
-            mask = np.array(mask) if isinstance(mask, np.ndarray) else mask  # tensors have no negative strides
-            mask = torch.as_tensor(mask).cpu() if isinstance(mask, (Tensor, list, tuple, np.ndarray)) else mask
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch.size,):
                 raise BatchError(
                     f"The function that says which examples are meant must return one truth value for each example of a"

@@ -262,8 +262,8 @@ class Objective:
                 )
 
     def _why_not_finite(self, data: Any) -> str:
-        parts = self.space.unflatten(self.theta).items()
-        names = [name for name, part in parts if not torch.isfinite(part).all()]
+        parts = self.module.state_dict().items()
+        names = [name for name, part in parts if isinstance(part, Tensor) and not torch.isfinite(part).all()]
         if names:
             return f": the model's own weights are not ({', '.join(names[:5])}{' …' if len(names) > 5 else ''})"
         bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors(data) if tensor.is_floating_point())

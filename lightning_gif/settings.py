@@ -186,7 +186,8 @@ class Settings:
     def for_unlearning(self) -> Settings:
         """The same with what was left open chosen for edits, but what differs between their solves.
 
-        That is the curvature, see :meth:`for_one_of_many`, and the damping, which :meth:`solve` has none of then.
+        That is the curvature, see :meth:`for_one_of_many`, and the damping: 0 in :meth:`solve`, and measured in
+        :meth:`solve_damped`.
         """
         return replace(self, method=_chosen(self.method, "gif"), solver=_chosen(self.solver, "lsmr"))
 

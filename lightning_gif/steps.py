@@ -40,8 +40,8 @@ _TRUSTED, _HALVINGS = 0.25, 10
 _LONGEST = 4.0
 
 # No further step after one that gained less than this share of the risk that is left: for labels after two such, for a
-# class too where the first one was cut short. While too much is remembered the walk goes on as long as steps lower the
-# risk, and one may lead nowhere.
+# class too where the first one was cut short. While too much of these is remembered the walk goes on as long as steps
+# lower the risk, and one may lead nowhere if none before it gained so little.
 _WORTH = 0.02
 
 # No further step where a class is forgotten and the risk, in nats, is below this: retrained models differ by more.
@@ -136,7 +136,8 @@ class Walk(Protocol):
         goal: What the edit is for.
         enough: The largest :attr:`Point.remembered` that counts as forgotten, or as corrected; ``None`` where nothing
             tells.
-        affordable: The largest retained loss that forgetting may cost.
+        affordable: The largest retained loss that forgetting may cost: for single examples a tenth of the way to that
+            of unseen ones; where there are none, a tenth more than before, or ``m/(n−m)`` if that is more.
         path: All points that were measured, in order. The first is the trained model.
     """
 
@@ -157,7 +158,8 @@ class Walk(Protocol):
         The first change, and others while most of a class or a quarter of the wrong labels is remembered, is by the
         method of the edit: least squares hold whatever the curvature is so far from where the risk is least. There the
         second and later ones take the curvature of a bound for a class, and all are damped where the labels of a
-        classifier are corrected. All others are damped Newton steps on the targets.
+        classifier are corrected, the more so the more changes behind ``at`` nothing came of. All others are damped
+        Newton steps on the targets.
         """
 
     def measure(self, *steps: float) -> Point:

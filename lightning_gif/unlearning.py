@@ -76,8 +76,9 @@ _LABELS_ENOUGH = 0.2
 _MEASURED = 1024
 
 # What forgetting may cost in retained loss: for a class a share of the loss of guessing; for single examples a tenth of
-# the way to the loss of unseen ones, at which the others would be forgotten as well, or of itself where there are none
-# (the risk, of which a slope is subtracted, may have no lower end). A hundredth of itself, or of guessing, is no cost.
+# the way to the loss of unseen ones, at which the others would be forgotten as well, or where there are none of itself,
+# or m/(n−m) of it if that is more (the risk, of which a slope is subtracted, may have no lower end). A hundredth of
+# itself, or of guessing, is no cost.
 _CLASS_BUDGET, _EXAMPLES_BUDGET, _LEAST_BUDGET = 0.05, 0.1, 0.01
 
 # By how much of itself a loss may be larger than it was before that is told.
@@ -229,9 +230,20 @@ def unlearn(
     edited = objective.theta.clone()
     edited[walk.positions] = edit.flat_new(objective.space).to(edited)
     after = walk.losses(edited)
+    for name in ("forget", "retain"):
+        if not math.isfinite(after[name]):
+            raise NonFiniteError(
+                f"At step {chosen.step:.3g} the {name} loss would be {after[name]}. Nothing was changed. Choose a"
+                " smaller `step`, or 'search'."
+            )
     if step != "natural" and not isinstance(step, numbers.Real):
         _tell(walk, replace(chosen, remembered=remembered), notes)
-    _tell_losses(walk, before, after, solved_for, notes)
+        if task.goal is Goal.LABELS:
+            _tell_cost(walk, before, after if solved_for is None else solved_for, notes)
+        if step == "relinearise" and len(chosen.steps) == MOST_SOLVES and chosen.steps[-1]:
+            notes.append(f"The risk still fell with the last of the {MOST_SOLVES} changes that are solved for at most.")
+    if solved_for is not None:
+        _tell_refreshed(solved_for, after, notes)
     changes = {name: Change(before[name], after[name], predicted[name]) for name in before}
     report = UnlearnReport(
         edit=edit,
@@ -256,12 +268,6 @@ def unlearn(
         seconds=time.perf_counter() - start,
         data={"indices": train.ids[found].tolist(), **told},
     )
-    for name in ("forget", "retain"):
-        if not math.isfinite(after[name]):
-            raise NonFiniteError(
-                f"At step {report.step:.3g} the {name} loss would be {after[name]}. Nothing was changed. Choose a"
-                " smaller `step`, or 'search'."
-            )
     return report
 
 
@@ -652,7 +658,7 @@ class _Walk:
     def _limits(self, start: Point) -> tuple[float | None, float]:
         task = self._task
         if task.goal is Goal.CLASS:
-            return _CLASS_ENOUGH, start.retain_loss + _CLASS_BUDGET * math.log(len(self._gone))
+            return _CLASS_ENOUGH, start.retain_loss + _CLASS_BUDGET * math.log(len(self._gone)) * self._nat
         if task.goal is Goal.LABELS and task.gone is not None:
             return _LABELS_ENOUGH, math.inf
         if task.unseen is not None and not math.isnan(start.remembered):
@@ -662,16 +668,32 @@ class _Walk:
             return _EXAMPLES_ENOUGH, start.retain_loss + budget
         if task.goal is Goal.EXAMPLES:
             classes = self._objective.n_classes(task.judged)
-            least = _LEAST_BUDGET * math.log(classes) if classes else 0.0
+            least = _LEAST_BUDGET * math.log(classes) * self._nat if classes else 0.0
             # Without a large share of the data even what is best costs more than that: weight decay weighs more.
             share = max(_EXAMPLES_BUDGET, task.share)
             return None, start.retain_loss + max(share * abs(start.retain_loss), least)
         return None, math.inf
 
-    @property
-    def tolerated(self) -> float:
-        """What corrected labels may cost in retained loss before it is told: as much as a class, if there are any."""
-        return 0.0 if self._task.gone is None else _CLASS_BUDGET * math.log(len(self._gone))
+    def tolerated(self, retain: float, gained: float) -> float:
+        """What corrected labels may cost in retained loss before it is told.
+
+        Args:
+            retain: The retained loss before.
+            gained: By how much that of the corrected examples became less.
+        """
+        classes = 0.0 if self._task.gone is None else _CLASS_BUDGET * math.log(len(self._gone)) * self._nat
+        return max(_WORSE * abs(retain), _WORSE * self._task.share * gained, classes)
+
+    @cached_property
+    def _nat(self) -> float:
+        """What a nat of cross-entropy is in the unit of the loss, as the retained examples tell, and at most 1.
+
+        A loss may be multiplied by anything; or have more to it than cross-entropy, and then is no measure.
+        """
+        examples, objective = self._task.check, self._objective
+        entropy = objective.mean(examples, _Of(objective.logits, self._cross_entropy).loss_sum, objective.theta)
+        loss = self.path[0].retain_loss
+        return loss / entropy if 0 < loss < entropy else 1.0
 
     def moved(self, steps: tuple[float, ...]) -> Tensor:
         """The weights ``(p,)`` at a point."""
@@ -887,8 +909,10 @@ class _Walk:
             if newton:
                 bend = self._newton(whole, -slope, at, units)
             else:
-                # Steps that nothing came of are behind those that lead here.
-                relative = _LABELS_DAMPING * _AFTER_NOTHING ** (len(self._changes) - len(at.steps))
+                # What nothing came of is behind what leads here; the change of the theory was no step of these.
+                behind = len(self._changes) - len(at.steps)
+                behind -= self._answer is not None and self._answer[0] >= len(at.steps)
+                relative = _LABELS_DAMPING * _AFTER_NOTHING**behind
                 solve = partial(steps.solve_damped, relative) if self._convex else steps.solve
                 bend = self._take(whole, -slope, solve, units=units)
             self.description = self.description or steps.describe(curvatures[0][1])
@@ -1041,7 +1065,8 @@ def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
         )
     elif walk.goal is Goal.EXAMPLES and chosen.moved and walk.enough is not None:
         before = walk.path[0]
-        if chosen.remembered >= before.remembered > walk.enough:
+        told_apart = before.remembered > walk.enough  # by smaller losses than those of unseen ones
+        if told_apart and abs(chosen.remembered - walk.enough) >= abs(before.remembered - walk.enough):
             notes.append(
                 "Their losses tell the examples from unseen ones as well as before, or better (AUROC"
                 f" {before.remembered:.3f} -> {chosen.remembered:.3f}). Undo the edit if that is not worth it."
@@ -1052,49 +1077,36 @@ def _tell(walk: _Walk, chosen: Point, notes: list[str]) -> None:
             "The search found no step that lowers the risk on the data that retraining would see; the edit changes"
             " nothing. step='natural' makes the step of the theory all the same.",
         )
-    if len(chosen.steps) == MOST_SOLVES and chosen.steps[-1]:
-        notes.append(f"The risk still fell with the last of the {MOST_SOLVES} changes that are solved for at most.")
 
 
-def _tell_losses(
-    walk: _Walk,
-    before: dict[str, float],
-    after: dict[str, float],
-    solved_for: dict[str, float] | None,
-    notes: list[str],
-) -> None:
-    """Warns of losses that went where nobody wants them.
+def _tell_refreshed(old: dict[str, float], new: dict[str, float], notes: list[str]) -> None:
+    """Warns of losses by name that are larger with the running statistics that were computed anew."""
+    for name in ("retain", "relabelled"):
+        if name in new and new[name] - old[name] > _WORSE * abs(old[name]):
+            _warn(
+                notes,
+                f"The running statistics that were computed anew raise the {name} loss: {old[name]:.4g} without them,"
+                f" {new[name]:.4g} with them. The edit was solved for with the old ones. Leave `refresh_statistics` out"
+                " if that matters more.",
+            )
 
-    Args:
-        walk: The walk.
-        before: The losses by name, see :meth:`_Walk.losses`.
-        after: The same with the edit.
-        solved_for: The same with the edit, but the running statistics as they were; ``None`` where they still are.
-        notes: Of the report.
-    """
-    for name in ("retain", "relabelled") if solved_for is not None else ():
-        if name in after and solved_for is not None and after[name] > (1 + _WORSE) * solved_for[name]:
-            _warn(
-                notes,
-                f"The running statistics that were computed anew raise the {name} loss: {solved_for[name]:.4g} without"
-                f" them, {after[name]:.4g} with them. The edit was solved for with the old ones. Leave"
-                " `refresh_statistics` out if that matters more.",
-            )
-    if walk.goal is Goal.LABELS:
-        rise = max(_WORSE * abs(before["retain"]), walk.tolerated)
-        if after["retain"] > before["retain"] + rise:
-            _warn(
-                notes,
-                f"The retained loss rose from {before['retain']:.4g} to {after['retain']:.4g}. The new labels are not"
-                " what the other examples teach; a model that is trained with them would not follow all of them either."
-                " Make sure that they are right, and undo the edit if it is not worth it.",
-            )
-        if after["relabelled"] > before["relabelled"]:
-            _warn(
-                notes,
-                f"The loss of the corrected examples rose from {before['relabelled']:.4g} to {after['relabelled']:.4g}:"
-                " the risk fell by that of the retained ones. Training had not ended there, or they are too few.",
-            )
+
+def _tell_cost(walk: _Walk, before: dict[str, float], after: dict[str, float], notes: list[str]) -> None:
+    """Warns where a search corrected labels at the cost of the others, or the others' at theirs; losses by name."""
+    gained = before["relabelled"] - after["relabelled"]
+    if after["retain"] - before["retain"] > walk.tolerated(before["retain"], gained):
+        _warn(
+            notes,
+            f"The retained loss rose from {before['retain']:.4g} to {after['retain']:.4g}. The new labels are not what"
+            " the other examples teach; a model that is trained with them would not follow all of them either. Make"
+            " sure that they are right, and undo the edit if it is not worth it.",
+        )
+    if -gained > _WORSE * abs(before["relabelled"]):
+        _warn(
+            notes,
+            f"The loss of the corrected examples rose from {before['relabelled']:.4g} to {after['relabelled']:.4g}: the"
+            " risk fell by that of the retained ones. Training had not ended there, or they are too few.",
+        )
 
 
 def _others(examples: Examples, positions: Tensor) -> Examples:
