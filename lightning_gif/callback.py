@@ -1132,10 +1132,10 @@ def attach(
         attach(trainer, model, datamodule=data)
         trainer.unlearn(batch).save("edit.safetensors")
     """
-    for name, given, kind in (("trainer", trainer, Trainer), ("model", model, LightningModule)):
-        if not isinstance(given, kind):
-            found, expected = (f"{one.__module__}.{one.__qualname__}" for one in (type(given), kind))
-            raise ConfigurationError(f"`{name}` must be a {expected}, got a {found}.")
+    for name, given, kind in (("trainer", trainer, "Trainer"), ("model", model, "LightningModule")):
+        if kind not in (base.__name__ for base in type(given).__mro__):  # of either of Lightning's packages
+            found = f"{type(given).__module__}.{type(given).__qualname__}"
+            raise ConfigurationError(f"`{name}` must be a {kind} of Lightning, got a {found}.")
     if train_dataloaders is not None and datamodule is not None:
         raise ConfigurationError("Give `train_dataloaders` or `datamodule`, not both.")
     present = [found for found in trainer.callbacks if isinstance(found, GIFCallback)]

@@ -535,7 +535,7 @@ def test_names_that_lightning_overwrites_on_callbacks_are_not_used() -> None:
 
 def test_attach_refuses_what_is_no_trainer_or_no_module() -> None:
     for given, expected in (((nn.Linear(2, 2), Classifier()), "`trainer`"), ((make_trainer(), nn.ReLU()), "`model`")):
-        with pytest.raises(ConfigurationError, match=rf"{expected} must be a lightning\..*, got a torch\.nn\."):
+        with pytest.raises(ConfigurationError, match=rf"{expected} must be a .* of Lightning, got a torch\.nn\."):
             attach(*given, train_dataloaders=loader(blobs()))  # type: ignore[arg-type]
 
 
