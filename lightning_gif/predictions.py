@@ -54,12 +54,16 @@ class Predictions(TorchFunctionMode):
     def classified(self) -> tuple[Tensor, Tensor] | None:
         """The logits ``(B, C)`` and targets ``(B,)`` of a cross-entropy with classes.
 
-        Where other loss functions were called as well, they must have been given the same logits; else ``None``.
+        Where other loss functions were called as well, they must have been given the same logits; else ``None``, and
+        where they were called inside of a vmap.
         """
         if not self._found or not all(isinstance(target, Tensor) for target in self._targets):
             return None
         first, target = self._found[0], self._targets[0]
-        same = all(other.data_ptr() == first.data_ptr() and other.shape == first.shape for other in self._found)
+        try:
+            same = all(other.data_ptr() == first.data_ptr() and other.shape == first.shape for other in self._found)
+        except RuntimeError:  # they were made inside of a vmap, out of which they cannot be had
+            return None
         right = first.ndim == 2 and target.shape == first.shape[:1] and not target.is_floating_point()
         return (first, target) if same and right else None
 
