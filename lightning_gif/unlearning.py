@@ -690,8 +690,13 @@ class _Walk:
 
         A loss may be multiplied by anything; or have more to it than cross-entropy, and then is no measure.
         """
-        examples, objective = self._task.check, self._objective
-        entropy = objective.mean(examples, _Of(objective.logits, self._cross_entropy).loss_sum, objective.theta)
+        objective = self._objective
+
+        def cross_entropy(logits: Tensor, data: Any) -> Tensor:
+            known = class_targets(data) is not None  # the loss may leave labels out that are none
+            return self._cross_entropy(logits, data) if known else logits.new_zeros(())
+
+        entropy = objective.mean(self._task.check, _Of(objective.logits, cross_entropy).loss_sum, objective.theta)
         loss = self.path[0].retain_loss
         return loss / entropy if 0 < loss < entropy else 1.0
 

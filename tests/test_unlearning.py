@@ -1341,6 +1341,21 @@ def test_examples_of_a_regression_are_not_removed_at_the_cost_of_the_others(seed
     assert any(point.retain_loss > (1 + share) * report.path[0].retain_loss for point in report.path)
 
 
+def test_examples_are_removed_beside_others_whose_labels_the_loss_leaves_out() -> None:
+    class Ignoring(GIFMixin, Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.influence_loss(batch).mean()
+
+        def influence_loss(self, batch: Any) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1], ignore_index=-1, reduction="none")
+
+    x, y = blobs().tensors
+    y = y.clone()
+    y[5::6] = -1
+    trainer, _, _ = fitted(Ignoring(), TensorDataset(x, y), max_epochs=10)
+    assert trainer.unlearn([0, 1], dry_run=True).n_retain == 46
+
+
 def walk_with(goal: Goal, retain: float, share: float, *, classes: int | None = None, nat: float = 1.0) -> Any:
     """What a walk's limits are made of."""
     gone = None if classes is None else torch.zeros(classes, dtype=torch.bool)
