@@ -433,8 +433,8 @@ class GIFCallback(Callback):
                 retained.
             relabel: The labels they should have had: a tensor, an array or a list in the order of the batch, of the
                 indices, of the dataset of the loader (a ``Subset`` has an order of its own), or of the training dataset
-                for a function; one class for all; or a function from a batch to
-                its new targets. ``None`` removes them. A batch has the labels that it was trained with.
+                for a function; one class for all; or a function from a batch to its new targets. ``None`` removes them.
+                A batch has the labels that it was trained with.
             retain: A loader of all the data to keep, where it is not the rest of the training data: after earlier
                 edits, what these left. The more there is of it, the less weight has what is forgotten.
             unseen: A loader of examples like the training data that the model was not trained on: single examples that

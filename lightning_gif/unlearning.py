@@ -658,7 +658,7 @@ class _Walk:
     def _limits(self, start: Point) -> tuple[float | None, float]:
         task = self._task
         if task.goal is Goal.CLASS:
-            return _CLASS_ENOUGH, start.retain_loss + _CLASS_BUDGET * math.log(len(self._gone)) * self._nat
+            return _CLASS_ENOUGH, start.retain_loss + self._guessing(len(self._gone), _CLASS_BUDGET)
         if task.goal is Goal.LABELS and task.gone is not None:
             return _LABELS_ENOUGH, math.inf
         if task.unseen is not None and not math.isnan(start.remembered):
@@ -668,7 +668,7 @@ class _Walk:
             return _EXAMPLES_ENOUGH, start.retain_loss + budget
         if task.goal is Goal.EXAMPLES:
             classes = self._objective.n_classes(task.judged)
-            least = _LEAST_BUDGET * math.log(classes) * self._nat if classes else 0.0
+            least = self._guessing(classes, _LEAST_BUDGET) if classes else 0.0
             # Without a large share of the data even what is best costs more than that: weight decay weighs more.
             share = max(_EXAMPLES_BUDGET, task.share)
             return None, start.retain_loss + max(share * abs(start.retain_loss), least)
@@ -681,8 +681,12 @@ class _Walk:
             retain: The retained loss before.
             gained: By how much that of the corrected examples became less.
         """
-        classes = 0.0 if self._task.gone is None else _CLASS_BUDGET * math.log(len(self._gone)) * self._nat
+        classes = 0.0 if self._task.gone is None else self._guessing(len(self._gone), _CLASS_BUDGET)
         return max(_WORSE * abs(retain), _WORSE * self._task.share * gained, classes)
+
+    def _guessing(self, classes: int, share: float) -> float:
+        """A share of the loss of guessing one of so many classes, in the unit of the loss."""
+        return share * math.log(classes) * self._nat
 
     @cached_property
     def _nat(self) -> float:

@@ -655,14 +655,17 @@ def test_the_curvature_of_a_class_is_the_one_that_was_asked_for() -> None:
     assert lowest[1] > -1e-4
 
 
+class Scaled(Classifier):
+    """A loss that is multiplied by something."""
+
+    scale = 1.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.scale * F.cross_entropy(self(batch[0]), batch[1])
+
+
 @pytest.mark.parametrize("factor", [1e-4, 0.01, 100.0])
 def test_what_removal_may_cost_does_not_depend_on_what_the_loss_is_multiplied_by(factor: float) -> None:
-    class Scaled(Classifier):
-        scale = 1.0
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.scale * F.cross_entropy(self(batch[0]), batch[1])
-
     trainer, module, _ = fitted(Scaled(), max_epochs=20)
     forget = list(range(12))
     plain = trainer.unlearn(forget, unseen=False, dry_run=True)
@@ -674,12 +677,6 @@ def test_what_removal_may_cost_does_not_depend_on_what_the_loss_is_multiplied_by
 
 @pytest.mark.parametrize("factor", [0.01, 100.0])
 def test_corrected_labels_do_not_depend_on_what_the_loss_is_multiplied_by(factor: float) -> None:
-    class Scaled(Classifier):
-        scale = 1.0
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.scale * F.cross_entropy(self(batch[0]), batch[1])
-
     trainer, module, dataset = fitted(Scaled(), max_epochs=20)
     forget, new = batch_of(dataset, slice(0, 3)), (dataset.tensors[1][:3] + 1) % 3
     plain = trainer.unlearn(forget, relabel=new, dry_run=True).relabelled
@@ -1362,6 +1359,7 @@ def walk_with(goal: Goal, retain: float, share: float, *, classes: int | None = 
     task = SimpleNamespace(goal=goal, gone=gone, unseen=None, share=share, judged=None)
     objective = SimpleNamespace(n_classes=lambda _: classes)
     walk = SimpleNamespace(_task=task, _objective=objective, _nat=nat, _gone=gone)
+    walk._guessing = partial(_Walk._guessing, walk)
     return walk, Point((), 1.0, retain, 1.0, math.nan)
 
 
