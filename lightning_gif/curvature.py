@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .data import Examples
+from .data import Examples, map_tensors, same_structure
 from .errors import ConfigurationError, ObjectiveError
 from .parameters import ParameterSpace, Targets
 from .registry import Registry
@@ -76,17 +76,16 @@ def gauss_newton(
     Args:
         outputs: ``(θ, batch) → (…)``, what the loss is a function of.
         loss_sum_at: ``(θ, batch) →`` the sum of the batch's losses as a function of the outputs alone.
-        loss_sum: ``(θ, batch) → ()``, the same as a function of ``θ``; to check, at the first batch, that the whole
-            loss goes through the outputs.
+        loss_sum: ``(θ, batch) → ()``, the same as a function of ``θ``; to check, at the first batch of each structure,
+            that the whole loss goes through the outputs.
 
     Raises:
         ObjectiveError: From the product, if it does not.
     """
-    checked = False
+    checked: list[Any] = []  # structures
 
     def check(theta: Tensor, data: Any, out: Tensor, slope: Tensor) -> None:
-        nonlocal checked
-        if checked:
+        if any(same_structure(data, one) for one in checked):
             return
         whole = loss_sum(theta, data)
         expected = through = torch.zeros_like(theta)
@@ -98,10 +97,10 @@ def gauss_newton(
             raise ObjectiveError(
                 "curvature='ggn' needs a loss that is a function of the model's predictions alone, given to a loss"
                 " function of PyTorch as its first argument, but the gradient through them is not the loss's."
-                " Most often a penalty is added to the loss (give it as `weight_decay`), arguments are swapped, or"
-                " log-probabilities are reshaped before F.nll_loss (use F.cross_entropy). Or use curvature='hessian'."
+                " Most often a penalty is added to the loss (give it as `weight_decay`), or arguments are swapped. Or"
+                " use curvature='hessian'."
             )
-        checked = True
+        checked.append(map_tensors(data, lambda tensor: tensor.new_empty([0] * tensor.ndim)))  # without its memory
 
     def linearise(theta: Tensor, data: Any) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()
