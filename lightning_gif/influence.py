@@ -126,6 +126,7 @@ def influence(
     else:
         kept = store or InMemory(queries, len(scored))
     done = None if store is None else store.done.clone()
+    objective.learn_derivatives(train)
 
     def blocks() -> Iterator[tuple[int, int, Tensor | None]]:
         """For this process's batches: from and to which position, and the scores; those that are there are left out."""
