@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ._compat import rank_zero_warn
 from .data import Examples, map_tensors, same_structure
-from .errors import ConfigurationError, ObjectiveError
+from .errors import ConfigurationError, GIFWarning, ObjectiveError
 from .parameters import ParameterSpace, Targets
 from .registry import Registry
 from .solvers import LinearOperator, Solution
@@ -188,6 +189,7 @@ class Curvature:
         self._full = memory <= 0  # no room for a further pass
         self.products = 0
         self.examples = 0
+        self._is_zero = True  # of all products so far
         self.shape = (theta.numel(), theta.numel())
         self.dtype, self.device = theta.dtype, theta.device
 
@@ -218,11 +220,24 @@ class Curvature:
             total += torch.stack([product(column) for column in columns.T], dim=1)
             del product  # before the next is made, so that there is one at a time
         total = self._examples.ranks.sum(total)
+        self._is_zero = self._is_zero and not bool(total.any())
         total = total / len(self._examples) + self._weight_decay * columns
         return total[:, 0] if vectors.ndim == 1 else total
 
     rmatvec = matvec
     """``Cᵀ V = C V``."""
+
+    def warn_if_zero(self) -> None:
+        """Warns if all products that were asked for are exactly zero, but for the weight decay."""
+        if self.products and self._is_zero:
+            rank_zero_warn(
+                "The curvature of the training loss is exactly zero in all directions that were looked at: only damping"
+                " and weight decay were inverted, so that results have the gradients' directions but no meaningful"
+                " size. Either the loss is linear in the model's predictions (F.nll_loss of scores that are not"
+                " log-probabilities: use F.cross_entropy), or the predictions do not depend on the parameters"
+                " (saturated or dead units). If the model itself is curved, curvature='hessian' sees it.",
+                category=GIFWarning,
+            )
 
     def _passes(self) -> Iterator[Product]:
         """The products of the micro-batches: those that are kept, then the others, one at a time."""
@@ -264,6 +279,7 @@ class _Draw(Curvature):
         found = super().matvec(vectors)
         self._whole.products += self.products - before[0]
         self._whole.examples += self.examples - before[1]
+        self._whole._is_zero = self._whole._is_zero and self._is_zero
         return found
 
     rmatvec = matvec

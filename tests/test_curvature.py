@@ -365,6 +365,30 @@ def test_gauss_newton_of_a_regression_is_that_of_least_squares() -> None:
         torch.testing.assert_close(found, 2 * jacobian.T @ jacobian / len(jacobian), rtol=1e-8, atol=1e-12)
 
 
+class Linear(Classifier):
+    """The scores themselves in the place of log-probabilities."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.nll_loss(self(batch[0]), batch[1])
+
+
+def test_a_curvature_that_is_zero_is_told() -> None:
+    with opened_net("perceptron", Linear) as (objective, train):
+        curvature = Curvature(CURVATURES["ggn"](objective), objective.theta, train, weight_decay=0.1)
+        vector = torch.randn_like(objective.theta)
+        torch.testing.assert_close(curvature.matvec(vector), 0.1 * vector)
+        with pytest.warns(GIFWarning, match="exactly zero in all directions"):
+            curvature.warn_if_zero()
+    with opened_net("perceptron", Reshaped) as (objective, train):
+        curvature = Curvature(CURVATURES["ggn"](objective), objective.theta, train)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", GIFWarning)
+            curvature.warn_if_zero()  # no product yet
+            curvature.matvec(vector)
+            curvature.matvec(torch.zeros_like(vector))
+            curvature.warn_if_zero()
+
+
 def test_a_loss_that_does_not_go_through_its_predictions_is_refused_for_each_structure_of_a_batch() -> None:
     """A penalty on batches of sequences alone, after a batch of single positions that has none."""
     calls = 0

@@ -1072,3 +1072,25 @@ def test_ordinary_modules_stay_in_forward_mode_also_where_examples_are_learned_t
         calls = 0
         objective.directional_derivatives(next(train.batches()).data, objective.theta[None])
     assert calls == 1
+
+
+def test_gradients_that_are_all_zero_are_told() -> None:
+    """A unit that no training example activates, and the query does."""
+
+    class Dead(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.mse_loss(torch.relu(self(batch[0]))[:, 0], batch[1].to(self.dtype))
+
+    net = nn.Linear(6, 1)
+    nn.init.ones_(net.weight)
+    nn.init.zeros_(net.bias)
+    dataset = TensorDataset(-torch.rand(12, 6) - 0.1, torch.ones(12))
+    trainer = asked(Dead(net), dataset, method="if", curvature="ggn")
+    with pytest.warns(GIFWarning) as told:
+        report = trainer.influence((torch.ones(1, 6), torch.zeros(1)), damping=0.1)
+    assert not report.scores.any()
+    messages = [str(warning.message) for warning in told]
+    assert any("curvature of the training loss is exactly zero" in message for message in messages)
+    assert any("gradient of each scored training example is exactly zero" in message for message in messages)
+    with pytest.warns(GIFWarning, match="gradient of each scored training example is exactly zero"):
+        assert not trainer.self_influence(damping=0.1, method="if").scores.any()
