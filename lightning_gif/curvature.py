@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .data import Examples
-from .errors import ConfigurationError, ObjectiveError
+from ._compat import rank_zero_warn
+from .data import Examples, map_tensors, same_structure
+from .errors import ConfigurationError, GIFWarning, ObjectiveError
 from .parameters import ParameterSpace, Targets
 from .registry import Registry
 from .solvers import LinearOperator, Solution
@@ -76,17 +77,16 @@ def gauss_newton(
     Args:
         outputs: ``(θ, batch) → (…)``, what the loss is a function of.
         loss_sum_at: ``(θ, batch) →`` the sum of the batch's losses as a function of the outputs alone.
-        loss_sum: ``(θ, batch) → ()``, the same as a function of ``θ``; to check, at the first batch, that the whole
-            loss goes through the outputs.
+        loss_sum: ``(θ, batch) → ()``, the same as a function of ``θ``; to check, at the first batch of each structure,
+            that the whole loss goes through the outputs.
 
     Raises:
         ObjectiveError: From the product, if it does not.
     """
-    checked = False
+    checked: list[Any] = []  # structures
 
     def check(theta: Tensor, data: Any, out: Tensor, slope: Tensor) -> None:
-        nonlocal checked
-        if checked:
+        if any(same_structure(data, one) for one in checked):
             return
         whole = loss_sum(theta, data)
         expected = through = torch.zeros_like(theta)
@@ -98,10 +98,10 @@ def gauss_newton(
             raise ObjectiveError(
                 "curvature='ggn' needs a loss that is a function of the model's predictions alone, given to a loss"
                 " function of PyTorch as its first argument, but the gradient through them is not the loss's."
-                " Most often a penalty is added to the loss (give it as `weight_decay`), arguments are swapped, or"
-                " log-probabilities are reshaped before F.nll_loss (use F.cross_entropy). Or use curvature='hessian'."
+                " Most often a penalty is added to the loss (give it as `weight_decay`), or arguments are swapped. Or"
+                " use curvature='hessian'."
             )
-        checked = True
+        checked.append(map_tensors(data, lambda tensor: tensor.new_empty([0] * tensor.ndim)))  # without its memory
 
     def linearise(theta: Tensor, data: Any) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()
@@ -189,6 +189,7 @@ class Curvature:
         self._full = memory <= 0  # no room for a further pass
         self.products = 0
         self.examples = 0
+        self._is_zero = True  # of all products so far
         self.shape = (theta.numel(), theta.numel())
         self.dtype, self.device = theta.dtype, theta.device
 
@@ -219,11 +220,24 @@ class Curvature:
             total += torch.stack([product(column) for column in columns.T], dim=1)
             del product  # before the next is made, so that there is one at a time
         total = self._examples.ranks.sum(total)
+        self._is_zero = self._is_zero and not bool(total.any())
         total = total / len(self._examples) + self._weight_decay * columns
         return total[:, 0] if vectors.ndim == 1 else total
 
     rmatvec = matvec
     """``Cᵀ V = C V``."""
+
+    def warn_if_zero(self) -> None:
+        """Warns if all products that were asked for are exactly zero, but for the weight decay."""
+        if self.products and self._is_zero:
+            rank_zero_warn(
+                "The curvature of the training loss is exactly zero in all directions that were looked at: only damping"
+                " and weight decay were inverted, so that results have the gradients' directions but no meaningful"
+                " size. Either the loss is linear in the model's predictions (F.nll_loss of scores that are not"
+                " log-probabilities: use F.cross_entropy), or the predictions do not depend on the parameters"
+                " (saturated or dead units). If the model itself is curved, curvature='hessian' sees it.",
+                category=GIFWarning,
+            )
 
     def _passes(self) -> Iterator[Product]:
         """The products of the micro-batches: those that are kept, then the others, one at a time."""
@@ -265,6 +279,7 @@ class _Draw(Curvature):
         found = super().matvec(vectors)
         self._whole.products += self.products - before[0]
         self._whole.examples += self.examples - before[1]
+        self._whole._is_zero = self._whole._is_zero and self._is_zero
         return found
 
     rmatvec = matvec

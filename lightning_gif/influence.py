@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._compat import rank_zero_info
+from ._compat import rank_zero_info, rank_zero_warn
 from .curvature import METHODS, Curvature, Method, Submatrix
 from .data import Examples, data_digest, fingerprints
 from .digests import Fingerprint, digest
-from .errors import ConfigurationError, NonFiniteError
+from .errors import ConfigurationError, GIFWarning, NonFiniteError
 from .objective import Moment, Objective
 from .parameters import Targets, state_digest
 from .ranking import Strongest
@@ -126,9 +126,12 @@ def influence(
     else:
         kept = store or InMemory(queries, len(scored))
     done = None if store is None else store.done.clone()
+    nonzero = 0.0 if done is None else float(done.any())  # whether some training example has a gradient
+    objective.learn_derivatives(train)
 
     def blocks() -> Iterator[tuple[int, int, Tensor | None]]:
         """For this process's batches: from and to which position, and the scores; those that are there are left out."""
+        nonlocal nonzero
         start, _ = scored.part
         for batch in scored.mine():
             stop, block = start + batch.size, None
@@ -137,6 +140,7 @@ def influence(
                 for moment, one, decay in zip(moments, solved, decays, strict=True):
                     with objective.at(moment):
                         part = objective.directional_derivatives(batch.data, one.directions).cpu().double()
+                    nonzero += float(part.any())
                     block += (part + decay) / len(moments)
                 block /= max(len(train) - 1, 1)
                 _require_finite(block, batch.ids)
@@ -148,6 +152,7 @@ def influence(
             if block is not None and (store is None or ranks.rank == 0):  # one process writes a file
                 kept.write(start, block)
             bar.update(stop - start)
+    _warn_without_gradients(ranks.total(nonzero))
     if store is not None and ranks.rank == 0:
         for state, one in enumerate(solved):
             if len(one.directions):
@@ -240,6 +245,7 @@ def _solve(
         if settings.solver == "nystrom":  # whose sketch costs the same for all
             together = len(gradients)
         blocks = [method.query(curvature, positions, block, solve) for block in gradients.split(together)]
+        curvature.warn_if_zero()
         return _Solved(
             directions=torch.cat([found for found, _ in blocks]),
             solutions=[solution for _, found in blocks for solution in found],
@@ -326,6 +332,7 @@ def self_influence(
     scored = train if among is None else among
     moments = [objective.moment(), *map(objective.moment, (states or {}).values())]
     scores, told = torch.zeros(1, len(scored), dtype=torch.float64), list[tuple[dict[str, Any], float]]()
+    nonzero = 0.0  # whether some training example has a gradient
     for moment in moments:
         with objective.at(moment):
             with objective.progress("Hessian products") as bar:
@@ -334,16 +341,19 @@ def self_influence(
                 )  # weight decay counts as damping
                 solved_for = Submatrix(curvature, positions, positions)
                 quadratic = settings.quadratic(solved_for, damping + settings.weight_decay)
+                curvature.warn_if_zero()
                 inverse = settings.quadratic_kind(len(positions))
                 told.append(({**settings.describe(curvature), "inverse": inverse}, damping))
             found = []
             with objective.progress("Scoring training examples", len(scored)) as bar:
                 for batch in scored.mine():
                     for rows in objective.gradients(batch.data):
+                        nonzero += float(rows.any())
                         whole = rows + settings.weight_decay * objective.theta
                         found.append(quadratic(whole[:, positions]).cpu())
                     bar.update(batch.size * objective.ranks.size)
             scores += scored.gathered(found).double() / len(moments) / max(len(train) - 1, 1)
+    _warn_without_gradients(objective.ranks.total(nonzero))
     _require_finite(scores, scored.ids)
     description, damping = told[0]  # with the present weights
     return InfluenceReport(
@@ -369,6 +379,18 @@ def _require_finite(scores: Tensor, ids: Tensor) -> None:
             f"The scores of {len(bad)} training examples are not finite, at dataset indices"
             f" {', '.join(map(str, bad[:5].tolist()))}{' …' if len(bad) > 5 else ''}: their losses have no finite"
             " derivative (NaN in the data, or an overflow: try double=True). Score the others with `among`."
+        )
+
+
+def _warn_without_gradients(nonzero: float) -> None:
+    """Warns unless some of the training examples had an effect that is not exactly zero."""
+    if not nonzero:
+        rank_zero_warn(
+            "The gradient of each scored training example is exactly zero in the directions that matter to the query:"
+            " all scores are zero, or the weight decay's alone. The losses of these examples do not depend on the"
+            " parameters there: units may be dead (a ReLU that no example activates), or the loss may be constant or"
+            " detached.",
+            category=GIFWarning,
         )
 
 

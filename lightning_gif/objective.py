@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric, MetricCollection
 from tqdm.auto import tqdm
 
-from ._compat import LightningModule, Trainer, isolate_rng, rank_zero_warn
+from ._compat import LightningModule, Trainer, isolate_rng, rank_zero_info, rank_zero_warn
 from .data import Examples, batch_size, class_targets, describe, map_tensors, same_structure, slice_batch, tensors
 from .digests import digest
 from .errors import BatchError, ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError
@@ -33,6 +34,12 @@ __all__ = ["Moment", "Objective"]
 
 # How many examples the check of the derived losses looks at: two are enough to tell a mean from a sum.
 _PROBE = 3
+
+# How many examples, spread over the data, tell how derivatives may be taken.
+_SPREAD = 8
+
+# Two ways to the same derivative differ by less than this share of it, by dtype.
+_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 # How many are looked at to see what is predicted.
 _PREDICTED = 64
@@ -92,6 +99,7 @@ class Objective:
         self._vmap: bool | None = True if self._own_loss else None
         self._reduction: str | None = None
         self._reference: Any = None
+        self._derivatives = Objective._forward  # how directional derivatives are taken
         self.statistics: dict[str, Tensor] = {}
         self._common: dict[str, Tensor] = {}  # the first process's buffers, where they are not this one's
         self._step = _Step(module)
@@ -600,7 +608,8 @@ class Objective:
         Forward mode: the losses are evaluated once in dual numbers for each direction, and no per-example gradient is
         ever formed. Where an operation of the module has no forward-mode rule, the same numbers come from two reverse
         passes (the derivative of ``Σ uᵢ wᵀ∇ℓ(zᵢ)`` by the dummy weights ``u``). For many directions it is cheaper to
-        form the gradients of a few examples at a time, once for all directions.
+        form the gradients of a few examples at a time, once for all directions. What :meth:`learn_derivatives` has seen
+        to differ from the gradients is not used.
 
         Args:
             data: A prepared batch of B examples.
@@ -612,7 +621,10 @@ class Objective:
         if self._vmap is None:
             self._probe(data)
         if len(directions) > _FEW_DIRECTIONS and self._vmap and not self._own_loss:
-            return torch.cat([directions @ rows.T for rows in self.gradients(data)], dim=1)
+            return self._explicit(data, directions)
+        return self._derivatives(self, data, directions)
+
+    def _forward(self, data: Any, directions: Tensor) -> Tensor:
         if self._vmap:  # code that is not for vmap is not for jvp either; plain reverse mode takes it
             try:
                 return torch.stack(
@@ -621,6 +633,9 @@ class Objective:
             except (NotImplementedError, RuntimeError) as error:
                 if "forward" not in str(error).lower():
                     raise
+        return self._twice_reverse(data, directions)
+
+    def _twice_reverse(self, data: Any, directions: Tensor) -> Tensor:
         theta = self.theta.detach().requires_grad_()
         losses = self.losses(theta, data)
         weights = torch.ones_like(losses, requires_grad=True)
@@ -631,6 +646,72 @@ class Objective:
                 for w in directions
             ]
         )
+
+    def _explicit(self, data: Any, directions: Tensor) -> Tensor:
+        return torch.cat([directions @ rows.T for rows in self.gradients(data)], dim=1)
+
+    def learn_derivatives(self, train: Examples) -> None:
+        """Decides how :meth:`directional_derivatives` takes them, on a few training examples spread over the data.
+
+        Training follows reverse mode. Forward mode differs from it where a step stops or changes gradients by other
+        means than its functions: it goes through ``torch.no_grad()``, sees no ``Tensor.register_hook``, and follows the
+        ``jvp`` of a ``torch.autograd.Function``. Of forward mode, two reverse passes, and explicit gradients, the first
+        is taken that agrees with the gradients of single examples.
+
+        Args:
+            train: The training examples.
+        """
+        some = train.at(torch.linspace(0, len(train) - 1, min(len(train), _SPREAD)).long().unique())
+        batches = [batch.data for batch in some.batches()]
+        for self._derivatives in (Objective._forward, Objective._twice_reverse):
+            if not any(self._differs(self._unlike_gradients, data) for data in batches):
+                return
+            if self._vmap and self._derivatives is Objective._forward:
+                rank_zero_info(
+                    "Scores are computed in reverse mode: the forward-mode derivatives of the losses of"
+                    f" {type(self.module).__name__} are not the gradients that training follows (torch.no_grad() around"
+                    " a part that depends on the parameters, a hook on gradients, or a torch.autograd.Function of its"
+                    " own)."
+                )
+        self._derivatives = Objective._explicit
+
+    def _unlike_gradients(self, data: Any) -> float:
+        """How far derivatives in a random direction are from its inner products with the gradient of each example."""
+        generator = torch.Generator().manual_seed(self._seed)
+        direction = torch.randn(self.space.size, generator=generator, dtype=torch.float64).to(self.theta)
+        theta = self.theta.detach().requires_grad_()
+        rows = [self._gradient(loss, theta, retain_graph=True) for loss in self.losses(theta, data)]
+        expected, lengths = torch.stack([row @ direction for row in rows]), torch.stack([row.norm() for row in rows])
+        try:
+            found = self._derivatives(self, data, direction[None])[0].detach()
+        except (NotImplementedError, RuntimeError):
+            return math.inf
+        return _distance((found - expected).abs(), lengths)
+
+    def _differs(self, distance: Callable[[Any], float], data: Any) -> bool:
+        """Whether two ways to differentiate differ for a prepared batch, and by more than rounding.
+
+        Of an example that is learned to the last digit, gradients in float32 are rounding alone. So ways that seem to
+        differ are looked at again in float64, where rounding is less and a difference is not.
+
+        Args:
+            distance: How far they are apart for a batch, see :func:`_distance`, in the dtype of :attr:`theta`.
+            data: The batch.
+        """
+        narrow = distance(data)
+        if not narrow or math.isinf(narrow):
+            return bool(narrow)
+        if self.theta.dtype == torch.float64 or self.device.type == "mps":  # which has no float64
+            return True
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with self.at(Moment(self.theta.double(), self.statistics)):
+                return distance(map_tensors(data, self._widen)) > 0.1 * narrow
+        except Exception:  # the step asks for float32 itself
+            return True
+        finally:
+            torch.set_default_dtype(default)
 
     def gradients(self, data: Any) -> Iterator[Tensor]:
         """The gradients of a prepared batch's losses at the present parameters, some examples ``(b, p)`` at a time."""
@@ -747,6 +828,8 @@ class Objective:
             found, reason = self._losses_vmap(theta, few), "it gave other losses than one example at a time"
             self._gradient(found.sum(), theta)  # activation checkpointing fails here at the earliest
             self._vmap = _close(found, expected)
+            if self._vmap and self._differs(self._unlike_one_by_one, few):
+                self._vmap, reason = False, "it gave other gradients, as with a hook on a tensor"
         except Exception as error:
             self._vmap, reason = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if _close(together, expected.mean()):
@@ -769,6 +852,14 @@ class Objective:
                 GIFWarning,
                 stacklevel=2,
             )
+
+    def _unlike_one_by_one(self, data: Any) -> float:
+        """How far the gradient of the vectorised losses is from that of one example at a time: vmap drops hooks."""
+        theta = self.theta.detach().requires_grad_()
+        found = self._gradient(self._losses_vmap(theta, data).sum(), theta)
+        losses = self._losses_one_by_one(theta, data)
+        rows = torch.stack([self._gradient(loss, theta, retain_graph=True) for loss in losses])
+        return _distance((found - rows.sum(0)).norm()[None], rows.norm(dim=1).sum()[None])
 
     def _gradient(self, value: Tensor, theta: Tensor, *, retain_graph: bool = False) -> Tensor:
         if not value.requires_grad:
@@ -801,6 +892,15 @@ class _Step(nn.Module):
 def _close(one: Tensor, other: Tensor) -> bool:
     tolerance = 1e-4 if one.dtype == torch.float32 else 1e-9
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True)
+
+
+def _distance(differences: Tensor, lengths: Tensor) -> float:
+    """The greatest of differences ``(m,)`` that are more than rounding of gradients of lengths ``(m,)``; else 0.
+
+    What is not finite is none: it is reported where it is used.
+    """
+    rounding = _ROUNDING.get(lengths.dtype, _ROUNDING[torch.float32])
+    return float(torch.where(differences > rounding * lengths, differences, 0.0).max())
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,13 +27,22 @@ _LOSSES: set[Callable[..., Any]] = {
     F.soft_margin_loss,
 }
 
-# Linear in log-probabilities: the convex function is the one of the logits before.
+# Linear in log-probabilities u. The convex function is that of the logits, or the same function of log_softmax(u), and
+# that is u. Both have one gradient and one Gauss–Newton matrix Jᵀ(diag(p) − ppᵀ)J, because the Jacobian of u is I − 1pᵀ
+# times that of the logits, and (diag(p) − ppᵀ)1 = 0.
 _OF_LOG_PROBABILITIES: set[Callable[..., Any]] = {F.nll_loss, F.kl_div}
 _LOG_SOFTMAX: set[Callable[..., Any]] = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
+
+# Log-probabilities are those whose probabilities sum to 1 up to this much, or up to some roundings of a narrow dtype.
+_NORMALISED, _ROUNDINGS = 1e-3, 32
 
 
 class Predictions(TorchFunctionMode):
     """Inside of it, the predictions that go into PyTorch's loss functions are noted, or replaced by others.
+
+    The predictions of a loss of log-probabilities (``F.nll_loss``, ``F.kl_div``) are the logits where it is given the
+    result of a ``log_softmax`` as it is, and else the log-probabilities, however they were made. Others that replace
+    these are normalised first, so that the loss is convex in them and has the logits' Gauss–Newton matrix.
 
     Args:
         others: Flat predictions that take the place of those computed, in the order of the calls.
@@ -93,7 +102,12 @@ class Predictions(TorchFunctionMode):
             if id(prediction) in self._logits:
                 _, logits, log_softmax = self._logits[id(prediction)]
                 return func(log_softmax(self._note(logits)), *rest, **kwargs)
-            return func(self._note(prediction), *rest, **kwargs)
+            found = self._note(prediction)
+            if self._others is not None:
+                # Classes are in the second dimension of F.nll_loss. F.kl_div has them in any.
+                one = min(1, found.ndim - 1)
+                found = _normalised(found, [one] if func is F.nll_loss else range(found.ndim))
+            return func(found, *rest, **kwargs)
         return func(*args, **kwargs)
 
     def _note_target(self, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -143,6 +157,30 @@ def _check_bounds(indices: Tensor, size: int, ignored: int | None, what: str, of
         return
     if bad:
         raise IndexError(f"The {what} {bad[0]} is none of the {size} {of}, 0 to {size - 1}")
+
+
+def _normalised(scores: Tensor, dims: Iterable[int]) -> Tensor:
+    """The log-softmax of log-probabilities, which does not change their values; other scores as they are.
+
+    Decided by values, but as a tensor, because inside of ``vmap`` a program cannot branch on them.
+
+    Args:
+        scores: Of any shape.
+        dims: The classes may be in one of these dimensions; they are in the one in which most scores are normalised, or
+            in the last of several.
+    """
+    values = scores.detach()
+    tolerance = max(_NORMALISED, _ROUNDINGS * torch.finfo(scores.dtype).eps)
+    # One class has no curvature, and a very likely one would seem to be normalised along a dimension of its own.
+    normalised = {d: torch.logsumexp(values, d, keepdim=True).abs() < tolerance for d in dims if scores.shape[d] > 1}
+    if not normalised:
+        return scores
+    shares = {dim: found.to(scores.dtype).mean() for dim, found in normalised.items()}
+    most = torch.stack(list(shares.values())).amax()
+    result = scores
+    for dim, found in normalised.items():
+        result = torch.where(found & (shares[dim] >= most), torch.log_softmax(scores, dim), result)
+    return result
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:

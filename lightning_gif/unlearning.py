@@ -885,6 +885,7 @@ class _Walk:
             new = None if task.amended is None else opened(task.amended, keep=False)
             group = Group(task.share / (1 + task.share), opened(task.judged, keep=False), new)
             bend = self._take(curvature, self._gradient, settings.solve, group)
+            curvature.warn_if_zero()
             self.description = self.description or settings.describe(curvature)
         slope = self._decay * objective.theta
         for term in self._terms:

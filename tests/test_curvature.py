@@ -23,7 +23,7 @@ from lightning_gif import (
     ObjectiveError,
     attach,
 )
-from lightning_gif.curvature import CURVATURES, Curvature, Group, Scaled, Submatrix, graph_bytes, hessian
+from lightning_gif.curvature import CURVATURES, Curvature, Group, Scaled, Submatrix, gauss_newton, graph_bytes, hessian
 from lightning_gif.data import Examples
 from lightning_gif.objective import Objective
 from lightning_gif.parameters import Targets
@@ -307,6 +307,26 @@ class LogSoftmax(Classifier):
         return F.nll_loss(torch.log_softmax(self(batch[0]), dim=1), batch[1])
 
 
+class Reshaped(Classifier):
+    """As language models have it: the log-probabilities of all positions in one table."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self(batch[0])[:, None]
+        return F.nll_loss(F.log_softmax(logits, -1).view(-1, 3), batch[1].view(-1))
+
+
+class Normalised(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self(batch[0])
+        return F.nll_loss(logits - logits.logsumexp(1, keepdim=True), batch[1])
+
+
+class Teacher(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        targets = (batch[1][:, None, None] == torch.arange(3)).to(self.dtype)
+        return F.kl_div(F.log_softmax(self(batch[0]), -1)[:, None], targets, reduction="batchmean")
+
+
 class Criterion(Classifier):
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
@@ -321,7 +341,13 @@ class OwnLosses(Classifier, GIFMixin):
         return F.cross_entropy(input=self(batch[0]), target=batch[1], reduction="none")
 
 
-@pytest.mark.parametrize("module", [LogSoftmax, Criterion, OwnLosses])
+class OwnReshaped(OwnLosses):
+    def influence_loss(self, batch: Any) -> Tensor:
+        columns = F.log_softmax(self(batch[0]), 1)[..., None]
+        return F.nll_loss(columns, batch[1][:, None], reduction="none")[:, 0]
+
+
+@pytest.mark.parametrize("module", [LogSoftmax, Reshaped, Normalised, Teacher, Criterion, OwnLosses, OwnReshaped])
 def test_the_predictions_are_found_however_the_loss_is_written(module: type[Classifier]) -> None:
     def matrix(kind: type[Classifier]) -> Tensor:
         torch.manual_seed(3)
@@ -337,6 +363,51 @@ def test_gauss_newton_of_a_regression_is_that_of_least_squares() -> None:
         jacobian = torch.autograd.functional.jacobian(lambda t: outputs(t)[:, 0], objective.theta)
         found = to_matrix(Curvature(CURVATURES["ggn"](objective), objective.theta, train))
         torch.testing.assert_close(found, 2 * jacobian.T @ jacobian / len(jacobian), rtol=1e-8, atol=1e-12)
+
+
+class Linear(Classifier):
+    """The scores themselves in the place of log-probabilities."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.nll_loss(self(batch[0]), batch[1])
+
+
+def test_a_curvature_that_is_zero_is_told() -> None:
+    with opened_net("perceptron", Linear) as (objective, train):
+        curvature = Curvature(CURVATURES["ggn"](objective), objective.theta, train, weight_decay=0.1)
+        vector = torch.randn_like(objective.theta)
+        torch.testing.assert_close(curvature.matvec(vector), 0.1 * vector)
+        with pytest.warns(GIFWarning, match="exactly zero in all directions"):
+            curvature.warn_if_zero()
+    with opened_net("perceptron", Reshaped) as (objective, train):
+        curvature = Curvature(CURVATURES["ggn"](objective), objective.theta, train)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", GIFWarning)
+            curvature.warn_if_zero()  # no product yet
+            curvature.matvec(vector)
+            curvature.matvec(torch.zeros_like(vector))
+            curvature.warn_if_zero()
+
+
+def test_a_loss_that_does_not_go_through_its_predictions_is_refused_for_each_structure_of_a_batch() -> None:
+    """A penalty on batches of sequences alone, after a batch of single positions that has none."""
+    calls = 0
+
+    def loss_sum(theta: Tensor, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return F.mse_loss(x @ theta, x.sum(-1)) + (theta.square().sum() if x.ndim == 3 else 0.0)
+
+    linearise = gauss_newton(
+        lambda theta, x: x @ theta, lambda theta, x: lambda out: F.mse_loss(out, x.sum(-1)), loss_sum
+    )
+    theta = torch.randn(3, dtype=torch.float64)
+    for size in (4, 4, 2, 1):
+        linearise(theta, torch.randn(size, 3, dtype=torch.float64))
+    assert calls == 1  # once for a structure
+    for _ in range(2):
+        with pytest.raises(ObjectiveError, match="the gradient through them is not the loss's"):
+            linearise(theta, torch.randn(4, 2, 3, dtype=torch.float64))
 
 
 def test_gauss_newton_without_a_loss_function_of_pytorch_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lightning_gif import (
     InfluenceReport,
     attach,
 )
+from lightning_gif.data import Examples
 from lightning_gif.digests import digest
 from lightning_gif.objective import Objective
 from lightning_gif.parameters import ParameterSpace
@@ -845,3 +847,250 @@ def test_scores_that_take_much_of_the_memory_go_to_a_folder_that_is_gone_on_with
     (folder / "scores.bin").write_bytes(bytes(8 * len(dataset)))
     assert torch.equal(trainer.influence(query, memory=0.0).scores, expected.scores)
     assert list(tmp_path.glob("lightning_gif_scores/*")) == [folder]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where forward mode is not the derivative that training follows
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class TemporalDifferences(Classifier):
+    """Targets by the same net, which are constants to training."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        with torch.no_grad():
+            target = y + 0.9 * self(x.flip(1)).amax(1)
+        return F.mse_loss(self(x)[:, 0], target)
+
+
+class OwnTemporalDifferences(GIFMixin, TemporalDifferences):
+    def influence_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        with torch.no_grad():
+            target = y + 0.9 * self(x.flip(1)).amax(1)
+        return F.mse_loss(self(x)[:, 0], target, reduction="none")
+
+
+class Hooked(Classifier):
+    """Gradients that are scaled on their way."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        hidden = self.net[1](self.net[0](batch[0]))
+        if hidden.requires_grad:
+            hidden.register_hook(self.changed)
+        return F.cross_entropy(self.net[2](hidden), batch[1])
+
+    def changed(self, gradient: Tensor) -> Tensor:
+        return 0.1 * gradient
+
+
+class Clipped(Hooked):
+    """A hook that is not linear: of a sum of losses the gradient is not that of the gradients."""
+
+    def changed(self, gradient: Tensor) -> Tensor:
+        return gradient.clamp(-0.02, 0.02)
+
+
+class Reversal(torch.autograd.Function):
+    """The gradient reversed, which its forward-mode derivative is not (Ganin and Lempitsky, ICML 2015)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -0.5 * gradient
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.clone()
+
+
+class Reversed(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        hidden = Reversal.apply(self.net[1](self.net[0](batch[0])))
+        return F.cross_entropy(self.net[2](hidden), batch[1])
+
+
+REVERSE_ONLY = [TemporalDifferences, OwnTemporalDifferences, Hooked, Clipped, Reversed]
+
+
+def reverse_gradients(module: Classifier, dataset: TensorDataset) -> Tensor:
+    """What training would follow for each example alone, ``(n, p)``."""
+    rows = []
+    for x, y in dataset:
+        loss = module.training_step((x[None], y[None]), 0)
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))]))
+    return torch.stack(rows)
+
+
+def quiet(kind: type[Classifier]) -> Classifier:
+    module = kind().double().eval()
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:The losses of single examples are computed one after the other")
+@pytest.mark.parametrize("kind", REVERSE_ONLY)
+def test_scores_follow_the_gradients_of_training_where_forward_mode_does_not(kind: type[Classifier]) -> None:
+    x, y = blobs(20).tensors
+    module, dataset = quiet(kind), TensorDataset(x.double(), y)
+    rows = reverse_gradients(module, dataset)
+    trainer = asked(module, dataset, method="if", curvature="ggn", batch_size=7)
+    drawn = torch.random.get_rng_state()
+    single = trainer.influence(batch_of(dataset, slice(0, 4)), damping=0.1)
+    few = trainer.influence(batch_of(dataset, slice(0, 4)), damping=0.1, per_example=True)
+    many = trainer.influence(batch_of(dataset, slice(None)), damping=0.1, per_example=True)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+    # The matrix by gradients of gradients of the whole batch, as training has them.
+    parameters = list(module.parameters())
+    hidden = module.net[1](module.net[0](x.double()))
+    logits = module.net[2](hidden)
+    columns = []
+    for out in logits.flatten():
+        columns.append(torch.cat([g.flatten() for g in torch.autograd.grad(out, parameters, retain_graph=True)]))
+    jacobian = torch.stack(columns).view(20, 3, -1)
+    below = sum(parameter.numel() for parameter in module.net[0].parameters())
+    if kind in (Hooked, Clipped, Reversed):
+        jacobian[..., :below] *= -0.5 if kind is Reversed else 0.1
+        p = logits.softmax(1)
+        inner = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    else:
+        inner = torch.diag_embed(torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64).expand(20, 3))
+    matrix = torch.einsum("ncp,ncd,ndq->pq", jacobian, inner, jacobian) / 20
+    if kind is Clipped:  # whose products depend on the vector's size: any symmetric matrix will do for the scores
+        for report, queries in ((single, rows[:4].mean(0)[None]), (few, rows[:4]), (many, rows)):
+            assert report.scores.shape == (len(queries), 20)
+        torch.testing.assert_close(few.scores.mean(0), single.scores[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(many.scores[:4], few.scores, rtol=1e-9, atol=1e-12)
+        return
+    solved = torch.linalg.solve(matrix.T @ matrix + 0.01 * torch.eye(len(matrix), dtype=torch.float64), matrix @ rows.T)
+    for report, queries in ((single, rows[:4].mean(0)[None]), (few, rows[:4]), (many, rows)):
+        expected = queries @ solved / 19
+        torch.testing.assert_close(report.scores, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore:The losses of single examples are computed one after the other")
+@pytest.mark.parametrize("kind", REVERSE_ONLY)
+@pytest.mark.parametrize("count", [1, 20])
+def test_directional_derivatives_are_inner_products_with_the_gradients_of_training(
+    kind: type[Classifier], count: int
+) -> None:
+    x, y = blobs(20).tensors
+    module, dataset = quiet(kind), TensorDataset(x.double(), y)
+    rows = reverse_gradients(module, dataset)
+    trainer = make_trainer(precision="64-true")
+    attach(trainer, module, train_dataloaders=loader(dataset))
+    with Objective.open(trainer, module) as objective:
+        train = Examples.from_loader(loader(dataset), objective.prepare, batch_size=6)
+        objective.learn_structure(train)
+        objective.learn_derivatives(train)
+        directions = torch.randn(count, objective.space.size, dtype=torch.float64)
+        found = [objective.directional_derivatives(batch.data, directions) for batch in train.batches()]
+        explicit = torch.cat([part for batch in train.batches() for part in objective.gradients(batch.data)])
+    torch.testing.assert_close(torch.cat(found, 1), directions @ rows.T, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(explicit, rows, rtol=1e-9, atol=1e-11)
+
+
+def test_hessian_products_take_targets_by_the_net_for_constants() -> None:
+    x, y = blobs(20).tensors
+    module, dataset = quiet(TemporalDifferences), TensorDataset(x.double(), y)
+    with torch.no_grad():
+        targets = y + 0.9 * module(x.double().flip(1)).amax(1)
+
+    def loss(theta: Tensor) -> Tensor:
+        logits = torch.func.functional_call(module, _unflatten(module, theta), (x.double(),))
+        return F.mse_loss(logits[:, 0], targets)
+
+    theta = torch.cat([p.detach().flatten() for p in module.parameters()])
+    matrix, rows = torch.autograd.functional.hessian(loss, theta), reverse_gradients(module, dataset)
+    report = asked(module, dataset, method="if", curvature="hessian").influence(batch_of(dataset, [3]), damping=0.1)
+    expected = (
+        rows[3]
+        @ torch.linalg.solve(matrix.T @ matrix + 0.01 * torch.eye(len(matrix), dtype=torch.float64), matrix @ rows.T)
+        / 19
+    )
+    torch.testing.assert_close(report.scores[0], expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+def test_a_few_examples_late_in_the_data_are_enough_to_see_it() -> None:
+    """The first half of the data has terminal states alone, whose targets are no predictions."""
+
+    class Terminal(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            with torch.no_grad():
+                later = self(x.flip(1)).amax(1)
+            return F.mse_loss(self(x)[:, 0], torch.where(y > 1, later, y.to(later.dtype)))
+
+    x, y = blobs(21).tensors
+    dataset = TensorDataset(x.double(), y.sort().values)
+    module = quiet(Terminal)
+    rows = reverse_gradients(module, dataset)
+    plain = asked(module, dataset, method="if", curvature="ggn").influence(batch_of(dataset, [20]), damping=10.0)
+    many = asked(module, dataset, method="if", curvature="ggn").influence(
+        batch_of(dataset, slice(None)), damping=10.0, per_example=True
+    )
+    torch.testing.assert_close(plain.scores[0], many.scores[20], rtol=1e-9, atol=1e-12)
+    assert rows[20].norm() > 0.1
+
+
+def test_ordinary_modules_stay_in_forward_mode_also_where_examples_are_learned_to_the_last_digit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Gradients of such examples are rounding alone in float32, by whatever way they are had."""
+    module, dataset = Classifier(), blobs(24)
+    trainer, calls = make_trainer(max_epochs=1), 0
+    with torch.no_grad():
+        module.net[2].weight.mul_(60)
+    trained = TensorDataset(dataset.tensors[0], module(dataset.tensors[0]).argmax(1))
+    attach(trainer, module, train_dataloaders=loader(trained))
+    original = torch.func.jvp
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.func, "jvp", counted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GIFWarning)
+        trainer.influence(batch_of(trained, slice(0, 4)), damping=0.1, batch_size=8)
+    with Objective.open(trainer, module) as objective:
+        train = Examples.from_loader(loader(trained), objective.prepare, batch_size=8)
+        objective.learn_structure(train)
+        objective.learn_derivatives(train)
+        calls = 0
+        objective.directional_derivatives(next(train.batches()).data, objective.theta[None])
+    assert calls == 1
+
+
+def test_gradients_that_are_all_zero_are_told() -> None:
+    """A unit that no training example activates, and the query does."""
+
+    class Dead(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.mse_loss(torch.relu(self(batch[0]))[:, 0], batch[1].to(self.dtype))
+
+    net = nn.Linear(6, 1)
+    nn.init.ones_(net.weight)
+    nn.init.zeros_(net.bias)
+    dataset = TensorDataset(-torch.rand(12, 6) - 0.1, torch.ones(12))
+    trainer = asked(Dead(net), dataset, method="if", curvature="ggn")
+    with pytest.warns(GIFWarning) as told:
+        report = trainer.influence((torch.ones(1, 6), torch.zeros(1)), damping=0.1)
+    assert not report.scores.any()
+    messages = [str(warning.message) for warning in told]
+    assert any("curvature of the training loss is exactly zero" in message for message in messages)
+    assert any("gradient of each scored training example is exactly zero" in message for message in messages)
+    with pytest.warns(GIFWarning, match="gradient of each scored training example is exactly zero"):
+        assert not trainer.self_influence(damping=0.1, method="if").scores.any()

@@ -46,6 +46,112 @@ def test_predictions_are_noted_and_replaced(name: str) -> None:
     torch.testing.assert_close(replaced, loss(other))
 
 
+STEPS = torch.randint(3, (4, 2), generator=torch.Generator().manual_seed(1))
+IGNORED = torch.tensor([[0, -100], [2, 1], [-100, -100], [1, 0]])
+WEIGHTS = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+TEACHER = torch.softmax(torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(2)).double(), -1)
+SEEN = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+
+# Losses of log-probabilities that are no longer, or never were, the result of a log-softmax; of logits (4, 2, 3).
+OF_LOG_PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda z: F.nll_loss(F.log_softmax(z[:, 0], 1), STEPS[:, 0]),
+    "view": lambda z: F.nll_loss(F.log_softmax(z, -1).view(-1, 3), STEPS.view(-1)),
+    "reshape": lambda z: F.nll_loss(F.log_softmax(z, -1).transpose(0, 1).reshape(-1, 3), STEPS.T.reshape(-1)),
+    "flatten": lambda z: nn.NLLLoss(reduction="sum")(nn.LogSoftmax(-1)(z).flatten(0, 1), STEPS.flatten()),
+    "transpose": lambda z: F.nll_loss(z.log_softmax(-1).transpose(1, 2), STEPS),
+    "permute": lambda z: F.nll_loss(z.log_softmax(-1)[:, None].permute(0, 3, 1, 2).contiguous(), STEPS[:, None]),
+    "squeeze": lambda z: F.nll_loss(F.log_softmax(z[:, None, 0], -1).squeeze(1), STEPS[:, 0]),
+    "index": lambda z: F.nll_loss(F.log_softmax(z, -1)[SEEN.bool()], STEPS[SEEN.bool()]),
+    "unbind": lambda z: sum(map(F.nll_loss, F.log_softmax(z, -1).unbind(1), STEPS.unbind(1)), torch.zeros(())),
+    "contiguous": lambda z: F.nll_loss(F.log_softmax(z.transpose(1, 2), 1).contiguous().clone(), STEPS),
+    "one example": lambda z: F.nll_loss(F.log_softmax(z, -1)[2, 1], STEPS[2, 1]),
+    "weight": lambda z: F.nll_loss(F.log_softmax(z, -1).view(-1, 3), STEPS.view(-1), weight=WEIGHTS),
+    "ignored": lambda z: F.nll_loss(F.log_softmax(z, -1).transpose(1, 2), IGNORED, weight=WEIGHTS),
+    "masked": lambda z: (F.nll_loss(F.log_softmax(z, -1).transpose(1, 2), STEPS, reduction="none") * SEEN).sum(),
+    "masked scores": lambda z: F.nll_loss((F.log_softmax(z, -1) * SEEN[..., None]).view(-1, 3), STEPS.view(-1)),
+    "by hand": lambda z: F.nll_loss((z - z.logsumexp(-1, keepdim=True)).view(-1, 3), STEPS.view(-1)),
+    "log of softmax": lambda z: F.nll_loss(torch.softmax(z, -1).log().transpose(1, 2), target=STEPS),
+    "kl": lambda z: F.kl_div(F.log_softmax(z, -1).view(-1, 3), TEACHER.view(-1, 3), reduction="batchmean"),
+    "kl of logs": lambda z: F.kl_div(
+        F.log_softmax(z, -1).flatten(0, 1), TEACHER.log().flatten(0, 1), log_target=True, reduction="sum"
+    ),
+    "kl of columns": lambda z: F.kl_div(z.log_softmax(-1).transpose(1, 2), TEACHER.transpose(1, 2), reduction="sum"),
+    "kl, classes first": lambda z: F.kl_div(z.log_softmax(-1).movedim(2, 0), TEACHER.movedim(2, 0), reduction="sum"),
+    "kl, masked": lambda z: (
+        F.kl_div(z.log_softmax(-1).transpose(1, 2), TEACHER.transpose(1, 2), reduction="none") * SEEN[:, None]
+    ).sum(),
+    "kl, no teacher": lambda z: F.kl_div(
+        z.log_softmax(-1).clone(), TEACHER * SEEN[..., None], reduction="sum"
+    ),  # rows of zeros have no curvature
+    "kl, a class alone": lambda z: F.kl_div(
+        (20 * z).log_softmax(-1)[..., None], TEACHER[..., None], reduction="sum"
+    ),  # of which the probability is almost 1
+}
+
+
+@pytest.mark.parametrize("name", list(OF_LOG_PROBABILITIES))
+@pytest.mark.parametrize("mapped", [False, True])
+def test_log_probabilities_have_the_gauss_newton_matrix_of_the_logits(name: str, mapped: bool) -> None:
+    """Of the logits it is the Hessian: the loss is convex in them, and nothing comes before."""
+    loss = OF_LOG_PROBABILITIES[name]
+    logits = torch.randn(4, 2, 3, dtype=torch.float64)
+
+    def outputs(z: Tensor) -> Tensor:
+        with Predictions() as noted:
+            loss(z)
+        found = noted.flat()
+        assert found is not None
+        return found
+
+    def through(predictions: Tensor) -> Tensor:
+        with Predictions(predictions):
+            return loss(logits)
+
+    def hessian(predictions: Tensor) -> Tensor:
+        by_columns = torch.func.vmap(torch.func.jacrev(torch.func.jacrev(through)))
+        return by_columns(predictions[None])[0] if mapped else torch.autograd.functional.hessian(through, predictions)
+
+    flat = outputs(logits)
+    jacobian = torch.autograd.functional.jacobian(outputs, logits).view(len(flat), -1)
+    expected = torch.autograd.functional.hessian(loss, logits).view(logits.numel(), -1)
+    torch.testing.assert_close(jacobian.T @ hessian(flat) @ jacobian, expected, rtol=1e-10, atol=1e-12)
+    assert expected.norm() > 1e-3
+    slope = torch.func.grad(through)(flat) @ jacobian
+    torch.testing.assert_close(
+        slope, torch.autograd.functional.jacobian(loss, logits).reshape(-1), rtol=1e-10, atol=1e-12
+    )
+    torch.testing.assert_close(through(flat), loss(logits), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_log_probabilities_are_known_in_every_dtype(dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 1000)
+
+    def loss(z: Tensor) -> Tensor:
+        return F.nll_loss(F.log_softmax(z, -1).to(dtype), torch.arange(5))
+
+    with Predictions() as noted:
+        loss(logits)
+    found = noted.flat()
+    assert found is not None
+    found = found.detach().float()
+    with Predictions(found.to(dtype).requires_grad_()) as others:
+        assert others._others is not None
+        (slope,) = torch.autograd.grad(loss(logits), others._others)
+    expected = (torch.softmax(logits, 1) - F.one_hot(torch.arange(5), 1000)) / 5
+    torch.testing.assert_close(slope.view(5, 1000).float(), expected, rtol=0.1, atol=1e-2 / 5)
+
+
+@pytest.mark.parametrize("loss", [lambda z: F.nll_loss(z, LABELS), lambda z: F.kl_div(z, VALUES, reduction="sum")])
+def test_of_scores_that_are_not_normalised_the_loss_is_linear(loss: Callable[[Tensor], Tensor]) -> None:
+    def through(predictions: Tensor) -> Tensor:
+        with Predictions(predictions):
+            return loss(LOGITS)
+
+    torch.testing.assert_close(torch.func.grad(through)(LOGITS.flatten()).view(4, 3), torch.func.grad(loss)(LOGITS))
+    assert not torch.autograd.functional.hessian(through, LOGITS.flatten()).any()
+
+
 def test_of_probabilities_the_probabilities_are_the_predictions() -> None:
     with Predictions() as noted:
         F.binary_cross_entropy(torch.sigmoid(LOGITS), VALUES)
