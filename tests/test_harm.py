@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_gif import GIFCallback
+import lightning_gif.callback
+from lightning_gif import GIFCallback, GIFWarning
+from lightning_gif.data import batch_size, map_tensors, slice_batch, tensors
+from lightning_gif.errors import BatchError
 from lightning_gif.objective import Objective
+from lightning_gif.selection import GradientStatistics, NeuronStatistics
+from lightning_gif.snapshots import Snapshots
 
-from .conftest import Classifier, batch_of, blobs, fitted, loader, same_weights, weights
+from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
 
 
 def state_of(module: nn.Module, trainer: pl.Trainer) -> list[Any]:
@@ -347,3 +356,210 @@ def test_each_evaluation_of_a_step_that_writes_starts_from_the_same_parameters(n
             again = objective.losses(objective.theta, batch)
         assert torch.equal(again, first)
         assert torch.equal(objective.theta, theta)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training goes on
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Graphs:
+    """A batch whose constructor takes what it does not keep."""
+
+    items: InitVar[list[tuple[Tensor, Tensor]]]
+    x: Tensor = field(init=False)
+    y: Tensor = field(init=False)
+
+    def __post_init__(self, items: list[tuple[Tensor, Tensor]]) -> None:
+        self.x, self.y = (torch.stack(list(part)) for part in zip(*items, strict=True))
+
+
+class OfGraphs(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch.x), batch.y)
+
+
+def trained(
+    module: Callable[[], pl.LightningModule], data: Callable[[], DataLoader[Any]], callback: GIFCallback | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The weights after a fit, and what is drawn next at random."""
+    torch.manual_seed(0)
+    fit = module()
+    make_trainer(callback, max_epochs=3).fit(fit, data())
+    assert not any(one._forward_hooks for one in fit.modules())
+    return weights(fit), torch.rand(3)
+
+
+def check_trained_alike(
+    callback: GIFCallback,
+    message: str | None,
+    module: Callable[[], pl.LightningModule] = Classifier,
+    data: Callable[[], DataLoader[Any]] = lambda: loader(blobs()),
+) -> None:
+    """Training with the callback has the bits of training without it, and there is one warning, or none."""
+    expected = trained(module, data)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = trained(module, data, callback)
+    assert same_weights(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    told = [str(warning.message) for warning in caught if issubclass(warning.category, GIFWarning)]
+    assert len(told) == (message is not None), told
+    assert all(message in text for text in told)
+
+
+def graphs() -> DataLoader[Any]:
+    return DataLoader(blobs(), 16, shuffle=True, collate_fn=Graphs)
+
+
+def test_a_batch_that_cannot_be_made_anew_trains_without_a_word() -> None:
+    callback = GIFCallback()
+    check_trained_alike(callback, None, OfGraphs, graphs)
+    assert callback.targets is not None
+    assert all(int(counts.sum()) == 48 for counts in callback.neurons.output_counts.values())
+
+
+def test_a_batch_that_cannot_be_made_anew_is_read_sliced_and_mapped() -> None:
+    batch = Graphs(list(blobs(6)))
+    x, y = batch.x.clone(), batch.y
+    assert batch_size(batch) == 6
+    assert [tensor.shape for tensor in tensors(batch)] == [(6, 6), (6,)]
+    piece = slice_batch(batch, 1, 3)
+    assert type(piece) is Graphs
+    assert torch.equal(piece.x, x[1:3])
+    assert torch.equal(piece.y, y[1:3])
+    assert torch.equal(map_tensors(batch, lambda tensor: tensor + 1).x, x + 1)
+    assert torch.equal(batch.x, x)
+    batch.y = y[:4]
+    with pytest.raises(BatchError, match="disagree"):
+        batch_size(batch)
+
+
+def test_reading_a_batch_does_not_rebuild_it() -> None:
+    class Rows(list[Tensor]):
+        def __init__(self, *args: Any) -> None:
+            raise AssertionError("made anew")
+
+    rows = Rows.__new__(Rows)
+    rows.extend([torch.zeros(3, 2), torch.zeros(3)])
+    assert batch_size({"rows": rows}) == 3
+
+    @dataclass(frozen=True)
+    class Checked:
+        x: Tensor
+        names: list[str]
+
+        def __post_init__(self) -> None:
+            made.append(self)
+
+    made: list[Any] = []
+    batch = Checked(torch.zeros(3, 2), ["a", "b", "c"])
+    assert batch_size(batch) == 3
+    assert len(made) == 1
+    assert slice_batch(batch, 1, 3).names == ["b", "c"]
+    assert len(made) == 2  # the pieces are made by the constructor where that takes the fields
+
+
+def failing(*args: Any, **kwargs: Any) -> Any:
+    raise LookupError("on purpose")
+
+
+PLACES: dict[str, tuple[Any, str, str]] = {
+    "the batch's size": (lightning_gif.callback, "batch_size", "reading the batch failed"),
+    "the batch's classes": (lightning_gif.callback, "class_targets", "reading the batch failed"),
+    "a forward pass": (NeuronStatistics, "_rows_for", "reading what passes through a layer failed"),
+    "gradients": (GradientStatistics, "add", "reading the gradients failed"),
+    "the targets": (lightning_gif.callback, "select", "picking the target parameters failed"),
+    "a snapshot": (Snapshots, "add", "taking a snapshot of the weights failed"),
+    "the hooks": (NeuronStatistics, "attach", "hooking into the layers failed"),
+}
+
+
+@pytest.mark.parametrize("name", list(PLACES))
+def test_an_error_in_gathering_ends_the_gathering_and_not_the_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, attribute, words = PLACES[name]
+    monkeypatch.setattr(owner, attribute, failing)
+    callback = GIFCallback(snapshots=1)
+    check_trained_alike(callback, f"nothing more in this fit, since {words}: LookupError: on purpose")
+
+
+def test_an_error_in_a_backward_pass_ends_the_gathering_and_not_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = NeuronStatistics._add
+
+    def once_in_backward(self: NeuronStatistics, kind: str, *args: Any) -> None:
+        failing() if kind == "gradient" else add(self, kind, *args)
+
+    monkeypatch.setattr(NeuronStatistics, "_add", once_in_backward)
+    callback = GIFCallback()
+    check_trained_alike(callback, "since reading what passes through a layer failed: LookupError")
+    assert not callback.neurons
+    assert not callback.gradients
+
+
+def test_targets_stay_or_are_picked_on_demand_where_gathering_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = blobs()
+    callback = GIFCallback(ratio=0.5, unconverged="ignore")
+    trainer = make_trainer(callback, max_epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(lightning_gif.callback, "class_targets", failing)
+        with pytest.warns(GIFWarning, match="are picked by a pass over the training data"):
+            trainer.fit(Classifier(), loader(data))
+    assert callback.targets is None
+    assert trainer.influence(batch_of(data, slice(4)), targets="cached").scores.shape == (1, 48)
+    assert callback.targets is not None
+
+    callback = GIFCallback(ratio=0.5, unconverged="ignore")
+    trainer = make_trainer(callback, max_epochs=2)
+
+    def break_in_second(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            monkeypatch.setattr(lightning_gif.callback, "class_targets", failing)
+
+    trainer.callbacks.insert(0, LambdaCallback(on_train_epoch_start=break_in_second))
+    with pytest.warns(GIFWarning, match="stay as they were picked before"):
+        trainer.fit(Classifier(), loader(data))
+    assert callback.targets_epoch == 0
+    monkeypatch.undo()
+    assert trainer.influence(batch_of(data, slice(4)), targets="cached").scores.shape == (1, 48)
+    trainer.fit_loop.max_epochs = 3  # another fit gathers again
+    trainer.fit(trainer.lightning_module, loader(data))
+    assert callback.targets_epoch == 2
+
+
+def test_an_interrupt_in_a_hook_still_ends_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lightning_gif.callback, "class_targets", interrupt)
+    trainer = make_trainer(GIFCallback())
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer.fit(Classifier(), loader(blobs()))
+    assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_unforeseen_error_in_a_report_ends_the_reports_and_not_the_fit(late: bool) -> None:
+    class Choosy(Classifier):
+        """Cannot be asked outside of training, or not after its first epoch."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if not self.training and (self.current_epoch or not late):
+                raise LookupError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+    callback = GIFCallback(
+        report_every_n_epochs=1, query=batch_of(blobs(), slice(4)), unconverged="ignore", log_reports=False
+    )
+    when = "at the end of epoch 1" if late else "before training"
+    check_trained_alike(callback, f"No influence report {when}, nor later in this fit: LookupError", Choosy)
+    assert (callback.last_report is not None) == late
+
+
+def test_a_checkpoint_is_written_without_what_cannot_be_added(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, module, _ = fitted()
+    monkeypatch.setattr(NeuronStatistics, "state", failing)
+    with pytest.warns(GIFWarning, match="adding the state of GIFCallback to a checkpoint failed"):
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+    found = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert same_weights(found["state_dict"], weights(module))
