@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gif.callback
-from lightning_gif import GIFCallback, GIFWarning
+from lightning_gif import ConfigurationError, GIFCallback, GIFWarning, attach
 from lightning_gif.data import batch_size, map_tensors, slice_batch, tensors
 from lightning_gif.errors import BatchError
 from lightning_gif.objective import Objective
@@ -563,3 +563,62 @@ def test_a_checkpoint_is_written_without_what_cannot_be_added(tmp_path: Any, mon
         trainer.save_checkpoint(tmp_path / "a.ckpt")
     found = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert same_weights(found["state_dict"], weights(module))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Complex parameters
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Fourier(Classifier):
+    """A layer whose weights are complex, in front of or behind those that are not."""
+
+    def __init__(self, first: bool = False) -> None:
+        super().__init__(nn.Identity())
+        spectral = nn.Linear(4, 8).to(torch.complex64)
+        if first:
+            self.spectral = spectral
+        self.net = nn.Linear(8, 3)
+        if not first:
+            self.spectral = spectral
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.spectral(torch.fft.rfft(x)).abs())
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_complex_parameters_are_refused_by_name_with_the_remedy(first: bool) -> None:
+    trainer = make_trainer(GIFCallback())
+    module, data = Fourier(first), blobs()
+    trainer.fit(module, loader(data))
+    values = weights(module)
+    message = (
+        r"of Fourier these are complex: spectral\.weight, spectral\.bias\. .*view_as_real.*requires_grad_\(False\)"
+    )
+    for ask in (trainer.influence, trainer.unlearn):
+        with pytest.raises(ConfigurationError, match=message):
+            ask(batch_of(data, slice(4)))
+    with pytest.raises(ConfigurationError, match=message):
+        trainer.self_influence()
+    assert same_weights(weights(module), values)
+
+
+def test_training_with_complex_parameters_has_the_same_bits_and_one_warning() -> None:
+    check_trained_alike(
+        GIFCallback(), "these are complex: spectral.weight, spectral.bias. Keep each as a real parameter", Fourier
+    )
+
+
+def test_frozen_complex_parameters_are_computed_with_as_they_are() -> None:
+    module = Fourier()
+    module.spectral.requires_grad_(False)
+    trainer, _, data = fitted(module)
+    with torch.no_grad():
+        features = module.spectral(torch.fft.rfft(data.tensors[0])).abs()
+    plain = TensorDataset(features, data.tensors[1])
+    other = make_trainer()
+    attach(other, Classifier(module.net), train_dataloaders=loader(plain))
+    options: dict[str, Any] = {"double": True, "solver": "dense", "damping": 0.1}
+    found = trainer.influence(batch_of(data, slice(4)), **options).scores
+    expected = other.influence(batch_of(plain, slice(4)), **options).scores
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-8)
