@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
@@ -17,14 +18,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gif.callback
-from lightning_gif import ConfigurationError, GIFCallback, GIFWarning, attach
+from lightning_gif import ConfigurationError, ConvergenceError, GIFCallback, GIFWarning, attach
 from lightning_gif.data import batch_size, map_tensors, slice_batch, tensors
-from lightning_gif.errors import BatchError
+from lightning_gif.errors import BatchError, ConvergenceWarning
 from lightning_gif.objective import Objective
 from lightning_gif.selection import GradientStatistics, NeuronStatistics
 from lightning_gif.snapshots import Snapshots
+from lightning_gif.solvers import Status, cg, truncated_newton
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
+from .test_solvers import INDEFINITE, Matrix
 
 
 def state_of(module: nn.Module, trainer: pl.Trainer) -> list[Any]:
@@ -622,3 +625,41 @@ def test_frozen_complex_parameters_are_computed_with_as_they_are() -> None:
     found = trainer.influence(batch_of(data, slice(4)), **options).scores
     expected = other.influence(batch_of(plain, slice(4)), **options).scores
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Solves that end where curvature is negative
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rtol", [None, 1e-6])
+def test_a_solve_that_met_negative_curvature_is_not_taken_for_converged(rtol: float | None) -> None:
+    rhs = torch.ones(INDEFINITE.shape[0], dtype=torch.float64)
+    settings = GIFCallback(solver="cg", rtol=rtol, max_iter=50, unconverged="raise").settings
+    assert cg(Matrix(INDEFINITE), rhs, rtol=1e-6, max_iter=50).status is Status.INDEFINITE
+    words = r"'indefinite'.*curvature is not positive.*solver='lsmr'.*unconverged='ignore'"
+    with pytest.raises(ConvergenceError, match=words):
+        settings.solve(Matrix(INDEFINITE), rhs)
+    with pytest.warns(ConvergenceWarning, match=words):
+        dataclasses.replace(settings, unconverged="warn").solve(Matrix(INDEFINITE), rhs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataclasses.replace(settings, unconverged="ignore").solve(Matrix(INDEFINITE), rhs)
+
+
+def test_a_newton_step_may_end_where_curvature_is_negative() -> None:
+    rhs = torch.ones(INDEFINITE.shape[0], dtype=torch.float64)
+    settings = GIFCallback(rtol=1e-6, max_iter=50, unconverged="raise").settings
+    solution, _ = settings.newton(Matrix(INDEFINITE), rhs, 0.0)
+    assert solution.status is Status.INDEFINITE
+    expected, _ = truncated_newton(Matrix(INDEFINITE), rhs, damping=0.0, relative=0.0, rtol=1e-6, max_iter=50)
+    assert torch.equal(solution.x, expected.x)
+
+
+def test_influence_by_conjugate_gradients_on_an_indefinite_hessian_is_refused_if_asked() -> None:
+    trainer, _, data = fitted(Classifier(net()), TensorDataset(*blobs().tensors), max_epochs=1)
+    asked: dict[str, Any] = {"curvature": "hessian", "solver": "cg", "damping": 0.0, "rtol": 1e-6}
+    with pytest.raises(ConvergenceError, match="'indefinite'"):
+        trainer.influence(batch_of(data, slice(4)), unconverged="raise", **asked)
+    with pytest.warns(ConvergenceWarning, match="'indefinite'"):
+        trainer.influence(batch_of(data, slice(4)), unconverged="warn", **asked)
