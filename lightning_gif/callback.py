@@ -7,6 +7,7 @@ import inspect
 import math
 import numbers
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -148,7 +149,8 @@ class GIFCallback(Callback):
         memory: GiB that may be kept between the products of a solve, so that part of each need not be done anew;
             ``None``: a quarter of what is free.
         double: Compute in float64.
-        unconverged: What to do about a solve that stops before ``rtol``: ``"warn"``, ``"raise"`` or ``"ignore"``.
+        unconverged: What to do about a solve that stops before ``rtol``, or where ``"cg"`` meets negative curvature:
+            ``"warn"``, ``"raise"`` or ``"ignore"``.
         cache_neurons: Gather the statistics of neurons: 8 bytes for each neuron and class.
         cache_gradients: Gather the mean squares of gradients: 4 bytes for each parameter.
         cache_steps: At about how many optimizer steps of an epoch, spread evenly, both are gathered: the more, the
@@ -234,6 +236,9 @@ class GIFCallback(Callback):
             )
         self.cache_steps = cache_steps
         self._gathers = False  # at the present step
+        self._gathering = True  # in the present fit, unless an error has ended it
+        self._reporting = True  # likewise
+        self._within_epoch = False  # some of its batches are seen, and not yet all
         self.log_reports = log_reports
         self._snapshots = Snapshots(snapshots)
         self.report_every_n_epochs = report_every_n_epochs
@@ -557,13 +562,21 @@ class GIFCallback(Callback):
             self._forget_statistics()
         self._observed = pl_module
         self._rank_on_demand = False
+        self._gathering = self._reporting = True
+        self._within_epoch = False
         self._train_loader = trainer.train_dataloader
         if self.report_every_n_epochs is not None:  # a bad query should not be found out hours later
-            with self._opened(trainer, "batch", self.settings, None) as (objective, _):
+            with (
+                self._reports_spare_training("before training"),
+                self._opened(trainer, "batch", self.settings, None) as (objective, _),
+            ):
                 objective.check(self._examples(self.query, objective, self.settings), "query", measured=True)
         if self.cache_neurons:
-            self.neurons.attach(pl_module)
-            torch.compiler.reset()  # code compiled in an earlier fit knows nothing of hooks that were added since
+            with self._gathering_spares_training("hooking into the layers"):
+                self.neurons.attach(
+                    pl_module, partial(self._gathering_spares_training, "reading what passes through a layer")
+                )
+                torch.compiler.reset()  # code compiled in an earlier fit knows nothing of hooks that were added since
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -577,6 +590,26 @@ class GIFCallback(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tells the hooks which classes are about to pass, if this is a step to gather from."""
+        self._within_epoch = True
+        with self._gathering_spares_training("reading the batch"):
+            self._gathers = self._is_due(trainer, batch_idx)
+            if not (self.cache_neurons and self._gathers):
+                return
+            if not self._apart and not trainer.is_global_zero:
+                self.neurons.reset()  # what all have seen so far is in the first process's sums
+            self._apart = True  # on all processes alike, also on one that gathers no more
+            if not self._gathering:
+                return
+            try:
+                size = batch_size(batch)
+            except BatchError:
+                size = None
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scale = 1.0 if scaler is None else float(scaler.get_scale())
+            self.neurons.record(class_targets(batch), size, trainer.accumulate_grad_batches / scale)
+
+    def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Whether the step that a batch belongs to is one of those to gather from."""
         step, steps = batch_idx // trainer.accumulate_grad_batches, math.inf
         if math.isfinite(trainer.num_training_batches):
             steps = trainer.num_training_batches / trainer.accumulate_grad_batches
@@ -584,32 +617,21 @@ class GIFCallback(Callback):
             steps = min(steps, trainer.max_steps - trainer.global_step + step)
         share = 1.0 if self.cache_steps is None or math.isinf(steps) else self.cache_steps / max(steps, 1)
         # Spread evenly, and without a period that training might have as well (Weyl's sequence).
-        self._gathers = step * _GOLDEN % 1 < share
-        if not (self.cache_neurons and self._gathers):
-            return
-        if not self._apart and not trainer.is_global_zero:
-            self.neurons.reset()  # what all have seen so far is in the first process's sums
-        self._apart = True
-        try:
-            size = batch_size(batch)
-        except BatchError:
-            size = None
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
-        self.neurons.record(class_targets(batch), size, trainer.accumulate_grad_batches / scale)
+        return step * _GOLDEN % 1 < share
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Adds the gradients of this optimizer's parameters: summed over micro-batches, unscaled, not yet clipped."""
-        if not (self.cache_gradients and self._gathers):
+        if not (self.cache_gradients and self._gathers and self._gathering):
             return
-        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-        self.gradients.add(
-            (names[id(parameter)], parameter.grad)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if id(parameter) in names
-        )
+        with self._gathering_spares_training("reading the gradients"):
+            names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+            self.gradients.add(
+                (names[id(parameter)], parameter.grad)
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if id(parameter) in names
+            )
 
     @override
     def on_train_batch_end(
@@ -621,23 +643,39 @@ class GIFCallback(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Picks the targets from what the epoch has shown, and makes a report where one is due."""
-        self._pick_targets(trainer, pl_module)
-        self._snapshots.add(trainer.current_epoch, pl_module)
+        self._within_epoch = False
+        with self._gathering_spares_training("picking the target parameters"):
+            ranks = Ranks.of(trainer)
+            self._put_together(ranks)
+            if self._all_still_gather(ranks):
+                self._pick_targets(trainer, pl_module)
+        with self._gathering_spares_training("taking a snapshot of the weights"):
+            if self._gathering:
+                self._snapshots.add(trainer.current_epoch, pl_module)
         every = self.report_every_n_epochs
-        if every is not None and (trainer.current_epoch + 1) % every == 0:
+        if every is not None and (trainer.current_epoch + 1) % every == 0 and self._reporting:
             self._report(trainer)
 
     def _put_together(self, ranks: Ranks) -> None:
         """The statistics of neurons become those of all processes; those of gradients are the same on all."""
         if self._apart:
+            self._all_still_gather(ranks)
             self.neurons.sum_over(ranks)
             self._apart = False
 
+    def _all_still_gather(self, ranks: Ranks) -> bool:
+        """Whether all processes gather. Where an error has ended it on one it ends on all, which have to be in step."""
+        everywhere = all(ranks.gather(self._gathering))
+        if self._gathering and not everywhere:
+            self._end_gathering()
+        return everywhere
+
     def _pick_targets(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._put_together(Ranks.of(trainer))
         previous = self.targets
-        self._pick(pl_module, f"at the end of epoch {trainer.current_epoch}")
-        if self.targets is None:
+        with self._gathering_spares_training("picking the target parameters"):
+            self._pick(pl_module, f"at the end of epoch {trainer.current_epoch}")
+        # What follows is logged by all processes or by none.
+        if not self._all_still_gather(Ranks.of(trainer)) or self.targets is None:
             return
         self.targets_epoch = trainer.current_epoch
         if self.log_reports:
@@ -692,14 +730,15 @@ class GIFCallback(Callback):
 
         Statistics are of all processes, so that all have to save, as Lightning asks for anyway.
         """
-        self._put_together(Ranks.of(trainer))
-        checkpoint[_CHECKPOINT_KEY] = {
-            "state_key": self.state_key,
-            "targets": None if self.targets is None else dict(self.targets),
-            "neurons": self.neurons.state(),
-            "gradients": self.gradients.state(),
-            "snapshots": self._snapshots.state(),
-        }
+        with self._gathering_spares_training("adding the state of GIFCallback to a checkpoint"):
+            self._put_together(Ranks.of(trainer))
+            checkpoint[_CHECKPOINT_KEY] = {
+                "state_key": self.state_key,
+                "targets": None if self.targets is None else dict(self.targets),
+                "neurons": self.neurons.state(),
+                "gradients": self.gradients.state(),
+                "snapshots": self._snapshots.state(),
+            }
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -734,7 +773,8 @@ class GIFCallback(Callback):
                 " are picked anew from the checkpoint's statistics.",
                 category=GIFWarning,
             )
-            self._pick(pl_module, "from the checkpoint")
+            with self._gathering_spares_training("picking the target parameters"):
+                self._pick(pl_module, "from the checkpoint")
 
     # ----------------------------------------------------------------------------------------------------------------
     # Private
@@ -794,15 +834,17 @@ class GIFCallback(Callback):
 
     def _report(self, trainer: Trainer) -> None:
         """Makes the report of an epoch. No report is worth a run."""
+        when = f"at the end of epoch {trainer.current_epoch}"
         try:
-            report = self.influence(trainer, self.query, **self.report_options)
+            with self._reports_spare_training(when):
+                self._add_report(trainer)
         except RankError:  # the processes are not at the same place any more, or not there
             raise
         except (GIFError, OSError) as error:
-            rank_zero_warn(
-                f"No influence report at the end of epoch {trainer.current_epoch}: {error}", category=GIFWarning
-            )
-            return
+            rank_zero_warn(f"No influence report {when}: {error}", category=GIFWarning)
+
+    def _add_report(self, trainer: Trainer) -> None:
+        report = self.influence(trainer, self.query, **self.report_options)
         self.last_report = report
         for kind, ranking in (("proponent", report.proponents()), ("opponent", report.opponents())):
             for query, (indices, scores) in enumerate(zip(*ranking, strict=True)):
@@ -812,6 +854,59 @@ class GIFCallback(Callback):
                 ]
         columns = ["epoch", "query", "kind", "rank", "index", "score"]
         self._log(trainer, lambda logger: log_table([logger], "gif/influence/history", columns, self._history))
+
+    @contextlib.contextmanager
+    def _gathering_spares_training(self, what: str) -> Iterator[None]:
+        """Inside of it an error ends the gathering of this fit, with a warning, and not the fit.
+
+        Args:
+            what: What is done there, for the warning.
+
+        Raises:
+            RankError: The processes are not at the same place any more, or not there: waiting for them would not end.
+        """
+        try:
+            yield
+        except RankError:
+            raise
+        except Exception as error:
+            first = self._gathering
+            self._end_gathering()
+            if not first:
+                return
+            kept = "are picked by a pass over the training data, once a call asks for them"
+            if self.targets is not None:
+                kept = "stay as they were picked before"
+            warnings.warn(
+                f"GIFCallback gathers nothing more in this fit, since {what} failed: {type(error).__name__}: {error}."
+                f" Training goes on and is not affected. Targets {kept}.",
+                GIFWarning,
+                stacklevel=2,
+            )
+
+    def _end_gathering(self) -> None:
+        """Lets go of the layers until the next fit, and of what a part of an epoch has shown."""
+        self._gathering = False
+        self._rank_on_demand = True
+        self.neurons.detach()
+        if self._within_epoch:
+            self.neurons.reset()
+            self.gradients.reset()
+
+    @contextlib.contextmanager
+    def _reports_spare_training(self, when: str) -> Iterator[None]:
+        """Inside of it an error that is none of this package's ends the reports of this fit, and not the fit."""
+        try:
+            yield
+        except (GIFError, OSError):
+            raise
+        except Exception as error:
+            self._reporting = False
+            rank_zero_warn(
+                f"No influence report {when}, nor later in this fit: {type(error).__name__}: {error}. Training goes on"
+                " and is not affected. `trainer.influence(query)` shows where the error comes from.",
+                category=GIFWarning,
+            )
 
     def _bind(self, trainer: Trainer) -> None:
         # partial objects can be pickled; a lambda could not

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import inspect
 import math
 import numbers
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
@@ -95,15 +97,39 @@ def map_tensors(
         mapped = {key: map_tensors(value, function, sequence, size) for key, value in data.items()}
         return mapped if type(data) is dict else type(data)(mapped)  # type: ignore[call-arg]
     if isinstance(data, (list, tuple)):
-        if sequence is not None and len(data) == size and not hasattr(data, "_fields") and not _has_tensor(data):
+        if sequence is not None and _is_sequence(data, size):
             return sequence(data)
         items = [map_tensors(value, function, sequence, size) for value in data]
         return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
     if is_dataclass(data) and not isinstance(data, type):
-        init = [f.name for f in fields(data) if f.init]
-        changes = {name: map_tensors(getattr(data, name), function, sequence, size) for name in init}
-        return replace(data, **changes)
+        changes = {name: map_tensors(value, function, sequence, size) for name, value in _fields(data).items()}
+        if _is_made_of_its_fields(data):
+            return replace(data, **changes)
+        changed = copy.copy(data)
+        for name, value in changes.items():
+            object.__setattr__(changed, name, value)  # frozen ones, too
+        return changed
     return data
+
+
+def _is_made_of_its_fields(data: Any) -> bool:
+    """Whether a dataclass can be made anew from its fields: not where its constructor takes more (an ``InitVar``)."""
+    return inspect.signature(type(data)).parameters.keys() == {field.name for field in fields(data) if field.init}
+
+
+def _fields(data: Any) -> dict[str, Any]:
+    """The fields of a dataclass that it is made of; all of them where it cannot be made anew."""
+    whole = not _is_made_of_its_fields(data)
+    return {field.name: getattr(data, field.name) for field in fields(data) if whole or field.init}
+
+
+def _items(data: Any) -> Iterable[Any]:
+    """What a container holds, in the order of :func:`map_tensors`, which is not rebuilt; of anything else nothing."""
+    if isinstance(data, Mapping):
+        return data.values()
+    if isinstance(data, (list, tuple)):
+        return data
+    return _fields(data).values() if is_dataclass(data) and not isinstance(data, type) else ()
 
 
 def _has_tensor(data: Any) -> bool:
@@ -116,16 +142,20 @@ def _has_tensor(data: Any) -> bool:
 
 def tensors(data: Any) -> list[Tensor]:
     """The tensors of a batch in the order of :func:`map_tensors`."""
-    found: list[Tensor] = []
-    map_tensors(data, lambda tensor: found.append(tensor))
-    return found
+    return [data] if isinstance(data, Tensor) else [tensor for item in _items(data) for tensor in tensors(item)]
 
 
 def _sequences(data: Any, size: int) -> list[Sequence[Any]]:
     """The lists and tuples of a batch of ``size`` examples that hold one string, number or list for each."""
-    found: list[Sequence[Any]] = []
-    map_tensors(data, lambda tensor: tensor, lambda items: found.append(items), size)
-    return found
+    if _is_sequence(data, size):
+        return [data]
+    return [sequence for item in _items(data) for sequence in _sequences(item, size)]
+
+
+def _is_sequence(data: Any, size: int) -> bool:
+    """Whether something holds one string, number or list of them for each of ``size`` examples, and no tensor."""
+    plain = isinstance(data, (list, tuple)) and not hasattr(data, "_fields")
+    return plain and len(data) == size and not _has_tensor(data)
 
 
 def batch_size(data: Any) -> int:

@@ -75,4 +75,4 @@ class GIFWarning(UserWarning):
 
 
 class ConvergenceWarning(GIFWarning):
-    """A solve stopped before its residual reached ``rtol``."""
+    """A solve stopped before its residual reached ``rtol``, or where it met negative curvature."""

@@ -48,6 +48,9 @@ _PREDICTED = 64
 # fourteen forward-mode passes (benchmarks/attribution_time.py), of a perceptron less.
 _FEW_DIRECTIONS = 14
 
+# What PyTorch says where a function cannot be differentiated in forward mode, but in reverse mode.
+_NO_FORWARD_MODE = ("forward", "mutating directly with `.data` inside functorch transform")
+
 # What the gradients of single examples may take at a time.
 _GRADIENT_BYTES = 2**28
 
@@ -102,7 +105,6 @@ class Objective:
         self._derivatives = Objective._forward  # how directional derivatives are taken
         self.statistics: dict[str, Tensor] = {}
         self._common: dict[str, Tensor] = {}  # the first process's buffers, where they are not this one's
-        self._step = _Step(module)
         self.check_module(module)
 
     @staticmethod
@@ -213,6 +215,8 @@ class Objective:
 
     def _widen(self, tensor: Tensor) -> Tensor:
         narrow = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < torch.finfo(self.theta.dtype).bits
+        if tensor.is_complex():
+            return tensor.to(torch.promote_types(tensor.dtype, self.theta.dtype))
         return tensor.to(self.theta.dtype) if narrow else tensor
 
     def learn_structure(self, train: Examples) -> None:
@@ -606,10 +610,11 @@ class Objective:
         """``wᵀ∇ℓ(zᵢ)`` for each direction ``w`` and each example of a prepared batch.
 
         Forward mode: the losses are evaluated once in dual numbers for each direction, and no per-example gradient is
-        ever formed. Where an operation of the module has no forward-mode rule, the same numbers come from two reverse
-        passes (the derivative of ``Σ uᵢ wᵀ∇ℓ(zᵢ)`` by the dummy weights ``u``). For many directions it is cheaper to
-        form the gradients of a few examples at a time, once for all directions. What :meth:`learn_derivatives` has seen
-        to differ from the gradients is not used.
+        ever formed. Where an operation of the module has no forward-mode rule, or a step assigns to the ``.data`` of a
+        tensor, which ``torch.func`` refuses, the same numbers come from two reverse passes (the derivative of
+        ``Σ uᵢ wᵀ∇ℓ(zᵢ)`` by the dummy weights ``u``). For many directions it is cheaper to form the gradients of a few
+        examples at a time, once for all directions. A way that :meth:`learn_derivatives` has found to differ from the
+        gradients is not used.
 
         Args:
             data: A prepared batch of B examples.
@@ -631,7 +636,7 @@ class Objective:
                     [torch.func.jvp(lambda t: self.losses(t, data), (self.theta,), (w,))[1] for w in directions]
                 )
             except (NotImplementedError, RuntimeError) as error:
-                if "forward" not in str(error).lower():
+                if not any(reason in str(error).lower() for reason in _NO_FORWARD_MODE):
                     raise
         return self._twice_reverse(data, directions)
 
@@ -748,20 +753,26 @@ class Objective:
         return {name: self._widen(buffer.detach().clone()) for name, buffer in buffers.items()}
 
     def _call(self, theta: Tensor, function: str, *args: Any, buffers: dict[str, Tensor] | None = None) -> Any:
-        """A method of the module with parameters from ``theta`` and with buffers, by default throw-away copies."""
+        """A method of the module with parameters from ``theta`` and with buffers, by default throw-away copies.
+
+        Trainable and frozen parameters are throw-away copies, too: a step may write to them, through ``.data`` or in
+        place, as momentum encoders and weight clipping do. Version counters do not see a write through ``.data``, and
+        comparing values afterwards reads as much memory as a copy. A copy has to be made inside of this call: a
+        transform of ``torch.func`` refuses in-place operations on tensors from outside of it.
+        """
+        values = self._buffers() if buffers is None else buffers
         frozen = {
-            name: self._widen(parameter.detach())
+            name: self._widen(parameter.detach().clone())
             for name, parameter in self.module.named_parameters()
             if not parameter.requires_grad
         }
-        values = {**frozen, **(self._buffers() if buffers is None else buffers), **self.space.unflatten(theta)}
+        trainable = {name: value.clone() for name, value in self.space.unflatten(theta).items()}
         # torch.manual_seed would format a stack trace for every kind of accelerator that is not in use.
         torch.default_generator.manual_seed(self._seed)
         if self.device.type != "cpu":
             torch.manual_seed(self._seed)
-        return torch.func.functional_call(
-            self._step, {f"module.{name}": value for name, value in values.items()}, (function, *args)
-        )
+        with _replaced(self.module, {**values, **frozen, **trainable}):
+            return getattr(self.module, function)(*args)
 
     def _call_own(self, theta: Tensor, data: Any, function: str) -> Tensor:
         found = self._call(theta, function, data)
@@ -878,15 +889,42 @@ class Objective:
         )
 
 
-class _Step(nn.Module):
-    """Lets ``functional_call`` reach any method of the module, not only ``forward``."""
+@contextlib.contextmanager
+def _replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside of it the module has other tensors; at the end it has the very same ones again, in the same order.
 
-    def __init__(self, module: LightningModule) -> None:
-        super().__init__()
-        self.module = module
+    A tensor that the module holds under several names, because a layer is registered twice or weights are tied, is
+    replaced in all of these places. ``torch.func.functional_call`` would swap the place of a layer that is registered
+    twice once for each name, and put back the replacement (as of PyTorch 2.13).
 
-    def forward(self, function: str, *args: Any) -> Any:
-        return getattr(self.module, function)(*args)
+    Args:
+        module: The module.
+        values: The tensors by the name that ``named_parameters()`` or ``named_buffers()`` has for them.
+    """
+    named = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+    replacements = {id(named[name]): value for name, value in values.items()}
+    held: list[dict[str, Any]] = [
+        members for one in module.modules() for members in (one._parameters, one._buffers, one._modules)
+    ]
+    before = [dict(members) for members in held]
+    try:
+        for members in held:
+            for name, member in list(members.items()):
+                if id(member) in replacements:
+                    members[name] = replacements[id(member)]
+        yield
+    finally:
+        for members, own in zip(held, before, strict=True):
+            _restore_members(members, own)
+
+
+def _restore_members(members: dict[str, Any], own: dict[str, Any]) -> None:
+    """Puts a module's parameters, buffers or submodules back, and drops what was registered since."""
+    if list(members.keys()) != list(own):  # a scripted module has no dictionary, but something with its methods
+        members.clear()
+    for name, member in own.items():
+        if name not in members or members[name] is not member:
+            members[name] = member
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
@@ -990,8 +1028,7 @@ def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
         for tensor, value in values:
             tensor.data = value
         for held, before in names:
-            held.clear()  # of what a step has registered since, on the other device
-            held.update(before)
+            _restore_members(held, before)  # without what a step has registered since, on the other device
 
 
 @contextlib.contextmanager
@@ -1009,6 +1046,7 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 def _attributes_restored(module: nn.Module) -> Iterator[None]:
     """Undoes what a step does to plain attributes of the modules: counters, collected outputs, random generators.
 
+    So are parameters and modules in plain attributes, which are how a module hides a second net from its optimizer.
     State inside of other objects that a module holds is theirs, and is not restored.
     """
     internal = vars(nn.Module()).keys()
@@ -1033,10 +1071,10 @@ def _attributes_restored(module: nn.Module) -> Iterator[None]:
 
 
 def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
-    """Notes what is in a container or plain tensor, and in those within it."""
+    """Notes what is in a container, a tensor, or a module outside of the tree, and in those within it."""
     if id(value) in contents:
         return
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+    if isinstance(value, Tensor):
         contents[id(value)] = (value, value.detach().clone())
     elif isinstance(value, torch.Generator):
         contents[id(value)] = (value, value.get_state())
@@ -1045,6 +1083,9 @@ def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
     if isinstance(value, (list, tuple, dict, deque)):
         for item in value.values() if isinstance(value, dict) else value:
             _remember(item, contents)
+    elif isinstance(value, nn.Module):
+        for tensor in (*value.parameters(), *value.buffers()):
+            _remember(tensor, contents)
 
 
 def _refill(container: Any, content: Any) -> None:

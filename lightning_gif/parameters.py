@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .digests import digest
-from .errors import EditError, NonFiniteError, SelectionError
+from .errors import ConfigurationError, EditError, NonFiniteError, SelectionError
 from .registry import nearest
 
 __all__ = ["Edit", "ParameterSpace", "Targets", "Weights", "match_names", "state_digest", "weights_digest"]
@@ -40,6 +40,7 @@ class ParameterSpace:
 
     Raises:
         SelectionError: If no parameter is trainable.
+        ConfigurationError: If a trainable parameter is complex.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -54,6 +55,15 @@ class ParameterSpace:
             raise SelectionError(
                 f"{type(module).__name__} has no trainable parameter: all of them have requires_grad=False. Unfreeze"
                 " the parameters that training moved."
+            )
+        parameters = dict(module.named_parameters())
+        given = [name for name in self.slots if parameters[name].is_complex()]
+        if given:
+            raise ConfigurationError(
+                f"Influence and unlearning need real parameters, but of {type(module).__name__} these are complex:"
+                f" {', '.join(given[:5])}{' …' if len(given) > 5 else ''}. Keep each as a real parameter of shape"
+                " (…, 2), torch.view_as_real(parameter), and use torch.view_as_complex(parameter) in the forward pass;"
+                " or freeze it by requires_grad_(False), and it is computed with as it is."
             )
 
     def flatten(self, module: nn.Module, dtype: torch.dtype) -> Tensor:

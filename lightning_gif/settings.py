@@ -412,26 +412,38 @@ class Settings:
         return lambda rows: found.quadratic(rows, damping)
 
     def judge(self, solutions: list[Solution]) -> None:
-        """Warns where a residual was asked for and not reached.
+        """Warns where a residual was asked for and not reached, or a solve met negative curvature.
+
+        That ends a solve before the steps that it was asked for, so it counts without an ``rtol`` as well. A Newton
+        step ends there by design (Nocedal and Wright, *Numerical Optimization*, 2nd ed., algorithm 7.1): what came
+        before is a direction of descent, whose step size is decided by the losses.
 
         Raises:
             ConvergenceError: In the place of a warning, with ``unconverged="raise"``.
         """
-        short = [solution for solution in solutions if solution.status in _ADVICE]
-        if self.rtol is not None and short and self.unconverged != "ignore":
+        short = [solution for solution in solutions if self._falls_short(solution)]
+        if short and self.unconverged != "ignore":
             worst = max(short, key=lambda solution: solution.residual)
             several = f" ({len(short)} of {len(solutions)} queries; the worst is told)" if len(solutions) > 1 else ""
             advice = _ADVICE[worst.status]
             if worst.status is Status.MAX_ITER and worst.solver not in ("lsmr", "truncated_newton"):
                 advice += ", or take solver='lsmr'"
+            asked = "no rtol was given" if self.rtol is None else f"rtol is {self.rtol:g}"
+            larger = "" if worst.status is Status.INDEFINITE else "a larger `rtol` or "
             message = (
                 f"The {worst.solver} solve ended as {str(worst.status)!r} with a relative residual of"
-                f" {worst.residual:.2g} after {worst.iterations} steps ({worst.hvps} Hessian products){several}; rtol"
-                f" is {self.rtol:g}. {advice}, or accept it by a larger `rtol` or unconverged='ignore'."
+                f" {worst.residual:.2g} after {worst.iterations} steps ({worst.hvps} Hessian products){several};"
+                f" {asked}. {advice}, or accept it by {larger}unconverged='ignore'."
             )
             if self.unconverged == "raise":
                 raise ConvergenceError(message)
             rank_zero_warn(message, category=ConvergenceWarning)
+
+    def _falls_short(self, solution: Solution) -> bool:
+        """Whether a solve has not come as far as it was asked to."""
+        if solution.status is Status.INDEFINITE:
+            return solution.solver != "truncated_newton"
+        return self.rtol is not None and not solution.converged
 
 
 def _chosen(name: str, default: str) -> str:
@@ -453,6 +465,10 @@ _ADVICE = {
     Status.MAX_ITER: (
         "The result is a regularised one: directions of small curvature are not followed to their end. Raise `max_iter`"
         " or `damping`"
+    ),
+    Status.INDEFINITE: (
+        "It ends where the curvature is not positive, and gives what came before, which need not be near a solution."
+        " Use solver='lsmr', which takes any curvature, or curvature='ggn', or raise `damping`"
     ),
     Status.STALLED: "More steps do not help, rounding decides: use double=True, or a `damping` above 0",
 }

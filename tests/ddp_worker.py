@@ -251,6 +251,30 @@ def failures(world: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def unreadable(world: int, folder: Path) -> dict[str, Any]:
+    """A fit in which one process cannot read its batches from the second epoch on."""
+    trainer, data = trainer_of(world), points(N)
+    callback, module = trainer.callbacks[0], trained()
+    trainer.fit_loop.max_epochs = 3
+    record = callback.neurons.record
+
+    def failing(*args: Any) -> None:
+        if trainer.current_epoch and trainer.global_rank == world - 1:
+            raise LookupError("no such graph")
+        record(*args)
+
+    callback.neurons.record = failing
+    sampler = DistributedSampler(data, world, trainer.global_rank, shuffle=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, DataLoader(data, 4, sampler=sampler))
+    found = {"warned": sum("no such graph" in str(warning.message) for warning in caught)}
+    found |= {"epochs": trainer.current_epoch, "targets of": callback.targets_epoch, "gathers": callback._gathering}
+    trainer.save_checkpoint(folder / "unreadable.ckpt")
+    scores = trainer.influence(batch_of(data, range(3)), targets="cached", dataloader=DataLoader(data, 16)).scores
+    return {**found, "scores": scores}
+
+
 def death(world: int, folder: Path) -> dict[str, Any]:
     """What the others are told when a process is killed in the middle of a pass."""
     # Lightning looks every few seconds whether a process has died, and then kills the others before they can tell.
@@ -263,7 +287,8 @@ def death(world: int, folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     story, world, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    answer = {"results": results, "failures": failures, "death": death}[story](world, folder)
+    stories = {"results": results, "failures": failures, "unreadable": unreadable, "death": death}
+    answer = stories[story](world, folder)
     torch.save(answer, folder / f"{story} {world} {os.environ.get('LOCAL_RANK', 0)}.pt")
     # Here the story ends: what is asked is in the file. Threads of gloo and of the launcher that wake while an
     # interpreter is torn down can abort it, which says nothing of this package; it starts none.

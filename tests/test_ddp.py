@@ -119,6 +119,15 @@ def test_what_stops_one_process_stops_all_with_its_reason(world: int, tmp_path: 
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_where_one_process_cannot_gather_all_train_on_and_stay_in_step(world: int, tmp_path: Path) -> None:
+    found = answers("unreadable", world, tmp_path)
+    assert [one["warned"] for one in found] == [0] * (world - 1) + [1]
+    for one in found:
+        assert (one["epochs"], one["targets of"], one["gathers"]) == (3, 0, False)
+        assert torch.equal(one["scores"], found[0]["scores"])
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_is_noticed_by_all_others(world: int, tmp_path: Path) -> None:
     launch("death", world, tmp_path)
     for rank in range(world - 1):

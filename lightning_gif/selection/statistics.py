@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,13 +60,22 @@ class NeuronStatistics:
         self._size: int | None = None
         self._weight = 1.0
         self._recording = False
+        self._guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
     def __bool__(self) -> bool:
         return bool(self.output_counts)
 
-    def attach(self, module: nn.Module) -> None:
-        """Hooks into the layers. The hooks read and never write: training is bit for bit what it is without them."""
+    def attach(
+        self, module: nn.Module, guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    ) -> None:
+        """Hooks into the layers. The hooks read and never write: training is bit for bit what it is without them.
+
+        Args:
+            module: Whose layers.
+            guard: What hooks work inside of: a context that decides what an error in a hook does.
+        """
         self.detach()
+        self._guard = guard
         for name, layer in neuron_layers(module).items():
             self._handles.append(layer.register_forward_hook(partial(self._after_forward, name)))
 
@@ -161,7 +171,13 @@ class NeuronStatistics:
     # A graph break is the price of a hook in compiled code; without it, what the hook does would be traced into it.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
+        with self._guard():
+            self._see_output(name, layer, output)
+
+    def _see_output(self, name: str, layer: nn.Module, output: Any) -> None:
         if not self._recording or not isinstance(output, Tensor) or not torch.is_grad_enabled():
+            return
+        if not output.is_floating_point():  # complex outputs have no order to rank neurons by
             return
         channel = 1 if isinstance(layer, _CHANNELS_FIRST) else -1
         if output.ndim < 2 or (channel == 1 and output.ndim != layer.weight.ndim):
@@ -174,7 +190,9 @@ class NeuronStatistics:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_backward(self, name: str, channel: int, rows: _Rows | None, weight: float, gradient: Tensor) -> None:
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+        if not self._recording:  # an error since the forward pass has ended it
+            return
+        with self._guard(), torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             size = self._size if self._size is not None and rows is not None else len(gradient)
             sums, counts, present = _summed(_per_example(gradient, channel), rows)
             self._add("gradient", name, sums.mul_(weight * size), counts, present)
@@ -301,10 +319,11 @@ class GradientStatistics:
         self.squares, self.steps = {}, {}
 
     def add(self, gradients: Iterable[tuple[str, Tensor | None]]) -> None:
-        """Adds one gradient of each named parameter; those that are missing, sparse, NaN or infinite are left out."""
+        """Adds one gradient of each named parameter; those that are missing, sparse, complex or not finite are left
+        out."""
         with torch.no_grad():
             for name, gradient in gradients:
-                if gradient is None or gradient.is_sparse:
+                if gradient is None or gradient.is_sparse or gradient.is_complex():
                     continue
                 values = gradient.detach().float()
                 if not torch.isfinite(torch.linalg.vector_norm(values)):  # as well where a square would overflow
