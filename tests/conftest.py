@@ -18,12 +18,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gif import GIFCallback
 
+from .cpu_times import CpuTimes
+
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
 
 # Checkpoints are to be read without unpickling anything; from 2.6 on Lightning can be told so.
 _told = "weights_only" in inspect.signature(pl.Trainer.fit).parameters
 WEIGHTS_ONLY: dict[str, Any] = {"weights_only": True} if _told else {}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(CpuTimes())
 
 
 @pytest.fixture(autouse=True, scope="session")

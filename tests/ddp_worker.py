@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -286,10 +287,14 @@ def death(world: int, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    story, world, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    stories = {"results": results, "failures": failures, "unreadable": unreadable, "death": death}
-    answer = stories[story](world, folder)
-    torch.save(answer, folder / f"{story} {world} {os.environ.get('LOCAL_RANK', 0)}.pt")
+    world, folder, stories = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    known = {"results": results, "failures": failures, "unreadable": unreadable, "death": death}
+    for story in stories:
+        answer = known[story](world, folder)
+        torch.save(answer, folder / f"{story} {world} {os.environ.get('LOCAL_RANK', 0)}.pt")
+    with suppress(ChildProcessError):  # until all processes have written their answers, and none is left
+        while True:
+            os.wait()
     # Here the story ends: what is asked is in the file. Threads of gloo and of the launcher that wake while an
     # interpreter is torn down can abort it, which says nothing of this package; it starts none.
     sys.stderr.flush()

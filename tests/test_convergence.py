@@ -21,6 +21,8 @@ from .conftest import Classifier, batch_of, loader, make_trainer
 from .nets import NETS, make
 
 ALL_SOLVERS = pytest.mark.parametrize("solver", ["lissa", "lsmr", "cgls"])
+# A net is trained once, by the worker that has all its tests.
+ALL_NETS = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in NETS])
 BOTH_FITS = pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
 
 # The losses of recurrent nets are computed one example after the other, or little faster.
@@ -85,14 +87,14 @@ def check_edit(report: UnlearnReport, solver: str) -> None:
 
 @ALL_SOLVERS
 @BOTH_FITS
-@pytest.mark.parametrize("name", list(NETS))
+@ALL_NETS
 def test_influence_converges_on_every_net(name: str, long: bool, solver: str) -> None:
     net = trained(name, long)
     check_influence(net.trainer.influence(net.query, method="gif", solver=solver), solver)
 
 
 @BOTH_FITS
-@pytest.mark.parametrize("name", list(NETS))
+@ALL_NETS
 def test_default_scores_of_every_net_come_from_a_convex_curvature(name: str, long: bool) -> None:
     report = trained(name, long).trainer.influence(trained(name, long).query)
     assert report.solution.solver == "cg"
@@ -104,12 +106,13 @@ def test_default_scores_of_every_net_come_from_a_convex_curvature(name: str, lon
 
 @ALL_SOLVERS
 @BOTH_FITS
-@pytest.mark.parametrize("name", list(NETS))
+@ALL_NETS
 def test_forgetting_a_class_converges_on_every_net(name: str, long: bool, solver: str) -> None:
     net = trained(name, long)
     check_edit(net.trainer.unlearn(net.one_class, solver=solver, rtol=RTOL, step="search", dry_run=True), solver)
 
 
+@pytest.mark.xdist_group("gru")
 @ALL_SOLVERS
 @BOTH_FITS
 def test_solves_for_all_weights_of_a_recurrent_net_converge(long: bool, solver: str) -> None:
@@ -123,7 +126,10 @@ def test_solves_for_all_weights_of_a_recurrent_net_converge(long: bool, solver: 
 
 
 @BOTH_FITS
-@pytest.mark.parametrize("name", [name for name in NETS if name != "cells"])  # which is the same function as "gru"
+@pytest.mark.parametrize(
+    "name",  # "cells" is the same function as "gru"
+    [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in NETS if n != "cells"],
+)
 def test_the_hessians_of_these_nets_are_indefinite(name: str, long: bool) -> None:
     net = trained(name, long)
     ends = net.trainer.influence(net.query, curvature="hessian", eigenvalues=1).curvature

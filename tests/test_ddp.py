@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+pytestmark = pytest.mark.xdist_group("ddp")  # these tests share what a few launches left
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
@@ -17,41 +19,55 @@ WORKER = Path(__file__).with_name("ddp_worker.py")
 LOOSE, AMPLIFIED = 1e-2, ("by default", "unseen")
 
 
-def launch(story: str, world: int, folder: Path) -> tuple[int, str]:
-    """Runs a story in so many processes; how it ended and what was written."""
+class Launched(NamedTuple):
+    """What processes that ran some stories left."""
+
+    world: int
+    folder: Path
+    code: int
+    errors: str
+
+    def answer(self, story: str, rank: int) -> dict[str, Any]:
+        return torch.load(self.folder / f"{story} {self.world} {rank}.pt")
+
+    def answers(self, story: str) -> list[dict[str, Any]]:
+        assert self.code == 0, self.errors[-3000:]
+        return [self.answer(story, rank) for rank in range(self.world)]
+
+
+def launch(world: int, folder: Path, *stories: str) -> Launched:
+    """Runs stories, one after the other, in so many processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, str(WORKER), story, str(world), str(folder)],
+        [sys.executable, str(WORKER), str(world), str(folder), *stories],
         capture_output=True,
         text=True,
         check=False,
         timeout=900,
         env=environment,
     )
-    return done.returncode, done.stderr
-
-
-def answers(story: str, world: int, folder: Path) -> list[dict[str, Any]]:
-    code, errors = launch(story, world, folder)
-    assert code == 0, errors[-3000:]
-    return [torch.load(folder / f"{story} {world} {rank}.pt") for rank in range(world)]
+    return Launched(world, folder, done.returncode, done.stderr)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ddp")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    return launch(1, tmp_path_factory.mktemp("one"), "results")
 
 
 @pytest.fixture(scope="module")
-def single(folder: Path) -> dict[str, Any]:
-    return answers("results", 1, folder)[0]
+def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """All stories in one launch, since a process takes longer to start than a story; the last one kills a process."""
+    return launch(request.param, tmp_path_factory.mktemp("several"), "results", "failures", "unreadable", "death")
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_find_what_one_finds(world: int, single: dict[str, Any], folder: Path) -> None:
-    found = answers("results", world, folder)
+SEVERAL = pytest.mark.parametrize("several", [2, pytest.param(4, marks=pytest.mark.slow)], indirect=True)
+
+
+@SEVERAL
+def test_several_processes_find_what_one_finds(one: Launched, several: Launched) -> None:
+    [single], found = one.answers("results"), several.answers("results")
     assert single["entries"].tolist() == [1, 2, 3, 4, 2]  # one process writes them, and undoing is one too
     assert single["written"] == 2  # likewise
     for name, expected in single.items():
@@ -71,27 +87,24 @@ def test_several_processes_find_what_one_finds(world: int, single: dict[str, Any
             )
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_checkpoint_of_several_processes_holds_what_all_have_seen(
-    world: int, single: dict[str, Any], folder: Path
-) -> None:
-    if not (folder / f"{world}.ckpt").exists():
-        answers("results", world, folder)
-    states = [torch.load(folder / f"{of}.ckpt", weights_only=True)["lightning_gif"] for of in (1, world)]
+@SEVERAL
+def test_a_checkpoint_of_several_processes_holds_what_all_have_seen(one: Launched, several: Launched) -> None:
+    files = [run.folder / f"{run.world}.ckpt" for run in (one, several)]
+    states = [torch.load(file, weights_only=True)["lightning_gif"] for file in files]
     for kind in ("outputs", "gradients", "output_counts", "gradient_counts"):
         for name, expected in states[0]["neurons"][kind].items():
             torch.testing.assert_close(states[1]["neurons"][kind][name], expected, rtol=1e-6, atol=1e-9)
     assert all(torch.equal(states[1]["targets"][name], entries) for name, entries in states[0]["targets"].items())
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_what_stops_one_process_stops_all_with_its_reason(world: int, tmp_path: Path) -> None:
-    found = answers("failures", world, tmp_path)
+@SEVERAL
+def test_what_stops_one_process_stops_all_with_its_reason(several: Launched) -> None:
+    found = several.answers("failures")
     last = found[-1]
     for name in [name for name in last if name.startswith("missing")]:
         assert last[name] == "FileNotFoundError: image 7 is missing"
         for other in found[:-1]:
-            assert other[name].startswith(f"RankError (GIFError): Rank {world - 1} failed"), other[name]
+            assert other[name].startswith(f"RankError (GIFError): Rank {several.world - 1} failed"), other[name]
             assert "image 7 is missing" in other[name]
     assert found[0]["interrupted"].startswith("KeyboardInterrupt")
     assert all("Rank 0" in other["interrupted"] and "KeyboardInterrupt" in other["interrupted"] for other in found[1:])
@@ -118,19 +131,18 @@ def test_what_stops_one_process_stops_all_with_its_reason(world: int, tmp_path: 
         assert other["same weights afterwards"]
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_where_one_process_cannot_gather_all_train_on_and_stay_in_step(world: int, tmp_path: Path) -> None:
-    found = answers("unreadable", world, tmp_path)
-    assert [one["warned"] for one in found] == [0] * (world - 1) + [1]
+@SEVERAL
+def test_where_one_process_cannot_gather_all_train_on_and_stay_in_step(several: Launched) -> None:
+    found = several.answers("unreadable")
+    assert [one["warned"] for one in found] == [0] * (several.world - 1) + [1]
     for one in found:
         assert (one["epochs"], one["targets of"], one["gathers"]) == (3, 0, False)
         assert torch.equal(one["scores"], found[0]["scores"])
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_process_that_is_killed_is_noticed_by_all_others(world: int, tmp_path: Path) -> None:
-    launch("death", world, tmp_path)
-    for rank in range(world - 1):
-        told = torch.load(tmp_path / f"death {world} {rank}.pt")["dead"]
+@SEVERAL
+def test_a_process_that_is_killed_is_noticed_by_all_others(several: Launched) -> None:
+    for rank in range(several.world - 1):
+        told = several.answer("death", rank)["dead"]
         assert told.startswith("RankError (GIFError)"), told
         assert "one has ended" in told
