@@ -27,8 +27,8 @@ from peers import PEERS
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gif import attach
-from lightning_gif.data import Examples
-from lightning_gif.objective import Objective
+from lightning_gif.data.examples import Examples
+from lightning_gif.objective.objective import Objective
 
 OURS = "trainer.influence"
 

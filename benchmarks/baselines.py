@@ -29,14 +29,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gif._compat import isolate_rng
-from lightning_gif.data import (
-    Examples,
-    batch_size,
-    class_targets,
-    find_targets,
-    relabelled,
-    replace_targets,
-)
+from lightning_gif.data.examples import Examples
+from lightning_gif.data.relabel import relabelled
+from lightning_gif.data.structure import batch_size
+from lightning_gif.data.targets import class_targets, find_targets, replace_targets
 
 __all__ = [
     "BASELINES",

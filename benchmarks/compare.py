@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_gif import attach
-from lightning_gif.data import Examples, class_targets
+from lightning_gif.data.examples import Examples
+from lightning_gif.data.targets import class_targets
 from lightning_gif.metrics import AccuracyGap, JensenShannonDivergence, PredictionAgreement
-from lightning_gif.objective import Objective
+from lightning_gif.objective.objective import Objective
 
 _MOST = 5000  # examples of each kind that models are asked about
 

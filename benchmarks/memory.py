@@ -27,9 +27,9 @@ def measure(options: Namespace) -> None:
     """In a process of its own: prints the peak in MiB after the products."""
     import lightning.pytorch as pl
 
-    from lightning_gif.data import Examples
-    from lightning_gif.objective import Objective
-    from lightning_gif.settings import Settings
+    from lightning_gif.config import Settings
+    from lightning_gif.data.examples import Examples
+    from lightning_gif.objective.objective import Objective
 
     train, _ = load(options.data)
     model = TinyNet()

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_gif.curvature import CURVATURES, Curvature, Submatrix
-from lightning_gif.data import Examples
-from lightning_gif.objective import Objective
+from lightning_gif.curvature.products import CURVATURES
+from lightning_gif.curvature.streaming import Curvature
+from lightning_gif.data.examples import Examples
+from lightning_gif.objective.objective import Objective
 from lightning_gif.selection import select
+from lightning_gif.solvers.operators import Submatrix
 
 __all__ = ["Problem", "load_reference", "opened", "timed"]
 

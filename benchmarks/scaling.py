@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gif import GIFCallback, attach
-from lightning_gif.curvature import Submatrix
-from lightning_gif.data import Examples
-from lightning_gif.objective import Objective
+from lightning_gif.data.examples import Examples
+from lightning_gif.objective.objective import Objective
 from lightning_gif.solvers import lsmr
+from lightning_gif.solvers.operators import Submatrix
 
 
 class Perceptron(pl.LightningModule):

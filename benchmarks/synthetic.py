@@ -35,8 +35,8 @@ from problem import load_reference
 from torch import Tensor, nn
 
 from lightning_gif import SOLVERS
-from lightning_gif.curvature import Submatrix
-from lightning_gif.solvers import Solution
+from lightning_gif.solvers.operators import Submatrix
+from lightning_gif.solvers.solution import Solution
 
 _NOISE = 0.01
 

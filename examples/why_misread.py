@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lightning_gif import GIFCallback
-from lightning_gif.reports import Ranking
+from lightning_gif.attribution.ranking import Ranking
 
 SHOWN = 5
 

@@ -5,8 +5,12 @@ effect on a batch, and ``trainer.unlearn(batch)`` edits a few parameters so that
 the batch. After Lyu, Jang, Ryu and Yang, "Generalized Influence Functions", arXiv 2312.05586.
 """
 
+from ._moved import Finder
+from ._version import __version__
+from .attribution.report import InfluenceReport
 from .callback import GIFCallback, attach
-from .curvature import METHODS
+from .curvature.methods import METHODS
+from .curvature.sampling import SAMPLERS
 from .errors import (
     BatchError,
     CheckpointError,
@@ -23,14 +27,11 @@ from .errors import (
     TrainingDataError,
 )
 from .mixin import GIFMixin
-from .reports import InfluenceReport, UnlearnReport
-from .sampling import SAMPLERS
 from .selection import SELECTORS
 from .solvers import SOLVERS
-from .steps import STRATEGIES
+from .unlearning.report import UnlearnReport
+from .unlearning.strategies import STRATEGIES
 from .verification import Verification, verify
-
-__version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
@@ -56,6 +57,9 @@ __all__ = [
     "TrainingDataError",
     "UnlearnReport",
     "Verification",
+    "__version__",
     "attach",
     "verify",
 ]
+
+Finder.install()

@@ -31,30 +31,28 @@ from ._compat import (
     rank_zero_warn,
     unsupported_strategy,
 )
-from .curvature import has_gauss_newton
-from .data import Examples, batch_size, class_targets, describe, example_classes, tensors
-from .errors import (
-    BatchError,
-    ConfigurationError,
-    GIFError,
-    GIFWarning,
-    RankError,
-    SelectionError,
-    TrainingDataError,
-)
-from .influence import influence, self_influence
-from .interrupts import uninterrupted
-from .journal import Journal
-from .objective import Objective
+from .attribution.influence import influence
+from .attribution.report import InfluenceReport
+from .attribution.self_influence import self_influence
+from .config import AUTO, Overrides, Settings
+from .curvature.products import has_gauss_newton
+from .data.examples import Examples
+from .data.identity import check_same_everywhere, shares_examples
+from .data.relabel import example_classes
+from .data.structure import batch_size, describe, tensors
+from .data.targets import class_targets
+from .distributed import Ranks
+from .errors import BatchError, ConfigurationError, GIFError, GIFWarning, RankError, SelectionError, TrainingDataError
+from .objective.objective import Objective
 from .parameters import Targets
-from .ranks import Ranks
-from .record import check_whole, read
-from .reports import InfluenceReport, UnlearnReport
-from .reports.loggers import log_table
+from .reporting.loggers import log_table
 from .selection import GradientStatistics, NeuronStatistics, select
-from .settings import AUTO, Overrides, Settings
-from .snapshots import Snapshots
-from .unlearning import Step, check_step, unlearn
+from .selection.snapshots import Snapshots
+from .storage.audit_log import check_whole, read
+from .storage.interrupts import uninterrupted
+from .unlearning.journal import Journal
+from .unlearning.report import UnlearnReport
+from .unlearning.unlearn import Step, check_step, unlearn
 
 __all__ = ["GIFCallback", "attach"]
 
@@ -110,7 +108,7 @@ class GIFCallback(Callback):
             parameters; for ``unlearn`` only, in the change of the theory: the steps that lower a risk are those of
             ``"if"``). Once most of a class or three quarters of the wrong labels are forgotten, the steps of
             ``unlearn`` are damped Newton steps on the targets, whatever the method and the solver: see
-            :meth:`~lightning_gif.steps.Walk.descend`.
+            :meth:`~lightning_gif.unlearning.protocol.Walk.descend`.
             ``"auto"``: what was measured to predict retraining best: for scores ``"if"``, or ``"fif"`` where a call
             asks for targets; for edits ``"gif"``.
         solver: ``"lsmr"``, ``"cgls"``, ``"lissa"``, ``"plain_lissa"``, ``"stochastic_lissa"``, ``"dense"`` (small
@@ -385,7 +383,8 @@ class GIFCallback(Callback):
                 (64 by default); a larger one gives the size of scores more closely, and ranks as well.
 
         Returns:
-            One row of scores, of each example for itself: see :func:`~lightning_gif.influence.self_influence`.
+            One row of scores, of each example for itself: see
+            :func:`~lightning_gif.attribution.self_influence.self_influence`.
 
         Raises:
             GIFError: As in :meth:`influence`.
@@ -447,12 +446,12 @@ class GIFCallback(Callback):
                 default the validation loader of ``fit``, where there is one and its batches look like those of
                 training; ``False`` for none. Fewer than twenty examples are too few to compare.
             step: How far to go, decided on the forget, retained and unseen data (see
-                :class:`~lightning_gif.steps.Goal`). ``"search"``: as far along the one solved change as the goal needs.
-                ``"relinearise"``: up to twelve changes, each solved at the weights that the last one led to, which
-                lower the risk that should hold afterwards; for single examples that of ``"search"``, and others where
-                it leaves something to do. ``"natural"``: 1, what the theory predicts. Or a number; or a strategy of
-                your own (see :mod:`lightning_gif.steps`), also by a name it was registered under in
-                ``lightning_gif.STRATEGIES``.
+                :class:`~lightning_gif.unlearning.protocol.Goal`). ``"search"``: as far along the one solved change as
+                the goal needs. ``"relinearise"``: up to twelve changes, each solved at the weights that the last one
+                led to, which lower the risk that should hold afterwards; for single examples that of ``"search"``, and
+                others where it leaves something to do. ``"natural"``: 1, what the theory predicts. Or a number; or a
+                strategy of your own (see :mod:`lightning_gif.unlearning.strategies`), also by a name it was registered
+                under in ``lightning_gif.STRATEGIES``.
             targets: As in :meth:`influence`. What is to be forgotten decides which neurons matter, so the default here
                 is ``"batch"``.
             dataloader: The training data, where it is not that of ``fit``.
@@ -1067,7 +1066,8 @@ class GIFCallback(Callback):
                     most=most,
                     seed=settings.seed,
                     ranks=ranks,
-                ).agreed("training data")
+                )
+                check_same_everywhere(train, "training data")
                 train.warn_if_random()
                 objective.learn_structure(train)
                 yield objective, train
@@ -1104,14 +1104,14 @@ class GIFCallback(Callback):
             found = Examples.from_loader(given, objective.prepare, batch_size=size, seed=settings.seed, ranks=ranks)
         else:
             found = Examples.from_batch(given, objective.prepare, batch_size=size, ranks=ranks)
-        return found.agreed("batch or loader")
+        return check_same_everywhere(found, "batch or loader")
 
     @staticmethod
     def _chosen_examples(given: Any, train: Examples) -> Examples | None:
         """The training examples that indices or a function name; ``None`` if it is neither."""
         if callable(given) and not isinstance(given, Tensor):
             return train.where(given)
-        return train.with_ids(list(given)).agreed("indices") if _are_indices(given) else None
+        return check_same_everywhere(train.with_ids(list(given)), "indices") if _are_indices(given) else None
 
     def _forget_examples(self, given: Any, train: Examples, objective: Objective, settings: Settings) -> Examples:
         chosen = self._chosen_examples(given, train)
@@ -1143,8 +1143,8 @@ class GIFCallback(Callback):
             found = None  # validation may look at something else altogether
         if any(objective.ranks.gather(found is None)) or found is None:
             return None
-        found = replace(found, ranks=objective.ranks).agreed("unseen data")
-        if found.shares(train):
+        found = check_same_everywhere(replace(found, ranks=objective.ranks), "unseen data")
+        if shares_examples(found, train):
             if given is not None:
                 raise ConfigurationError("`unseen` has examples of the training data; give those not trained on.")
             return None

@@ -22,16 +22,17 @@ from typing_extensions import override
 
 from ._compat import LightningArgumentParser, LightningCLI, MisconfigurationException, brings_own
 from .callback import GIFCallback, TargetsChoice, attach
-from .checkpoints import read_checkpoint
-from .data import describe, tensors
+from .data.structure import describe, tensors
+from .edit import Edit
 from .errors import CheckpointError, ConfigurationError, GIFError, TrainingDataError
-from .interrupts import uninterrupted
-from .journal import Journal
-from .parameters import Edit, weights_digest
-from .record import Event
-from .reports import UnlearnReport
+from .parameters import weights_digest
+from .storage.atomic import replacing, sync
+from .storage.audit_log import Event
+from .storage.checkpoints import read_checkpoint
+from .storage.interrupts import uninterrupted
+from .unlearning.journal import Journal
+from .unlearning.report import UnlearnReport
 from .verification import verify as _verify
-from .writing import replacing, sync
 
 __all__ = ["main"]
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .checkpoints import read_checkpoint
 from .errors import CheckpointError, ConfigurationError, EditError
 from .parameters import weights_digest
-from .record import read
-from .reports import UnlearnReport
-from .steps import Goal
+from .storage.audit_log import read
+from .storage.checkpoints import read_checkpoint
+from .unlearning.protocol import Goal
+from .unlearning.report import UnlearnReport
 
 __all__ = ["Check", "Verification", "verify"]
 

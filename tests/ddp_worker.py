@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_gif import GIFCallback, UnlearnReport, verify
 from lightning_gif.errors import GIFError
-from lightning_gif.record import read
+from lightning_gif.storage.audit_log import read
 from tests.conftest import Classifier, batch_of, blobs, make_trainer
 
 warnings.filterwarnings("ignore")

@@ -35,8 +35,8 @@ from lightning_gif import (
     TrainingDataError,
     UnlearnReport,
 )
-from lightning_gif.data import describe
-from lightning_gif.digests import digest
+from lightning_gif.data.structure import describe
+from lightning_gif.storage.digests import digest
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 

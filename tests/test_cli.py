@@ -19,9 +19,9 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_gif import GIFCallback, GIFWarning, InfluenceReport, UnlearnReport, verify
-from lightning_gif.checkpoints import read_checkpoint
 from lightning_gif.cli import _remedy, main
-from lightning_gif.record import read
+from lightning_gif.storage.audit_log import read
+from lightning_gif.storage.checkpoints import read_checkpoint
 
 from .conftest import make_trainer, same_weights
 from .line import Blobs, Net, Tied
@@ -144,8 +144,8 @@ def test_an_interrupted_command_goes_on(
     assert not Path("b.ckpt").exists()
     assert list(Path("solves").iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_gif.unlearning._Walk._solve_answer", interrupted)
-        patch.setattr("lightning_gif.unlearning._Walk._solve_descent", interrupted)
+        patch.setattr("lightning_gif.unlearning.problem.ModelEditProblem._solve_answer", interrupted)
+        patch.setattr("lightning_gif.unlearning.problem.ModelEditProblem._solve_descent", interrupted)
         assert unlearn("--solves_to", "solves") == 0
     assert Path("b.ckpt").exists()
     assert not Path("solves").exists()
@@ -204,7 +204,7 @@ def test_a_checkpoint_in_its_place_is_kept_where_its_folder_is_not_told_to_be_on
             raise OSError(errno.EIO, "Input/output error", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_gif.writing.sync", failing)
+        patch.setattr("lightning_gif.storage.atomic.sync", failing)
         assert unlearn("--record", "deletions.jsonl") == 2
     assert "is written, and in its place" in capsys.readouterr().err
     assert [entry["event"] for entry in read("deletions.jsonl").entries] == ["unlearn"]

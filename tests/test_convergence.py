@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lightning_gif import GIFCallback, InfluenceReport, UnlearnReport
-from lightning_gif.solvers import Status
+from lightning_gif.solvers.solution import Status
 
 from .conftest import Classifier, batch_of, loader, make_trainer
 from .nets import NETS, make

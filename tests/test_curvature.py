@@ -23,11 +23,14 @@ from lightning_gif import (
     ObjectiveError,
     attach,
 )
-from lightning_gif.curvature import CURVATURES, Curvature, Group, Scaled, Submatrix, gauss_newton, graph_bytes, hessian
-from lightning_gif.data import Examples
-from lightning_gif.objective import Objective
+from lightning_gif.curvature.methods import Group
+from lightning_gif.curvature.products import CURVATURES, gauss_newton, hessian
+from lightning_gif.curvature.streaming import Curvature, graph_bytes
+from lightning_gif.data.examples import Examples
+from lightning_gif.objective.objective import Objective
 from lightning_gif.parameters import Targets
 from lightning_gif.solvers import dense, lissa, to_matrix
+from lightning_gif.solvers.operators import Scaled, Submatrix
 
 from .conftest import Classifier, blobs, loader, make_trainer
 from .nets import NETS as NETS_OF_ALL_KINDS

@@ -24,26 +24,21 @@ from torch.utils.data import (
 )
 
 from lightning_gif import BatchError, GIFWarning, TrainingDataError
-from lightning_gif import data as data_module
-from lightning_gif.data import (
+from lightning_gif.data import examples as data_module
+from lightning_gif.data.examples import Examples
+from lightning_gif.data.identity import contents_digest, data_digest, fingerprints, locate
+from lightning_gif.data.relabel import relabelled
+from lightning_gif.data.structure import (
     Batch,
-    Examples,
     batch_size,
-    class_targets,
-    contents_digest,
-    data_digest,
     describe,
-    find_targets,
-    fingerprints,
-    locate,
     map_tensors,
-    relabelled,
-    replace_targets,
     same_structure,
     slice_batch,
     take,
     tensors,
 )
+from lightning_gif.data.targets import class_targets, find_targets, replace_targets
 
 Pair = namedtuple("Pair", ["x", "y"])
 

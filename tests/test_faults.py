@@ -28,9 +28,9 @@ from lightning_gif import (
     SelectionError,
     UnlearnReport,
 )
-from lightning_gif.interrupts import uninterrupted
-from lightning_gif.parameters import Edit
-from lightning_gif.store import ScoreStore
+from lightning_gif.attribution.score_store import ScoreStore
+from lightning_gif.edit import Edit
+from lightning_gif.storage.interrupts import uninterrupted
 
 from .conftest import WEIGHTS_ONLY, Classifier, batch_of, fitted, loader, make_trainer, same_weights, weights
 from .test_bad_input import equal, state

@@ -22,14 +22,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_gif import ConfigurationError, EditError, GIFWarning, InfluenceReport, UnlearnReport
-from lightning_gif.digests import digest
-from lightning_gif.parameters import Edit, ParameterSpace, Targets
-from lightning_gif.plain import MOST_BYTES, parse, read, restored, restored_fields
-from lightning_gif.reports.files import read_folder, write_folder
-from lightning_gif.reports.unlearning import Change
-from lightning_gif.solvers.base import Solution, Status
-from lightning_gif.steps import Goal, Point
-from lightning_gif.store import ScoreStore
+from lightning_gif.attribution.score_store import ScoreStore
+from lightning_gif.edit import Edit
+from lightning_gif.parameters import ParameterSpace, Targets
+from lightning_gif.solvers.solution import Solution, Status
+from lightning_gif.storage.artifact import read_folder, write_folder
+from lightning_gif.storage.digests import digest
+from lightning_gif.storage.schema import MOST_BYTES, parse, read, restored, restored_fields
+from lightning_gif.unlearning.protocol import Goal, Point
+from lightning_gif.unlearning.report import Change
 
 quick = settings(
     max_examples=60,

@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gif.callback
 from lightning_gif import ConfigurationError, ConvergenceError, GIFCallback, GIFWarning, attach
-from lightning_gif.data import batch_size, map_tensors, slice_batch, tensors
+from lightning_gif.data.structure import batch_size, map_tensors, slice_batch, tensors
 from lightning_gif.errors import BatchError, ConvergenceWarning
-from lightning_gif.objective import Objective
+from lightning_gif.objective.objective import Objective
 from lightning_gif.selection import GradientStatistics, NeuronStatistics
-from lightning_gif.snapshots import Snapshots
-from lightning_gif.solvers import Status, cg, truncated_newton
+from lightning_gif.selection.snapshots import Snapshots
+from lightning_gif.solvers import cg, truncated_newton
+from lightning_gif.solvers.solution import Status
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
 from .test_solvers import INDEFINITE, Matrix

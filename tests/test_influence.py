@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-import lightning_gif.influence
 from lightning_gif import (
     ConfigurationError,
     ConvergenceError,
@@ -27,10 +26,11 @@ from lightning_gif import (
     InfluenceReport,
     attach,
 )
-from lightning_gif.data import Examples
-from lightning_gif.digests import digest
-from lightning_gif.objective import Objective
+from lightning_gif.attribution import influence as influence_module
+from lightning_gif.data.examples import Examples
+from lightning_gif.objective.objective import Objective
 from lightning_gif.parameters import ParameterSpace
+from lightning_gif.storage.digests import digest
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 
@@ -506,7 +506,7 @@ def test_many_queries_share_a_sketch_and_are_scored_by_gradients() -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_self_influence_is_each_gradient_in_the_inverse_curvature(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_gif.settings._EXACT", 1024 if exact else 1)
+    monkeypatch.setattr("lightning_gif.config._EXACT", 1024 if exact else 1)
     module, dataset = Classifier().double(), blobs(60)
     report = open_trainer(module, dataset, max_iter=83, batch_size=7).self_influence()
     assert report.scores.shape == (1, 60)
@@ -519,14 +519,14 @@ def test_a_sketch_of_small_rank_overestimates_self_influence_and_keeps_its_order
     trainer, _, _ = fitted()
     exact = trainer.self_influence().scores[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_gif.settings._EXACT", 1)
+        patch.setattr("lightning_gif.config._EXACT", 1)
         rough = trainer.self_influence(max_iter=20).scores[0]
     assert (rough > 0.999 * exact).all()
     assert torch.corrcoef(torch.stack([rough.argsort().argsort(), exact.argsort().argsort()]).double())[0, 1] > 0.9
 
 
 def test_the_sketch_for_self_influence_has_rank_64_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_gif.settings._EXACT", 1)
+    monkeypatch.setattr("lightning_gif.config._EXACT", 1)
     trainer, _, _ = fitted()
     report = trainer.self_influence()
     assert report.settings["max_iter"] == 64
@@ -611,7 +611,7 @@ def test_scores_in_a_file_go_on_where_they_were_interrupted(tmp_path: Any, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "directional_derivatives", counted)
-        patch.setattr("lightning_gif.influence._solve", no_solve)
+        patch.setattr("lightning_gif.attribution.influence._solve", no_solve)
         report = trainer.influence(query, **options, scores_to=tmp_path / "scores")
     assert sum(seen) + sum(left) == len(dataset)
     assert torch.equal(report.scores, expected.scores)
@@ -623,7 +623,7 @@ def test_scores_in_a_file_go_on_where_they_were_interrupted(tmp_path: Any, monke
         assert len(file.get_tensor("directions")) == 0  # what is told of the solves is still there
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_gif.influence._solve", no_solve)
+        patch.setattr("lightning_gif.attribution.influence._solve", no_solve)
         finished = trainer.influence(query, **options, scores_to=tmp_path / "scores")
     assert torch.equal(finished.scores, expected.scores)
     assert finished.solution.summary()["hvps"] == expected.solution.hvps
@@ -636,13 +636,13 @@ def test_damaged_scores_of_a_finished_call_are_solved_for_again(tmp_path: Any, m
     content = bytearray((tmp_path / "scores" / "scores.bin").read_bytes())
     content[8] ^= 1
     (tmp_path / "scores" / "scores.bin").write_bytes(content)
-    solve, solved = lightning_gif.influence._solve, list[int]()
+    solve, solved = influence_module._solve, list[int]()
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         solved.append(1)
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr("lightning_gif.influence._solve", counted)
+    monkeypatch.setattr("lightning_gif.attribution.influence._solve", counted)
     with pytest.warns(GIFWarning, match="1 of 48 examples in .* are damaged"):
         assert torch.equal(trainer.influence(query, scores_to=tmp_path / "scores").scores, expected)
     assert torch.equal(trainer.influence(query, scores_to=tmp_path / "scores").scores, expected)
@@ -666,7 +666,7 @@ def test_states_that_were_solved_for_are_not_solved_for_again(tmp_path: Any, mon
     query = batch_of(dataset, slice(0, 3))
     options: dict[str, Any] = {"per_example": True, "snapshots": True}
     expected = trainer.influence(query, **options)
-    solve, solved = lightning_gif.influence._solve, list[int]()
+    solve, solved = influence_module._solve, list[int]()
 
     def fragile(*args: Any, **kwargs: Any) -> Any:
         if len(solved) == 1:
@@ -675,7 +675,7 @@ def test_states_that_were_solved_for_are_not_solved_for_again(tmp_path: Any, mon
         return solve(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_gif.influence._solve", fragile)
+        patch.setattr("lightning_gif.attribution.influence._solve", fragile)
         with pytest.raises(KeyboardInterrupt):
             trainer.influence(query, **options, scores_to=tmp_path / "scores")
     again = list[int]()
@@ -684,7 +684,7 @@ def test_states_that_were_solved_for_are_not_solved_for_again(tmp_path: Any, mon
         again.append(1)
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr("lightning_gif.influence._solve", counted)
+    monkeypatch.setattr("lightning_gif.attribution.influence._solve", counted)
     report = trainer.influence(query, **options, scores_to=tmp_path / "scores")
     assert len(again) == len(expected.settings["snapshots"]) > 0  # of these and the present state the first was there
     assert torch.equal(report.scores, expected.scores)
@@ -836,7 +836,7 @@ def test_scores_that_take_much_of_the_memory_go_to_a_folder_that_is_gone_on_with
     query = batch_of(dataset, slice(0, 3))
     expected = trainer.influence(query, memory=0.0)
     assert not list(tmp_path.glob("lightning_gif_scores/*"))
-    monkeypatch.setattr("lightning_gif.settings._ALWAYS_IN_MEMORY", 8 * len(dataset) - 1)
+    monkeypatch.setattr("lightning_gif.config._ALWAYS_IN_MEMORY", 8 * len(dataset) - 1)
     kept = trainer.influence(query, memory=0.0, keep=10)
     assert not list(tmp_path.glob("lightning_gif_scores/*"))
     found = trainer.influence(query, memory=0.0)

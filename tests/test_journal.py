@@ -13,17 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lightning_gif import (
-    BatchError,
-    ConfigurationError,
-    ConvergenceError,
-    GIFCallback,
-    TrainingDataError,
-    steps,
-    unlearning,
-)
-from lightning_gif.digests import digest
-from lightning_gif.journal import Journal
+from lightning_gif import BatchError, ConfigurationError, ConvergenceError, GIFCallback, TrainingDataError
+from lightning_gif.storage.digests import digest
+from lightning_gif.unlearning.journal import Journal
+from lightning_gif.unlearning.problem import ModelEditProblem
+from lightning_gif.unlearning.protocol import Point, Walk
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, same_weights, weights
 
@@ -39,7 +33,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[s
     """The solves that are made from now on; instead of one of them the user interrupts."""
     made: list[str] = []
     for name in ("_solve_answer", "_solve_descent"):
-        original = getattr(unlearning._Walk, name)
+        original = getattr(ModelEditProblem, name)
 
         def solve(self: Any, *args: Any, original: Callable[..., Any] = original, name: str = name) -> Any:
             if len(made) == stop:
@@ -47,7 +41,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[s
             made.append(name)
             return original(self, *args)
 
-        monkeypatch.setattr(unlearning._Walk, name, solve)
+        monkeypatch.setattr(ModelEditProblem, name, solve)
     return made
 
 
@@ -125,8 +119,8 @@ def test_a_strategy_that_takes_another_way_goes_on_from_where_it_does(
 ) -> None:
     trainer, _, _ = fitted()
 
-    def two(second: float) -> Callable[[steps.Walk], steps.Point]:
-        def walk_on(walk: steps.Walk) -> steps.Point:
+    def two(second: float) -> Callable[[Walk], Point]:
+        def walk_on(walk: Walk) -> Point:
             walk.answer()
             walk.descend(walk.measure(second))
             return walk.measure(second, 1.0)
@@ -297,7 +291,7 @@ def test_an_edit_that_cannot_be_recorded_is_not_lost(tmp_path: Path, monkeypatch
         def full(*args: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr("lightning_gif.reports.unlearning.UnlearnReport.change", full)
+        patch.setattr("lightning_gif.unlearning.report.UnlearnReport.change", full)
         with pytest.raises(OSError, match="No space"):
             trainer.unlearn(batch_of(dataset, slice(0, 3)), solves_to=tmp_path / "solves")
     assert same_weights(weights(module), before)

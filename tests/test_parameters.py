@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lightning_gif import EditError, NonFiniteError, SelectionError
-from lightning_gif.digests import digest, raw
-from lightning_gif.parameters import Edit, ParameterSpace, Targets, match_names, weights_digest
+from lightning_gif.edit import Edit
+from lightning_gif.parameters import ParameterSpace, Targets, match_names, weights_digest
+from lightning_gif.storage.digests import digest, raw
 
 
 def net() -> nn.Sequential:

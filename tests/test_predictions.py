@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_gif.predictions import IndicesInBounds, Predictions
+from lightning_gif.objective.predictions import IndicesInBounds, Predictions
 
 LOGITS = torch.randn(4, 3)
 LABELS = torch.tensor([0, 2, 1, 1])

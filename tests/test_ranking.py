@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_gif import ranking
-from lightning_gif.ranking import Strongest, strongest
+from lightning_gif.attribution import ranking
+from lightning_gif.attribution.ranking import Strongest, strongest
 
 
 def scores_with_ties(queries: int, examples: int) -> torch.Tensor:

@@ -30,9 +30,9 @@ from lightning_gif import (
     Verification,
     verify,
 )
-from lightning_gif.checkpoints import read_checkpoint
 from lightning_gif.parameters import weights_digest
-from lightning_gif.record import FIRST, append, read
+from lightning_gif.storage.audit_log import FIRST, append, read
+from lightning_gif.storage.checkpoints import read_checkpoint
 
 from .conftest import Classifier, fitted, loader, same_weights, weights
 

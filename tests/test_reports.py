@@ -22,20 +22,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_gif import (
-    ConfigurationError,
-    EditError,
-    GIFCallback,
-    GIFWarning,
-    InfluenceReport,
-    UnlearnReport,
-)
+from lightning_gif import ConfigurationError, EditError, GIFCallback, GIFWarning, InfluenceReport, UnlearnReport
 from lightning_gif.parameters import Targets
-from lightning_gif.reports.files import read_folder, write_folder
-from lightning_gif.reports.loggers import log_figure, log_histogram, log_scalars, log_table, log_text
-from lightning_gif.reports.pictures import Shown, image_of, label_of, text_of
-from lightning_gif.solvers import Solution
-from lightning_gif.solvers.base import Status
+from lightning_gif.reporting.loggers import log_figure, log_histogram, log_scalars, log_table, log_text
+from lightning_gif.reporting.previews import Shown, image_of, label_of, text_of
+from lightning_gif.solvers.solution import Solution, Status
+from lightning_gif.storage.artifact import read_folder, write_folder
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
 

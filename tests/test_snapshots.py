@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_gif import ConfigurationError, GIFCallback, attach
-from lightning_gif.snapshots import Snapshots
+from lightning_gif.selection.snapshots import Snapshots
 
 from .conftest import WEIGHTS_ONLY, Classifier, batch_of, fitted, loader, make_trainer
 

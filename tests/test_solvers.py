@@ -7,16 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_gif import SOLVERS, ConfigurationError, ConvergenceError, NonFiniteError
-from lightning_gif.solvers import (
-    Solution,
-    Status,
-    dense,
-    low_rank,
-    spectrum,
-    stochastic_lissa,
-    to_matrix,
-    truncated_newton,
-)
+from lightning_gif.solvers import dense, low_rank, spectrum, stochastic_lissa, to_matrix, truncated_newton
+from lightning_gif.solvers.solution import Solution, Status
 
 
 class Matrix:

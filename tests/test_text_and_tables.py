@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gif import GIFCallback, GIFWarning
-from lightning_gif.data import Examples
-from lightning_gif.objective import Objective
+from lightning_gif.data.examples import Examples
+from lightning_gif.objective.objective import Objective
 
 from .conftest import make_trainer, weights
 

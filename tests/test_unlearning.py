@@ -29,13 +29,15 @@ from lightning_gif import (
     TrainingDataError,
     UnlearnReport,
     attach,
-    unlearning,
 )
-from lightning_gif.data import Examples
-from lightning_gif.objective import Objective
-from lightning_gif.settings import Settings
-from lightning_gif.steps import Goal, LocalModel, Point, Walk, natural, relinearise, search
-from lightning_gif.unlearning import _Ranked, _tell_cost, _tell_refreshed, _Walk
+from lightning_gif.config import Settings
+from lightning_gif.data.examples import Examples
+from lightning_gif.objective.objective import Objective
+from lightning_gif.unlearning.advice import warn_cost, warn_refreshed_statistics
+from lightning_gif.unlearning.problem import ModelEditProblem
+from lightning_gif.unlearning.protocol import Goal, LocalModel, Point, Walk
+from lightning_gif.unlearning.risk import QuantileMatchingLoss, bound_curvature
+from lightning_gif.unlearning.strategies import natural, relinearise, search
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
 from .nets import make
@@ -334,10 +336,10 @@ def test_what_was_learned_by_heart_gets_the_loss_of_unseen_examples(curvature: s
     assert "told from 60 unseen examples" in str(report)
 
 
-def ranked(**groups: tuple[list[float], list[float]]) -> _Ranked:
+def ranked(**groups: tuple[list[float], list[float]]) -> QuantileMatchingLoss:
     objective: Any = None
     pairs = {int(label[1:]): (torch.tensor(mine), torch.tensor(others)) for label, (mine, others) in groups.items()}
-    return _Ranked(objective, pairs)
+    return QuantileMatchingLoss(objective, pairs)
 
 
 def test_a_forgotten_example_should_have_the_loss_of_the_unseen_one_of_its_class_and_rank() -> None:
@@ -454,7 +456,7 @@ def test_how_well_examples_are_told_from_unseen_ones_is_the_area_under_the_curve
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Within each class, averaged over the forgotten examples; ties count half."""
-    monkeypatch.setattr(unlearning, "_FEWEST", 1)
+    monkeypatch.setattr("lightning_gif.unlearning.task._FEWEST", 1)
     x = torch.tensor([[0.0], [1.0], [2.0], [3.0], [1.0], [1.0], [5.0], [0.0]])
 
     class Loss(GIFMixin, Classifier):
@@ -566,7 +568,7 @@ def test_what_is_left_of_a_class_is_what_the_model_says_without_it() -> None:
 @pytest.mark.parametrize("at", [-12.0, -2.0, 0.0, 0.5, 4.0, 15.0])
 def test_the_curvature_of_far_log_odds_bounds_the_unlikelihood(at: float) -> None:
     point = torch.tensor(at, dtype=torch.float64)
-    bend = unlearning.bound_curvature(point)
+    bend = bound_curvature(point)
     z = torch.linspace(-40, 40, 4001, dtype=torch.float64)
     bound = F.softplus(point) + point.sigmoid() * (z - point) + bend / 2 * (z - point).square()
     assert (bound - F.softplus(z)).min() > -1e-9
@@ -1259,7 +1261,7 @@ def test_sizes_of_gradients_are_those_of_groups_whatever_the_batches(count: int,
         objective.learn_structure(examples)
         each = torch.cat([rows for batch in examples.batches() for rows in objective.gradients(batch.data)])
         walk: Any = SimpleNamespace(_objective=objective)
-        found = _Walk._squares(walk, examples, objective.theta, objective)
+        found = ModelEditProblem._squares(walk, examples, objective.theta, objective)
     parts = [each[start::groups] for start in range(groups)]
     torch.testing.assert_close(found, sum(len(part) * part.mean(0).square() for part in parts) / groups)
 
@@ -1269,14 +1271,14 @@ def test_units_are_shares_of_the_weights_and_for_labels_of_large_gradients_small
     with Objective.open(trainer, module) as objective:
         positions = torch.arange(2, objective.space.size, 3)
         walk: Any = SimpleNamespace(_objective=objective, positions=positions)
-        shares = _Walk._units(walk, None)
+        shares = ModelEditProblem._units(walk, None)
         sizes = [part.square().mean().sqrt() for part in objective.space.unflatten(objective.theta).values()]
         whole = objective.theta.square().mean().sqrt()
         counts = torch.tensor([part.numel() for part in objective.space.unflatten(objective.theta).values()])
         squares = torch.rand(objective.space.size, dtype=torch.float64)
-        units = _Walk._units(walk, squares)
-        again = _Walk._units(walk, 1e6 * squares)
-        nothing = _Walk._units(walk, torch.zeros_like(squares))
+        units = ModelEditProblem._units(walk, squares)
+        again = ModelEditProblem._units(walk, 1e6 * squares)
+        nothing = ModelEditProblem._units(walk, torch.zeros_like(squares))
     torch.testing.assert_close(shares, (torch.stack(sizes) / whole).clamp_min(1).repeat_interleave(counts))
     expected = (squares / squares[positions].mean() + 0.01) ** -0.25
     ratio = units / shares
@@ -1359,7 +1361,7 @@ def walk_with(goal: Goal, retain: float, share: float, *, classes: int | None = 
     task = SimpleNamespace(goal=goal, gone=gone, unseen=None, share=share, judged=None)
     objective = SimpleNamespace(n_classes=lambda _: classes)
     walk = SimpleNamespace(_task=task, _objective=objective, _nat=nat, _gone=gone)
-    walk._guessing = partial(_Walk._guessing, walk)
+    walk._guessing = partial(ModelEditProblem._guessing, walk)
     return walk, Point((), 1.0, retain, 1.0, math.nan)
 
 
@@ -1375,31 +1377,31 @@ def walk_with(goal: Goal, retain: float, share: float, *, classes: int | None = 
 )
 def test_what_removal_may_cost(retain: float, share: float, classes: int | None, nat: float, budget: float) -> None:
     walk, start = walk_with(Goal.EXAMPLES, retain, share, classes=classes, nat=nat)
-    enough, affordable = _Walk._limits(walk, start)
+    enough, affordable = ModelEditProblem._limits(walk, start)
     assert enough is None
     assert affordable - retain == pytest.approx(budget)
 
 
 def test_what_corrected_labels_may_cost_before_it_is_told() -> None:
     walk, start = walk_with(Goal.LABELS, 2.0, 0.1, classes=10)
-    assert _Walk._limits(walk, start) == (0.2, math.inf)
-    assert _Walk.tolerated(walk, 2.0, 0.0) == pytest.approx(0.2)
-    assert _Walk.tolerated(walk, 0.0, 0.0) == pytest.approx(0.05 * math.log(10))
+    assert ModelEditProblem._limits(walk, start) == (0.2, math.inf)
+    assert ModelEditProblem.tolerated(walk, 2.0, 0.0) == pytest.approx(0.2)
+    assert ModelEditProblem.tolerated(walk, 0.0, 0.0) == pytest.approx(0.05 * math.log(10))
     walk, start = walk_with(Goal.LABELS, 0.0, 0.1)  # a regression
-    assert _Walk._limits(walk, start) == (None, math.inf)
-    assert _Walk.tolerated(walk, 0.0, 5.0) == pytest.approx(0.05)
+    assert ModelEditProblem._limits(walk, start) == (None, math.inf)
+    assert ModelEditProblem.tolerated(walk, 0.0, 5.0) == pytest.approx(0.05)
 
 
 def test_losses_that_an_edit_raised_are_told() -> None:
     walk, _ = walk_with(Goal.LABELS, 0.1, 0.1, classes=10)
-    walk.tolerated = partial(_Walk.tolerated, walk)
+    walk.tolerated = partial(ModelEditProblem.tolerated, walk)
 
     def told(*losses: float) -> list[str]:
         notes: list[str] = []
         before, after = ({"retain": losses[i], "relabelled": losses[i + 1]} for i in (0, 2))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _tell_cost(walk, before, after, notes)
+            warn_cost(walk, before, after, notes)
         return notes
 
     assert told(0.1, 3.0, 0.2, 0.1) == []  # 0.05 nats of the loss of guessing are less than 0.115
@@ -1413,7 +1415,7 @@ def test_statistics_that_raise_a_loss_are_told(old: float, new: float, count: in
     notes: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _tell_refreshed({"retain": old, "relabelled": 1.0}, {"retain": new, "relabelled": 1.0}, notes)
+        warn_refreshed_statistics({"retain": old, "relabelled": 1.0}, {"retain": new, "relabelled": 1.0}, notes)
     assert len(notes) == count
 
 
@@ -1483,9 +1485,9 @@ def test_labels_are_corrected_by_newton_steps_once_three_quarters_of_them_are_ri
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[float, bool, int]] = []
-    descend = _Walk.descend
+    descend = ModelEditProblem.descend
 
-    def told(self: _Walk, at: Point) -> LocalModel:
+    def told(self: ModelEditProblem, at: Point) -> LocalModel:
         first = not self._changes
         model = descend(self, at)
         newton = self.solutions[-1].solver == "truncated_newton"
@@ -1493,7 +1495,7 @@ def test_labels_are_corrected_by_newton_steps_once_three_quarters_of_them_are_ri
         assert newton == (not first and at.remembered <= 0.25)
         return model
 
-    monkeypatch.setattr(_Walk, "descend", told)
+    monkeypatch.setattr(ModelEditProblem, "descend", told)
     data = blobs(120)
     x, y = data.tensors
     wrong = y.clone()

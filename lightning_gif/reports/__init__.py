@@ -1,8 +1,8 @@
 """What comes back, how it is drawn, and how each logger gets it."""
 
-from ..ranking import Ranking
-from .groups import Groups
-from .influence import InfluenceReport
-from .unlearning import Change, UnlearnReport
+from ..attribution.groups import Groups
+from ..attribution.ranking import Ranking
+from ..attribution.report import InfluenceReport
+from ..unlearning.report import Change, UnlearnReport
 
 __all__ = ["Change", "Groups", "InfluenceReport", "Ranking", "UnlearnReport"]

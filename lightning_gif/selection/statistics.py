@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..ranks import Ranks
+from ..distributed import Ranks
 
 __all__ = ["GradientStatistics", "NeuronStatistics", "neuron_layers"]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import SOLVERS, LinearOperator, Run, Solution
+from .base import SOLVERS, LinearOperator
 from .krylov import ConjugateGradients
+from .run import Run
+from .solution import Solution
 
 __all__ = ["cgls"]
 

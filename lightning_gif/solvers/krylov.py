@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Run, columns, norms, require_finite
+from .run import Run, columns, norms, require_finite
 
 __all__ = ["ConjugateGradients"]
 
@@ -22,7 +22,7 @@ class ConjugateGradients:
     right-hand side can meet is known after a few steps, at no further cost.
 
     Attributes:
-        x, difference, normal: The iterates and their residuals, as in :class:`~lightning_gif.solvers.base.Run`.
+        x, difference, normal: The iterates and their residuals, as in :class:`~lightning_gif.solvers.run.Run`.
         stuck: Columns ``(a,)`` in which the last step could change nothing.
     """
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import SOLVERS, LinearOperator, Run, Solution, columns, different_products, norms
+from .base import SOLVERS, LinearOperator
 from .krylov import ConjugateGradients
+from .run import Run, columns, different_products, norms
+from .solution import Solution
 
 __all__ = ["lissa", "plain_lissa"]
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import LinearOperator, require_finite
+from .base import LinearOperator
+from .run import require_finite
 
 __all__ = ["Spectrum", "spectrum"]
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError, ConvergenceError
-from .base import SOLVERS, LinearOperator, Run, Solution, norms, require_finite
+from .base import SOLVERS, LinearOperator
 from .krylov import ConjugateGradients
+from .run import Run, norms, require_finite
+from .solution import Solution
 
 __all__ = ["stochastic_lissa"]
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .base import SOLVERS, LinearOperator, Solution, Status, check_shape, columns, norms, peak_memory, require_finite
+from .base import SOLVERS, LinearOperator
+from .run import check_shape, columns, norms, require_finite
+from .solution import Solution, Status, peak_memory
 
 __all__ = ["cg", "truncated_newton"]
 

@@ -1,0 +1,149 @@
+"""Scores summed over groups of training examples: classes, sources, annotators, whatever column there is."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["Grouping", "Groups", "group_scores", "values_of"]
+
+
+Grouping: TypeAlias = "Sequence[Any] | Tensor | Mapping[int, Any] | Callable[[Any], Any]"
+"""What group a training example is in: a column over the dataset, a mapping from its indices, or a function of an item.
+"""
+
+_MOST_SHOWN = 10  # of each end
+
+_WIDEST_NAME = 30
+
+
+class Groups(NamedTuple):
+    """Groups of training examples by what removing each would do to a query, strongest proponents first.
+
+    Attributes:
+        names: The ``g`` groups, as they were given.
+        totals: ``(g,)``: to first order, the change of the query's loss if the whole group were removed.
+        counts: How many of the scored examples are in each, ``(g,)``.
+        meaning: What the numbers say, in words.
+    """
+
+    names: list[Any]
+    totals: Tensor
+    counts: Tensor
+    meaning: str
+
+    @property
+    def means(self) -> Tensor:
+        """The mean score of each group's examples, ``(g,)``: large groups have large totals, whatever is in them."""
+        return self.totals / self.counts
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """The groups as a table with columns ``group``, ``total``, ``count`` and ``mean``.
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("to_dataframe() needs pandas: pip install pandas.") from error
+        columns = {"total": self.totals.numpy(), "count": self.counts.numpy(), "mean": self.means.numpy()}
+        return pandas.DataFrame({"group": pandas.Series(self.names, dtype=object), **columns})
+
+    def __str__(self) -> str:
+        names = [textwrap.shorten(str(name), _WIDEST_NAME, placeholder="…") for name in self.names]
+        rows = [
+            [name, f"{total:+.3g}", str(count), f"{mean:+.2g}"]
+            for name, total, count, mean in zip(
+                names, self.totals.tolist(), self.counts.tolist(), self.means.tolist(), strict=True
+            )
+        ]
+        left_out = len(rows) - 2 * _MOST_SHOWN
+        if left_out > 1:
+            rows[_MOST_SHOWN:-_MOST_SHOWN] = [[f"… {left_out} more", "", "", ""]]
+        rows.insert(0, ["group", "total", "examples", "mean"])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [self.meaning]
+        for row in rows:
+            cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+        return "\n".join(lines)
+
+
+def group_scores(names: Iterable[Hashable], scores: Tensor, meaning: str) -> Groups:
+    """Sums ``scores`` ``(n,)`` over the examples of the same name, and ranks the names by these sums.
+
+    Args:
+        names: Of the examples.
+        scores: See above.
+        meaning: What they say, in words.
+
+    Raises:
+        ConfigurationError: If a name cannot be hashed.
+    """
+    found: dict[Any, int] = {}
+    try:
+        members = torch.tensor([found.setdefault(_one_nan(name), len(found)) for name in names])
+    except TypeError as error:
+        raise ConfigurationError(
+            f"`groups` must give one name or number for each example ({error}); of several, make a tuple."
+        ) from error
+    totals = torch.zeros(len(found), dtype=scores.dtype).index_add_(0, members, scores)
+    counts = torch.bincount(members, minlength=len(found))
+    order = totals.sort(descending=True, stable=True).indices
+    names_found = list(found)
+    return Groups([names_found[i] for i in order.tolist()], totals[order], counts[order], meaning)
+
+
+def values_of(column: Sequence[Any] | Tensor | Mapping[int, Any], indices: Tensor, size: int | None) -> list[Any]:
+    """The values of a column over a dataset at some of its indices.
+
+    Args:
+        column: One value for each item of the dataset, or a mapping from its indices.
+        indices: Which, ``(n,)``.
+        size: How many items the dataset has, where that is known.
+
+    Raises:
+        ConfigurationError: If the column has another length, more than one axis, or no value for some of the indices.
+    """
+    wanted: list[int] = indices.tolist()
+    if isinstance(column, Mapping):
+        missing = [index for index in wanted if index not in column]
+        if missing:
+            raise ConfigurationError(
+                f"`groups` has no value for {len(missing)} of the {len(wanted)} training examples: indices"
+                f" {missing[:5]}{' …' if len(missing) > 5 else ''}. Give one for each dataset index that was scored."
+            )
+        return [column[index] for index in wanted]
+    axes = getattr(column, "ndim", 1)
+    if axes != 1 or isinstance(column, (str, bytes)) or not (hasattr(column, "tolist") or isinstance(column, Sequence)):
+        what = f"an array of {axes} axes" if axes != 1 else repr(column)
+        raise ConfigurationError(
+            "`groups` must be one value for each item of the training dataset (a list, array or tensor), a mapping from"
+            f" dataset indices to values, or a function from an item to its group; got {what}."
+        )
+    values = column.tolist() if hasattr(column, "tolist") else column  # of NumPy, pandas and torch
+    least = max(wanted) + 1
+    if len(values) != size if size is not None else len(values) < least:
+        expected = f"{size} (one for each item of the training dataset)" if size is not None else f"at least {least}"
+        raise ConfigurationError(
+            f"`groups` has {len(values)} values, but {expected} were expected: they are looked up by dataset index,"
+            f" which goes up to {least - 1} here. For values of the {len(wanted)} scored examples alone, give a"
+            " mapping: dict(zip(report.indices.tolist(), values))."
+        )
+    return [values[index] for index in wanted]
+
+
+def _one_nan(name: Any) -> Any:
+    """The name itself, but the same object for each NaN, as which tables hold missing values: NaN equals nothing."""
+    return math.nan if isinstance(name, float) and math.isnan(name) else name

@@ -1,0 +1,79 @@
+"""The ends of a ranking, found block by block: the scores need never be in memory all at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Ranking", "Strongest", "strongest"]
+
+
+_BLOCK = 2**16
+
+
+class Ranking(NamedTuple):
+    """The ends of a ranking of training examples.
+
+    Attributes:
+        indices: Dataset indices, ``(n_queries, k)``, strongest first.
+        scores: Their scores, ``(n_queries, k)``.
+    """
+
+    indices: Tensor
+    scores: Tensor
+
+    def add(self, positions: Tensor, scores: Tensor, k: int, *, largest: bool) -> Ranking:
+        """The ``k`` strongest of these and of ``b`` more, ``(b,)`` and ``(n_queries, b)``; equal ones by position."""
+        places = torch.cat([self.indices, positions.expand(len(scores), -1)], dim=1)
+        values = torch.cat([self.scores, scores.to(self.scores)], dim=1)
+        order = places.argsort(dim=1)
+        places, values = places.gather(1, order), values.gather(1, order)
+        best = values.sort(dim=1, descending=largest, stable=True).indices[:, :k]
+        return Ranking(places.gather(1, best), values.gather(1, best))
+
+    @classmethod
+    def empty(cls, queries: int) -> Ranking:
+        """A ranking of nothing."""
+        return cls(torch.empty(queries, 0, dtype=torch.int64), torch.empty(queries, 0, dtype=torch.float64))
+
+
+def strongest(scores: Tensor, indices: Tensor, k: int, *, largest: bool) -> Ranking:
+    """The ``k`` highest or lowest scores of each query, equal ones in the order of ``indices``.
+
+    Args:
+        scores: ``(n_queries, n)``; a view of a file is read once, from its beginning to its end.
+        indices: Dataset indices ``(n,)``.
+        k: How many.
+        largest: The highest rather than the lowest.
+    """
+    found, columns = Ranking.empty(len(scores)), max(_BLOCK // len(scores), k)
+    for positions in torch.arange(len(indices)).split(columns):
+        found = found.add(positions, scores[:, positions[0] : positions[-1] + 1], k, largest=largest)
+    return Ranking(indices[found.indices], found.scores)
+
+
+class Strongest:
+    """Takes scores block by block, in any order, and keeps the ``k`` highest and the ``k`` lowest of each query.
+
+    Args:
+        queries: How many queries.
+        indices: Dataset indices ``(n,)`` of all that will be scored.
+        k: How many of either end.
+    """
+
+    def __init__(self, queries: int, indices: Tensor, k: int) -> None:
+        self._indices, self._k = indices, k
+        self._highest = self._lowest = Ranking.empty(queries)
+
+    def write(self, start: int, block: Tensor) -> None:
+        """Takes the scores ``(n_queries, b)`` of the examples from position ``start`` on."""
+        positions = torch.arange(start, start + block.shape[1])
+        self._highest = self._highest.add(positions, block, self._k, largest=True)
+        self._lowest = self._lowest.add(positions, block, self._k, largest=False)
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        """Scores and dataset indices, ``(n_queries, 2k)`` each: the highest, falling, and then the lowest, falling."""
+        positions = torch.cat([self._highest.indices, self._lowest.indices.flip(1)], dim=1)
+        return torch.cat([self._highest.scores, self._lowest.scores.flip(1)], dim=1), self._indices[positions]

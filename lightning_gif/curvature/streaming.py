@@ -1,0 +1,175 @@
+"""The curvature of the training loss as an operator on vectors, streamed over data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._compat import rank_zero_warn
+from ..data.examples import Examples
+from ..errors import GIFWarning
+from .products import Linearise, Product
+
+__all__ = ["Curvature", "graph_bytes"]
+
+
+class Curvature:
+    """``C = (1/n) Σᵢ Cᵢ + w·I`` over examples, acting on flat vectors ``(p,)``, or several as columns ``(p, q)``.
+
+    Micro-batches count with their true sizes, so a ragged last batch counts as what it is. At a fixed ``θ`` the first
+    pass of a product, which does not depend on the vector, is kept for as many micro-batches as ``memory`` allows, and
+    done anew for the others: memory does not grow with the number of examples. Several vectors share it. Where several
+    processes share out the examples, each keeps passes of its own part, and products are those of all.
+
+    Args:
+        linearise: The curvature of a micro-batch: :func:`hessian` or :func:`gauss_newton`.
+        theta: Where it is taken, ``(p,)``.
+        examples: Over which data, iterated once for each product.
+        weight_decay: ``w``: the training objective's ``(w/2)‖θ‖²``.
+        memory: Bytes that kept passes may take.
+        on_product: Called at each product, to show progress.
+    """
+
+    def __init__(
+        self,
+        linearise: Linearise,
+        theta: Tensor,
+        examples: Examples,
+        *,
+        weight_decay: float = 0.0,
+        memory: float = 0.0,
+        on_product: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self._linearise = linearise
+        self._theta = theta
+        self._examples = examples
+        self._weight_decay = weight_decay
+        self._memory = memory
+        self._on_product = on_product
+        self._kept: list[Product] = []
+        self._full = memory <= 0  # no room for a further pass
+        self.products = 0
+        self.examples = 0
+        self._is_zero = True  # of all products so far
+        self.shape = (theta.numel(), theta.numel())
+        self.dtype, self.device = theta.dtype, theta.device
+
+    @property
+    def _batches(self) -> int:
+        """How many this process goes through."""
+        return self._examples.n_mine
+
+    def summary(self) -> dict[str, int]:
+        """How the products were made: micro-batches, of how many the first pass was kept, products and examples."""
+        batches, kept = self._examples.ranks.sum(torch.tensor([self._batches, len(self._kept)])).tolist()
+        return {
+            "batches": batches,
+            "batches_kept": kept,
+            "products": self.products,
+            "examples": self.examples,
+        }
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``C V``: ``(p,) → (p,)`` or ``(p, q) → (p, q)``."""
+        columns = vectors[:, None] if vectors.ndim == 1 else vectors
+        for _ in range(columns.shape[1]):
+            self.products += 1
+            self.examples += len(self._examples)
+            self._on_product()
+        total = torch.zeros_like(columns)
+        for product in self._passes():
+            total += torch.stack([product(column) for column in columns.T], dim=1)
+            del product  # before the next is made, so that there is one at a time
+        total = self._examples.ranks.sum(total)
+        self._is_zero = self._is_zero and not bool(total.any())
+        total = total / len(self._examples) + self._weight_decay * columns
+        return total[:, 0] if vectors.ndim == 1 else total
+
+    rmatvec = matvec
+    """``Cᵀ V = C V``."""
+
+    def warn_if_zero(self) -> None:
+        """Warns if all products that were asked for are exactly zero, but for the weight decay."""
+        if self.products and self._is_zero:
+            rank_zero_warn(
+                "The curvature of the training loss is exactly zero in all directions that were looked at: only damping"
+                " and weight decay were inverted, so that results have the gradients' directions but no meaningful"
+                " size. Either the loss is linear in the model's predictions (F.nll_loss of scores that are not"
+                " log-probabilities: use F.cross_entropy), or the predictions do not depend on the parameters"
+                " (saturated or dead units). If the model itself is curved, curvature='hessian' sees it.",
+                category=GIFWarning,
+            )
+
+    def _passes(self) -> Iterator[Product]:
+        """The products of the micro-batches: those that are kept, then the others, one at a time."""
+        if len(self._kept) == self._batches:
+            yield from self._kept
+            return
+        # All batches are read, also those whose passes are kept: random augmentation repeats itself only as a whole.
+        for position, batch in enumerate(self._examples.mine()):
+            if position < len(self._kept):
+                yield self._kept[position]
+                continue
+            product, graphs = self._linearise(self._theta, batch.data)
+            if not self._full:
+                self._memory -= graph_bytes(*graphs)
+                self._full = self._memory < 0
+            if not self._full:
+                self._kept.append(product)
+            yield product
+            del product, graphs
+
+    def draw(self, seed: int) -> Curvature:
+        """The same curvature over one micro-batch of examples drawn at random: an unbiased estimate of it.
+
+        Its products count as its own and, by the share of the examples, as this operator's.
+        """
+        count = min(self._examples.batch_size, len(self._examples))
+        return _Draw(self, self._examples.sample(count, seed))
+
+
+class _Draw(Curvature):
+    """The curvature over a few of another's examples, whose counts it adds to."""
+
+    def __init__(self, whole: Curvature, examples: Examples) -> None:
+        super().__init__(whole._linearise, whole._theta, examples, weight_decay=whole._weight_decay)
+        self._whole = whole
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        before = self.products, self.examples
+        found = super().matvec(vectors)
+        self._whole.products += self.products - before[0]
+        self._whole.examples += self.examples - before[1]
+        self._whole._is_zero = self._whole._is_zero and self._is_zero
+        return found
+
+    rmatvec = matvec
+
+
+def graph_bytes(*results: Tensor) -> int:
+    """How many bytes the autograd graphs of tensors keep alive: each storage once, and no more of it than is used.
+
+    Found by walking the graph and asking each node for what it saved, which works under ``torch.func.vmap`` as well,
+    where hooks on saved tensors do not.
+    """
+    found: dict[int, int] = {}
+    seen: set[Any] = set()
+    queue = [result.grad_fn for result in results]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        saved = list(getattr(node, "saved_tensors", ()))
+        saved += [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for value in saved:
+            for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    used = min(storage.nbytes(), tensor.numel() * tensor.element_size())  # not a whole data set's
+                    found[storage.data_ptr()] = max(used, found.get(storage.data_ptr(), 0))
+        queue += [following for following, _ in node.next_functions]
+    return sum(found.values())

@@ -1,0 +1,117 @@
+"""Which examples are the same: by dataset index, by content, and on all processes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    Subset,
+)
+
+from ..distributed import ALONE
+from ..storage.digests import raw
+from .examples import Examples
+from .structure import sequences, tensors
+
+__all__ = ["check_same_everywhere", "contents_digest", "data_digest", "locate", "shares_examples"]
+
+
+# Of how many examples the contents count where data is to be recognised: all of them may not fit into an hour.
+_DIGESTED = 64
+
+# How many examples of a dataset tell whether all processes have the same.
+_COMPARED = 8
+
+
+def fingerprints(examples: Examples) -> list[bytes]:
+    """A hash of each example: equal for examples whose tensors and texts are equal bit by bit after preparation."""
+    found: list[bytes] = []
+    for batch in examples.mine():
+        if batch.size > 1 and any(tensor.ndim and tensor.shape[0] != batch.size for tensor in tensors(batch.data)):
+            return fingerprints(replace(examples, batch_size=1, cached=None))  # what is whose shows one by one only
+        texts = sequences(batch.data, batch.size)
+        parts = [tensor for tensor in tensors(batch.data) if tensor.ndim]
+        rows = [raw(part, batch.size).numpy() for part in parts if part.numel()]
+        heads = [f"{part.dtype}{tuple(part.shape[1:])}".encode() for part in parts]
+        for position in range(batch.size):
+            state = hashlib.blake2b(digest_size=16)
+            for head in heads:
+                state.update(head)
+            for row in rows:
+                state.update(row[position])
+            for items in texts:
+                state.update(repr(items[position]).encode())
+            found.append(state.digest())
+    return [mark for part in examples.ranks.gather(found) for mark in part]
+
+
+def contents_digest(examples: Examples) -> str:
+    """SHA-256 of the :func:`fingerprints` of all examples, whatever their order."""
+    return hashlib.sha256(b"".join(sorted(fingerprints(examples)))).hexdigest()
+
+
+def data_digest(examples: Examples) -> str:
+    """SHA-256 of the ids of all examples in their order, and of the contents of some that are spread over them."""
+    some = examples.at(torch.linspace(0, len(examples) - 1, min(len(examples), _DIGESTED)).long().unique())
+    state = hashlib.sha256(examples.ids.numpy().data)
+    for mark in fingerprints(some):
+        state.update(mark)
+    return state.hexdigest()
+
+
+def locate(forget: Examples, train: Examples) -> Tensor:
+    """Positions ``(r,)`` in ``train`` of the examples that are also in ``forget``.
+
+    By dataset index where ``forget`` is over the same dataset or a ``Subset`` of it, else by content.
+    """
+    (dataset, ids), (train_dataset, train_ids) = root(forget), root(train)
+    if dataset is not None and dataset is train_dataset:
+        return torch.isin(train_ids, ids).nonzero().squeeze(1)
+    wanted = set(fingerprints(forget))
+    return torch.tensor([i for i, mark in enumerate(fingerprints(train)) if mark in wanted], dtype=torch.long)
+
+
+def root(examples: Examples) -> tuple[Any, Tensor]:
+    """The dataset below all ``Subset`` views, and the examples' indices in it."""
+    dataset, ids = examples.dataset, examples.ids
+    while isinstance(dataset, Subset):
+        ids = torch.as_tensor(dataset.indices, dtype=torch.long)[ids]
+        dataset = dataset.dataset
+    return dataset, ids
+
+
+def shares_examples(one: Examples, other: Examples) -> bool:
+    """Whether two sets have examples in common by dataset index: over the same dataset, or a ``Subset`` of it."""
+    (dataset, ids), (other_dataset, other_ids) = root(one), root(other)
+    return dataset is not None and dataset is other_dataset and bool(torch.isin(ids, other_ids).any())
+
+
+def check_same_everywhere(examples: Examples, what: str) -> Examples:
+    """Returns ``examples`` if all processes hold the same, by index, and by content where reading is deterministic.
+
+    Args:
+        examples: The examples.
+        what: What they are, for the message.
+
+    Raises:
+        ConfigurationError: If the processes hold different ones.
+    """
+    if examples.ranks.size > 1:
+        own = replace(examples, ranks=ALONE, held_part=None)
+        some = own
+        if examples.dataset is not None:
+            some = own.at(torch.linspace(0, len(examples) - 1, min(len(examples), _COMPARED)).long().unique())
+        marks = fingerprints(some)
+        if any(examples.ranks.gather(fingerprints(some) != marks)):  # it is random
+            marks = []
+        examples.ranks.agree(
+            [examples.ids.tolist(), marks],
+            what,
+            "Each process reads the whole of the data and does its part: give all of them the same batch, the same"
+            " indices, or a loader over the same dataset, not the part that a process trains on.",
+        )
+    return examples

@@ -1,0 +1,72 @@
+"""Examples with other targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import BatchError
+from .examples import Examples
+from .targets import class_targets, replace_targets
+
+__all__ = ["example_classes", "relabelled", "strata"]
+
+
+def example_classes(examples: Examples) -> Tensor | None:
+    """The class of each example, ``(n,)`` on the CPU, in order; ``None`` where the targets are no classes."""
+    found = []
+    for batch in examples.mine():
+        classes = class_targets(batch.data)
+        found.append(classes if classes is None else classes.cpu())
+        if classes is None:
+            break
+    parts = examples.ranks.gather(found)
+    if any(classes is None for part in parts for classes in part):
+        return None
+    return torch.cat([classes for part in parts for classes in part])  # type: ignore[misc]
+
+
+def strata(examples: Examples) -> Tensor:
+    """The class of each example, ``(n,)``; one for all where the targets are no classes."""
+    classes = example_classes(examples)
+    return torch.zeros(len(examples), dtype=torch.long) if classes is None else classes
+
+
+def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tensor]) -> Examples:
+    """The same examples, held in memory, with other targets.
+
+    Args:
+        examples: ``n`` examples.
+        targets: ``(n, …)`` in the order of ``examples``, a tensor, an array or a list; or one class for all; or a
+            function from a batch to its new targets.
+    """
+    targets = _numbers(targets)
+    if isinstance(targets, Tensor) and targets.ndim and len(targets) != len(examples):
+        raise BatchError(
+            f"`relabel` has {len(targets)} targets for {len(examples)} examples. Give one for each, in the order of the"
+            " batch or of the indices, or of the dataset for a loader or a function."
+        )
+    changed, start = [], 0
+    for batch in examples.batches():
+        if isinstance(targets, Tensor):
+            new: Tensor | int = targets[start : start + batch.size] if targets.ndim else targets
+        else:
+            new = _numbers(targets(batch.data)) if callable(targets) else targets
+        changed.append(batch._replace(data=replace_targets(batch.data, new)))
+        start += batch.size
+    return replace(examples, dataset=None, cached=tuple(changed), held_part=None)  # the dataset has the old targets
+
+
+def _numbers(targets: Any) -> Any:
+    """Lists, and arrays and numbers of NumPy, as tensors; anything else as it is."""
+    if not isinstance(targets, (list, tuple, np.ndarray, np.generic)) or isinstance(targets, np.bool_):
+        return targets
+    try:
+        return torch.as_tensor(np.array(targets))  # a copy: tensors have no negative strides
+    except (TypeError, ValueError) as error:
+        raise BatchError(f"`relabel` must be numbers, as many for each example, got {targets!r:.200}.") from error

@@ -1,0 +1,186 @@
+"""The structure of a batch: its size, slices of it, and a description for messages."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import BatchError
+
+__all__ = ["Batch", "batch_size", "describe", "map_tensors", "same_structure", "slice_batch", "take", "tensors"]
+
+
+class Batch(NamedTuple):
+    """One batch as the model gets it, with the ids of its examples ``(B,)`` and their number ``B``."""
+
+    data: Any
+    ids: Tensor
+    size: int
+
+
+def map_tensors(
+    data: Any, function: Callable[[Tensor], Any], sequence: Callable[[Any], Any] | None = None, size: int = 0
+) -> Any:
+    """The same structure (tuples, lists, mappings, dataclasses, nested) with ``function`` applied to its tensors.
+
+    Args:
+        data: A batch, or anything a collate function returns.
+        function: Applied to each tensor, in a fixed order.
+        sequence: Applied to lists and tuples of ``size`` items that hold no tensor at any depth: strings, numbers or
+            lists of them, one an example. Those of another length are looked into, as a pair of columns of strings.
+        size: The number of examples.
+    """
+    if isinstance(data, Tensor):
+        return function(data)
+    if isinstance(data, Mapping):
+        mapped = {key: map_tensors(value, function, sequence, size) for key, value in data.items()}
+        return mapped if type(data) is dict else type(data)(mapped)  # type: ignore[call-arg]
+    if isinstance(data, (list, tuple)):
+        if sequence is not None and _is_sequence(data, size):
+            return sequence(data)
+        items = [map_tensors(value, function, sequence, size) for value in data]
+        return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
+    if is_dataclass(data) and not isinstance(data, type):
+        changes = {name: map_tensors(value, function, sequence, size) for name, value in _fields(data).items()}
+        if _is_made_of_its_fields(data):
+            return replace(data, **changes)
+        changed = copy.copy(data)
+        for name, value in changes.items():
+            object.__setattr__(changed, name, value)  # frozen ones, too
+        return changed
+    return data
+
+
+def _is_made_of_its_fields(data: Any) -> bool:
+    """Whether a dataclass can be made anew from its fields: not where its constructor takes more (an ``InitVar``)."""
+    return inspect.signature(type(data)).parameters.keys() == {field.name for field in fields(data) if field.init}
+
+
+def _fields(data: Any) -> dict[str, Any]:
+    """The fields of a dataclass that it is made of; all of them where it cannot be made anew."""
+    whole = not _is_made_of_its_fields(data)
+    return {field.name: getattr(data, field.name) for field in fields(data) if whole or field.init}
+
+
+def _items(data: Any) -> Iterable[Any]:
+    """What a container holds, in the order of :func:`map_tensors`, which is not rebuilt; of anything else nothing."""
+    if isinstance(data, Mapping):
+        return data.values()
+    if isinstance(data, (list, tuple)):
+        return data
+    return _fields(data).values() if is_dataclass(data) and not isinstance(data, type) else ()
+
+
+def _has_tensor(data: Any) -> bool:
+    if isinstance(data, Mapping):
+        return any(_has_tensor(value) for value in data.values())
+    if isinstance(data, (list, tuple)):
+        return any(_has_tensor(value) for value in data)
+    return isinstance(data, Tensor) or (is_dataclass(data) and not isinstance(data, type))
+
+
+def tensors(data: Any) -> list[Tensor]:
+    """The tensors of a batch in the order of :func:`map_tensors`."""
+    return [data] if isinstance(data, Tensor) else [tensor for item in _items(data) for tensor in tensors(item)]
+
+
+def sequences(data: Any, size: int) -> list[Sequence[Any]]:
+    """The lists and tuples of a batch of ``size`` examples that hold one string, number or list for each."""
+    if _is_sequence(data, size):
+        return [data]
+    return [sequence for item in _items(data) for sequence in sequences(item, size)]
+
+
+def _is_sequence(data: Any, size: int) -> bool:
+    """Whether something holds one string, number or list of them for each of ``size`` examples, and no tensor."""
+    plain = isinstance(data, (list, tuple)) and not hasattr(data, "_fields")
+    return plain and len(data) == size and not _has_tensor(data)
+
+
+def batch_size(data: Any) -> int:
+    """The number of examples in a batch: the first dimension that all its tensors share.
+
+    Raises:
+        BatchError: If there is no tensor with a dimension, if they disagree, or if there is no example.
+    """
+    sizes = {tensor.shape[0] for tensor in tensors(data) if tensor.ndim}
+    if not sizes:
+        raise BatchError(f"Expected a batch with at least one tensor of shape (B, …), got {describe(data)}.")
+    if len(sizes) > 1:
+        raise BatchError(
+            f"The tensors of the batch disagree on the number of examples: {describe(data)}. The first dimension of"
+            " each tensor must be the batch; where that cannot be, give the examples as a DataLoader, and define"
+            " `influence_loss` (see GIFMixin)."
+        )
+    size = sizes.pop()
+    if not size:
+        raise BatchError(f"The batch is empty: {describe(data)}. Pass at least one example.")
+    return size
+
+
+def take(data: Any, rows: Tensor) -> Any:
+    """The examples at positions ``rows`` ``(m,)`` of a batch, in its structure."""
+    size = batch_size(data)
+    return map_tensors(
+        data,
+        lambda tensor: tensor[rows.to(tensor.device)] if tensor.ndim else tensor,
+        lambda items: type(items)(items[i] for i in rows.tolist()),
+        size,
+    )
+
+
+def slice_batch(data: Any, start: int, stop: int) -> Any:
+    """Examples ``start:stop`` of a batch, in its structure."""
+    size = batch_size(data)
+    return map_tensors(
+        data,
+        lambda tensor: tensor[start:stop] if tensor.ndim else tensor,
+        lambda items: items[start:stop],
+        size,
+    )
+
+
+def describe(data: Any) -> str:
+    """The structure of a batch in words, for error messages."""
+    if isinstance(data, Tensor):
+        return f"{str(data.dtype).removeprefix('torch.')}{list(data.shape)}"
+    if isinstance(data, np.ndarray):
+        return f"a NumPy array {data.dtype}{list(data.shape)}, of which torch.as_tensor makes a tensor"
+    if isinstance(data, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in data.items()) + "}"
+    if isinstance(data, (list, tuple)):
+        if not _has_tensor(data) and not any(isinstance(value, np.ndarray) for value in data):
+            told = [f"{value!r}" for value in data[:3] if isinstance(value, numbers.Number)]
+            few = f" ({', '.join(told)}{', …' if len(data) > 3 else ''})" if told else ""
+            return f"{type(data).__name__} of {len(data)} value{'' if len(data) == 1 else 's'}{few}"
+        inner = ", ".join(describe(value) for value in data)
+        return f"[{inner}]" if isinstance(data, list) else f"({inner})"
+    return type(data).__name__
+
+
+def same_structure(one: Any, other: Any) -> bool:
+    """Whether two batches have the same containers, and tensors of as many dimensions in the same places.
+
+    Lists and tuples count as the same: collate functions of different versions return one or the other.
+    """
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and one.ndim == other.ndim
+    if isinstance(one, Mapping) or isinstance(other, Mapping):
+        return (
+            isinstance(one, Mapping)
+            and isinstance(other, Mapping)
+            and one.keys() == other.keys()
+            and all(same_structure(one[key], other[key]) for key in one)
+        )
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        if not _has_tensor(one) and not _has_tensor(other):
+            return True
+        return len(one) == len(other) and all(map(same_structure, one, other))
+    return type(one) is type(other)

@@ -1,0 +1,90 @@
+"""Where a batch keeps its targets, and which of them are labels of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BatchError
+from .structure import describe
+
+__all__ = ["TARGET_KEYS", "class_targets", "find_targets", "replace_targets"]
+
+
+TARGET_KEYS = ("label", "labels", "target", "targets", "y")
+
+_MOST_CLASSES = 10_000
+
+
+def _target_key(data: Any) -> Any:
+    """Where a batch keeps its targets: the last item of a tuple or list, or a key named like a target; else None."""
+    if isinstance(data, Mapping):
+        return next((key for key in TARGET_KEYS if isinstance(data.get(key), Tensor)), None)
+    if isinstance(data, (list, tuple)) and len(data) >= 2 and isinstance(data[-1], Tensor):
+        return len(data) - 1
+    return None
+
+
+def find_targets(data: Any) -> Tensor | None:
+    """The targets ``(B, …)`` of a batch where its structure tells them, else ``None``."""
+    key = _target_key(data)
+    return None if key is None else data[key]
+
+
+def class_targets(data: Any) -> Tensor | None:
+    """The class of each example, ``(B,)`` integers ≥ 0, where the batch has such targets; else ``None``.
+
+    Integers of 10 000 and more are taken for ids, counts or times, not for classes.
+    """
+    found = find_targets(data)
+    if found is None or found.dtype.is_floating_point or found.dtype in (torch.bool, torch.complex64):
+        return None
+    if found.ndim == 2 and found.shape[1] == 1:
+        found = found[:, 0]
+    if found.ndim != 1 or not found.numel() or not 0 <= int(found.min()) <= int(found.max()) < _MOST_CLASSES:
+        return None
+    return found.long()
+
+
+def replace_targets(data: Any, targets: Tensor | int) -> Any:
+    """The batch with other targets.
+
+    Args:
+        data: A batch whose targets are its last item or under a key such as ``"label"`` or ``"target"``.
+        targets: New targets in the shape of the old ones, or one class for all examples.
+
+    Raises:
+        BatchError: If the batch's targets cannot be found, or the new ones have another shape.
+    """
+    key = _target_key(data)
+    if key is None:
+        raise BatchError(
+            f"Cannot tell where this batch keeps its targets: {describe(data)}. Relabelling needs (inputs, …, targets)"
+            f" or a mapping with one of the keys {', '.join(TARGET_KEYS)}."
+        )
+    old = data[key]
+    if isinstance(targets, bool) or not isinstance(targets, (Tensor, int, float)):
+        raise BatchError(
+            "`relabel` must be a tensor or list of new targets, one class for all, or a function from a batch to its"
+            f" new targets, got {targets!r}."
+        )
+    given = torch.as_tensor(targets)
+    if given.ndim and given.shape != old.shape:
+        raise BatchError(
+            f"`relabel` has shape {list(given.shape)}, but the targets of the batch have {list(old.shape)}. Give one"
+            " new target for each example, in the order of the batch."
+        )
+    if not torch.can_cast(given.dtype, old.dtype):
+        raise BatchError(
+            f"`relabel` has the dtype of {describe(given)} (got {targets!r}), but the targets of the batch are"
+            f" {describe(old)}: they would be rounded."
+        )
+    new = given.to(old.device, old.dtype).expand_as(old).clone()
+    if isinstance(data, Mapping):
+        changed = {**data, key: new}
+        return changed if type(data) is dict else type(data)(changed)  # type: ignore[call-arg]
+    items = [*data[:-1], new]
+    return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)

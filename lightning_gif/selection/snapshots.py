@@ -1,0 +1,80 @@
+"""States of the weights along the way of training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError
+
+__all__ = ["Snapshots"]
+
+
+class Snapshots:
+    """Up to ``2·count`` states of a module, spread evenly over the last two thirds of the epochs so far.
+
+    How many epochs there will be need not be known: where there are more states, every other one is dropped, and from
+    then on only every other epoch is kept.
+
+    Args:
+        count: How many :meth:`chosen` should give; 0 for none.
+
+    Attributes:
+        count: See above.
+        kept: By epoch, a copy of the parameters and buffers on the CPU.
+        last: The last epoch that was seen.
+
+    Raises:
+        ConfigurationError: If the count is not a whole number of at least 0.
+    """
+
+    def __init__(self, count: int) -> None:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ConfigurationError(f"`snapshots` must be a whole number of at least 0, got {count!r}.")
+        self.count = count
+        self.kept: dict[int, dict[str, Tensor]] = {}
+        self.last = -1
+
+    def add(self, epoch: int, module: nn.Module) -> None:
+        """Takes note of the state at the end of an epoch, where its turn has come."""
+        if not self.count:
+            return
+        self.last = epoch
+        early = (epoch + 1) / 3  # and a fit may begin anew
+        self.kept = {past: state for past, state in self.kept.items() if early <= past + 1 and past < epoch}
+        epochs = sorted(self.kept)
+        stride = epochs[-1] - epochs[-2] if len(epochs) > 1 else 1
+        if epochs and (epoch - epochs[-1]) % stride:
+            return
+        self.kept[epoch] = {name: value.detach().to("cpu", copy=True) for name, value in _values(module).items()}
+        if len(self.kept) > 2 * self.count:  # the latest stays, and the others are counted back from it
+            self.kept = {past: state for past, state in self.kept.items() if (epoch - past) % (2 * stride) == 0}
+
+    def chosen(self) -> dict[int, dict[str, Tensor]]:
+        """``count`` of them, evenly spread; of the last epoch none, since that is the present.
+
+        Fewer where there are fewer.
+        """
+        late = [epoch for epoch in sorted(self.kept) if epoch < self.last]
+        places = torch.linspace(0, len(late) - 1, min(self.count, len(late))).round().long().unique().tolist()
+        return {late[place]: self.kept[late[place]] for place in places}
+
+    def state(self) -> dict[str, object]:
+        """What a checkpoint keeps."""
+        return {"last": self.last, "kept": self.kept}
+
+    def load_state(self, last: int, kept: dict[int, dict[str, Tensor]], module: nn.Module) -> None:
+        """Takes over what :meth:`state` gave.
+
+        Raises:
+            ValueError: If it is not of such a module, or no state; as well as ``TypeError`` and so on.
+        """
+        shapes = {name: value.shape for name, value in _values(module).items()}
+        for epoch, state in kept.items():
+            if epoch > last or {name: value.shape for name, value in state.items()} != shapes:
+                raise ValueError(f"the snapshot of epoch {epoch} is of another module")
+        self.last, self.kept = last, dict(kept)
+
+
+def _values(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -1,0 +1,203 @@
+"""The record: what was changed in a model's weights, one line of JSON an edit, each with the hash of the one before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from filelock import FileLock
+
+from .._compat import lightning_version
+from .._version import __version__
+from ..errors import RecordError
+from .atomic import replace_file
+from .schema import parse
+
+__all__ = ["FIRST", "Event", "Record", "append", "check_whole", "read"]
+
+
+Event = Literal["unlearn", "apply", "undo", "metrics"]
+"""``unlearn``: an edit was found and made. ``apply``: one that had been found before was made. ``undo``: it was taken
+back. ``metrics``: the weights were measured, and not changed."""
+
+_EVENTS = ("unlearn", "apply", "undo", "metrics")
+
+_FORMAT = "lightning-gif record 1"
+
+FIRST = "0" * 64
+"""What the first entry has in the place of the hash of the one before."""
+
+# The digests of an entry that are looked up by name.
+_DIGESTS = {"weights": ("before", "after"), "edit": ("before", "after", "values", "report")}
+
+
+class Record(NamedTuple):
+    """What a file of entries holds.
+
+    Attributes:
+        entries: In order, up to the first that is damaged.
+        damage: Where that is and what is wrong with it; ``None`` if all is well.
+    """
+
+    entries: list[dict[str, Any]]
+    damage: str | None
+
+    @property
+    def last_hash(self) -> str:
+        """That of the last entry: who knows it can tell whether any entry up to it was changed since."""
+        return self.entries[-1]["hash"] if self.entries else FIRST
+
+
+def read(path: str | os.PathLike[str]) -> Record:
+    """Reads a record and follows its chain of hashes.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    return _follow(Path(path).read_bytes())
+
+
+def _follow(content: bytes) -> Record:
+    entries: list[dict[str, Any]] = []
+    previous = FIRST
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        try:
+            entry = _parse(line, number, previous)
+        except RecordError as error:
+            return Record(entries, f"line {number}: {error}")
+        entries.append(entry)
+        previous = entry["hash"]
+    return Record(entries, None)
+
+
+def append(path: str | os.PathLike[str], event: Event, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds an entry to a record, whole or not at all: whatever interrupts this finds the old file or the new one.
+
+    Processes that write to the same record wait for each other, by a lock file beside it.
+
+    Args:
+        path: The record; made where there is none, with its folders.
+        event: What happened.
+        told: What is to be told of it: what JSON can hold, with the digests ``weights`` and ``edit``.
+
+    Returns:
+        The entry, with its number, time, versions and hash.
+
+    Raises:
+        RecordError: If the record is damaged, or cannot be written. It is as it was.
+    """
+    target = Path(os.path.realpath(path))  # the file that a link leads to is replaced, not the link
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            old = target.read_bytes() if target.exists() else b""
+            record = _follow(old)
+            check_whole(record, path)
+            entry = {
+                "format": _FORMAT,
+                "number": len(record.entries) + 1,
+                "previous": record.last_hash,
+                "event": event,
+                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "versions": {
+                    "lightning_gif": __version__,
+                    "torch": torch.__version__,
+                    "lightning": lightning_version(),
+                    "python": platform.python_version(),
+                },
+                **_plain(told),
+            }
+            entry["hash"] = _hash(entry)
+            _write(target, old, old + _canonical(entry) + b"\n")
+    except OSError as error:
+        raise RecordError(
+            f"The record {os.fspath(path)!r} cannot be written ({error}), so the weights are left as they were. Make"
+            " room for it or name another record, and try again."
+        ) from error
+    return entry
+
+
+def _write(target: Path, old: bytes, new: bytes) -> None:
+    try:
+        replace_file(target, new)
+    except BaseException:  # an interrupt, or a disk that fails, may come when the new file is there already
+        if target.exists() and target.read_bytes() == new:
+            replace_file(target, old)
+        raise
+
+
+def check_whole(record: Record, path: str | os.PathLike[str]) -> None:
+    """Raises a :class:`~lightning_gif.errors.RecordError` if a record is damaged: nothing may be added to it then."""
+    if record.damage is not None:
+        raise RecordError(
+            f"The record {os.fspath(path)!r} is damaged in {record.damage} Nothing is added to it: restore it from a"
+            " copy, or move it away and start another."
+        )
+
+
+def _parse(line: bytes, number: int, previous: str) -> dict[str, Any]:
+    """The entry of a line, if it is one that was written as the given number after that with the given hash."""
+    try:
+        entry = parse(line)
+        if not isinstance(entry, dict) or entry.get("format") != _FORMAT:
+            raise RecordError(f"it is no entry of a record of this package ({_FORMAT!r}).")
+        written = _canonical(entry) + b"\n"
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested too deeply to be written
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(f"it is no entry of a record, each of which is a line of JSON ({error}).") from None
+    stated = entry.pop("hash", None)
+    if stated != _hash(entry) or line != written:
+        raise RecordError("the entry was changed after it was written: its hash is not that of what it says.")
+    if entry.get("previous") != previous:
+        raise RecordError(
+            "it does not follow on the line before, whose hash it should have: a line was changed, added, removed or"
+            " moved."
+        )
+    # The hash is right, but anyone can compute one.
+    digests = [
+        entry[part].get(name) if isinstance(entry.get(part), dict) else None
+        for part, names in _DIGESTS.items()
+        for name in names
+    ]
+    try:
+        datetime.fromisoformat(entry["time"])
+        timed = True
+    except (KeyError, TypeError, ValueError):
+        timed = False
+    if (
+        entry.get("number") != number
+        or entry.get("event") not in _EVENTS
+        or not timed
+        or not all(isinstance(found, str) for found in digests)
+    ):
+        raise RecordError("the entry lacks its number, event, time or digests: it was not written by this package.")
+    return {**entry, "hash": stated}
+
+
+def _canonical(entry: Mapping[str, Any]) -> bytes:
+    """The one way to write an entry down."""
+    return json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _hash(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical(entry)).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: numbers that are not finite become words."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    return value

@@ -1,0 +1,75 @@
+"""Checkpoints as data: read without running what is in them."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+__all__ = ["read_checkpoint"]
+
+
+_LONGEST = 300
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """All that a Lightning checkpoint holds, on the CPU; its tensors are read from the file as they are looked at.
+
+    Only tensors and plain values are unpickled. The ``state_dict`` is checked: names with whole tensors, each no larger
+    than what the file holds for it.
+
+    Raises:
+        CheckpointError: If it holds anything else, is damaged, or has no such ``state_dict``.
+        FileNotFoundError: If there is no such file.
+    """
+    name = os.fspath(path)
+    if os.path.isdir(path):
+        raise CheckpointError(
+            f"{name!r} is a folder, as the checkpoints of sharded strategies are. Give a single file: consolidate it"
+            " first (of FSDP by `python -m lightning.pytorch.utilities.consolidate_checkpoint`)."
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a file that anyone may have written leads to
+        if not isinstance(error, OSError) and not zipfile.is_zipfile(path):
+            raise CheckpointError(
+                f"{name!r} is no checkpoint, or a damaged one: it is not the zip archive that torch.save writes. Give a"
+                " file that Trainer.save_checkpoint or ModelCheckpoint wrote."
+            ) from error
+        told = " ".join(str(error).split())
+        told = told if len(told) <= _LONGEST else f"{told[:_LONGEST]} …"
+        raise CheckpointError(
+            f"The checkpoint {name!r} cannot be read as tensors and plain values: {type(error).__name__}: {told} It is"
+            " damaged, or holds objects of other classes: save it without these, or allow them by"
+            " torch.serialization.add_safe_globals if you trust the file."
+        ) from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not state:
+        raise CheckpointError(
+            f"{name!r} is no Lightning checkpoint: it has no `state_dict`. Give a file that Trainer.save_checkpoint or"
+            " ModelCheckpoint wrote."
+        )
+    _check_state(name, state)
+    return checkpoint
+
+
+def _check_state(path: str, state: Mapping[Any, Any]) -> None:
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"The checkpoint {path!r} is damaged: {name!r} is no name of a tensor.")
+        if not isinstance(value, Tensor):  # the extra state of a module
+            continue
+        plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"The checkpoint {path!r} is damaged or of a kind that cannot be edited: {name!r} of shape"
+                f" {list(value.shape)} is not a dense tensor with as many numbers in the file."
+            )

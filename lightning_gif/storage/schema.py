@@ -1,0 +1,157 @@
+"""Records in plain words and numbers that anybody may have written: read back as what they should be, or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from safetensors import SafetensorError
+
+from ..errors import ConfigurationError, GIFError
+
+__all__ = ["MOST_BYTES", "damage_is_told", "parse", "read", "restored", "restored_fields"]
+
+
+# What a record may take on the disk: some ten times as much in memory.
+MOST_BYTES = 2**28
+
+
+@contextmanager
+def damage_is_told(
+    path: str | os.PathLike[str], remedy: str, kind: type[GIFError] = ConfigurationError
+) -> Iterator[None]:
+    """Turns what goes wrong with the contents of a file, which anybody may have written, into an error that names it.
+
+    Args:
+        path: The file.
+        remedy: What to do about it.
+        kind: The error. One of this kind is let through as it is.
+
+    Raises:
+        kind: In the place of an error about a missing key, a wrong type, value or shape.
+    """
+    try:
+        yield
+    except (
+        SafetensorError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        if isinstance(error, kind):
+            raise
+        raise kind(f"{os.fspath(path)!r} is damaged: {type(error).__name__}: {error}. {remedy}") from error
+
+
+def parse(text: str | bytes) -> Any:
+    """JSON as plain values.
+
+    Raises:
+        ValueError: If it is none, is nested too deeply to be read, or gives a key of an object twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("the record is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("the record gives a key twice")
+    return found
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """:func:`parse` of a file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is more than :data:`MOST_BYTES`, and as by :func:`parse`.
+    """
+    size = os.stat(path).st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"the record takes {size} bytes, more than any that is written")
+    return parse(Path(path).read_bytes())
+
+
+def restored_fields(kind: type, record: Any, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields of a dataclass, each of its type, from a record.
+
+    Args:
+        kind: The dataclass.
+        record: A mapping from the names of all its fields to plain values.
+        without: Fields that the record does not have.
+
+    Raises:
+        TypeError: If names are missing or unknown, or a value is of another type.
+        ValueError: If a value is none of an enumeration.
+    """
+    hints = get_type_hints(kind)
+    names = [field.name for field in fields(kind) if field.name not in without]
+    if not isinstance(record, Mapping) or record.keys() != set(names):
+        given = sorted(map(str, record)) if isinstance(record, Mapping) else type(record).__name__
+        raise TypeError(f"a record of {kind.__name__} has {', '.join(names)}; got {str(given)[:200]}")
+    return {name: restored(hints[name], record[name], name) for name in names}
+
+
+def restored(hint: Any, value: Any, what: str) -> Any:
+    """A plain value as one of a type: lists as tuples, strings as members of an enumeration.
+
+    Args:
+        hint: ``Any``, ``None``, ``bool``, ``int``, ``float``, ``str``; enumerations, named tuples and dataclasses; and
+            lists, tuples, dictionaries and unions of these.
+        value: The value.
+        what: What it is, for messages.
+
+    Raises:
+        TypeError: If it is not of the type.
+        ValueError: If it is none of an enumeration.
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        for part in parts:
+            try:
+                return restored(part, value, what)
+            except (TypeError, ValueError):
+                continue
+    elif origin is list and isinstance(value, list):
+        return [restored(parts[0], item, f"{what}[{i}]") for i, item in enumerate(value)]
+    elif origin is tuple and isinstance(value, list):
+        kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
+        if len(kinds) == len(value):
+            return tuple(
+                restored(k, item, f"{what}[{i}]") for i, (k, item) in enumerate(zip(kinds, value, strict=True))
+            )
+    elif origin is dict and isinstance(value, dict):
+        return {key: restored(parts[1], item, f"{what}[{key!r}]") for key, item in value.items()}
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, float) or abs(value) < 2**1023:
+            return float(value)
+    elif hint in (bool, int, str) and type(value) is hint:
+        return value
+    elif hint in (None, type(None)) and value is None:
+        return None
+    elif isinstance(hint, type) and issubclass(hint, Enum) and isinstance(value, str):
+        return hint(value)
+    elif isinstance(hint, type) and hasattr(hint, "_fields") and isinstance(value, list):
+        hints = get_type_hints(hint)
+        if len(value) == len(hints):
+            return hint(
+                *(restored(hints[name], item, f"{what}.{name}") for name, item in zip(hints, value, strict=True))
+            )
+    elif hasattr(hint, "__dataclass_fields__"):
+        return hint(**restored_fields(hint, value))
+    raise TypeError(f"{what} is {value!r:.80}, expected {getattr(hint, '__name__', hint)}")
