@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -24,10 +25,11 @@ MOVED: dict[str, dict[str, str]] = {
         "solvers.operators": "Combination Scaled Submatrix",
     },
     "data": {
-        "data.examples": "Examples",
+        "data.examples": "Examples example_classes=Examples.classes.func strata=Examples.class_or_zero.fget",
         "data.identity": "check_same_everywhere contents_digest data_digest locate shares_examples",
-        "data.relabel": "example_classes relabelled strata",
-        "data.structure": "Batch batch_size describe map_tensors same_structure slice_batch take tensors",
+        "data.relabel": "relabelled",
+        "data.batch": "Batch",
+        "data.structure": "batch_size describe map_tensors same_structure slice_batch take tensors",
         "data.targets": "TARGET_KEYS class_targets find_targets replace_targets",
     },
     "digests": {
@@ -124,7 +126,7 @@ def forward(module: str) -> Callable[[str], Any]:
         for new, names in MOVED[old].items():
             for before, _, after in (entry.partition("=") for entry in names.split()):
                 if before == name:
-                    found = getattr(importlib.import_module(f"{package}.{new}"), after or name)
+                    found = attrgetter(after or name)(importlib.import_module(f"{package}.{new}"))
                     warnings.warn(
                         f"{module}.{name} is now {package}.{new}.{after or name}. The old name goes with the next"
                         " version.",

@@ -38,7 +38,6 @@ from .config import AUTO, Overrides, Settings
 from .curvature.products import has_gauss_newton
 from .data.examples import Examples
 from .data.identity import check_same_everywhere, shares_examples
-from .data.relabel import example_classes
 from .data.structure import batch_size, describe, tensors
 from .data.targets import class_targets
 from .distributed import Ranks
@@ -1184,7 +1183,7 @@ def _are_indices(given: Any) -> bool:
 
 
 def _known_classes(examples: Examples) -> list[int]:
-    classes = example_classes(examples)
+    classes = examples.classes
     if classes is None:
         raise SelectionError(
             "targets='class' needs a batch whose targets are classes (whole numbers, one for each example). Use"

@@ -25,11 +25,11 @@ from torch.utils.data import (
 
 from lightning_gif import BatchError, GIFWarning, TrainingDataError
 from lightning_gif.data import examples as data_module
+from lightning_gif.data.batch import Batch
 from lightning_gif.data.examples import Examples
 from lightning_gif.data.identity import contents_digest, data_digest, fingerprints, locate
 from lightning_gif.data.relabel import relabelled
 from lightning_gif.data.structure import (
-    Batch,
     batch_size,
     describe,
     map_tensors,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..data.examples import Examples
-from ..data.relabel import example_classes, strata
 from ..errors import ConfigurationError
 from ..objective.objective import Objective
 from ..registry import Registry
@@ -48,7 +47,7 @@ def uniformly(objective: Objective, examples: Examples, count: int, generator: t
 @SAMPLERS.register("balanced")
 def balanced(objective: Objective, examples: Examples, count: int, generator: torch.Generator) -> Tensor:
     """As many of each class, so that rare classes weigh as much as frequent ones; of small classes all."""
-    classes = example_classes(examples)
+    classes = examples.classes
     if classes is None:
         raise ConfigurationError(
             "curvature_sampling='balanced' needs targets that are classes (whole numbers, one for each example). Use"
@@ -70,7 +69,7 @@ def by_features(objective: Objective, examples: Examples, count: int, generator:
     After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
     """
     found = examples.gathered([objective.features(batch.data) for batch in examples.mine()])
-    return _representative(found, strata(examples), count, generator)
+    return _representative(found, examples.class_or_zero, count, generator)
 
 
 @SAMPLERS.register("logits")
@@ -80,7 +79,7 @@ def by_logits(objective: Objective, examples: Examples, count: int, generator: t
     After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
     """
     found = examples.gathered([objective.predictions(batch.data) for batch in examples.mine()])
-    return _representative(found, strata(examples), count, generator)
+    return _representative(found, examples.class_or_zero, count, generator)
 
 
 def _representative(found: Tensor, classes: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from torch.utils.data import (
 
 from ..distributed import ALONE, Ranks
 from ..errors import BatchError, GIFWarning, TrainingDataError
-from .structure import Batch, batch_size, describe, map_tensors, sequences, slice_batch, take, tensors
+from .batch import Batch
+from .structure import describe, map_tensors, sequences, tensors
 
 __all__ = ["Examples"]
 
@@ -115,10 +117,67 @@ class Examples:
     def from_batch(cls, data: Any, prepare: Callable[[Any], Any], *, batch_size: int, ranks: Ranks = ALONE) -> Examples:
         """The examples of one batch in hand, the same on all processes; their ids are their positions in it."""
         prepared = prepare(data)
-        return replace(_in_memory(prepared, batch_size), ranks=ranks)
+        whole = Batch.of(prepared)
+        pieces = [whole.slice(start, start + batch_size) for start in range(0, whole.size, batch_size)]
+        return cls(None, whole.ids, batch_size, list, lambda data: data, {}, cached=tuple(pieces), ranks=ranks)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def classes(self) -> Tensor | None:
+        """The label of each example, ``(n,)`` on the CPU, in order; ``None`` where the targets are no labels.
+
+        It takes one pass over the examples, unless another pass has seen the labels, or those of a larger set are
+        known. Where several processes share out the work, all must ask.
+        """
+        found: list[Tensor | None] = []
+        for batch in self.mine():
+            found.append(None if batch.classes is None else batch.classes.cpu())
+            if batch.classes is None:
+                break
+        return self._all_classes(found)
+
+    def _all_classes(self, found: list[Tensor | None]) -> Tensor | None:
+        """The labels of all examples from those of this process's batches."""
+        parts = self.ranks.gather(found)
+        if any(classes is None for part in parts for classes in part):
+            return None
+        return torch.cat([classes for part in parts for classes in part])  # type: ignore[misc]
+
+    @property
+    def class_or_zero(self) -> Tensor:
+        """The label of each example, ``(n,)``; 0 for all where the targets are no labels."""
+        return torch.zeros(len(self), dtype=torch.long) if self.classes is None else self.classes
+
+    def has_none_of(self, labels: Tensor) -> bool:
+        """Whether all examples have a label, and none of them one of ``labels`` ``(c,)``.
+
+        Unless the labels are known, examples are read up to the first that decides it.
+        """
+        if "classes" in vars(self):
+            return self.classes is not None and not bool(torch.isin(self.classes, labels).any())
+        found: list[Tensor | None] = []
+        for batch in self.mine():
+            found.append(None if batch.classes is None else batch.classes.cpu())
+            if found[-1] is None or torch.isin(found[-1], labels).any():
+                break
+        decided = bool(found) and (found[-1] is None or bool(torch.isin(found[-1], labels).any()))
+        if any(self.ranks.gather(decided)):
+            return False
+        vars(self)["classes"] = self._all_classes(found)  # all of them were read
+        return True
+
+    def _with_classes_of(self, other: Examples, chosen: Tensor) -> Examples:
+        """These examples, which are some of ``other``, with their labels where those are known there.
+
+        Args:
+            other: The larger set.
+            chosen: Which of it: positions ``(n,)`` or a mask.
+        """
+        if "classes" in vars(other):
+            vars(self)["classes"] = None if other.classes is None else other.classes[chosen]
+        return self
 
     def batches(self) -> Iterator[Batch]:
         """The examples as prepared batches, in order."""
@@ -141,9 +200,7 @@ class Examples:
             yield from self._read(self.ids[start:stop].split(self.batch_size) if start < stop else ())
         else:
             for batch, start, stop in self._pieces():
-                whole = stop - start == batch.size
-                data = batch.data if whole else slice_batch(batch.data, start, stop)
-                yield Batch(data, batch.ids[start:stop], stop - start)
+                yield batch.slice(start, stop)
 
     @property
     def n_mine(self) -> int:
@@ -202,7 +259,8 @@ class Examples:
         Examples that are only held in memory are given in the order they are held in.
         """
         if self.dataset is not None:
-            return replace(self, ids=self.ids[positions], cached=None, held_part=None)
+            chosen = replace(self, ids=self.ids[positions], cached=None, held_part=None)
+            return chosen._with_classes_of(self, positions)
         return self._in_memory(positions)
 
     def _in_memory(self, positions: Tensor) -> Examples:
@@ -217,9 +275,9 @@ class Examples:
             here = wanted[start : start + batch.size].nonzero().squeeze(1)
             start += batch.size
             if len(here):
-                pieces.append(Batch(take(batch.data, here), batch.ids[here], len(here)))
+                pieces.append(batch.take(here))
         cached = tuple(_joined(pieces, self.batch_size))
-        return replace(self, ids=self.ids[wanted], cached=cached, held_part=part)
+        return replace(self, ids=self.ids[wanted], cached=cached, held_part=part)._with_classes_of(self, wanted)
 
     def with_ids(self, ids: Sequence[int]) -> Examples:
         """Those with the given dataset indices, in the order given.
@@ -252,8 +310,9 @@ class Examples:
             BatchError: If it fails, or returns anything else.
             TrainingDataError: If it is true for none.
         """
-        found = []
+        found, classes = list[Tensor](), list[Tensor | None]()
         for batch in self.mine():
+            classes.append(None if batch.classes is None else batch.classes.cpu())
             try:
                 mask = predicate(batch.data)
                 mask = np.array(mask) if isinstance(mask, np.ndarray) else mask  # tensors have no negative strides
@@ -269,6 +328,8 @@ class Examples:
                     f" batch, a bool tensor of shape [{batch.size}]; it returned {describe(mask)}."
                 )
             found.append(mask)
+        if "classes" not in vars(self):
+            vars(self)["classes"] = self._all_classes(classes)
         positions = self.gathered(found).nonzero().squeeze(1)
         if not len(positions):
             raise TrainingDataError(
@@ -299,7 +360,7 @@ class Examples:
         """
         made = None
         if self.cached is not None:
-            made = tuple(batch._replace(data=function(batch.data)) for batch in self.cached)
+            made = tuple(replace(batch, data=function(batch.data)) for batch in self.cached)
         return replace(self, prepare=lambda data: function(self.prepare(data)), cached=made)
 
     def held(self, most: float = math.inf) -> Examples:
@@ -317,7 +378,8 @@ class Examples:
             pieces.append(batch)
         if any(self.ranks.gather(size > most)):  # all hold their parts, or none
             return self
-        return replace(self, cached=tuple(pieces), held_part=None if self.ranks.size == 1 else self.part)
+        held = replace(self, cached=tuple(pieces), held_part=None if self.ranks.size == 1 else self.part)
+        return held._with_classes_of(self, torch.arange(len(self)))
 
     def warn_if_random(self) -> bool:
         """Warns if an item of the dataset is not the same twice, as under random augmentation, and says whether."""
@@ -337,18 +399,6 @@ class Examples:
                 stacklevel=2,
             )
         return not same
-
-
-def _in_memory(prepared: Any, size_of_batches: int) -> Examples:
-    """Examples of a batch that is in memory and prepared."""
-    size = batch_size(prepared)
-    ids = torch.arange(size)
-    pieces = []
-    for start in range(0, size, size_of_batches):
-        stop = min(start + size_of_batches, size)
-        data = prepared if stop - start == size else slice_batch(prepared, start, stop)
-        pieces.append(Batch(data, ids[start:stop], stop - start))
-    return Examples(None, ids, size_of_batches, list, lambda batch: batch, {}, cached=tuple(pieces))
 
 
 def _joined(pieces: list[Batch], most: int) -> Iterator[Batch]:

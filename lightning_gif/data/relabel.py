@@ -12,29 +12,9 @@ from torch import Tensor
 
 from ..errors import BatchError
 from .examples import Examples
-from .targets import class_targets, replace_targets
+from .targets import replace_targets
 
-__all__ = ["example_classes", "relabelled", "strata"]
-
-
-def example_classes(examples: Examples) -> Tensor | None:
-    """The class of each example, ``(n,)`` on the CPU, in order; ``None`` where the targets are no classes."""
-    found = []
-    for batch in examples.mine():
-        classes = class_targets(batch.data)
-        found.append(classes if classes is None else classes.cpu())
-        if classes is None:
-            break
-    parts = examples.ranks.gather(found)
-    if any(classes is None for part in parts for classes in part):
-        return None
-    return torch.cat([classes for part in parts for classes in part])  # type: ignore[misc]
-
-
-def strata(examples: Examples) -> Tensor:
-    """The class of each example, ``(n,)``; one for all where the targets are no classes."""
-    classes = example_classes(examples)
-    return torch.zeros(len(examples), dtype=torch.long) if classes is None else classes
+__all__ = ["relabelled"]
 
 
 def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tensor]) -> Examples:
@@ -57,7 +37,7 @@ def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tenso
             new: Tensor | int = targets[start : start + batch.size] if targets.ndim else targets
         else:
             new = _numbers(targets(batch.data)) if callable(targets) else targets
-        changed.append(batch._replace(data=replace_targets(batch.data, new)))
+        changed.append(replace(batch, data=replace_targets(batch.data, new)))
         start += batch.size
     return replace(examples, dataset=None, cached=tuple(changed), held_part=None)  # the dataset has the old targets
 

@@ -7,22 +7,14 @@ import inspect
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import BatchError
 
-__all__ = ["Batch", "batch_size", "describe", "map_tensors", "same_structure", "slice_batch", "take", "tensors"]
-
-
-class Batch(NamedTuple):
-    """One batch as the model gets it, with the ids of its examples ``(B,)`` and their number ``B``."""
-
-    data: Any
-    ids: Tensor
-    size: int
+__all__ = ["batch_size", "describe", "map_tensors", "same_structure", "slice_batch", "take", "tensors"]
 
 
 def map_tensors(

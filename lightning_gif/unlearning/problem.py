@@ -17,7 +17,6 @@ from ..curvature.methods import Group, Method, Solve
 from ..curvature.products import Losses
 from ..curvature.streaming import Curvature
 from ..data.examples import Examples
-from ..data.relabel import strata
 from ..data.targets import class_targets
 from ..errors import ConfigurationError, NonFiniteError, ObjectiveError
 from ..objective.objective import Objective
@@ -148,7 +147,7 @@ class ModelEditProblem:
         self._damping = _DAMPING
         self._expected: tuple[Point, LocalModel] | None = None  # of a Newton step
         # The classes of the judged and of the unseen examples.
-        self._strata = None if task.unseen is None else (strata(task.judged), strata(task.unseen))
+        self._strata = None if task.unseen is None else (task.judged.class_or_zero, task.unseen.class_or_zero)
 
         if task.corrected is not None and not self._gradient.any():
             raise ObjectiveError("The new labels are those that the examples have: there is nothing to correct.")
@@ -215,7 +214,7 @@ class ModelEditProblem:
         if task.unseen is None or self._strata is None:
             return []
         losses, unseen = objective.all_losses(task.forget), objective.all_losses(task.unseen)
-        mine, others = strata(task.forget).to(losses.device), self._strata[1].to(losses.device)
+        mine, others = task.forget.class_or_zero.to(losses.device), self._strata[1].to(losses.device)
         groups = {
             int(label): (losses[mine == label].sort().values, unseen[others == label].sort().values)
             for label in mine.unique()

@@ -11,7 +11,6 @@ from ..config import Settings
 from ..curvature.sampling import curvature_sample
 from ..data.examples import Examples
 from ..data.identity import locate
-from ..data.relabel import example_classes
 from ..data.targets import find_targets
 from ..errors import BatchError, TrainingDataError
 from ..objective.objective import Objective
@@ -129,8 +128,8 @@ def _goal_of_removal(
         rest: All training examples that stay, whatever is given as retained.
         notes: Of the report.
     """
-    gone, kept = example_classes(forget), example_classes(rest)
-    if gone is None or kept is None or torch.isin(gone, kept).any():
+    gone = forget.classes
+    if gone is None or not rest.has_none_of(gone):
         return Goal.EXAMPLES, None
     predicted = objective.n_classes(forget)
     if predicted is None or objective.n_classes(rest) != predicted:

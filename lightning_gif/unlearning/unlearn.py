@@ -16,7 +16,7 @@ from ..config import Settings
 from ..curvature.methods import METHODS
 from ..data.examples import Examples
 from ..data.identity import check_same_everywhere, contents_digest, data_digest, fingerprints, locate
-from ..data.relabel import example_classes, relabelled
+from ..data.relabel import relabelled
 from ..edit import Edit
 from ..errors import ConfigurationError, NonFiniteError
 from ..objective.objective import Objective
@@ -99,7 +99,7 @@ def unlearn(
     corrected = None if relabel is None else check_same_everywhere(relabelled(forget, relabel), "new labels")
     if corrected is not None:
         classes = objective.n_classes(forget)
-        if classes is not None and example_classes(forget) is not None:
+        if classes is not None and forget.classes is not None:
             check_new_labels(corrected, classes)
         objective.check(corrected, "relabelled")
 
