@@ -69,7 +69,7 @@ def passes(weights: Path, folder: Path) -> tuple[float, float]:
     model = trained(weights)
     trainer = attached(model, train)
     with Objective.open(trainer, model) as objective:
-        data = Examples.from_loader(DataLoader(train, 128), objective.prepare, batch_size=256).held()
+        data = Examples.from_loader(DataLoader(train, 128), objective.prepare, batch_size=256).cached()
         objective.learn_structure(data)
         direction = torch.randn(1, objective.space.size)
         ratios = []

@@ -53,7 +53,7 @@ def measure(options: Namespace) -> None:
                 reference.hvp(model.net, loss, vector)
         elif options.how != "base":
             settings: Settings = callback.settings.override({"memory": float(options.how)})
-            held = examples.held(settings.bytes_to_keep(objective))
+            held = examples.cached(settings.bytes_to_keep(objective))
             curvature = settings.open_curvature(objective, held)
             for _ in range(2):
                 curvature.matvec(vector)

@@ -46,13 +46,13 @@ MOVED: dict[str, dict[str, str]] = {
         "unlearning.journal": "Journal",
     },
     "objective": {
-        "objective.objective": "Moment Objective",
+        "objective.objective": "Moment=ModelState Objective",
     },
     "parameters": {
         "edit": "Edit",
     },
     "plain": {
-        "storage.schema": "MOST_BYTES damage_is_told parse read restored restored_fields",
+        "storage.schema": "MOST_BYTES damage_is_told=parse_errors_name parse read restored restored_fields",
     },
     "predictions": {
         "objective.predictions": "IndicesInBounds Predictions",
@@ -61,7 +61,7 @@ MOVED: dict[str, dict[str, str]] = {
         "attribution.ranking": "Ranking Strongest strongest",
     },
     "ranks": {
-        "distributed": "ALONE Ranks",
+        "distributed": "ALONE=SINGLE_PROCESS Ranks=ProcessGroup",
     },
     "record": {
         "storage.audit_log": "Event FIRST Record append check_whole read",

@@ -40,7 +40,7 @@ from .data.examples import Examples
 from .data.identity import check_same_everywhere, shares_examples
 from .data.structure import batch_size, describe, tensors
 from .data.targets import class_targets
-from .distributed import Ranks
+from .distributed import ProcessGroup
 from .errors import BatchError, ConfigurationError, GIFError, GIFWarning, RankError, SelectionError, TrainingDataError
 from .objective.objective import Objective
 from .parameters import Targets
@@ -493,7 +493,7 @@ class GIFCallback(Callback):
         check_step(step)
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
             paths = [None if path is None else os.fspath(path) for path in (kept, folder)]
-            objective.ranks.agree(paths, "record and solves_to", "Make the same call on all of them.")
+            objective.processes.assert_equal(paths, "record and solves_to", "Make the same call on all of them.")
             if trainer.is_global_zero:  # which writes it
                 self._check_record(kept)
                 if folder is not None:
@@ -536,7 +536,7 @@ class GIFCallback(Callback):
                         Journal.clear(folder)
                 return report
             except BaseException:
-                if report.ranks.size == 1 and report.edit.is_in(trainer.lightning_module):
+                if report.processes.size == 1 and report.edit.is_in(trainer.lightning_module):
                     report.undo()
                 raise
         return report
@@ -643,9 +643,9 @@ class GIFCallback(Callback):
         """Picks the targets from what the epoch has shown, and makes a report where one is due."""
         self._within_epoch = False
         with self._gathering_spares_training("picking the target parameters"):
-            ranks = Ranks.of(trainer)
-            self._put_together(ranks)
-            if self._all_still_gather(ranks):
+            processes = ProcessGroup.of(trainer)
+            self._put_together(processes)
+            if self._all_still_gather(processes):
                 self._pick_targets(trainer, pl_module)
         with self._gathering_spares_training("taking a snapshot of the weights"):
             if self._gathering:
@@ -654,16 +654,16 @@ class GIFCallback(Callback):
         if every is not None and (trainer.current_epoch + 1) % every == 0 and self._reporting:
             self._report(trainer)
 
-    def _put_together(self, ranks: Ranks) -> None:
+    def _put_together(self, processes: ProcessGroup) -> None:
         """The statistics of neurons become those of all processes; those of gradients are the same on all."""
         if self._apart:
-            self._all_still_gather(ranks)
-            self.neurons.sum_over(ranks)
+            self._all_still_gather(processes)
+            self.neurons.sum_over(processes)
             self._apart = False
 
-    def _all_still_gather(self, ranks: Ranks) -> bool:
+    def _all_still_gather(self, processes: ProcessGroup) -> bool:
         """Whether all processes gather. Where an error has ended it on one it ends on all, which have to be in step."""
-        everywhere = all(ranks.gather(self._gathering))
+        everywhere = all(processes.gather(self._gathering))
         if self._gathering and not everywhere:
             self._end_gathering()
         return everywhere
@@ -673,7 +673,7 @@ class GIFCallback(Callback):
         with self._gathering_spares_training("picking the target parameters"):
             self._pick(pl_module, f"at the end of epoch {trainer.current_epoch}")
         # What follows is logged by all processes or by none.
-        if not self._all_still_gather(Ranks.of(trainer)) or self.targets is None:
+        if not self._all_still_gather(ProcessGroup.of(trainer)) or self.targets is None:
             return
         self.targets_epoch = trainer.current_epoch
         if self.log_reports:
@@ -729,7 +729,7 @@ class GIFCallback(Callback):
         Statistics are of all processes, so that all have to save, as Lightning asks for anyway.
         """
         with self._gathering_spares_training("adding the state of GIFCallback to a checkpoint"):
-            self._put_together(Ranks.of(trainer))
+            self._put_together(ProcessGroup.of(trainer))
             checkpoint[_CHECKPOINT_KEY] = {
                 "state_key": self.state_key,
                 "targets": None if self.targets is None else dict(self.targets),
@@ -1009,7 +1009,7 @@ class GIFCallback(Callback):
             rank = 1 << (rank.bit_length() - 1) if rank else 0
 
             def settle(queries: int, *, itself: bool = False) -> Settings:
-                few = next(train.at(torch.arange(1)).batches()).data
+                few = next(train.subset(torch.arange(1)).batches()).data
                 return asked.for_influence(
                     ggn=has_gauss_newton(objective, objective.theta, few),
                     on_targets=on_targets,
@@ -1035,12 +1035,12 @@ class GIFCallback(Callback):
         module = trainer.lightning_module
         if module is None:
             raise ConfigurationError("The trainer has no model yet: fit, validate or test first, or use attach().")
-        ranks = Ranks.of(trainer)
-        with ranks.guarded(), self.neurons.paused():
-            ranks.agree([choice, asdict(settings)], "arguments", "Make the same call on all of them.")
-            self._put_together(ranks)
+        processes = ProcessGroup.of(trainer)
+        with processes.propagate_errors(), self.neurons.paused():
+            processes.assert_equal([choice, asdict(settings)], "arguments", "Make the same call on all of them.")
+            self._put_together(processes)
             with isolate_rng():
-                loader = self._loader(trainer, ranks) if dataloader is None else dataloader
+                loader = self._loader(trainer, processes) if dataloader is None else dataloader
             nothing_seen = self.targets is None and not self.neurons and not self.gradients
             if choice == "cached" and nothing_seen and not self._rank_on_demand and not settings.needs_no_cache:
                 raise SelectionError(
@@ -1048,7 +1048,7 @@ class GIFCallback(Callback):
                     " its state was loaded. Fit, pass targets='batch' to rank neurons on the batch at hand, or use"
                     " lightning_gif.attach(trainer, model, …) for a model that was trained before."
                 )
-            opened = Objective.open(trainer, module, seed=settings.seed, double=settings.double, ranks=ranks)
+            opened = Objective.open(trainer, module, seed=settings.seed, double=settings.double, processes=processes)
             with opened as objective:
                 most = trainer.fast_dev_run * settings.batch_size if trainer.fast_dev_run else None
                 if not trainer.fast_dev_run and (trainer.overfit_batches or trainer.limit_train_batches != 1.0):
@@ -1064,21 +1064,21 @@ class GIFCallback(Callback):
                     batch_size=settings.batch_size,
                     most=most,
                     seed=settings.seed,
-                    ranks=ranks,
+                    processes=processes,
                 )
                 check_same_everywhere(train, "training data")
                 train.warn_if_random()
                 objective.learn_structure(train)
                 yield objective, train
 
-    def _loader(self, trainer: Trainer, ranks: Ranks) -> Any:
+    def _loader(self, trainer: Trainer, processes: ProcessGroup) -> Any:
         """The training loader: that of the last ``fit``, or the one that a datamodule or the module would give."""
         found = self._train_loader if self._train_loader is not None else trainer.train_dataloader
         if found is None and trainer.datamodule is not None:
             each = getattr(trainer.datamodule, "prepare_data_per_node", True)
             if trainer.local_rank == 0 if each else trainer.is_global_zero:  # others would write the same files
                 trainer.datamodule.prepare_data()
-            ranks.gather(None)  # until it is done
+            processes.gather(None)  # until it is done
             trainer.datamodule.setup("fit")
             found = trainer.datamodule.train_dataloader()
         if found is None and brings_own(trainer.lightning_module, "train_dataloader"):
@@ -1092,7 +1092,7 @@ class GIFCallback(Callback):
         return found
 
     def _examples(self, given: Any, objective: Objective, settings: Settings) -> Examples:
-        size, ranks = settings.batch_size, objective.ranks
+        size, processes = settings.batch_size, objective.processes
         if isinstance(given, numbers.Number) or (isinstance(given, (list, tuple, range)) and _are_indices(given)):
             raise BatchError(
                 f"Expected a batch as the training loader gives them, or a DataLoader, got {describe(given)}. For"
@@ -1100,9 +1100,11 @@ class GIFCallback(Callback):
                 " DataLoader(Subset(dataset, [17, 4]), 64)."
             )
         if isinstance(given, DataLoader):
-            found = Examples.from_loader(given, objective.prepare, batch_size=size, seed=settings.seed, ranks=ranks)
+            found = Examples.from_loader(
+                given, objective.prepare, batch_size=size, seed=settings.seed, processes=processes
+            )
         else:
-            found = Examples.from_batch(given, objective.prepare, batch_size=size, ranks=ranks)
+            found = Examples.from_batch(given, objective.prepare, batch_size=size, processes=processes)
         return check_same_everywhere(found, "batch or loader")
 
     @staticmethod
@@ -1135,14 +1137,14 @@ class GIFCallback(Callback):
         found, size = None, settings.batch_size
         try:
             found = Examples.from_loader(loader, objective.prepare, batch_size=size, seed=settings.seed)
-            objective.check(found.at(torch.arange(1)), "unseen")
+            objective.check(found.subset(torch.arange(1)), "unseen")
         except Exception:
             if given is not None:
                 raise
             found = None  # validation may look at something else altogether
-        if any(objective.ranks.gather(found is None)) or found is None:
+        if any(objective.processes.gather(found is None)) or found is None:
             return None
-        found = check_same_everywhere(replace(found, ranks=objective.ranks), "unseen data")
+        found = check_same_everywhere(replace(found, processes=objective.processes), "unseen data")
         if shares_examples(found, train):
             if given is not None:
                 raise ConfigurationError("`unseen` has examples of the training data; give those not trained on.")
@@ -1150,7 +1152,7 @@ class GIFCallback(Callback):
         return found
 
     def _deliver(self, trainer: Trainer, report: _Report) -> _Report:
-        report.loggers, report.ranks = list(trainer.loggers), Ranks.of(trainer)
+        report.loggers, report.processes = list(trainer.loggers), ProcessGroup.of(trainer)
         report.global_step = trainer.global_step
         self._log(trainer, lambda logger: report.log([logger]))
         return report
@@ -1235,7 +1237,7 @@ def attach(
     present = [found for found in trainer.callbacks if isinstance(found, GIFCallback)]
     callback = callback or (present[0] if present else GIFCallback())
     callback._check_trainer(trainer)
-    Ranks.of(trainer)  # which are running
+    ProcessGroup.of(trainer)  # which are running
     if callback not in trainer.callbacks:
         trainer.callbacks.append(callback)
     if callback._observed is not None and callback._observed is not model:

@@ -19,7 +19,7 @@ from .curvature.products import CURVATURES, Losses
 from .curvature.sampling import SAMPLERS
 from .curvature.streaming import Curvature
 from .data.examples import Examples
-from .distributed import Ranks
+from .distributed import ProcessGroup
 from .errors import ConfigurationError, ConvergenceError, ConvergenceWarning
 from .objective.objective import Objective
 from .registry import nearest
@@ -223,7 +223,7 @@ class Settings:
             return replace(chosen, max_iter=_STEPS_FOR_SCORES if solver == "cg" else shares or _RANK)
         return chosen
 
-    def for_one_of_many(self, *, labels: bool, convex: bool) -> Settings:
+    def for_relinearised_step(self, *, labels: bool, convex: bool) -> Settings:
         """The same for a solve that is followed by others where it leads to, if nothing else is asked for.
 
         Args:
@@ -250,17 +250,17 @@ class Settings:
         Half of ``memory`` each; of a quarter of what is free, where that is ``None``: of this process's share of it,
         and no more than all other processes may.
         """
-        return self._share(objective.device, objective.ranks)
+        return self._share(objective.device, objective.processes)
 
-    def _share(self, device: torch.device, ranks: Ranks) -> float:
+    def _share(self, device: torch.device, processes: ProcessGroup) -> float:
         if self.memory is not None:
             return self.memory * 2**30 / 2
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory() / ranks.here
-        return min(ranks.gather(free)) / 4 / 2
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory() / processes.here
+        return min(processes.gather(free)) / 4 / 2
 
-    def is_large(self, size: float, ranks: Ranks) -> bool:
+    def is_large(self, size: float, processes: ProcessGroup) -> bool:
         """Whether ``size`` bytes of results should be in a file rather than in the CPU's memory."""
-        return size > max(self._share(torch.device("cpu"), ranks), _ALWAYS_IN_MEMORY)
+        return size > max(self._share(torch.device("cpu"), processes), _ALWAYS_IN_MEMORY)
 
     def open_curvature(
         self,
@@ -328,7 +328,7 @@ class Settings:
             rtol=self._least_residual,
             max_iter=self._most_steps,
         )
-        self.judge([solution])
+        self.warn_unconverged([solution])
         return solution, bend
 
     def solve(self, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
@@ -364,10 +364,10 @@ class Settings:
             )
         for solution in solutions:
             require_finite(solution.x, f"The solution of {self.solver!r}")
-        self.judge(solutions)
+        self.warn_unconverged(solutions)
         return solutions
 
-    def solve_damped(self, relative: float, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
+    def solve_with_relative_damping(self, relative: float, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
         """:meth:`solve` for one right-hand side, with a damping that is measured where none is named.
 
         Args:
@@ -413,7 +413,7 @@ class Settings:
         found = low_rank(operator, self.max_iter, seed=self.seed)
         return lambda rows: found.quadratic(rows, damping)
 
-    def judge(self, solutions: list[Solution]) -> None:
+    def warn_unconverged(self, solutions: list[Solution]) -> None:
         """Warns where a residual was asked for and not reached, or a solve met negative curvature.
 
         That ends a solve before the steps that it was asked for, so it counts without an ``rtol`` as well. A Newton

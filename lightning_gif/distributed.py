@@ -19,19 +19,19 @@ from .errors import ConfigurationError, GIFError, RankError
 if TYPE_CHECKING:
     from ._compat import Trainer
 
-__all__ = ["ALONE", "Ranks"]
+__all__ = ["SINGLE_PROCESS", "ProcessGroup"]
 
 
 T = TypeVar("T")
 
 
-class Ranks:
+class ProcessGroup:
     """The processes of a trainer, of which this is one; with one process everything here gives back what it gets.
 
     All processes do the same things in the same order, each on its part of the examples, and meet where parts are put
     together. Each meeting begins with a few numbers that tell whether all are well and about to do the same. Inside of
-    :meth:`guarded` a process that fails anywhere joins the next meeting of the others with its error, so that they
-    stop too instead of waiting.
+    :meth:`propagate_errors` a process that fails anywhere joins the next meeting of the others with its error, so that
+    they stop too instead of waiting.
 
     Args:
         rank: Which of the processes this is.
@@ -43,17 +43,17 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, here: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size, self.here = rank, size, here
         self._device = torch.device("cpu") if device is None else device
-        self._parted = False  # the others know of an error, or are gone
+        self._failed = False  # the others know of an error, or are gone
 
     @classmethod
-    def of(cls, trainer: Trainer) -> Ranks:
+    def of(cls, trainer: Trainer) -> ProcessGroup:
         """Those of a trainer.
 
         Raises:
             ConfigurationError: If it has several that are not running yet.
         """
         if trainer.world_size == 1:
-            return ALONE
+            return SINGLE_PROCESS
         if not (dist.is_available() and dist.is_initialized()):
             raise ConfigurationError(
                 f"The trainer has {trainer.world_size} processes, which its first run starts. Call trainer.fit or"
@@ -63,26 +63,26 @@ class Ranks:
         return cls(dist.get_rank(), dist.get_world_size(), trainer.num_devices, trainer.strategy.root_device)
 
     @classmethod
-    def of_module(cls, module: nn.Module) -> Ranks:
+    def of_module(cls, module: nn.Module) -> ProcessGroup:
         """Those that hold copies of a module; this one alone if it has no trainer, or one that runs in no others."""
         trainer = trainer_of(module)
         if trainer is None or trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
-            return ALONE
+            return SINGLE_PROCESS
         return cls.of(trainer)
 
-    def part(self, count: int) -> tuple[int, int]:
+    def shard(self, count: int) -> tuple[int, int]:
         """Where the part of this process in ``count`` things starts and stops; parts differ by one at most."""
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Meetings
+    # Collectives
     # ----------------------------------------------------------------------------------------------------------------
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes of a tensor of one shape and dtype, whose memory may be used for it."""
         if self.size == 1:
             return tensor
-        self._meet(f"{_caller()}: sum of {tensor.dtype} {list(tensor.shape)}")
+        self._synchronise(f"{_caller()}: sum of {tensor.dtype} {list(tensor.shape)}")
         total = tensor.detach().to(self._device).contiguous()
         self._call(dist.all_reduce, total)
         return total.to(tensor.device)
@@ -95,21 +95,21 @@ class Ranks:
         """The values of all processes, in their order: plain ones, or tensors on the CPU, in any structure."""
         if self.size == 1:
             return [value]
-        self._meet(f"{_caller()}: gather")
+        self._synchronise(f"{_caller()}: gather")
         found: list[Any] = [None] * self.size
         self._call(dist.all_gather_object, found, value)
         return found
 
-    def first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The value of the first process, see :meth:`gather`."""
         if self.size == 1:
             return value
-        self._meet(f"{_caller()}: first")
+        self._synchronise(f"{_caller()}: first")
         found: list[Any] = [value]
         self._call(dist.broadcast_object_list, found, src=0, device=self._device)
         return found[0]
 
-    def taken_in_turn(self, values: Iterable[T]) -> Iterator[T]:
+    def interleave(self, values: Iterable[T]) -> Iterator[T]:
         """One value of each process after the other, until there are none; of ``None`` there must not be any."""
         if self.size == 1:
             yield from values
@@ -118,7 +118,7 @@ class Ranks:
         while found := [value for value in self.gather(next(own, None)) if value is not None]:
             yield from found
 
-    def agree(self, value: Any, what: str, remedy: str) -> None:
+    def assert_equal(self, value: Any, what: str, remedy: str) -> None:
         """Makes sure that all processes have the same plain value.
 
         Raises:
@@ -137,7 +137,7 @@ class Ranks:
     # ----------------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
+    def propagate_errors(self) -> Iterator[None]:
         """Inside of it an error of one process is one of all; at its end all have come through.
 
         Raises:
@@ -149,14 +149,14 @@ class Ranks:
             return
         try:
             yield
-            self._meet("end")
+            self._synchronise("end")
         except BaseException as error:
-            if not self._parted:
+            if not self._failed:
                 with contextlib.suppress(RankError):
-                    self._meet("error", error)
+                    self._synchronise("error", error)
             raise
 
-    def _meet(self, what: str, error: BaseException | None = None) -> None:
+    def _synchronise(self, what: str, error: BaseException | None = None) -> None:
         """What each exchange begins with.
 
         Args:
@@ -168,7 +168,7 @@ class Ranks:
         self._call(dist.all_reduce, told, op=dist.ReduceOp.MAX)
         failed, most, least = told.tolist()
         if failed:
-            self._parted = True
+            self._failed = True
             found: list[Any] = [None] * self.size
             own = None if error is None else (type(error).__name__, str(error))
             self._call(dist.all_gather_object, found, own)
@@ -176,7 +176,7 @@ class Ranks:
                 rank = next(rank for rank, other in enumerate(found) if other is not None)
                 raise _of_another(rank, *found[rank])
         elif most != -least:
-            self._parted = True
+            self._failed = True
             raise RankError(
                 f"The processes are out of step: this one, rank {self.rank}, was about to do {what!r}, another one"
                 " something else. Do the same calls with the same arguments on all of them; functions that are passed"
@@ -187,7 +187,7 @@ class Ranks:
         try:
             function(*args, **kwargs)
         except RuntimeError as error:  # that of any backend is one
-            self._parted = True
+            self._failed = True
             lines = str(error).splitlines() or [type(error).__name__]
             raise RankError(
                 f"Rank {self.rank} cannot reach the other processes: one has ended, or did not answer within the time"
@@ -209,5 +209,5 @@ def _of_another(rank: int, kind: str, text: str) -> GIFError:
     return RankError(f"Rank {rank} failed, and so all stop; no weight was changed. Its error: {reason}")
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 """One process."""

@@ -229,7 +229,7 @@ def test_the_settings_reach_the_solver() -> None:
         expected = lissa(curvature, rhs, damping=0.25, rtol=1e-9, max_iter=3)
         assert torch.equal(found.x, expected.x)
         assert found.iterations == 3
-        (again,) = settings.solve_damped(0.5, curvature, rhs)  # which is for where it was left open
+        (again,) = settings.solve_with_relative_damping(0.5, curvature, rhs)  # which is for where it was left open
         assert torch.equal(again.x, found.x)
         assert (again.damping, again.hvps) == (0.25, found.hvps)
 
@@ -243,12 +243,12 @@ def test_damping_that_is_left_open_is_a_share_of_what_the_curvature_makes_of_the
         curvature = hessian_of(objective, train)
         matrix = Matrix(to_matrix(curvature).to(dtype))
         rhs = torch.randn(objective.space.size, dtype=dtype)
-        (found,) = settings.solve_damped(0.3, matrix, scale * rhs)
+        (found,) = settings.solve_with_relative_damping(0.3, matrix, scale * rhs)
         damping = 0.3 * float(matrix.rmatvec(rhs).norm() / rhs.norm())
         assert found.damping == pytest.approx(damping, rel=1e-5)
         expected = dense(matrix, scale * rhs, damping=damping)
         torch.testing.assert_close(found.x / scale, expected.x / scale, rtol=1e-3, atol=0)
-        (counted,) = settings.solve_damped(0.3, curvature, rhs.double())
+        (counted,) = settings.solve_with_relative_damping(0.3, curvature, rhs.double())
         assert counted.hvps == objective.space.size + 1
         assert counted.examples == len(train) * counted.hvps
         (without,) = settings.solve(matrix, rhs)
@@ -457,7 +457,7 @@ def test_kept_passes_give_the_same_products_and_are_not_done_again(kind: str) ->
 def test_a_budget_keeps_some_passes_and_does_the_others_anew() -> None:
     for held in (False, True):
         with opened(batch_size=5) as (objective, train):
-            examples = train.held() if held else train
+            examples = train.cached() if held else train
             one = graph_bytes(*hessian(objective.loss_sum)(objective.theta, next(train.batches()).data)[1])
             curvature = Curvature(hessian(objective.loss_sum), objective.theta, examples, memory=2.5 * one)
             expected = hessian_of(objective, train)
@@ -497,7 +497,7 @@ def test_weight_decay_is_a_multiple_of_the_identity() -> None:
 @pytest.mark.parametrize("held", [False, True])
 def test_draws_are_unbiased_and_counted(held: bool) -> None:
     with opened(n=24, batch_size=6) as (objective, train):
-        curvature = hessian_of(objective, train.held() if held else train)
+        curvature = hessian_of(objective, train.cached() if held else train)
         vector = torch.randn_like(objective.theta)
         draws = torch.stack([curvature.draw(seed).matvec(vector) for seed in range(400)])
         assert curvature.products == 400

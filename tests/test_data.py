@@ -241,34 +241,34 @@ def test_data_without_a_stable_order_is_refused(loader: Any, message: str) -> No
 
 def test_parts_and_samples_keep_ids() -> None:
     found = examples(DataLoader(numbered(), 3))
-    assert read(found.at(torch.tensor([8, 1]))) == [8, 1]
+    assert read(found.subset(torch.tensor([8, 1]))) == [8, 1]
     sample = found.sample(4, seed=3)
     assert len(sample) == 4
     assert sample.ids.tolist() == sorted(sample.ids.tolist()) == [int(v) for v in read(sample)]
     assert torch.equal(sample.ids, found.sample(4, seed=3).ids)
     assert not torch.equal(sample.ids, found.sample(4, seed=4).ids)
     assert found.sample(None, seed=0) is found
-    assert read(sample.held()) == read(sample)
+    assert read(sample.cached()) == read(sample)
 
 
 @pytest.mark.parametrize("held", [True, False])
 def test_examples_are_dealt_out_in_turn(held: bool) -> None:
     found = examples(DataLoader(numbered(), 3))
-    kept = found.held() if held else found
+    kept = found.cached() if held else found
     with pytest.MonkeyPatch.context() as patch:
         if held:  # nothing is read again
             patch.setattr(TensorDataset, "__getitem__", None)
-        groups = kept.dealt_out(4)
+        groups = kept.round_robin(4)
         assert [read(group) for group in groups] == [[0, 4, 8], [1, 5, 9], [2, 6], [3, 7]]
-    assert [len(group) for group in kept.dealt_out(99)] == [1] * 10
+    assert [len(group) for group in kept.round_robin(99)] == [1] * 10
 
 
 def test_examples_are_held_within_a_budget_only() -> None:
     found = examples(DataLoader(numbered(), 3))
     size = sum(tensor.nbytes for batch in found.batches() for tensor in tensors(batch.data))
-    assert found.held(size).cached is not None
-    assert found.held(size - 1) is found
-    assert found.held(0) is found
+    assert found.cached(size).in_memory is not None
+    assert found.cached(size - 1) is found
+    assert found.cached(0) is found
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -280,7 +280,7 @@ def test_what_is_made_of_batches_goes_with_the_examples_and_is_made_once_of_thos
         return data, 2 * data[0]
 
     found = examples(DataLoader(numbered(), 3))
-    mapped = (found.held() if held else found).mapped(doubled)
+    mapped = (found.cached() if held else found).map(doubled)
     assert made == ([4, 4, 2] if held else [])
     for part in (mapped, mapped, mapped.sample(5, seed=1)):
         for batch in part.batches():
@@ -292,7 +292,7 @@ def test_what_is_made_of_batches_goes_with_the_examples_and_is_made_once_of_thos
 
 def test_some_of_a_batch_in_memory_are_taken_from_there() -> None:
     found = Examples.from_batch((X, Y), lambda batch: batch, batch_size=3)
-    some = found.at(torch.tensor([3, 1]))
+    some = found.subset(torch.tensor([3, 1]))
     assert some.ids.tolist() == [1, 3]
     assert torch.equal(torch.cat([batch.data[0] for batch in some.batches()]), X[[1, 3]])
     assert len(found.sample(2, seed=0)) == 2
@@ -363,13 +363,13 @@ def test_the_digest_of_contents_does_not_depend_on_order_or_batches() -> None:
     x[4, 1] += 1
     assert contents_digest(one) != contents_digest(other)
     twice = Examples.from_batch((x[[0, 0]], y[[0, 0]]), lambda data: data, batch_size=3)
-    assert contents_digest(twice) != contents_digest(twice.at(torch.tensor([0])))
+    assert contents_digest(twice) != contents_digest(twice.subset(torch.tensor([0])))
 
 
 def test_the_digest_of_data_sees_ids_and_the_contents_of_some_spread_over_them() -> None:
     x = torch.zeros(1000, 2)
     train = Examples.from_loader(DataLoader(TensorDataset(x)), lambda data: data, batch_size=100)
-    seen = {data_digest(train), data_digest(train.at(torch.arange(999)))}
+    seen = {data_digest(train), data_digest(train.subset(torch.arange(999)))}
     for first in (0, 300, 600, 900):  # any 16 in a row have one of the 64 that are looked at
         x[first : first + 16] += 1
         seen.add(data_digest(train))

@@ -17,9 +17,9 @@ from ..curvature.inverse import damped_curvature
 from ..curvature.methods import METHODS, Method
 from ..data.examples import Examples
 from ..data.identity import data_digest, fingerprints
-from ..distributed import Ranks
+from ..distributed import ProcessGroup
 from ..errors import ConfigurationError, GIFWarning, NonFiniteError
-from ..objective.objective import Moment, Objective
+from ..objective.objective import ModelState, Objective
 from ..parameters import Targets, state_digest
 from ..solvers import Solution
 from ..storage.digests import Fingerprint, digest
@@ -90,14 +90,16 @@ def influence(
     targets = method.targets(objective.space, choose_targets)
     scored = train if among is None else among
     queries = len(query) if per_example else 1
-    moments = [objective.moment(), *map(objective.moment, (states or {}).values())]
-    store, ranks = None, objective.ranks
+    moments = [objective.model_state(), *map(objective.model_state, (states or {}).values())]
+    store, processes = None, objective.processes
     partial = keep is not None and 2 * keep < len(scored)
-    spills = not partial and spill_to is not None and settings.is_large(_BYTES * queries * len(scored), ranks)
+    spills = not partial and spill_to is not None and settings.is_large(_BYTES * queries * len(scored), processes)
     if scores_to is not None or spills:
-        mark = ranks.first(_fingerprint(objective, moments, train, scored, query, per_example, settings, targets))
+        mark = processes.broadcast(
+            _fingerprint(objective, moments, train, scored, query, per_example, settings, targets)
+        )
         folder = scores_to or spill_to / digest({}, mark)[:_NAMED]  # type: ignore[operator]
-        store = _open_store(ranks, folder, queries, len(scored), mark)
+        store = _open_store(processes, folder, queries, len(scored), mark)
         if scores_to is None:
             rank_zero_info(
                 f"The scores take {_BYTES * queries * len(scored) / 2**30:.1f} GiB, and are in {folder}: the same call"
@@ -107,9 +109,9 @@ def influence(
     for state, moment in enumerate(moments):
         one = None if store is None else _Solved.load(store, state, objective)
         if one is None:
-            with objective.at(moment):
+            with objective.at_state(moment):
                 one = _solve(objective, train, query, settings, method, targets, per_example)
-            if store is not None and ranks.rank == 0:
+            if store is not None and processes.rank == 0:
                 store.save_directions(state, one.directions, one.told())
         solved.append(one)
 
@@ -130,13 +132,13 @@ def influence(
     def blocks() -> Iterator[tuple[int, int, Tensor | None]]:
         """For this process's batches: from and to which position, and the scores; those that are there are left out."""
         nonlocal nonzero
-        start, _ = scored.part
-        for batch in scored.mine():
+        start, _ = scored.shard
+        for batch in scored.local_batches():
             stop, block = start + batch.size, None
             if done is None or not done[start:stop].all():
                 block = torch.zeros(queries, batch.size, dtype=torch.float64)
                 for moment, one, decay in zip(moments, solved, decays, strict=True):
-                    with objective.at(moment):
+                    with objective.at_state(moment):
                         part = objective.directional_derivatives(batch.data, one.directions).cpu().double()
                     nonzero += float(part.any())
                     block += (part + decay) / len(moments)
@@ -146,12 +148,12 @@ def influence(
             start = stop
 
     with objective.progress("Scoring training examples", len(scored)) as bar:
-        for start, stop, block in ranks.taken_in_turn(blocks()):
-            if block is not None and (store is None or ranks.rank == 0):  # one process writes a file
+        for start, stop, block in processes.interleave(blocks()):
+            if block is not None and (store is None or processes.rank == 0):  # one process writes a file
                 kept.write(start, block)
             bar.update(stop - start)
-    warn_without_gradients(ranks.total(nonzero))
-    if store is not None and ranks.rank == 0:
+    warn_without_gradients(processes.total(nonzero))
+    if store is not None and processes.rank == 0:
         for state, one in enumerate(solved):
             if len(one.directions):
                 store.save_directions(state, one.directions[:0], one.told())
@@ -171,16 +173,16 @@ def influence(
     )
 
 
-def _open_store(ranks: Ranks, folder: Path, queries: int, examples: int, mark: Fingerprint) -> ScoreStore:
+def _open_store(processes: ProcessGroup, folder: Path, queries: int, examples: int, mark: Fingerprint) -> ScoreStore:
     """The store, which the first process opens and writes, and the others read."""
-    if ranks.rank == 0:
+    if processes.rank == 0:
         store = ScoreStore.open(folder, queries, examples, mark)
-    ranks.gather(None)  # it is there now
-    if ranks.rank > 0:
+    processes.gather(None)  # it is there now
+    if processes.rank > 0:
         if not folder.exists():
             raise ConfigurationError(
-                f"Rank {ranks.rank} does not see the folder {folder}, which rank 0 has opened for the scores. Give one"
-                " that all processes see, on a file system that the machines share."
+                f"Rank {processes.rank} does not see the folder {folder}, which rank 0 has opened for the scores."
+                " Give one that all processes see, on a file system that the machines share."
             )
         store = ScoreStore.open(folder, queries, examples, mark)
     return store
@@ -214,10 +216,11 @@ class _Solved:
     def load(cls, store: ScoreStore, state: int, objective: Objective) -> _Solved | None:
         """What an earlier call has kept of the solves at a state; without directions, if it has ended."""
         found = store.load_directions(state, objective.space.size)
-        if objective.ranks.first(found is None) or found is None:  # others may only seem to see what the first does not
+        # Others may only seem to see what the first does not.
+        if objective.processes.broadcast(found is None) or found is None:
             return None
         directions, told = found
-        with store.damage_is_told(state):
+        with store.parse_errors_name(state):
             solutions = [Solution.of_record(record) for record in told["solutions"]]
             return cls(directions.to(objective.device), solutions, told["curvature"], told["damping"])
 
@@ -254,7 +257,7 @@ def _solve(
 
 def _fingerprint(
     objective: Objective,
-    moments: Sequence[Moment],
+    moments: Sequence[ModelState],
     train: Examples,
     scored: Examples,
     query: Examples,

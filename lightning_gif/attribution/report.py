@@ -14,14 +14,14 @@ from torch import Tensor
 from .._compat import isolate_rng
 from ..data.examples import Examples
 from ..data.structure import map_tensors
-from ..distributed import ALONE, Ranks
+from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import ConfigurationError
 from ..parameters import Targets
 from ..reporting.loggers import log_eigenvalues, log_figure, log_histogram, log_scalars, log_table, log_text, running
 from ..reporting.previews import Shown, figure, label_of, show
 from ..solvers import Solution, Status
 from ..storage.artifact import REMEDY, read_folder, write_folder
-from ..storage.schema import damage_is_told, restored
+from ..storage.schema import parse_errors_name, restored
 from .groups import Grouping, Groups, group_scores, values_of
 from .ranking import Ranking, strongest
 
@@ -77,7 +77,7 @@ class InfluenceReport:
         loggers: Where :meth:`log` logs to by default: those of the trainer that was asked.
         global_step: The trainer's optimizer steps when it was asked.
         examples: How training examples are shown that were shown before, by dataset index.
-        ranks: The processes that have this report, of which the first one writes it.
+        processes: The processes that have this report, of which the first one writes it.
     """
 
     scores: Tensor
@@ -94,7 +94,7 @@ class InfluenceReport:
     loggers: Sequence[Any] = ()
     global_step: int = 0
     examples: dict[int, Shown] = field(default_factory=dict)
-    ranks: Ranks = field(default=ALONE, repr=False)
+    processes: ProcessGroup = field(default=SINGLE_PROCESS, repr=False)
 
     @property
     def solution(self) -> Solution | None:
@@ -291,7 +291,7 @@ class InfluenceReport:
         Raises:
             ConfigurationError: If there is a file, or a folder with anything but a report in it; it is left alone.
         """
-        if self.ranks.rank:
+        if self.processes.rank:
             return
         rankings = (self.proponents(), self.opponents())
         shown = {int(index) for ranking in rankings for index in ranking.indices[:_MOST_QUERIES].flatten()}
@@ -332,7 +332,7 @@ class InfluenceReport:
             FileNotFoundError: If there is no such folder.
         """
         record, tensors = read_folder(folder, _FORMAT)
-        with damage_is_told(folder, REMEDY):
+        with parse_errors_name(folder, REMEDY):
             report = cls._from_record(record, tensors)
             str(report), report.summary()  # what cannot be told is no report
         last = int(report.indices.max())

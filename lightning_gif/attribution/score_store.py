@@ -21,7 +21,7 @@ from .._compat import rank_zero_warn
 from ..errors import ConfigurationError, GIFWarning
 from ..storage.atomic import replace_file
 from ..storage.digests import Fingerprint, differences, digest
-from ..storage.schema import damage_is_told, parse, read
+from ..storage.schema import parse, parse_errors_name, read
 
 __all__ = ["InMemory", "ScoreStore"]
 
@@ -164,7 +164,7 @@ class ScoreStore:
         path = self._directions_at(state)
         if not path.exists():
             return None
-        with self.damage_is_told(state):
+        with self.parse_errors_name(state):
             try:
                 with safe_open(path, "pt") as file:
                     metadata, directions = file.metadata() or {}, file.get_tensor("directions")
@@ -182,9 +182,9 @@ class ScoreStore:
             return None
         return directions, told
 
-    def damage_is_told(self, state: int) -> contextlib.AbstractContextManager[None]:
+    def parse_errors_name(self, state: int) -> contextlib.AbstractContextManager[None]:
         """Turns what goes wrong with what :meth:`load_directions` gave into an error that names the file."""
-        return damage_is_told(self._directions_at(state), "Delete it, and what it tells is solved for again.")
+        return parse_errors_name(self._directions_at(state), "Delete it, and what it tells is solved for again.")
 
     def _directions_at(self, state: int) -> Path:
         return self.folder / _DIRECTIONS.replace("*", str(state))

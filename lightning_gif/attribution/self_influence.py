@@ -66,11 +66,11 @@ def self_influence(
     targets = METHODS[settings.method].targets(objective.space, choose_targets)
     positions = targets.flat(objective.space).to(objective.device)
     scored = train if among is None else among
-    moments = [objective.moment(), *map(objective.moment, (states or {}).values())]
+    moments = [objective.model_state(), *map(objective.model_state, (states or {}).values())]
     scores, told = torch.zeros(1, len(scored), dtype=torch.float64), list[tuple[dict[str, Any], float]]()
     nonzero = 0.0  # whether some training example has a gradient
     for moment in moments:
-        with objective.at(moment):
+        with objective.at_state(moment):
             with objective.progress("Hessian products") as bar:
                 curvature, damping = damped_curvature(
                     objective, train, settings, 0.0, bar.update
@@ -82,14 +82,14 @@ def self_influence(
                 told.append(({**settings.describe(curvature), "inverse": inverse}, damping))
             found = []
             with objective.progress("Scoring training examples", len(scored)) as bar:
-                for batch in scored.mine():
+                for batch in scored.local_batches():
                     for rows in objective.gradients(batch.data):
                         nonzero += float(rows.any())
                         whole = rows + settings.weight_decay * objective.theta
                         found.append(quadratic(whole[:, positions]).cpu())
-                    bar.update(batch.size * objective.ranks.size)
-            scores += scored.gathered(found).double() / len(moments) / max(len(train) - 1, 1)
-    warn_without_gradients(objective.ranks.total(nonzero))
+                    bar.update(batch.size * objective.processes.size)
+            scores += scored.all_gather(found).double() / len(moments) / max(len(train) - 1, 1)
+    warn_without_gradients(objective.processes.total(nonzero))
     require_finite_scores(scores, scored.ids)
     description, damping = told[0]  # with the present weights
     return InfluenceReport(

@@ -24,7 +24,7 @@ def damped_curvature(
 ) -> tuple[Curvature, float]:
     """The curvature over a sample of the training examples, and the damping: as it is given, or measured."""
     examples = curvature_sample(objective, train, settings.sample_size(), settings.curvature_sampling, settings.seed)
-    examples = examples.held(settings.bytes_to_keep(objective))
+    examples = examples.cached(settings.bytes_to_keep(objective))
     curvature = settings.open_curvature(objective, examples, weight_decay=weight_decay, on_product=on_product)
     return curvature, _damping(curvature, settings.seed) if settings.damping is None else settings.damping
 

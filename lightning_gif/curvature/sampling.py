@@ -35,7 +35,7 @@ def curvature_sample(objective: Objective, examples: Examples, count: int | None
     if count is None or count >= len(examples):
         return examples
     drawn = SAMPLERS[how](objective, examples, count, torch.Generator().manual_seed(seed))
-    return examples.at(drawn.sort().values)
+    return examples.subset(drawn.sort().values)
 
 
 @SAMPLERS.register("random")
@@ -68,7 +68,7 @@ def by_features(objective: Objective, examples: Examples, count: int, generator:
 
     After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
     """
-    found = examples.gathered([objective.features(batch.data) for batch in examples.mine()])
+    found = examples.all_gather([objective.features(batch.data) for batch in examples.local_batches()])
     return _representative(found, examples.class_or_zero, count, generator)
 
 
@@ -78,7 +78,7 @@ def by_logits(objective: Objective, examples: Examples, count: int, generator: t
 
     After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
     """
-    found = examples.gathered([objective.predictions(batch.data) for batch in examples.mine()])
+    found = examples.all_gather([objective.predictions(batch.data) for batch in examples.local_batches()])
     return _representative(found, examples.class_or_zero, count, generator)
 
 

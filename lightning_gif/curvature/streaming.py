@@ -60,11 +60,11 @@ class Curvature:
     @property
     def _batches(self) -> int:
         """How many this process goes through."""
-        return self._examples.n_mine
+        return self._examples.n_local_batches
 
     def summary(self) -> dict[str, int]:
         """How the products were made: micro-batches, of how many the first pass was kept, products and examples."""
-        batches, kept = self._examples.ranks.sum(torch.tensor([self._batches, len(self._kept)])).tolist()
+        batches, kept = self._examples.processes.sum(torch.tensor([self._batches, len(self._kept)])).tolist()
         return {
             "batches": batches,
             "batches_kept": kept,
@@ -83,7 +83,7 @@ class Curvature:
         for product in self._passes():
             total += torch.stack([product(column) for column in columns.T], dim=1)
             del product  # before the next is made, so that there is one at a time
-        total = self._examples.ranks.sum(total)
+        total = self._examples.processes.sum(total)
         self._is_zero = self._is_zero and not bool(total.any())
         total = total / len(self._examples) + self._weight_decay * columns
         return total[:, 0] if vectors.ndim == 1 else total
@@ -109,7 +109,7 @@ class Curvature:
             yield from self._kept
             return
         # All batches are read, also those whose passes are kept: random augmentation repeats itself only as a whole.
-        for position, batch in enumerate(self._examples.mine()):
+        for position, batch in enumerate(self._examples.local_batches()):
             if position < len(self._kept):
                 yield self._kept[position]
                 continue

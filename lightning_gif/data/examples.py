@@ -24,7 +24,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from ..distributed import ALONE, Ranks
+from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import BatchError, GIFWarning, TrainingDataError
 from .batch import Batch
 from .structure import describe, map_tensors, sequences, tensors
@@ -37,8 +37,8 @@ class Examples:
     """Examples that can be read again and again, always in the same order and the same batches.
 
     Where several processes share out the work, all of them know the same examples and each can read all of them. A pass
-    by :meth:`mine` or :meth:`dealt` goes over the part of this process, and what it finds has to be put together with
-    what the others find; one by :meth:`batches` goes over all of them.
+    by :meth:`local_batches` or :meth:`strided_batches` goes over the part of this process, and what it finds has to be
+    put together with what the others find; one by :meth:`batches` goes over all of them.
 
     Attributes:
         dataset: Map-style; its items are collated.
@@ -48,9 +48,10 @@ class Examples:
         prepare: Brings a batch to where and how the model takes it.
         loader_options: Options of the user's loader that are kept: workers and how they start.
         seed: Set on the global generators before each pass, so that random augmentation repeats itself.
-        cached: The prepared batches if they are held in memory.
-        ranks: The processes.
-        held_part: If ``cached`` are only the batches of this process's part: at which positions that starts and stops.
+        in_memory: The prepared batches if they are held in memory.
+        processes: The processes.
+        in_memory_shard: If ``in_memory`` are only the batches of this process's part: at which positions that starts
+            and stops.
     """
 
     dataset: Any
@@ -60,9 +61,9 @@ class Examples:
     prepare: Callable[[Any], Any]
     loader_options: Mapping[str, Any]
     seed: int = 0
-    cached: tuple[Batch, ...] | None = None
-    ranks: Ranks = ALONE
-    held_part: tuple[int, int] | None = None
+    in_memory: tuple[Batch, ...] | None = None
+    processes: ProcessGroup = SINGLE_PROCESS
+    in_memory_shard: tuple[int, int] | None = None
 
     @classmethod
     def from_loader(
@@ -73,7 +74,7 @@ class Examples:
         batch_size: int,
         most: int | None = None,
         seed: int = 0,
-        ranks: Ranks = ALONE,
+        processes: ProcessGroup = SINGLE_PROCESS,
     ) -> Examples:
         """The examples that a loader draws from, in dataset order. The loader itself is never iterated.
 
@@ -83,7 +84,7 @@ class Examples:
             batch_size: See the class.
             most: Keep only the first so many.
             seed: See the class.
-            ranks: See the class.
+            processes: See the class.
 
         Raises:
             TrainingDataError: If the order of its examples cannot be made stable, or there are none.
@@ -111,15 +112,19 @@ class Examples:
             name: getattr(loader, name)
             for name in ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout")
         }
-        return cls(dataset, ids, batch_size, loader.collate_fn, prepare, options, seed, ranks=ranks)
+        return cls(dataset, ids, batch_size, loader.collate_fn, prepare, options, seed, processes=processes)
 
     @classmethod
-    def from_batch(cls, data: Any, prepare: Callable[[Any], Any], *, batch_size: int, ranks: Ranks = ALONE) -> Examples:
+    def from_batch(
+        cls, data: Any, prepare: Callable[[Any], Any], *, batch_size: int, processes: ProcessGroup = SINGLE_PROCESS
+    ) -> Examples:
         """The examples of one batch in hand, the same on all processes; their ids are their positions in it."""
         prepared = prepare(data)
         whole = Batch.of(prepared)
         pieces = [whole.slice(start, start + batch_size) for start in range(0, whole.size, batch_size)]
-        return cls(None, whole.ids, batch_size, list, lambda data: data, {}, cached=tuple(pieces), ranks=ranks)
+        return cls(
+            None, whole.ids, batch_size, list, lambda data: data, {}, in_memory=tuple(pieces), processes=processes
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -132,7 +137,7 @@ class Examples:
         known. Where several processes share out the work, all must ask.
         """
         found: list[Tensor | None] = []
-        for batch in self.mine():
+        for batch in self.local_batches():
             found.append(None if batch.classes is None else batch.classes.cpu())
             if batch.classes is None:
                 break
@@ -140,7 +145,7 @@ class Examples:
 
     def _all_classes(self, found: list[Tensor | None]) -> Tensor | None:
         """The labels of all examples from those of this process's batches."""
-        parts = self.ranks.gather(found)
+        parts = self.processes.gather(found)
         if any(classes is None for part in parts for classes in part):
             return None
         return torch.cat([classes for part in parts for classes in part])  # type: ignore[misc]
@@ -158,12 +163,12 @@ class Examples:
         if "classes" in vars(self):
             return self.classes is not None and not bool(torch.isin(self.classes, labels).any())
         found: list[Tensor | None] = []
-        for batch in self.mine():
+        for batch in self.local_batches():
             found.append(None if batch.classes is None else batch.classes.cpu())
             if found[-1] is None or torch.isin(found[-1], labels).any():
                 break
         decided = bool(found) and (found[-1] is None or bool(torch.isin(found[-1], labels).any()))
-        if any(self.ranks.gather(decided)):
+        if any(self.processes.gather(decided)):
             return False
         vars(self)["classes"] = self._all_classes(found)  # all of them were read
         return True
@@ -181,63 +186,63 @@ class Examples:
 
     def batches(self) -> Iterator[Batch]:
         """The examples as prepared batches, in order."""
-        if self.cached is not None and self.held_part is None:
-            yield from self.cached
+        if self.in_memory is not None and self.in_memory_shard is None:
+            yield from self.in_memory
         else:
             yield from self._read(self.ids.split(self.batch_size))
 
     @property
-    def part(self) -> tuple[int, int]:
+    def shard(self) -> tuple[int, int]:
         """At which positions the part of this process starts and stops."""
-        return self.held_part or self.ranks.part(len(self))
+        return self.in_memory_shard or self.processes.shard(len(self))
 
-    def mine(self) -> Iterator[Batch]:
+    def local_batches(self) -> Iterator[Batch]:
         """This process's part of the examples, in order, as batches of its own; all parts cover each example once."""
-        if self.ranks.size == 1:
+        if self.processes.size == 1:
             yield from self.batches()
-        elif self.cached is None:
-            start, stop = self.part
+        elif self.in_memory is None:
+            start, stop = self.shard
             yield from self._read(self.ids[start:stop].split(self.batch_size) if start < stop else ())
         else:
             for batch, start, stop in self._pieces():
                 yield batch.slice(start, stop)
 
     @property
-    def n_mine(self) -> int:
-        """How many batches :meth:`mine` gives."""
-        if self.cached is not None:
+    def n_local_batches(self) -> int:
+        """How many batches :meth:`local_batches` gives."""
+        if self.in_memory is not None:
             return len(list(self._pieces()))
-        start, stop = self.part
+        start, stop = self.shard
         return -(-(stop - start) // self.batch_size)
 
     def _pieces(self) -> Iterator[tuple[Batch, int, int]]:
         """Batches in memory with examples of this process, and from where to where these are."""
-        start, stop = self.part
-        position = start if self.held_part else 0
-        for batch in self.cached or ():
+        start, stop = self.shard
+        position = start if self.in_memory_shard else 0
+        for batch in self.in_memory or ():
             low, high = max(start - position, 0), min(stop - position, batch.size)
             if low < high:
                 yield batch, low, high
             position += batch.size
 
-    def dealt(self) -> Iterator[Batch]:
+    def strided_batches(self) -> Iterator[Batch]:
         """This process's part of :meth:`batches`, as they are: for what depends on which examples are in a batch."""
-        if self.ranks.size == 1:
+        if self.processes.size == 1:
             yield from self.batches()
-        elif self.cached is not None and self.held_part is None:
-            yield from self.cached[self.ranks.rank :: self.ranks.size]
+        elif self.in_memory is not None and self.in_memory_shard is None:
+            yield from self.in_memory[self.processes.rank :: self.processes.size]
         else:
-            yield from self._read(self.ids.split(self.batch_size)[self.ranks.rank :: self.ranks.size])
+            yield from self._read(self.ids.split(self.batch_size)[self.processes.rank :: self.processes.size])
 
-    def gathered(self, values: list[Tensor]) -> Tensor:
+    def all_gather(self, values: list[Tensor]) -> Tensor:
         """What all processes have found for the examples, ``(n, …)``, in their order.
 
         Args:
-            values: For each batch of :meth:`mine` a value for each of its examples, ``(B, …)``.
+            values: For each batch of :meth:`local_batches` a value for each of its examples, ``(B, …)``.
         """
-        if self.ranks.size == 1:
+        if self.processes.size == 1:
             return torch.cat(values)
-        parts = self.ranks.gather([value.detach().cpu() for value in values])
+        parts = self.processes.gather([value.detach().cpu() for value in values])
         return torch.cat([value for part in parts for value in part])
 
     def _read(self, groups: Sequence[Tensor]) -> Iterator[Batch]:
@@ -253,31 +258,33 @@ class Examples:
         for ids, data in zip(groups, loader, strict=True):
             yield Batch(self.prepare(data), ids, len(ids))
 
-    def at(self, positions: Tensor) -> Examples:
+    def subset(self, positions: Tensor) -> Examples:
         """The examples at the given positions ``(m,)`` (not dataset indices), in the order given; read anew.
 
         Examples that are only held in memory are given in the order they are held in.
         """
         if self.dataset is not None:
-            chosen = replace(self, ids=self.ids[positions], cached=None, held_part=None)
+            chosen = replace(self, ids=self.ids[positions], in_memory=None, in_memory_shard=None)
             return chosen._with_classes_of(self, positions)
         return self._in_memory(positions)
 
     def _in_memory(self, positions: Tensor) -> Examples:
         wanted = torch.zeros(len(self), dtype=torch.bool)
         wanted[positions] = True
-        start = 0 if self.held_part is None else self.held_part[0]
+        start = 0 if self.in_memory_shard is None else self.in_memory_shard[0]
         part = None
-        if self.held_part is not None:
-            part = int(wanted[: self.held_part[0]].sum()), int(wanted[: self.held_part[1]].sum())
+        if self.in_memory_shard is not None:
+            part = int(wanted[: self.in_memory_shard[0]].sum()), int(wanted[: self.in_memory_shard[1]].sum())
         pieces = []
-        for batch in self.batches() if self.held_part is None else self.cached or ():
+        for batch in self.batches() if self.in_memory_shard is None else self.in_memory or ():
             here = wanted[start : start + batch.size].nonzero().squeeze(1)
             start += batch.size
             if len(here):
                 pieces.append(batch.take(here))
-        cached = tuple(_joined(pieces, self.batch_size))
-        return replace(self, ids=self.ids[wanted], cached=cached, held_part=part)._with_classes_of(self, wanted)
+        in_memory = tuple(_joined(pieces, self.batch_size))
+        return replace(self, ids=self.ids[wanted], in_memory=in_memory, in_memory_shard=part)._with_classes_of(
+            self, wanted
+        )
 
     def with_ids(self, ids: Sequence[int]) -> Examples:
         """Those with the given dataset indices, in the order given.
@@ -298,7 +305,7 @@ class Examples:
                 f" such as the training loader draws, {int(self.ids.min())} to {int(self.ids.max())}."
             )
         order = self.ids.argsort()
-        return self.at(order[torch.searchsorted(self.ids[order], wanted)])
+        return self.subset(order[torch.searchsorted(self.ids[order], wanted)])
 
     def where(self, predicate: Callable[[Any], Any]) -> Examples:
         """Those that a function of a prepared batch is true for.
@@ -311,7 +318,7 @@ class Examples:
             TrainingDataError: If it is true for none.
         """
         found, classes = list[Tensor](), list[Tensor | None]()
-        for batch in self.mine():
+        for batch in self.local_batches():
             classes.append(None if batch.classes is None else batch.classes.cpu())
             try:
                 mask = predicate(batch.data)
@@ -330,60 +337,60 @@ class Examples:
             found.append(mask)
         if "classes" not in vars(self):
             vars(self)["classes"] = self._all_classes(classes)
-        positions = self.gathered(found).nonzero().squeeze(1)
+        positions = self.all_gather(found).nonzero().squeeze(1)
         if not len(positions):
             raise TrainingDataError(
                 f"The function that says which examples are meant is true for none of the {len(self)} training"
                 " examples."
             )
-        return self.at(positions)
+        return self.subset(positions)
 
     def sample(self, count: int | None, seed: int) -> Examples:
         """``count`` of the examples, drawn without replacement and kept in order; all for ``None`` or if fewer."""
         if count is None or count >= len(self):
             return self
         drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return self._some(drawn.sort().values)
+        return self._select(drawn.sort().values)
 
-    def dealt_out(self, count: int) -> list[Examples]:
+    def round_robin(self, count: int) -> list[Examples]:
         """Groups of the examples, to which they are given in turn: so many, or one for each if these are fewer."""
-        return [self._some(torch.arange(start, len(self), count)) for start in range(min(count, len(self)))]
+        return [self._select(torch.arange(start, len(self), count)) for start in range(min(count, len(self)))]
 
-    def _some(self, positions: Tensor) -> Examples:
+    def _select(self, positions: Tensor) -> Examples:
         """The examples at sorted positions ``(m,)``, from memory where they are held there."""
-        return self.at(positions) if self.cached is None else self._in_memory(positions)
+        return self.subset(positions) if self.in_memory is None else self._in_memory(positions)
 
-    def mapped(self, function: Callable[[Any], Any]) -> Examples:
+    def map(self, function: Callable[[Any], Any]) -> Examples:
         """The same examples with what a function makes of each prepared batch in its place.
 
         Of batches held in memory it is made once, now, and of others whenever they are read.
         """
         made = None
-        if self.cached is not None:
-            made = tuple(replace(batch, data=function(batch.data)) for batch in self.cached)
-        return replace(self, prepare=lambda data: function(self.prepare(data)), cached=made)
+        if self.in_memory is not None:
+            made = tuple(replace(batch, data=function(batch.data)) for batch in self.in_memory)
+        return replace(self, prepare=lambda data: function(self.prepare(data)), in_memory=made)
 
-    def held(self, most: float = math.inf) -> Examples:
+    def cached(self, most: float = math.inf) -> Examples:
         """The same examples with their prepared batches held in memory, if they take no more than ``most`` bytes.
 
         Each process holds its own part.
         """
-        if self.cached is not None:
+        if self.in_memory is not None:
             return self
         pieces, size = [], 0
-        for batch in self.mine():
+        for batch in self.local_batches():
             size += sum(tensor.numel() * tensor.element_size() for tensor in tensors(batch.data))
             if size > most:
                 break
             pieces.append(batch)
-        if any(self.ranks.gather(size > most)):  # all hold their parts, or none
+        if any(self.processes.gather(size > most)):  # all hold their parts, or none
             return self
-        held = replace(self, cached=tuple(pieces), held_part=None if self.ranks.size == 1 else self.part)
+        held = replace(self, in_memory=tuple(pieces), in_memory_shard=None if self.processes.size == 1 else self.shard)
         return held._with_classes_of(self, torch.arange(len(self)))
 
     def warn_if_random(self) -> bool:
         """Warns if an item of the dataset is not the same twice, as under random augmentation, and says whether."""
-        if self.cached is not None:
+        if self.in_memory is not None:
             return False
         index = int(self.ids[0])
         first, second = (self.collate([self.dataset[index]]) for _ in range(2))

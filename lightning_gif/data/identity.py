@@ -12,7 +12,7 @@ from torch.utils.data import (
     Subset,
 )
 
-from ..distributed import ALONE
+from ..distributed import SINGLE_PROCESS
 from ..storage.digests import raw
 from .examples import Examples
 from .structure import sequences, tensors
@@ -30,9 +30,9 @@ _COMPARED = 8
 def fingerprints(examples: Examples) -> list[bytes]:
     """A hash of each example: equal for examples whose tensors and texts are equal bit by bit after preparation."""
     found: list[bytes] = []
-    for batch in examples.mine():
+    for batch in examples.local_batches():
         if batch.size > 1 and any(tensor.ndim and tensor.shape[0] != batch.size for tensor in tensors(batch.data)):
-            return fingerprints(replace(examples, batch_size=1, cached=None))  # what is whose shows one by one only
+            return fingerprints(replace(examples, batch_size=1, in_memory=None))  # what is whose shows one by one only
         texts = sequences(batch.data, batch.size)
         parts = [tensor for tensor in tensors(batch.data) if tensor.ndim]
         rows = [raw(part, batch.size).numpy() for part in parts if part.numel()]
@@ -46,7 +46,7 @@ def fingerprints(examples: Examples) -> list[bytes]:
             for items in texts:
                 state.update(repr(items[position]).encode())
             found.append(state.digest())
-    return [mark for part in examples.ranks.gather(found) for mark in part]
+    return [mark for part in examples.processes.gather(found) for mark in part]
 
 
 def contents_digest(examples: Examples) -> str:
@@ -56,7 +56,7 @@ def contents_digest(examples: Examples) -> str:
 
 def data_digest(examples: Examples) -> str:
     """SHA-256 of the ids of all examples in their order, and of the contents of some that are spread over them."""
-    some = examples.at(torch.linspace(0, len(examples) - 1, min(len(examples), _DIGESTED)).long().unique())
+    some = examples.subset(torch.linspace(0, len(examples) - 1, min(len(examples), _DIGESTED)).long().unique())
     state = hashlib.sha256(examples.ids.numpy().data)
     for mark in fingerprints(some):
         state.update(mark)
@@ -100,15 +100,15 @@ def check_same_everywhere(examples: Examples, what: str) -> Examples:
     Raises:
         ConfigurationError: If the processes hold different ones.
     """
-    if examples.ranks.size > 1:
-        own = replace(examples, ranks=ALONE, held_part=None)
+    if examples.processes.size > 1:
+        own = replace(examples, processes=SINGLE_PROCESS, in_memory_shard=None)
         some = own
         if examples.dataset is not None:
-            some = own.at(torch.linspace(0, len(examples) - 1, min(len(examples), _COMPARED)).long().unique())
+            some = own.subset(torch.linspace(0, len(examples) - 1, min(len(examples), _COMPARED)).long().unique())
         marks = fingerprints(some)
-        if any(examples.ranks.gather(fingerprints(some) != marks)):  # it is random
+        if any(examples.processes.gather(fingerprints(some) != marks)):  # it is random
             marks = []
-        examples.ranks.agree(
+        examples.processes.assert_equal(
             [examples.ids.tolist(), marks],
             what,
             "Each process reads the whole of the data and does its part: give all of them the same batch, the same"

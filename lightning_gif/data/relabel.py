@@ -39,7 +39,9 @@ def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tenso
             new = _numbers(targets(batch.data)) if callable(targets) else targets
         changed.append(replace(batch, data=replace_targets(batch.data, new)))
         start += batch.size
-    return replace(examples, dataset=None, cached=tuple(changed), held_part=None)  # the dataset has the old targets
+    return replace(
+        examples, dataset=None, in_memory=tuple(changed), in_memory_shard=None
+    )  # the dataset has the old targets
 
 
 def _numbers(targets: Any) -> Any:

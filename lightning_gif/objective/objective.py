@@ -19,7 +19,7 @@ from .._compat import LightningModule, Trainer, rank_zero_info
 from ..data.examples import Examples
 from ..data.structure import batch_size, describe, map_tensors, same_structure, slice_batch, tensors
 from ..data.targets import class_targets
-from ..distributed import ALONE, Ranks
+from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import BatchError, ConfigurationError, GIFWarning, NonFiniteError, ObjectiveError
 from ..mixin import overrides
 from ..parameters import ParameterSpace
@@ -29,7 +29,7 @@ from ..storage.interrupts import uninterrupted
 from .predictions import IndicesInBounds, Predictions
 from .shadow import fails_for_good, isolated, replaced
 
-__all__ = ["Moment", "Objective"]
+__all__ = ["ModelState", "Objective"]
 
 
 # How many examples the check of the derived losses looks at: two are enough to tell a mean from a sum.
@@ -55,7 +55,7 @@ _NO_FORWARD_MODE = ("forward", "mutating directly with `.data` inside functorch 
 _GRADIENT_BYTES = 2**28
 
 
-class Moment(NamedTuple):
+class ModelState(NamedTuple):
     """What an objective computes with.
 
     Attributes:
@@ -87,12 +87,14 @@ class Objective:
         trainer: Whose precision, strategy and hooks prepare batches.
         module: The module, unwrapped.
         seed: Of random numbers that a loss may draw; the same at every evaluation, so that the loss is one function.
-        ranks: The processes that share out the work.
+        processes: The processes that share out the work.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, *, seed: int = 0, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, *, seed: int = 0, processes: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
         self.trainer = trainer
-        self.ranks = ranks
+        self.processes = processes
         self.module = module
         self.space = ParameterSpace(module)
         self.device = trainer.strategy.root_device
@@ -137,7 +139,7 @@ class Objective:
         *,
         seed: int = 0,
         double: bool = False,
-        ranks: Ranks = ALONE,
+        processes: ProcessGroup = SINGLE_PROCESS,
     ) -> Iterator[Objective]:
         """The objective, inside of everything that isolates its evaluation from the user's run.
 
@@ -146,32 +148,32 @@ class Objective:
             module: See the class.
             seed: See the class.
             double: Compute in float64 instead of float32.
-            ranks: See the class.
+            processes: See the class.
 
         Raises:
             ConfigurationError: If the processes do not have the same parameters.
         """
-        objective = cls(trainer, module, seed=seed, ranks=ranks)
+        objective = cls(trainer, module, seed=seed, processes=processes)
         least = torch.float64 if double else torch.float32
         dtype = torch.promote_types(next(iter(objective._parameters())).dtype, least)
-        with isolated(module, objective.device, dtype, trainer.loggers, ranks):
+        with isolated(module, objective.device, dtype, trainer.loggers, processes):
             objective.theta = objective.space.flatten(module, dtype)
-            objective._meet()
+            objective._synchronise()
             yield objective
 
-    def _meet(self) -> None:
+    def _synchronise(self) -> None:
         """Makes sure that all processes compute with the same weights."""
-        if self.ranks.size == 1:
+        if self.processes.size == 1:
             return
-        self.ranks.agree(
+        self.processes.assert_equal(
             digest(dict(self.module.named_parameters())),
             "weights",
             "Load the same checkpoint on all of them; apply and undo an edit on all of them, not on the first alone.",
         )
         buffers = {name: buffer.detach().cpu() for name, buffer in self.module.named_buffers()}
-        marks = self.ranks.gather(digest(buffers))
+        marks = self.processes.gather(digest(buffers))
         if any(mark != marks[0] for mark in marks):
-            common = self.ranks.first(buffers)
+            common = self.processes.broadcast(buffers)
             self._common = {name: common[name].to(buffer.device) for name, buffer in self.module.named_buffers()}
 
     theta: Tensor
@@ -180,19 +182,19 @@ class Objective:
     statistics: dict[str, Tensor]
     """Buffers that everything is computed with in place of the module's own, by name."""
 
-    def moment(self, state: Mapping[str, Tensor] | None = None) -> Moment:
-        """A state of the module, its parameters and buffers by name, ready for :meth:`at`; by default the present."""
+    def model_state(self, state: Mapping[str, Tensor] | None = None) -> ModelState:
+        """A state of the module, its parameters and buffers by name, for :meth:`at_state`; by default the present."""
         if state is None:
-            return Moment(self.theta, self.statistics)
+            return ModelState(self.theta, self.statistics)
         theta = torch.cat([state[name].reshape(-1) for name in self.space.slots]).to(self.theta)
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in state}
-        common = self.ranks.first({name: state[name] for name in buffers})
-        return Moment(theta, {name: common[name].to(buffer) for name, buffer in buffers.items()})
+        common = self.processes.broadcast({name: state[name] for name in buffers})
+        return ModelState(theta, {name: common[name].to(buffer) for name, buffer in buffers.items()})
 
     @contextlib.contextmanager
-    def at(self, moment: Moment) -> Iterator[None]:
+    def at_state(self, moment: ModelState) -> Iterator[None]:
         """Inside of it, parameters and buffers are those of a moment; the module's stay."""
-        own = self.moment()
+        own = self.model_state()
         self.theta, self.statistics = moment
         try:
             yield
@@ -224,7 +226,7 @@ class Objective:
 
         Never from a query: a single example could not tell a mean from a sum.
         """
-        few = train.at(torch.arange(min(_PROBE, len(train))))
+        few = train.subset(torch.arange(min(_PROBE, len(train))))
         self._reference = next(few.batches()).data
         if not self._own_loss:
             self._probe(self._reference)
@@ -245,7 +247,7 @@ class Objective:
             own, function, name = True, self.measurements, "measurements"
         else:
             own, function, name = self._own_loss, self.losses, "losses"
-        for batch in examples.mine():
+        for batch in examples.local_batches():
             if not own and not same_structure(batch.data, self._reference):
                 several = isinstance(batch.data, Tensor) and batch.data.ndim > 1 and not batch.data.is_floating_point()
                 remedy = " Indices in the training dataset have one dimension, as `.indices[0]` has." if several else ""
@@ -472,8 +474,8 @@ class Objective:
     def mean(self, examples: Examples, function: Callable[[Tensor, Any], Tensor], theta: Tensor) -> float:
         """The mean over examples of a function that is summed over batches, ``(θ, batch) → ()``, at ``theta``."""
         with torch.no_grad():
-            found = sum(float(function(theta, batch.data)) for batch in examples.mine())
-        return self.ranks.total(found) / len(examples)
+            found = sum(float(function(theta, batch.data)) for batch in examples.local_batches())
+        return self.processes.total(found) / len(examples)
 
     def mean_loss(self, examples: Examples, theta: Tensor | None = None) -> float:
         """The mean loss over examples at ``theta``, by default at the present parameters."""
@@ -483,7 +485,9 @@ class Objective:
         """The losses of all examples, ``(n,)``, at ``theta``."""
         with torch.no_grad():
             at = self.theta if theta is None else theta
-            return examples.gathered([self.losses(at, batch.data) for batch in examples.mine()]).to(self.device)
+            return examples.all_gather([self.losses(at, batch.data) for batch in examples.local_batches()]).to(
+                self.device
+            )
 
     def gradient(
         self,
@@ -502,10 +506,10 @@ class Objective:
             NonFiniteError: If it is not finite.
         """
         total = torch.zeros_like(self.theta)
-        for batch in examples.mine():
+        for batch in examples.local_batches():
             at = (self.theta if theta is None else theta).detach().requires_grad_()
             total += self._gradient((loss_sum or self.loss_sum)(at, batch.data), at)
-        return self._finite(self.ranks.sum(total) / len(examples))
+        return self._finite(self.processes.sum(total) / len(examples))
 
     def query_gradients(self, examples: Examples, *, per_example: bool) -> Tensor:
         """Gradients of the measurement, ``(q, p)``: of its mean over all examples (q = 1), or of each (q = n).
@@ -514,7 +518,7 @@ class Objective:
             NonFiniteError: If one is not finite.
         """
         rows, total = [], torch.zeros_like(self.theta)
-        for batch in examples.mine():
+        for batch in examples.local_batches():
             theta = self.theta.detach().requires_grad_()
             values = self.measurements(theta, batch.data)
             if per_example:
@@ -522,13 +526,13 @@ class Objective:
             else:
                 total += self._gradient(values.sum(), theta)
         if not per_example:
-            return self._finite(self.ranks.sum(total)[None] / len(examples))
-        if self.ranks.size == 1:
+            return self._finite(self.processes.sum(total)[None] / len(examples))
+        if self.processes.size == 1:
             return self._finite(torch.stack(rows))
         found = self.theta.new_zeros(len(examples), self.space.size)
-        for position, row in enumerate(rows, examples.part[0]):
+        for position, row in enumerate(rows, examples.shard[0]):
             found[position] = row
-        return self._finite(self.ranks.sum(found))
+        return self._finite(self.processes.sum(found))
 
     def observe(self, examples: Examples) -> tuple[NeuronStatistics, GradientStatistics]:
         """What neurons and parameters would show if the examples were trained on now: one forward and backward pass."""
@@ -536,7 +540,7 @@ class Objective:
         try:
             with uninterrupted():
                 neurons.attach(self.module)
-            for batch in examples.dealt():
+            for batch in examples.strided_batches():
                 theta = self.theta.detach().requires_grad_()
                 neurons.record(class_targets(batch.data), batch.size)
                 if self._own_loss:
@@ -547,8 +551,8 @@ class Objective:
         finally:
             with uninterrupted():
                 neurons.detach()
-        neurons.sum_over(self.ranks)
-        gradients.sum_over(self.ranks)
+        neurons.sum_over(self.processes)
+        gradients.sum_over(self.processes)
         return neurons, gradients
 
     def refreshed_statistics(self, theta: Tensor, *examples: Examples) -> dict[str, Tensor]:
@@ -571,7 +575,7 @@ class Objective:
                 f"refresh_statistics=True computes the running statistics of BatchNorm anew, but"
                 f" {type(self.module).__name__} has no layer that keeps any. Leave it out."
             )
-        if self.ranks.size > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values()):
+        if self.processes.size > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values()):
             raise ConfigurationError(
                 "refresh_statistics=True does not work while BatchNorm is synchronised over processes (sync_batchnorm):"
                 " call it after `fit`, when Lightning has turned that back."
@@ -586,7 +590,7 @@ class Objective:
         try:
             with torch.no_grad():
                 for part in examples:
-                    for batch in part.at(torch.randperm(len(part), generator=generator)).dealt():
+                    for batch in part.subset(torch.randperm(len(part), generator=generator)).strided_batches():
                         if batch.size == 1:  # which has no variance
                             continue
                         seen += batch.size
@@ -597,14 +601,14 @@ class Objective:
             for name, layer in layers.items():
                 layer.momentum = momenta[name]
                 layer.eval()
-        everywhere = self.ranks.total(seen)
+        everywhere = self.processes.total(seen)
         if not everywhere:
             raise ConfigurationError(
                 "refresh_statistics=True needs batches of two or more examples: what stays is one, or batch_size is 1."
             )
-        if self.ranks.size == 1:
+        if self.processes.size == 1:
             return {name: buffers[name] for name in names}
-        return {name: self.ranks.sum(buffers[name] * seen) / everywhere for name in names}
+        return {name: self.processes.sum(buffers[name] * seen) / everywhere for name in names}
 
     def directional_derivatives(self, data: Any, directions: Tensor) -> Tensor:
         """``wᵀ∇ℓ(zᵢ)`` for each direction ``w`` and each example of a prepared batch.
@@ -666,7 +670,7 @@ class Objective:
         Args:
             train: The training examples.
         """
-        some = train.at(torch.linspace(0, len(train) - 1, min(len(train), _SPREAD)).long().unique())
+        some = train.subset(torch.linspace(0, len(train) - 1, min(len(train), _SPREAD)).long().unique())
         batches = [batch.data for batch in some.batches()]
         for self._derivatives in (Objective._forward, Objective._twice_reverse):
             if not any(self._differs(self._unlike_gradients, data) for data in batches):
@@ -711,7 +715,7 @@ class Objective:
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            with self.at(Moment(self.theta.double(), self.statistics)):
+            with self.at_state(ModelState(self.theta.double(), self.statistics)):
                 return distance(map_tensors(data, self._widen)) > 0.1 * narrow
         except Exception:  # the step asks for float32 itself
             return True

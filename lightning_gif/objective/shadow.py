@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmetrics import Metric, MetricCollection
 
 from .._compat import LightningModule, isolate_rng, rank_zero_warn
-from ..distributed import Ranks
+from ..distributed import ProcessGroup
 from ..errors import GIFWarning, ObjectiveError
 from ..storage.interrupts import uninterrupted
 
@@ -64,7 +64,7 @@ def fails_for_good(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def isolated(
-    module: LightningModule, device: torch.device, dtype: torch.dtype, loggers: Sequence[Any], ranks: Ranks
+    module: LightningModule, device: torch.device, dtype: torch.dtype, loggers: Sequence[Any], processes: ProcessGroup
 ) -> Iterator[None]:
     """Everything under which the module may be evaluated and differentiated twice, undone at the end."""
     home = next(module.parameters()).device
@@ -99,7 +99,7 @@ def isolated(
             torch.set_default_dtype(dtype)
             stack.enter_context(_attributes_restored(module))
             stack.enter_context(_evaluation_mode(module))
-            stack.enter_context(_silenced(module, loggers, ranks))
+            stack.enter_context(_silenced(module, loggers, processes))
             if home != device:  # the strategy's teardown after fit moves the module to the CPU
                 stack.enter_context(_moved(module, device))
         try:
@@ -213,7 +213,7 @@ def _refill(container: Any, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def _silenced(module: LightningModule, loggers: Sequence[Any], ranks: Ranks) -> Iterator[None]:
+def _silenced(module: LightningModule, loggers: Sequence[Any], processes: ProcessGroup) -> Iterator[None]:
     """Shadows ``log``, ``log_dict``, the loggers' ``log_metrics``, and all metrics of the module.
 
     Outside of the loop ``log`` raises, and a metric would count the examples again. A metric answers NaN instead of
@@ -236,7 +236,7 @@ def _silenced(module: LightningModule, loggers: Sequence[Any], ranks: Ranks) -> 
         )
 
     try:
-        if ranks.size > 1:
+        if processes.size > 1:
             shadow(module, "all_gather", no_others)
         for name in ("log", "log_dict"):
             shadow(module, name, nothing)

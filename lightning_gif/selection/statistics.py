@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..distributed import Ranks
+from ..distributed import ProcessGroup
 
 __all__ = ["GradientStatistics", "NeuronStatistics", "neuron_layers"]
 
@@ -120,10 +120,10 @@ class NeuronStatistics:
         for kind in self._STATE:
             setattr(self, kind, {})
 
-    def sum_over(self, ranks: Ranks) -> None:
+    def sum_over(self, processes: ProcessGroup) -> None:
         """Puts together what all processes have seen, which need not be the same layers and classes."""
         for kind in self._STATE:
-            setattr(self, kind, _over_ranks(getattr(self, kind), ranks))
+            setattr(self, kind, _over_ranks(getattr(self, kind), processes))
 
     def mean(self, kind: str, layer: str, classes: Iterable[int] | None = None) -> Tensor | None:
         """The mean over examples ``(neurons,)`` of outputs or output gradients of a layer.
@@ -279,12 +279,12 @@ def _stored(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True)
 
 
-def _over_ranks(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def _over_ranks(tensors: dict[str, Tensor], processes: ProcessGroup) -> dict[str, Tensor]:
     """The sums over all processes by name, of tensors that some of them lack, or have fewer rows of."""
-    if ranks.size == 1:
+    if processes.size == 1:
         return tensors
     known: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for found in ranks.gather({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}):
+    for found in processes.gather({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}):
         for name, (shape, dtype) in found.items():
             known[name] = max(known.get(name, (shape, dtype)), (shape, dtype), key=lambda one: one[0])
     summed = {}
@@ -295,7 +295,7 @@ def _over_ranks(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
             total += own
         elif own is not None:
             total[: len(own)] += own
-        summed[name] = ranks.sum(total)
+        summed[name] = processes.sum(total)
     return summed
 
 
@@ -334,13 +334,13 @@ class GradientStatistics:
                     self.squares[name] = values.square()
                 self.steps[name] = self.steps.get(name, 0) + 1
 
-    def sum_over(self, ranks: Ranks) -> None:
+    def sum_over(self, processes: ProcessGroup) -> None:
         """Puts together the steps of all processes, where each has made some of its own."""
-        if ranks.size == 1:
+        if processes.size == 1:
             return
-        self.squares = _over_ranks(self.squares, ranks)
+        self.squares = _over_ranks(self.squares, processes)
         counts: dict[str, int] = {}
-        for steps in ranks.gather(self.steps):
+        for steps in processes.gather(self.steps):
             for name, count in steps.items():
                 counts[name] = counts.get(name, 0) + count
         self.steps = counts

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import ConfigurationError
 from .atomic import sync
 from .digests import digest
-from .schema import MOST_BYTES, damage_is_told, read
+from .schema import MOST_BYTES, parse_errors_name, read
 
 __all__ = ["REMEDY", "read_folder", "write_folder"]
 
@@ -96,7 +96,7 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
             f"{os.fspath(folder)!r} is not a whole report: {' and '.join(missing)} is missing. Give the folder of"
             " `save`, with both of its files."
         )
-    with damage_is_told(path / RECORD, REMEDY):
+    with parse_errors_name(path / RECORD, REMEDY):
         record = read(path / RECORD)
         found, expected = record.pop("format"), record.pop("digest")
         if not isinstance(found, str) or not isinstance(expected, str):
@@ -106,7 +106,7 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
             f"{os.fspath(folder)!r} holds {found!r}, but {kind!r} was expected. Load it with the version of this"
             " package that saved it, or save the report anew."
         )
-    with damage_is_told(path / TENSORS, REMEDY):
+    with parse_errors_name(path / TENSORS, REMEDY):
         tensors = load((path / TENSORS).read_bytes())
         measured = digest(tensors, record)
     if measured != expected:

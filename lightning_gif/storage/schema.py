@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from ..errors import ConfigurationError, GIFError
 
-__all__ = ["MOST_BYTES", "damage_is_told", "parse", "read", "restored", "restored_fields"]
+__all__ = ["MOST_BYTES", "parse", "parse_errors_name", "read", "restored", "restored_fields"]
 
 
 # What a record may take on the disk: some ten times as much in memory.
@@ -24,7 +24,7 @@ MOST_BYTES = 2**28
 
 
 @contextmanager
-def damage_is_told(
+def parse_errors_name(
     path: str | os.PathLike[str], remedy: str, kind: type[GIFError] = ConfigurationError
 ) -> Iterator[None]:
     """Turns what goes wrong with the contents of a file, which anybody may have written, into an error that names it.

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..distributed import ALONE, Ranks
+from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import ConfigurationError
 from ..storage.atomic import replace_file
 from ..storage.digests import Fingerprint, differences, digest
-from ..storage.schema import damage_is_told, parse
+from ..storage.schema import parse, parse_errors_name
 
 __all__ = ["Journal"]
 
@@ -38,13 +38,13 @@ class Journal:
     Attributes:
         folder: Where.
         fingerprint: Of all that the changes depend on but each other, and the points that they were solved for at.
-        ranks: The processes.
+        processes: The processes.
         recalled: How many changes were found there.
     """
 
     folder: Path
     fingerprint: Fingerprint
-    ranks: Ranks = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
     recalled: int = 0
 
     @staticmethod
@@ -95,7 +95,7 @@ class Journal:
             ConfigurationError: If the file is damaged, or of other weights, data or settings.
             OSError: If it cannot be read.
         """
-        found = self.ranks.first(self._read(position, asked, size) if self.ranks.rank == 0 else None)
+        found = self.processes.broadcast(self._read(position, asked, size) if self.processes.rank == 0 else None)
         self.recalled += found is not None
         return found
 
@@ -103,7 +103,7 @@ class Journal:
         path = self._path(position)
         if not path.exists():
             return None
-        with self.damage_is_told(position):
+        with self.parse_errors_name(position):
             path.open("rb").close()  # safetensors takes what a disk says for a file that is missing
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -126,13 +126,13 @@ class Journal:
                 raise ValueError("its change is not finite")
             return change, parse(record["told"])
 
-    def damage_is_told(self, position: int) -> contextlib.AbstractContextManager[None]:
+    def parse_errors_name(self, position: int) -> contextlib.AbstractContextManager[None]:
         """Turns what goes wrong with what :meth:`recall` gave into an error that names the file."""
-        return damage_is_told(self._path(position), "Delete it, and what is behind it is solved for anew.")
+        return parse_errors_name(self._path(position), "Delete it, and what is behind it is solved for anew.")
 
     def keep(self, position: int, asked: list[Any], change: Tensor, told: dict[str, Any]) -> None:
         """Writes down a change ``(k,)``, and plain values about it; makes the folder where there is none."""
-        if self.ranks.rank:
+        if self.processes.rank:
             return
         record = {"fingerprint": json.dumps(self.fingerprint), "asked": json.dumps(asked), "told": json.dumps(told)}
         tensors = {"change": change.detach().cpu().contiguous()}

@@ -180,8 +180,8 @@ class ModelEditProblem:
         objective, task, settings = self._objective, self._task, self._settings
         curved = max(math.ceil(_CURVED_SHARE * len(task.sample)), _LEAST_CURVED)
         if task.gone is not None:
-            seen = task.sample.mapped(self._expecting)
-            measured = seen if task.check is task.sample else task.check.mapped(self._expecting)
+            seen = task.sample.map(self._expecting)
+            measured = seen if task.check is task.sample else task.check.map(self._expecting)
             kept = RiskTerm(1.0, seen, measured, curved, OutputLoss(self._logits, self._divergence))
         elif task.goal is Goal.LABELS:
             kept = RiskTerm(1.0, task.sample, task.check, curved, objective)
@@ -226,8 +226,8 @@ class ModelEditProblem:
             return []
         ranked = QuantileMatchingLoss(objective, groups, float(lacking[short].square().mean().sqrt()))
         settings = self._settings
-        these = task.forget.at(short.cpu()).sample(settings.sample_size(), settings.seed)
-        these = these.held(settings.bytes_to_keep(objective) / 4)
+        these = task.forget.subset(short.cpu()).sample(settings.sample_size(), settings.seed)
+        these = these.cached(settings.bytes_to_keep(objective) / 4)
         weight = _EXAMPLES_WEIGHT * task.share * len(short) / len(task.forget)
         return [RiskTerm(weight, these, these, curved, OutputLoss(objective.losses, ranked.sum))]
 
@@ -335,14 +335,14 @@ class ModelEditProblem:
         sums = [0.0] * len(asked)
         with torch.no_grad():
             for examples in {id(these): these for these, _ in asked}.values():
-                for batch in examples.mine():
+                for batch in examples.local_batches():
                     data = batch.data.data if isinstance(batch.data, WithTeacher) else batch.data
                     loss, logits = objective.loss_and_logits(theta, data)
                     for position, (these, function) in enumerate(asked):
                         if these is examples:
                             value = loss if function is None else function(logits, batch.data)
                             sums[position] += float(value) / len(these)
-        sums = objective.ranks.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
+        sums = objective.processes.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
         return sums[0], sums[1], sums[2:-1], sums[-1]
 
     @property
@@ -439,12 +439,12 @@ class ModelEditProblem:
             journal.keep(position, asked, self._changes[-1], asdict(told))
             return model, newton
         change, record = found
-        with journal.damage_is_told(position):
+        with journal.parse_errors_name(position):
             told = _Told(**restored_fields(_Told, record))
             recalled = Solution.of_record(told.solution)
             if not all(map(math.isfinite, (told.slope, told.bend, told.damping))) or told.damping <= 0:
                 raise ValueError(f"it tells of slope {told.slope}, bend {told.bend} and damping {told.damping}")
-        self._settings.judge([recalled])
+        self._settings.warn_unconverged([recalled])
         self.solutions.append(recalled)
         self._changes.append(change.to(self._objective.theta))
         self.description, self._damping = self.description or told.curvature, told.damping
@@ -481,14 +481,14 @@ class ModelEditProblem:
         there = self.moved(at.steps)
         slope, curvatures = self._decay * there, list[tuple[float, Curvature]]()
         gradients = torch.zeros_like(slope) if self.goal is Goal.LABELS else None
-        far, steps = at.remembered > _FAR.get(self.goal, math.inf), self._for_one_of_many
+        far, steps = at.remembered > _FAR.get(self.goal, math.inf), self._for_relinearised_step
         with objective.progress("Hessian products, at the new weights") as bar:
             for term in self._terms:
                 of_term = objective.gradient(term.seen, there, term.losses.loss_sum)
                 slope = slope + term.weight * (of_term if term.left_seen is None else of_term - term.left_seen)
                 curved = math.ceil(_FAR_SHARE * term.curved) if far and self.goal is Goal.CLASS else term.curved
                 part = term.seen.sample(curved, settings.seed + len(self._changes))
-                part = part.held(settings.bytes_to_keep(objective) / 4)
+                part = part.cached(settings.bytes_to_keep(objective) / 4)
                 losses = term.bound if term.bound is not None and self._changes and far else term.losses
                 decay = 0.0 if curvatures else self._decay  # of the whole risk, in the first term, whose weight is 1
                 curvature = steps.open_curvature(
@@ -506,14 +506,14 @@ class ModelEditProblem:
                 behind = len(self._changes) - len(at.steps)
                 behind -= self._answer is not None and self._answer[0] >= len(at.steps)
                 relative = _LABELS_DAMPING * _AFTER_NOTHING**behind
-                solve = partial(steps.solve_damped, relative) if self._convex else steps.solve
+                solve = partial(steps.solve_with_relative_damping, relative) if self._convex else steps.solve
                 bend = self._take(whole, -slope, solve, units=units)
             self.description = self.description or steps.describe(curvatures[0][1])
         return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend), newton
 
     @property
-    def _for_one_of_many(self) -> Settings:
-        return self._settings.for_one_of_many(labels=self.goal is Goal.LABELS, convex=self._convex)
+    def _for_relinearised_step(self) -> Settings:
+        return self._settings.for_relinearised_step(labels=self.goal is Goal.LABELS, convex=self._convex)
 
     @property
     def _convex(self) -> bool:
@@ -530,7 +530,7 @@ class ModelEditProblem:
         gradients of examples are independent and their mean is small; the mean counts for more. It costs one pass over
         what is held in memory.
         """
-        groups = examples.dealt_out(min(_GROUPS, max(len(examples) // 2, 1)))
+        groups = examples.round_robin(min(_GROUPS, max(len(examples) // 2, 1)))
         total = torch.zeros_like(theta)
         for group in groups:
             total += len(group) * self._objective.gradient(group, theta, losses.loss_sum).square()
@@ -596,7 +596,7 @@ class ModelEditProblem:
                 self._damping /= _ADAPT
         units = units[self.positions]
         matrix = Scaled(Submatrix(curvature, self.positions, self.positions), units, rows=True)
-        solution, bend = self._for_one_of_many.newton(matrix, units * gradient[self.positions], self._damping)
+        solution, bend = self._for_relinearised_step.newton(matrix, units * gradient[self.positions], self._damping)
         self._changes.append(units * solution.x)
         self.solutions.append(solution)
         return bend

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..distributed import ALONE, Ranks
+from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..edit import Edit
 from ..errors import EditError, RecordError
 from ..parameters import Weights, weights_digest
@@ -25,7 +25,7 @@ from ..storage.atomic import replace_file
 from ..storage.audit_log import Event, append
 from ..storage.digests import digest
 from ..storage.interrupts import uninterrupted
-from ..storage.schema import damage_is_told, parse, restored, restored_fields
+from ..storage.schema import parse, parse_errors_name, restored, restored_fields
 from .protocol import Goal, Point
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _FORMAT = "lightning-gif edit 3"
 
 _PARTS = ("indices", "old", "new")
 
-_UNSAVED = ("edit", "module", "loggers", "record", "ranks")
+_UNSAVED = ("edit", "module", "loggers", "record", "processes")
 
 # Beyond this multiple of the natural step the local model says nothing about the loss, and is not printed.
 _PREDICTABLE = 4.0
@@ -98,7 +98,7 @@ class UnlearnReport:
         global_step: The trainer's optimizer steps when it was asked.
         record: The file that :meth:`apply` and :meth:`undo` add an entry to, see
             :mod:`lightning_gif.storage.audit_log`.
-        ranks: The processes that hold copies of the model: what one cannot do to its copy, none does. The first one
+        processes: The processes that hold copies of the model: what one cannot do to its copy, none does. The first one
             writes files.
     """
 
@@ -127,7 +127,7 @@ class UnlearnReport:
     loggers: Sequence[Any] = field(default=(), repr=False)
     global_step: int = field(default=0, repr=False)
     record: str | os.PathLike[str] | None = field(default=None, repr=False)
-    ranks: Ranks = field(default=ALONE, repr=False)
+    processes: ProcessGroup = field(default=SINGLE_PROCESS, repr=False)
 
     @property
     def step(self) -> float:
@@ -198,21 +198,21 @@ class UnlearnReport:
         if bad:
             raise RecordError(f"Metrics must be numbers by name; {bad[0]!r} is {metrics[bad[0]]!r}.")
         weights = self._resolve(module)
-        here, ranks = weights_digest(weights), self._ranks_of(weights)
-        with ranks.guarded():
-            if ranks.rank == 0:
+        here, processes = weights_digest(weights), self._ranks_of(weights)
+        with processes.propagate_errors():
+            if processes.rank == 0:
                 self.write_down("metrics", kept, here, here, values)
 
     def change(self, event: Event, module: Weights | None = None, record: str | os.PathLike[str] | None = None) -> None:
         """Makes the edit or takes it back, and tells the record if there is one: both, or neither, in all processes."""
         weights = self._resolve(module)
         make, take_back = (self.edit.undo, self.edit.apply) if event == "undo" else (self.edit.apply, self.edit.undo)
-        kept, ranks = self.record if record is None else record, self._ranks_of(weights)
-        kept = kept if ranks.rank == 0 else None  # one process writes it
+        kept, processes = self.record if record is None else record, self._ranks_of(weights)
+        kept = kept if processes.rank == 0 else None  # one process writes it
         before, after = "" if kept is None else weights_digest(weights), ""
         made = told = False
         try:
-            with ranks.guarded():
+            with processes.propagate_errors():
                 with uninterrupted():
                     make(weights)
                     made = True
@@ -280,11 +280,11 @@ class UnlearnReport:
             raise EditError("The report was loaded from a file; say which model: undo(model) or apply(model).")
         return found
 
-    def _ranks_of(self, weights: Weights) -> Ranks:
+    def _ranks_of(self, weights: Weights) -> ProcessGroup:
         """The processes that hold copies of the weights; a report that was loaded knows of none itself."""
-        if self.ranks.size > 1 or not isinstance(weights, nn.Module):
-            return self.ranks
-        return Ranks.of_module(weights)
+        if self.processes.size > 1 or not isinstance(weights, nn.Module):
+            return self.processes
+        return ProcessGroup.of_module(weights)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Files
@@ -299,7 +299,7 @@ class UnlearnReport:
         Args:
             path: Where to; ``.safetensors`` is a good ending. Folders that are missing are made.
         """
-        if self.ranks.rank:
+        if self.processes.rank:
             return
         tensors, told = self._contents()
         target = Path(path)
@@ -332,7 +332,7 @@ class UnlearnReport:
         path = Path(path)
         if path.exists() and not path.is_file():
             raise EditError(f"{str(path)!r} is no file, and so no edit file. Give the file of `save`.")
-        with damage_is_told(path, "If it is an edit file, copy it again from where it was saved.", EditError):
+        with parse_errors_name(path, "If it is an edit file, copy it again from where it was saved.", EditError):
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:

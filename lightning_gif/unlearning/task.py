@@ -26,7 +26,7 @@ _FEWEST = 20
 
 def check_new_labels(corrected: Examples, classes: int) -> None:
     """Raises a :class:`~lightning_gif.errors.BatchError` for a new label that is none of the predicted classes."""
-    for batch in corrected.mine():
+    for batch in corrected.local_batches():
         new = find_targets(batch.data)
         wrong = None if new is None else new[(new < 0) | (new >= classes)]
         if wrong is not None and wrong.numel():
@@ -96,7 +96,7 @@ class Task:
         compared = None
         if unseen is not None and goal is Goal.EXAMPLES:
             if min(len(forget), len(unseen)) >= _FEWEST:
-                compared = unseen.sample(count, seed).held(memory)
+                compared = unseen.sample(count, seed).cached(memory)
                 objective.check(compared, "unseen")
             else:
                 notes.append(
@@ -106,11 +106,11 @@ class Task:
         return cls(
             goal=goal,
             forget=forget,
-            judged=judged.held(memory),
+            judged=judged.cached(memory),
             corrected=corrected,
             amended=None if corrected is None else corrected.sample(measured, seed),
-            sample=sample.held(memory),
-            check=check.sample(measured, seed).held(memory),
+            sample=sample.cached(memory),
+            check=check.sample(measured, seed).cached(memory),
             unseen=compared,
             share=share,
             gone=gone,
@@ -149,7 +149,7 @@ def all_but(examples: Examples, positions: Tensor) -> Examples:
     """The examples at all other positions."""
     keep = torch.ones(len(examples), dtype=torch.bool)
     keep[positions] = False
-    return examples.at(keep.nonzero().squeeze(1))
+    return examples.subset(keep.nonzero().squeeze(1))
 
 
 def retained_examples(train: Examples, forget: Examples, found: Tensor, notes: list[str]) -> Examples:

@@ -114,13 +114,13 @@ def unlearn(
 
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
-    ranks = objective.ranks
+    processes = objective.processes
     told: dict[str, str | None] = {"examples": contents_digest(forget), "train": data_digest(train)}
     told["relabelled"] = None if corrected is None else contents_digest(corrected)
     journal = None
     if solves_to is not None:
         mark = _fingerprint(objective, task, settings, targets, str(told["train"]))
-        journal = Journal(solves_to, ranks.first(mark), ranks)
+        journal = Journal(solves_to, processes.broadcast(mark), processes)
     walk = ModelEditProblem(
         objective, task, settings, method, targets.flat(objective.space).to(objective.device), journal
     )
@@ -148,7 +148,7 @@ def unlearn(
         remembered = walk.remembered(moved)
     change = moved[walk.positions] - objective.theta[walk.positions]
     edit = Edit.plan(objective.module, targets, objective.space, change, objective.statistics)
-    ranks.agree(
+    processes.assert_equal(
         digest({**{f"new/{name}": value for name, value in edit.new.items()}, **edit.indices}),
         "edit",
         "They computed other weights, though from the same sums: run on machines of one kind, with as many threads each"
