@@ -291,12 +291,12 @@ class Examples:
         if len(wanted.unique()) < len(wanted):
             raise TrainingDataError(f"Some of the {len(wanted)} dataset indices are given twice; give each once.")
         if not len(wanted):
-            raise TrainingDataError("There are no examples to look for: no dataset index was given. Give one or more.")
+            raise TrainingDataError("No dataset index was given. Give one or more.")
         if missing:
             raise TrainingDataError(
                 f"{len(missing)} of the {len(wanted)} dataset indices given belong to no training example:"
-                f" {missing[:5]}{' …' if len(missing) > 5 else ''}. Give"
-                f" such as the training loader draws, {int(self.ids.min())} to {int(self.ids.max())}."
+                f" {missing[:5]}{' …' if len(missing) > 5 else ''}. Give indices that the training loader draws, from"
+                f" {int(self.ids.min())} to {int(self.ids.max())}."
             )
         order = self.ids.argsort()
         return self.subset(order[torch.searchsorted(self.ids[order], wanted)])

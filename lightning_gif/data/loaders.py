@@ -48,7 +48,11 @@ def check_loader(loader: Any) -> DataLoader[Any]:
 
 
 def sampled_ids(loader: DataLoader[Any]) -> Tensor:
-    """Which dataset indices a loader draws, sorted; its sampler is asked, not iterated."""
+    """The dataset indices that a loader draws, sorted. Its sampler is inspected, not iterated.
+
+    Raises:
+        TrainingDataError: If the dataset has no length.
+    """
     sampler: Any = loader.sampler
     if isinstance(loader.batch_sampler, BatchSampler):
         sampler = loader.batch_sampler.sampler
@@ -62,8 +66,8 @@ def sampled_ids(loader: DataLoader[Any]) -> Tensor:
         return torch.as_tensor([int(index) for index in sampler], dtype=torch.long).sort().values
     if not isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
         warnings.warn(
-            f"The loader draws by {type(sampler).__name__}: each example of its dataset is counted once, however often"
-            " that draws it. Pass `dataloader=` with a plain loader to say otherwise.",
+            f"The loader draws with a {type(sampler).__name__}: each example of its dataset is counted once, however"
+            " often that draws it. If some are never drawn, pass a loader over the others as `dataloader=`.",
             GIFWarning,
             stacklevel=2,
         )

@@ -111,6 +111,11 @@ class Shadow:
         """The present parameters, ``(p,)``."""
         return self.state.theta
 
+    @property
+    def fails_for_good(self) -> bool:
+        """See :func:`fails_for_good`, of the device."""
+        return fails_for_good(self.device)
+
     @contextlib.contextmanager
     def at(self, state: ModelState) -> Iterator[None]:
         """Inside of it, calls take parameters and buffers from another state."""
