@@ -76,14 +76,14 @@ def passes(weights: Path, folder: Path) -> tuple[float, float]:
         for _ in range(7):
             times = []
             for function in (
-                lambda batch: model(batch[0]),
+                lambda batch: model(batch.data[0]),
                 lambda batch: objective.directional_derivatives(batch, direction),
                 lambda batch: sum(len(rows) for rows in objective.gradients(batch)),
             ):
                 start = time.perf_counter()
                 with torch.no_grad():
                     for batch in data.batches():
-                        function(batch.data)
+                        function(batch)
                 times.append(time.perf_counter() - start)
             ratios.append((times[1] / times[0], times[2] / times[0]))
     return median(one for one, _ in ratios), median(other for _, other in ratios)

@@ -175,8 +175,8 @@ def _ask(trainer: pl.Trainer, module: nn.Module, loader: DataLoader[Any]) -> _Kn
         if objective.n_classes(examples) is None:
             return _Known(losses, None, None)
         with torch.no_grad():
-            logits = torch.cat([objective.logits(objective.theta, batch.data) for batch in examples.batches()])
-        classes = [class_targets(batch.data) for batch in examples.batches()]
+            logits = torch.cat([objective.logits(objective.theta, batch) for batch in examples.batches()])
+        classes = [batch.classes for batch in examples.batches()]
         return _Known(losses, logits, torch.cat(classes) if all(part is not None for part in classes) else None)
 
 

@@ -46,7 +46,8 @@ MOVED: dict[str, dict[str, str]] = {
         "unlearning.journal": "Journal",
     },
     "objective": {
-        "objective.objective": "Moment=ModelState Objective",
+        "objective.objective": "Objective",
+        "objective.shadow": "Moment=ModelState",
     },
     "parameters": {
         "edit": "Edit",

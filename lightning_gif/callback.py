@@ -36,7 +36,7 @@ from .attribution.report import InfluenceReport
 from .attribution.self_influence import self_influence
 from .config import AUTO, Overrides, Settings
 from .curvature.products import has_gauss_newton
-from .data.examples import Examples
+from .data.examples import Examples, warn_if_random
 from .data.identity import check_same_everywhere, shares_examples
 from .data.structure import batch_size, describe, tensors
 from .data.targets import class_targets
@@ -1009,7 +1009,7 @@ class GIFCallback(Callback):
             rank = 1 << (rank.bit_length() - 1) if rank else 0
 
             def settle(queries: int, *, itself: bool = False) -> Settings:
-                few = next(train.subset(torch.arange(1)).batches()).data
+                few = next(train.subset(torch.arange(1)).batches())
                 return asked.for_influence(
                     ggn=has_gauss_newton(objective, objective.theta, few),
                     on_targets=on_targets,
@@ -1067,7 +1067,7 @@ class GIFCallback(Callback):
                     processes=processes,
                 )
                 check_same_everywhere(train, "training data")
-                train.warn_if_random()
+                warn_if_random(train)
                 objective.learn_structure(train)
                 yield objective, train
 

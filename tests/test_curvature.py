@@ -26,6 +26,7 @@ from lightning_gif import (
 from lightning_gif.curvature.methods import Group
 from lightning_gif.curvature.products import CURVATURES, gauss_newton, hessian
 from lightning_gif.curvature.streaming import Curvature, graph_bytes
+from lightning_gif.data.batch import Batch
 from lightning_gif.data.examples import Examples
 from lightning_gif.objective.objective import Objective
 from lightning_gif.parameters import Targets
@@ -54,7 +55,9 @@ def opened(net: str = "mlp", n: int = 23, batch_size: int = 23) -> Iterator[tupl
     trainer = make_trainer(precision="64-true")
     attach(trainer, module, train_dataloaders=loader(dataset))
     with Objective.open(trainer, module) as objective:
-        yield objective, Examples.from_loader(loader(dataset), objective.prepare, batch_size=batch_size)
+        train = Examples.from_loader(loader(dataset), objective.prepare, batch_size=batch_size)
+        objective.learn_structure(train)
+        yield objective, train
 
 
 def hessian_of(objective: Objective, examples: Examples, **options: Any) -> Curvature:
@@ -94,6 +97,7 @@ def test_a_loss_that_is_linear_in_the_parameters_has_no_curvature() -> None:
     attach(trainer, module, train_dataloaders=loader(blobs()))
     with Objective.open(trainer, module) as objective:
         train = Examples.from_loader(loader(blobs()), objective.prepare, batch_size=16)
+        objective.learn_structure(train)
         assert not hessian_of(objective, train).matvec(objective.theta).any()
 
 
@@ -396,21 +400,24 @@ def test_a_loss_that_does_not_go_through_its_predictions_is_refused_for_each_str
     """A penalty on batches of sequences alone, after a batch of single positions that has none."""
     calls = 0
 
-    def loss_sum(theta: Tensor, x: Tensor) -> Tensor:
+    def loss_sum(theta: Tensor, batch: Batch) -> Tensor:
         nonlocal calls
         calls += 1
+        x = batch.data
         return F.mse_loss(x @ theta, x.sum(-1)) + (theta.square().sum() if x.ndim == 3 else 0.0)
 
     linearise = gauss_newton(
-        lambda theta, x: x @ theta, lambda theta, x: lambda out: F.mse_loss(out, x.sum(-1)), loss_sum
+        lambda theta, batch: batch.data @ theta,
+        lambda theta, batch: lambda out: F.mse_loss(out, batch.data.sum(-1)),
+        loss_sum,
     )
     theta = torch.randn(3, dtype=torch.float64)
     for size in (4, 4, 2, 1):
-        linearise(theta, torch.randn(size, 3, dtype=torch.float64))
+        linearise(theta, Batch.of(torch.randn(size, 3, dtype=torch.float64)))
     assert calls == 1  # once for a structure
     for _ in range(2):
         with pytest.raises(ObjectiveError, match="the gradient through them is not the loss's"):
-            linearise(theta, torch.randn(4, 2, 3, dtype=torch.float64))
+            linearise(theta, Batch.of(torch.randn(4, 2, 3, dtype=torch.float64)))
 
 
 def test_gauss_newton_without_a_loss_function_of_pytorch_is_refused() -> None:
@@ -435,10 +442,10 @@ def test_kept_passes_give_the_same_products_and_are_not_done_again(kind: str) ->
         calls = 0
         linearise = CURVATURES[kind](objective)
 
-        def counted(theta: Tensor, data: Any) -> Any:
+        def counted(theta: Tensor, batch: Batch) -> Any:
             nonlocal calls
             calls += 1
-            return linearise(theta, data)
+            return linearise(theta, batch)
 
         vectors = torch.randn(objective.space.size, 3, dtype=torch.float64)
         found, passes = {}, {}
@@ -458,7 +465,7 @@ def test_a_budget_keeps_some_passes_and_does_the_others_anew() -> None:
     for held in (False, True):
         with opened(batch_size=5) as (objective, train):
             examples = train.cached() if held else train
-            one = graph_bytes(*hessian(objective.loss_sum)(objective.theta, next(train.batches()).data)[1])
+            one = graph_bytes(*hessian(objective.loss_sum)(objective.theta, next(train.batches()))[1])
             curvature = Curvature(hessian(objective.loss_sum), objective.theta, examples, memory=2.5 * one)
             expected = hessian_of(objective, train)
             for _ in range(3):

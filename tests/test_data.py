@@ -24,9 +24,8 @@ from torch.utils.data import (
 )
 
 from lightning_gif import BatchError, GIFWarning, TrainingDataError
-from lightning_gif.data import examples as data_module
-from lightning_gif.data.batch import Batch
-from lightning_gif.data.examples import Examples
+from lightning_gif.data.batch import Batch, joined
+from lightning_gif.data.examples import Examples, warn_if_random
 from lightning_gif.data.identity import contents_digest, data_digest, fingerprints, locate
 from lightning_gif.data.relabel import relabelled
 from lightning_gif.data.structure import (
@@ -271,22 +270,28 @@ def test_examples_are_held_within_a_budget_only() -> None:
     assert found.cached(0) is found
 
 
+@dataclass(frozen=True)
+class Doubled(Batch):
+    twice: Tensor
+
+
 @pytest.mark.parametrize("held", [True, False])
 def test_what_is_made_of_batches_goes_with_the_examples_and_is_made_once_of_those_in_memory(held: bool) -> None:
     made: list[int] = []
 
-    def doubled(data: Any) -> Any:
-        made.append(len(data[0]))
-        return data, 2 * data[0]
+    def doubled(batch: Batch) -> Doubled:
+        made.append(batch.size)
+        return Doubled(batch.data, batch.ids, batch.size, 2 * batch.data[0])
 
     found = examples(DataLoader(numbered(), 3))
     mapped = (found.cached() if held else found).map(doubled)
     assert made == ([4, 4, 2] if held else [])
     for part in (mapped, mapped, mapped.sample(5, seed=1)):
         for batch in part.batches():
-            (values, _), twice = batch.data
+            assert isinstance(batch, Doubled)
+            values, _ = batch.data
             assert torch.equal(values.squeeze(1), batch.ids.float())
-            assert torch.equal(twice, 2 * values)
+            assert torch.equal(batch.twice, 2 * values)
     assert made == ([4, 4, 2] if held else [4, 4, 2, 4, 4, 2, 4, 1])
 
 
@@ -308,8 +313,8 @@ def test_random_augmentation_repeats_itself_and_is_pointed_out() -> None:
     found = examples(DataLoader(Noisy(*numbered().tensors), 3))
     assert read(found) == read(found)
     with pytest.warns(GIFWarning, match="augmentation"):
-        found.warn_if_random()
-    examples(DataLoader(numbered(), 3)).warn_if_random()
+        warn_if_random(found)
+    warn_if_random(examples(DataLoader(numbered(), 3)))
 
 
 def test_a_batch_in_memory_is_split_but_not_changed() -> None:
@@ -484,10 +489,10 @@ def test_parts_of_a_batch_join_to_it_again(batch: tuple[Any, int], data: st.Data
         Batch(slice_batch(batch, start, stop), ids[start:stop], stop - start)
         for start, stop in itertools.pairwise(cuts)
     ]
-    (joined,) = data_module._joined(parts, size)
-    assert same(joined.data, batch)
-    assert torch.equal(joined.ids, ids)
-    assert joined.size == size
+    (whole,) = joined(parts, size)
+    assert same(whole.data, batch)
+    assert torch.equal(whole.ids, ids)
+    assert whole.size == size
 
 
 @quick

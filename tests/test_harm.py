@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gif.callback
 from lightning_gif import ConfigurationError, ConvergenceError, GIFCallback, GIFWarning, attach
+from lightning_gif.data.examples import Examples
 from lightning_gif.data.structure import batch_size, map_tensors, slice_batch, tensors
 from lightning_gif.errors import BatchError, ConvergenceWarning
 from lightning_gif.objective.objective import Objective
@@ -353,7 +354,9 @@ def test_each_evaluation_of_a_step_that_writes_starts_from_the_same_parameters(n
         module.net[0].weight.mul_(3.0)
     with Objective.open(trainer, module) as objective:
         theta = objective.theta.clone()
-        batch = objective.prepare(list(batch_of(data, slice(8))))
+        examples = Examples.from_batch(list(batch_of(data, slice(8))), objective.prepare, batch_size=8)
+        objective.learn_structure(examples)
+        (batch,) = examples.batches()
         first = objective.losses(objective.theta, batch)
         objective.directional_derivatives(batch, torch.ones_like(theta)[None])
         for _ in range(3):

@@ -27,6 +27,7 @@ from lightning_gif import (
     attach,
 )
 from lightning_gif.attribution import influence as influence_module
+from lightning_gif.data.batch import Batch
 from lightning_gif.data.examples import Examples
 from lightning_gif.objective.objective import Objective
 from lightning_gif.parameters import ParameterSpace
@@ -589,11 +590,11 @@ def test_scores_in_a_file_go_on_where_they_were_interrupted(tmp_path: Any, monke
     seen: list[int] = []
     original = Objective.directional_derivatives
 
-    def fragile(self: Objective, data: Any, directions: Tensor) -> Tensor:
+    def fragile(self: Objective, batch: Batch, directions: Tensor) -> Tensor:
         if len(seen) == 2:
             raise KeyboardInterrupt
-        seen.append(len(data[0]))
-        return original(self, data, directions)
+        seen.append(batch.size)
+        return original(self, batch, directions)
 
     monkeypatch.setattr(Objective, "directional_derivatives", fragile)
     with pytest.raises(KeyboardInterrupt):
@@ -605,9 +606,9 @@ def test_scores_in_a_file_go_on_where_they_were_interrupted(tmp_path: Any, monke
 
     left: list[int] = []
 
-    def counted(self: Objective, data: Any, directions: Tensor) -> Tensor:
-        left.append(len(data[0]))
-        return original(self, data, directions)
+    def counted(self: Objective, batch: Batch, directions: Tensor) -> Tensor:
+        left.append(batch.size)
+        return original(self, batch, directions)
 
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "directional_derivatives", counted)
@@ -995,8 +996,8 @@ def test_directional_derivatives_are_inner_products_with_the_gradients_of_traini
         objective.learn_structure(train)
         objective.learn_derivatives(train)
         directions = torch.randn(count, objective.space.size, dtype=torch.float64)
-        found = [objective.directional_derivatives(batch.data, directions) for batch in train.batches()]
-        explicit = torch.cat([part for batch in train.batches() for part in objective.gradients(batch.data)])
+        found = [objective.directional_derivatives(batch, directions) for batch in train.batches()]
+        explicit = torch.cat([part for batch in train.batches() for part in objective.gradients(batch)])
     torch.testing.assert_close(torch.cat(found, 1), directions @ rows.T, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(explicit, rows, rtol=1e-9, atol=1e-11)
 
@@ -1070,7 +1071,7 @@ def test_ordinary_modules_stay_in_forward_mode_also_where_examples_are_learned_t
         objective.learn_structure(train)
         objective.learn_derivatives(train)
         calls = 0
-        objective.directional_derivatives(next(train.batches()).data, objective.theta[None])
+        objective.directional_derivatives(next(train.batches()), objective.theta[None])
     assert calls == 1
 
 

@@ -285,7 +285,7 @@ def test_only_the_training_examples_of_a_loader_can_be_named() -> None:
         (lambda batch: batch[1], BatchError, r"a bool tensor of shape \[48\]; it returned int64"),
         (lambda batch: True, BatchError, "it returned bool"),
         (lambda batch: (batch[1] == 1)[:3], BatchError, r"it returned bool\[3\]"),
-        (lambda one: one[1].item() == 1, BatchError, "truth values: RuntimeError: .* It is asked about whole batches"),
+        (lambda one: one[1].item() == 1, BatchError, "truth values: RuntimeError: .* It is called with whole batches"),
         (lambda batch: numpy.array([None] * len(batch[1])), BatchError, "returned no truth values: TypeError"),
         (lambda batch: ["a"] * len(batch[1]), BatchError, "returned no truth values: ValueError"),
     ],
@@ -1259,7 +1259,7 @@ def test_sizes_of_gradients_are_those_of_groups_whatever_the_batches(count: int,
         loader = DataLoader(Subset(data, range(count)), 4)
         examples = Examples.from_loader(loader, objective.prepare, batch_size=batch_size)
         objective.learn_structure(examples)
-        each = torch.cat([rows for batch in examples.batches() for rows in objective.gradients(batch.data)])
+        each = torch.cat([rows for batch in examples.batches() for rows in objective.gradients(batch)])
         walk: Any = SimpleNamespace(_objective=objective)
         found = ModelEditProblem._squares(walk, examples, objective.theta, objective)
     parts = [each[start::groups] for start in range(groups)]

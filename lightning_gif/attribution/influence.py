@@ -19,7 +19,8 @@ from ..data.examples import Examples
 from ..data.identity import data_digest, fingerprints
 from ..distributed import ProcessGroup
 from ..errors import ConfigurationError, GIFWarning, NonFiniteError
-from ..objective.objective import ModelState, Objective
+from ..objective.objective import Objective
+from ..objective.shadow import ModelState
 from ..parameters import Targets, state_digest
 from ..solvers import Solution
 from ..storage.digests import Fingerprint, digest
@@ -139,7 +140,7 @@ def influence(
                 block = torch.zeros(queries, batch.size, dtype=torch.float64)
                 for moment, one, decay in zip(moments, solved, decays, strict=True):
                     with objective.at_state(moment):
-                        part = objective.directional_derivatives(batch.data, one.directions).cpu().double()
+                        part = objective.directional_derivatives(batch, one.directions).cpu().double()
                     nonzero += float(part.any())
                     block += (part + decay) / len(moments)
                 block /= max(len(train) - 1, 1)

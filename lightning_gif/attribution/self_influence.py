@@ -83,7 +83,7 @@ def self_influence(
             found = []
             with objective.progress("Scoring training examples", len(scored)) as bar:
                 for batch in scored.local_batches():
-                    for rows in objective.gradients(batch.data):
+                    for rows in objective.gradients(batch):
                         nonzero += float(rows.any())
                         whole = rows + settings.weight_decay * objective.theta
                         found.append(quadratic(whole[:, positions]).cpu())

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..data.batch import Batch
 from ..data.structure import map_tensors, same_structure
 from ..errors import ObjectiveError
 from ..registry import Registry
@@ -18,20 +19,20 @@ __all__ = ["CURVATURES", "Linearise", "Losses", "gauss_newton", "has_gauss_newto
 Product = Callable[[Tensor], Tensor]
 """``v ↦ C v``, ``(p,) → (p,)``, where ``C`` is the *sum* of the curvatures of a micro-batch's examples."""
 
-Linearise = Callable[[Tensor, Any], tuple[Product, tuple[Tensor, ...]]]
+Linearise = Callable[[Tensor, Batch], tuple[Product, tuple[Tensor, ...]]]
 """``(θ, batch) ↦`` the product at ``θ``, and tensors whose autograd graphs are all that the product keeps."""
 
 
-def hessian(loss_sum: Callable[[Tensor, Any], Tensor]) -> Linearise:
+def hessian(loss_sum: Callable[[Tensor, Batch], Tensor]) -> Linearise:
     """The second derivative: the product is the reverse-mode derivative of ``∇L(θ)·v`` (Pearlmutter 1994).
 
     Args:
         loss_sum: ``(θ, batch) → ()``, the sum of the losses of a batch's examples; twice differentiable in ``θ``.
     """
 
-    def linearise(theta: Tensor, data: Any) -> tuple[Product, tuple[Tensor, ...]]:
+    def linearise(theta: Tensor, batch: Batch) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()
-        loss = loss_sum(theta, data)
+        loss = loss_sum(theta, batch)
         if not loss.requires_grad:
             return torch.zeros_like, ()
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True, materialize_grads=True)
@@ -47,9 +48,9 @@ def hessian(loss_sum: Callable[[Tensor, Any], Tensor]) -> Linearise:
 
 
 def gauss_newton(
-    outputs: Callable[[Tensor, Any], Tensor],
-    loss_sum_at: Callable[[Tensor, Any], Callable[[Tensor], Tensor]],
-    loss_sum: Callable[[Tensor, Any], Tensor],
+    outputs: Callable[[Tensor, Batch], Tensor],
+    loss_sum_at: Callable[[Tensor, Batch], Callable[[Tensor], Tensor]],
+    loss_sum: Callable[[Tensor, Batch], Tensor],
 ) -> Linearise:
     """The generalised Gauss–Newton matrix ``Σ JᵢᵀHᵢJᵢ`` (Schraudolph 2002; Martens, JMLR 21, 2020, section 8).
 
@@ -67,10 +68,10 @@ def gauss_newton(
     """
     checked: list[Any] = []  # structures
 
-    def check(theta: Tensor, data: Any, out: Tensor, slope: Tensor) -> None:
-        if any(same_structure(data, one) for one in checked):
+    def check(theta: Tensor, batch: Batch, out: Tensor, slope: Tensor) -> None:
+        if any(same_structure(batch.data, one) for one in checked):
             return
-        whole = loss_sum(theta, data)
+        whole = loss_sum(theta, batch)
         expected = through = torch.zeros_like(theta)
         if whole.requires_grad:
             (expected,) = torch.autograd.grad(whole, theta, materialize_grads=True)
@@ -83,17 +84,19 @@ def gauss_newton(
                 " Most often a penalty is added to the loss (give it as `weight_decay`), or arguments are swapped. Or"
                 " use curvature='hessian'."
             )
-        checked.append(map_tensors(data, lambda tensor: tensor.new_empty([0] * tensor.ndim)))  # without its memory
+        checked.append(
+            map_tensors(batch.data, lambda tensor: tensor.new_empty([0] * tensor.ndim))
+        )  # without its memory
 
-    def linearise(theta: Tensor, data: Any) -> tuple[Product, tuple[Tensor, ...]]:
+    def linearise(theta: Tensor, batch: Batch) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()
-        out = outputs(theta, data)
+        out = outputs(theta, batch)
         at = out.detach().requires_grad_()
-        loss = loss_sum_at(theta.detach(), data)(at)
+        loss = loss_sum_at(theta.detach(), batch)(at)
         slope = torch.zeros_like(at)
         if loss.requires_grad:
             (slope,) = torch.autograd.grad(loss, at, create_graph=True, materialize_grads=True)
-        check(theta, data, out, slope)
+        check(theta, batch, out, slope)
         if not slope.requires_grad:  # the loss is linear in its predictions here
             return torch.zeros_like, ()
         # Jᵀu is linear in u, so that its derivative by u in the direction v is J v: forward mode from two reverse ones.
@@ -113,9 +116,9 @@ def gauss_newton(
 class Losses(Protocol):
     """What a curvature needs of an objective, see :class:`~lightning_gif.objective.objective.Objective`."""
 
-    def loss_sum(self, theta: Tensor, data: Any) -> Tensor: ...
-    def outputs(self, theta: Tensor, data: Any) -> Tensor: ...
-    def loss_sum_at(self, theta: Tensor, data: Any) -> Callable[[Tensor], Tensor]: ...
+    def loss_sum(self, theta: Tensor, batch: Batch) -> Tensor: ...
+    def outputs(self, theta: Tensor, batch: Batch) -> Tensor: ...
+    def loss_sum_at(self, theta: Tensor, batch: Batch) -> Callable[[Tensor], Tensor]: ...
 
 
 CURVATURES: Registry[Callable[[Losses], Linearise]] = Registry("curvature")
@@ -128,10 +131,10 @@ CURVATURES.register("hessian")(lambda objective: hessian(objective.loss_sum))
 CURVATURES.register("ggn")(lambda objective: gauss_newton(objective.outputs, objective.loss_sum_at, objective.loss_sum))
 
 
-def has_gauss_newton(losses: Losses, theta: Tensor, data: Any) -> bool:
+def has_gauss_newton(losses: Losses, theta: Tensor, batch: Batch) -> bool:
     """Whether the losses of a batch are a function of predictions alone, so that they have a Gauss–Newton matrix."""
     try:
-        CURVATURES["ggn"](losses)(theta, data)
+        CURVATURES["ggn"](losses)(theta, batch)
     except ObjectiveError:
         return False
     return True

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..data.examples import Examples
 from ..errors import ConfigurationError
 from ..objective.objective import Objective
+from ..objective.outputs import features, predictions
 from ..registry import Registry
 
 __all__ = ["SAMPLERS", "Sampler", "curvature_sample"]
@@ -68,7 +69,9 @@ def by_features(objective: Objective, examples: Examples, count: int, generator:
 
     After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
     """
-    found = examples.all_gather([objective.features(batch.data) for batch in examples.local_batches()])
+    found = examples.all_gather(
+        [features(objective.loss, objective.theta, batch) for batch in examples.local_batches()]
+    )
     return _representative(found, examples.class_or_zero, count, generator)
 
 
@@ -78,7 +81,9 @@ def by_logits(objective: Objective, examples: Examples, count: int, generator: t
 
     After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
     """
-    found = examples.all_gather([objective.predictions(batch.data) for batch in examples.local_batches()])
+    found = examples.all_gather(
+        [predictions(objective.loss, objective.theta, batch) for batch in examples.local_batches()]
+    )
     return _representative(found, examples.class_or_zero, count, generator)
 
 

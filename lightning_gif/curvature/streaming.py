@@ -113,7 +113,7 @@ class Curvature:
             if position < len(self._kept):
                 yield self._kept[position]
                 continue
-            product, graphs = self._linearise(self._theta, batch.data)
+            product, graphs = self._linearise(self._theta, batch)
             if not self._full:
                 self._memory -= graph_bytes(*graphs)
                 self._full = self._memory < 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,20 +11,22 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from .structure import batch_size, slice_batch, take
+from .structure import batch_size, join, same_form, slice_batch, take, tensors
 from .targets import class_targets
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "joined"]
 
 
 @dataclass(frozen=True)
 class Batch:
     """One batch as the model gets it, with what is known of its examples.
 
+    A subclass may add fields; each of them must have one row for each example, and is sliced and joined with the data.
+
     Attributes:
         data: What the collate function returned, prepared for the model.
         ids: The dataset indices of the examples, ``(B,)``.
-        size: How many examples there are, ``B``.
+        size: The number of examples, ``B``.
     """
 
     data: Any
@@ -31,27 +34,84 @@ class Batch:
     size: int
 
     @classmethod
-    def of(cls, data: Any) -> Self:
+    def of(cls, data: Any) -> Batch:
         """A batch of unknown origin, whose ids are the positions of its examples.
 
         Raises:
-            BatchError: If it cannot be told how many examples it has, or there are none.
+            BatchError: If its tensors do not agree on the number of examples, or there are none.
         """
         size = batch_size(data)
-        return cls(data, torch.arange(size), size)
+        return Batch(data, torch.arange(size), size)
+
+    @staticmethod
+    def join(batches: Sequence[Batch]) -> Batch:
+        """The examples of several batches of one form (:meth:`same_form`) as one batch, in order."""
+        first = batches[0]
+        if len(batches) == 1:
+            return first
+        sizes = [batch.size for batch in batches]
+        columns = {name: join([getattr(batch, name) for batch in batches], sizes) for name in first._columns()}
+        return replace(first, ids=torch.cat([batch.ids for batch in batches]), size=sum(sizes), **columns)
 
     @cached_property
     def classes(self) -> Tensor | None:
         """The label of each example, ``(B,)`` on the batch's device; ``None`` where the targets are no labels."""
         return class_targets(self.data)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the batch."""
+        held = tensors(list(self._columns().values()))
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def require_rows(self) -> None:
+        """Checks that each tensor of the data has one row for each example.
+
+        A loader's collate function may return anything, which only ``influence_loss`` can make losses of.
+
+        Raises:
+            BatchError: If the tensors do not agree on the number of examples, or there is none with a dimension.
+        """
+        batch_size(self.data)
+
     def slice(self, start: int, stop: int) -> Self:
         """Examples ``start:stop``; the batch itself if these are all."""
         if start <= 0 and stop >= self.size:
             return self
         ids = self.ids[start:stop]
-        return replace(self, data=slice_batch(self.data, start, stop), ids=ids, size=len(ids))
+        parts = {name: slice_batch(value, start, stop) for name, value in self._columns().items()}
+        return replace(self, ids=ids, size=len(ids), **parts)
 
     def take(self, rows: Tensor) -> Self:
         """The examples at positions ``rows`` ``(m,)``, in that order."""
-        return replace(self, data=take(self.data, rows), ids=self.ids[rows], size=len(rows))
+        parts = {name: take(value, rows) for name, value in self._columns().items()}
+        return replace(self, ids=self.ids[rows], size=len(rows), **parts)
+
+    def same_form(self, other: Batch) -> bool:
+        """Whether the two can be joined: padding, for example, can make tensors of another shape."""
+        mine, others = self._columns(), other._columns()
+        return mine.keys() == others.keys() and all(
+            same_form(mine[name], self.size, others[name], other.size) for name in mine
+        )
+
+    def _columns(self) -> dict[str, Any]:
+        """Everything that has one row for each example, but the ids."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("ids", "size")}
+
+
+def joined(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    """The same examples in batches of up to ``most``: one large pass costs less than many small ones.
+
+    Args:
+        batches: Of any size and form; only neighbours of one form are joined.
+        most: Examples in each batch; a larger batch stays as it is.
+    """
+    waiting: list[Batch] = []
+    for batch in batches:
+        fits = sum(one.size for one in waiting) + batch.size <= most
+        if waiting and not (fits and waiting[0].same_form(batch)):
+            yield Batch.join(waiting)
+            waiting = []
+        waiting.append(batch)
+    if waiting:
+        yield Batch.join(waiting)

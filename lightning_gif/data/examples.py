@@ -1,4 +1,4 @@
-"""Training data in a stable order with stable ids."""
+"""Examples that are read in a stable order with stable ids."""
 
 from __future__ import annotations
 
@@ -13,45 +13,41 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-)
+from torch.utils.data import DataLoader
 
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import BatchError, GIFWarning, TrainingDataError
-from .batch import Batch
-from .structure import describe, map_tensors, sequences, tensors
+from .batch import Batch, joined
+from .loaders import check_loader, sampled_ids
+from .structure import describe, tensors
 
-__all__ = ["Examples"]
+__all__ = ["Examples", "warn_if_random"]
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples that can be read again and again, always in the same order and the same batches.
+    """Examples that can be read any number of times, always in the same order and the same batches.
 
-    Where several processes share out the work, all of them know the same examples and each can read all of them. A pass
-    by :meth:`local_batches` or :meth:`strided_batches` goes over the part of this process, and what it finds has to be
-    put together with what the others find; one by :meth:`batches` goes over all of them.
+    In a distributed run every process knows the same examples and can read all of them. :meth:`local_batches` and
+    :meth:`strided_batches` read the part of this process, so the results of all processes have to be combined;
+    :meth:`batches` reads all examples.
 
     Attributes:
-        dataset: Map-style; its items are collated.
+        dataset: Map-style; its items are collated. ``None`` if the examples exist in memory only.
         ids: Dataset indices ``(n,)`` of these examples, in reading order.
         batch_size: Examples in each batch but the last.
         collate: Joins a list of items to a batch.
-        prepare: Brings a batch to where and how the model takes it.
+        prepare: From a collated batch to one in the structure, on the device and in the dtype that the model takes.
         loader_options: Options of the user's loader that are kept: workers and how they start.
         seed: Set on the global generators before each pass, so that random augmentation repeats itself.
         in_memory: The prepared batches if they are held in memory.
-        processes: The processes.
-        in_memory_shard: If ``in_memory`` are only the batches of this process's part: at which positions that starts
-            and stops.
+        processes: The process group.
+        in_memory_shard: The positions at which ``in_memory`` starts and stops, if it holds this process's shard only.
+        transform: Applied to each prepared batch that is read, see :meth:`map`.
     """
 
     dataset: Any
@@ -64,6 +60,7 @@ class Examples:
     in_memory: tuple[Batch, ...] | None = None
     processes: ProcessGroup = SINGLE_PROCESS
     in_memory_shard: tuple[int, int] | None = None
+    transform: Callable[[Batch], Batch] = _unchanged
 
     @classmethod
     def from_loader(
@@ -82,45 +79,29 @@ class Examples:
             loader: A ``DataLoader`` over a map-style dataset.
             prepare: See the class.
             batch_size: See the class.
-            most: Keep only the first so many.
+            most: Keep only the first ``most`` examples.
             seed: See the class.
             processes: See the class.
 
         Raises:
-            TrainingDataError: If the order of its examples cannot be made stable, or there are none.
+            TrainingDataError: If the loader has no stable order or no examples.
         """
-        if not isinstance(loader, DataLoader):
-            raise TrainingDataError(
-                f"Expected a torch DataLoader, got {type(loader).__name__}. With several loaders, or one of your own"
-                " making, pass a DataLoader over the training set as `dataloader=`."
-            )
-        dataset: Dataset[Any] = loader.dataset
-        if isinstance(dataset, IterableDataset):
-            raise TrainingDataError(
-                f"{type(dataset).__name__} is an IterableDataset: its examples have no stable index. Pass a DataLoader"
-                " over a map-style dataset as `dataloader=`."
-            )
-        if loader.batch_sampler is None:
-            raise TrainingDataError(
-                "The loader has batch_size=None, so what an item of its dataset holds is a batch of unknown size. Pass"
-                " a DataLoader over single examples as `dataloader=`."
-            )
-        ids = _sampled_ids(loader)[:most]
+        loader = check_loader(loader)
+        ids = sampled_ids(loader)[:most]
         if not len(ids):
             raise TrainingDataError("The loader's dataset has no examples.")
         options = {
             name: getattr(loader, name)
             for name in ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout")
         }
-        return cls(dataset, ids, batch_size, loader.collate_fn, prepare, options, seed, processes=processes)
+        return cls(loader.dataset, ids, batch_size, loader.collate_fn, prepare, options, seed, processes=processes)
 
     @classmethod
     def from_batch(
         cls, data: Any, prepare: Callable[[Any], Any], *, batch_size: int, processes: ProcessGroup = SINGLE_PROCESS
     ) -> Examples:
-        """The examples of one batch in hand, the same on all processes; their ids are their positions in it."""
-        prepared = prepare(data)
-        whole = Batch.of(prepared)
+        """The examples of one batch, the same on all processes; their ids are their positions in it."""
+        whole = Batch.of(prepare(data))
         pieces = [whole.slice(start, start + batch_size) for start in range(0, whole.size, batch_size)]
         return cls(
             None, whole.ids, batch_size, list, lambda data: data, {}, in_memory=tuple(pieces), processes=processes
@@ -129,26 +110,30 @@ class Examples:
     def __len__(self) -> int:
         return len(self.ids)
 
+    # ----------------------------------------------------------------------------------------------------------------
+    # Labels
+    # ----------------------------------------------------------------------------------------------------------------
+
     @cached_property
     def classes(self) -> Tensor | None:
         """The label of each example, ``(n,)`` on the CPU, in order; ``None`` where the targets are no labels.
 
-        It takes one pass over the examples, unless another pass has seen the labels, or those of a larger set are
-        known. Where several processes share out the work, all must ask.
+        Takes one pass over the examples, unless an earlier pass has seen the labels, or those of a larger set are
+        known. All processes of a distributed run have to call it together.
         """
-        found: list[Tensor | None] = []
+        labels: list[Tensor | None] = []
         for batch in self.local_batches():
-            found.append(None if batch.classes is None else batch.classes.cpu())
-            if batch.classes is None:
+            labels.append(_classes_on_cpu(batch))
+            if labels[-1] is None:
                 break
-        return self._all_classes(found)
+        return self._gather_classes(labels)
 
-    def _all_classes(self, found: list[Tensor | None]) -> Tensor | None:
-        """The labels of all examples from those of this process's batches."""
-        parts = self.processes.gather(found)
-        if any(classes is None for part in parts for classes in part):
+    def _gather_classes(self, local: list[Tensor | None]) -> Tensor | None:
+        """The labels of all examples from those of each of this process's batches."""
+        parts = self.processes.gather(local)
+        if any(labels is None for part in parts for labels in part):
             return None
-        return torch.cat([classes for part in parts for classes in part])  # type: ignore[misc]
+        return torch.cat([labels for part in parts for labels in part])  # type: ignore[misc]
 
     @property
     def class_or_zero(self) -> Tensor:
@@ -162,27 +147,33 @@ class Examples:
         """
         if "classes" in vars(self):
             return self.classes is not None and not bool(torch.isin(self.classes, labels).any())
-        found: list[Tensor | None] = []
+        seen: list[Tensor | None] = []
+        decided = False
         for batch in self.local_batches():
-            found.append(None if batch.classes is None else batch.classes.cpu())
-            if found[-1] is None or torch.isin(found[-1], labels).any():
+            classes = _classes_on_cpu(batch)
+            seen.append(classes)
+            decided = classes is None or bool(torch.isin(classes, labels).any())
+            if decided:
                 break
-        decided = bool(found) and (found[-1] is None or bool(torch.isin(found[-1], labels).any()))
         if any(self.processes.gather(decided)):
             return False
-        vars(self)["classes"] = self._all_classes(found)  # all of them were read
+        vars(self)["classes"] = self._gather_classes(seen)  # every example was read
         return True
 
     def _with_classes_of(self, other: Examples, chosen: Tensor) -> Examples:
-        """These examples, which are some of ``other``, with their labels where those are known there.
+        """These examples, a subset of ``other``, with their labels if those are known there.
 
         Args:
             other: The larger set.
-            chosen: Which of it: positions ``(n,)`` or a mask.
+            chosen: The subset: positions ``(n,)`` in ``other``, or a mask.
         """
         if "classes" in vars(other):
             vars(self)["classes"] = None if other.classes is None else other.classes[chosen]
         return self
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Reading
+    # ----------------------------------------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[Batch]:
         """The examples as prepared batches, in order."""
@@ -193,30 +184,30 @@ class Examples:
 
     @property
     def shard(self) -> tuple[int, int]:
-        """At which positions the part of this process starts and stops."""
+        """The positions at which the shard of this process starts and stops."""
         return self.in_memory_shard or self.processes.shard(len(self))
 
     def local_batches(self) -> Iterator[Batch]:
-        """This process's part of the examples, in order, as batches of its own; all parts cover each example once."""
+        """This process's shard of the examples, in order, in batches; the shards partition the examples."""
         if self.processes.size == 1:
             yield from self.batches()
         elif self.in_memory is None:
             start, stop = self.shard
             yield from self._read(self.ids[start:stop].split(self.batch_size) if start < stop else ())
         else:
-            for batch, start, stop in self._pieces():
+            for batch, start, stop in self._local_pieces():
                 yield batch.slice(start, stop)
 
     @property
     def n_local_batches(self) -> int:
-        """How many batches :meth:`local_batches` gives."""
+        """The number of batches that :meth:`local_batches` yields."""
         if self.in_memory is not None:
-            return len(list(self._pieces()))
+            return len(list(self._local_pieces()))
         start, stop = self.shard
         return -(-(stop - start) // self.batch_size)
 
-    def _pieces(self) -> Iterator[tuple[Batch, int, int]]:
-        """Batches in memory with examples of this process, and from where to where these are."""
+    def _local_pieces(self) -> Iterator[tuple[Batch, int, int]]:
+        """Each batch in memory with examples of this process's shard, and where these start and stop in it."""
         start, stop = self.shard
         position = start if self.in_memory_shard else 0
         for batch in self.in_memory or ():
@@ -226,7 +217,7 @@ class Examples:
             position += batch.size
 
     def strided_batches(self) -> Iterator[Batch]:
-        """This process's part of :meth:`batches`, as they are: for what depends on which examples are in a batch."""
+        """Every ``world_size``-th of :meth:`batches`, unchanged: for what depends on the composition of a batch."""
         if self.processes.size == 1:
             yield from self.batches()
         elif self.in_memory is not None and self.in_memory_shard is None:
@@ -235,7 +226,7 @@ class Examples:
             yield from self._read(self.ids.split(self.batch_size)[self.processes.rank :: self.processes.size])
 
     def all_gather(self, values: list[Tensor]) -> Tensor:
-        """What all processes have found for the examples, ``(n, …)``, in their order.
+        """The values that all processes computed, ``(n, …)``, in the order of the examples.
 
         Args:
             values: For each batch of :meth:`local_batches` a value for each of its examples, ``(B, …)``.
@@ -246,7 +237,7 @@ class Examples:
         return torch.cat([value for part in parts for value in part])
 
     def _read(self, groups: Sequence[Tensor]) -> Iterator[Batch]:
-        """Batches of the dataset, of ids ``(B,)`` each."""
+        """Batches of the dataset with the given ids, ``(B,)`` each."""
         _seed_global_generators(self.seed)
         loader = DataLoader(
             self.dataset,
@@ -256,92 +247,80 @@ class Examples:
             **self.loader_options,
         )
         for ids, data in zip(groups, loader, strict=True):
-            yield Batch(self.prepare(data), ids, len(ids))
+            yield self.transform(Batch(self.prepare(data), ids, len(ids)))
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Other examples from these
+    # ----------------------------------------------------------------------------------------------------------------
 
     def subset(self, positions: Tensor) -> Examples:
-        """The examples at the given positions ``(m,)`` (not dataset indices), in the order given; read anew.
+        """The examples at the given positions ``(m,)`` (not dataset indices), in the order given.
 
-        Examples that are only held in memory are given in the order they are held in.
+        They are read from the dataset. Examples that exist in memory only keep their own order.
         """
         if self.dataset is not None:
             chosen = replace(self, ids=self.ids[positions], in_memory=None, in_memory_shard=None)
             return chosen._with_classes_of(self, positions)
-        return self._in_memory(positions)
+        return self._subset_in_memory(positions)
 
-    def _in_memory(self, positions: Tensor) -> Examples:
+    def _subset_in_memory(self, positions: Tensor) -> Examples:
         wanted = torch.zeros(len(self), dtype=torch.bool)
         wanted[positions] = True
         start = 0 if self.in_memory_shard is None else self.in_memory_shard[0]
-        part = None
+        shard = None
         if self.in_memory_shard is not None:
-            part = int(wanted[: self.in_memory_shard[0]].sum()), int(wanted[: self.in_memory_shard[1]].sum())
+            shard = int(wanted[: self.in_memory_shard[0]].sum()), int(wanted[: self.in_memory_shard[1]].sum())
         pieces = []
         for batch in self.batches() if self.in_memory_shard is None else self.in_memory or ():
             here = wanted[start : start + batch.size].nonzero().squeeze(1)
             start += batch.size
             if len(here):
                 pieces.append(batch.take(here))
-        in_memory = tuple(_joined(pieces, self.batch_size))
-        return replace(self, ids=self.ids[wanted], in_memory=in_memory, in_memory_shard=part)._with_classes_of(
-            self, wanted
-        )
+        in_memory = tuple(joined(pieces, self.batch_size))
+        chosen = replace(self, ids=self.ids[wanted], in_memory=in_memory, in_memory_shard=shard)
+        return chosen._with_classes_of(self, wanted)
 
     def with_ids(self, ids: Sequence[int]) -> Examples:
-        """Those with the given dataset indices, in the order given.
+        """The examples with the given dataset indices, in the order given.
 
         Raises:
-            TrainingDataError: If there are none, one comes twice, or an index is not among them.
+            TrainingDataError: If no index is given, one is given twice, or one is not among the examples.
         """
         wanted = torch.as_tensor([int(index) for index in ids], dtype=torch.long)
         missing = wanted[~torch.isin(wanted, self.ids)].tolist()
         if len(wanted.unique()) < len(wanted):
             raise TrainingDataError(f"Some of the {len(wanted)} dataset indices are given twice; give each once.")
         if not len(wanted):
-            raise TrainingDataError("There are no examples to look for: no dataset index was given. Give one or more.")
+            raise TrainingDataError("No dataset index was given. Give one or more.")
         if missing:
             raise TrainingDataError(
                 f"{len(missing)} of the {len(wanted)} dataset indices given belong to no training example:"
-                f" {missing[:5]}{' …' if len(missing) > 5 else ''}. Give"
-                f" such as the training loader draws, {int(self.ids.min())} to {int(self.ids.max())}."
+                f" {missing[:5]}{' …' if len(missing) > 5 else ''}. Give indices that the training loader draws, from"
+                f" {int(self.ids.min())} to {int(self.ids.max())}."
             )
         order = self.ids.argsort()
         return self.subset(order[torch.searchsorted(self.ids[order], wanted)])
 
     def where(self, predicate: Callable[[Any], Any]) -> Examples:
-        """Those that a function of a prepared batch is true for.
+        """The examples that a function of a prepared batch is true for.
 
         Args:
             predicate: From a batch of B examples to B truth values.
 
         Raises:
-            BatchError: If it fails, or returns anything else.
-            TrainingDataError: If it is true for none.
+            BatchError: If the function fails or returns anything else.
+            TrainingDataError: If it is true for no example.
         """
-        found, classes = list[Tensor](), list[Tensor | None]()
+        masks, classes = list[Tensor](), list[Tensor | None]()
         for batch in self.local_batches():
-            classes.append(None if batch.classes is None else batch.classes.cpu())
-            try:
-                mask = predicate(batch.data)
-                mask = np.array(mask) if isinstance(mask, np.ndarray) else mask  # tensors have no negative strides
-                mask = torch.as_tensor(mask).cpu() if isinstance(mask, (Tensor, list, tuple, np.ndarray)) else mask
-            except Exception as error:
-                raise BatchError(
-                    f"The function that says which examples are meant failed, or returned no truth values:"
-                    f" {type(error).__name__}: {error}. It is asked about whole batches, as {describe(batch.data)}."
-                ) from error
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch.size,):
-                raise BatchError(
-                    f"The function that says which examples are meant must return one truth value for each example of a"
-                    f" batch, a bool tensor of shape [{batch.size}]; it returned {describe(mask)}."
-                )
-            found.append(mask)
+            classes.append(_classes_on_cpu(batch))
+            masks.append(_mask(predicate, batch))
         if "classes" not in vars(self):
-            vars(self)["classes"] = self._all_classes(classes)
-        positions = self.all_gather(found).nonzero().squeeze(1)
+            vars(self)["classes"] = self._gather_classes(classes)
+        positions = self.all_gather(masks).nonzero().squeeze(1)
         if not len(positions):
             raise TrainingDataError(
-                f"The function that says which examples are meant is true for none of the {len(self)} training"
-                " examples."
+                f"The function that selects examples is true for none of the {len(self)} training examples."
             )
         return self.subset(positions)
 
@@ -353,135 +332,91 @@ class Examples:
         return self._select(drawn.sort().values)
 
     def round_robin(self, count: int) -> list[Examples]:
-        """Groups of the examples, to which they are given in turn: so many, or one for each if these are fewer."""
+        """``count`` groups, to which the examples are assigned in turn; no more groups than examples."""
         return [self._select(torch.arange(start, len(self), count)) for start in range(min(count, len(self)))]
 
     def _select(self, positions: Tensor) -> Examples:
-        """The examples at sorted positions ``(m,)``, from memory where they are held there."""
-        return self.subset(positions) if self.in_memory is None else self._in_memory(positions)
+        """The examples at sorted positions ``(m,)``, from memory if they are held there."""
+        return self.subset(positions) if self.in_memory is None else self._subset_in_memory(positions)
 
-    def map(self, function: Callable[[Any], Any]) -> Examples:
-        """The same examples with what a function makes of each prepared batch in its place.
+    def map(self, function: Callable[[Batch], Batch]) -> Examples:
+        """The same examples with each prepared batch passed through a function.
 
-        Of batches held in memory it is made once, now, and of others whenever they are read.
+        The function must keep the examples of a batch. It is applied once, now, to batches held in memory, and to
+        others whenever they are read.
         """
-        made = None
-        if self.in_memory is not None:
-            made = tuple(replace(batch, data=function(batch.data)) for batch in self.in_memory)
-        return replace(self, prepare=lambda data: function(self.prepare(data)), in_memory=made)
+        transform = self.transform
+        held = None if self.in_memory is None else tuple(map(function, self.in_memory))
+        return replace(self, transform=lambda batch: function(transform(batch)), in_memory=held)
 
     def cached(self, most: float = math.inf) -> Examples:
         """The same examples with their prepared batches held in memory, if they take no more than ``most`` bytes.
 
-        Each process holds its own part.
+        Each process holds its own shard, and either all of them do or none.
         """
         if self.in_memory is not None:
             return self
-        pieces, size = [], 0
+        held, size = [], 0
         for batch in self.local_batches():
-            size += sum(tensor.numel() * tensor.element_size() for tensor in tensors(batch.data))
+            size += batch.nbytes
             if size > most:
                 break
-            pieces.append(batch)
-        if any(self.processes.gather(size > most)):  # all hold their parts, or none
+            held.append(batch)
+        if any(self.processes.gather(size > most)):
             return self
-        held = replace(self, in_memory=tuple(pieces), in_memory_shard=None if self.processes.size == 1 else self.shard)
-        return held._with_classes_of(self, torch.arange(len(self)))
-
-    def warn_if_random(self) -> bool:
-        """Warns if an item of the dataset is not the same twice, as under random augmentation, and says whether."""
-        if self.in_memory is not None:
-            return False
-        index = int(self.ids[0])
-        first, second = (self.collate([self.dataset[index]]) for _ in range(2))
-        same = all(
-            torch.equal(a, b) or (bool((a.isnan() == b.isnan()).all()) and torch.equal(a.nan_to_num(), b.nan_to_num()))
-            for a, b in zip(tensors(first), tensors(second), strict=True)
-        )
-        if not same:
-            warnings.warn(
-                "The training dataset returns something else each time an example is read (random augmentation?). One"
-                " fixed draw is used; pass a `dataloader=` without augmentation for results that do not depend on it.",
-                GIFWarning,
-                stacklevel=2,
-            )
-        return not same
+        shard = None if self.processes.size == 1 else self.shard
+        cached = replace(self, in_memory=tuple(held), in_memory_shard=shard)
+        return cached._with_classes_of(self, torch.arange(len(self)))
 
 
-def _joined(pieces: list[Batch], most: int) -> Iterator[Batch]:
-    """Batches of up to ``most`` examples made of smaller ones, since one large pass costs less than many small ones."""
-    waiting: list[Batch] = []
-    for piece in pieces:
-        alike = not waiting or _can_join(waiting[0], piece)
-        if waiting and (not alike or sum(batch.size for batch in waiting) + piece.size > most):
-            yield _join(waiting)
-            waiting = []
-        waiting.append(piece)
-    if waiting:
-        yield _join(waiting)
+def warn_if_random(examples: Examples) -> bool:
+    """Warns if an item of the dataset differs when it is read twice, as under random augmentation.
 
-
-def _can_join(one: Batch, other: Batch) -> bool:
-    """Whether all their tensors are alike but for the number of examples; padding can differ from batch to batch."""
-
-    def form(batch: Batch) -> tuple[list[torch.Size], int]:
-        return [part.shape[1:] for part in tensors(batch.data)], len(sequences(batch.data, batch.size))
-
-    return form(one) == form(other)
-
-
-def _join(batches: list[Batch]) -> Batch:
-    if len(batches) == 1:
-        return batches[0]
-    columns = zip(*(tensors(batch.data) for batch in batches), strict=True)
-    texts = zip(*(sequences(batch.data, batch.size) for batch in batches), strict=True)
-
-    def joined(items: Any) -> Any:
-        return type(items)(item for part in next(texts) for item in part)
-
-    data = map_tensors(
-        batches[0].data,
-        lambda tensor: torch.cat(next(columns)) if tensor.ndim else (next(columns), tensor)[1],
-        joined,
-        batches[0].size,
+    Returns:
+        Whether it does.
+    """
+    if examples.in_memory is not None:
+        return False
+    index = int(examples.ids[0])
+    first, second = (examples.collate([examples.dataset[index]]) for _ in range(2))
+    same = all(
+        torch.equal(a, b) or (bool((a.isnan() == b.isnan()).all()) and torch.equal(a.nan_to_num(), b.nan_to_num()))
+        for a, b in zip(tensors(first), tensors(second), strict=True)
     )
-    return Batch(data, torch.cat([batch.ids for batch in batches]), sum(batch.size for batch in batches))
-
-
-def _sampled_ids(loader: DataLoader[Any]) -> Tensor:
-    """Which dataset indices a loader draws, sorted; its sampler is asked, not iterated."""
-    sampler: Any = loader.sampler
-    if isinstance(loader.batch_sampler, BatchSampler):
-        sampler = loader.batch_sampler.sampler
-    elif loader.batch_sampler is not None:
-        sampler = loader.batch_sampler
-    # Under several processes Lightning wraps any sampler into a distributed one, of which this is a part.
-    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
-    if isinstance(sampler, SubsetRandomSampler):
-        return torch.as_tensor(sampler.indices, dtype=torch.long).sort().values
-    if isinstance(sampler, Sequence) and sampler is not loader.batch_sampler:
-        return torch.as_tensor([int(index) for index in sampler], dtype=torch.long).sort().values
-    if not isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
+    if not same:
         warnings.warn(
-            f"The loader draws by {type(sampler).__name__}: each example of its dataset is counted once, however often"
-            " that draws it. Pass `dataloader=` with a plain loader to say otherwise.",
+            "The training dataset returns something else each time an example is read (random augmentation?). One"
+            " fixed draw is used; pass a `dataloader=` without augmentation for results that do not depend on it.",
             GIFWarning,
             stacklevel=2,
         )
+    return not same
+
+
+def _classes_on_cpu(batch: Batch) -> Tensor | None:
+    return None if batch.classes is None else batch.classes.cpu()
+
+
+def _mask(predicate: Callable[[Any], Any], batch: Batch) -> Tensor:
+    """The truth values ``(B,)`` that a user's function returns for a batch."""
     try:
-        size = len(loader.dataset)  # type: ignore[arg-type]
-    except TypeError:
-        raise TrainingDataError(
-            f"{type(loader.dataset).__name__} has no length, so its examples cannot be numbered. Define `__len__`."
-        ) from None
-    return torch.arange(size)
+        mask = predicate(batch.data)
+        mask = np.array(mask) if isinstance(mask, np.ndarray) else mask  # tensors have no negative strides
+        mask = torch.as_tensor(mask).cpu() if isinstance(mask, (Tensor, list, tuple, np.ndarray)) else mask
+    except Exception as error:
+        raise BatchError(
+            f"The function that selects examples failed, or returned no truth values: {type(error).__name__}: {error}."
+            f" It is called with whole batches, as {describe(batch.data)}."
+        ) from error
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch.size,):
+        raise BatchError(
+            "The function that selects examples must return one truth value for each example of a batch, a bool tensor"
+            f" of shape [{batch.size}]; it returned {describe(mask)}."
+        )
+    return mask
 
 
 def _seed_global_generators(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
-    try:
-        import numpy
-    except ModuleNotFoundError:
-        return
-    numpy.random.seed(seed)  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002

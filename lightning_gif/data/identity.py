@@ -1,4 +1,4 @@
-"""Which examples are the same: by dataset index, by content, and on all processes."""
+"""Whether examples are the same: by dataset index, by content, and on all processes."""
 
 from __future__ import annotations
 
@@ -8,31 +8,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    Subset,
-)
+from torch.utils.data import Subset
 
 from ..distributed import SINGLE_PROCESS
 from ..storage.digests import raw
 from .examples import Examples
 from .structure import sequences, tensors
 
-__all__ = ["check_same_everywhere", "contents_digest", "data_digest", "locate", "shares_examples"]
+__all__ = ["check_same_everywhere", "contents_digest", "data_digest", "fingerprints", "locate", "shares_examples"]
 
 
-# Of how many examples the contents count where data is to be recognised: all of them may not fit into an hour.
+# The number of examples that identify a dataset by content: reading all of them can take an hour.
 _DIGESTED = 64
 
-# How many examples of a dataset tell whether all processes have the same.
+# The number of examples that are compared between processes.
 _COMPARED = 8
 
 
 def fingerprints(examples: Examples) -> list[bytes]:
-    """A hash of each example: equal for examples whose tensors and texts are equal bit by bit after preparation."""
-    found: list[bytes] = []
+    """A hash of each example: equal for examples whose prepared tensors and texts are equal bit by bit."""
+    hashes: list[bytes] = []
     for batch in examples.local_batches():
         if batch.size > 1 and any(tensor.ndim and tensor.shape[0] != batch.size for tensor in tensors(batch.data)):
-            return fingerprints(replace(examples, batch_size=1, in_memory=None))  # what is whose shows one by one only
+            # Which row belongs to which example shows only where each is read alone.
+            return fingerprints(replace(examples, batch_size=1, in_memory=None))
         texts = sequences(batch.data, batch.size)
         parts = [tensor for tensor in tensors(batch.data) if tensor.ndim]
         rows = [raw(part, batch.size).numpy() for part in parts if part.numel()]
@@ -45,17 +44,17 @@ def fingerprints(examples: Examples) -> list[bytes]:
                 state.update(row[position])
             for items in texts:
                 state.update(repr(items[position]).encode())
-            found.append(state.digest())
-    return [mark for part in examples.processes.gather(found) for mark in part]
+            hashes.append(state.digest())
+    return [mark for part in examples.processes.gather(hashes) for mark in part]
 
 
 def contents_digest(examples: Examples) -> str:
-    """SHA-256 of the :func:`fingerprints` of all examples, whatever their order."""
+    """SHA-256 of the :func:`fingerprints` of all examples, independent of their order."""
     return hashlib.sha256(b"".join(sorted(fingerprints(examples)))).hexdigest()
 
 
 def data_digest(examples: Examples) -> str:
-    """SHA-256 of the ids of all examples in their order, and of the contents of some that are spread over them."""
+    """SHA-256 of the ids of all examples, in order, and of the contents of a few of them."""
     some = examples.subset(torch.linspace(0, len(examples) - 1, min(len(examples), _DIGESTED)).long().unique())
     state = hashlib.sha256(examples.ids.numpy().data)
     for mark in fingerprints(some):
@@ -66,7 +65,7 @@ def data_digest(examples: Examples) -> str:
 def locate(forget: Examples, train: Examples) -> Tensor:
     """Positions ``(r,)`` in ``train`` of the examples that are also in ``forget``.
 
-    By dataset index where ``forget`` is over the same dataset or a ``Subset`` of it, else by content.
+    By dataset index if both are over one dataset or ``Subset`` views of it, else by content.
     """
     (dataset, ids), (train_dataset, train_ids) = root(forget), root(train)
     if dataset is not None and dataset is train_dataset:
@@ -76,7 +75,7 @@ def locate(forget: Examples, train: Examples) -> Tensor:
 
 
 def root(examples: Examples) -> tuple[Any, Tensor]:
-    """The dataset below all ``Subset`` views, and the examples' indices in it."""
+    """The dataset below all ``Subset`` views, and the indices ``(n,)`` of the examples in it."""
     dataset, ids = examples.dataset, examples.ids
     while isinstance(dataset, Subset):
         ids = torch.as_tensor(dataset.indices, dtype=torch.long)[ids]
@@ -85,17 +84,17 @@ def root(examples: Examples) -> tuple[Any, Tensor]:
 
 
 def shares_examples(one: Examples, other: Examples) -> bool:
-    """Whether two sets have examples in common by dataset index: over the same dataset, or a ``Subset`` of it."""
+    """Whether two sets are over one dataset, or ``Subset`` views of it, and have a dataset index in common."""
     (dataset, ids), (other_dataset, other_ids) = root(one), root(other)
     return dataset is not None and dataset is other_dataset and bool(torch.isin(ids, other_ids).any())
 
 
 def check_same_everywhere(examples: Examples, what: str) -> Examples:
-    """Returns ``examples`` if all processes hold the same, by index, and by content where reading is deterministic.
+    """Returns ``examples`` if all processes hold the same: by index, and by content if reading is deterministic.
 
     Args:
         examples: The examples.
-        what: What they are, for the message.
+        what: Their name in the message.
 
     Raises:
         ConfigurationError: If the processes hold different ones.
@@ -106,12 +105,12 @@ def check_same_everywhere(examples: Examples, what: str) -> Examples:
         if examples.dataset is not None:
             some = own.subset(torch.linspace(0, len(examples) - 1, min(len(examples), _COMPARED)).long().unique())
         marks = fingerprints(some)
-        if any(examples.processes.gather(fingerprints(some) != marks)):  # it is random
+        if any(examples.processes.gather(fingerprints(some) != marks)):  # reading is random
             marks = []
         examples.processes.assert_equal(
             [examples.ids.tolist(), marks],
             what,
-            "Each process reads the whole of the data and does its part: give all of them the same batch, the same"
-            " indices, or a loader over the same dataset, not the part that a process trains on.",
+            "Give all processes the same batch, the same indices, or a loader over the same dataset: not the part that"
+            " a process trains on.",
         )
     return examples

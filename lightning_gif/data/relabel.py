@@ -18,12 +18,16 @@ __all__ = ["relabelled"]
 
 
 def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tensor]) -> Examples:
-    """The same examples, held in memory, with other targets.
+    """The same examples with other targets, held in memory.
 
     Args:
         examples: ``n`` examples.
-        targets: ``(n, …)`` in the order of ``examples``, a tensor, an array or a list; or one class for all; or a
+        targets: ``(n, …)`` in the order of ``examples``, a tensor, an array or a list; or one label for all; or a
             function from a batch to its new targets.
+
+    Raises:
+        BatchError: If there is not one target for each example, or a target does not have the shape or dtype of the old
+            one.
     """
     targets = _numbers(targets)
     if isinstance(targets, Tensor) and targets.ndim and len(targets) != len(examples):
@@ -45,10 +49,10 @@ def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tenso
 
 
 def _numbers(targets: Any) -> Any:
-    """Lists, and arrays and numbers of NumPy, as tensors; anything else as it is."""
+    """Lists, NumPy arrays and NumPy numbers as tensors; anything else unchanged."""
     if not isinstance(targets, (list, tuple, np.ndarray, np.generic)) or isinstance(targets, np.bool_):
         return targets
     try:
         return torch.as_tensor(np.array(targets))  # a copy: tensors have no negative strides
     except (TypeError, ValueError) as error:
-        raise BatchError(f"`relabel` must be numbers, as many for each example, got {targets!r:.200}.") from error
+        raise BatchError(f"`relabel` must be numbers, equally many for each example, got {targets!r:.200}.") from error

@@ -1,4 +1,4 @@
-"""The structure of a batch: its size, slices of it, and a description for messages."""
+"""The structure of a batch: its size, parts of it, and a description for messages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,23 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import BatchError
 
-__all__ = ["batch_size", "describe", "map_tensors", "same_structure", "slice_batch", "take", "tensors"]
+__all__ = [
+    "batch_size",
+    "describe",
+    "join",
+    "map_tensors",
+    "same_form",
+    "same_structure",
+    "sequences",
+    "slice_batch",
+    "take",
+    "tensors",
+]
 
 
 def map_tensors(
@@ -25,8 +37,8 @@ def map_tensors(
     Args:
         data: A batch, or anything a collate function returns.
         function: Applied to each tensor, in a fixed order.
-        sequence: Applied to lists and tuples of ``size`` items that hold no tensor at any depth: strings, numbers or
-            lists of them, one an example. Those of another length are looked into, as a pair of columns of strings.
+        sequence: Applied to lists and tuples of ``size`` items without a tensor at any depth: strings, numbers or
+            lists of them, one for each example. The items of other lists are visited: a pair of columns of strings.
         size: The number of examples.
     """
     if isinstance(data, Tensor):
@@ -41,7 +53,7 @@ def map_tensors(
         return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
     if is_dataclass(data) and not isinstance(data, type):
         changes = {name: map_tensors(value, function, sequence, size) for name, value in _fields(data).items()}
-        if _is_made_of_its_fields(data):
+        if _rebuilds_from_fields(data):
             return replace(data, **changes)
         changed = copy.copy(data)
         for name, value in changes.items():
@@ -50,19 +62,19 @@ def map_tensors(
     return data
 
 
-def _is_made_of_its_fields(data: Any) -> bool:
-    """Whether a dataclass can be made anew from its fields: not where its constructor takes more (an ``InitVar``)."""
+def _rebuilds_from_fields(data: Any) -> bool:
+    """Whether the constructor of a dataclass takes its fields and nothing else, such as an ``InitVar``."""
     return inspect.signature(type(data)).parameters.keys() == {field.name for field in fields(data) if field.init}
 
 
 def _fields(data: Any) -> dict[str, Any]:
-    """The fields of a dataclass that it is made of; all of them where it cannot be made anew."""
-    whole = not _is_made_of_its_fields(data)
+    """The fields of a dataclass that its constructor takes; all of them where it takes something else as well."""
+    whole = not _rebuilds_from_fields(data)
     return {field.name: getattr(data, field.name) for field in fields(data) if whole or field.init}
 
 
 def _items(data: Any) -> Iterable[Any]:
-    """What a container holds, in the order of :func:`map_tensors`, which is not rebuilt; of anything else nothing."""
+    """The items of a container in the order of :func:`map_tensors`; none of anything else."""
     if isinstance(data, Mapping):
         return data.values()
     if isinstance(data, (list, tuple)):
@@ -139,6 +151,39 @@ def slice_batch(data: Any, start: int, stop: int) -> Any:
     )
 
 
+def join(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Several batches of one form (:func:`same_form`) as one, in the structure of the first.
+
+    Args:
+        parts: The batches, in order.
+        sizes: The number of examples of each.
+    """
+    columns = zip(*(tensors(part) for part in parts), strict=True)
+    texts = zip(*(sequences(part, size) for part, size in zip(parts, sizes, strict=True)), strict=True)
+    return map_tensors(
+        parts[0],
+        lambda tensor: torch.cat(next(columns)) if tensor.ndim else (next(columns), tensor)[1],
+        lambda items: type(items)(item for part in next(texts) for item in part),
+        sizes[0],
+    )
+
+
+def same_form(one: Any, size: int, other: Any, other_size: int) -> bool:
+    """Whether all tensors of two batches have the same shapes but for the number of examples.
+
+    Args:
+        one: A batch.
+        size: The number of its examples.
+        other: Another batch.
+        other_size: The number of its examples.
+    """
+
+    def form(data: Any, count: int) -> tuple[list[torch.Size], int]:
+        return [part.shape[1:] for part in tensors(data)], len(sequences(data, count))
+
+    return form(one, size) == form(other, other_size)
+
+
 def describe(data: Any) -> str:
     """The structure of a batch in words, for error messages."""
     if isinstance(data, Tensor):
@@ -149,8 +194,8 @@ def describe(data: Any) -> str:
         return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in data.items()) + "}"
     if isinstance(data, (list, tuple)):
         if not _has_tensor(data) and not any(isinstance(value, np.ndarray) for value in data):
-            told = [f"{value!r}" for value in data[:3] if isinstance(value, numbers.Number)]
-            few = f" ({', '.join(told)}{', …' if len(data) > 3 else ''})" if told else ""
+            shown = [f"{value!r}" for value in data[:3] if isinstance(value, numbers.Number)]
+            few = f" ({', '.join(shown)}{', …' if len(data) > 3 else ''})" if shown else ""
             return f"{type(data).__name__} of {len(data)} value{'' if len(data) == 1 else 's'}{few}"
         inner = ", ".join(describe(value) for value in data)
         return f"[{inner}]" if isinstance(data, list) else f"({inner})"

@@ -1,4 +1,4 @@
-"""Where a batch keeps its targets, and which of them are labels of classes."""
+"""The targets of a batch, and whether they are labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_CLASSES = 10_000
 
 
 def _target_key(data: Any) -> Any:
-    """Where a batch keeps its targets: the last item of a tuple or list, or a key named like a target; else None."""
+    """The index or key of a batch's targets: the last item of a tuple or list, or a key such as "label"; else None."""
     if isinstance(data, Mapping):
         return next((key for key in TARGET_KEYS if isinstance(data.get(key), Tensor)), None)
     if isinstance(data, (list, tuple)) and len(data) >= 2 and isinstance(data[-1], Tensor):
@@ -29,24 +29,26 @@ def _target_key(data: Any) -> Any:
 
 
 def find_targets(data: Any) -> Tensor | None:
-    """The targets ``(B, …)`` of a batch where its structure tells them, else ``None``."""
+    """The targets ``(B, …)`` of a batch; ``None`` if its structure does not show which tensor they are."""
     key = _target_key(data)
     return None if key is None else data[key]
 
 
 def class_targets(data: Any) -> Tensor | None:
-    """The class of each example, ``(B,)`` integers ≥ 0, where the batch has such targets; else ``None``.
+    """The label of each example, ``(B,)`` integers ≥ 0; ``None`` if the targets of the batch are no labels.
 
-    Integers of 10 000 and more are taken for ids, counts or times, not for classes.
+    Integers of 10 000 and more are ids, counts or times, not labels.
     """
-    found = find_targets(data)
-    if found is None or found.dtype.is_floating_point or found.dtype in (torch.bool, torch.complex64):
+    targets = find_targets(data)
+    if targets is None or targets.dtype.is_floating_point or targets.dtype in (torch.bool, torch.complex64):
         return None
-    if found.ndim == 2 and found.shape[1] == 1:
-        found = found[:, 0]
-    if found.ndim != 1 or not found.numel() or not 0 <= int(found.min()) <= int(found.max()) < _MOST_CLASSES:
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        targets = targets[:, 0]
+    if targets.ndim != 1 or not targets.numel():
         return None
-    return found.long()
+    if not 0 <= int(targets.min()) <= int(targets.max()) < _MOST_CLASSES:
+        return None
+    return targets.long()
 
 
 def replace_targets(data: Any, targets: Tensor | int) -> Any:
@@ -54,10 +56,10 @@ def replace_targets(data: Any, targets: Tensor | int) -> Any:
 
     Args:
         data: A batch whose targets are its last item or under a key such as ``"label"`` or ``"target"``.
-        targets: New targets in the shape of the old ones, or one class for all examples.
+        targets: New targets in the shape of the old ones, or one label for all examples.
 
     Raises:
-        BatchError: If the batch's targets cannot be found, or the new ones have another shape.
+        BatchError: If the batch's targets cannot be found, or the new ones have another shape or dtype.
     """
     key = _target_key(data)
     if key is None:

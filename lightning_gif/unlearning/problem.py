@@ -16,8 +16,8 @@ from ..config import Settings
 from ..curvature.methods import Group, Method, Solve
 from ..curvature.products import Losses
 from ..curvature.streaming import Curvature
+from ..data.batch import Batch
 from ..data.examples import Examples
-from ..data.targets import class_targets
 from ..errors import ConfigurationError, NonFiniteError, ObjectiveError
 from ..objective.objective import Objective
 from ..solvers import LinearOperator, Solution
@@ -182,7 +182,7 @@ class ModelEditProblem:
         if task.gone is not None:
             seen = task.sample.map(self._expecting)
             measured = seen if task.check is task.sample else task.check.map(self._expecting)
-            kept = RiskTerm(1.0, seen, measured, curved, OutputLoss(self._logits, self._divergence))
+            kept = RiskTerm(1.0, seen, measured, curved, OutputLoss(objective.logits, self._divergence))
         elif task.goal is Goal.LABELS:
             kept = RiskTerm(1.0, task.sample, task.check, curved, objective)
         else:
@@ -277,9 +277,9 @@ class ModelEditProblem:
         """
         objective = self._objective
 
-        def cross_entropy(logits: Tensor, data: Any) -> Tensor:
-            known = class_targets(data) is not None  # the loss may leave labels out that are none
-            return self._cross_entropy(logits, data) if known else logits.new_zeros(())
+        def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+            known = batch.classes is not None  # the loss may leave labels out that are none
+            return self._cross_entropy(logits, batch) if known else logits.new_zeros(())
 
         entropy = objective.mean(
             self._task.check, OutputLoss(objective.logits, cross_entropy).loss_sum, objective.theta
@@ -329,24 +329,23 @@ class ModelEditProblem:
             return float(losses.mean()), retain, parts, self.remembered(theta, losses)
         # All of it is made of what one pass over each of the examples gives.
         retained = self._terms[0].measured
-        asked: list[tuple[Examples, Callable[[Tensor, Any], Tensor] | None]] = [(task.judged, None), (retained, None)]
+        asked: list[tuple[Examples, Callable[[Tensor, Batch], Tensor] | None]] = [(task.judged, None), (retained, None)]
         asked += [(term.measured, term.losses.function) for term in self._terms if isinstance(term.losses, OutputLoss)]
         asked.append(self._memory)
         sums = [0.0] * len(asked)
         with torch.no_grad():
             for examples in {id(these): these for these, _ in asked}.values():
                 for batch in examples.local_batches():
-                    data = batch.data.data if isinstance(batch.data, WithTeacher) else batch.data
-                    loss, logits = objective.loss_and_logits(theta, data)
+                    loss, logits = objective.loss_and_logits(theta, batch)
                     for position, (these, function) in enumerate(asked):
                         if these is examples:
-                            value = loss if function is None else function(logits, batch.data)
+                            value = loss if function is None else function(logits, batch)
                             sums[position] += float(value) / len(these)
         sums = objective.processes.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
         return sums[0], sums[1], sums[2:-1], sums[-1]
 
     @property
-    def _memory(self) -> tuple[Examples, Callable[[Tensor, Any], Tensor]]:
+    def _memory(self) -> tuple[Examples, Callable[[Tensor, Batch], Tensor]]:
         """Which examples tell what is remembered of classes, and what of their logits does, summed over a batch."""
         task = self._task
         return (task.judged, self._predicted) if task.amended is None else (task.amended, self._wrong)
@@ -372,39 +371,38 @@ class ModelEditProblem:
                 pairs += len(mine)
         return told / pairs if pairs else math.nan
 
-    def _predicted(self, logits: Tensor, data: Any) -> Tensor:
+    def _predicted(self, logits: Tensor, batch: Batch) -> Tensor:
         """How many are predicted as one of the classes in question."""
         return self._gone[logits.argmax(1)].double().sum()
 
-    def _wrong(self, logits: Tensor, data: Any) -> Tensor:
+    def _wrong(self, logits: Tensor, batch: Batch) -> Tensor:
         """How many are predicted as another class than that of their label."""
-        return (logits.argmax(1) != labels_of(data)).double().sum()
+        return (logits.argmax(1) != labels_of(batch)).double().sum()
 
-    def _expecting(self, data: Any) -> WithTeacher:
+    def _expecting(self, batch: Batch) -> WithTeacher:
         """With what the trained model predicts, the classes in question ruled out."""
         with torch.no_grad():
-            trained = self._objective.logits(self._objective.theta, data)
-            return WithTeacher(data, torch.where(self._gone, -math.inf, trained).softmax(1))
-
-    def _logits(self, theta: Tensor, batch: WithTeacher) -> Tensor:
-        return self._objective.logits(theta, batch.data)
+            trained = self._objective.logits(self._objective.theta, batch)
+            expected = torch.where(self._gone, -math.inf, trained).softmax(1)
+            return WithTeacher(batch.data, batch.ids, batch.size, expected)
 
     # What the risk is made of where predictions are known, each summed over a batch.
 
-    def _divergence(self, logits: Tensor, batch: WithTeacher) -> Tensor:
+    def _divergence(self, logits: Tensor, batch: Batch) -> Tensor:
         """``KL(expected ‖ p)``."""
+        assert isinstance(batch, WithTeacher)
         found = logits.log_softmax(1).masked_fill(batch.expected == 0, 0.0)  # the logits of a masked class are −∞
         return (torch.special.entr(batch.expected).neg() - batch.expected * found).sum()
 
-    def _cross_entropy(self, logits: Tensor, data: Any) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         """``−log p`` of the labels, whatever else the training loss does to it."""
-        return F.cross_entropy(logits, labels_of(data), reduction="sum")
+        return F.cross_entropy(logits, labels_of(batch), reduction="sum")
 
-    def _unlikelihood(self, logits: Tensor, data: Any) -> Tensor:
+    def _unlikelihood(self, logits: Tensor, batch: Batch) -> Tensor:
         """``−log(1 − p)`` with ``p`` the probability of the classes in question, from its log-odds."""
         return F.softplus(self._log_odds(logits)).sum()
 
-    def _bound(self, logits: Tensor, data: Any) -> Tensor:
+    def _bound(self, logits: Tensor, batch: Batch) -> Tensor:
         """The quadratic part of the parabola that :func:`bound_curvature` is of, around the present log-odds."""
         log_odds = self._log_odds(logits)
         at = log_odds.detach()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..curvature.products import Losses
+from ..data.batch import Batch
 from ..data.examples import Examples
-from ..data.targets import class_targets
 from ..objective.objective import Objective
 
 
@@ -24,20 +23,24 @@ class OutputLoss:
         function: From that and the batch to the sum over its examples.
     """
 
-    outputs: Callable[[Tensor, Any], Tensor]
-    function: Callable[[Tensor, Any], Tensor]
+    outputs: Callable[[Tensor, Batch], Tensor]
+    function: Callable[[Tensor, Batch], Tensor]
 
-    def loss_sum(self, theta: Tensor, data: Any) -> Tensor:
-        return self.function(self.outputs(theta, data), data)
+    def loss_sum(self, theta: Tensor, batch: Batch) -> Tensor:
+        return self.function(self.outputs(theta, batch), batch)
 
-    def loss_sum_at(self, theta: Tensor, data: Any) -> Callable[[Tensor], Tensor]:
-        return lambda outputs: self.function(outputs, data)
+    def loss_sum_at(self, theta: Tensor, batch: Batch) -> Callable[[Tensor], Tensor]:
+        return lambda outputs: self.function(outputs, batch)
 
 
-class WithTeacher(NamedTuple):
-    """A prepared batch, and what is to be predicted for its examples: probabilities ``(B, C)``."""
+@dataclass(frozen=True)
+class WithTeacher(Batch):
+    """A batch with the probabilities that the edited model should predict for it.
 
-    data: Any
+    Attributes:
+        expected: ``(B, C)``.
+    """
+
     expected: Tensor
 
 
@@ -67,11 +70,11 @@ class QuantileMatchingLoss:
             found[here] = torch.quantile(unseen, _rank(mine, forgotten))
         return found
 
-    def sum(self, losses: Tensor, data: Any) -> Tensor:
+    def sum(self, losses: Tensor, batch: Batch) -> Tensor:
         """Over a batch, whose losses ``(B,)`` are now these."""
         with torch.no_grad():
-            trained = self.objective.losses(self.objective.theta, data)
-            classes = class_targets(data)
+            trained = self.objective.losses(self.objective.theta, batch)
+            classes = batch.classes
             wanted = self.wanted(trained, torch.zeros_like(trained, dtype=torch.long) if classes is None else classes)
         return (wanted - losses).square().sum() / (2 * self.size)
 
@@ -115,11 +118,11 @@ class RiskTerm:
     left_measured: Tensor | None = None
 
 
-def labels_of(data: Any) -> Tensor:
+def labels_of(batch: Batch) -> Tensor:
     """The classes ``(B,)`` of a batch of a model that predicts some."""
-    labels = class_targets(data)
+    labels = batch.classes
     assert labels is not None  # else it would not be known what is predicted
-    return labels.long()
+    return labels
 
 
 def bound_curvature(log_odds: Tensor) -> Tensor:

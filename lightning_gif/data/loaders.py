@@ -1,0 +1,80 @@
+"""What a DataLoader draws, without iterating it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
+
+from ..errors import GIFWarning, TrainingDataError
+
+__all__ = ["check_loader", "sampled_ids"]
+
+
+def check_loader(loader: Any) -> DataLoader[Any]:
+    """Returns a loader whose examples have a stable index.
+
+    Raises:
+        TrainingDataError: If it is no ``DataLoader``, or not one over single examples of a map-style dataset.
+    """
+    if not isinstance(loader, DataLoader):
+        raise TrainingDataError(
+            f"Expected a torch DataLoader, got {type(loader).__name__}. With several loaders, or one of your own"
+            " making, pass a DataLoader over the training set as `dataloader=`."
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        raise TrainingDataError(
+            f"{type(loader.dataset).__name__} is an IterableDataset: its examples have no stable index. Pass a"
+            " DataLoader over a map-style dataset as `dataloader=`."
+        )
+    if loader.batch_sampler is None:
+        raise TrainingDataError(
+            "The loader has batch_size=None, so each item of its dataset is a batch of unknown size. Pass a DataLoader"
+            " over single examples as `dataloader=`."
+        )
+    return loader
+
+
+def sampled_ids(loader: DataLoader[Any]) -> Tensor:
+    """The dataset indices that a loader draws, sorted. Its sampler is inspected, not iterated.
+
+    Raises:
+        TrainingDataError: If the dataset has no length.
+    """
+    sampler: Any = loader.sampler
+    if isinstance(loader.batch_sampler, BatchSampler):
+        sampler = loader.batch_sampler.sampler
+    elif loader.batch_sampler is not None:
+        sampler = loader.batch_sampler
+    # Under several processes Lightning wraps any sampler into a distributed one, of which this is a part.
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
+    if isinstance(sampler, SubsetRandomSampler):
+        return torch.as_tensor(sampler.indices, dtype=torch.long).sort().values
+    if isinstance(sampler, Sequence) and sampler is not loader.batch_sampler:
+        return torch.as_tensor([int(index) for index in sampler], dtype=torch.long).sort().values
+    if not isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
+        warnings.warn(
+            f"The loader draws with a {type(sampler).__name__}: each example of its dataset is counted once, however"
+            " often that draws it. If some are never drawn, pass a loader over the others as `dataloader=`.",
+            GIFWarning,
+            stacklevel=2,
+        )
+    try:
+        size = len(loader.dataset)  # type: ignore[arg-type]
+    except TypeError:
+        raise TrainingDataError(
+            f"{type(loader.dataset).__name__} has no length, so its examples cannot be numbered. Define `__len__`."
+        ) from None
+    return torch.arange(size)

@@ -1,0 +1,91 @@
+"""The running statistics of BatchNorm for other weights or other data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import Batch
+from ..data.examples import Examples
+from ..errors import ConfigurationError
+from .losses import LossFunction
+
+__all__ = ["refreshed_statistics"]
+
+_Layers = Mapping[str, nn.modules.batchnorm._BatchNorm]
+
+
+def refreshed_statistics(loss: LossFunction, theta: Tensor, *examples: Examples) -> dict[str, Tensor]:
+    """The running means and variances of BatchNorm over examples at ``theta``, by the names of the buffers.
+
+    Like :func:`torch.optim.swa_utils.update_bn`, it averages the statistics of forward passes in training mode, but
+    each example has the same weight, and everything except BatchNorm, dropout above all, is in evaluation mode.
+
+    Args:
+        loss: Whose forward pass it is.
+        theta: ``(p,)``.
+        examples: Each set is read in random order.
+
+    Raises:
+        ConfigurationError: If the module has no such layers, or there is no batch of two examples.
+    """
+    module = loss.shadow.module
+    layers = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
+    }
+    if not layers:
+        raise ConfigurationError(
+            f"refresh_statistics=True computes the running statistics of BatchNorm anew, but"
+            f" {type(module).__name__} has no layer that keeps any. Leave it out."
+        )
+    processes = examples[0].processes
+    if processes.size > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values()):
+        raise ConfigurationError(
+            "refresh_statistics=True does not work while BatchNorm is synchronised over processes (sync_batchnorm):"
+            " call it after `fit`, when Lightning has turned that back."
+        )
+    buffers, seen = loss.shadow.buffers(theta.dtype), 0
+    with _in_training_mode(layers), torch.no_grad():
+        for batch in _shuffled(examples, loss.shadow.seed):
+            if batch.size == 1:  # which has no variance
+                continue
+            seen += batch.size
+            for layer in layers.values():
+                layer.momentum = batch.size / seen  # the mean over all batches, each example with the same weight
+            loss.evaluate(theta, batch, buffers=buffers)
+    total = processes.total(seen)
+    if not total:
+        raise ConfigurationError(
+            "refresh_statistics=True needs batches of two or more examples, but only one example is retained, or"
+            " batch_size is 1."
+        )
+    names = [f"{name}.{kind}" for name in layers for kind in ("running_mean", "running_var")]
+    if processes.size == 1:
+        return {name: buffers[name] for name in names}
+    return {name: processes.sum(buffers[name] * seen) / total for name in names}
+
+
+@contextlib.contextmanager
+def _in_training_mode(layers: _Layers) -> Iterator[None]:
+    """Inside of it the layers normalise by the statistics of the batch; afterwards they have their momentum again."""
+    momenta = {name: layer.momentum for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.train()
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.momentum = momenta[name]
+            layer.eval()
+
+
+def _shuffled(examples: tuple[Examples, ...], seed: int) -> Iterator[Batch]:
+    """This process's batches of each set, drawn in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in examples:
+        yield from part.subset(torch.randperm(len(part), generator=generator)).strided_batches()

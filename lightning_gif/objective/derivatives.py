@@ -1,0 +1,189 @@
+"""First derivatives of the losses: gradients of means, of single examples, and in given directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .._compat import rank_zero_info
+from ..data.batch import Batch
+from ..data.examples import Examples
+from ..errors import NonFiniteError
+from ..parameters import ParameterSpace
+from .autograd import differs, distance, gradient_of
+from .losses import LossFunction
+
+__all__ = [
+    "DirectionalDerivatives",
+    "choose_derivatives",
+    "forward_mode",
+    "from_gradients",
+    "mean_gradient",
+    "query_gradients",
+    "reverse_mode",
+]
+
+
+DirectionalDerivatives = Callable[[LossFunction, Batch, Tensor], Tensor]
+"""``(loss, batch, directions (q, p)) → (q, B)``: ``wᵀ∇ℓ(zᵢ)`` for each direction and example."""
+
+# The number of examples, spread over the training data, on which ways to differentiate are compared.
+_SPREAD = 8
+
+# Parts of the errors that PyTorch raises where a function has no forward-mode derivative, but a reverse-mode one.
+_NO_FORWARD_MODE = ("forward", "mutating directly with `.data` inside functorch transform")
+
+
+def mean_gradient(
+    examples: Examples, theta: Tensor, loss_sum: Callable[[Tensor, Batch], Tensor], space: ParameterSpace
+) -> Tensor:
+    """The gradient ``(p,)`` at ``theta`` of the mean over examples of a function.
+
+    Args:
+        examples: The examples.
+        theta: ``(p,)``.
+        loss_sum: ``(θ, batch) → ()``, the sum of the function over a batch.
+        space: The parameters, for error messages.
+
+    Raises:
+        NonFiniteError: If the gradient is not finite.
+    """
+    total = torch.zeros_like(theta)
+    for batch in examples.local_batches():
+        at = theta.detach().requires_grad_()
+        total += gradient_of(loss_sum(at, batch), at)
+    return _require_finite(examples.processes.sum(total) / len(examples), space)
+
+
+def query_gradients(
+    examples: Examples,
+    theta: Tensor,
+    measurements: Callable[[Tensor, Batch], Tensor],
+    space: ParameterSpace,
+    *,
+    per_example: bool,
+) -> Tensor:
+    """Gradients at ``theta`` of a measurement, ``(q, p)``: of its mean over all examples (q = 1), or of each (q = n).
+
+    Args:
+        examples: The ``n`` examples of the query.
+        theta: ``(p,)``.
+        measurements: ``(θ, batch) → (B,)``.
+        space: The parameters, for error messages.
+        per_example: Of each example.
+
+    Raises:
+        NonFiniteError: If a gradient is not finite.
+    """
+    processes = examples.processes
+    rows, total = [], torch.zeros_like(theta)
+    for batch in examples.local_batches():
+        at = theta.detach().requires_grad_()
+        values = measurements(at, batch)
+        if per_example:
+            rows += [gradient_of(value, at, retain_graph=True) for value in values]
+        else:
+            total += gradient_of(values.sum(), at)
+    if not per_example:
+        return _require_finite(processes.sum(total)[None] / len(examples), space)
+    if processes.size == 1:
+        return _require_finite(torch.stack(rows), space)
+    gradients = theta.new_zeros(len(examples), space.size)
+    for position, row in enumerate(rows, examples.shard[0]):
+        gradients[position] = row
+    return _require_finite(processes.sum(gradients), space)
+
+
+def _require_finite(gradients: Tensor, space: ParameterSpace) -> Tensor:
+    if torch.isfinite(gradients).all():
+        return gradients
+    parts = space.unflatten(gradients.reshape(-1, space.size).abs().sum(0))
+    names = [name for name, part in parts.items() if not torch.isfinite(part).all()]
+    raise NonFiniteError(
+        f"The gradient has non-finite entries in {', '.join(names[:5])}{' …' if len(names) > 5 else ''}. Nothing"
+        " was changed."
+    )
+
+
+def forward_mode(loss: LossFunction, batch: Batch, directions: Tensor) -> Tensor:
+    """Evaluates the losses once in dual numbers for each direction, and forms no gradient of a single example.
+
+    By :func:`reverse_mode` where an operation of the module has no forward-mode rule, or where a step assigns to the
+    ``.data`` of a tensor, which ``torch.func`` refuses.
+    """
+    theta = loss.shadow.theta
+    if loss.forward_mode:
+        try:
+            return torch.stack(
+                [torch.func.jvp(lambda at: loss.losses(at, batch), (theta,), (w,))[1] for w in directions]
+            )
+        except (NotImplementedError, RuntimeError) as error:
+            if not any(reason in str(error).lower() for reason in _NO_FORWARD_MODE):
+                raise
+    return reverse_mode(loss, batch, directions)
+
+
+def reverse_mode(loss: LossFunction, batch: Batch, directions: Tensor) -> Tensor:
+    """Takes two reverse passes: the derivative of ``Σ uᵢ wᵀ∇ℓ(zᵢ)`` by the dummy weights ``u``."""
+    theta = loss.shadow.theta.detach().requires_grad_()
+    losses = loss.losses(theta, batch)
+    weights = torch.ones_like(losses, requires_grad=True)
+    (gradient,) = torch.autograd.grad(losses, theta, weights, create_graph=True, materialize_grads=True)
+    return torch.stack(
+        [torch.autograd.grad(gradient, weights, w, retain_graph=True, materialize_grads=True)[0] for w in directions]
+    )
+
+
+def from_gradients(loss: LossFunction, batch: Batch, directions: Tensor) -> Tensor:
+    """Forms the gradients of a few examples at a time, once for all directions."""
+    rows = loss.gradients(loss.shadow.theta, batch)
+    return torch.cat([directions @ part.T for part in rows], dim=1)
+
+
+def choose_derivatives(loss: LossFunction, train: Examples) -> DirectionalDerivatives:
+    """The first of forward mode, reverse mode and explicit gradients that agrees with the gradients of single examples.
+
+    Training follows reverse mode. Forward mode differs from it where a step stops or changes gradients by other means
+    than its functions: it passes through ``torch.no_grad()``, sees no ``Tensor.register_hook``, and follows the ``jvp``
+    of a ``torch.autograd.Function``.
+
+    Args:
+        loss: The loss.
+        train: The training examples, a few of which are compared.
+    """
+    shadow = loss.shadow
+    some = train.subset(torch.linspace(0, len(train) - 1, min(len(train), _SPREAD)).long().unique())
+    batches = list(some.batches())
+    for way in (forward_mode, reverse_mode):
+
+        def unlike(batch: Batch, way: DirectionalDerivatives = way) -> float:
+            return _distance_from_gradients(way, loss, batch)
+
+        if not any(differs(shadow, unlike, batch) for batch in batches):
+            return way
+        if loss.forward_mode and way is forward_mode:
+            rank_zero_info(
+                "Scores are computed in reverse mode: the forward-mode derivatives of the losses of"
+                f" {type(shadow.module).__name__} are not the gradients that training follows (torch.no_grad() around"
+                " a part that depends on the parameters, a hook on gradients, or a torch.autograd.Function of its"
+                " own)."
+            )
+    return from_gradients
+
+
+def _distance_from_gradients(way: DirectionalDerivatives, loss: LossFunction, batch: Batch) -> float:
+    """How far derivatives in a random direction are from its inner products with the gradient of each example."""
+    shadow = loss.shadow
+    generator = torch.Generator().manual_seed(shadow.seed)
+    direction = torch.randn(shadow.space.size, generator=generator, dtype=torch.float64).to(shadow.theta)
+    theta = shadow.theta.detach().requires_grad_()
+    rows = [gradient_of(value, theta, retain_graph=True) for value in loss.losses(theta, batch)]
+    expected, lengths = torch.stack([row @ direction for row in rows]), torch.stack([row.norm() for row in rows])
+    try:
+        derivatives = way(loss, batch, direction[None])[0].detach()
+    except (NotImplementedError, RuntimeError):
+        return math.inf
+    return distance((derivatives - expected).abs(), lengths)

@@ -1,0 +1,261 @@
+"""How the losses of single examples come from the user's module: one class for each way, chosen once."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..data.structure import map_tensors, tensors
+from ..errors import GIFWarning, ObjectiveError
+from ..mixin import overrides
+from .autograd import close, differs, distance, gradient_of
+from .shadow import Shadow
+
+__all__ = ["LossFunction", "OneByOneLoss", "OwnLoss", "VectorisedLoss", "choose_loss"]
+
+
+# Bytes of gradients of single examples that are computed at a time.
+_GRADIENT_BYTES = 2**28
+
+Reduction = Literal["mean", "sum"]
+
+
+class LossFunction(ABC):
+    """The training losses of the examples of a batch, as a function of the parameters ``(p,)``.
+
+    A further way to compute them is a further subclass: it defines :meth:`evaluate`, :meth:`losses` and
+    :meth:`sum_of`, and :func:`choose_loss` has to choose it. The other methods follow, less efficiently.
+
+    Args:
+        shadow: The module.
+
+    Attributes:
+        any_structure: Whether batches may be structured otherwise than the training batches.
+        forward_mode: Whether the losses can be differentiated by ``torch.func.jvp``.
+        vectorised: Whether :meth:`gradients` computes those of many examples at once.
+    """
+
+    any_structure = False
+    forward_mode = True
+    vectorised = False
+
+    def __init__(self, shadow: Shadow) -> None:
+        self.shadow = shadow
+
+    @abstractmethod
+    def evaluate(self, theta: Tensor, batch: Batch, *, buffers: dict[str, Tensor] | None = None) -> Tensor:
+        """What one pass of the module over a batch gives: its losses ``(B,)``, or the loss ``()`` of the whole batch.
+
+        Args:
+            theta: ``(p,)``.
+            batch: The batch.
+            buffers: Buffers by name that the pass may change, see :meth:`~.shadow.Shadow.call`.
+        """
+
+    @abstractmethod
+    def sum_of(self, evaluated: Tensor, batch: Batch) -> Tensor | None:
+        """The sum of the losses ``()`` from what :meth:`evaluate` returned; ``None`` if it cannot be told from that."""
+
+    @abstractmethod
+    def losses(self, theta: Tensor, batch: Batch) -> Tensor:
+        """The loss of each example, ``(B,)``; differentiable in ``theta``."""
+
+    def loss_sum(self, theta: Tensor, batch: Batch) -> Tensor:
+        """The sum of the losses, ``()``; differentiable in ``theta``."""
+        return self.losses(theta, batch).sum()
+
+    def map(self, function: Callable[..., Tensor], theta: Tensor, batch: Batch, *rows: Tensor) -> Tensor:
+        """``function(loss, *rows)`` for each example where examples are vectorised, else once for the whole batch.
+
+        Args:
+            function: Its first argument is a function without arguments that evaluates the loss ``()``: of the example,
+                or the sum over the batch.
+            theta: ``(p,)``.
+            batch: The batch.
+            rows: Further arguments ``(B, …)``, one row for each example; anything where it is the whole batch.
+
+        Raises:
+            ObjectiveError: If the losses come neither from one pass over the batch nor from vectorised examples.
+        """
+        return function(partial(self.loss_sum, theta, batch), *rows)
+
+    def gradients(self, theta: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """The gradients of the losses, for some examples ``(b, p)`` at a time, in order."""
+        for position in range(batch.size):
+            at = theta.detach().requires_grad_()
+            yield gradient_of(self.loss_sum(at, batch.slice(position, position + 1)), at)[None]
+
+
+class OwnLoss(LossFunction):
+    """The losses that the module's ``influence_loss`` returns."""
+
+    any_structure = True
+
+    def evaluate(self, theta: Tensor, batch: Batch, *, buffers: dict[str, Tensor] | None = None) -> Tensor:
+        return self.shadow.per_example(theta, "influence_loss", batch.data, buffers=buffers)
+
+    def sum_of(self, evaluated: Tensor, batch: Batch) -> Tensor:
+        return evaluated.sum()
+
+    def losses(self, theta: Tensor, batch: Batch) -> Tensor:
+        return self.evaluate(theta, batch)
+
+
+class StepLoss(LossFunction):
+    """What ``training_step`` returns for a batch of one example, in evaluation mode.
+
+    Args:
+        shadow: The module.
+        reduction: What its loss of a whole batch is of the losses of the examples; ``None`` if neither.
+    """
+
+    def __init__(self, shadow: Shadow, reduction: Reduction | None = None) -> None:
+        super().__init__(shadow)
+        self.reduction = reduction
+
+    def evaluate(self, theta: Tensor, batch: Batch, *, buffers: dict[str, Tensor] | None = None) -> Tensor:
+        return self.shadow.training_step(theta, batch.data, buffers=buffers)
+
+    def sum_of(self, evaluated: Tensor, batch: Batch) -> Tensor | None:
+        if self.reduction is None:
+            return None
+        return evaluated * batch.size if self.reduction == "mean" else evaluated
+
+
+class VectorisedLoss(StepLoss):
+    """``training_step`` for all examples of a batch at once, by ``torch.func.vmap``."""
+
+    vectorised = True
+
+    def losses(self, theta: Tensor, batch: Batch) -> Tensor:
+        return self._vmap(partial(self.shadow.training_step, theta), batch)
+
+    def map(self, function: Callable[..., Tensor], theta: Tensor, batch: Batch, *rows: Tensor) -> Tensor:
+        step = self.shadow.training_step
+        return self._vmap(lambda data, *parts: function(partial(step, theta, data), *parts), batch, *rows)
+
+    def gradients(self, theta: Tensor, batch: Batch) -> Iterator[Tensor]:
+        gradient = partial(torch.func.grad(self.shadow.training_step), theta)
+        count = max(_GRADIENT_BYTES // theta.nbytes, 1)
+        for start in range(0, batch.size, count):
+            yield self._vmap(gradient, batch.slice(start, start + count))
+
+    @staticmethod
+    def _vmap(function: Callable[..., Tensor], batch: Batch, *rows: Tensor) -> Tensor:
+        """``function(data, *rows)`` for all examples of a batch at once, where ``data`` is a batch of one example."""
+        batch.require_rows()
+        leaves = tensors(batch.data)
+
+        def one(*parts: Tensor) -> Tensor:
+            remaining = iter(parts[len(rows) :])
+
+            def put(tensor: Tensor) -> Tensor:
+                row = next(remaining)
+                return row.unsqueeze(0) if tensor.ndim else row
+
+            return function(map_tensors(batch.data, put), *parts[: len(rows)])
+
+        in_dims = (0,) * len(rows) + tuple(0 if leaf.ndim else None for leaf in leaves)
+        return torch.func.vmap(one, in_dims=in_dims, randomness="same")(*rows, *leaves)
+
+
+class OneByOneLoss(StepLoss):
+    """``training_step`` for one example after the other; sums take one pass where its reduction is known."""
+
+    forward_mode = False  # code that is not for vmap is not for jvp either; plain reverse mode takes it
+
+    def losses(self, theta: Tensor, batch: Batch) -> Tensor:
+        batch.require_rows()
+        singles = (batch.slice(position, position + 1) for position in range(batch.size))
+        return torch.stack([self.evaluate(theta, single) for single in singles])
+
+    def loss_sum(self, theta: Tensor, batch: Batch) -> Tensor:
+        if self.reduction is None:
+            return super().loss_sum(theta, batch)
+        loss = self.sum_of(self.evaluate(theta, batch), batch)
+        assert loss is not None  # the reduction is known
+        return loss
+
+    def map(self, function: Callable[..., Tensor], theta: Tensor, batch: Batch, *rows: Tensor) -> Tensor:
+        if self.reduction is None:
+            raise ObjectiveError(
+                f"curvature='ggn' needs the losses of {type(self.shadow.module).__name__} for a whole batch at once."
+                " But its training_step cannot be vectorised, and its loss for a batch is neither the mean nor the sum"
+                " of those of the examples. Define `influence_loss` (see GIFMixin)."
+            )
+        return super().map(function, theta, batch, *rows)
+
+
+def choose_loss(shadow: Shadow, few: Batch) -> LossFunction:
+    """How the losses of a module are computed, after a probe of a few examples.
+
+    Args:
+        shadow: The module.
+        few: Two or three training examples: a single one could not tell a mean from a sum. More cost time.
+    """
+    if overrides(shadow.module, "influence_loss"):
+        return OwnLoss(shadow)
+    singly = OneByOneLoss(shadow)
+    with torch.no_grad():
+        expected = singly.losses(shadow.theta, few)
+        together = singly.evaluate(shadow.theta, few)
+    obstacle = _obstacle(VectorisedLoss(shadow), singly, few, expected)
+    reduction = _reduction(shadow.module, together, expected)
+    if obstacle is None:
+        return VectorisedLoss(shadow, reduction)
+    warnings.warn(
+        f"The losses of single examples are computed one after the other, which is slow: training_step could not be"
+        f" vectorised ({obstacle}). Override `influence_loss` (see GIFMixin) to compute them at once.",
+        GIFWarning,
+        stacklevel=3,
+    )
+    return OneByOneLoss(shadow, reduction)
+
+
+def _obstacle(vectorised: VectorisedLoss, singly: OneByOneLoss, few: Batch, expected: Tensor) -> str | None:
+    """Why a step cannot be vectorised; ``None`` if it gives the losses and gradients of one example at a time."""
+    shadow = singly.shadow
+
+    def unlike(batch: Batch) -> float:
+        """How far the gradient of the vectorised losses is from that of one example at a time: vmap drops hooks."""
+        theta = shadow.theta.detach().requires_grad_()
+        gradient = gradient_of(vectorised.losses(theta, batch).sum(), theta)
+        losses = singly.losses(theta, batch)
+        rows = torch.stack([gradient_of(loss, theta, retain_graph=True) for loss in losses])
+        return distance((gradient - rows.sum(0)).norm()[None], rows.norm(dim=1).sum()[None])
+
+    try:
+        theta = shadow.theta.detach().requires_grad_()
+        losses = vectorised.losses(theta, few)
+        gradient_of(losses.sum(), theta)  # activation checkpointing fails here at the earliest
+        if not close(losses, expected):
+            return "it gave other losses than one example at a time"
+        if differs(shadow, unlike, few):
+            return "it gave other gradients, as with a hook on a tensor"
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def _reduction(module: Any, together: Tensor, expected: Tensor) -> Reduction | None:
+    """Whether the loss ``()`` of a batch is the mean or the sum of the losses ``(B,)``; warns if it is neither."""
+    if close(together, expected.mean()):
+        return "mean"
+    if close(together, expected.sum()):
+        return "sum"
+    if torch.isfinite(expected).all() and torch.isfinite(together):
+        warnings.warn(
+            f"The loss that {type(module).__name__}.training_step gives for a batch is neither the mean nor the sum of"
+            " its losses for the single examples (they are coupled, or weighted). Influence and unlearning refer to the"
+            " losses of single examples. Override `influence_loss` (see GIFMixin) to define them.",
+            GIFWarning,
+            stacklevel=4,
+        )
+    return None
