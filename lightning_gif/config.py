@@ -35,7 +35,7 @@ from .solvers import (
     to_matrix,
     truncated_newton,
 )
-from .solvers.run import norms
+from .solvers.vectors import norms
 from .storage.digests import Fingerprint
 
 __all__ = ["Overrides", "Settings"]

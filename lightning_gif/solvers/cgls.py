@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import SOLVERS, LinearOperator
+from .base import LinearOperator, SolveOptions, solver
 from .krylov import ConjugateGradients
 from .run import Run
 from .solution import Solution
@@ -12,18 +12,8 @@ from .solution import Solution
 __all__ = ["cgls"]
 
 
-@SOLVERS.register("cgls")
-def cgls(
-    operator: LinearOperator,
-    rhs: Tensor,
-    *,
-    damping: float = 0.0,
-    rtol: float = 1e-3,
-    max_iter: int = 100,
-    seed: int = 0,
-    start: Tensor | None = None,
-    discrepancy: float = 0.0,
-) -> Solution | list[Solution]:
+@solver("cgls")
+def cgls(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
     """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` by conjugate gradients on the normal equations.
 
     Of all methods that spend two products a step it makes ``‖B x − b‖`` smallest. The normal-equation residual, by
@@ -46,19 +36,10 @@ def cgls(
         NonFiniteError: If a product is not finite.
         ConvergenceError: If ``B`` does not act like a fixed matrix (a random or shuffled loss).
     """
-    run = Run(
-        "cgls",
-        operator,
-        rhs,
-        damping=damping,
-        rtol=rtol,
-        max_iter=max_iter,
-        start=start,
-        discrepancy=discrepancy,
-    )
+    run = Run("cgls", operator, rhs, options)
     iteration = ConjugateGradients(run)
     while run.running:
         iteration.step()
         iteration.keep(run.record(iteration.x, iteration.difference, iteration.normal, stuck=iteration.stuck))
-    run.verify(carried=max_iter)
+    run.verify(carried=options.max_iter)
     return run.solutions()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .base import SOLVERS, LinearOperator
-from .run import check_shape, require_finite
-from .solution import Solution, Status, peak_memory
+from .base import LinearOperator, SolveOptions, solver
+from .recorder import Outcome, SolveRecorder
+from .solution import Solution, Status
+from .vectors import require_finite
 
 __all__ = ["dense", "to_matrix"]
 
@@ -42,18 +41,8 @@ def to_matrix(operator: LinearOperator) -> Tensor:
     return matrix
 
 
-@SOLVERS.register("dense")
-def dense(
-    operator: LinearOperator,
-    rhs: Tensor,
-    *,
-    damping: float = 0.0,
-    rtol: float = 1e-3,
-    max_iter: int = 100,
-    seed: int = 0,
-    start: Tensor | None = None,
-    discrepancy: float = 0.0,
-) -> Solution | list[Solution]:
+@solver("dense", supports_start=False, supports_discrepancy=False)
+def dense(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
     """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` through the singular values of the whole matrix, in float64.
 
     Singular values that the operator's own precision cannot tell from zero are dropped, so the result is the minimiser
@@ -73,40 +62,27 @@ def dense(
         ConfigurationError: If the matrix would be too large.
         NonFiniteError: If it, or the right-hand side, is not finite.
     """
-    begin = time.perf_counter()
-    products, examples = operator.products, operator.examples
-    check_shape("right-hand side", rhs if rhs.ndim == 2 else rhs[:, None], operator.shape[0])
-    require_finite(rhs, "The right-hand side of the solve")
+    recorder = SolveRecorder("dense", operator, rhs, options)
+    damping = options.damping
     matrix = to_matrix(operator).double()
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     sigma = float(values[0])
     keep = values > max(matrix.shape) * torch.finfo(operator.dtype).eps * sigma
     filtered = torch.where(keep, values / (values**2 + damping**2).clamp_min(torch.finfo(values.dtype).tiny), 0.0)
 
-    count = 1 if rhs.ndim == 1 else rhs.shape[1]
-
-    def solution(target: Tensor) -> Solution:
+    def outcome(target: Tensor) -> Outcome:
         x = right.T @ (filtered * (left.T @ target))
         normal = matrix.T @ target
         scale, norm = float(normal.norm()), float(target.norm())
         residual = float((normal - matrix.T @ (matrix @ x) - damping**2 * x).norm()) / scale if scale else 0.0
-        return Solution(
-            x=x.to(operator.dtype),
-            status=Status.CONVERGED if residual <= rtol else Status.STALLED,
-            solver="dense",
+        return Outcome(
+            x=x,
+            status=Status.CONVERGED if residual <= options.rtol else Status.STALLED,
             iterations=1,
-            hvps=round((operator.products - products) / count),
-            examples=round((operator.examples - examples) / count),
             residual=residual,
             unexplained=float((target - matrix @ x).norm()) / norm if norm else 0.0,
             sigma_max=sigma,
-            rtol=rtol,
-            damping=float(damping),
-            seconds=time.perf_counter() - begin,
-            peak_memory=peak_memory(operator.device),
             residuals=[1.0 if scale else 0.0, residual],
         )
 
-    if rhs.ndim == 1:
-        return solution(rhs.double())
-    return [solution(target.double()) for target in rhs.T]
+    return recorder.solutions([outcome(target.double()) for target in recorder.rhs.T])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import SOLVERS, LinearOperator
+from .base import LinearOperator, SolveOptions, solver
 from .krylov import ConjugateGradients
-from .run import Run, columns, different_products, norms
+from .run import Run, different_products
 from .solution import Solution
+from .vectors import columns, norms
 
 __all__ = ["lissa", "plain_lissa"]
 
@@ -28,18 +29,8 @@ _KRYLOV_STEPS = 20
 _DIVERGED = 1e3
 
 
-@SOLVERS.register("lissa")
-def lissa(
-    operator: LinearOperator,
-    rhs: Tensor,
-    *,
-    damping: float = 0.0,
-    rtol: float = 1e-3,
-    max_iter: int = 100,
-    seed: int = 0,
-    start: Tensor | None = None,
-    discrepancy: float = 0.0,
-) -> Solution | list[Solution]:
+@solver("lissa")
+def lissa(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
     """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` by the modified LiSSA recursion of GIF, accelerated.
 
     The paper's recursion (arXiv 2312.05586, algorithm 1) is ``x_{j+1} = x_j + (v − T x_j)`` with
@@ -78,46 +69,18 @@ def lissa(
         ConvergenceError: If the residual grows a thousandfold over its smallest value, or a step meets a singular value
             a thousand times the estimate: ``B`` does not act like a fixed matrix (a random or shuffled loss).
     """
-    run = Run(
-        "lissa",
-        operator,
-        rhs,
-        damping=damping,
-        rtol=rtol,
-        max_iter=max_iter,
-        start=start,
-        discrepancy=discrepancy,
-    )
+    run = Run("lissa", operator, rhs, options)
     return _iterate(run, accelerate=True)
 
 
-@SOLVERS.register("plain_lissa")
-def plain_lissa(
-    operator: LinearOperator,
-    rhs: Tensor,
-    *,
-    damping: float = 0.0,
-    rtol: float = 1e-3,
-    max_iter: int = 100,
-    seed: int = 0,
-    start: Tensor | None = None,
-    discrepancy: float = 0.0,
-) -> Solution | list[Solution]:
+@solver("plain_lissa")
+def plain_lissa(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
     """The recursion of the paper as it stands, at a scale that is found once.
 
     It starts at zero (or ``start``), and takes the number of steps that :func:`lissa` takes, squared. Arguments and
     errors are those of :func:`lissa`; the steps that find the scale do not count towards ``max_iter``.
     """
-    run = Run(
-        "plain_lissa",
-        operator,
-        rhs,
-        damping=damping,
-        rtol=rtol,
-        max_iter=max_iter,
-        start=start,
-        discrepancy=discrepancy,
-    )
+    run = Run("plain_lissa", operator, rhs, options)
     return _iterate(run, accelerate=False)
 
 

@@ -5,26 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import SOLVERS, LinearOperator
+from .base import LinearOperator, SolveOptions, solver
 from .krylov import ConjugateGradients
-from .run import Run, columns, norms
+from .run import Run
 from .solution import Solution
+from .vectors import columns, norms
 
 __all__ = ["lsmr"]
 
 
-@SOLVERS.register("lsmr")
-def lsmr(
-    operator: LinearOperator,
-    rhs: Tensor,
-    *,
-    damping: float = 0.0,
-    rtol: float = 1e-3,
-    max_iter: int = 100,
-    seed: int = 0,
-    start: Tensor | None = None,
-    discrepancy: float = 0.0,
-) -> Solution | list[Solution]:
+@solver("lsmr")
+def lsmr(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
     """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` with the smallest normal-equation residual at each step.
 
     LSMR (Fong and Saunders, *SIAM Journal on Scientific Computing* 33, 2011) is MINRES on the normal equations. Its
@@ -49,16 +40,7 @@ def lsmr(
         NonFiniteError: If a product is not finite.
         ConvergenceError: If ``B`` does not act like a fixed matrix (a random or shuffled loss).
     """
-    run = Run(
-        "lsmr",
-        operator,
-        rhs,
-        damping=damping,
-        rtol=rtol,
-        max_iter=max_iter,
-        start=start,
-        discrepancy=discrepancy,
-    )
+    run = Run("lsmr", operator, rhs, options)
     iteration = ConjugateGradients(run)
     x, difference, normal = run.x, run.difference, run.normal
     while run.running:
@@ -72,5 +54,5 @@ def lsmr(
         keep = run.record(x, difference, normal, stuck=iteration.stuck)
         iteration.keep(keep)
         x, difference, normal = columns(keep, x, difference, normal)
-    run.verify(carried=max_iter)
+    run.verify(carried=options.max_iter)
     return run.solutions()

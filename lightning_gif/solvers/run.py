@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
-from ..errors import ConfigurationError, ConvergenceError, NonFiniteError
-from .base import LinearOperator
-from .solution import Solution, Status, peak_memory
+from ..errors import ConvergenceError
+from .base import LinearOperator, SolveOptions
+from .recorder import Outcome, SolveRecorder
+from .solution import Solution, Status
+from .vectors import check_shape, columns, norms, require_finite
 
-__all__ = ["Run", "require_finite"]
+__all__ = ["Run", "different_products"]
 
 
 # Steps without a new smallest residual (and at least half of all steps), after which rounding, not the iteration,
@@ -20,16 +20,6 @@ _PATIENCE = 50
 
 # How far a share of the right-hand side may be from what it was computed to be, beyond rounding.
 _SAME = 1e-3
-
-
-def require_finite(vector: Tensor, what: str) -> None:
-    """Raises a :class:`~lightning_gif.errors.NonFiniteError` that names ``what`` if ``vector`` has NaN or infinity."""
-    if not torch.isfinite(vector).all():
-        bad = int((~torch.isfinite(vector)).sum())
-        raise NonFiniteError(
-            f"{what} has {bad} non-finite value(s) of {vector.numel()}. The weights are as they were. Look for NaN in"
-            " the data or the loss; on a model trained in low precision, a `damping` above 0 can help."
-        )
 
 
 class _Trace:
@@ -79,31 +69,11 @@ class Run:
         NonFiniteError: If the right-hand side or a product is not finite.
     """
 
-    def __init__(
-        self,
-        solver: str,
-        operator: LinearOperator,
-        rhs: Tensor,
-        *,
-        damping: float,
-        rtol: float,
-        max_iter: int,
-        start: Tensor | None,
-        discrepancy: float,
-    ) -> None:
-        self._start = time.perf_counter()
-        self._solver, self._operator = solver, operator
-        self._rtol, self._max_iter, self._discrepancy = rtol, max_iter, discrepancy
-        self._before = operator.products, operator.examples
-        self._single = rhs.ndim == 1
-        self.b = rhs[:, None] if self._single else rhs
-        check_shape("right-hand side", self.b, operator.shape[0])
-        require_finite(rhs, "The right-hand side of the solve")
-        # To about unit norm, by powers of two, which round nothing: squares of tiny gradients vanish in float32.
-        exponents = torch.frexp(norms(self.b)).exponent
-        self._unit = torch.where(norms(self.b) > 0, 2.0 ** exponents.double(), 1.0)
-        self.b = (self.b / self._unit).to(rhs.dtype)
-        self.damping = damping
+    def __init__(self, solver: str, operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> None:
+        self._solver, self._operator, self._options = solver, operator, options
+        self._recorder = SolveRecorder(solver, operator, rhs, options)
+        self.b = self._recorder.rhs
+        self.damping = options.damping
         self.iterations = 0
         self._traces = [_Trace() for _ in range(self.b.shape[1])]
         self.active = torch.arange(self.b.shape[1])
@@ -114,11 +84,11 @@ class Run:
         require_finite(self.normal, "The right-hand side of the solve")
         self._rhs, self._rhs_norms = self.b, norms(self.b)
         self._target, self._norms = self.normal, norms(self.normal)
-        if start is not None:
-            self._begin_at(start[:, None] if start.ndim == 1 else start)
+        if options.start is not None:
+            self._begin_at(options.start[:, None] if options.start.ndim == 1 else options.start)
         for column, trace in enumerate(self._traces):
             trace.x, trace.difference = self.x[:, column].clone(), self.difference[:, column].clone()
-            if self._norms[column] == 0:  # b is orthogonal to everything B can reach: x = 0 is the minimiser
+            if self._norms[column] == 0:  # b is orthogonal to the range of A: x = 0 is the minimiser
                 trace.status, trace.smallest, trace.residuals = Status.CONVERGED, 0.0, [0.0]
                 trace.unexplained = 1.0 if self._rhs_norms[column] else 0.0
                 continue
@@ -131,7 +101,7 @@ class Run:
     def _begin_at(self, start: Tensor) -> None:
         check_shape("start", start, len(self.x))
         require_finite(start, "The start of the solve")
-        start = (start / self._unit).to(self.x)
+        start = (start / self._recorder.unit).to(self.x)
         difference = self.b - self.matvec(start)
         normal = self.rmatvec(difference) - self.damping**2 * start
         better = norms(normal) < self._norms
@@ -191,11 +161,11 @@ class Run:
                 trace.smallest, trace.unexplained, trace.since = residuals[position], unexplained[position], 0
                 trace.x, trace.difference = x[:, position].clone(), difference[:, position].clone()
             trace.status = self._reached(trace)
-            if trace.status is None and unexplained[position] <= self._discrepancy:
+            if trace.status is None and unexplained[position] <= self._options.discrepancy:
                 trace.smallest, trace.unexplained = residuals[position], unexplained[position]
                 trace.x, trace.difference = x[:, position].clone(), difference[:, position].clone()
                 trace.status = Status.DISCREPANCY
-            if trace.status is None and self.iterations >= self._max_iter:
+            if trace.status is None and self.iterations >= self._options.max_iter:
                 trace.status = Status.MAX_ITER
             patience = max(_PATIENCE, self.iterations // 2)
             if trace.status is None and (trace.since >= patience or (stuck is not None and bool(stuck[position]))):
@@ -203,9 +173,9 @@ class Run:
         return self._narrow()
 
     def _reached(self, trace: _Trace) -> Status | None:
-        if trace.smallest <= self._rtol:
+        if trace.smallest <= self._options.rtol:
             return Status.CONVERGED
-        return Status.DISCREPANCY if trace.unexplained <= self._discrepancy else None
+        return Status.DISCREPANCY if trace.unexplained <= self._options.discrepancy else None
 
     def _narrow(self) -> Tensor | None:
         keep = torch.tensor([self._traces[column].status is None for column in self.active.tolist()], dtype=torch.bool)
@@ -274,39 +244,30 @@ class Run:
         for position, column in enumerate(self.active.tolist()):
             trace = self._traces[column]
             trace.smallest, trace.unexplained = residuals[position], unexplained[position]
-            if trace.status is Status.CONVERGED and trace.smallest > 1.01 * self._rtol:
+            if trace.status is Status.CONVERGED and trace.smallest > 1.01 * self._options.rtol:
                 trace.status = Status.STALLED
 
     def solutions(self, *, iterations: int | None = None) -> Solution | list[Solution]:
-        """What was found: one solution for a vector, a list for columns.
+        """One solution for a vector, a list for columns.
 
         Args:
-            iterations: How many steps were taken with draws of the operator, whose products were not counted here.
+            iterations: The number of iterations, for a solver that does not record each of them.
         """
-        seconds = time.perf_counter() - self._start
-        total = sum(trace.products for trace in self._traces)
-        products, examples = self._operator.products - self._before[0], self._operator.examples - self._before[1]
-        memory = peak_memory(self._operator.device)
-        found = [
-            Solution(
-                x=(trace.x * unit).to(trace.x.dtype),
-                status=Status.MAX_ITER if trace.status is None else trace.status,
-                solver=self._solver,
-                iterations=trace.iterations if iterations is None or not trace.iterations else iterations,
-                hvps=round(products * trace.products / max(total, 1)),
-                examples=round(examples * trace.products / max(total, 1)),
-                residual=trace.smallest,
-                unexplained=trace.unexplained,
-                sigma_max=trace.sigma,
-                rtol=self._rtol,
-                damping=float(self.damping),
-                seconds=seconds,
-                peak_memory=memory,
-                residuals=trace.residuals,
-            )
-            for trace, unit in zip(self._traces, self._unit, strict=True)
-        ]
-        return found[0] if self._single else found
+        return self._recorder.solutions(
+            [
+                Outcome(
+                    x=trace.x,
+                    status=Status.MAX_ITER if trace.status is None else trace.status,
+                    iterations=trace.iterations if iterations is None or not trace.iterations else iterations,
+                    residual=trace.smallest,
+                    unexplained=trace.unexplained,
+                    sigma_max=trace.sigma,
+                    residuals=trace.residuals,
+                    share=trace.products,
+                )
+                for trace in self._traces
+            ]
+        )
 
 
 def different_products(what: str) -> ConvergenceError:
@@ -315,21 +276,3 @@ def different_products(what: str) -> ConvergenceError:
         f"The solve diverged: {what}. Most often the loss is not the same function at every evaluation (random"
         " augmentation, dropout outside of nn.Dropout, BatchNorm in training mode)."
     )
-
-
-def norms(matrix: Tensor) -> Tensor:
-    """The lengths of the columns, accumulated in float64: ``(rows, a) → (a,)``, or ``(rows,) → ()``."""
-    return torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64)
-
-
-def columns(keep: Tensor | None, *matrices: Tensor) -> tuple[Tensor, ...]:
-    """The columns ``keep`` of some matrices ``(…, a)``; the matrices as they are for ``None``."""
-    return matrices if keep is None else tuple(matrix[..., keep.to(matrix.device)] for matrix in matrices)
-
-
-def check_shape(what: str, matrix: Tensor, rows: int) -> None:
-    """Raises a :class:`~lightning_gif.errors.ConfigurationError` unless the columns have ``rows`` entries."""
-    if matrix.ndim != 2 or matrix.shape[0] != rows:
-        raise ConfigurationError(
-            f"The {what} of a solve must have the shape ({rows},) or ({rows}, q), got {list(matrix.shape)}."
-        )

@@ -109,16 +109,3 @@ class Solution:
         """
         values = restored_fields(cls, {"peak_memory": None, **record}, without=("x",))
         return cls(x=torch.empty(0), **values)
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """The most bytes that this process has needed so far; ``None`` where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-        import sys
-    except ModuleNotFoundError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .base import LinearOperator
-from .run import require_finite
+from .lanczos import quadrature
 
 __all__ = ["Spectrum", "spectrum"]
 
@@ -54,7 +53,7 @@ def spectrum(operator: LinearOperator, count: int, *, steps: int = 0, probes: in
     values, weights = [], []
     for _ in range(probes):
         signs = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
-        nodes, shares = _quadrature(operator, signs.to(operator.device, operator.dtype) / size**0.5, steps)
+        nodes, shares = quadrature(operator, signs.to(operator.device, operator.dtype) / size**0.5, steps)
         values.append(nodes)
         weights.append(shares / probes)
     nodes, shares = torch.cat(values), torch.cat(weights)
@@ -70,28 +69,3 @@ def spectrum(operator: LinearOperator, count: int, *, steps: int = 0, probes: in
         negative_share=float(shares[nodes < -rounding].sum()),
         zero_share=float(shares[nodes.abs() <= rounding].sum()),
     )
-
-
-def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Ritz values, ascending, and the weights that the start vector gives them."""
-    basis = [start]
-    diagonal: list[float] = []
-    side: list[float] = []
-    for _ in range(steps):
-        image = operator.matvec(basis[-1])
-        require_finite(image, "The product of the Hessian with a vector")
-        diagonal.append(float(basis[-1] @ image))
-        scale = float(image.norm())
-        known = torch.stack(basis)
-        for _ in range(2):  # once is not enough where much cancels
-            image = image - known.T @ (known @ image)
-        length = float(image.norm())
-        if length <= 100 * torch.finfo(image.dtype).eps * max(scale, max(map(abs, diagonal))):
-            break  # the space is invariant: all that this start vector can see has been seen
-        side.append(length)
-        basis.append(image / length)
-    size = len(diagonal)
-    between = torch.tensor(side[: size - 1], dtype=torch.float64)
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(between, 1) + torch.diag(between, -1)
-    values, vectors = torch.linalg.eigh(matrix)
-    return values, vectors[0] ** 2

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigurationError, ConvergenceError
-from .base import SOLVERS, LinearOperator
+from ..errors import ConvergenceError
+from .base import LinearOperator, SolveOptions, solver
 from .krylov import ConjugateGradients
-from .run import Run, norms, require_finite
+from .run import Run
 from .solution import Solution
+from .vectors import norms, require_finite
 
 __all__ = ["stochastic_lissa"]
 
@@ -21,18 +23,9 @@ _SCALE_DRAWS, _SCALE_STEPS, _SCALE_MARGIN = 3, 4, 1.1
 _FIRST_STEPS, _RUNS_AWAY = 10, 1e3
 
 
-@SOLVERS.register("stochastic_lissa")
+@solver("stochastic_lissa", requires_draws=True)
 def stochastic_lissa(
-    operator: LinearOperator,
-    rhs: Tensor,
-    *,
-    damping: float = 0.0,
-    rtol: float = 1e-3,
-    max_iter: int = 100,
-    seed: int = 0,
-    start: Tensor | None = None,
-    discrepancy: float = 0.0,
-    repeats: int = 1,
+    operator: LinearOperator, rhs: Tensor, options: SolveOptions, *, repeats: int = 1
 ) -> Solution | list[Solution]:
     """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` by steps over random batches, for operators that can draw them.
 
@@ -66,24 +59,11 @@ def stochastic_lissa(
         ConvergenceError: If the batches show no curvature, or the steps diverge.
         NonFiniteError: If a product or an iterate is not finite.
     """
-    draw: Any = getattr(operator, "draw", None)
-    if draw is None:
-        raise ConfigurationError(
-            f"solver='stochastic_lissa' needs an operator over examples that it can draw batches from, which"
-            f" {type(operator).__name__} is not. Use solver='lissa'."
-        )
-    run = Run(
-        "stochastic_lissa",
-        operator,
-        rhs,
-        damping=damping,
-        rtol=rtol,
-        max_iter=1,
-        start=start,
-        discrepancy=discrepancy,
-    )
+    draw: Any = operator.draw  # type: ignore[attr-defined]  # it is declared to be required
+    run = Run("stochastic_lissa", operator, rhs, replace(options, max_iter=1))
+    max_iter, damping = options.max_iter, options.damping
     if run.running:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(options.seed)
 
         def fresh() -> LinearOperator:
             return draw(int(torch.randint(2**62, (), generator=generator)))
@@ -133,16 +113,7 @@ def _too_noisy(what: str) -> ConvergenceError:
 
 def _sigma(operator: LinearOperator, rhs: Tensor) -> float:
     """A safe value above the largest singular value of a draw that the right-hand sides ``(rows, q)`` can meet."""
-    run = Run(
-        "stochastic_lissa",
-        operator,
-        rhs,
-        damping=0.0,
-        rtol=0.0,
-        max_iter=_SCALE_STEPS,
-        start=None,
-        discrepancy=0.0,
-    )
+    run = Run("stochastic_lissa", operator, rhs, SolveOptions(rtol=0.0, max_iter=_SCALE_STEPS))
     if not run.running:
         return 0.0
     krylov = ConjugateGradients(run)
