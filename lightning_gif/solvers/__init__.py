@@ -1,4 +1,4 @@
-"""LiSSA and its peers. Pure linear algebra: nothing here knows that a model exists."""
+"""Solvers for linear systems with the curvature matrix. Pure linear algebra: nothing here knows of models."""
 
 from .base import SOLVERS, LinearOperator, SolveOptions, Solver, SolverRegistry
 from .cgls import cgls

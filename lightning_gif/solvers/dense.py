@@ -1,4 +1,4 @@
-"""The reference solver: the matrix itself, decomposed in double precision."""
+"""The reference solver: the dense matrix, decomposed in float64."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from .vectors import require_finite
 
 __all__ = ["dense", "to_matrix"]
 
+# A matrix of so many entries takes 0.4 GB in float64, and its decomposition a few times as much.
 _MOST_ENTRIES = 50_000_000
 
-# Columns that are multiplied together; they share the passes that do not depend on the vector.
+# Columns that are multiplied together: they share the passes that do not depend on the vector.
 _AT_ONCE = 64
 
 
 def to_matrix(operator: LinearOperator) -> Tensor:
-    """The matrix ``(rows, cols)`` of an operator, built in as few products as its shorter side has.
+    """The dense matrix ``(rows, cols)`` of an operator, from ``min(rows, cols)`` products.
 
     Raises:
         ConfigurationError: If it would have more than 50 million entries.
@@ -29,7 +30,7 @@ def to_matrix(operator: LinearOperator) -> Tensor:
     rows, cols = operator.shape
     if rows * cols > _MOST_ENTRIES:
         raise ConfigurationError(
-            f"solver='dense' would build a matrix of {rows} x {cols}; it is meant for small nets and stops at"
+            f"solver='dense' would build a matrix of {rows} x {cols}; it is meant for small networks and takes at most"
             f" {_MOST_ENTRIES:,} entries. Use solver='lissa', or select fewer parameters."
         )
     identity = torch.eye(min(rows, cols), dtype=operator.dtype, device=operator.device)
@@ -43,23 +44,13 @@ def to_matrix(operator: LinearOperator) -> Tensor:
 
 @solver("dense", supports_start=False, supports_discrepancy=False)
 def dense(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
-    """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` through the singular values of the whole matrix, in float64.
+    """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by the singular value decomposition of the dense matrix, in float64.
 
-    Singular values that the operator's own precision cannot tell from zero are dropped, so the result is the minimiser
-    of least norm.
-
-    Args:
-        operator: ``B``, ``(rows, cols)``, at most 50 million entries.
-        rhs: ``b``, ``(rows,)``, or several as columns ``(rows, q)``.
-        damping: ``λ ≥ 0``.
-        rtol: Relative normal-equation residual that counts as converged.
-        max_iter: Unused, as are the following: there are no steps. They are part of every solver's signature.
-        seed: Unused.
-        start: Unused.
-        discrepancy: Unused.
+    Singular values within rounding of zero, in the precision of the operator, are dropped, so the result is the
+    minimiser of least norm. There are no iterations: ``rtol`` only decides whether the result is called converged.
 
     Raises:
-        ConfigurationError: If the matrix would be too large.
+        ConfigurationError: If the matrix would have more than 50 million entries.
         NonFiniteError: If it, or the right-hand side, is not finite.
     """
     recorder = SolveRecorder("dense", operator, rhs, options)

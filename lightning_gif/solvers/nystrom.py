@@ -1,4 +1,4 @@
-"""A low-rank picture of a symmetric operator, which any number of right-hand sides share."""
+"""A low-rank sketch of a symmetric operator, which any number of right-hand sides share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .vectors import norms, require_finite
 
 __all__ = ["LowRank", "low_rank", "nystrom"]
 
-# Test vectors that are multiplied at a time.
+# Test vectors that are multiplied together, which bounds the memory that a product takes.
 _TOGETHER = 16
 
 
@@ -100,27 +100,25 @@ def low_rank(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
     max_iter=128,
 )
 def nystrom(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
-    """Solves ``(C + λ) x = b`` with :func:`low_rank` in the place of ``C``: as many products for many as for one.
+    """Solves ``(C + λ) x = g`` with the sketch of :func:`low_rank` in place of ``C``.
 
-    Directions that the sketch misses are taken to have no curvature but the damping, so that there must be some, not
-    far below the smallest of the eigenvalues that it shows.
+    The sketch costs as many products for many right-hand sides as for one. Directions that it misses are taken to have
+    no curvature but the damping, which must therefore be positive and should not be far below the smallest eigenvalue
+    of the sketch.
 
     Args:
         operator: ``C``, ``(n, n)``, symmetric positive semi-definite.
-        rhs: ``b``, ``(n,)``, or several as columns ``(n, q)``.
-        damping: ``λ > 0``, in the unit of ``C``'s eigenvalues.
-        rtol: The residual that counts as converged; it ends nothing.
-        max_iter: The rank of the sketch, which costs as many products.
-        seed: Of the sketch.
-        start: Not supported.
-        discrepancy: Unused.
+        rhs: ``g``, ``(n,)``, or several as columns ``(n, q)``.
+        options: ``max_iter`` is the rank of the sketch, which costs as many products; ``rtol`` does not end the solve,
+            but decides whether the result counts as converged.
 
     Returns:
         A :class:`~lightning_gif.solvers.Solution`, or a list for columns. Their ``residual`` and ``unexplained`` are
-        ``‖b − (C + λ)x‖/‖b‖`` of a random combination of all, by one more product.
+        ``‖g − (C + λ)x‖/‖g‖`` of a random combination of all right-hand sides, which takes one more product.
 
     Raises:
-        ConfigurationError: If the operator is not square, for a ``start``, or without damping.
+        ConfigurationError: If the operator is not square or is far from positive semi-definite, for a ``start`` or a
+            ``discrepancy``, or without damping.
         NonFiniteError: If a product is not finite.
     """
     recorder = SolveRecorder("nystrom", operator, rhs, options, unit_norm)

@@ -1,4 +1,4 @@
-"""The bookkeeping that iterative solvers share."""
+"""What the iterative least-squares solvers share: where to start, when to stop, and the best iterate."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .vectors import check_shape, columns, norms, require_finite
 __all__ = ["Run", "different_products"]
 
 
-# Steps without a new smallest residual (and at least half of all steps), after which rounding, not the iteration,
-# decides what the residual does.
+# Iterations without a new smallest residual (and at least half of all), after which rounding decides what the residual
+# does, not the iteration.
 _PATIENCE = 50
 
-# How far a share of the right-hand side may be from what it was computed to be, beyond rounding.
+# The relative difference between two products with the same vector that is put down to rounding.
 _SAME = 1e-3
 
 
 class _Trace:
-    """What became of one right-hand side so far, and its best iterate."""
+    """The course of the solve for one right-hand side, and its best iterate."""
 
     def __init__(self) -> None:
         self.residuals = [1.0]
@@ -42,28 +42,26 @@ class _Trace:
 
 
 class Run:
-    """The bookkeeping that the iterative solvers share: where to start, when to stop, what was best, what happened.
+    """The state of an iterative least-squares solve: where to start, when to stop, the best iterate, diagnostics.
 
-    A solver keeps its vectors as matrices of one column for each right-hand side that is not done, calls
-    :meth:`record` after each step, and drops the columns that this says are done. The best iterate is returned, not the
-    last: residuals are not monotone.
+    A solver keeps its vectors as matrices with one column for each active right-hand side, calls :meth:`record` after
+    each iteration, and drops the columns that are done according to it. The best iterate is returned, not the last:
+    residuals are not monotone.
 
     Args:
-        solver: The solver's registered name.
-        operator: ``B``, ``(rows, cols)``.
-        rhs: ``b``, ``(rows,)``, or several as columns ``(rows, q)``.
-        damping: ``λ ≥ 0``.
-        rtol: Relative normal-equation residual at which to stop.
-        max_iter: Most steps.
-        start: First iterate, ``(cols,)`` or ``(cols, q)``; where its residual is larger than that of zero, zero is.
-        discrepancy: Stop where ``‖B x − b‖ ≤ discrepancy·‖b‖`` (Morozov's principle).
+        solver: The registered name of the solver.
+        operator: ``A``, ``(rows, cols)``.
+        rhs: ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
+        options: The options of the solve.
 
     Attributes:
-        active: The columns of ``rhs`` that are not done, ``(a,)``.
-        b: The right-hand sides of these, ``(rows, a)``.
-        x: The first iterates, ``(cols, a)``.
-        difference: ``b − B x`` of these, ``(rows, a)``.
-        normal: ``Bᵀ(b − B x) − λ²x`` of these, ``(cols, a)``.
+        active: The positions of the right-hand sides that are not done, ``(a,)``.
+        rhs: These right-hand sides, scaled, ``(rows, a)``.
+        x: Their first iterates, ``(cols, a)``.
+        difference: ``g − A x`` of these, ``(rows, a)``.
+        normal: ``Aᵀ(g − A x) − λ²x`` of these, ``(cols, a)``.
+        damping: ``λ``.
+        iterations: The number of iterations so far.
 
     Raises:
         NonFiniteError: If the right-hand side or a product is not finite.
@@ -72,28 +70,28 @@ class Run:
     def __init__(self, solver: str, operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> None:
         self._solver, self._operator, self._options = solver, operator, options
         self._recorder = SolveRecorder(solver, operator, rhs, options)
-        self.b = self._recorder.rhs
+        self.rhs = self._recorder.rhs
         self.damping = options.damping
         self.iterations = 0
-        self._traces = [_Trace() for _ in range(self.b.shape[1])]
-        self.active = torch.arange(self.b.shape[1])
+        self._traces = [_Trace() for _ in range(self.rhs.shape[1])]
+        self.active = torch.arange(self.rhs.shape[1])
 
         self.x = torch.zeros(operator.shape[1], len(self.active), dtype=operator.dtype, device=operator.device)
-        self.difference = self.b.clone()
-        self.normal = self.rmatvec(self.b)
+        self.difference = self.rhs.clone()
+        self.normal = self.rmatvec(self.rhs)
         require_finite(self.normal, "The right-hand side of the solve")
-        self._rhs, self._rhs_norms = self.b, norms(self.b)
-        self._target, self._norms = self.normal, norms(self.normal)
+        self._all_rhs, self._lengths = self.rhs, norms(self.rhs)
+        self._target, self._target_norms = self.normal, norms(self.normal)
         if options.start is not None:
             self._begin_at(options.start[:, None] if options.start.ndim == 1 else options.start)
         for column, trace in enumerate(self._traces):
             trace.x, trace.difference = self.x[:, column].clone(), self.difference[:, column].clone()
-            if self._norms[column] == 0:  # b is orthogonal to the range of A: x = 0 is the minimiser
+            if self._target_norms[column] == 0:  # g is orthogonal to the range of A
                 trace.status, trace.smallest, trace.residuals = Status.CONVERGED, 0.0, [0.0]
-                trace.unexplained = 1.0 if self._rhs_norms[column] else 0.0
+                trace.unexplained = 1.0 if self._lengths[column] else 0.0
                 continue
-            trace.smallest = float(norms(self.normal[:, column]) / self._norms[column])
-            trace.unexplained = float(norms(self.difference[:, column]) / self._rhs_norms[column])
+            trace.smallest = float(norms(self.normal[:, column]) / self._target_norms[column])
+            trace.unexplained = float(norms(self.difference[:, column]) / self._lengths[column])
             trace.residuals = [trace.smallest]
             trace.status = self._reached(trace)
         self._narrow()
@@ -102,20 +100,20 @@ class Run:
         check_shape("start", start, len(self.x))
         require_finite(start, "The start of the solve")
         start = (start / self._recorder.unit).to(self.x)
-        difference = self.b - self.matvec(start)
+        difference = self.rhs - self.matvec(start)
         normal = self.rmatvec(difference) - self.damping**2 * start
-        better = norms(normal) < self._norms
+        better = norms(normal) < self._target_norms
         self.x = torch.where(better, start, self.x)
         self.difference = torch.where(better, difference, self.difference)
         self.normal = torch.where(better, normal, self.normal)
 
     def matvec(self, vectors: Tensor) -> Tensor:
-        """``B V`` for the active columns, counted for each of them."""
+        """``A V`` for the active columns, counted for each of them."""
         self._count()
         return self._operator.matvec(vectors)
 
     def rmatvec(self, vectors: Tensor) -> Tensor:
-        """``Bᵀ V`` for the active columns, counted for each of them."""
+        """``Aᵀ V`` for the active columns, counted for each of them."""
         self._count()
         return self._operator.rmatvec(vectors)
 
@@ -129,21 +127,21 @@ class Run:
         return len(self.active) > 0
 
     def saw(self, sigma: Tensor) -> None:
-        """Notes singular values ``(a,)`` that the steps have shown; the largest is reported."""
+        """Takes note of estimates ``(a,)`` of singular values, of which the largest is reported."""
         for column, value in zip(self.active.tolist(), sigma.tolist(), strict=True):
             self._traces[column].sigma = max(self._traces[column].sigma, value)
 
     def record(self, x: Tensor, difference: Tensor, normal: Tensor, *, stuck: Tensor | None = None) -> Tensor | None:
-        """Takes note of a step.
+        """Takes note of an iteration.
 
         Args:
             x: Iterates ``(cols, a)``.
-            difference: ``b − B x``, ``(rows, a)``.
-            normal: ``Bᵀ(b − B x) − λ²x``, ``(cols, a)``.
-            stuck: Columns ``(a,)`` that cannot go on: nothing that a step could change is left in this precision.
+            difference: ``g − A x``, ``(rows, a)``.
+            normal: ``Aᵀ(g − A x) − λ²x``, ``(cols, a)``.
+            stuck: Marks the columns ``(a,)`` in which a further iteration would change nothing but rounding.
 
         Returns:
-            Which columns ``(a,)`` go on; ``None`` if all do.
+            A mask ``(a,)`` of the columns that remain active; ``None`` if all do.
 
         Raises:
             NonFiniteError: If a residual is not finite.
@@ -151,8 +149,8 @@ class Run:
         self.iterations += 1
         require_finite(normal, f"Step {self.iterations} of the solve ({self._solver})")
         active = self.active.to(normal.device)
-        residuals = (norms(normal) / self._norms[active]).tolist()
-        unexplained = (norms(difference) / self._rhs_norms[active]).tolist()
+        residuals = (norms(normal) / self._target_norms[active]).tolist()
+        unexplained = (norms(difference) / self._lengths[active]).tolist()
         for position, column in enumerate(self.active.tolist()):
             trace = self._traces[column]
             trace.residuals.append(residuals[position])
@@ -182,53 +180,51 @@ class Run:
         if keep.all():
             return None
         self.active = self.active[keep]
-        self.b, self.x, self.difference, self.normal = columns(keep, self.b, self.x, self.difference, self.normal)
+        self.rhs, self.x, self.difference, self.normal = columns(keep, self.rhs, self.x, self.difference, self.normal)
         return keep
 
     def best(self) -> Tensor:
-        """The iterates of smallest residual so far, ``(cols, a)``."""
+        """The iterates with the smallest residuals so far, ``(cols, a)``."""
         return torch.stack([self._traces[column].x for column in self.active.tolist()], dim=1)
 
     def growth(self) -> Tensor:
-        """By what factor the last residual of each active column is above its smallest, ``(a,)``."""
+        """The last residual of each active column, divided by its smallest, ``(a,)``."""
         traces = [self._traces[column] for column in self.active.tolist()]
         return torch.tensor([trace.residuals[-1] / trace.smallest for trace in traces], dtype=torch.float64)
 
     def verify(self, *, carried: float) -> None:
-        """Makes sure, by one or two more products, that what is known of the solutions is true of them.
+        """Checks the operator by one or two more products, and computes residuals anew that may have drifted.
 
-        An operator that is not the same at every product would be solved for nothing; and residuals that a recurrence
-        carries along drift away from those of its iterate: where rounding is all that is left, and in a net that fits
+        If an operator differs from product to product, the solution means nothing. Residuals that a recurrence carries
+        along drift away from those of the iterate where little but rounding is left, for example in a network that fits
         its data so well that its products in float32 are mostly rounding.
 
         Args:
-            carried: For how many steps the solver updated ``b − B x`` instead of computing it anew.
+            carried: The number of iterations in which the solver updated ``g − A x`` instead of computing it anew.
 
         Raises:
-            ConvergenceError: If the operator has changed.
+            ConvergenceError: If a product is not what it was before, for the same vector.
         """
         self.active = torch.tensor([i for i, trace in enumerate(self._traces) if trace.iterations], dtype=torch.long)
         if not self.running:
             return
-        active = self.active.to(self._rhs.device)
+        active = self.active.to(self._all_rhs.device)
         x, before = self.best(), torch.stack([self._traces[i].difference for i in self.active.tolist()], dim=1)
         image = self.matvec(x)
-        difference = self._rhs[:, active] - image
+        difference = self._all_rhs[:, active] - image
         sigma = torch.tensor([self._traces[i].sigma for i in self.active.tolist()], dtype=torch.float64)
-        rounding = 100 * torch.finfo(x.dtype).eps * (sigma.to(x.device) * norms(x) + self._rhs_norms[active])
+        rounding = 100 * torch.finfo(x.dtype).eps * (sigma.to(x.device) * norms(x) + self._lengths[active])
         off = norms(difference - before) > _SAME * norms(image) + rounding
         changed = torch.zeros_like(off)
-        if (
-            off.any()
-        ):  # a product that differs from itself, or one that is not linear by more than rounding should make it
+        if off.any():  # either products differ from each other, or rounding makes them far from linear
             changed |= off & (norms(self.matvec(x) - image) > _SAME * norms(image))
         nothing = norms(x) == 0
-        if nothing.any():  # there is no product of the solution to compare
+        if nothing.any():  # products with zero vectors show nothing
             target = self._target[:, active]
             images = [self.matvec(target), self.matvec(target)]
             changed |= nothing & (norms(images[1] - images[0]) > _SAME * norms(images[0]))
-            again = self.rmatvec(self._rhs[:, active])
-            changed |= nothing & (norms(again - target) > _SAME * self._norms[active])
+            again = self.rmatvec(self._all_rhs[:, active])
+            changed |= nothing & (norms(again - target) > _SAME * self._target_norms[active])
         if changed.any():
             raise different_products(
                 f"after {self.iterations} steps a product is not what it was before, for the same vector"
@@ -239,8 +235,8 @@ class Run:
         self.active, active = self.active[drifted], active[drifted.to(active.device)]
         x, difference = columns(drifted, x, difference)
         normal = self.rmatvec(difference) - self.damping**2 * x
-        residuals = (norms(normal) / self._norms[active]).tolist()
-        unexplained = (norms(difference) / self._rhs_norms[active]).tolist()
+        residuals = (norms(normal) / self._target_norms[active]).tolist()
+        unexplained = (norms(difference) / self._lengths[active]).tolist()
         for position, column in enumerate(self.active.tolist()):
             trace = self._traces[column]
             trace.smallest, trace.unexplained = residuals[position], unexplained[position]
@@ -271,7 +267,7 @@ class Run:
 
 
 def different_products(what: str) -> ConvergenceError:
-    """The error for an operator that does not act like one fixed matrix."""
+    """An error that says that an operator does not act like one fixed matrix."""
     return ConvergenceError(
         f"The solve diverged: {what}. Most often the loss is not the same function at every evaluation (random"
         " augmentation, dropout outside of nn.Dropout, BatchNorm in training mode)."

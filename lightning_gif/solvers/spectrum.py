@@ -1,4 +1,4 @@
-"""The ends of an operator's spectrum, and how much of it is negative."""
+"""The extreme eigenvalues of a symmetric operator, and the share of negative ones."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["Spectrum", "spectrum"]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenvalues of a symmetric operator, as far as a Lanczos process shows them.
+    """Estimates of the eigenvalues of a symmetric operator by the Lanczos process.
 
     Attributes:
         largest: The largest distinct eigenvalues, descending; each is an estimate from below.
         smallest: The smallest distinct eigenvalues, ascending; each is an estimate from above.
         negative_share: Estimated share of the eigenvalues that are negative, those within rounding of zero not counted.
-        zero_share: Estimated share of the eigenvalues within rounding of zero, as far as the process could tell.
+        zero_share: Estimated share of the eigenvalues within rounding of zero.
     """
 
     largest: list[float]
@@ -30,19 +30,19 @@ class Spectrum:
 
 
 def spectrum(operator: LinearOperator, count: int, *, steps: int = 0, probes: int = 2, seed: int = 0) -> Spectrum:
-    """The ends of the spectrum by stochastic Lanczos quadrature.
+    """The extreme eigenvalues by stochastic Lanczos quadrature.
 
     The Lanczos process, started at a random sign vector and fully reorthogonalised, gives a quadrature rule for the
     density of the eigenvalues (Ubaru, Chen and Saad, *SIAM Journal on Matrix Analysis and Applications* 38, 2017): its
     nodes are the Ritz values, whose ends converge to extreme eigenvalues first, and its weights, averaged over the
-    start vectors, add up to the share of the eigenvalues in an interval. Needs memory for ``steps`` vectors.
+    start vectors, add up to the share of the eigenvalues in an interval. Memory: ``steps`` vectors.
 
     Args:
         operator: ``(p, p)``, symmetric.
-        count: How many eigenvalues at either end; fewer are given where fewer can be told apart.
-        steps: Products for each start vector; by default ``4·count``, at least 30.
-        probes: Start vectors.
-        seed: Of the start vectors.
+        count: The number of eigenvalues at each end; fewer are returned if fewer are resolved.
+        steps: The number of products for each start vector; by default ``4·count``, at least 30.
+        probes: The number of start vectors.
+        seed: Seed of the start vectors.
 
     Raises:
         NonFiniteError: If a product is not finite.
@@ -57,8 +57,8 @@ def spectrum(operator: LinearOperator, count: int, *, steps: int = 0, probes: in
         values.append(nodes)
         weights.append(shares / probes)
     nodes, shares = torch.cat(values), torch.cat(weights)
-    # The nodes of one start vector are apart from each other, those of several repeat the converged ones: each end is
-    # that of the start vector which got furthest there.
+    # The nodes of one start vector are distinct, while those of several repeat converged eigenvalues. So each end is
+    # taken from the start vector that got furthest there.
     top = max(values, key=lambda ritz: float(ritz[-1]))
     bottom = min(values, key=lambda ritz: float(ritz[0]))
     count = min(count, (len(top) + 1) // 2, (len(bottom) + 1) // 2)
