@@ -95,7 +95,8 @@ MOVED: dict[str, dict[str, str]] = {
         "selection.snapshots": "Snapshots",
     },
     "solvers.base": {
-        "solvers.run": "Run require_finite",
+        "solvers.run": "Run",
+        "solvers.vectors": "require_finite",
         "solvers.solution": "Status",
     },
     "steps": {

@@ -35,7 +35,7 @@ from .solvers import (
     to_matrix,
     truncated_newton,
 )
-from .solvers.run import norms
+from .solvers.vectors import norms
 from .storage.digests import Fingerprint
 
 __all__ = ["Overrides", "Settings"]
@@ -210,7 +210,7 @@ class Settings:
         curvature = _chosen(self.curvature, "ggn" if square and ggn else "hessian")
         # Where all queries together would take more products than a sketch that is as good.
         shares = min(rank, _RANK, queries * _STEPS_FOR_SCORES) if self.max_iter is None else min(rank, self.max_iter)
-        shared = shares >= _LEAST_RANK and queries >= _MANY and self.rtol is None
+        shared = shares >= _LEAST_RANK and queries >= _MANY and self.rtol is None and not self.discrepancy
         symmetric = "nystrom" if shared else "cg"
         solver = _chosen(self.solver, symmetric if square and curvature == "ggn" else "lsmr")
         chosen = replace(self, method=method, curvature=curvature, solver=solver)

@@ -500,6 +500,14 @@ def test_many_queries_share_a_sketch_and_are_scored_by_gradients() -> None:
     torch.testing.assert_close(few.scores, report.scores[:3], rtol=1e-3, atol=1e-6)  # by forward mode
 
 
+def test_many_queries_with_a_discrepancy_are_solved_by_a_solver_that_stops_there() -> None:
+    trainer = open_trainer(Classifier().double(), dataset := blobs(200))
+    report = trainer.influence(batch_of(dataset, slice(0, 40)), per_example=True, max_iter=83, discrepancy=0.5)
+    assert report.settings["solver"] == "cg"
+    assert all(solution.residual <= 0.5 for solution in report.solutions)
+    assert max(solution.iterations for solution in report.solutions) < 83
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Self-influence
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_gif import SOLVERS, ConfigurationError, ConvergenceError, NonFiniteError
-from lightning_gif.solvers import dense, low_rank, spectrum, stochastic_lissa, to_matrix, truncated_newton
+from lightning_gif.solvers import (
+    LinearOperator,
+    Solver,
+    SolverRegistry,
+    cg,
+    dense,
+    low_rank,
+    spectrum,
+    stochastic_lissa,
+    to_matrix,
+    truncated_newton,
+)
 from lightning_gif.solvers.solution import Solution, Status
 
 
@@ -48,6 +61,7 @@ class Mean(Matrix):
 # Those that need only products, and take many or few steps.
 ITERATIVE = ["lissa", "plain_lissa", "cgls", "lsmr"]
 DETERMINISTIC = [*ITERATIVE, "dense"]
+BUILT_IN = [*DETERMINISTIC, "stochastic_lissa", "cg", "nystrom"]
 
 
 def solve(solver: str, matrix: Tensor, rhs: Tensor, **options: object) -> Solution:
@@ -659,3 +673,75 @@ def test_a_sketch_refuses_what_it_cannot_do() -> None:
     assert not low_rank(Matrix(torch.zeros(7, 7)), 3).values.any()
     with pytest.raises(NonFiniteError):
         low_rank(Matrix(DEFINITE * float("nan")), 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Declarations
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_solvers_declare_what_they_need_and_support() -> None:
+    def names(attribute: str) -> set[str]:
+        return {name for name in BUILT_IN if getattr(SOLVERS[name], attribute)}
+
+    assert names("requires_symmetric_psd") == {"cg", "nystrom"}
+    assert names("shares_products_across_rhs") == names("requires_damping") == {"nystrom"}
+    assert names("requires_draws") == {"stochastic_lissa"}
+    assert names("supports_start") == {*ITERATIVE, "stochastic_lissa"}
+    assert names("supports_discrepancy") == {*ITERATIVE, "stochastic_lissa", "cg"}
+
+
+@pytest.mark.parametrize("solver", BUILT_IN)
+@pytest.mark.parametrize(
+    ("attribute", "option"),
+    [("supports_start", {"start": torch.zeros(12).double()}), ("supports_discrepancy", {"discrepancy": 0.1})],
+)
+def test_what_a_solver_does_not_declare_to_support_is_refused(
+    solver: str, attribute: str, option: dict[str, object]
+) -> None:
+    operator, rhs = Mean(DEFINITE[None]), torch.ones(12, dtype=torch.float64)
+    if getattr(SOLVERS[solver], attribute):
+        assert torch.isfinite(SOLVERS[solver](operator, rhs, damping=1.0, **option).x).all()
+        return
+    (name,) = option
+    with pytest.raises(ConfigurationError, match=rf"solver='{solver}' takes .*no `?{name}`?.*Leave `{name}`"):
+        SOLVERS[solver](operator, rhs, damping=1.0, **option)
+    assert operator.products == 0
+
+
+def test_a_plain_function_can_be_registered_and_declares_nothing() -> None:
+    solvers = SolverRegistry("solver")
+    calls = []
+
+    @solvers.register("mine")
+    def mine(operator: LinearOperator, rhs: Tensor, *, damping: float, rtol: float, **others: object) -> object:
+        calls.append(others)
+        return dense(operator, rhs, damping=damping, rtol=rtol)
+
+    found = solvers["mine"](Matrix(TALL), torch.ones(60, dtype=torch.float64), damping=0.5, max_iter=7)
+    assert relative(found.x, dense(Matrix(TALL), torch.ones(60, dtype=torch.float64), damping=0.5).x) == 0
+    assert calls == [{"max_iter": 7, "seed": 0, "discrepancy": 0.0}]  # and a start only where there is one
+    assert callable(mine)  # it stays the function that it was
+    assert not isinstance(mine, Solver)
+    assert not solvers["mine"].requires_symmetric_psd
+    assert not solvers["mine"].shares_products_across_rhs
+    with pytest.raises(ConfigurationError, match="registered already"):
+        solvers.register("mine")(mine)
+
+
+def test_a_partial_of_a_solver_can_be_registered() -> None:
+    solvers = SolverRegistry("solver")
+    solvers.register("averaged")(partial(stochastic_lissa, repeats=3))
+    found = solvers["averaged"](Mean(parts(0.2)), torch.randn(30, dtype=torch.float64), max_iter=20)
+    assert found.iterations == 60
+
+
+def test_a_registered_solver_keeps_its_declarations() -> None:
+    solvers = SolverRegistry("solver")
+    solver = Solver(
+        "spread", lambda operator, rhs, options: cg(operator, rhs, damping=options.damping), requires_symmetric_psd=True
+    )
+    solvers.register("spread")(solver)
+    assert solvers["spread"] is solver
+    with pytest.raises(ConfigurationError, match="solver='spread' takes a square operator"):
+        solvers["spread"](Matrix(TALL), torch.ones(60, dtype=torch.float64))

@@ -11,7 +11,7 @@ from ..config import Settings
 from ..data.examples import Examples
 from ..objective.objective import Objective
 from ..solvers import LinearOperator, require_finite
-from ..solvers.run import norms
+from ..solvers.vectors import norms
 from .sampling import curvature_sample
 from .streaming import Curvature
 

@@ -1,4 +1,4 @@
-"""The influence methods: which rows and columns of the curvature an equation is made of."""
+"""The influence methods: which rows and columns of the curvature make up the linear system."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ __all__ = ["METHODS", "Group", "Method"]
 
 
 Solve = Callable[[LinearOperator, Tensor], "Solution | list[Solution]"]
+"""``(matrix, rhs) →`` a solution for a vector, a list for columns: a solver with its options."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The examples in question, for methods that look at their curvature as well.
+    """The curvature of the forget examples, for methods that need it.
 
     Attributes:
-        share: ``p = m/n``, of all training examples.
-        old: Their curvature with the labels that they were trained with.
-        new: The same with corrected labels; ``None`` if they are removed.
+        share: ``m/n``, their share of all training examples.
+        old: Their curvature with the labels of training.
+        new: The same with corrected labels; ``None`` if the examples are removed.
     """
 
     share: float
@@ -37,15 +38,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Method:
-    """Which rows and columns of the curvature an influence method inverts, in the least-squares sense.
+    """An influence method, given by the rows and columns of the curvature that it inverts in the least-squares sense.
 
-    With ``M = C[rows, cols]``, the change of the targets for a weighted gradient ``g`` is ``x = (M⁺ g[rows])[S]``. The
-    first-order methods of the GIF paper (arXiv 2312.05586, section 4) are all of this form.
+    With ``A = C[rows, cols]``, the change of the target parameters ``S`` for a weighted gradient ``g`` is
+    ``x = (A⁺ g[rows])[S]``. All first-order methods of the GIF paper (arXiv 2312.05586, section 4) have this form.
 
     Attributes:
         rows: ``"all"`` or ``"targets"``.
         cols: ``"all"`` or ``"targets"``.
-        selects: ``False`` if the method changes every parameter, whatever was selected.
+        selects: Whether the method changes the selected target parameters only; if not, it changes every parameter.
     """
 
     rows: str = "all"
@@ -61,19 +62,19 @@ class Method:
         group: Group | None = None,
         units: Tensor | None = None,
     ) -> tuple[Tensor, list[Solution]]:
-        """The change of the targets that answers a weighted gradient, and the solves.
+        """The change of the targets for a weighted gradient.
 
         Args:
             curvature: ``C``, ``(p, p)``.
-            targets: ``S``, ``(k,)``.
+            targets: ``S``, positions ``(k,)``.
             gradient: ``g``, ``(p,)``.
-            solve: See :meth:`~lightning_gif.config.Settings.solve`.
-            group: The examples in question, for methods that ask for them.
-            units: ``d > 0`` ``(p,)``: the solve is for ``y`` in ``x = d y``. An unregularised minimiser that is unique
-                stays the same; a solve that stops early moves more what has larger units, and damping is on ``y``.
+            solve: Solves for one or several right-hand sides.
+            group: The curvature of the forget examples, for methods that need it.
+            units: ``d > 0`` ``(p,)``: the solve is for ``y`` in ``x = d y``. A unique minimiser without damping stays
+                the same; a solve that stops early changes entries with larger units more, and damping acts on ``y``.
 
         Returns:
-            ``x`` ``(k,)``, and a solution for each solve.
+            ``x`` ``(k,)``, and the solution of each solve.
         """
         matrix: LinearOperator = self._matrix(curvature, targets)
         if units is not None:
@@ -86,24 +87,23 @@ class Method:
     def query(
         self, curvature: LinearOperator, targets: Tensor, gradients: Tensor, solve: Solve
     ) -> tuple[Tensor, list[Solution]]:
-        """The vectors ``w`` for which ``wᵀg = q[S]ᵀx(g)`` for every ``g``, and the solves.
+        """The vectors ``w`` for which ``wᵀg = q[S]ᵀx(g)`` for every ``g``.
 
-        The map ``g → x`` is linear, so its adjoint takes a query's gradient ``q`` to ``w`` once, and then each
-        training example costs one inner product with its gradient. The adjoint of a pseudo-inverse is the
-        pseudo-inverse of the transpose: the same solver on ``Mᵀ``, right-hand side ``q[S]``. All queries are solved
-        together.
+        The map ``g → x`` is linear. Its adjoint takes the gradient ``q`` of a query to ``w`` once; then each training
+        example costs one inner product with its gradient. The adjoint of a pseudo-inverse is the pseudo-inverse of the
+        transpose: the same solver for ``Aᵀ`` and the right-hand side ``q[S]``. All queries are solved together.
 
         Args:
             curvature: ``C``, ``(p, p)``.
-            targets: ``S``, ``(k,)``.
-            gradients: Of the queries, ``(n_queries, p)``.
-            solve: See :meth:`~lightning_gif.config.Settings.solve`.
+            targets: ``S``, positions ``(k,)``.
+            gradients: The gradients of the queries, ``(n_queries, p)``.
+            solve: Solves for one or several right-hand sides.
 
         Returns:
-            ``(n_queries, p)``, and a solution for each.
+            ``w`` of each query, ``(n_queries, p)``, and the solution of each solve.
 
         Raises:
-            ObjectiveError: If the gradient of a query vanishes on all targets.
+            ObjectiveError: If the gradient of a query is zero on all targets.
         """
         size = curvature.shape[0]
         on_targets = gradients[:, targets].T
@@ -117,8 +117,8 @@ class Method:
             )
         rhs = on_targets if self.cols == "targets" else scatter(on_targets, targets, size)
         solutions = _as_list(solve(self._matrix(curvature, targets).T, rhs))
-        found = torch.stack([solution.x for solution in solutions], dim=1)
-        return (found if self.rows == "all" else scatter(found, targets, size)).T, solutions
+        ihvps = torch.stack([solution.x for solution in solutions], dim=1)
+        return (ihvps if self.rows == "all" else scatter(ihvps, targets, size)).T, solutions
 
     def _matrix(self, curvature: LinearOperator, targets: Tensor) -> Submatrix:
         return Submatrix(
@@ -128,7 +128,7 @@ class Method:
         )
 
     def targets(self, space: ParameterSpace, selected: Callable[[], Targets]) -> Targets:
-        """What the method changes: the selection, or everything."""
+        """The parameters that the method changes: the selection, or all."""
         return selected() if self.selects else Targets.whole(space)
 
 
@@ -136,10 +136,10 @@ class Method:
 class SecondOrder(Method):
     """The second-order influence of a group on all parameters (Basu, You and Feizi, ICML 2020).
 
-    The risk is led from that on all data, ``L``, to the one that should hold, ``L'``, along the straight line
-    ``L + t(L' − L)``; its minimiser is expanded in ``t`` up to ``t²``, without third derivatives of the losses. With
-    ``C`` the curvature of ``L`` and ``C'`` that of ``L'``, ``θ₁ = C⁻¹∇(L − L')`` is the first order, and
-    ``C⁻¹(C − C')θ₁`` the second.
+    The objective moves from that on all data, ``L``, to the one without or with corrected forget examples, ``L'``,
+    along the straight line ``L + t(L' − L)``; its minimiser is expanded in ``t`` up to ``t²``, without third
+    derivatives of the losses. With ``C`` the curvature of ``L`` and ``C'`` that of ``L'``, the first order is
+    ``θ₁ = C⁻¹∇(L − L')``, and the second ``C⁻¹(C − C')θ₁``.
     """
 
     def edit(
@@ -151,15 +151,15 @@ class SecondOrder(Method):
         group: Group | None = None,
         units: Tensor | None = None,
     ) -> tuple[Tensor, list[Solution]]:
-        """The change of all parameters, and the two solves; without a group there is no second order.
+        """The change of all parameters, and the solutions of both solves.
 
-        With one there are no other units.
+        Without a group there is only the first order. With one, ``units`` are not used.
         """
         if group is None:
             return super().edit(curvature, targets, gradient, solve, units=units)
         whole = Combination((1 - group.share, curvature), (group.share, group.old))
-        # Removal: L' is the risk on the retained data, and C − C' = p (C_U − C_R). Relabelling: L' is that on all
-        # data with the new labels, and C − C' = p (C_old − C_new).
+        # Let p be the group's share. Removal: L' is the mean loss of the retained data, and C − C' = p (C_U − C_R).
+        # Relabelling: L' is that of all data with the new labels, and C − C' = p (C_old − C_new).
         removal = group.new is None
         difference = Combination(
             (group.share, group.old), (-group.share, curvature if group.new is None else group.new)
@@ -171,15 +171,19 @@ class SecondOrder(Method):
     def query(
         self, curvature: LinearOperator, targets: Tensor, gradients: Tensor, solve: Solve
     ) -> tuple[Tensor, list[Solution]]:
-        """Raises: the second order is that of one given group, not of each training example."""
+        """Raises: the second-order influence is that of a group, not of each training example.
+
+        Raises:
+            ConfigurationError: Always.
+        """
         raise ConfigurationError(
             "method='sif' is the second-order influence of a group that is removed or relabelled; it has no score for"
             " single training examples other than that of method='if'. Use 'if', or 'gif'."
         )
 
 
-def _as_list(found: Solution | list[Solution]) -> list[Solution]:
-    return found if isinstance(found, list) else [found]
+def _as_list(solutions: Solution | list[Solution]) -> list[Solution]:
+    return solutions if isinstance(solutions, list) else [solutions]
 
 
 METHODS: Registry[Method] = Registry("method")

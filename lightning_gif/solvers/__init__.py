@@ -1,23 +1,25 @@
-"""LiSSA and its peers. Pure linear algebra: nothing here knows that a model exists."""
+"""Solvers for linear systems with the curvature matrix. Pure linear algebra: nothing here knows of models."""
 
-from .base import SOLVERS, LinearOperator, Solver
+from .base import SOLVERS, LinearOperator, SolveOptions, Solver, SolverRegistry
 from .cgls import cgls
 from .dense import dense, to_matrix
 from .lissa import lissa, plain_lissa
 from .lsmr import lsmr
 from .nystrom import LowRank, low_rank, nystrom
-from .run import require_finite
 from .solution import Solution, Status
 from .spectrum import Spectrum, spectrum
 from .stochastic import stochastic_lissa
 from .symmetric import cg, truncated_newton
+from .vectors import require_finite
 
 __all__ = [
     "SOLVERS",
     "LinearOperator",
     "LowRank",
     "Solution",
+    "SolveOptions",
     "Solver",
+    "SolverRegistry",
     "Spectrum",
     "Status",
     "cg",

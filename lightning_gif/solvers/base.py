@@ -1,28 +1,31 @@
-"""What a solver gets: an operator and right-hand sides; and the registry of solvers."""
+"""The interface between solvers and operators, and the registry of solvers."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._moved import forward
+from ..errors import ConfigurationError
 from ..registry import Registry
 from .solution import Solution
 
-__all__ = ["SOLVERS", "LinearOperator", "Solver"]
+__all__ = ["SOLVERS", "LinearOperator", "SolveOptions", "Solver", "SolverRegistry"]
 
 
 class LinearOperator(Protocol):
-    """A real matrix ``B`` of shape ``(rows, cols)`` that is only known by its products with vectors.
+    """A real matrix ``A`` of shape ``(rows, cols)``, given by its products with vectors.
 
     Attributes:
         shape: ``(rows, cols)``.
         dtype: The dtype of the vectors that go in and out.
         device: Their device.
-        products: How many Hessian-vector products were spent since the operator was made.
-        examples: How many examples they went through.
+        products: The number of Hessian-vector products spent so far.
+        examples: The number of examples that these products went through.
     """
 
     @property
@@ -37,31 +40,248 @@ class LinearOperator(Protocol):
     def examples(self) -> int: ...
 
     def matvec(self, vectors: Tensor) -> Tensor:
-        """``B V``: ``(cols,) → (rows,)``, or ``(cols, q) → (rows, q)`` for several at once."""
+        """``A V``: ``(cols,) → (rows,)``, or ``(cols, q) → (rows, q)`` for several at once."""
 
     def rmatvec(self, vectors: Tensor) -> Tensor:
-        """``Bᵀ V``: ``(rows,) → (cols,)``, or ``(rows, q) → (cols, q)`` for several at once."""
+        """``Aᵀ V``: ``(rows,) → (cols,)``, or ``(rows, q) → (cols, q)`` for several at once."""
 
 
-class Solver(Protocol):
-    """What :data:`SOLVERS` holds; :func:`~lightning_gif.solvers.lissa` says what the arguments mean."""
+@dataclass(frozen=True)
+class SolveOptions:
+    """The options of a solve, the same for every solver.
+
+    Attributes:
+        damping: ``λ ≥ 0``. Least-squares solvers minimise ``‖A x − g‖² + λ²‖x‖²``, where λ has the unit of the
+            singular values of ``A``; symmetric ones solve ``(C + λ) x = g``.
+        rtol: Relative residual at which the solve counts as converged; see
+            :attr:`Solution.residual <lightning_gif.solvers.Solution>`.
+        max_iter: The largest number of iterations. What an iteration costs is up to the solver: two products for least
+            squares, one for symmetric matrices; for ``"nystrom"`` this is the rank of the sketch.
+        seed: Seed of all random draws.
+        start: First iterate, ``(cols,)`` or ``(cols, q)``; zero by default, and where the residual of the start is
+            larger than that of zero.
+        discrepancy: Stop as well once ``‖A x − g‖ ≤ discrepancy·‖g‖`` (Morozov's discrepancy principle).
+    """
+
+    damping: float = 0.0
+    rtol: float = 1e-3
+    max_iter: int = 100
+    seed: int = 0
+    start: Tensor | None = field(default=None, repr=False, compare=False)
+    discrepancy: float = 0.0
+
+
+Algorithm = Callable[..., "Solution | list[Solution]"]
+"""``(operator, rhs, options) →`` a solution, or a list for columns. Keywords beyond the options belong to it alone."""
+
+
+class Solver:
+    """An algorithm for linear systems, and a declaration of what it needs and supports.
+
+    It is called with an operator, a right-hand side and, as keywords, any of :class:`SolveOptions`. What it does not
+    support is refused before it starts.
+
+    Args:
+        name: The registered name.
+        algorithm: ``(operator, rhs, options: SolveOptions) →`` a :class:`~lightning_gif.solvers.Solution`, or a list
+            for columns.
+        requires_symmetric_psd: Whether the matrix must be symmetric and positive semi-definite. Only the shape is
+            checked here. If it is false, the solver takes any matrix, in the least-squares sense.
+        requires_damping: Whether the damping must be positive.
+        requires_draws: Whether the operator must be able to draw batches, by a method ``draw(seed)``.
+        shares_products_across_rhs: Whether the number of products does not depend on the number of right-hand sides,
+            so that all of them should be solved together.
+        supports_start: Whether a first iterate can be given.
+        supports_discrepancy: Whether the solve can stop at a discrepancy.
+        max_iter: The default of :attr:`SolveOptions.max_iter`.
+
+    Example:
+        >>> from lightning_gif import SOLVERS
+        >>> SOLVERS["cg"].requires_symmetric_psd, SOLVERS["lsmr"].requires_symmetric_psd
+        (True, False)
+    """
+
+    def __init__(
+        self,
+        name: str,
+        algorithm: Algorithm,
+        *,
+        requires_symmetric_psd: bool = False,
+        requires_damping: bool = False,
+        requires_draws: bool = False,
+        shares_products_across_rhs: bool = False,
+        supports_start: bool = True,
+        supports_discrepancy: bool = True,
+        max_iter: int = SolveOptions.max_iter,
+    ) -> None:
+        self.name = name
+        self.requires_symmetric_psd = requires_symmetric_psd
+        self.requires_damping = requires_damping
+        self.requires_draws = requires_draws
+        self.shares_products_across_rhs = shares_products_across_rhs
+        self.supports_start = supports_start
+        self.supports_discrepancy = supports_discrepancy
+        self._algorithm, self._max_iter = algorithm, max_iter
+        self.__doc__ = algorithm.__doc__
+        self.__module__ = algorithm.__module__
+        self.__name__ = self.__qualname__ = getattr(algorithm, "__name__", name)
+
+    def __repr__(self) -> str:
+        return f"Solver({self.name!r})"
 
     def __call__(
         self,
         operator: LinearOperator,
         rhs: Tensor,
         *,
-        damping: float,
-        rtol: float,
-        max_iter: int,
-        seed: int,
+        damping: float = SolveOptions.damping,
+        rtol: float = SolveOptions.rtol,
+        max_iter: int | None = None,
+        seed: int = SolveOptions.seed,
         start: Tensor | None = None,
-        discrepancy: float = 0.0,
+        discrepancy: float = SolveOptions.discrepancy,
+        **own: Any,
     ) -> Solution | list[Solution]:
-        """One solution for a right-hand side ``(rows,)``; a list of ``q`` for several as columns ``(rows, q)``."""
+        """Solves for one or several right-hand sides.
+
+        Args:
+            operator: ``A``, ``(rows, cols)``.
+            rhs: ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
+            damping: See :class:`SolveOptions`, as for the following.
+            rtol: Relative residual that counts as converged.
+            max_iter: The largest number of iterations; by default what the solver declares.
+            seed: Seed of all random draws.
+            start: First iterate.
+            discrepancy: Stop at this unexplained share.
+            **own: Options that this solver alone has.
+
+        Returns:
+            A solution for a right-hand side ``(rows,)``; a list of ``q`` for several as columns.
+
+        Raises:
+            ConfigurationError: If the solver does not support what it is asked for.
+        """
+        options = SolveOptions(
+            damping, rtol, self._max_iter if max_iter is None else max_iter, seed, start, discrepancy
+        )
+        self._refuse_unsupported(operator, options)
+        return self._algorithm(operator, rhs, options, **own)
+
+    def _refuse_unsupported(self, operator: LinearOperator, options: SolveOptions) -> None:
+        rows, cols = operator.shape
+        expected: list[str] = []
+        given: list[str] = []
+        advice: list[str] = []
+        for declared, requirement, fails, value, remedy in (
+            (
+                self.requires_symmetric_psd,
+                "a square operator",
+                rows != cols,
+                f"an operator of shape {(rows, cols)}",
+                "For method='gif', whose matrix has more rows than columns, use solver='lsmr'.",
+            ),
+            (not self.supports_start, "no start", options.start is not None, "a start", "Leave `start` out."),
+            (
+                not self.supports_discrepancy,
+                "no `discrepancy`",
+                options.discrepancy > 0,
+                f"discrepancy={options.discrepancy}",
+                "Leave `discrepancy` at 0, or use solver='lsmr', which stops there.",
+            ),
+            (
+                self.requires_damping,
+                "a `damping` above 0",
+                not options.damping > 0,
+                f"damping={options.damping}",
+                "Leave `damping` out to have it measured, or use solver='cg' or 'lsmr'.",
+            ),
+        ):
+            if declared:
+                expected.append(requirement)
+                if fails:
+                    given.append(value)
+                    advice.append(remedy)
+        if given:
+            raise ConfigurationError(
+                f"solver={self.name!r} takes {_enumerate(expected)}, got {_enumerate(given)}. {' '.join(advice)}"
+            )
+        if self.requires_draws and not hasattr(operator, "draw"):
+            raise ConfigurationError(
+                f"solver={self.name!r} needs an operator over examples that it can draw batches from, which"
+                f" {type(operator).__name__} is not. Use solver='lissa'."
+            )
 
 
-SOLVERS: Registry[Solver] = Registry("solver")
-"""All solvers by name; :meth:`Registry.register` adds one."""
+def _enumerate(parts: list[str]) -> str:
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+Function = TypeVar("Function", bound=Algorithm)
+
+
+class SolverRegistry(Registry[Solver]):
+    """The solvers by name.
+
+    A plain function ``(operator, rhs, *, damping, rtol, max_iter, seed, discrepancy)`` can be registered as it is. It
+    declares nothing: it is taken to solve any matrix in the least-squares sense. For one that declares more, register
+    a :class:`Solver`.
+
+    Example:
+        >>> solvers = SolverRegistry("solver")
+        >>> @solvers.register("patient lsmr")
+        ... def patient(operator, rhs, *, max_iter, **options):
+        ...     from lightning_gif.solvers import lsmr
+        ...
+        ...     return lsmr(operator, rhs, max_iter=10 * max_iter, **options)
+        >>> solvers["patient lsmr"].requires_symmetric_psd
+        False
+    """
+
+    def register(self, name: str) -> Callable[[Function], Function]:
+        """Decorator that adds a :class:`Solver`, or a plain function with keywords, under ``name``.
+
+        Raises:
+            ConfigurationError: If the name is taken.
+        """
+
+        def add(function: Function) -> Function:
+            solver = function if isinstance(function, Solver) else Solver(name, _with_keywords(function))
+            super(SolverRegistry, self).register(name)(solver)
+            return function
+
+        return add
+
+
+def _with_keywords(function: Algorithm) -> Algorithm:
+    """An algorithm that hands its options to a function as keywords; a start only where there is one."""
+
+    def algorithm(operator: LinearOperator, rhs: Tensor, options: SolveOptions, **own: Any) -> Any:
+        keywords = {one.name: getattr(options, one.name) for one in fields(options)}
+        if options.start is None:
+            del keywords["start"]
+        return function(operator, rhs, **keywords, **own)
+
+    algorithm.__doc__ = function.__doc__
+    return algorithm
+
+
+SOLVERS = SolverRegistry("solver")
+"""All solvers by name; :meth:`SolverRegistry.register` adds one."""
+
+
+def solver(name: str, **declared: Any) -> Callable[[Algorithm], Solver]:
+    """Decorator that makes an algorithm a registered :class:`Solver`.
+
+    Args:
+        name: The name to register it under.
+        **declared: What it needs and supports, see :class:`Solver`.
+    """
+
+    def add(algorithm: Algorithm) -> Solver:
+        return SOLVERS.register(name)(Solver(name, algorithm, **declared))
+
+    return add
+
 
 __getattr__ = forward(__name__)  # of names that went elsewhere

@@ -1,25 +1,40 @@
-"""Conjugate gradients on the normal equations, a step at a time, and what its coefficients tell of the spectrum."""
+"""Conjugate gradients, for the normal equations of least squares and for a symmetric matrix itself.
+
+They are two iterations, not one: :class:`ConjugateGradients` carries the residual ``g − A x`` and multiplies it by
+``Aᵀ`` anew at each step, which conjugate gradients on the formed matrix ``AᵀA`` cannot, and whose accuracy they lack
+(Björck, *Numerical Methods for Least Squares Problems*, section 7.4). It is taken a step at a time by solvers that do
+more with its iterates, and never meets negative curvature. :class:`SymmetricConjugateGradients` costs half as many
+products, sees the condition number instead of its square, and has to look out for negative curvature.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .run import Run, columns, norms, require_finite
+from .base import LinearOperator, SolveOptions
+from .lanczos import largest_singular_value
+from .recorder import Outcome, SolveRecorder, unit_norm
+from .run import Run
+from .solution import Solution, Status
+from .vectors import columns, norms, require_finite
 
-__all__ = ["ConjugateGradients"]
+__all__ = ["ConjugateGradients", "SymmetricConjugateGradients"]
 
-# The largest singular value is known long before.
+# The largest singular value has converged long before.
 _MOST_COEFFICIENTS = 30
+
+# Curvature below this share of the largest, times the square of the precision, and a residual whose square is below
+# this share of the first one, times the same, are rounding.
+_ROUNDING, _RESIDUAL_ROUNDING = 10.0, 1e-6
 
 
 class ConjugateGradients:
     """CGLS (Hestenes and Stiefel 1952; Björck, *Numerical Methods for Least Squares Problems*, algorithm 7.4.1).
 
-    Minimises ``‖B x − b‖² + λ²‖x‖²`` over the Krylov space of ``BᵀB + λ²`` and ``Bᵀb``, which grows by one dimension
-    and two products a step. Its coefficients are those of the Lanczos tridiagonalisation of ``BᵀB + λ²`` started at the
-    residual (Golub and Van Loan, *Matrix Computations*, section 11.3.5), so that the largest singular value which the
-    right-hand side can meet is known after a few steps, at no further cost.
+    Minimises ``‖A x − g‖² + λ²‖x‖²`` over the Krylov space of ``AᵀA + λ²`` and ``Aᵀg``, which grows by one dimension
+    and two products a step. From its coefficients the largest singular value that the right-hand side can meet is known
+    after a few steps, see :func:`~lightning_gif.solvers.lanczos.largest_singular_value`.
 
     Attributes:
         x, difference, normal: The iterates and their residuals, as in :class:`~lightning_gif.solvers.run.Run`.
@@ -43,10 +58,11 @@ class ConjugateGradients:
         length = norms(self._direction).square()
         curvature = norms(image).square() + self._run.damping**2 * length
         self._largest = torch.maximum(self._largest, torch.where(length > 0, curvature / length, 0.0))
-        # Rounding cannot tell the direction's curvature from none, or the residual from none: steps along noise grow.
+        # Where rounding cannot tell the curvature of the direction or the residual from zero, further steps would
+        # follow noise, and grow.
         eps = torch.finfo(image.dtype).eps
-        noise = self._largest * norms(self.difference).square() + 1e-6 * self._first
-        stuck = (curvature <= (10 * eps) ** 2 * self._largest * length) | (self._gamma <= eps**2 * noise)
+        noise = self._largest * norms(self.difference).square() + _RESIDUAL_ROUNDING * self._first
+        stuck = (curvature <= (_ROUNDING * eps) ** 2 * self._largest * length) | (self._gamma <= eps**2 * noise)
         alpha = torch.where(stuck, 0.0, self._gamma / curvature)
         self.stuck = stuck.cpu()
         self.x = self.x + alpha.to(image.dtype) * self._direction
@@ -73,27 +89,134 @@ class ConjugateGradients:
         self._betas = list(columns(which, *self._betas))
 
     def sigma(self) -> tuple[Tensor, Tensor]:
-        """An estimate of ``σ_max(B)`` from below for each column ``(a,)``, and a safe value above it.
-
-        The estimate is the largest Ritz value, the uncertainty its residual: with one or the other sign there is a
-        singular value that close to it.
-        """
+        """An estimate of ``σ_max(A)`` from below for each column ``(a,)``, and a safe value above it."""
         alphas = torch.stack(self._alphas).double().cpu()
         betas = torch.stack(self._betas).double().cpu()
-        estimates, bounds = [], []
-        for alpha, beta in zip(alphas.T, betas.T, strict=True):
-            size = int((alpha > 0).long().cumprod(0).sum())  # up to the first step that changed nothing
-            if not size:
-                estimates.append(0.0)
-                bounds.append(0.0)
+        pairs = [
+            largest_singular_value(alpha, beta, self._run.damping)
+            for alpha, beta in zip(alphas.T, betas.T, strict=True)
+        ]
+        estimates, bounds = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).unbind(1)
+        return estimates, bounds
+
+
+class SymmetricConjugateGradients:
+    """Conjugate gradients on ``(C + λ) x = g`` for several right-hand sides at once, each until it is done.
+
+    A column ends before a step along which ``C + λ`` has no positive curvature; if that is the first step, with a step
+    of steepest descent of the length that a curvature of the other sign would allow.
+
+    Args:
+        solver: The name in the solutions.
+        operator: ``C``, ``(n, n)``, symmetric.
+        rhs: ``g``, ``(n,)``, or columns ``(n, q)``.
+        options: The damping is a part of ``λ``; a column stops at the larger of ``rtol`` and ``discrepancy``.
+        relative: The other part of ``λ``, as a share of ``‖C g‖/‖g‖`` of each column.
+
+    Raises:
+        NonFiniteError: If the right-hand side or a product is not finite.
+    """
+
+    def __init__(
+        self, solver: str, operator: LinearOperator, rhs: Tensor, options: SolveOptions, *, relative: float = 0.0
+    ) -> None:
+        self._operator, self._tolerance = operator, max(options.rtol, options.discrepancy)
+        self._recorder = SolveRecorder(solver, operator, rhs, options, unit_norm)
+        self._rhs = self._recorder.rhs
+        self._x, self._residual = torch.zeros_like(self._rhs), self._rhs.clone()
+        self._shift = torch.full((self._rhs.shape[1],), options.damping, dtype=torch.float64, device=self._rhs.device)
+        self._largest = torch.zeros_like(self._shift)
+        self._residuals = [[value] for value in norms(self._rhs).tolist()]
+        self._status = [Status.MAX_ITER if value else Status.CONVERGED for (value,) in self._residuals]
+        self._iterate(relative, options.max_iter)
+        self._verify()
+
+    def _iterate(self, relative: float, max_iter: int) -> None:
+        active = torch.tensor([column for column, (value,) in enumerate(self._residuals) if value], dtype=torch.long)
+        residual = direction = self._rhs[:, active]
+        squared = norms(residual).square()
+        eps = torch.finfo(self._rhs.dtype).eps
+        for step in range(max_iter):
+            if not len(active):
+                return
+            image = self._operator.matvec(direction)
+            require_finite(image, f"Step {step + 1} of the solve (conjugate gradients)")
+            if not step:
+                self._shift[active] += relative * norms(image)
+            shift = self._shift[active]
+            image = image + shift.to(image.dtype) * direction
+            length = norms(direction).square()
+            curvature = (direction.double() * image.double()).sum(0)
+            self._largest[active] = torch.maximum(self._largest[active], (curvature / length - shift).abs())
+            wrong = curvature <= eps * self._largest[active] * length
+            if step:
+                alpha = torch.where(wrong, 0.0, squared / curvature)
+            else:
+                sizes = norms(image).clamp_min(torch.finfo(image.dtype).tiny)
+                alpha = torch.where(wrong, torch.where(norms(image) > 0, 1 / sizes, 1.0), squared / curvature)
+            self._x[:, active] += alpha.to(image.dtype) * direction
+            residual = residual - alpha.to(image.dtype) * image
+            self._residual[:, active] = residual
+            now = norms(residual).square()
+            direction = residual + (now / squared).to(image.dtype) * direction
+            squared = now
+            done = self._note(active, wrong, now.sqrt())
+            if done.any():
+                active, squared = active[~done.cpu()], squared[~done]
+                residual, direction = columns(~done, residual, direction)
+
+    def _note(self, active: Tensor, wrong: Tensor, residuals: Tensor) -> Tensor:
+        """Takes note of a step of the active columns, and says which of them are done."""
+        done = wrong | (residuals <= self._tolerance)
+        for column, ends, indefinite, value in zip(
+            active.tolist(), done.tolist(), wrong.tolist(), residuals.tolist(), strict=True
+        ):
+            if indefinite:
+                self._status[column] = Status.INDEFINITE
                 continue
-            a, b = alpha[:size], beta[:size]
-            diagonal = 1 / a
-            diagonal[1:] += b[:-1] / a[:-1]
-            side = b[:-1].sqrt() / a[:-1]
-            values, vectors = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(side, 1) + torch.diag(side, -1))
-            missing = float(b[-1].sqrt() / a[-1] * vectors[-1, -1].abs())
-            squared = float(values[-1]) - self._run.damping**2
-            estimates.append(max(squared, 0.0) ** 0.5)
-            bounds.append(max(squared + missing, 0.0) ** 0.5)
-        return torch.tensor(estimates, dtype=torch.float64), torch.tensor(bounds, dtype=torch.float64)
+            self._residuals[column].append(value)
+            if ends:
+                self._status[column] = Status.CONVERGED
+        return done
+
+    def _verify(self) -> None:
+        """Computes the residuals of converged columns anew, since those that a recurrence carries along drift."""
+        claimed = [
+            column
+            for column, (status, residuals) in enumerate(zip(self._status, self._residuals, strict=True))
+            if status is Status.CONVERGED and len(residuals) > 1
+        ]
+        if claimed:
+            x = self._x[:, claimed]
+            true = self._rhs[:, claimed] - self._operator.matvec(x) - self._shift[claimed].to(x.dtype) * x
+            self._residual[:, claimed] = true
+            for column, value in zip(claimed, norms(true).tolist(), strict=True):
+                if value > 1.01 * self._tolerance:
+                    self._status[column] = Status.STALLED
+
+    def curvature_along(self) -> list[float]:
+        """``xᵀCx`` of each column, which costs no further product."""
+        along = (self._x.double() * (self._rhs - self._residual).double()).sum(0)
+        curvature = along - self._shift * norms(self._x).square()
+        return (self._recorder.unit.square() * curvature).tolist()
+
+    def solutions(self) -> Solution | list[Solution]:
+        """One solution for a vector, a list for columns."""
+        left = norms(self._residual).tolist()
+        return self._recorder.solutions(
+            [
+                Outcome(
+                    x=self._x[:, column],
+                    status=status,
+                    iterations=len(residuals) - 1,
+                    residual=left[column],
+                    unexplained=left[column],
+                    sigma_max=float(self._largest[column]),
+                    residuals=residuals,
+                    # A product for each step, and one that verified the residual or met negative curvature.
+                    share=max(len(residuals) - 1 + (status is not Status.MAX_ITER), 1),
+                    damping=float(self._shift[column]),
+                )
+                for column, (residuals, status) in enumerate(zip(self._residuals, self._status, strict=True))
+            ]
+        )

@@ -1,123 +1,77 @@
-"""LiSSA for the GIF normal equations: the paper's recursion, and the same accelerated."""
+"""LiSSA for the normal equations of GIF: the paper's recursion, and the same accelerated."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .base import SOLVERS, LinearOperator
+from .base import LinearOperator, SolveOptions, solver
 from .krylov import ConjugateGradients
-from .run import Run, columns, different_products, norms
+from .run import Run, different_products
 from .solution import Solution
+from .vectors import columns, norms
 
 __all__ = ["lissa", "plain_lissa"]
 
 # The recursion needs a scale at or above σ_max; this covers rounding.
 _SCALE_MARGIN = 1.02
 
-# The scale counts as known when σ_max² is certain to this share, after at least 4 steps: fewer can look settled before
-# the leading direction has come up.
+# The estimate of the scale ends once σ_max² is known with this relative uncertainty, after at least 4 iterations: fewer
+# can look settled before the leading direction has come up.
 _SCALE_RTOL, _SCALE_MIN_ITER, _SCALE_MAX_ITER = 0.02, 4, 20
 
-# The accelerated recursion takes all of these steps: what they leave is flat and spread out, which is what it is for;
-# separate singular values, as those of the classes, would hold it up for hundreds of steps.
+# The accelerated recursion begins after all of these iterations. What they leave is flat and spread out, which suits
+# it; separate singular values, as those of the classes, would hold it up for hundreds of iterations.
 _KRYLOV_STEPS = 20
 
-# A residual that is this many times the smallest one so far no longer comes from the recursion's own oscillation, and a
-# singular value this many times the estimate not from a poor estimate.
+# The recursion's own oscillation does not make the residual this many times its smallest value, nor does a poor
+# estimate miss a singular value by this factor.
 _DIVERGED = 1e3
 
 
-@SOLVERS.register("lissa")
-def lissa(
-    operator: LinearOperator,
-    rhs: Tensor,
-    *,
-    damping: float = 0.0,
-    rtol: float = 1e-3,
-    max_iter: int = 100,
-    seed: int = 0,
-    start: Tensor | None = None,
-    discrepancy: float = 0.0,
-) -> Solution | list[Solution]:
-    """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` by the modified LiSSA recursion of GIF, accelerated.
+@solver("lissa")
+def lissa(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
+    """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by the modified LiSSA recursion of GIF, accelerated.
 
     The paper's recursion (arXiv 2312.05586, algorithm 1) is ``x_{j+1} = x_j + (v − T x_j)`` with
-    ``T = (BᵀB + λ²)/c²`` and ``v = Bᵀb/c²``: Landweber iteration, whose error at a given step goes with ``1/j``. The
-    same two products a step give ``1/j²`` when the step is weighted and a share of the last step is added, as in
-    Brakhage's ν-method (ν = 1; Engl, Hanke and Neubauer, *Regularization of Inverse Problems*, 1996, section 6.3). The
-    momentum is dropped where it points uphill (O'Donoghue and Candès 2015), which makes the rate linear without knowing
-    the smallest singular value.
-    ``T`` is positive semi-definite whatever the signs of the Hessian's eigenvalues, so both converge on non-convex nets
-    for ``c ≥ √(σ_max² + λ²)``.
+    ``T = (AᵀA + λ²)/c²`` and ``v = Aᵀg/c²``: Landweber iteration, whose error after ``j`` iterations goes with ``1/j``.
+    The same two products an iteration give ``1/j²`` when the step is weighted and a share of the last step is added, as
+    in Brakhage's ν-method (ν = 1; Engl, Hanke and Neubauer, *Regularization of Inverse Problems*, 1996, section 6.3).
+    The momentum is dropped where it points uphill (O'Donoghue and Candès 2015), which makes the rate linear without
+    knowing the smallest singular value.
+    ``T`` is positive semi-definite whatever the signs of the eigenvalues of the Hessian, so both converge on non-convex
+    networks for ``c ≥ √(σ_max² + λ²)``.
 
-    ``c`` is found once, by the Lanczos process started at ``Bᵀb``, and the solve never starts over. The recursion stays
-    in the Krylov space of that start, so a singular value that it does not show cannot be met; and the same products
-    minimise over that space, so the recursion sets out from this minimiser, 20 steps on: up to there the iterates are
-    those of CGLS. Should its own steps meet a larger singular value all the same (each shows one, its Rayleigh
-    quotient, for free), ``c`` is raised to it and the momentum begins anew from the best iterate.
+    ``c`` is estimated once, by the Lanczos process started at ``Aᵀg``, and the solve never starts over. The recursion
+    stays in the Krylov space of that start, so it cannot meet a singular value that the space does not contain. The
+    same products minimise over that space, so the recursion starts from this minimiser after 20 iterations; up to there
+    the iterates are those of CGLS. If its own steps meet a larger singular value all the same (each step gives a
+    Rayleigh quotient for free), ``c`` is raised to it and the momentum begins anew from the best iterate.
 
-    Fewer steps regularise: directions with singular values well below ``σ_max / max_iter`` are left alone. So
-    ``max_iter`` bounds how far the solve follows directions in which the loss is nearly flat.
-
-    Args:
-        operator: ``B``, ``(rows, cols)``.
-        rhs: ``b``, ``(rows,)``, or several as columns ``(rows, q)``.
-        damping: ``λ ≥ 0``, in the unit of ``B``'s singular values.
-        rtol: Relative normal-equation residual at which to stop.
-        max_iter: Most steps; each costs one product with ``B`` and one with ``Bᵀ``.
-        seed: Unused: nothing is drawn.
-        start: First iterate, ``(cols,)`` or ``(cols, q)``; zero by default.
-        discrepancy: Stop where ``‖B x − b‖ ≤ discrepancy·‖b‖``.
+    Fewer iterations regularise: directions with singular values well below ``σ_max / max_iter`` are left alone. So
+    ``max_iter`` bounds how far the solve follows directions in which the loss is nearly flat. Each iteration costs one
+    product with ``A`` and one with ``Aᵀ``.
 
     Returns:
-        The iterate with the smallest residual in a :class:`~lightning_gif.solvers.Solution`; a list for columns.
+        The iterate with the smallest residual as a :class:`~lightning_gif.solvers.Solution`; a list for columns.
 
     Raises:
         NonFiniteError: If a product or an iterate is not finite.
         ConvergenceError: If the residual grows a thousandfold over its smallest value, or a step meets a singular value
-            a thousand times the estimate: ``B`` does not act like a fixed matrix (a random or shuffled loss).
+            a thousand times the estimate: ``A`` does not act like a fixed matrix (a random or shuffled loss).
     """
-    run = Run(
-        "lissa",
-        operator,
-        rhs,
-        damping=damping,
-        rtol=rtol,
-        max_iter=max_iter,
-        start=start,
-        discrepancy=discrepancy,
-    )
+    run = Run("lissa", operator, rhs, options)
     return _iterate(run, accelerate=True)
 
 
-@SOLVERS.register("plain_lissa")
-def plain_lissa(
-    operator: LinearOperator,
-    rhs: Tensor,
-    *,
-    damping: float = 0.0,
-    rtol: float = 1e-3,
-    max_iter: int = 100,
-    seed: int = 0,
-    start: Tensor | None = None,
-    discrepancy: float = 0.0,
-) -> Solution | list[Solution]:
-    """The recursion of the paper as it stands, at a scale that is found once.
+@solver("plain_lissa")
+def plain_lissa(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
+    """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by the recursion of the paper, at a scale that is estimated once.
 
-    It starts at zero (or ``start``), and takes the number of steps that :func:`lissa` takes, squared. Arguments and
-    errors are those of :func:`lissa`; the steps that find the scale do not count towards ``max_iter``.
+    It starts at zero (or ``start``), and needs about the square of the number of iterations of :func:`lissa`, whose
+    errors it shares. The iterations that estimate the scale do not count towards ``max_iter``.
     """
-    run = Run(
-        "plain_lissa",
-        operator,
-        rhs,
-        damping=damping,
-        rtol=rtol,
-        max_iter=max_iter,
-        start=start,
-        discrepancy=discrepancy,
-    )
+    run = Run("plain_lissa", operator, rhs, options)
     return _iterate(run, accelerate=False)
 
 
@@ -145,7 +99,7 @@ def _iterate(run: Run, *, accelerate: bool) -> Solution | list[Solution]:
     begun = run.iterations
     damped = run.damping**2
     scale = (_SCALE_MARGIN * bound) ** 2 + damped
-    rounding = 100 * torch.finfo(x.dtype).eps * norms(run.b)
+    rounding = 100 * torch.finfo(x.dtype).eps * norms(run.rhs)
     last_step = torch.zeros_like(x)
     steps = torch.zeros(len(run.active), dtype=torch.float64)  # since the momentum began
     while run.running:
@@ -153,7 +107,7 @@ def _iterate(run: Run, *, accelerate: bool) -> Solution | list[Solution]:
         momentum, weight = _nu_method(steps) if accelerate else (torch.zeros_like(steps), torch.ones_like(steps))
         last_step = momentum.to(x) * last_step + (weight / scale).to(x) * normal
         x = x + last_step
-        previous, difference = difference, run.b - run.matvec(x)
+        previous, difference = difference, run.rhs - run.matvec(x)
         normal = run.rmatvec(difference) - damped * x
         keep = run.record(x, difference, normal)
 
@@ -172,7 +126,7 @@ def _iterate(run: Run, *, accelerate: bool) -> Solution | list[Solution]:
             run.saw(sigma)
             scale = torch.where(too_small, (_SCALE_MARGIN * sigma) ** 2 + damped, scale)
             x = torch.where(too_small.to(x.device), run.best(), x)
-            difference = run.b - run.matvec(x)
+            difference = run.rhs - run.matvec(x)
             normal = run.rmatvec(difference) - damped * x
         steps = torch.where(too_small | uphill, 0.0, steps)
     run.verify(carried=begun)

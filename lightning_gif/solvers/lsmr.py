@@ -1,64 +1,38 @@
-"""LSMR: least squares with the smallest normal-equation residual at each step."""
+"""LSMR: least squares with the smallest normal-equation residual after each iteration."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .base import SOLVERS, LinearOperator
+from .base import LinearOperator, SolveOptions, solver
 from .krylov import ConjugateGradients
-from .run import Run, columns, norms
+from .run import Run
 from .solution import Solution
+from .vectors import columns, norms
 
 __all__ = ["lsmr"]
 
 
-@SOLVERS.register("lsmr")
-def lsmr(
-    operator: LinearOperator,
-    rhs: Tensor,
-    *,
-    damping: float = 0.0,
-    rtol: float = 1e-3,
-    max_iter: int = 100,
-    seed: int = 0,
-    start: Tensor | None = None,
-    discrepancy: float = 0.0,
-) -> Solution | list[Solution]:
-    """Solves ``min_x ‖B x − b‖² + λ²‖x‖²`` with the smallest normal-equation residual at each step.
+@solver("lsmr")
+def lsmr(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
+    """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` with the smallest normal-equation residual after each iteration.
 
     LSMR (Fong and Saunders, *SIAM Journal on Scientific Computing* 33, 2011) is MINRES on the normal equations. Its
     iterates are computed here as those of CGLS with minimal-residual smoothing (Zhou and Walker, *SIAM Journal on
-    Scientific Computing* 15, 1994): each is the point on the line to the new CGLS iterate where the residual is
-    smallest. So the residual never grows, and is at hand by its definition instead of by a recurrence's estimate.
+    Scientific Computing* 15, 1994): each is the point with the smallest residual on the line to the new CGLS iterate.
+    So the residual never grows, and it is computed by its definition instead of being estimated by a recurrence.
 
-    Args:
-        operator: ``B``, ``(rows, cols)``.
-        rhs: ``b``, ``(rows,)``, or several as columns ``(rows, q)``.
-        damping: ``λ ≥ 0``, in the unit of ``B``'s singular values.
-        rtol: Relative normal-equation residual at which to stop.
-        max_iter: Most steps; each costs one product with ``B`` and one with ``Bᵀ``.
-        seed: Unused: nothing is drawn.
-        start: First iterate, ``(cols,)`` or ``(cols, q)``; zero by default.
-        discrepancy: Stop where ``‖B x − b‖ ≤ discrepancy·‖b‖``.
+    Each iteration costs one product with ``A`` and one with ``Aᵀ``.
 
     Returns:
-        The iterate with the smallest residual in a :class:`~lightning_gif.solvers.Solution`; a list for columns.
+        The iterate with the smallest residual as a :class:`~lightning_gif.solvers.Solution`; a list for columns.
 
     Raises:
         NonFiniteError: If a product is not finite.
-        ConvergenceError: If ``B`` does not act like a fixed matrix (a random or shuffled loss).
+        ConvergenceError: If ``A`` does not act like a fixed matrix (a random or shuffled loss).
     """
-    run = Run(
-        "lsmr",
-        operator,
-        rhs,
-        damping=damping,
-        rtol=rtol,
-        max_iter=max_iter,
-        start=start,
-        discrepancy=discrepancy,
-    )
+    run = Run("lsmr", operator, rhs, options)
     iteration = ConjugateGradients(run)
     x, difference, normal = run.x, run.difference, run.normal
     while run.running:
@@ -72,5 +46,5 @@ def lsmr(
         keep = run.record(x, difference, normal, stuck=iteration.stuck)
         iteration.keep(keep)
         x, difference, normal = columns(keep, x, difference, normal)
-    run.verify(carried=max_iter)
+    run.verify(carried=options.max_iter)
     return run.solutions()

@@ -1,21 +1,21 @@
-"""A low-rank picture of a symmetric operator, which any number of right-hand sides share."""
+"""A low-rank sketch of a symmetric operator, which any number of right-hand sides share."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .base import SOLVERS, LinearOperator
-from .run import check_shape, norms, require_finite
-from .solution import Solution, Status, peak_memory
+from .base import LinearOperator, SolveOptions, solver
+from .recorder import Outcome, SolveRecorder, unit_norm
+from .solution import Solution, Status
+from .vectors import norms, require_finite
 
 __all__ = ["LowRank", "low_rank", "nystrom"]
 
-# Test vectors that are multiplied at a time.
+# Test vectors that are multiplied together, which bounds the memory that a product takes.
 _TOGETHER = 16
 
 
@@ -90,80 +90,57 @@ def low_rank(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
     return LowRank(basis, (squares - shift).clamp_min(0).to(image.dtype))
 
 
-@SOLVERS.register("nystrom")
-def nystrom(
-    operator: LinearOperator,
-    rhs: Tensor,
-    *,
-    damping: float,
-    rtol: float = 1e-3,
-    max_iter: int = 128,
-    seed: int = 0,
-    start: Tensor | None = None,
-    discrepancy: float = 0.0,
-) -> Solution | list[Solution]:
-    """Solves ``(C + λ) x = b`` with :func:`low_rank` in the place of ``C``: as many products for many as for one.
+@solver(
+    "nystrom",
+    requires_symmetric_psd=True,
+    requires_damping=True,
+    shares_products_across_rhs=True,
+    supports_start=False,
+    supports_discrepancy=False,
+    max_iter=128,
+)
+def nystrom(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
+    """Solves ``(C + λ) x = g`` with the sketch of :func:`low_rank` in place of ``C``.
 
-    Directions that the sketch misses are taken to have no curvature but the damping, so that there must be some, not
-    far below the smallest of the eigenvalues that it shows.
+    The sketch costs as many products for many right-hand sides as for one. Directions that it misses are taken to have
+    no curvature but the damping, which must therefore be positive and should not be far below the smallest eigenvalue
+    of the sketch.
 
     Args:
         operator: ``C``, ``(n, n)``, symmetric positive semi-definite.
-        rhs: ``b``, ``(n,)``, or several as columns ``(n, q)``.
-        damping: ``λ > 0``, in the unit of ``C``'s eigenvalues.
-        rtol: The residual that counts as converged; it ends nothing.
-        max_iter: The rank of the sketch, which costs as many products.
-        seed: Of the sketch.
-        start: Not supported.
-        discrepancy: Unused.
+        rhs: ``g``, ``(n,)``, or several as columns ``(n, q)``.
+        options: ``max_iter`` is the rank of the sketch, which costs as many products; ``rtol`` does not end the solve,
+            but decides whether the result counts as converged.
 
     Returns:
         A :class:`~lightning_gif.solvers.Solution`, or a list for columns. Their ``residual`` and ``unexplained`` are
-        ``‖b − (C + λ)x‖/‖b‖`` of a random combination of all, by one more product.
+        ``‖g − (C + λ)x‖/‖g‖`` of a random combination of all right-hand sides, which takes one more product.
 
     Raises:
-        ConfigurationError: If the operator is not square, for a ``start``, or without damping.
+        ConfigurationError: If the operator is not square or is far from positive semi-definite, for a ``start`` or a
+            ``discrepancy``, or without damping.
         NonFiniteError: If a product is not finite.
     """
-    if operator.shape[0] != operator.shape[1] or start is not None or not damping > 0:
-        raise ConfigurationError(
-            f"solver='nystrom' takes a square operator, no start and a `damping` above 0, got shape {operator.shape}"
-            f" and {damping}. Leave `damping` out to have it measured, or use solver='cg' or 'lsmr'."
-        )
-    begin = time.perf_counter()
-    before = operator.products, operator.examples
-    b = rhs[:, None] if rhs.ndim == 1 else rhs
-    check_shape("right-hand side", b, operator.shape[0])
-    require_finite(rhs, "The right-hand side of the solve")
-    unit = norms(b)
-    unit[unit == 0] = 1.0
-    b = (b / unit).to(rhs.dtype)
-    found = low_rank(operator, max_iter, seed=seed)
-    x = found.solve(b, damping)
-    signs = torch.randint(0, 2, (b.shape[1],), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    recorder = SolveRecorder("nystrom", operator, rhs, options, unit_norm)
+    b, damping = recorder.rhs, options.damping
+    sketch = low_rank(operator, options.max_iter, seed=options.seed)
+    x = sketch.solve(b, damping)
+    signs = torch.randint(0, 2, (b.shape[1],), generator=torch.Generator().manual_seed(options.seed)) * 2 - 1
     signs = signs.to(b)
     combined = x @ signs
     residual = b @ signs - operator.matvec(combined) - damping * combined
     left = float(norms(residual) / norms(b @ signs).clamp_min(torch.finfo(torch.float64).tiny))
-    products, examples = operator.products - before[0], operator.examples - before[1]
-    x, seconds, memory = (unit * x).to(rhs.dtype), time.perf_counter() - begin, peak_memory(operator.device)
-    solutions = [
-        Solution(
-            x=x[:, column],
-            status=Status.CONVERGED if left <= rtol else Status.MAX_ITER,
-            solver="nystrom",
-            iterations=len(found.values),
-            hvps=round(products / b.shape[1]),
-            examples=round(examples / b.shape[1]),
-            residual=left,
-            unexplained=left,
-            sigma_max=float(found.values.max()) if len(found.values) else 0.0,
-            rtol=rtol,
-            damping=float(damping),
-            seconds=seconds,
-            peak_memory=memory,
-            residuals=[1.0, left],
-        )
-        for column in range(b.shape[1])
-    ]
-    return solutions[0] if rhs.ndim == 1 else solutions
+    return recorder.solutions(
+        [
+            Outcome(
+                x=column,
+                status=Status.CONVERGED if left <= options.rtol else Status.MAX_ITER,
+                iterations=len(sketch.values),
+                residual=left,
+                unexplained=left,
+                sigma_max=float(sketch.values.max()) if len(sketch.values) else 0.0,
+                residuals=[1.0, left],
+            )
+            for column in x.T
+        ]
+    )

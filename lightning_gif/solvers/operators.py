@@ -1,4 +1,4 @@
-"""Views of an operator: rows and columns, other units, and sums."""
+"""Operators made of others: rows and columns, other units, and weighted sums."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Combination", "Scaled", "Submatrix"]
 
 
 class _View:
-    """A way to look at an operator, whose products it spends."""
+    """An operator that takes its products from another, and counts them there."""
 
     def __init__(self, operator: LinearOperator) -> None:
         self._operator = operator
@@ -19,12 +19,12 @@ class _View:
 
     @property
     def products(self) -> int:
-        """Products of the underlying operator spent so far."""
+        """The number of products of the underlying operator so far."""
         return self._operator.products
 
     @property
     def examples(self) -> int:
-        """Examples that these went through."""
+        """The number of examples that these products went through."""
         return self._operator.examples
 
 
@@ -58,17 +58,17 @@ class Submatrix(_View):
         return self.T.matvec(vectors)
 
     def draw(self, seed: int) -> Submatrix:
-        """The same rows and columns of the curvature over a few random examples, see :meth:`Curvature.draw`."""
+        """The same rows and columns of the curvature over a random batch, see :meth:`Curvature.draw`."""
         return Submatrix(self._operator.draw(seed), self._rows, self._cols)  # type: ignore[attr-defined]
 
 
 class Scaled(_View):
-    """``B diag(d)``, or ``diag(d) B diag(d)``: an operator with its columns, and perhaps its rows, in other units.
+    """``A diag(d)``, or ``diag(d) A diag(d)``: an operator with its columns, and optionally its rows, in other units.
 
     Args:
-        operator: ``B``, ``(rows, cols)``.
+        operator: ``A``, ``(rows, cols)``.
         units: ``d``, ``(cols,)``.
-        rows: Scale the rows as well, those of a square ``B``.
+        rows: Whether to scale the rows as well; ``A`` must then be square.
     """
 
     def __init__(self, operator: LinearOperator, units: Tensor, *, rows: bool = False) -> None:
@@ -76,16 +76,19 @@ class Scaled(_View):
         self._units, self._rows, self.shape = units, rows, operator.shape
 
     def matvec(self, vectors: Tensor) -> Tensor:
+        """``(cols,) → (rows,)``, or ``(cols, q) → (rows, q)``."""
         image = self._operator.matvec(self._times_units(vectors))
         return self._times_units(image) if self._rows else image
 
     def rmatvec(self, vectors: Tensor) -> Tensor:
+        """``(rows,) → (cols,)``, or ``(rows, q) → (cols, q)``."""
         return self._times_units(self._operator.rmatvec(self._times_units(vectors) if self._rows else vectors))
 
     def _times_units(self, vectors: Tensor) -> Tensor:
         return self._units * vectors if vectors.ndim == 1 else self._units[:, None] * vectors
 
     def draw(self, seed: int) -> Scaled:
+        """The same units of the curvature over a random batch, see :meth:`Curvature.draw`."""
         return Scaled(self._operator.draw(seed), self._units, rows=self._rows)  # type: ignore[attr-defined]
 
 
@@ -103,12 +106,12 @@ class Combination:
 
     @property
     def products(self) -> int:
-        """Products of all terms."""
+        """The number of products of all terms."""
         return sum(operator.products for _, operator in self._terms)
 
     @property
     def examples(self) -> int:
-        """Examples that these went through."""
+        """The number of examples that these products went through."""
         return sum(operator.examples for _, operator in self._terms)
 
     def matvec(self, vectors: Tensor) -> Tensor:
@@ -119,12 +122,12 @@ class Combination:
     rmatvec = matvec
 
     def draw(self, seed: int) -> Combination:
-        """The same of the curvatures over a few random examples each, see :meth:`Curvature.draw`."""
+        """The same sum of the curvatures over a random batch each, see :meth:`Curvature.draw`."""
         return Combination(*((weight, operator.draw(seed)) for weight, operator in self._terms))  # type: ignore[attr-defined]
 
 
 def scatter(vectors: Tensor, positions: Tensor | None, size: int) -> Tensor:
-    """The vectors ``(size, …)`` that have ``vectors`` at ``positions`` and zeros elsewhere."""
+    """Vectors ``(size, …)`` with the entries of ``vectors`` at ``positions`` and zeros elsewhere."""
     if positions is None:
         return vectors
     return vectors.new_zeros(size, *vectors.shape[1:]).index_copy(0, positions, vectors)

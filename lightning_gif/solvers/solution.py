@@ -1,4 +1,4 @@
-"""What a solver gives: the minimiser and how the solve went."""
+"""The result of a solve: the minimiser and diagnostics."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Solution", "Status"]
 
 
 class Status(str, Enum):
-    """How a solve ended. Outcomes that give no usable numbers (divergence, NaN) are errors, not a status.
+    """How a solve ended. Outcomes without usable numbers (divergence, NaN) are errors, not a status.
 
-    ``CONVERGED``: the normal-equation residual passed ``rtol``.
-    ``DISCREPANCY``: ``‖B x − b‖ ≤ discrepancy·‖b‖``, which was asked for as enough.
-    ``MAX_ITER``: the steps ran out.
-    ``INDEFINITE``: a Newton step met a direction without positive curvature, and ends before it.
+    ``CONVERGED``: the residual reached ``rtol``.
+    ``DISCREPANCY``: ``‖A x − g‖ ≤ discrepancy·‖g‖`` was reached.
+    ``MAX_ITER``: the iterations ran out.
+    ``INDEFINITE``: conjugate gradients met a direction without positive curvature, and ended before it.
     ``STALLED``: rounding (or the noise of a stochastic operator) keeps the residual above ``rtol``.
     """
 
@@ -37,26 +37,27 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class Solution:
-    """The minimiser of ``‖B x − b‖² + λ²‖x‖²`` as far as it was found, and what happened on the way.
+    """The approximate solution of one linear system, with the diagnostics of its solve.
 
     Attributes:
         x: The solution, ``(cols,)``.
-        status: :class:`Status`.
-        solver: The solver's registered name, or ``truncated_newton``.
-        iterations: Steps taken.
-        hvps: Hessian-vector products spent, those for the scale included.
-        examples: Examples that these products went through.
-        residual: Relative normal-equation residual ``‖Bᵀ(b − B x) − λ²x‖ / ‖Bᵀb‖`` of ``x``; 0 at the minimiser.
-            Of a Newton step ``‖b − (C + λ)x‖ / ‖b‖``.
-        unexplained: ``‖B x − b‖ / ‖b‖``: the share of ``b`` that no ``x`` found so far accounts for.
-        sigma_max: Largest singular value of ``B`` that the solve has seen: an estimate from below.
+        status: How the solve ended, see :class:`Status`.
+        solver: The registered name of the solver, or ``truncated_newton``.
+        iterations: The number of iterations.
+        hvps: The number of Hessian-vector products, including those that estimate ``sigma_max``.
+        examples: The number of examples that these products went through.
+        residual: The residual of ``x``, by which convergence is judged: for least squares that of the normal equations,
+            ``‖Aᵀ(g − A x) − λ²x‖ / ‖Aᵀg‖``; for ``cg``, ``nystrom`` and ``truncated_newton``
+            ``‖g − (C + λ)x‖ / ‖g‖``. It is 0 at the exact solution.
+        unexplained: The unexplained share ``‖A x − g‖ / ‖g‖``; where ``C + λ`` is inverted, with ``C + λ`` for ``A``.
+        sigma_max: The largest singular value of ``A`` that the solve has met: an estimate from below.
         rtol: The residual that counts as converged.
-        damping: ``λ``; where ``B + λ`` is what is solved with (``cg``, ``nystrom``, a Newton step) that.
-        seconds: Wall time, of all right-hand sides that were solved together.
-        peak_memory: The most bytes that the process had needed when the solve ended: allocated on the GPU, or resident
-            on the CPU; ``None`` where the system does not tell.
-        residuals: The relative normal-equation residual after each number of steps, from 0 on, ``iterations + 1``
-            values; of a stochastic solve at its start and end.
+        damping: ``λ``, see :attr:`SolveOptions.damping <lightning_gif.solvers.SolveOptions>`.
+        seconds: Wall time for all right-hand sides that were solved together.
+        peak_memory: The peak memory of the process when the solve ended, in bytes: allocated on the GPU, or resident on
+            the CPU; ``None`` if the system does not report it.
+        residuals: The residual before the first and after each iteration, ``iterations + 1`` values; for ``nystrom``
+            and ``stochastic_lissa`` at the start and the end only.
     """
 
     x: Tensor = field(repr=False)
@@ -76,12 +77,12 @@ class Solution:
 
     @property
     def converged(self) -> bool:
-        """Whether the solve got as far as it was asked to: the residual passed ``rtol``, or the discrepancy."""
+        """Whether the residual reached ``rtol``, or the unexplained share the discrepancy."""
         return self.status in (Status.CONVERGED, Status.DISCREPANCY)
 
     def summary(self) -> dict[str, float | int | str]:
         """The diagnostics as plain numbers and strings, for logs and records."""
-        found: dict[str, float | int | str] = {
+        summary: dict[str, float | int | str] = {
             "solver": self.solver,
             "status": str(self.status),
             "iterations": self.iterations,
@@ -94,31 +95,19 @@ class Solution:
             "damping": self.damping,
             "seconds": self.seconds,
         }
-        return found if self.peak_memory is None else {**found, "peak_memory": self.peak_memory}
+        return summary if self.peak_memory is None else {**summary, "peak_memory": self.peak_memory}
 
     def record(self) -> dict[str, Any]:
-        """All but ``x`` in plain values, for :meth:`of_record`."""
+        """All fields but ``x`` as plain values, from which :meth:`of_record` restores them."""
         return {**self.summary(), "residuals": self.residuals}
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Solution:
-        """From what :meth:`record` gave; ``x`` is empty.
+        """A solution from the result of :meth:`record`; its ``x`` is empty.
 
         Raises:
-            TypeError: If it gave something else; ``ValueError`` for an unknown status.
+            TypeError: If a field is missing or has another type.
+            ValueError: If the status is unknown.
         """
         values = restored_fields(cls, {"peak_memory": None, **record}, without=("x",))
         return cls(x=torch.empty(0), **values)
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """The most bytes that this process has needed so far; ``None`` where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-        import sys
-    except ModuleNotFoundError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024

@@ -1,27 +1,26 @@
-"""The ends of an operator's spectrum, and how much of it is negative."""
+"""The extreme eigenvalues of a symmetric operator, and the share of negative ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .base import LinearOperator
-from .run import require_finite
+from .lanczos import quadrature
 
 __all__ = ["Spectrum", "spectrum"]
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenvalues of a symmetric operator, as far as a Lanczos process shows them.
+    """Estimates of the eigenvalues of a symmetric operator by the Lanczos process.
 
     Attributes:
         largest: The largest distinct eigenvalues, descending; each is an estimate from below.
         smallest: The smallest distinct eigenvalues, ascending; each is an estimate from above.
         negative_share: Estimated share of the eigenvalues that are negative, those within rounding of zero not counted.
-        zero_share: Estimated share of the eigenvalues within rounding of zero, as far as the process could tell.
+        zero_share: Estimated share of the eigenvalues within rounding of zero.
     """
 
     largest: list[float]
@@ -31,19 +30,19 @@ class Spectrum:
 
 
 def spectrum(operator: LinearOperator, count: int, *, steps: int = 0, probes: int = 2, seed: int = 0) -> Spectrum:
-    """The ends of the spectrum by stochastic Lanczos quadrature.
+    """The extreme eigenvalues by stochastic Lanczos quadrature.
 
     The Lanczos process, started at a random sign vector and fully reorthogonalised, gives a quadrature rule for the
     density of the eigenvalues (Ubaru, Chen and Saad, *SIAM Journal on Matrix Analysis and Applications* 38, 2017): its
     nodes are the Ritz values, whose ends converge to extreme eigenvalues first, and its weights, averaged over the
-    start vectors, add up to the share of the eigenvalues in an interval. Needs memory for ``steps`` vectors.
+    start vectors, add up to the share of the eigenvalues in an interval. Memory: ``steps`` vectors.
 
     Args:
         operator: ``(p, p)``, symmetric.
-        count: How many eigenvalues at either end; fewer are given where fewer can be told apart.
-        steps: Products for each start vector; by default ``4·count``, at least 30.
-        probes: Start vectors.
-        seed: Of the start vectors.
+        count: The number of eigenvalues at each end; fewer are returned if fewer are resolved.
+        steps: The number of products for each start vector; by default ``4·count``, at least 30.
+        probes: The number of start vectors.
+        seed: Seed of the start vectors.
 
     Raises:
         NonFiniteError: If a product is not finite.
@@ -54,12 +53,12 @@ def spectrum(operator: LinearOperator, count: int, *, steps: int = 0, probes: in
     values, weights = [], []
     for _ in range(probes):
         signs = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
-        nodes, shares = _quadrature(operator, signs.to(operator.device, operator.dtype) / size**0.5, steps)
+        nodes, shares = quadrature(operator, signs.to(operator.device, operator.dtype) / size**0.5, steps)
         values.append(nodes)
         weights.append(shares / probes)
     nodes, shares = torch.cat(values), torch.cat(weights)
-    # The nodes of one start vector are apart from each other, those of several repeat the converged ones: each end is
-    # that of the start vector which got furthest there.
+    # The nodes of one start vector are distinct, while those of several repeat converged eigenvalues. So each end is
+    # taken from the start vector that got furthest there.
     top = max(values, key=lambda ritz: float(ritz[-1]))
     bottom = min(values, key=lambda ritz: float(ritz[0]))
     count = min(count, (len(top) + 1) // 2, (len(bottom) + 1) // 2)
@@ -70,28 +69,3 @@ def spectrum(operator: LinearOperator, count: int, *, steps: int = 0, probes: in
         negative_share=float(shares[nodes < -rounding].sum()),
         zero_share=float(shares[nodes.abs() <= rounding].sum()),
     )
-
-
-def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Ritz values, ascending, and the weights that the start vector gives them."""
-    basis = [start]
-    diagonal: list[float] = []
-    side: list[float] = []
-    for _ in range(steps):
-        image = operator.matvec(basis[-1])
-        require_finite(image, "The product of the Hessian with a vector")
-        diagonal.append(float(basis[-1] @ image))
-        scale = float(image.norm())
-        known = torch.stack(basis)
-        for _ in range(2):  # once is not enough where much cancels
-            image = image - known.T @ (known @ image)
-        length = float(image.norm())
-        if length <= 100 * torch.finfo(image.dtype).eps * max(scale, max(map(abs, diagonal))):
-            break  # the space is invariant: all that this start vector can see has been seen
-        side.append(length)
-        basis.append(image / length)
-    size = len(diagonal)
-    between = torch.tensor(side[: size - 1], dtype=torch.float64)
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(between, 1) + torch.diag(between, -1)
-    values, vectors = torch.linalg.eigh(matrix)
-    return values, vectors[0] ** 2

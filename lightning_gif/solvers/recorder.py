@@ -1,0 +1,130 @@
+"""What every solver does before and after its own work: scale the right-hand sides, count, and build solutions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import LinearOperator, SolveOptions
+from .solution import Solution, Status
+from .vectors import check_shape, norms, require_finite
+
+__all__ = ["Outcome", "SolveRecorder", "power_of_two", "unit_norm"]
+
+
+def power_of_two(lengths: Tensor) -> Tensor:
+    """For each length ``(q,)`` a power of two that is about as large: dividing by it rounds nothing."""
+    return torch.where(lengths > 0, 2.0 ** torch.frexp(lengths).exponent.double(), 1.0)
+
+
+def unit_norm(lengths: Tensor) -> Tensor:
+    """The lengths ``(q,)`` themselves, so that norms of residuals are relative to the right-hand side; 1 for 0."""
+    return torch.where(lengths > 0, lengths, 1.0)
+
+
+@dataclass
+class Outcome:
+    """How the solve of one right-hand side ended; :class:`~lightning_gif.solvers.Solution` says what most fields mean.
+
+    Attributes:
+        x: The solution in the solver's unit, ``(cols,)``.
+        share: The number of products for this column, up to a factor that all columns have in common.
+        damping: ``λ``, where it is not that of the options.
+    """
+
+    x: Tensor
+    status: Status
+    iterations: int
+    residual: float
+    unexplained: float
+    sigma_max: float
+    residuals: list[float]
+    share: int = 1
+    damping: float | None = None
+
+
+class SolveRecorder:
+    """Measures a solve from its construction on, and builds its solutions.
+
+    Right-hand sides are scaled to about unit length, because squares of tiny gradients vanish in float32; solutions are
+    scaled back.
+
+    Args:
+        solver: The registered name of the solver.
+        operator: ``A``, ``(rows, cols)``.
+        rhs: ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
+        options: The options of the solve.
+        unit: From the lengths ``(q,)`` of the right-hand sides to what each is divided by.
+
+    Attributes:
+        rhs: The scaled right-hand sides, ``(rows, q)``.
+
+    Raises:
+        ConfigurationError: If the shape of the right-hand side is wrong.
+        NonFiniteError: If it is not finite.
+    """
+
+    def __init__(
+        self,
+        solver: str,
+        operator: LinearOperator,
+        rhs: Tensor,
+        options: SolveOptions,
+        unit: Callable[[Tensor], Tensor] = power_of_two,
+    ) -> None:
+        self._begin = time.perf_counter()
+        self._before = operator.products, operator.examples
+        self._solver, self._operator, self._options = solver, operator, options
+        self._is_vector = rhs.ndim == 1
+        matrix = rhs[:, None] if self._is_vector else rhs
+        check_shape("right-hand side", matrix, operator.shape[0])
+        require_finite(rhs, "The right-hand side of the solve")
+        self.unit = unit(norms(matrix))
+        self.rhs = (matrix / self.unit).to(rhs.dtype)
+
+    def solutions(self, outcomes: Sequence[Outcome]) -> Solution | list[Solution]:
+        """One solution for a vector, a list for columns.
+
+        Args:
+            outcomes: One for each right-hand side.
+        """
+        seconds, memory = time.perf_counter() - self._begin, _peak_memory(self._operator.device)
+        products, examples = self._operator.products - self._before[0], self._operator.examples - self._before[1]
+        total = max(sum(outcome.share for outcome in outcomes), 1)
+        solutions = [
+            Solution(
+                x=(outcome.x.double() * unit).to(self._operator.dtype),
+                status=outcome.status,
+                solver=self._solver,
+                iterations=outcome.iterations,
+                hvps=round(products * outcome.share / total),
+                examples=round(examples * outcome.share / total),
+                residual=outcome.residual,
+                unexplained=outcome.unexplained,
+                sigma_max=outcome.sigma_max,
+                rtol=self._options.rtol,
+                damping=float(self._options.damping) if outcome.damping is None else outcome.damping,
+                seconds=seconds,
+                peak_memory=memory,
+                residuals=outcome.residuals,
+            )
+            for outcome, unit in zip(outcomes, self.unit, strict=True)
+        ]
+        return solutions[0] if self._is_vector else solutions
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has needed so far; ``None`` where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+        import sys
+    except ModuleNotFoundError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
