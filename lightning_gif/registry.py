@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import ConfigurationError
 
@@ -61,6 +61,10 @@ class Registry(Mapping[str, T]):
         if not isinstance(name, str) or name not in self._items:
             raise ConfigurationError(f"Unknown {self.kind} {name!r}. {nearest(str(name), self._items)}")
         return self._items[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The implementation of that name, or ``default`` for an unknown one."""
+        return self._items.get(name, default)
 
     def __contains__(self, name: object) -> bool:
         return name in self._items
