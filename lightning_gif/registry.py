@@ -64,10 +64,10 @@ class Registry(Mapping[str, T]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """The implementation of that name, or ``default`` for an unknown one."""
-        return self._items.get(name, default)
+        return self._items[name] if name in self else default
 
     def __contains__(self, name: object) -> bool:
-        return name in self._items
+        return isinstance(name, str) and name in self._items
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)

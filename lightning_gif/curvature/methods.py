@@ -67,7 +67,7 @@ class Method:
             curvature: ``C``, ``(p, p)``.
             targets: ``S``, ``(k,)``.
             gradient: ``g``, ``(p,)``.
-            solve: See :meth:`~lightning_gif.config.Settings.solve`.
+            solve: See :func:`~lightning_gif.curvature.solve.solve`.
             group: The examples in question, for methods that ask for them.
             units: ``d > 0`` ``(p,)``: the solve is for ``y`` in ``x = d y``. An unregularised minimiser that is unique
                 stays the same; a solve that stops early moves more what has larger units, and damping is on ``y``.
@@ -97,7 +97,7 @@ class Method:
             curvature: ``C``, ``(p, p)``.
             targets: ``S``, ``(k,)``.
             gradients: Of the queries, ``(n_queries, p)``.
-            solve: See :meth:`~lightning_gif.config.Settings.solve`.
+            solve: See :func:`~lightning_gif.curvature.solve.solve`.
 
         Returns:
             ``(n_queries, p)``, and a solution for each.
