@@ -28,6 +28,8 @@ def measure(options: Namespace) -> None:
     import lightning.pytorch as pl
 
     from lightning_gif.config import Settings
+    from lightning_gif.curvature.memory import bytes_to_keep
+    from lightning_gif.curvature.solve import open_curvature
     from lightning_gif.data.examples import Examples
     from lightning_gif.objective.objective import Objective
 
@@ -53,8 +55,8 @@ def measure(options: Namespace) -> None:
                 reference.hvp(model.net, loss, vector)
         elif options.how != "base":
             settings: Settings = callback.settings.override({"memory": float(options.how)})
-            held = examples.cached(settings.bytes_to_keep(objective))
-            curvature = settings.open_curvature(objective, held)
+            held = examples.cached(bytes_to_keep(settings, objective))
+            curvature = open_curvature(settings, objective, held)
             for _ in range(2):
                 curvature.matvec(vector)
     marks = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

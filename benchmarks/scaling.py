@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gif import GIFCallback, attach
+from lightning_gif.curvature.solve import open_curvature
 from lightning_gif.data.examples import Examples
 from lightning_gif.objective.objective import Objective
 from lightning_gif.solvers import lsmr
@@ -60,8 +61,8 @@ def measure(width: int, ratio: float, examples: int, repeats: int) -> dict[str, 
         held = Examples.from_batch(dataset.tensors, objective.prepare, batch_size=examples)
         objective.learn_structure(held)
         vector = torch.randn(objective.space.size)
-        kept = callback.settings.open_curvature(objective, held)
-        anew = callback.settings.override({"memory": 0.0}).open_curvature(objective, held)
+        kept = open_curvature(callback.settings, objective, held)
+        anew = open_curvature(callback.settings.override({"memory": 0.0}), objective, held)
         parameters = list(model.parameters())
 
         def passes() -> None:

@@ -8,7 +8,7 @@ import math
 import numbers
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -35,11 +35,13 @@ from .attribution.influence import influence
 from .attribution.report import InfluenceReport
 from .attribution.self_influence import self_influence
 from .config import AUTO, Overrides, Settings
+from .curvature.memory import bytes_to_keep
 from .curvature.products import has_gauss_newton
 from .data.examples import Examples, warn_if_random
 from .data.identity import check_same_everywhere, shares_examples
 from .data.structure import batch_size, describe, tensors
 from .data.targets import class_targets
+from .defaults import check_names, for_influence, for_unlearning, needs_no_cache, sample_size
 from .distributed import ProcessGroup
 from .errors import BatchError, ConfigurationError, GIFError, GIFWarning, RankError, SelectionError, TrainingDataError
 from .objective.objective import Objective
@@ -203,7 +205,7 @@ class GIFCallback(Callback):
         record: str | None = None,
     ) -> None:
         super().__init__()
-        self.settings = Settings(
+        settings = Settings(
             selector=selector,
             ratio=ratio,
             method=method,
@@ -223,6 +225,7 @@ class GIFCallback(Callback):
             unconverged=unconverged,
             seed=seed,
         )
+        self.settings = check_names(settings)
         self.cache_neurons = cache_neurons
         self.cache_gradients = cache_gradients
         if cache_steps is not None and (
@@ -335,7 +338,7 @@ class GIFCallback(Callback):
         states = self._earlier_states(snapshots)
         with self._attributing(trainer, targets, among, dataloader, k, overrides, named) as asked:
             objective, train, some, settle = asked
-            query = self._examples(batch, objective, self.settings.override(overrides, named))
+            query = self._examples(batch, objective, self._settings_of_call(overrides, named))
             settings = settle(len(query) if per_example else 1)
             report = influence(
                 objective,
@@ -489,7 +492,7 @@ class GIFCallback(Callback):
         self._check_path("record", kept, "file")
         self._check_path("solves_to", solves_to, "folder")
         folder = None if solves_to is None else Path(solves_to)
-        settings = self.settings.override(overrides, named).for_unlearning()
+        settings = for_unlearning(self._settings_of_call(overrides, named))
         check_step(step)
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
             paths = [None if path is None else os.fspath(path) for path in (kept, folder)]
@@ -807,7 +810,11 @@ class GIFCallback(Callback):
             raise ConfigurationError("`report_options` are for `report_every_n_epochs`, which was not given.")
         known = inspect.signature(self.influence).parameters.keys() - {"trainer", "batch", "overrides"}
         settings = {name: value for name, value in self.report_options.items() if name not in known}
-        self.settings.override(settings, known)  # type: ignore[arg-type]
+        self._settings_of_call(settings, known)  # type: ignore[arg-type]
+
+    def _settings_of_call(self, overrides: Overrides, named: Iterable[str]) -> Settings:
+        """The settings of one call, see :meth:`~lightning_gif.config.Settings.override`."""
+        return check_names(self.settings.override(overrides, named))
 
     @staticmethod
     def _check_path(name: str, path: Any, kind: str) -> None:
@@ -967,12 +974,12 @@ class GIFCallback(Callback):
     ) -> Targets:
         module = objective.module
         if choice == "batch":
-            if settings.needs_no_cache:
+            if needs_no_cache(settings):
                 return self._select(module, settings)
-            neurons, gradients = objective.observe(examples.sample(settings.sample_size(), settings.seed))
+            neurons, gradients = objective.observe(examples.sample(sample_size(settings), settings.seed))
             return self._select(module, settings, neurons=neurons, gradients=gradients)
         if self._rank_on_demand and self.targets is None and not self.neurons:
-            sample = train.sample(settings.sample_size(), settings.seed)
+            sample = train.sample(sample_size(settings), settings.seed)
             rank_zero_info(f"No statistics from training: neurons are ranked by one pass over {len(sample)} examples.")
             self.neurons, self.gradients = objective.observe(sample)
             self._observed = module
@@ -997,20 +1004,21 @@ class GIFCallback(Callback):
         named: Sequence[str],
     ) -> Iterator[tuple[Objective, Examples, Examples | None, Callable[..., Settings]]]:
         """What scores are made from: objective, training data, those to be scored, and settings for many queries."""
-        asked = self.settings.override(overrides, named)
+        asked = self._settings_of_call(overrides, named)
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ConfigurationError(f"`k` must be a whole number of at least 1, got {k!r}.")
         on_targets = targets is not None or not overrides.keys().isdisjoint(("selector", "ratio"))
         choice: TargetsChoice = "cached" if targets is None else targets
-        first = asked.for_influence(ggn=True, on_targets=on_targets)
+        first = for_influence(asked, ggn=True, on_targets=on_targets)
         with self._opened(trainer, choice, first, dataloader) as (objective, train):
-            rank = int(asked.bytes_to_keep(objective) / (_SKETCHES * objective.theta.nbytes))
+            rank = int(bytes_to_keep(asked, objective) / (_SKETCHES * objective.theta.nbytes))
             # A power of two: the same call should not be another one because a little more memory is free.
             rank = 1 << (rank.bit_length() - 1) if rank else 0
 
             def settle(queries: int, *, itself: bool = False) -> Settings:
                 few = next(train.subset(torch.arange(1)).batches())
-                return asked.for_influence(
+                return for_influence(
+                    asked,
                     ggn=has_gauss_newton(objective, objective.theta, few),
                     on_targets=on_targets,
                     queries=queries,
@@ -1042,7 +1050,7 @@ class GIFCallback(Callback):
             with isolate_rng():
                 loader = self._loader(trainer, processes) if dataloader is None else dataloader
             nothing_seen = self.targets is None and not self.neurons and not self.gradients
-            if choice == "cached" and nothing_seen and not self._rank_on_demand and not settings.needs_no_cache:
+            if choice == "cached" and nothing_seen and not self._rank_on_demand and not needs_no_cache(settings):
                 raise SelectionError(
                     "There are no cached targets: the model was not fitted with this callback, and no checkpoint with"
                     " its state was loaded. Fit, pass targets='batch' to rank neurons on the batch at hand, or use"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import ConfigurationError
 
@@ -62,8 +62,12 @@ class Registry(Mapping[str, T]):
             raise ConfigurationError(f"Unknown {self.kind} {name!r}. {nearest(str(name), self._items)}")
         return self._items[name]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """The implementation of that name, or ``default`` for an unknown one."""
+        return self._items[name] if name in self else default
+
     def __contains__(self, name: object) -> bool:
-        return name in self._items
+        return isinstance(name, str) and name in self._items
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)

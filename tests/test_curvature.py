@@ -25,6 +25,7 @@ from lightning_gif import (
 )
 from lightning_gif.curvature.methods import Group
 from lightning_gif.curvature.products import CURVATURES, gauss_newton, hessian
+from lightning_gif.curvature.solve import solve, solve_with_relative_damping
 from lightning_gif.curvature.streaming import Curvature, graph_bytes
 from lightning_gif.data.batch import Batch
 from lightning_gif.data.examples import Examples
@@ -229,11 +230,11 @@ def test_the_settings_reach_the_solver() -> None:
     with opened() as (objective, train):
         curvature = hessian_of(objective, train)
         rhs = torch.randn(objective.space.size, dtype=torch.float64)
-        (found,) = settings.solve(curvature, rhs)
+        (found,) = solve(settings, curvature, rhs)
         expected = lissa(curvature, rhs, damping=0.25, rtol=1e-9, max_iter=3)
         assert torch.equal(found.x, expected.x)
         assert found.iterations == 3
-        (again,) = settings.solve_with_relative_damping(0.5, curvature, rhs)  # which is for where it was left open
+        (again,) = solve_with_relative_damping(settings, 0.5, curvature, rhs)  # which is for where it was left open
         assert torch.equal(again.x, found.x)
         assert (again.damping, again.hvps) == (0.25, found.hvps)
 
@@ -247,15 +248,15 @@ def test_damping_that_is_left_open_is_a_share_of_what_the_curvature_makes_of_the
         curvature = hessian_of(objective, train)
         matrix = Matrix(to_matrix(curvature).to(dtype))
         rhs = torch.randn(objective.space.size, dtype=dtype)
-        (found,) = settings.solve_with_relative_damping(0.3, matrix, scale * rhs)
+        (found,) = solve_with_relative_damping(settings, 0.3, matrix, scale * rhs)
         damping = 0.3 * float(matrix.rmatvec(rhs).norm() / rhs.norm())
         assert found.damping == pytest.approx(damping, rel=1e-5)
         expected = dense(matrix, scale * rhs, damping=damping)
         torch.testing.assert_close(found.x / scale, expected.x / scale, rtol=1e-3, atol=0)
-        (counted,) = settings.solve_with_relative_damping(0.3, curvature, rhs.double())
+        (counted,) = solve_with_relative_damping(settings, 0.3, curvature, rhs.double())
         assert counted.hvps == objective.space.size + 1
         assert counted.examples == len(train) * counted.hvps
-        (without,) = settings.solve(matrix, rhs)
+        (without,) = solve(settings, matrix, rhs)
         assert without.damping == 0
         assert without.x.norm() > 1.5 * (found.x / scale).norm()
 

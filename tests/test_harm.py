@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gif.callback
 from lightning_gif import ConfigurationError, ConvergenceError, GIFCallback, GIFWarning, attach
+from lightning_gif.curvature.solve import newton, solve
 from lightning_gif.data.examples import Examples
 from lightning_gif.data.structure import batch_size, map_tensors, slice_batch, tensors
 from lightning_gif.errors import BatchError, ConvergenceWarning
@@ -643,18 +644,18 @@ def test_a_solve_that_met_negative_curvature_is_not_taken_for_converged(rtol: fl
     assert cg(Matrix(INDEFINITE), rhs, rtol=1e-6, max_iter=50).status is Status.INDEFINITE
     words = r"'indefinite'.*curvature is not positive.*solver='lsmr'.*unconverged='ignore'"
     with pytest.raises(ConvergenceError, match=words):
-        settings.solve(Matrix(INDEFINITE), rhs)
+        solve(settings, Matrix(INDEFINITE), rhs)
     with pytest.warns(ConvergenceWarning, match=words):
-        dataclasses.replace(settings, unconverged="warn").solve(Matrix(INDEFINITE), rhs)
+        solve(dataclasses.replace(settings, unconverged="warn"), Matrix(INDEFINITE), rhs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dataclasses.replace(settings, unconverged="ignore").solve(Matrix(INDEFINITE), rhs)
+        solve(dataclasses.replace(settings, unconverged="ignore"), Matrix(INDEFINITE), rhs)
 
 
 def test_a_newton_step_may_end_where_curvature_is_negative() -> None:
     rhs = torch.ones(INDEFINITE.shape[0], dtype=torch.float64)
     settings = GIFCallback(rtol=1e-6, max_iter=50, unconverged="raise").settings
-    solution, _ = settings.newton(Matrix(INDEFINITE), rhs, 0.0)
+    solution, _ = newton(settings, Matrix(INDEFINITE), rhs, 0.0)
     assert solution.status is Status.INDEFINITE
     expected, _ = truncated_newton(Matrix(INDEFINITE), rhs, damping=0.0, relative=0.0, rtol=1e-6, max_iter=50)
     assert torch.equal(solution.x, expected.x)

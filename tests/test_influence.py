@@ -25,8 +25,10 @@ from lightning_gif import (
     GIFWarning,
     InfluenceReport,
     attach,
+    defaults,
 )
-from lightning_gif.attribution import influence as influence_module
+from lightning_gif.curvature import memory
+from lightning_gif.curvature.by_solver import SolverInverse
 from lightning_gif.data.batch import Batch
 from lightning_gif.data.examples import Examples
 from lightning_gif.objective.objective import Objective
@@ -340,7 +342,7 @@ def test_a_solve_that_does_not_converge_warns_or_raises_as_asked() -> None:
     with pytest.raises(ConvergenceError, match="'max_iter'") as told:
         trainer.influence(query, method="gif", max_iter=2, unconverged="raise")
     assert "solver='lsmr'" not in str(told.value)  # which it was
-    with pytest.raises(ConvergenceError, match="or take solver='lsmr'"):
+    with pytest.raises(ConvergenceError, match="or use solver='lsmr'"):
         trainer.influence(query, method="gif", solver="cgls", max_iter=2, unconverged="raise")
 
 
@@ -515,7 +517,7 @@ def test_many_queries_with_a_discrepancy_are_solved_by_a_solver_that_stops_there
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_self_influence_is_each_gradient_in_the_inverse_curvature(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_gif.config._EXACT", 1024 if exact else 1)
+    monkeypatch.setattr(defaults, "DENSE_PARAMETERS", 1024 if exact else 1)
     module, dataset = Classifier().double(), blobs(60)
     report = open_trainer(module, dataset, max_iter=83, batch_size=7).self_influence()
     assert report.scores.shape == (1, 60)
@@ -528,14 +530,14 @@ def test_a_sketch_of_small_rank_overestimates_self_influence_and_keeps_its_order
     trainer, _, _ = fitted()
     exact = trainer.self_influence().scores[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_gif.config._EXACT", 1)
+        patch.setattr(defaults, "DENSE_PARAMETERS", 1)
         rough = trainer.self_influence(max_iter=20).scores[0]
     assert (rough > 0.999 * exact).all()
     assert torch.corrcoef(torch.stack([rough.argsort().argsort(), exact.argsort().argsort()]).double())[0, 1] > 0.9
 
 
 def test_the_sketch_for_self_influence_has_rank_64_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_gif.config._EXACT", 1)
+    monkeypatch.setattr(defaults, "DENSE_PARAMETERS", 1)
     trainer, _, _ = fitted()
     report = trainer.self_influence()
     assert report.settings["max_iter"] == 64
@@ -620,7 +622,7 @@ def test_scores_in_a_file_go_on_where_they_were_interrupted(tmp_path: Any, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "directional_derivatives", counted)
-        patch.setattr("lightning_gif.attribution.influence._solve", no_solve)
+        patch.setattr(SolverInverse, "fit", no_solve)
         report = trainer.influence(query, **options, scores_to=tmp_path / "scores")
     assert sum(seen) + sum(left) == len(dataset)
     assert torch.equal(report.scores, expected.scores)
@@ -632,7 +634,7 @@ def test_scores_in_a_file_go_on_where_they_were_interrupted(tmp_path: Any, monke
         assert len(file.get_tensor("directions")) == 0  # what is told of the solves is still there
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_gif.attribution.influence._solve", no_solve)
+        patch.setattr(SolverInverse, "fit", no_solve)
         finished = trainer.influence(query, **options, scores_to=tmp_path / "scores")
     assert torch.equal(finished.scores, expected.scores)
     assert finished.solution.summary()["hvps"] == expected.solution.hvps
@@ -645,13 +647,13 @@ def test_damaged_scores_of_a_finished_call_are_solved_for_again(tmp_path: Any, m
     content = bytearray((tmp_path / "scores" / "scores.bin").read_bytes())
     content[8] ^= 1
     (tmp_path / "scores" / "scores.bin").write_bytes(content)
-    solve, solved = influence_module._solve, list[int]()
+    fit, solved = SolverInverse.fit, list[int]()
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         solved.append(1)
-        return solve(*args, **kwargs)
+        return fit(*args, **kwargs)
 
-    monkeypatch.setattr("lightning_gif.attribution.influence._solve", counted)
+    monkeypatch.setattr(SolverInverse, "fit", counted)
     with pytest.warns(GIFWarning, match="1 of 48 examples in .* are damaged"):
         assert torch.equal(trainer.influence(query, scores_to=tmp_path / "scores").scores, expected)
     assert torch.equal(trainer.influence(query, scores_to=tmp_path / "scores").scores, expected)
@@ -675,25 +677,25 @@ def test_states_that_were_solved_for_are_not_solved_for_again(tmp_path: Any, mon
     query = batch_of(dataset, slice(0, 3))
     options: dict[str, Any] = {"per_example": True, "snapshots": True}
     expected = trainer.influence(query, **options)
-    solve, solved = influence_module._solve, list[int]()
+    fit, solved = SolverInverse.fit, list[int]()
 
     def fragile(*args: Any, **kwargs: Any) -> Any:
         if len(solved) == 1:
             raise KeyboardInterrupt
         solved.append(1)
-        return solve(*args, **kwargs)
+        return fit(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_gif.attribution.influence._solve", fragile)
+        patch.setattr(SolverInverse, "fit", fragile)
         with pytest.raises(KeyboardInterrupt):
             trainer.influence(query, **options, scores_to=tmp_path / "scores")
     again = list[int]()
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         again.append(1)
-        return solve(*args, **kwargs)
+        return fit(*args, **kwargs)
 
-    monkeypatch.setattr("lightning_gif.attribution.influence._solve", counted)
+    monkeypatch.setattr(SolverInverse, "fit", counted)
     report = trainer.influence(query, **options, scores_to=tmp_path / "scores")
     assert len(again) == len(expected.settings["snapshots"]) > 0  # of these and the present state the first was there
     assert torch.equal(report.scores, expected.scores)
@@ -845,7 +847,7 @@ def test_scores_that_take_much_of_the_memory_go_to_a_folder_that_is_gone_on_with
     query = batch_of(dataset, slice(0, 3))
     expected = trainer.influence(query, memory=0.0)
     assert not list(tmp_path.glob("lightning_gif_scores/*"))
-    monkeypatch.setattr("lightning_gif.config._ALWAYS_IN_MEMORY", 8 * len(dataset) - 1)
+    monkeypatch.setattr(memory, "ALWAYS_IN_MEMORY", 8 * len(dataset) - 1)
     kept = trainer.influence(query, memory=0.0, keep=10)
     assert not list(tmp_path.glob("lightning_gif_scores/*"))
     found = trainer.influence(query, memory=0.0)

@@ -15,6 +15,7 @@ from lightning_gif.curvature.products import hessian
 from lightning_gif.curvature.sampling import curvature_sample
 from lightning_gif.curvature.streaming import Curvature
 from lightning_gif.data.examples import Examples
+from lightning_gif.defaults import sample_size
 from lightning_gif.objective.objective import Objective
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
@@ -146,7 +147,7 @@ def test_the_forgotten_examples_are_not_among_the_curvature_examples() -> None:
 
 def test_fewer_examples_give_the_curvature_where_a_class_is_forgotten_unless_a_number_is_given() -> None:
     settings = GIFCallback().settings
-    assert (settings.sample_size(), settings.sample_size(without_a_class=True)) == (2048, 1024)
+    assert (sample_size(settings), sample_size(settings, class_removal=True)) == (2048, 1024)
     for given in (3000, None):
         settings = GIFCallback(curvature_examples=given).settings
-        assert settings.sample_size() == settings.sample_size(without_a_class=True) == given
+        assert sample_size(settings) == sample_size(settings, class_removal=True) == given

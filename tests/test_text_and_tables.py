@@ -13,7 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gif import GIFCallback, GIFWarning
+from lightning_gif.curvature.solve import open_curvature
 from lightning_gif.data.examples import Examples
+from lightning_gif.defaults import for_influence
 from lightning_gif.objective.objective import Objective
 
 from .conftest import make_trainer, weights
@@ -159,7 +161,8 @@ def test_default_scores_are_those_of_the_damped_gauss_newton_matrix(name: str) -
         together = Examples.from_loader(loader, objective.prepare, batch_size=60)
         objective.learn_structure(singles)
         gradients = objective.query_gradients(singles, per_example=True)
-        curvature = GIFCallback().settings.for_influence(ggn=True, on_targets=False).open_curvature(objective, together)
+        settings = for_influence(GIFCallback().settings, ggn=True, on_targets=False)
+        curvature = open_curvature(settings, objective, together)
         matrix = curvature.matvec(torch.eye(objective.space.size, dtype=torch.float64))
     directions = torch.linalg.solve(matrix + damping * torch.eye(len(matrix)), gradients[:7].mean(0))
     exact = (gradients @ directions)[None] / 59

@@ -30,9 +30,9 @@ from lightning_gif import (
     UnlearnReport,
     attach,
 )
-from lightning_gif.config import Settings
 from lightning_gif.data.examples import Examples
 from lightning_gif.objective.objective import Objective
+from lightning_gif.unlearning import problem
 from lightning_gif.unlearning.advice import warn_cost, warn_refreshed_statistics
 from lightning_gif.unlearning.problem import ModelEditProblem
 from lightning_gif.unlearning.protocol import Goal, LocalModel, Point, Walk
@@ -1768,14 +1768,14 @@ def test_while_most_of_a_class_is_remembered_half_of_the_examples_give_the_curva
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looked_at: list[int] = []
-    original = Settings.open_curvature
+    original = problem.open_curvature
 
-    def noted(self: Settings, objective: Any, examples: Any, *args: Any, **options: Any) -> Any:
+    def noted(settings: Any, objective: Any, examples: Any, *args: Any, **options: Any) -> Any:
         looked_at.append(len(examples))
-        return original(self, objective, examples, *args, **options)
+        return original(settings, objective, examples, *args, **options)
 
     trainer, _, _ = fitted(dataset=blobs(1200), max_epochs=4)
-    monkeypatch.setattr(Settings, "open_curvature", noted)
+    monkeypatch.setattr(problem, "open_curvature", noted)
     edit = trainer.unlearn(lambda batch: batch[1] == 1, dry_run=True)
     assert edit.goal is Goal.CLASS
     assert edit.path[0].remembered > 0.5

@@ -1,43 +1,106 @@
-"""The damped inverse of the curvature, applied to gradients."""
+"""The seam at which scores meet the damped inverse of the curvature, whatever computes it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
-import torch
+from torch import Tensor
 
 from ..config import Settings
 from ..data.examples import Examples
+from ..errors import ConfigurationError
 from ..objective.objective import Objective
-from ..solvers import LinearOperator, require_finite
-from ..solvers.vectors import norms
-from .sampling import curvature_sample
-from .streaming import Curvature
+from ..registry import Registry
+from ..solvers import Solution
+from .methods import Method
 
-# Damping as a share of the largest eigenvalue, see benchmarks/README.md, and products that estimate that.
-_DAMPING, _POWER_STEPS = 1e-3, 3
+__all__ = ["INVERSES", "InverseCurvature"]
 
 
-def damped_curvature(
-    objective: Objective, train: Examples, settings: Settings, weight_decay: float, on_product: Callable[[], Any]
-) -> tuple[Curvature, float]:
-    """The curvature over a sample of the training examples, and the damping: as it is given, or measured."""
-    examples = curvature_sample(objective, train, settings.sample_size(), settings.curvature_sampling, settings.seed)
-    examples = examples.cached(settings.bytes_to_keep(objective))
-    curvature = settings.open_curvature(objective, examples, weight_decay=weight_decay, on_product=on_product)
-    return curvature, _damping(curvature, settings.seed) if settings.damping is None else settings.damping
+class InverseCurvature(ABC):
+    """The damped inverse of the curvature at an objective's present parameters.
+
+    A subclass is found by the solver name under which it is registered in :data:`INVERSES`. What it computes with
+    several processes must be the same on all of them; only the function that :meth:`quadratic` returns is called by
+    each process for its own examples.
+
+    Attributes:
+        damping: ``λ`` as it was given or measured, which a report has.
+        block_size: How many gradients :meth:`ihvp` should get at once; ``None`` for all, as they share the work.
+    """
+
+    damping: float
+    block_size: int | None
+
+    @classmethod
+    @abstractmethod
+    def fit(
+        cls,
+        objective: Objective,
+        train: Examples,
+        settings: Settings,
+        method: Method,
+        positions: Tensor,
+        *,
+        on_product: Callable[[], Any] = lambda: None,
+    ) -> Self:
+        """Samples the training examples, opens their curvature, and measures the damping where none was given.
+
+        Args:
+            objective: An open objective.
+            train: The training examples.
+            settings: Curvature, solver and their parameters.
+            method: Which rows and columns of the curvature are inverted.
+            positions: The target parameters ``S``, ``(k,)``.
+            on_product: Called at each product of the curvature with a vector, to show progress.
+
+        Raises:
+            NonFiniteError: If a product is not finite.
+        """
+
+    @abstractmethod
+    def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
+        """The iHVPs of query gradients: vectors ``w`` with ``wᵀg = q[S]ᵀ x(g)``, see :meth:`Method.query`.
+
+        Warns of solves that did not converge.
+
+        Args:
+            gradients: ``(q, p)``.
+
+        Returns:
+            The iHVPs ``(q, p)``, and how the solve for each went.
+
+        Raises:
+            ObjectiveError: If a gradient is zero on all target parameters.
+            ConvergenceError: If a solve diverged, or did not converge and ``unconverged="raise"``.
+            NonFiniteError: If it met a non-finite number.
+        """
+
+    def quadratic(self) -> Callable[[Tensor], Tensor]:
+        """The quadratic form ``g ↦ g[S]ᵀ(C[S, S] + λ)⁻¹g[S]``, ``(m, p) → (m,)``, which takes no further products.
+
+        Raises:
+            ConfigurationError: If this inverse has no such form, or not with this curvature or damping.
+        """
+        raise ConfigurationError(
+            f"{type(self).__name__} has no quadratic form, which self-influence is made of. Use another solver."
+        )
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What a report calls this inverse."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """How the curvature was computed, in plain values for a report.
+
+        Warns if all products with the curvature were exactly zero.
+        """
 
 
-def _damping(curvature: LinearOperator, seed: int) -> float:
-    """A share of the curvature's largest eigenvalue, in its unit, as a few power iterations show it from below."""
-    vector = torch.randn(curvature.shape[0], generator=torch.Generator().manual_seed(seed), dtype=curvature.dtype)
-    vector, size = vector.to(curvature.device), 0.0
-    for _ in range(_POWER_STEPS):
-        length = float(norms(vector))
-        if not length:
-            return 0.0
-        vector = curvature.matvec(vector / length)
-        require_finite(vector, "The product of the curvature with a vector")
-        size = float(norms(vector))
-    return _DAMPING * size
+INVERSES: Registry[type[InverseCurvature]] = Registry("inverse curvature")
+"""Inverses by the name of the solver that chooses them; any other solver is run by
+:class:`~lightning_gif.curvature.by_solver.SolverInverse`."""

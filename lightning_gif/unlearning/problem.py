@@ -13,11 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Settings
+from ..curvature.memory import bytes_to_keep
 from ..curvature.methods import Group, Method, Solve
 from ..curvature.products import Losses
+from ..curvature.solve import (
+    describe,
+    newton,
+    open_curvature,
+    solve,
+    solve_with_relative_damping,
+    warn_unconverged,
+)
 from ..curvature.streaming import Curvature
 from ..data.batch import Batch
 from ..data.examples import Examples
+from ..defaults import for_relinearised_step, sample_size
 from ..errors import ConfigurationError, NonFiniteError, ObjectiveError
 from ..objective.objective import Objective
 from ..solvers import LinearOperator, Solution
@@ -226,8 +236,8 @@ class ModelEditProblem:
             return []
         ranked = QuantileMatchingLoss(objective, groups, float(lacking[short].square().mean().sqrt()))
         settings = self._settings
-        these = task.forget.subset(short.cpu()).sample(settings.sample_size(), settings.seed)
-        these = these.cached(settings.bytes_to_keep(objective) / 4)
+        these = task.forget.subset(short.cpu()).sample(sample_size(settings), settings.seed)
+        these = these.cached(bytes_to_keep(settings, objective) / 4)
         weight = _EXAMPLES_WEIGHT * task.share * len(short) / len(task.forget)
         return [RiskTerm(weight, these, these, curved, OutputLoss(objective.losses, ranked.sum))]
 
@@ -442,7 +452,7 @@ class ModelEditProblem:
             recalled = Solution.of_record(told.solution)
             if not all(map(math.isfinite, (told.slope, told.bend, told.damping))) or told.damping <= 0:
                 raise ValueError(f"it tells of slope {told.slope}, bend {told.bend} and damping {told.damping}")
-        self._settings.warn_unconverged([recalled])
+        warn_unconverged(self._settings, [recalled], is_newton=told.newton)
         self.solutions.append(recalled)
         self._changes.append(change.to(self._objective.theta))
         self.description, self._damping = self.description or told.curvature, told.damping
@@ -461,13 +471,13 @@ class ModelEditProblem:
     def _solve_answer(self) -> tuple[LocalModel, bool]:
         objective, task, settings = self._objective, self._task, self._settings
         with objective.progress("Hessian products") as bar:
-            opened = partial(settings.open_curvature, objective, on_product=bar.update)
+            opened = partial(open_curvature, settings, objective, on_product=bar.update)
             curvature = opened(task.sample)
             new = None if task.amended is None else opened(task.amended, keep=False)
             group = Group(task.share / (1 + task.share), opened(task.judged, keep=False), new)
-            bend = self._take(curvature, self._gradient, settings.solve, group)
+            bend = self._take(curvature, self._gradient, partial(solve, settings), group)
             curvature.warn_if_zero()
-            self.description = self.description or settings.describe(curvature)
+            self.description = self.description or describe(settings, curvature)
         slope = self._decay * objective.theta
         for term in self._terms:
             of_term = objective.gradient(term.measured, loss_sum=term.losses.loss_sum)
@@ -486,11 +496,11 @@ class ModelEditProblem:
                 slope = slope + term.weight * (of_term if term.left_seen is None else of_term - term.left_seen)
                 curved = math.ceil(_FAR_SHARE * term.curved) if far and self.goal is Goal.CLASS else term.curved
                 part = term.seen.sample(curved, settings.seed + len(self._changes))
-                part = part.cached(settings.bytes_to_keep(objective) / 4)
+                part = part.cached(bytes_to_keep(settings, objective) / 4)
                 losses = term.bound if term.bound is not None and self._changes and far else term.losses
                 decay = 0.0 if curvatures else self._decay  # of the whole risk, in the first term, whose weight is 1
-                curvature = steps.open_curvature(
-                    objective, part, there, losses=losses, weight_decay=decay, on_product=bar.update
+                curvature = open_curvature(
+                    steps, objective, part, there, losses=losses, weight_decay=decay, on_product=bar.update
                 )
                 curvatures.append((term.weight, curvature))
                 if gradients is not None:
@@ -504,14 +514,16 @@ class ModelEditProblem:
                 behind = len(self._changes) - len(at.steps)
                 behind -= self._answer is not None and self._answer[0] >= len(at.steps)
                 relative = _LABELS_DAMPING * _AFTER_NOTHING**behind
-                solve = partial(steps.solve_with_relative_damping, relative) if self._convex else steps.solve
-                bend = self._take(whole, -slope, solve, units=units)
-            self.description = self.description or steps.describe(curvatures[0][1])
+                solver = (
+                    partial(solve_with_relative_damping, steps, relative) if self._convex else partial(solve, steps)
+                )
+                bend = self._take(whole, -slope, solver, units=units)
+            self.description = self.description or describe(steps, curvatures[0][1])
         return LocalModel(float(slope[self.positions] @ self._changes[-1]), bend), newton
 
     @property
     def _for_relinearised_step(self) -> Settings:
-        return self._settings.for_relinearised_step(labels=self.goal is Goal.LABELS, convex=self._convex)
+        return for_relinearised_step(self._settings, labels=self.goal is Goal.LABELS, convex=self._convex)
 
     @property
     def _convex(self) -> bool:
@@ -594,7 +606,7 @@ class ModelEditProblem:
                 self._damping /= _ADAPT
         units = units[self.positions]
         matrix = Scaled(Submatrix(curvature, self.positions, self.positions), units, rows=True)
-        solution, bend = self._for_relinearised_step.newton(matrix, units * gradient[self.positions], self._damping)
+        solution, bend = newton(self._for_relinearised_step, matrix, units * gradient[self.positions], self._damping)
         self._changes.append(units * solution.x)
         self.solutions.append(solution)
         return bend

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ..config import Settings
+from ..curvature.memory import bytes_to_keep
 from ..curvature.sampling import curvature_sample
 from ..data.examples import Examples
 from ..data.identity import locate
 from ..data.targets import find_targets
+from ..defaults import sample_size
 from ..errors import BatchError, TrainingDataError
 from ..objective.objective import Objective
 from ..reporting.notes import warn_and_note
@@ -82,8 +84,8 @@ class Task:
         else:
             goal, predicted = Goal.LABELS, objective.n_classes(corrected)
             gone = None if predicted is None else torch.zeros(predicted, dtype=torch.bool, device=objective.device)
-        memory, seed = settings.bytes_to_keep(objective) / 4, settings.seed
-        count = settings.sample_size(without_a_class=goal is Goal.CLASS)
+        memory, seed = bytes_to_keep(settings, objective) / 4, settings.seed
+        count = sample_size(settings, class_removal=goal is Goal.CLASS)
         measured = _MEASURED if count is None else min(count, _MEASURED)
         sample = curvature_sample(objective, retained, count, settings.curvature_sampling, seed)
         # A solve lowers the loss of the examples that it sees more than that of others like them, so steps are measured

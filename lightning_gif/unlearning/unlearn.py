@@ -91,7 +91,7 @@ def unlearn(
         TrainingDataError: If nothing would be retained.
         ObjectiveError: If the loss of the examples does not depend on the targets.
         NonFiniteError: If a loss, a gradient, a product or a new weight is not finite.
-        ConvergenceError: See :meth:`~lightning_gif.config.Settings.solve`.
+        ConvergenceError: See :func:`~lightning_gif.curvature.solve.solve`.
     """
     start = time.perf_counter()
     notes: list[str] = []

@@ -1,0 +1,55 @@
+"""How many bytes a computation may keep. Memory decides how fast results are there, never what they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from ..config import Settings
+from ..distributed import ProcessGroup
+from ..objective.objective import Objective
+
+__all__ = ["bytes_to_keep", "free_memory", "is_large"]
+
+# Less than this many bytes are kept in memory, however little of it is free.
+ALWAYS_IN_MEMORY = 2**26
+
+# The share of the free memory that may be kept: the passes of a computation need the rest.
+_SHARE = 1 / 4
+
+
+def bytes_to_keep(settings: Settings, objective: Objective) -> float:
+    """How many bytes of batches, and again of first passes, a process may keep between products.
+
+    Half of ``memory`` each; if that is ``None``, of a quarter of the free memory: of this process's share of it, and no
+    more than any other process may keep.
+    """
+    return _half(settings, objective.device, objective.processes)
+
+
+def is_large(settings: Settings, size: float, processes: ProcessGroup) -> bool:
+    """Whether ``size`` bytes of results belong in a file rather than in the CPU's memory."""
+    return size > max(_half(settings, torch.device("cpu"), processes), ALWAYS_IN_MEMORY)
+
+
+def _half(settings: Settings, device: torch.device, processes: ProcessGroup) -> float:
+    if settings.memory is not None:
+        return settings.memory * 2**30 / 2
+    free = free_memory(device)
+    own = free if device.type == "cuda" else free / processes.here
+    return min(processes.gather(own)) * _SHARE / 2
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device; on the CPU those of the machine, or of the container if that has fewer."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    available = float(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return available if limit == "max" else min(available, float(limit) - float(used))
+    except (OSError, ValueError):  # another system, or another version of control groups
+        return available

@@ -1,0 +1,215 @@
+"""The curvature and the linear systems of one solve, as the settings describe them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor
+
+from .. import defaults
+from .._compat import rank_zero_warn
+from ..config import Settings
+from ..data.examples import Examples
+from ..errors import ConfigurationError, ConvergenceError, ConvergenceWarning
+from ..objective.objective import Objective
+from ..solvers import SOLVERS, LinearOperator, Solution, Status, require_finite, spectrum, truncated_newton
+from ..solvers.vectors import norms
+from .memory import bytes_to_keep
+from .products import CURVATURES, Losses
+from .streaming import Curvature
+
+__all__ = ["describe", "newton", "open_curvature", "solve", "solve_with_relative_damping", "warn_unconverged"]
+
+
+_ADVICE = {
+    Status.MAX_ITER: (
+        "The solution is a regularised one: directions of small curvature are not followed to their end. Raise"
+        " `max_iter` or `damping`"
+    ),
+    Status.INDEFINITE: (
+        "The solve ended where the curvature is not positive, and its last iterate need not be near a solution. Use"
+        " solver='lsmr', which takes any curvature, or curvature='ggn', or raise `damping`"
+    ),
+    Status.STALLED: "More iterations do not help, since rounding decides: use double=True, or a `damping` above 0",
+}
+
+
+def open_curvature(
+    settings: Settings,
+    objective: Objective,
+    examples: Examples,
+    theta: Tensor | None = None,
+    *,
+    losses: Losses | None = None,
+    weight_decay: float | None = None,
+    keep: bool = True,
+    on_product: Callable[[], Any] = lambda: None,
+) -> Curvature:
+    """The curvature of the mean loss over examples.
+
+    Args:
+        settings: The kind of curvature, weight decay and memory.
+        objective: An open objective.
+        examples: The examples.
+        theta: The parameters ``(p,)`` at which it is taken; by default the present ones.
+        losses: Another function of the examples than the objective's loss.
+        weight_decay: Another weight decay than that of the settings.
+        keep: Whether first passes may be kept between products, within ``memory``.
+        on_product: Called at each product.
+    """
+    return Curvature(
+        CURVATURES[defaults.curvature(settings)](losses or objective),
+        objective.theta if theta is None else theta,
+        examples,
+        weight_decay=float(settings.weight_decay if weight_decay is None else weight_decay),
+        memory=bytes_to_keep(settings, objective) if keep else 0.0,
+        on_product=on_product,
+    )
+
+
+def describe(settings: Settings, curvature: Curvature) -> dict[str, Any]:
+    """The kind of a curvature, its counts of products and passes, and its extreme eigenvalues if they were asked for.
+
+    Only plain values, for a report.
+    """
+    eigenvalues: dict[str, Any] = {}
+    if settings.eigenvalues:
+        eigenvalues = asdict(spectrum(curvature, settings.eigenvalues, seed=settings.seed))
+    return {"kind": defaults.curvature(settings), **curvature.summary(), **eigenvalues}
+
+
+def solve(settings: Settings, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
+    """Runs the chosen solver.
+
+    Args:
+        settings: The solver and its parameters. Without an ``rtol`` it is asked for a number of iterations alone.
+        operator: ``B``, ``(rows, cols)``.
+        rhs: ``(rows,)``, or several as columns ``(rows, q)``.
+
+    Returns:
+        A solution for each right-hand side.
+
+    Raises:
+        ConvergenceError: If a solve did not converge and ``unconverged="raise"``, or if it diverged.
+        NonFiniteError: If it met a non-finite number.
+        ConfigurationError: If the solver is not made for the operator, or did not give a solution of the right shape
+            for each right-hand side.
+    """
+    result = SOLVERS[settings.solver](
+        operator,
+        rhs,
+        damping=float(settings.damping or 0.0),
+        rtol=defaults.rtol(settings),
+        max_iter=defaults.max_iter(settings),
+        seed=settings.seed,
+        discrepancy=settings.discrepancy,
+    )
+    solutions = result if isinstance(result, list) else [result]
+    expected = (operator.shape[1],)
+    if len(solutions) != (1 if rhs.ndim == 1 else rhs.shape[1]) or any(s.x.shape != expected for s in solutions):
+        raise ConfigurationError(
+            f"The solver {settings.solver!r} must give one solution of shape {expected} for each of the right-hand"
+            f" sides {list(rhs.shape)}, a list of them for columns; it gave"
+            f" {[list(solution.x.shape) for solution in solutions]}."
+        )
+    for solution in solutions:
+        require_finite(solution.x, f"The solution of {settings.solver!r}")
+    warn_unconverged(settings, solutions)
+    return solutions
+
+
+def solve_with_relative_damping(
+    settings: Settings, relative: float, operator: LinearOperator, rhs: Tensor
+) -> list[Solution]:
+    """:func:`solve` for one right-hand side, with a measured damping if the settings have none.
+
+    Args:
+        settings: The solver and its parameters.
+        relative: The damping as a share of ``‖Bᵀb‖ / ‖b‖``, which takes one product.
+        operator: ``B``, ``(rows, cols)``.
+        rhs: ``b``, ``(rows,)``.
+
+    Raises:
+        ConvergenceError: See :func:`solve`.
+        NonFiniteError: Likewise.
+    """
+    if settings.damping is not None:
+        return solve(settings, operator, rhs)
+    before, length = (operator.products, operator.examples), float(norms(rhs))
+    scale = float(norms(operator.rmatvec(rhs))) / length if length else 0.0
+    products, examples = operator.products - before[0], operator.examples - before[1]
+    damping = relative * scale if math.isfinite(scale) else 0.0
+    solutions = solve(replace(settings, damping=damping), operator, rhs)
+    return [replace(one, hvps=one.hvps + products, examples=one.examples + examples) for one in solutions]
+
+
+def newton(settings: Settings, operator: LinearOperator, rhs: Tensor, relative: float) -> tuple[Solution, float]:
+    """A damped Newton step, see :func:`~lightning_gif.solvers.truncated_newton`.
+
+    Args:
+        settings: Its damping, tolerance and number of iterations.
+        operator: ``C``, ``(n, n)``, symmetric.
+        rhs: ``(n,)``.
+        relative: Further damping, as a share of ``‖C b‖ / ‖b‖``.
+
+    Returns:
+        The solution ``x``, and ``xᵀCx``.
+
+    Raises:
+        ConvergenceError: See :func:`solve`.
+        NonFiniteError: If it met a non-finite number.
+    """
+    solution, bend = truncated_newton(
+        operator,
+        rhs,
+        damping=float(settings.damping or 0.0),
+        relative=relative,
+        rtol=defaults.rtol(settings),
+        max_iter=defaults.max_iter(settings),
+    )
+    warn_unconverged(settings, [solution], is_newton=True)
+    return solution, bend
+
+
+def warn_unconverged(settings: Settings, solutions: list[Solution], *, is_newton: bool = False) -> None:
+    """Warns of solves that did not reach the ``rtol`` that was asked for, or that met negative curvature.
+
+    Negative curvature ends a solve before its last iteration, so it counts without an ``rtol`` as well. A Newton step
+    ends there by design (Nocedal and Wright, *Numerical Optimization*, 2nd ed., algorithm 7.1): the iterate before is a
+    descent direction, and the losses decide on its step size.
+
+    Args:
+        settings: What was asked for, and what to do about it.
+        solutions: Of one or several right-hand sides.
+        is_newton: Whether they are Newton steps.
+
+    Raises:
+        ConvergenceError: Instead of the warning, with ``unconverged="raise"``.
+    """
+
+    def falls_short(solution: Solution) -> bool:
+        if solution.status is Status.INDEFINITE:
+            return not is_newton
+        return settings.rtol is not None and not solution.converged
+
+    short = [solution for solution in solutions if falls_short(solution)]
+    if not short or settings.unconverged == "ignore":
+        return
+    worst = max(short, key=lambda solution: solution.residual)
+    several = f" ({len(short)} of {len(solutions)} queries; this is the worst)" if len(solutions) > 1 else ""
+    advice = _ADVICE[worst.status]
+    if worst.status is Status.MAX_ITER and not is_newton and worst.solver != defaults.LEAST_SQUARES:
+        advice += f", or use solver={defaults.LEAST_SQUARES!r}"
+    asked = "no rtol was given" if settings.rtol is None else f"rtol is {settings.rtol:g}"
+    larger = "" if worst.status is Status.INDEFINITE else "a larger `rtol` or "
+    message = (
+        f"The {worst.solver} solve ended as {str(worst.status)!r} with a relative residual of {worst.residual:.2g}"
+        f" after {worst.iterations} iterations ({worst.hvps} Hessian-vector products){several}; {asked}. {advice}, or"
+        f" accept the solution by {larger}unconverged='ignore'."
+    )
+    if settings.unconverged == "raise":
+        raise ConvergenceError(message)
+    rank_zero_warn(message, category=ConvergenceWarning)

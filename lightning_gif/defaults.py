@@ -1,0 +1,205 @@
+"""What ``"auto"`` and ``None`` mean, and which names are known. Benchmarks are those of ``benchmarks/README.md``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .config import AUTO, Settings
+from .curvature.inverse import INVERSES
+from .curvature.methods import METHODS
+from .curvature.products import CURVATURES
+from .curvature.sampling import SAMPLERS
+from .selection import check_selector, is_name
+from .solvers import SOLVERS
+
+__all__ = [
+    "check_names",
+    "curvature",
+    "for_influence",
+    "for_relinearised_step",
+    "for_unlearning",
+    "is_sketch",
+    "max_iter",
+    "needs_no_cache",
+    "requires_symmetric_psd",
+    "rtol",
+    "sample_size",
+    "shares_products",
+]
+
+
+# The solvers for least squares, for a symmetric curvature, and for many queries that share it. "Products to a
+# residual": LSMR takes the fewest products. "Scores that predict retraining": the sketch (LDS 0.563, 13 products a
+# query) is level with conjugate gradients for each query (0.556, 20 products).
+LEAST_SQUARES, SYMMETRIC, SKETCH = "lsmr", "cg", "nystrom"
+
+# Relative residual of the least squares of "gif" for scores. "What the tolerance buys for influence": LDS 0.071 at 1e-2
+# and 21 products, 0.121 at 1e-3 and 78, 0.175 at 1e-4 and 376, which 200 iterations do not reach for two queries in
+# five.
+INFLUENCE_RTOL = 1e-3
+
+# Damping of scores as a share of the largest eigenvalue, and the power iterations that estimate that. "Scores that
+# predict retraining": on the MLP this is 0.061 (LDS 0.563; 0.577 at half of it, 0.545 at 0.1), and the CNN is best with
+# more (0.35 at 0.3, 0.29 at 0.03).
+RELATIVE_DAMPING, POWER_ITERATIONS = 1e-3, 3
+
+# Examples that give the curvature. "Scores that predict retraining": `curvature_examples=512` costs 0.031 of LDS, all
+# examples gain 0.007, which is noise. "Every class forgotten": half as many save a fifth of the time where a class is
+# removed, and cost 0.02 to 0.06 points of accuracy.
+CURVATURE_EXAMPLES, CURVATURE_EXAMPLES_OF_CLASS_REMOVAL = 2048, 1024
+
+# Iterations of conjugate gradients for scores. "Scores that predict retraining": LDS 0.386 at 5, 0.517 at 10, 0.556 at
+# 20. More iterations follow the noise of the sample that the curvature is taken over.
+INFLUENCE_ITERATIONS = 20
+
+# Queries from which on they share a sketch: at 20 iterations each, these take more products than a sketch of rank 256.
+SKETCH_QUERIES = 13
+
+# The rank of that sketch, and the smallest `max_iter` that is taken for one. "Scores that predict retraining": LDS
+# 0.563 at 512, 0.549 at 128, 0.507 at 64.
+SKETCH_RANK, LEAST_SKETCH_RANK = 512, 64
+
+# The rank of the sketch for self-influence. "Wrong labels found": AUC 0.972 on both networks at 64; 0.968 and 0.973 at
+# 512, in seven times as long.
+SELF_INFLUENCE_RANK = 64
+
+# Iterations of a solve without an `rtol`, and the most towards one. "What the settings of an edit buy": with 2
+# iterations a class is not forgotten, and 20 of each solve take three times as many products for a retained loss of
+# 0.065 instead of 0.067.
+ITERATIONS, MOST_ITERATIONS = 10, 200
+
+# Iterations of a solve that is followed by others, at the weights to which it leads. "What the settings of an edit
+# buy", row `max_iter=5`; for label correction "A backdoor repaired", row "eight iterations a solve".
+RELINEARISED_ITERATIONS, RELINEARISED_ITERATIONS_OF_LABELS = 5, 8
+
+# The residual that float32 can still tell from rounding: where none is asked for, a solve ends there before `max_iter`.
+LEAST_RTOL = 1e-4
+
+# Parameters up to which self-influence forms the curvature matrix, in as many products and at most 8 MiB.
+DENSE_PARAMETERS = 1024
+
+
+def check_names(settings: Settings) -> Settings:
+    """The same settings, once all names in them are known.
+
+    Raises:
+        ConfigurationError: For a name that is not registered, or a ``ratio`` that the selector does not take.
+    """
+    check_selector(settings.selector, settings.ratio)
+    for registry, name in ((METHODS, settings.method), (CURVATURES, settings.curvature)):
+        if name != AUTO:
+            registry[name]
+    if settings.solver != AUTO and settings.solver not in INVERSES:
+        SOLVERS[settings.solver]
+    SAMPLERS[settings.curvature_sampling]
+    return settings
+
+
+def requires_symmetric_psd(solver: str) -> bool:
+    """Whether a solver takes a symmetric operator without negative eigenvalues alone, and adds the damping to these."""
+    return solver in SOLVERS and getattr(SOLVERS[solver], "requires_symmetric_psd", solver in (SYMMETRIC, SKETCH))
+
+
+def shares_products(solver: str) -> bool:
+    """Whether a solver's products serve all right-hand sides, so that more of them cost no more."""
+    return solver in SOLVERS and getattr(SOLVERS[solver], "shares_products_across_rhs", solver == SKETCH)
+
+
+def is_sketch(solver: str) -> bool:
+    """Whether a solver has a low-rank approximation in the place of the curvature, and ``max_iter`` for its rank."""
+    return requires_symmetric_psd(solver) and shares_products(solver)
+
+
+def needs_no_cache(settings: Settings) -> bool:
+    """Whether the target parameters are the same whatever was seen in training."""
+    whole = settings.method != AUTO and not METHODS[settings.method].selects
+    return not is_name(settings.selector) or settings.selector == "random" or whole
+
+
+def for_unlearning(settings: Settings) -> Settings:
+    """The settings of an edit: method and solver are chosen.
+
+    Left open is what differs between the solves of an edit: the curvature and the number of iterations, see
+    :func:`for_relinearised_step`, and the damping, which is 0 or measured by
+    :func:`~lightning_gif.curvature.solve.solve_with_relative_damping`.
+    """
+    return replace(settings, method=_chosen(settings.method, "gif"), solver=_chosen(settings.solver, LEAST_SQUARES))
+
+
+def for_relinearised_step(settings: Settings, *, labels: bool, convex: bool) -> Settings:
+    """The settings of a solve that is followed by others, at the weights to which it leads.
+
+    Args:
+        settings: Those of the edit.
+        labels: Whether labels are corrected.
+        convex: Whether the loss is convex in the predictions, so that the Gauss–Newton matrix has no negative
+            eigenvalues; it is then taken where the curvature is left open.
+    """
+    chosen = replace(settings, curvature=_chosen(settings.curvature, "ggn" if convex else "hessian"))
+    iterations = RELINEARISED_ITERATIONS_OF_LABELS if labels else RELINEARISED_ITERATIONS
+    return replace(chosen, max_iter=iterations) if settings.max_iter is None and settings.rtol is None else chosen
+
+
+def for_influence(
+    settings: Settings, *, ggn: bool, on_targets: bool, queries: int = 1, rank: int = 0, itself: bool = False
+) -> Settings:
+    """The settings of scores: all is chosen but the damping, where that is to be measured.
+
+    Args:
+        settings: As they were given.
+        ggn: Whether the objective has a Gauss–Newton matrix.
+        on_targets: Whether scores are restricted to target parameters.
+        queries: The number of right-hand sides.
+        rank: The largest rank of a sketch that there is memory for.
+        itself: Whether each example is scored for itself.
+    """
+    method = _chosen(settings.method, "fif" if on_targets else "if")
+    square = METHODS[method].rows == METHODS[method].cols
+    matrix = _chosen(settings.curvature, "ggn" if square and ggn else "hessian")
+    # Where all queries together would take more products than a sketch that is as good.
+    most = min(rank, SKETCH_RANK, queries * INFLUENCE_ITERATIONS)
+    shared_rank = most if settings.max_iter is None else min(rank, settings.max_iter)
+    shared = shared_rank >= LEAST_SKETCH_RANK and queries >= SKETCH_QUERIES and settings.rtol is None
+    symmetric = SKETCH if shared else SYMMETRIC
+    solver = _chosen(settings.solver, symmetric if square and matrix == "ggn" else LEAST_SQUARES)
+    chosen = replace(settings, method=method, curvature=matrix, solver=solver)
+    if not square:  # the plain least squares of GIF, until they converge
+        tolerance = INFLUENCE_RTOL if settings.rtol is None else settings.rtol
+        return replace(chosen, damping=0.0 if settings.damping is None else settings.damping, rtol=tolerance)
+    if itself:  # by a sketch, whatever solves for queries
+        least = min(rank or SELF_INFLUENCE_RANK, SELF_INFLUENCE_RANK)
+        return replace(chosen, max_iter=settings.max_iter or least)
+    if settings.max_iter is None and settings.rtol is None and requires_symmetric_psd(solver):
+        return replace(chosen, max_iter=(shared_rank or SKETCH_RANK) if is_sketch(solver) else INFLUENCE_ITERATIONS)
+    return chosen
+
+
+def curvature(settings: Settings) -> str:
+    """The name of the curvature; the Hessian if it was left open to the end."""
+    return _chosen(settings.curvature, "hessian")
+
+
+def sample_size(settings: Settings, *, class_removal: bool = False) -> int | None:
+    """Over how many examples the curvature is taken, at most; ``None`` for all.
+
+    Args:
+        settings: As they were given.
+        class_removal: Whether these are the retained examples of a class removal.
+    """
+    if isinstance(settings.curvature_examples, str):
+        return CURVATURE_EXAMPLES_OF_CLASS_REMOVAL if class_removal else CURVATURE_EXAMPLES
+    return settings.curvature_examples
+
+
+def max_iter(settings: Settings) -> int:
+    """The most iterations of a solve."""
+    return settings.max_iter or (ITERATIONS if settings.rtol is None else MOST_ITERATIONS)
+
+
+def rtol(settings: Settings) -> float:
+    """The relative residual at which a solve ends."""
+    return LEAST_RTOL if settings.rtol is None else settings.rtol
+
+
+def _chosen(name: str, default: str) -> str:
+    return default if name == AUTO else name
