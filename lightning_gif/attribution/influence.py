@@ -21,6 +21,7 @@ from ..distributed import ProcessGroup
 from ..errors import ConfigurationError, GIFWarning, NonFiniteError
 from ..objective.objective import ModelState, Objective
 from ..parameters import Targets, state_digest
+from ..reporting.context import CallContext
 from ..solvers import Solution
 from ..storage.digests import Fingerprint, digest
 from .ranking import Strongest
@@ -51,6 +52,7 @@ def influence(
     keep: int | None = None,
     states: Mapping[int, Mapping[str, Tensor]] | None = None,
     k: int = 10,
+    context: CallContext | None = None,
 ) -> InfluenceReport:
     """Scores training examples for a query.
 
@@ -75,6 +77,7 @@ def influence(
         states: Earlier states of the module by epoch: scores are the mean of those with the present weights and with
             each of these, of which each has its own solve.
         k: How many proponents and opponents the report shows.
+        context: What the report knows of the trainer.
 
     Raises:
         BatchError: If the query is not structured as training batches are.
@@ -170,6 +173,7 @@ def influence(
         queries=first_shown(query),
         settings={**asdict(replace(settings, damping=solved[0].damping)), "snapshots": list(states or {})},
         seconds=time.perf_counter() - begin,
+        context=context or CallContext(),
     )
 
 

@@ -202,7 +202,7 @@ class ScoreStore:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """A file of zeros with its space on the disk reserved: a full disk would kill a process that writes to a map of it."""
+    """Makes a file of zeros and reserves its space: a full disk would kill a process that writes to a map of it."""
     try:
         with open(path, "wb") as file:
             file.truncate(size)

@@ -17,6 +17,7 @@ from ..data.examples import Examples
 from ..errors import ConfigurationError
 from ..objective.objective import Objective
 from ..parameters import Targets
+from ..reporting.context import CallContext
 from ..solvers.operators import Submatrix
 from .influence import require_finite_scores, warn_without_gradients
 from .report import InfluenceReport
@@ -33,6 +34,7 @@ def self_influence(
     among: Examples | None = None,
     states: Mapping[int, Mapping[str, Tensor]] | None = None,
     k: int = 10,
+    context: CallContext | None = None,
 ) -> InfluenceReport:
     """Scores each training example for itself: what removing it would do to its own loss.
 
@@ -51,6 +53,7 @@ def self_influence(
         states: Earlier states of the module by epoch: scores are the mean of those with the present weights and with
             each of these, of which each has its own curvature and damping.
         k: How many of either end the report shows.
+        context: What the report knows of the trainer.
 
     Raises:
         NonFiniteError: If a loss, gradient or product is not finite.
@@ -104,4 +107,5 @@ def self_influence(
         queries=[],
         settings={**asdict(replace(settings, damping=damping)), "snapshots": list(states or {})},
         seconds=time.perf_counter() - start,
+        context=context or CallContext(),
     )
