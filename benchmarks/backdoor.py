@@ -108,7 +108,7 @@ def main() -> None:
         edit, spent = timed(partial(trainer.unlearn, chosen.tolist(), relabel=labels[chosen], step=step, seed=seed))
         seconds = seconds or spent
         say(edit)
-        say(edit.steps, [round(point.risk, 4) for point in edit.path])
+        say(edit.step_sizes, [round(trial.risk, 4) for trial in edit.trials])
         show(f"edit, {step}" + f", draw {seed}" * (options.draws > 1), know(model, sets, spent))
         edit.undo()
 

@@ -12,7 +12,7 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "Finder", "forward"]
+__all__ = ["MOVED", "Finder", "forward", "renamed"]
 
 MOVED: dict[str, dict[str, str]] = {
     "checkpoints": {
@@ -139,6 +139,23 @@ def forward(module: str) -> Callable[[str], Any]:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return __getattr__
+
+
+def renamed(old: str, new: str) -> Any:
+    """The property for the old name of an attribute, which warns and gives the new one.
+
+    Args:
+        old: The old name with that of its class, for the warning.
+        new: The new name.
+    """
+
+    def get(self: Any) -> Any:
+        warnings.warn(
+            f"{old} is now called `{new}`. The old name goes with the next version.", DeprecationWarning, stacklevel=2
+        )
+        return getattr(self, new)
+
+    return property(get, doc=f"The old name of `{new}`.")
 
 
 class Finder(MetaPathFinder, Loader):

@@ -46,12 +46,14 @@ from .distributed import ProcessGroup
 from .errors import BatchError, ConfigurationError, GIFError, GIFWarning, RankError, SelectionError, TrainingDataError
 from .objective.objective import Objective
 from .parameters import Targets
+from .reporting.context import CallContext
 from .reporting.loggers import log_table
 from .selection import GradientStatistics, NeuronStatistics, select
 from .selection.snapshots import Snapshots
 from .storage.audit_log import check_whole, read
 from .storage.interrupts import uninterrupted
 from .unlearning.journal import Journal
+from .unlearning.record import EditContext
 from .unlearning.report import UnlearnReport
 from .unlearning.unlearn import Step, check_step, unlearn
 
@@ -353,8 +355,9 @@ class GIFCallback(Callback):
                 keep=keep,
                 states=states,
                 k=k,
+                context=self._context(trainer),
             )
-        return self._deliver(trainer, report)
+        return self._logged(trainer, report)
 
     def self_influence(
         self,
@@ -403,8 +406,9 @@ class GIFCallback(Callback):
             objective, train, some, settle = asked
             settings = settle(len(train), itself=True)
             choose = partial(self._choose_targets, objective, train, train, "cached", settings, overrides)
-            report = self_influence(objective, train, settings, choose, among=some, states=states, k=k)
-        return self._deliver(trainer, report)
+            context = self._context(trainer)
+            report = self_influence(objective, train, settings, choose, among=some, states=states, k=k, context=context)
+        return self._logged(trainer, report)
 
     def unlearn(
         self,
@@ -521,16 +525,14 @@ class GIFCallback(Callback):
                 step=step,
                 refresh_statistics=refresh_statistics,
                 solves_to=folder,
+                context=EditContext(
+                    **vars(self._context(trainer)),
+                    module=trainer.lightning_module,
+                    record=kept,
+                    has_optimizer=bool(trainer.optimizers),
+                ),
             )
-        report.module = trainer.lightning_module
-        if trainer.optimizers and any(report.steps):
-            report.notes.append(
-                "The optimizer's state (momentum, averages) is no part of the edit and still remembers the forgotten"
-                " data: start a new optimizer before training on."
-            )
-        report.global_step = trainer.global_step  # a part of what is recorded
-        report.record = kept
-        self._deliver(trainer, report)
+        self._logged(trainer, report)
         if not dry_run:  # the last thing that happens, since nobody could take back an edit whose report is lost
             try:
                 report.change("unlearn")
@@ -1159,9 +1161,11 @@ class GIFCallback(Callback):
             return None
         return found
 
-    def _deliver(self, trainer: Trainer, report: _Report) -> _Report:
-        report.loggers, report.processes = list(trainer.loggers), ProcessGroup.of(trainer)
-        report.global_step = trainer.global_step
+    @staticmethod
+    def _context(trainer: Trainer) -> CallContext:
+        return CallContext(list(trainer.loggers), trainer.global_step, ProcessGroup.of(trainer))
+
+    def _logged(self, trainer: Trainer, report: _Report) -> _Report:
         self._log(trainer, lambda logger: report.log([logger]))
         return report
 

@@ -114,7 +114,7 @@ def results(world: int, folder: Path) -> dict[str, Any]:
         for key, value in module.state_dict().items():
             found[f"edit {name}: {key}"] = value.double() - before[key].double()
         found[f"losses {name}"] = torch.tensor(
-            [*report.steps, report.forget.after, report.retain.after, *(point.risk for point in report.path)]
+            [*report.step_sizes, report.forget.after, report.retain.after, *(trial.risk for trial in report.trials)]
         ).double()
         report.undo()
         assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items()), name

@@ -81,7 +81,7 @@ def check_edit(report: UnlearnReport, solver: str) -> None:
         assert found["residual"] <= found["rtol"] == RTOL
     assert all(torch.isfinite(new).all() for new in report.edit.new.values())
     changed = any((report.edit.new[name] != old).any() for name, old in report.edit.old.items())
-    assert changed == any(report.steps)  # no step, where none of those that can be afforded forgets anything
+    assert changed == any(report.step_sizes)  # no step, where none of those that can be afforded forgets anything
     assert torch.isfinite(torch.tensor([report.forget.after, report.retain.after])).all()
 
 

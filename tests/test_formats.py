@@ -30,7 +30,7 @@ from lightning_gif.storage.artifact import read_folder, write_folder
 from lightning_gif.storage.digests import digest
 from lightning_gif.storage.schema import MOST_BYTES, parse, read, restored, restored_fields
 from lightning_gif.unlearning.protocol import Goal, Point
-from lightning_gif.unlearning.report import Change
+from lightning_gif.unlearning.record import Change, EditContext
 
 quick = settings(
     max_examples=60,
@@ -66,25 +66,25 @@ def some_edit() -> tuple[nn.Module, UnlearnReport]:
     report = UnlearnReport(
         edit=edit,
         goal=Goal.LABELS,
-        steps=[1.0, 0.5],
+        step_sizes=[1.0, 0.5],
         forget=Change(0.1, 2.0, math.nan),
         retain=Change(0.1, 0.11, 0.1),
         relabelled=Change(3.0, 0.2, 0.1),
         unseen=None,
-        remembered=(1.0, 0.0),
+        memorization=(1.0, 0.0),
         n_forget=3,
         n_found=3,
         n_retain=20,
         n_unseen=0,
         n_parameters=space.size,
-        path=[Point((), 0.1, 0.1, 0.4, 1.0), Point((1.0, 0.5), 2.0, 0.11, 0.2, 0.0)],
+        trials=[Point((), 0.1, 0.1, 0.4, 1.0), Point((1.0, 0.5), 2.0, 0.11, 0.2, 0.0)],
         solves=[dict(SOLVE), dict(SOLVE)],
         residuals=[1.0, 0.1],
         curvature={"curvature": "hessian", "examples": 9},
         settings={"method": "gif", "rtol": None},
         notes=["ünïcode"],
         seconds=0.5,
-        module=module,
+        context=EditContext(module=module),
     )
     return module, report
 
@@ -108,7 +108,7 @@ def some_scores(queries: int = 2, examples: int = 5, seed: int = 0) -> Influence
 
 
 def told(report: UnlearnReport) -> str:
-    return str(replace(report, module=None))
+    return str(replace(report, context=EditContext()))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def parts_of(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def forge(path: Path, record: Any, tensors: dict[str, Tensor]) -> None:
     """An edit file of anything, whose sum is right."""
-    metadata = {"format": "lightning-gif edit 3", "report": json.dumps(record), "digest": digest(tensors, record)}
+    metadata = {"format": "lightning-gif edit 4", "report": json.dumps(record), "digest": digest(tensors, record)}
     path.write_bytes(save({name: value.clone() for name, value in tensors.items()}, metadata=metadata))
 
 
@@ -280,16 +280,16 @@ def test_any_damage_to_an_edit_file_is_noticed(data: st.DataObject, tmp_path: Pa
 HOSTILE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "an unknown field": lambda record, _: record.update(module="os.system"),
     "loggers": lambda record, _: record.update(loggers=[]),
-    "a missing field": lambda record, _: record.pop("path"),
-    "no steps": lambda record, _: record.update(steps=[]),
-    "steps in words": lambda record, _: record.update(steps=["1"]),
+    "a missing field": lambda record, _: record.pop("trials"),
+    "no step sizes": lambda record, _: record.update(step_sizes=[]),
+    "step sizes in words": lambda record, _: record.update(step_sizes=["1"]),
     "an unknown goal": lambda record, _: record.update(goal="world"),
     "a change of two": lambda record, _: record.update(forget=[1.0, 2.0]),
     "a change in words": lambda record, _: record.update(retain=["a", "b", "c"]),
     "no change": lambda record, _: record.update(retain=None),
     "a number of examples that is none": lambda record, _: record.update(n_forget=1.5),
     "no parameters": lambda record, _: record.update(n_parameters=0),
-    "a path of words": lambda record, _: record.update(path=["a"]),
+    "trials of words": lambda record, _: record.update(trials=["a"]),
     "solves without numbers": lambda record, _: record.update(solves=[{}, {}]),
     "no solves": lambda record, _: record.update(solves=[]),
     "settings of another kind": lambda record, _: record.update(settings=[]),
@@ -339,7 +339,7 @@ def test_a_record_of_anything_is_an_edit_or_refused(data: st.DataObject, tmp_pat
     _, report = some_edit()
     report.save(tmp_path / "edit")
     record, tensors = parts_of(tmp_path / "edit")
-    owner = data.draw(st.sampled_from([record, record["edit"], record["solves"][0], record["path"][0]]))
+    owner = data.draw(st.sampled_from([record, record["edit"], record["solves"][0], record["trials"][0]]))
     owner[data.draw(st.sampled_from(sorted(owner)))] = data.draw(PLAIN)
     forge(tmp_path / "edit", record, tensors)
     try:
@@ -383,7 +383,7 @@ def test_headers_that_claim_anything_are_refused(content: bytes, tmp_path: Path)
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(EditError, match="is no file"):
+        with pytest.raises(EditError, match="not a file"):
             UnlearnReport.load(path)
     some_scores().save(tmp_path / "report")
     (tmp_path / "report" / "report.json").unlink()
@@ -542,7 +542,7 @@ def test_directions_of_another_shape_or_that_are_none_are_damage(directions: Ten
     store = some_store(tmp_path / "scores")
     assert store.load_directions(0, 3) is None
     store.save_directions(0, directions, {})
-    with pytest.raises(ConfigurationError, match=r"directions-0.*Delete it, and what it tells is solved for again"):
+    with pytest.raises(ConfigurationError, match=r"directions-0.*Delete it: its solves are repeated"):
         store.load_directions(0, 3)
 
 
@@ -576,5 +576,5 @@ def test_scores_are_not_written_through_links(name: str, tmp_path: Path) -> None
 def test_hostile_manifests_are_refused(text: str, tmp_path: Path) -> None:
     some_store(tmp_path / "scores")
     (tmp_path / "scores" / "manifest.json").write_text(text)
-    with pytest.raises(ConfigurationError, match="gone on with"):
+    with pytest.raises(ConfigurationError, match=r"no scores of an earlier call|cannot resume from"):
         some_store(tmp_path / "scores")

@@ -668,7 +668,7 @@ def test_what_is_told_of_solves_is_read_back_or_refused(told: Any, tmp_path: Any
     directions = {"directions": torch.empty(0, sum(parameter.numel() for parameter in module.parameters()))}
     metadata = {"told": json.dumps(told), "digest": digest(directions, told)}
     save_file(directions, tmp_path / "directions-0.safetensors", metadata)
-    with pytest.raises(ConfigurationError, match=r"directions-0.*solved for again"):
+    with pytest.raises(ConfigurationError, match=r"directions-0.*its solves are repeated"):
         trainer.influence(query, scores_to=tmp_path)
 
 
@@ -715,7 +715,7 @@ def test_scores_of_something_else_are_not_gone_on_with(tmp_path: Any) -> None:
         "max_iter, seed": {"max_iter": 3, "seed": 4},
     }
     for names, change in changes.items():
-        with pytest.raises(ConfigurationError, match=rf"differs in: {names}\. They cannot be gone on with"):
+        with pytest.raises(ConfigurationError, match=rf"differs in: {names}\. This call cannot resume from them"):
             trainer.influence(**{"batch": query, **change}, scores_to=tmp_path / "scores")
     with torch.no_grad():
         next(module.parameters())[0, 0] += 1e-3
@@ -727,8 +727,8 @@ def test_scores_of_something_else_are_not_gone_on_with(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("manifest.json", b"{", "no scores that can be gone on with"),
-        ("manifest.json", b"[]", "no scores that can be gone on with"),
+        ("manifest.json", b"{", "no scores of an earlier call"),
+        ("manifest.json", b"[]", "no scores of an earlier call"),
         ("manifest.json", b"{}", "differs in: format, n_queries"),
         ("scores.bin", b"short", "5 bytes"),
         ("done.bin", b"", "0 bytes"),

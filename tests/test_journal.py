@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_an_interrupted_edit_goes_on_and_ends_in_the_same_bits(
             report = trainer.unlearn(**OPTIONS[what], solves_to=folder)
         assert len(made) == total - stop
         assert same_weights(weights(module), wanted)
-        assert list(map(repr, report.path)) == list(map(repr, expected.path))  # NaN is not equal to itself
+        assert list(map(repr, report.trials)) == list(map(repr, expected.trials))  # NaN is not equal to itself
         assert [{**one, "seconds": 0, "peak_memory": 0} for one in report.solves] == [
             {**one, "seconds": 0, "peak_memory": 0} for one in expected.solves
         ]
@@ -149,15 +150,23 @@ def test_a_change_that_another_one_came_before_is_not_gone_on_with(
     assert len(made) == len(again.solves) - 1
 
 
-def rewritten(path: Path, change: Callable[[dict[str, str], torch.Tensor], torch.Tensor], *, signed: bool) -> None:
-    """The file with something else in it, with a digest that fits or not."""
+def rewritten(path: Path, change: Callable[[dict[str, Any], torch.Tensor], torch.Tensor], *, signed: bool) -> None:
+    """The file with something else in its record or tensor, with a digest that fits or not."""
     with safe_open(path, "pt") as file:
         metadata, tensor = dict(file.metadata()), file.get_tensor("change")
-    tensor = change(metadata, tensor)
+    record = json.loads(metadata["report"])
+    tensor = change(record, tensor)
+    metadata["report"] = json.dumps(record)
     if signed:
-        record = {name: metadata[name] for name in ("fingerprint", "asked", "told")}
         metadata["digest"] = digest({"change": tensor}, record)
     save_file({"change": tensor}, path, metadata=metadata)
+
+
+def with_text(path: Path, name: str, text: str) -> None:
+    """The file with another text in its metadata."""
+    with safe_open(path, "pt") as file:
+        metadata, tensor = dict(file.metadata()), file.get_tensor("change")
+    save_file({"change": tensor}, path, metadata={**metadata, name: text})
 
 
 @pytest.mark.parametrize(
@@ -169,9 +178,13 @@ def rewritten(path: Path, change: Callable[[dict[str, str], torch.Tensor], torch
         (lambda path: rewritten(path, lambda _, change: change + 1, signed=False), "SHA-256"),
         (lambda path: rewritten(path, lambda _, change: change[:-1], signed=True), "shape"),
         (lambda path: rewritten(path, lambda _, change: change / 0, signed=True), "not finite"),
-        (lambda path: rewritten(path, lambda m, change: (m.update(told="{}"), change)[1], signed=True), "damaged"),
-        (lambda path: rewritten(path, lambda m, change: (m.update(told="[1"), change)[1], signed=True), "damaged"),
-        (lambda path: rewritten(path, lambda m, change: (m.pop("asked"), change)[1], signed=False), "asked"),
+        (lambda path: rewritten(path, lambda r, change: (r.update(values={}), change)[1], signed=True), "damaged"),
+        (lambda path: with_text(path, "report", "[1"), "damaged"),
+        (
+            lambda path: with_text(path, "format", "another 1"),
+            "not a solve of `unlearn`.*states .*'another 1'.*Delete it",
+        ),
+        (lambda path: rewritten(path, lambda r, change: (r.pop("request"), change)[1], signed=True), "request"),
     ],
 )
 def test_a_damaged_file_is_told(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def test_an_edit_that_was_saved_without_word_of_its_data_is_recorded_as_such(tmp
     path, file = tmp_path / "deletions.jsonl", tmp_path / "edit.safetensors"
     trainer, module, _ = fitted()
     report = trainer.unlearn([1, 2])
-    report.data = {}
+    report = replace(report, data={})
     report.save(file)
     UnlearnReport.load(file, module).undo(record=path)
     (entry,) = read(path).entries

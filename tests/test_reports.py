@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_gif import ConfigurationError, EditError, GIFCallback, GIFWarning, InfluenceReport, UnlearnReport
+from lightning_gif.attribution.display import rows
 from lightning_gif.parameters import Targets
+from lightning_gif.reporting.context import CallContext
 from lightning_gif.reporting.loggers import log_figure, log_histogram, log_scalars, log_table, log_text
 from lightning_gif.reporting.previews import Shown, image_of, label_of, text_of
 from lightning_gif.solvers.solution import Solution, Status
@@ -250,7 +253,7 @@ def test_reading_examples_leaves_the_random_generators_alone_and_shows_one_draw(
 
 def test_print_names_the_strongest_and_how_the_solve_went() -> None:
     text = str(report_of([[0.1, -0.2, 0.3]], k=2))
-    assert "3 training examples on 1 query (gif, 2 target parameters; lissa converged after 2 steps" in text
+    assert "3 training examples on 1 query (gif, 2 target parameters; lissa, converged, 2 iterations" in text
     assert "proponents: 102 (+0.3), 100 (+0.1)" in text
     assert "opponents: 101 (-0.2), 100 (+0.1)" in text
 
@@ -411,8 +414,8 @@ def test_texts_that_look_like_formulas_are_drawn_as_they_are() -> None:
 def test_a_solve_that_took_its_number_of_steps_is_not_said_to_have_failed() -> None:
     trainer, _, dataset = fitted()
     query = batch_of(dataset, [0, 1])
-    assert "; cg after 20 steps, residual" in str(trainer.influence(query))
-    assert "; cg max_iter after 2 steps" in str(trainer.influence(query, rtol=1e-9, max_iter=2))
+    assert "; cg, 20 iterations, residual" in str(trainer.influence(query))
+    assert "; cg, max_iter, 2 iterations, residual" in str(trainer.influence(query, rtol=1e-9, max_iter=2))
 
 
 def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
@@ -420,12 +423,12 @@ def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
     report = trainer.unlearn(batch_of(dataset, [0, 1]))
     search, solve = report.plot().axes
     assert search.get_title() == "losses along the change, goal: examples"
-    assert solve.get_title() == f"first solve: lsmr, {report.solve['iterations']} steps"
+    assert solve.get_title() == f"first solve: lsmr, {report.solve['iterations']} iterations"
     forget, forget_after, retain, retain_after, _, chosen = search.lines
     assert forget_after.get_ydata()[0] == report.forget.after
     assert retain_after.get_ydata()[0] == report.retain.after
     assert forget.get_label() == "forget"
-    steps = sorted(point.step for point in report.path)
+    steps = sorted(point.step for point in report.trials)
     assert forget.get_xdata().tolist() == steps == retain.get_xdata().tolist()
     assert chosen.get_xdata()[0] == report.step
     assert solve.lines[0].get_ydata().tolist() == report.residuals
@@ -435,18 +438,18 @@ def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
 def test_a_plot_of_several_changes_shows_the_losses_after_each() -> None:
     trainer, _, dataset = fitted()
     report = trainer.unlearn(batch_of(dataset, dataset.tensors[1] == 1))
-    assert len(report.steps) > 1
+    assert len(report.step_sizes) > 1
     losses, memory, _ = report.plot().axes
     assert memory.get_title() == "still predicted as the class"
     path, end = memory.lines
-    assert path.get_ydata()[0] == report.remembered[0] == report.path[0].remembered
-    assert path.get_xdata().tolist() == list(range(len(report.steps) + 1))
-    assert end.get_ydata()[0] == report.remembered[1]
+    assert path.get_ydata()[0] == report.memorization[0] == report.trials[0].memorization
+    assert path.get_xdata().tolist() == list(range(len(report.step_sizes) + 1))
+    assert end.get_ydata()[0] == report.memorization[1]
     forget, forget_after, *_ = losses.lines
-    assert forget.get_xdata().tolist() == list(range(len(report.steps) + 1))
+    assert forget.get_xdata().tolist() == list(range(len(report.step_sizes) + 1))
     assert forget.get_ydata()[0] == pytest.approx(report.forget.before, rel=1e-6)
     assert forget.get_ydata()[-1] == pytest.approx(report.forget.after, rel=1e-3)
-    assert forget_after.get_xdata()[0] == len(report.steps)
+    assert forget_after.get_xdata()[0] == len(report.step_sizes)
 
 
 def test_losses_that_are_not_positive_are_drawn_on_a_plain_scale() -> None:
@@ -796,7 +799,7 @@ def test_a_writer_of_another_make_gets_what_it_can_take() -> None:
         experiment = Writer()
 
     logger = Writing()
-    report_of([[0.1, -0.2]], global_step=5).log([logger], prefix="mine")
+    report_of([[0.1, -0.2]], context=CallContext(global_step=5)).log([logger], prefix="mine")
     ((numbers, step),) = logger.metrics
     assert numbers["mine/n_train"] == 2
     assert step == 5
@@ -869,7 +872,7 @@ def assert_same_report(one: UnlearnReport, other: UnlearnReport) -> None:
     assert (one.edit.digest_before, one.edit.digest_after) == (other.edit.digest_before, other.edit.digest_after)
     for name in ("goal", "step", "forget", "retain", "relabelled", "n_forget", "n_found", "n_retain", "n_parameters"):
         assert getattr(one, name) == getattr(other, name)
-    for name in ("path", "solve", "residuals", "settings", "notes", "seconds", "global_step"):
+    for name in ("trials", "solve", "residuals", "settings", "notes", "seconds", "global_step"):
         assert repr(getattr(one, name)) == repr(getattr(other, name))  # NaN equals itself in words only
 
 
@@ -902,12 +905,33 @@ def test_a_report_comes_back_from_its_file_bit_for_bit(tmp_path: Path, dtype: to
     bound.log()
 
 
+@pytest.mark.parametrize(("old", "new"), [("path", "trials"), ("steps", "step_sizes"), ("remembered", "memorization")])
+def test_old_names_of_attributes_work_and_name_the_new_ones(old: str, new: str) -> None:
+    trainer, _, dataset = fitted()
+    report = trainer.unlearn(batch_of(dataset, [0, 1]), step="natural", dry_run=True)
+    with pytest.warns(DeprecationWarning, match=rf"UnlearnReport\.{old} is now called `{new}`") as caught:
+        assert getattr(report, old) is getattr(report, new)
+    assert caught[0].filename == __file__
+
+
+def test_what_was_recorded_of_an_edit_cannot_be_assigned_to_and_what_is_known_of_the_trainer_can() -> None:
+    trainer, module, dataset = fitted()
+    report = trainer.unlearn(batch_of(dataset, [0, 1]), step="natural", dry_run=True)
+    with pytest.raises(FrozenInstanceError, match="'retain'"):
+        report.retain = report.forget
+    assert report.module is module
+    assert (report.loggers, report.record) == (trainer.loggers, None)
+    for name, value in (("module", None), ("loggers", [1]), ("record", "log.jsonl"), ("global_step", 9)):
+        setattr(report, name, value)
+        assert getattr(report, name) == getattr(report.context, name) == value
+
+
 def test_a_search_with_its_path_comes_back(tmp_path: Path) -> None:
     trainer, _, dataset = fitted()
     report = trainer.unlearn(batch_of(dataset, [0, 1, 2]))
     report.save(tmp_path / "edit")
     loaded = UnlearnReport.load(tmp_path / "edit")
-    assert len(loaded.path) > 2
+    assert len(loaded.trials) > 2
     assert_same_report(report, loaded)
 
 
@@ -949,7 +973,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "edit.safetensors"
     report.save(path)
     content = path.read_bytes()
-    for bad in (b"", b"no edit", content[:-8], content.replace(b"lightning-gif edit 3", b"lightning-gif edit 9")):
+    for bad in (b"", b"no edit", content[:-8], content.replace(b"lightning-gif edit 4", b"lightning-gif edit 9")):
         path.write_bytes(bad)
         with pytest.raises(EditError, match=r"damaged|not an edit"):
             UnlearnReport.load(path)
@@ -1007,7 +1031,7 @@ def test_a_loaded_report_says_and_shows_the_same_without_the_dataset(
     assert loaded.to_dataframe().equals(report.to_dataframe())
     for query in range(len(report.scores)):
         assert drawn(loaded, query) == drawn(report, query)
-    assert list(map(repr, loaded._rows())) == list(map(repr, report._rows()))
+    assert list(map(repr, rows(loaded))) == list(map(repr, rows(report)))
     labels = loaded.by_group(dataset.tensors[1])
     assert torch.equal(labels.totals, report.by_group().totals)
     logger = CSVLogger(tmp_path)

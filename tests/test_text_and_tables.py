@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gif import GIFCallback, GIFWarning
+from lightning_gif.attribution.display import rows
 from lightning_gif.curvature.solve import open_curvature
 from lightning_gif.data.examples import Examples
 from lightning_gif.defaults import for_influence
@@ -197,9 +198,9 @@ def test_the_words_are_shown_with_their_labels() -> None:
     trainer, _, loader = trained("text", epochs=1)
     report = trainer.influence(next(iter(loader)), k=2)
     top = int(report.proponents().indices[0, 0])
-    rows = list(report._rows())
-    assert any(row[1] == "query" and STORIES["text"][1][0]["text"] in str(row[-1]) for row in rows)
-    assert any(row[3] == top and STORIES["text"][1][top]["text"] in str(row[-1]) for row in rows)
+    table = list(rows(report))
+    assert any(row[1] == "query" and STORIES["text"][1][0]["text"] in str(row[-1]) for row in table)
+    assert any(row[3] == top and STORIES["text"][1][top]["text"] in str(row[-1]) for row in table)
 
 
 def test_a_text_like_the_query_with_the_same_label_is_its_first_proponent_and_with_another_its_first_opponent() -> None:

@@ -24,6 +24,7 @@ from ..errors import ConfigurationError, GIFWarning, NonFiniteError
 from ..objective.objective import Objective
 from ..objective.shadow import ModelState
 from ..parameters import Targets, state_digest
+from ..reporting.context import CallContext
 from ..solvers import Solution
 from ..storage.digests import Fingerprint, digest
 from .ranking import Strongest
@@ -51,6 +52,7 @@ def influence(
     keep: int | None = None,
     states: Mapping[int, Mapping[str, Tensor]] | None = None,
     k: int = 10,
+    context: CallContext | None = None,
 ) -> InfluenceReport:
     """Scores training examples for a query.
 
@@ -75,6 +77,7 @@ def influence(
         states: Earlier states of the module by epoch. Scores are the mean over these and the present weights; each
             state has its own solve.
         k: How many proponents and opponents the report shows.
+        context: What the report knows of the trainer.
 
     Raises:
         BatchError: If the query is not structured as training batches are.
@@ -120,6 +123,7 @@ def influence(
         queries=first_shown(query),
         settings={**asdict(replace(settings, damping=present.damping)), "snapshots": list(states or {})},
         seconds=time.perf_counter() - begin,
+        context=context or CallContext(),
     )
 
 

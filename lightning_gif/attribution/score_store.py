@@ -1,4 +1,4 @@
-"""Where scores go: into memory, or a file that may be larger, and is still there after an interruption."""
+"""Where scores are kept: in memory, or in a folder from which an interrupted call resumes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import json
 import mmap
 import os
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from .._compat import rank_zero_warn
 from ..errors import ConfigurationError, GIFWarning
+from ..storage.artifact import Format, read_file, write_file
 from ..storage.atomic import replace_file
-from ..storage.digests import Fingerprint, differences, digest
+from ..storage.digests import Fingerprint, differences
 from ..storage.schema import parse, parse_errors_name, read
 
 __all__ = ["InMemory", "ScoreStore"]
@@ -28,37 +28,52 @@ __all__ = ["InMemory", "ScoreStore"]
 
 _VERSION = 4
 
-# How many examples' scores are looked at at a time.
+# How many examples' scores are verified at a time.
 _CHECKED = 65536
 
 _MANIFEST, _SCORES, _DONE, _DIRECTIONS = "manifest.json", "scores.bin", "done.bin", "directions-*.safetensors"
+
+
+def _unversioned(metadata: Mapping[str, str]) -> tuple[Any, object]:
+    """The record of a file of the first format."""
+    values = parse(metadata["told"])
+    return values, values
+
+
+_DIRECTIONS_FORMAT = Format(
+    "lightning-gif directions",
+    versions=(1,),
+    what="a file of solves of `influence`",
+    remedy="Delete it: its solves are repeated.",
+    unversioned=_unversioned,
+)
 
 
 class InMemory:
     """Scores ``(n_queries, n)`` in float64 as a tensor.
 
     Attributes:
-        scores: Those that were written so far; the others are anything.
+        scores: Those that were written so far; the others are arbitrary.
     """
 
     def __init__(self, queries: int, examples: int) -> None:
         self.scores = torch.empty(queries, examples, dtype=torch.float64)
 
     def write(self, start: int, block: Tensor) -> None:
-        """Puts down the scores ``(n_queries, b)`` of the examples from position ``start`` on."""
+        """Writes the scores ``(n_queries, b)`` of the examples from position ``start`` on."""
         self.scores[:, start : start + block.shape[1]] = block
 
 
 @dataclass
 class ScoreStore:
-    """Scores ``(n_queries, n)`` in float64 in a folder, example by example, each with a mark once it is written.
+    """Scores ``(n_queries, n)`` in float64 in a folder, example by example, each with a checksum once it is written.
 
-    Scores are written, and have reached the disk, before their mark, which is a checksum of them: whatever interrupts
-    this, or damages the file later, what is marked is right. The directions that solves found are kept until all
-    scores are there, so that they need not be done again; what is told of the solves stays.
+    Scores reach the disk before their checksum does. So scores that match their checksum are right, whatever
+    interrupted the call or damaged the file later. The results of the solves are kept until all scores are there, so
+    that a call that resumes need not repeat them; their diagnostics stay.
 
     Attributes:
-        folder: Where.
+        folder: Where the files are.
         scores: ``(n_queries, n)``, a view of the file.
         done: ``(n,)``, bool: of which examples the scores are there.
     """
@@ -71,17 +86,17 @@ class ScoreStore:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], queries: int, examples: int, fingerprint: Fingerprint) -> ScoreStore:
-        """A new store, or the one that an interrupted run has left in the folder.
+        """A new store, or the one that an interrupted call has left in the folder.
 
         Args:
-            folder: The folder; made where there is none.
+            folder: The folder; made if there is none.
             queries: ``n_queries``.
             examples: ``n``.
             fingerprint: Of everything that the scores depend on.
 
         Raises:
-            ConfigurationError: If the folder has something else in it: other files, or scores of other weights, data
-                or settings, or links, or files of another size. It is left as it is.
+            ConfigurationError: If the folder has something else in it: other files, links, files of another size, or
+                scores of other weights, data or settings. It is left as it is.
             OSError: If there is no room on the disk for all of the scores.
         """
         folder = Path(folder)
@@ -122,16 +137,16 @@ class ScoreStore:
             other = differences(read(folder / _MANIFEST), manifest)
         except (OSError, ValueError):
             raise ConfigurationError(
-                f"{folder} is not empty and holds no scores that can be gone on with. Give another folder."
+                f"{folder} is not empty, and has no scores of an earlier call in it. Give another folder."
             ) from None
         if other:
             raise ConfigurationError(
-                f"The scores in {folder} are of another call, which differs in: {other}. They cannot be gone on with."
-                " Give another folder, or delete that one."
+                f"The scores in {folder} are of another call, which differs in: {other}. This call cannot resume from"
+                " them. Give another folder, or delete that one."
             )
 
     def write(self, start: int, block: Tensor) -> None:
-        """Puts down the scores ``(n_queries, b)`` of the examples from position ``start`` on."""
+        """Writes the scores ``(n_queries, b)`` of the examples from position ``start`` on."""
         stop = start + block.shape[1]
         self.scores[:, start:stop] = block
         self._maps[0].flush()
@@ -139,20 +154,18 @@ class ScoreStore:
         self._maps[1].flush()
         self.done[start:stop] = True
 
-    def save_directions(self, state: int, directions: Tensor, told: dict[str, Any]) -> None:
-        """Keeps what the solves at a state of the model have found.
+    def save_directions(self, state: int, directions: Tensor, values: dict[str, Any]) -> None:
+        """Keeps the results of the solves at a state of the model.
 
         Args:
             state: Its number.
             directions: ``(n_queries, p)``; none of them, ``(0, p)``, once all scores are there.
-            told: Plain values about the solves.
+            values: Plain values about the solves.
         """
-        tensors = {"directions": directions.contiguous().cpu()}
-        content = save(tensors, metadata={"told": json.dumps(told), "digest": digest(tensors, told)})
-        replace_file(self._directions_at(state), content)
+        write_file(self._directions_at(state), _DIRECTIONS_FORMAT, values, {"directions": directions})
 
     def load_directions(self, state: int, size: int) -> tuple[Tensor, dict[str, Any]] | None:
-        """What :meth:`save_directions` has kept; ``None`` if that is not there, or not all that is needed still.
+        """What :meth:`save_directions` wrote; ``None`` if there is no such file, or if it lacks what is still needed.
 
         Args:
             state: The number of the state.
@@ -160,38 +173,36 @@ class ScoreStore:
 
         Raises:
             ConfigurationError: If the file is damaged.
+            OSError: If it cannot be read.
         """
         path = self._directions_at(state)
         if not path.exists():
             return None
+
+        def check(values: Any, shapes: dict[str, list[int]]) -> None:
+            shape, queries = shapes["directions"], len(self.scores)
+            if shape not in ([0, size], [queries, size]):
+                raise ValueError(f"its directions have shape {shape}, expected [{queries}, {size}]")
+
+        _, values, tensors = read_file(path, _DIRECTIONS_FORMAT, check)
+        directions = tensors["directions"]
         with self.parse_errors_name(state):
-            try:
-                with safe_open(path, "pt") as file:
-                    metadata, directions = file.metadata() or {}, file.get_tensor("directions")
-            except OSError as error:  # a folder in its place, or a disk that fails
-                raise ValueError(str(error)) from error
-            told = parse(metadata["told"])
-            if digest({"directions": directions}, told) != metadata["digest"]:
-                raise ValueError("its SHA-256 is another one")
-            if len(directions) not in (0, len(self.scores)) or directions.shape[1:] != (size,):
-                expected = f"[{len(self.scores)}, {size}]"
-                raise ValueError(f"its directions have the shape {list(directions.shape)}, expected {expected}")
             if not torch.isfinite(directions).all():
                 raise ValueError("its directions are not finite")
         if not len(directions) and not self.done.all():  # some of the scores were damaged since
             return None
-        return directions, told
+        return directions, values
 
     def parse_errors_name(self, state: int) -> contextlib.AbstractContextManager[None]:
-        """Turns what goes wrong with what :meth:`load_directions` gave into an error that names the file."""
-        return parse_errors_name(self._directions_at(state), "Delete it, and what it tells is solved for again.")
+        """Turns errors about what :meth:`load_directions` returned into one that names the file."""
+        return parse_errors_name(self._directions_at(state), _DIRECTIONS_FORMAT.remedy)
 
     def _directions_at(self, state: int) -> Path:
         return self.folder / _DIRECTIONS.replace("*", str(state))
 
 
 def _reserve(path: Path, size: int) -> None:
-    """A file of zeros whose room on the disk is taken: to write to a map of it without would end the process."""
+    """Makes a file of zeros and reserves its space: a full disk would kill a process that writes to a map of it."""
     try:
         with open(path, "wb") as file:
             file.truncate(size)
@@ -205,7 +216,7 @@ def _reserve(path: Path, size: int) -> None:
 
 
 def _marks_of(scores: Tensor) -> Tensor:
-    """A checksum of each example's scores ``(n_queries, b)``, ``(b,)`` int32, which is never 0."""
+    """A checksum of each example's scores ``(n_queries, b)``: ``(b,)`` int32, never 0."""
     rows = scores.T.contiguous().numpy()
     return torch.tensor([zlib.crc32(row) or 1 for row in rows], dtype=torch.int64).to(torch.int32)
 
@@ -214,7 +225,7 @@ def _map(path: Path, size: int) -> mmap.mmap:
     there = path.stat().st_size if path.exists() else 0
     if there != size:
         raise ConfigurationError(
-            f"{path} has {there} bytes, expected {size}: it is damaged. Delete the folder and start anew."
+            f"{path} has {there} bytes, expected {size}: it is damaged. Delete the folder and start again."
         )
     with open(path, "r+b") as file:
         return mmap.mmap(file.fileno(), size)

@@ -17,6 +17,7 @@ from ..data.examples import Examples
 from ..errors import ConfigurationError
 from ..objective.objective import Objective
 from ..parameters import Targets
+from ..reporting.context import CallContext
 from .influence import require_finite_scores, warn_without_gradients
 from .report import InfluenceReport
 
@@ -32,6 +33,7 @@ def self_influence(
     among: Examples | None = None,
     states: Mapping[int, Mapping[str, Tensor]] | None = None,
     k: int = 10,
+    context: CallContext | None = None,
 ) -> InfluenceReport:
     """Scores each training example for itself: what removing it would do to its own loss.
 
@@ -50,6 +52,7 @@ def self_influence(
         states: Earlier states of the module by epoch. Scores are the mean over these and the present weights; each
             state has its own curvature and damping.
         k: How many proponents and opponents the report shows.
+        context: What the report knows of the trainer.
 
     Raises:
         NonFiniteError: If a loss, gradient or product is not finite.
@@ -89,6 +92,7 @@ def self_influence(
         queries=[],
         settings={**asdict(replace(settings, damping=damping)), "snapshots": list(states or {})},
         seconds=time.perf_counter() - start,
+        context=context or CallContext(),
     )
 
 

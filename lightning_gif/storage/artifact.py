@@ -1,4 +1,7 @@
-"""A folder with a record in plain numbers and its tensors: written whole or not at all, and read without unpickling."""
+"""Artifacts: a record in plain values and its tensors, recognised by a digest, in one file or in a folder.
+
+They are written whole or not at all, and read without unpickling.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,130 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..errors import ConfigurationError
-from .atomic import sync
+from ..errors import ConfigurationError, GIFError
+from .atomic import replace_file, sync
 from .digests import digest
-from .schema import MOST_BYTES, parse_errors_name, read
+from .schema import MOST_BYTES, parse, parse_errors_name, read
 
-__all__ = ["REMEDY", "read_folder", "write_folder"]
+__all__ = ["REMEDY", "Artifact", "Format", "read_file", "read_folder", "write_file", "write_folder"]
 
 
 RECORD, TENSORS = "report.json", "scores.safetensors"
 
 REMEDY = "Copy it again from where it was saved."
+
+
+class Artifact(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        version: The version of its format.
+        record: Plain values.
+        tensors: By name.
+    """
+
+    version: int
+    record: Any
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file with one artifact.
+
+    Attributes:
+        name: What the file states as its format, before the version: ``"lightning-gif edit"``.
+        versions: All that are read, in order. The last one is written by default.
+        what: What such a file is, in words with an article, for messages.
+        remedy: What to do about a damaged file, as a sentence.
+        error: What is raised about a file that cannot be used.
+        unversioned: Reads the metadata of files that were written before they stated a format: the record, and the
+            value that their digest covers besides the tensors.
+    """
+
+    name: str
+    versions: tuple[int, ...]
+    what: str
+    remedy: str
+    error: type[GIFError] = ConfigurationError
+    unversioned: Callable[[Mapping[str, str]], tuple[Any, object]] | None = None
+
+    def stated(self, version: int) -> str:
+        """What a file of a version states as its format."""
+        return f"{self.name} {version}"
+
+
+def write_file(
+    path: Path, form: Format, record: Any, tensors: Mapping[str, Tensor], *, version: int | None = None
+) -> None:
+    """Writes an artifact to one safetensors file, which takes the place of an old one once all of it is on the disk.
+
+    Args:
+        path: Where to; its folder must be there.
+        form: The format.
+        record: What JSON can hold.
+        tensors: By name, on any device.
+        version: The version of the format, by default the last one.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stated = form.stated(form.versions[-1] if version is None else version)
+    metadata = {"format": stated, "report": json.dumps(record), "digest": digest(tensors, record)}
+    replace_file(path, save(tensors, metadata=metadata))
+
+
+def read_file(
+    path: Path, form: Format, check: Callable[[Any, dict[str, list[int]]], None] = lambda record, shapes: None
+) -> Artifact:
+    """Reads what :func:`write_file` wrote.
+
+    Args:
+        path: The file.
+        form: Its format.
+        check: Is given the record and the shapes of the tensors before any tensor is read, and raises if they are not
+            those of the file that was looked for.
+
+    Raises:
+        GIFError: Of the kind ``form.error``: if it is no file, of another format, damaged or edited, or if ``check``
+            raised an error about what it holds.
+        OSError: If it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise form.error(f"{str(path)!r} is a folder or a device, not a file. {form.remedy}")
+    with parse_errors_name(path, form.remedy, form.error):
+        path.open("rb").close()  # safetensors reports any error of the disk as a missing file
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            version, record, signed = _parsed(path, form, metadata)
+            names = list(file.keys())
+            check(record, {name: file.get_slice(name).get_shape() for name in names})
+            tensors = {name: file.get_tensor(name) for name in names}
+        if digest(tensors, signed) != metadata["digest"]:
+            raise ValueError("it was edited or damaged: its contents do not have the SHA-256 that it states")
+    return Artifact(version, record, tensors)
+
+
+def _parsed(path: Path, form: Format, metadata: Mapping[str, str]) -> tuple[int, Any, object]:
+    """The version, the record, and what the digest covers besides the tensors."""
+    if "format" not in metadata and form.unversioned is not None:
+        return 0, *form.unversioned(metadata)
+    known = {form.stated(version): version for version in form.versions}
+    stated = metadata.get("format")
+    if stated not in known:
+        raise form.error(
+            f"{str(path)!r} is not {form.what} of this package: it states the format {stated!r}, expected"
+            f" {' or '.join(map(repr, known))}. {form.remedy}"
+        )
+    record = parse(metadata["report"])
+    return known[stated], record, record
 
 
 def write_folder(

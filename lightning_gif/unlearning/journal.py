@@ -1,45 +1,59 @@
-"""What was solved for on the way to an edit, kept in a folder, so that a call that was interrupted goes on there."""
+"""The solves of an edit, kept in a folder, from which an interrupted ``unlearn`` resumes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import ConfigurationError
-from ..storage.atomic import replace_file
-from ..storage.digests import Fingerprint, differences, digest
+from ..storage.artifact import Format, read_file, write_file
+from ..storage.digests import Fingerprint, differences
 from ..storage.schema import parse, parse_errors_name
 
 __all__ = ["Journal"]
 
 
-# Of a change, or of what a kill left of the writing of one.
+# A change, or the temporary file that is left where its writing was cut off.
 _NAME = re.compile(r"change-\d{2,}\.safetensors|\.change-\d{2,}\.safetensors\.[0-9a-f]{32}")
+
+
+def _unversioned(metadata: Mapping[str, str]) -> tuple[Any, object]:
+    """The record of a file of the first format, which had a text of JSON for each part."""
+    texts = {name: metadata[name] for name in ("fingerprint", "asked", "told")}
+    fingerprint, request, values = (parse(text) for text in texts.values())
+    return {"fingerprint": fingerprint, "request": request, "values": values}, texts
+
+
+_FORMAT = Format(
+    "lightning-gif solve",
+    versions=(1,),
+    what="a solve of `unlearn`",
+    remedy="Delete it: the solves from there on are repeated.",
+    unversioned=_unversioned,
+)
 
 
 @dataclass
 class Journal:
-    """Changes ``(k,)`` in the order in which they were solved for, a file for each, and plain values about them.
+    """Changes ``(k,)`` in the order of their solves, a file for each, with plain values about each solve.
 
-    A file is there as a whole or not at all. The first process reads and writes.
+    A file is written whole or not at all. The first process reads and writes.
 
     Attributes:
-        folder: Where.
-        fingerprint: Of all that the changes depend on but each other, and the points that they were solved for at.
+        folder: Where the files are.
+        fingerprint: Of all that the changes depend on, except for each other and the trials that they are solved at.
         processes: The processes.
-        recalled: How many changes were found there.
+        recalled: How many changes were read.
     """
 
     folder: Path
@@ -49,12 +63,12 @@ class Journal:
 
     @staticmethod
     def check(folder: Path) -> None:
-        """Makes sure that changes could be kept in a folder: better known before anything is solved for than after.
+        """Makes sure that changes can be kept in a folder, before any work is done for them.
 
-        It is tried out, and nothing is left of that; :meth:`keep` makes the folder.
+        The folder is made and removed again, to try it. :meth:`keep` makes it for good.
 
         Raises:
-            ConfigurationError: If it has something else in it, or could not be made or written to.
+            ConfigurationError: If it has something else in it, or cannot be made or written to.
         """
         try:
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -62,8 +76,8 @@ class Journal:
             for path in folder.iterdir() if folder.exists() else ():
                 if not _NAME.fullmatch(path.name) or path.is_symlink() or not path.is_file():
                     raise ConfigurationError(
-                        f"{str(folder)!r} is not empty and holds no solves that can be gone on with ({path.name})."
-                        " Give another folder as `solves_to`."
+                        f"{str(folder)!r} is not empty, and has something else in it than the solves of an earlier call"
+                        f" ({path.name}). Give another folder as `solves_to`."
                     )
             missing = [path for path in (folder, *folder.parents) if not path.exists()]
             try:
@@ -80,64 +94,60 @@ class Journal:
                 " Give another folder."
             ) from error
 
-    def recall(self, position: int, asked: list[Any], size: int) -> tuple[Tensor, dict[str, Any]] | None:
-        """The change at a position, and what :meth:`keep` was told of it; ``None`` where there is none.
+    def recall(self, position: int, request: list[Any], size: int) -> tuple[Tensor, dict[str, Any]] | None:
+        """The change at a position and the values that :meth:`keep` stored with it; ``None`` if there is none.
 
-        Where something else was asked for there, what was solved for from there on is let go of: the walk takes
-        another way, as one may do whose measurements differ in rounding.
+        If the change there answers another request, it and all later ones are deleted: the strategy has taken another
+        way, as one may whose measurements differ in rounding.
 
         Args:
             position: In the order of the changes.
-            asked: What is to be solved for, and where.
+            request: What is to be solved, and at which trial.
             size: ``k``.
 
         Raises:
-            ConfigurationError: If the file is damaged, or of other weights, data or settings.
+            ConfigurationError: If the file is damaged, or belongs to other weights, data or settings.
             OSError: If it cannot be read.
         """
-        found = self.processes.broadcast(self._read(position, asked, size) if self.processes.rank == 0 else None)
+        found = self.processes.broadcast(self._read(position, request, size) if self.processes.rank == 0 else None)
         self.recalled += found is not None
         return found
 
-    def _read(self, position: int, asked: list[Any], size: int) -> tuple[Tensor, dict[str, Any]] | None:
+    def _read(self, position: int, request: list[Any], size: int) -> tuple[Tensor, dict[str, Any]] | None:
         path = self._path(position)
         if not path.exists():
             return None
+
+        def check(record: Any, shapes: dict[str, list[int]]) -> None:
+            if other := differences(record["fingerprint"], self.fingerprint):
+                raise ConfigurationError(
+                    f"The solve in {str(path)!r} is of another call, which differs in: {other}. Or it is damaged."
+                    " This call cannot resume from it: give another folder as `solves_to`; delete the file only if it"
+                    " is damaged."
+                )
+            if shapes["change"] != [size]:
+                raise ValueError(f"its change has shape {shapes['change']}, expected [{size}]")
+
+        _, record, tensors = read_file(path, _FORMAT, check)
         with self.parse_errors_name(position):
-            path.open("rb").close()  # safetensors takes what a disk says for a file that is missing
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                record = {name: metadata[name] for name in ("fingerprint", "asked", "told")}
-                if other := differences(parse(record["fingerprint"]), self.fingerprint):
-                    raise ConfigurationError(
-                        f"The solve in {str(path)!r} is of another call, which differs in: {other}. Or it is damaged."
-                        " It cannot be gone on with: give another folder as `solves_to`; delete the file only if it is"
-                        " damaged."
-                    )
-                if (shape := file.get_slice("change").get_shape()) != [size]:  # before it is read
-                    raise ValueError(f"its change has shape {shape}, expected [{size}]")
-                change = file.get_tensor("change")
-            if digest({"change": change}, record) != metadata["digest"]:
-                raise ValueError("its SHA-256 is another one")
-            if parse(record["asked"]) != asked:
+            if record["request"] != request:
                 self._drop(position)
                 return None
-            if not torch.isfinite(change).all():
+            if not torch.isfinite(tensors["change"]).all():
                 raise ValueError("its change is not finite")
-            return change, parse(record["told"])
+            return tensors["change"], record["values"]
 
     def parse_errors_name(self, position: int) -> contextlib.AbstractContextManager[None]:
-        """Turns what goes wrong with what :meth:`recall` gave into an error that names the file."""
-        return parse_errors_name(self._path(position), "Delete it, and what is behind it is solved for anew.")
+        """Turns errors about what :meth:`recall` returned into one that names the file."""
+        return parse_errors_name(self._path(position), _FORMAT.remedy)
 
-    def keep(self, position: int, asked: list[Any], change: Tensor, told: dict[str, Any]) -> None:
-        """Writes down a change ``(k,)``, and plain values about it; makes the folder where there is none."""
+    def keep(self, position: int, request: list[Any], change: Tensor, values: dict[str, Any]) -> None:
+        """Writes a change ``(k,)`` and plain values about its solve; makes the folder if there is none."""
         if self.processes.rank:
             return
-        record = {"fingerprint": json.dumps(self.fingerprint), "asked": json.dumps(asked), "told": json.dumps(told)}
-        tensors = {"change": change.detach().cpu().contiguous()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(self._path(position), save(tensors, metadata={**record, "digest": digest(tensors, record)}))
+        record = {"fingerprint": self.fingerprint, "request": request, "values": values}
+        write_file(self._path(position), _FORMAT, record, {"change": change})
 
     def _path(self, position: int) -> Path:
         return self.folder / f"change-{position:02}.safetensors"
@@ -151,7 +161,10 @@ class Journal:
 
     @classmethod
     def clear(cls, folder: Path) -> None:
-        """Lets go, where it can, of what a finished call no longer needs; of the folder too, once it is empty."""
+        """Deletes the changes, which a finished call no longer needs, and the folder if it is empty then.
+
+        What cannot be deleted stays.
+        """
         with contextlib.suppress(OSError):
             for path in folder.iterdir():
                 if _NAME.fullmatch(path.name):

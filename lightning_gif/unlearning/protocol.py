@@ -71,6 +71,16 @@ class Point:
         return self.steps[0] if self.steps else 0.0
 
     @property
+    def step_sizes(self) -> tuple[float, ...]:
+        """The step size of each change."""
+        return self.steps
+
+    @property
+    def memorization(self) -> float:
+        """How much of the forget data is remembered."""
+        return self.remembered
+
+    @property
     def moved(self) -> bool:
         """Whether anything is changed here."""
         return any(self.steps)

@@ -26,7 +26,8 @@ from .advice import warn_cost, warn_refreshed_statistics, warn_unfinished
 from .journal import Journal
 from .problem import ModelEditProblem
 from .protocol import Goal
-from .report import Change, UnlearnReport
+from .record import Change, EditContext
+from .report import UnlearnReport
 from .strategies import MOST_SOLVES, STRATEGIES, Strategy
 from .task import Task, all_but, check_new_labels, retained_examples, without_forgotten
 
@@ -62,6 +63,7 @@ def unlearn(
     step: Step = "relinearise",
     refresh_statistics: bool = False,
     solves_to: Path | None = None,
+    context: EditContext | None = None,
 ) -> UnlearnReport:
     """Plans the edit after which the model behaves as if it had not seen some examples, or had seen other labels.
 
@@ -84,6 +86,7 @@ def unlearn(
         refresh_statistics: Compute the running statistics of BatchNorm anew, over what is retained or corrected.
         solves_to: A folder for what is solved for, see :class:`~lightning_gif.unlearning.journal.Journal`; by default
             it is lost where the call is interrupted.
+        context: What the report knows of the trainer.
 
     Raises:
         ConfigurationError: If ``solves_to`` holds something else, or solves of other weights, data or settings.
@@ -171,22 +174,27 @@ def unlearn(
             notes.append(f"The risk still fell with the last of the {MOST_SOLVES} changes that are solved for at most.")
     if solved_for is not None:
         warn_refreshed_statistics(solved_for, after, notes)
+    if context is not None and context.has_optimizer and any(chosen.steps):
+        notes.append(
+            "The optimizer's state (momentum, averages) is not part of the edit and still remembers the forgotten data:"
+            " start a new optimizer before you train on."
+        )
     changes = {name: Change(before[name], after[name], predicted[name]) for name in before}
     report = UnlearnReport(
         edit=edit,
         goal=task.goal,
-        steps=list(chosen.steps) or [0.0],
+        step_sizes=list(chosen.steps) or [0.0],
         forget=changes["forget"],
         retain=changes["retain"],
         relabelled=changes.get("relabelled"),
         unseen=changes.get("unseen"),
-        remembered=(walk.path[0].remembered, remembered),
+        memorization=(walk.path[0].remembered, remembered),
         n_forget=len(forget),
         n_found=len(found),
         n_retain=len(retained),
         n_unseen=0 if task.unseen is None else len(task.unseen),
         n_parameters=objective.space.size,
-        path=walk.path,
+        trials=walk.path,
         solves=[solution.summary() for solution in walk.solutions],
         residuals=walk.solutions[0].residuals,
         curvature=walk.description,
@@ -194,6 +202,7 @@ def unlearn(
         notes=notes,
         seconds=time.perf_counter() - start,
         data={"indices": train.ids[found].tolist(), **told},
+        context=context or EditContext(),
     )
     return report
 

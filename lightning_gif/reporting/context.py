@@ -1,0 +1,51 @@
+"""Where a report comes from: what it needs of the trainer after the call that made it has returned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, overload
+
+from ..distributed import SINGLE_PROCESS, ProcessGroup
+
+__all__ = ["CallContext", "ContextAttribute"]
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class CallContext:
+    """What a report knows of the trainer. A report that was loaded from a file knows its ``global_step`` alone.
+
+    Attributes:
+        loggers: Where ``report.log()`` logs to by default.
+        global_step: The trainer's optimizer steps at the time of the call.
+        processes: The processes that have the report. The first one writes files.
+    """
+
+    loggers: Sequence[Any] = ()
+    global_step: int = 0
+    processes: ProcessGroup = SINGLE_PROCESS
+
+
+class _HasContext(Protocol):
+    @property
+    def context(self) -> Any: ...
+
+
+class ContextAttribute(Generic[T]):
+    """An attribute of a report that is kept in its ``context``, so that it can be set although the report is frozen."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, report: None, owner: type) -> ContextAttribute[T]: ...
+    @overload
+    def __get__(self, report: _HasContext, owner: type) -> T: ...
+    def __get__(self, report: _HasContext | None, owner: type) -> ContextAttribute[T] | T:
+        return self if report is None else getattr(report.context, self._name)
+
+    def __set__(self, report: _HasContext, value: T) -> None:
+        setattr(report.context, self._name, value)

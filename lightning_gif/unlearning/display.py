@@ -1,0 +1,195 @@
+"""How the report of an edit is printed, drawn and logged."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ..reporting.loggers import log_eigenvalues, log_scalars, log_table, running
+from ..reporting.notes import describe_solve
+from ..reporting.previews import figure
+from .protocol import Goal, Point
+from .record import Change, EditRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw", "log", "text"]
+
+
+# Beyond this multiple of the natural step the quadratic model says nothing about the loss, and is not printed.
+_PREDICTABLE = 4.0
+
+_MEASURED = ("forget_loss", "retain_loss", "risk", "memorization")
+
+# The columns of a logged table, by the same names in all versions.
+_LOGGED = ("forget_loss", "retain_loss", "risk", "remembered")
+
+
+def text(record: EditRecord) -> str:
+    """The report in words, a line for each fact."""
+    lines = [
+        _headline(record),
+        *(_loss_line(record, name, change) for name, change in record.losses.items()),
+        *_memorization_line(record),
+    ]
+    if record.edit.buffers:
+        lines.append(f"running statistics computed anew: {len(record.edit.buffers)} buffers")
+    lines += [f"note: {note}" for note in record.notes]
+    context = record.context
+    if context.record is not None:
+        lines.append(f"Each time it is applied or undone, this is recorded in {os.fspath(context.record)}.")
+    if context.module is not None and record.edit.digest_before != record.edit.digest_after:
+        state = {
+            True: "The edit is in the weights.",
+            False: "The edit is not in the weights: see apply().",
+            None: "The weights have changed since the edit was made.",
+        }
+        lines.append(state[record.edit.is_in(context.module)])
+    return "\n".join(lines)
+
+
+def _headline(record: EditRecord) -> str:
+    share = 100 * record.edit.count / record.n_parameters
+    changed = f"{record.edit.count} of {record.n_parameters} parameters ({share:.1f} %)"
+    several = len(record.step_sizes) > 1
+    how = f"{len(record.step_sizes)} changes, each relinearised" if several else f"step size {record.step:.3g}"
+    return (
+        f"Edit for {record.n_forget} example{'' if record.n_forget == 1 else 's'} (goal: {record.goal};"
+        f" {record.n_retain} retained) by changing {changed if any(record.step_sizes) else 'nothing'}, {how};"
+        f" {'first solve: ' if len(record.solves) > 1 else ''}{_solve(record)}; {record.seconds:.1f} s"
+    )
+
+
+def _solve(record: EditRecord, *, residual: bool = True) -> str:
+    solve = record.solve
+    return describe_solve(
+        solve["solver"],
+        None if record.settings["rtol"] is None else solve["status"],
+        solve["iterations"],
+        solve["residual"] if residual else None,
+    )
+
+
+def _loss_line(record: EditRecord, name: str, change: Change) -> str:
+    labels = " (with the old labels)" if name == "forget" and record.relabelled else ""
+    predicted = ""
+    if abs(record.step) <= _PREDICTABLE and not math.isnan(change.predicted):
+        predicted = f" (predicted {change.predicted:.4g})"
+    return f"{name} loss{labels}: {change.before:.4g} -> {change.after:.4g}{predicted}"
+
+
+def _memorization_line(record: EditRecord) -> list[str]:
+    before, after = record.memorization
+    if math.isnan(after):
+        return []
+    if record.goal is Goal.EXAMPLES:
+        return [f"{_memorization(record)}: {before:.3f} -> {after:.3f} (0.5 = indistinguishable)"]
+    return [f"{_memorization(record)}: {100 * before:.1f} % -> {100 * after:.1f} %"]
+
+
+def _memorization(record: EditRecord) -> str:
+    return {
+        Goal.CLASS: "still predicted as the class",
+        Goal.LABELS: "not predicted as the new label",
+        Goal.EXAMPLES: f"membership AUROC against {record.n_unseen} unseen examples",
+    }[record.goal]
+
+
+def log(record: EditRecord, loggers: Iterable[Any], prefix: str) -> None:
+    """Logs the report, see :meth:`UnlearnReport.log`."""
+    loggers = running(loggers)
+    log_scalars(loggers, record.summary(), prefix=prefix, step=record.context.global_step)
+    count = len(record.solves)
+    rows = [
+        [*trial.step_sizes, *[0.0] * (count - len(trial.step_sizes)), *(getattr(trial, name) for name in _MEASURED)]
+        for trial in record.trials
+    ]
+    log_table(loggers, f"{prefix}/path", [*(f"step_{i}" for i in range(1, count + 1)), *_LOGGED], rows)
+    log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], list(enumerate(record.residuals)))
+    log_eigenvalues(loggers, prefix, record.curvature)
+
+
+def draw(record: EditRecord) -> Figure:
+    """Draws the losses and the memorization of the trials, and the residual of the first solve.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    known = not math.isnan(record.memorization[1])
+    drawn, axes = figure(1, 2 + known, width=13.5 if known else 9, height=3.2)
+    trials = _drawn_trials(record)
+    _draw_losses(axes[0][0], record, trials)
+    if known:
+        _draw_memorization(axes[0][1], record, trials)
+    for axis in axes[0][:-1]:
+        _label_trials(axis, record, trials)
+    axes[0][0].legend()
+    _draw_solve(axes[0][-1], record)
+    return drawn
+
+
+def _drawn_trials(record: EditRecord) -> list[Point]:
+    """With one change all trials, by step size; with several those after each of them, from none on."""
+    if len(record.step_sizes) == 1:
+        return sorted(record.trials, key=lambda trial: trial.step_sizes)
+    measured = {trial.step_sizes: trial for trial in record.trials}
+    ends = [tuple(record.step_sizes[:count]) for count in range(len(record.step_sizes) + 1)]
+    return [measured[end] for end in ends if end in measured]
+
+
+def _draw_losses(axes: Axes, record: EditRecord, trials: list[Point]) -> None:
+    where, end = _positions(record, trials)
+    lines = {"forget": [trial.forget_loss for trial in trials], "retain": [trial.retain_loss for trial in trials]}
+    for name, losses in lines.items():
+        (line,) = axes.plot(where, losses, "o-", markersize=4, label=name)
+        axes.plot([end], [record.losses[name].after], "*", markersize=11, color=line.get_color())
+    axes.plot([], [], "k*", label="the edit")
+    if all(loss > 0 for losses in lines.values() for loss in losses):  # losses other than cross-entropy may not be
+        axes.set_yscale("log")
+    along = "after each change" if len(record.step_sizes) > 1 else "along the change"
+    axes.set_title(f"losses {along}, goal: {record.goal}", fontsize=10)
+    axes.set_ylabel("mean loss")
+
+
+def _draw_memorization(axes: Axes, record: EditRecord, trials: list[Point]) -> None:
+    where, end = _positions(record, trials)
+    (line,) = axes.plot(where, [trial.memorization for trial in trials], "o-", markersize=4)
+    axes.plot([end], [record.memorization[1]], "*", markersize=11, color=line.get_color())
+    axes.set_ylim(-0.05, 1.05)
+    axes.set_title(_memorization(record), fontsize=10)
+    auroc = record.goal is Goal.EXAMPLES
+    axes.set_ylabel("AUROC (0.5 = indistinguishable)" if auroc else "share of the forget examples")
+
+
+def _positions(record: EditRecord, trials: list[Point]) -> tuple[list[float], float]:
+    """Where trials and the edit are on the x axis."""
+    if len(record.step_sizes) > 1:
+        return [float(len(trial.step_sizes)) for trial in trials], float(len(record.step_sizes))
+    return [trial.step for trial in trials], record.step
+
+
+def _label_trials(axes: Axes, record: EditRecord, trials: list[Point]) -> None:
+    if len(record.step_sizes) > 1:
+        axes.set_xlabel("number of changes (each relinearised)")
+        axes.set_xticks(range(len(record.step_sizes) + 1))
+        return
+    axes.axvline(record.step, color="grey", linestyle=":", label=f"step size {record.step:.3g}")
+    axes.set_xscale("symlog", linthresh=0.1)
+    if trials[0].step >= 0:
+        axes.set_xlim(left=0.0, right=trials[-1].step * 1.5 or None)
+    axes.set_xlabel("step size (1 = natural step)")
+
+
+def _draw_solve(axes: Axes, record: EditRecord) -> None:
+    axes.semilogy(record.residuals)
+    if record.settings["rtol"] is not None:
+        rtol = record.solve["rtol"]
+        axes.axhline(rtol, color="grey", linestyle=":", label=f"rtol {rtol:g}")
+        axes.legend()
+    axes.set_title(f"first solve: {_solve(record, residual=False)}", fontsize=10)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("relative residual")

@@ -1,0 +1,273 @@
+"""The record of an edit: what was changed, what it was for, and what was measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ..distributed import ProcessGroup
+from ..edit import Edit
+from ..errors import EditError
+from ..parameters import Weights
+from ..reporting.context import CallContext
+from ..storage.artifact import Format
+from ..storage.digests import digest
+from ..storage.schema import restored, restored_fields
+from .protocol import Goal, Point
+
+__all__ = ["FORMAT", "Change", "EditContext", "EditRecord"]
+
+
+FORMAT = Format(
+    "lightning-gif edit",
+    versions=(3, 4),
+    what="an edit file",
+    remedy="If it is an edit file, copy it again from where it was saved.",
+    error=EditError,
+)
+
+_PARTS = ("indices", "old", "new")
+
+# Fields that a file holds in another form, or not at all.
+_OWN_FORM = ("edit", "trials", "context", "version")
+
+_TRIAL = ("step_sizes", "forget_loss", "retain_loss", "risk", "memorization")
+
+# How version 3 of the format named fields of a report and of its trials.
+_NAMES_OF_3 = {"step_sizes": "steps", "memorization": "remembered", "trials": "path"}
+
+
+class Change(NamedTuple):
+    """A mean loss before and after the edit, and what the first solve predicted.
+
+    Attributes:
+        before: At the weights before the edit.
+        after: At the weights after it.
+        predicted: ``before`` plus the predicted effect of the influence direction: to first order for the forget
+            examples, to second order for the retained ones. Good for small step sizes only. NaN if the edit makes
+            other changes too.
+    """
+
+    before: float
+    after: float
+    predicted: float
+
+
+@dataclass
+class EditContext(CallContext):
+    """What the report of an edit knows of the trainer. A report that was loaded from a file knows none of it.
+
+    Attributes:
+        module: The model that :meth:`UnlearnReport.undo` and :meth:`UnlearnReport.apply` act on by default.
+        record: The audit log in which each of them adds an entry, see :mod:`lightning_gif.storage.audit_log`.
+        has_optimizer: Whether the trainer has an optimizer, whose state an edit leaves as it is.
+    """
+
+    module: nn.Module | None = None
+    record: str | os.PathLike[str] | None = None
+    has_optimizer: bool = False
+
+    def model(self, given: Weights | None) -> Weights:
+        """The given model, or the default one.
+
+        Raises:
+            EditError: If there is neither.
+        """
+        model = self.module if given is None else given
+        if model is None:
+            raise EditError("The report was loaded from a file; say which model: undo(model) or apply(model).")
+        return model
+
+    def processes_of(self, weights: Weights) -> ProcessGroup:
+        """The processes that hold copies of the weights, also for a report that was loaded in each of them."""
+        if self.processes.size > 1 or not isinstance(weights, nn.Module):
+            return self.processes
+        return ProcessGroup.of_module(weights)
+
+
+@dataclass(frozen=True, eq=False)
+class EditRecord:
+    """An edit, what it was for, and what was measured. Its fields cannot be assigned to.
+
+    Attributes:
+        edit: Which entries changed, and their values before and after.
+        goal: ``"class"``, ``"examples"`` or ``"labels"``; see :class:`~lightning_gif.unlearning.protocol.Goal`.
+        step_sizes: The step size of each change; 1 is the natural step. The first change is the influence direction,
+            or a descent direction as all later ones are. Each is solved at the weights that the earlier ones lead to.
+        forget: Mean loss of (a sample of) the forget examples, with the labels they were trained with.
+        retain: Mean loss of (a sample of) the retained training data.
+        relabelled: Mean loss of the examples with their new labels; ``None`` for a removal.
+        unseen: Mean loss of the unseen examples that the forget examples were compared with; ``None`` without any.
+        memorization: How much of the forget data is remembered, before and after; see
+            :attr:`~lightning_gif.unlearning.protocol.Point.remembered`.
+        n_forget: The number of forget examples.
+        n_found: How many of the training examples are among them, by dataset index or by content.
+        n_retain: The number of retained training examples.
+        n_unseen: The number of unseen examples that the forget examples were compared with.
+        n_parameters: The number of trainable parameters of the model.
+        trials: All trials, in order. The first one is the trained model.
+        solves: Diagnostics of each solve, see :meth:`~lightning_gif.solvers.Solution.summary`. Where a method takes
+            several for one change, those of the one with the largest residual.
+        residuals: The relative residual of the first solve after each number of iterations.
+        curvature: How the products with the curvature were made, and the ends of its spectrum if ``eigenvalues`` were
+            asked for.
+        settings: The method, the solver and their parameters.
+        notes: What the user should know: data not found, a search that was cut short, stale optimizer state.
+        seconds: Wall time of the whole call.
+        data: Which data the edit is for: ``indices``, the dataset indices of the examples in question that were found
+            in the training data; SHA-256 of their contents as ``examples``, and with their new labels as
+            ``relabelled`` (``None`` for a removal); SHA-256 of the training data as ``train``, see
+            :func:`~lightning_gif.data.identity.data_digest`.
+        context: What is known of the trainer. Only its ``global_step`` is saved.
+        version: The version of the file format that :meth:`to_record` follows. A report that was loaded keeps that of
+            its file, and so the digest by which an audit log knows it.
+    """
+
+    edit: Edit = field(repr=False)
+    goal: Goal
+    step_sizes: list[float]
+    forget: Change
+    retain: Change
+    relabelled: Change | None
+    unseen: Change | None
+    memorization: tuple[float, float]
+    n_forget: int
+    n_found: int
+    n_retain: int
+    n_unseen: int
+    n_parameters: int
+    trials: list[Point] = field(repr=False)
+    solves: list[dict[str, Any]] = field(repr=False)
+    residuals: list[float] = field(repr=False)
+    curvature: dict[str, Any] = field(repr=False)
+    settings: dict[str, Any] = field(repr=False)
+    notes: list[str]
+    seconds: float
+    data: dict[str, Any] = field(default_factory=dict, repr=False)
+    context: EditContext = field(default_factory=EditContext, repr=False)
+    version: int = field(default=FORMAT.versions[-1], repr=False)
+
+    @property
+    def step(self) -> float:
+        """The step size of the first change."""
+        return self.step_sizes[0]
+
+    @property
+    def solve(self) -> dict[str, Any]:
+        """Diagnostics of the first solve."""
+        return self.solves[0]
+
+    @property
+    def losses(self) -> dict[str, Change]:
+        """The mean losses by the name of their examples, without those that the goal does not have."""
+        named = {"forget": self.forget, "retain": self.retain, "relabelled": self.relabelled, "unseen": self.unseen}
+        return {name: change for name, change in named.items() if change is not None}
+
+    def digests(self) -> dict[str, str]:
+        """How the edit and the report are recognised.
+
+        SHA-256 of the edited tensors ``before`` and ``after`` the edit, of what is changed in them (``values``), and
+        of all that :meth:`UnlearnReport.save` writes (``report``).
+        """
+        record, tensors = self.to_record()
+        return {
+            "before": self.edit.digest_before,
+            "after": self.edit.digest_after,
+            "values": self.edit.digest,
+            "report": digest(tensors, record),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The report in plain numbers and strings."""
+        return {
+            "goal": str(self.goal),
+            "step": self.step,
+            "further_steps": sum(map(bool, self.step_sizes[1:])),
+            "remembered_before": self.memorization[0],
+            "remembered_after": self.memorization[1],
+            "n_forget": self.n_forget,
+            "n_found": self.n_found,
+            "n_retain": self.n_retain,
+            "n_changed": self.edit.count,
+            "share_changed": self.edit.count / self.n_parameters,
+            "seconds": self.seconds,
+            **{
+                f"{name}_loss_{when}": value
+                for name, change in self.losses.items()
+                for when, value in change._asdict().items()
+            },
+            **{f"curvature_{name}": value for name, value in self.curvature.items() if not isinstance(value, list)},
+            **{f"solve_{name}": value for name, value in self.solve.items()},
+            "solves": len(self.solves),
+            "hvps": sum(solve["hvps"] for solve in self.solves),
+        }
+
+    def to_record(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file holds: plain values that JSON can hold, and the tensors of the edit by name."""
+        tensors = {f"{part}/{name}": value for part in _PARTS for name, value in getattr(self.edit, part).items()}
+        record: dict[str, Any] = {}
+        for name in (entry.name for entry in fields(self)):
+            if name == "trials":
+                record[name] = [dict(zip(_TRIAL, asdict(trial).values(), strict=True)) for trial in self.trials]
+            elif name not in _OWN_FORM:
+                record[name] = getattr(self, name)
+        record["global_step"] = self.context.global_step
+        record["edit"] = {e.name: getattr(self.edit, e.name) for e in fields(self.edit) if e.name not in _PARTS}
+        return (_renamed(record, _NAMES_OF_3) if self.version == 3 else record), tensors
+
+    @classmethod
+    def from_record(cls, version: int, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """The report from what :meth:`to_record` returned, which anybody may have changed.
+
+        Args:
+            version: The version of the file format.
+            record: Plain values.
+            tensors: The tensors of the edit.
+
+        Raises:
+            EditError: If the parts of the edit do not belong together.
+            LookupError, TypeError, ValueError: If values are missing, or are not what they should be.
+        """
+        if version == 3:
+            record = _renamed(record, {old: new for new, old in _NAMES_OF_3.items()})
+        values = dict(record)
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+        for key, tensor in tensors.items():
+            part, name = key.split("/", 1)
+            parts[part][name] = tensor
+        stored = restored(dict[str, Any], values.pop("edit"), "edit")
+        indices, old, new = parts.values()
+        edit = Edit(indices=indices, old=old, new=new, **restored_fields(Edit, stored, without=_PARTS))
+        edit.check_complete()
+        trials = [
+            _trial(stored, i) for i, stored in enumerate(restored(list[dict[str, Any]], values.pop("trials"), "trials"))
+        ]
+        context = EditContext(global_step=restored(int, values.pop("global_step"), "global_step"))
+        plain = restored_fields(EditRecord, values, without=_OWN_FORM)
+        report = cls(edit=edit, trials=trials, context=context, version=version, **plain)
+        if not report.step_sizes or not report.solves or not report.trials or report.n_parameters < edit.count:
+            raise ValueError("the report has no step sizes, solves or trials, or more changes than parameters")
+        return report
+
+
+def _trial(stored: dict[str, Any], position: int) -> Point:
+    names = [entry.name for entry in fields(Point)]
+    if stored.keys() != set(_TRIAL):
+        raise TypeError(f"trials[{position}] has {', '.join(_TRIAL)}; got {', '.join(stored)!r:.200}")
+    return Point(**restored_fields(Point, dict(zip(names, (stored[name] for name in _TRIAL), strict=True))))
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """A record with other names for the fields of the report and of its trials, in the same order."""
+    trials = {"trials", "path"}
+    return {
+        names.get(name, name): [{names.get(n, n): v for n, v in trial.items()} for trial in entry]
+        if name in trials
+        else entry
+        for name, entry in value.items()
+    }

@@ -1,0 +1,132 @@
+"""Applying and undoing an edit: in the weights of all processes and in the audit log, or in none of them."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..distributed import ProcessGroup
+from ..errors import RecordError
+from ..parameters import Weights, weights_digest
+from ..storage.audit_log import Event, append
+from ..storage.interrupts import uninterrupted
+from .record import EditRecord
+
+__all__ = ["change", "log_metrics", "write_entry"]
+
+
+def change(
+    record: EditRecord,
+    event: Event,
+    weights: Weights,
+    audit_log: str | os.PathLike[str] | None,
+    processes: ProcessGroup,
+) -> None:
+    """Applies or undoes an edit and adds an entry to the audit log: both, or neither, in all processes.
+
+    Args:
+        record: The edit.
+        event: ``"undo"`` undoes it, any other event applies it.
+        weights: The weights to change.
+        audit_log: The file, if an entry is to be added. The first process writes it.
+        processes: The processes that hold copies of the weights. If one of them fails, all restore their copy.
+
+    Raises:
+        EditError: If the weights are not those that the edit starts from, or, to undo it, not those it left behind.
+        RecordError: If the entry cannot be written.
+    """
+    edit = record.edit
+    make, revert = (edit.undo, edit.apply) if event == "undo" else (edit.apply, edit.undo)
+    log = audit_log if processes.rank == 0 else None
+    before, after = "" if log is None else weights_digest(weights), ""
+    changed = logged = False
+    try:
+        with processes.propagate_errors():
+            with uninterrupted():
+                make(weights)
+                changed = True
+            if log is not None:
+                after = weights_digest(weights)
+                write_entry(record, event, log, before, after)
+                logged = True
+    except BaseException:
+        if changed:
+            revert(weights)
+        if logged and log is not None:  # another process has failed after this one had written the entry
+            write_entry(record, "apply" if event == "undo" else "undo", log, after, before)
+        raise
+
+
+def log_metrics(
+    record: EditRecord,
+    metrics: Mapping[str, float],
+    weights: Weights,
+    audit_log: str | os.PathLike[str] | None,
+    processes: ProcessGroup,
+) -> None:
+    """Adds measurements of the model as it is now to the audit log. See :meth:`UnlearnReport.record_metrics`.
+
+    Args:
+        record: The edit.
+        metrics: Numbers by name.
+        weights: The weights that were measured.
+        audit_log: The file. The first process writes it.
+        processes: The processes that hold copies of the weights.
+
+    Raises:
+        RecordError: If there is no file, a value is no number, or the entry cannot be written.
+    """
+    if audit_log is None:
+        raise RecordError("The report belongs to no record: give record='deletions.jsonl', or unlearn with one.")
+    if not isinstance(metrics, Mapping) or not metrics or not all(isinstance(name, str) for name in metrics):
+        raise RecordError(f"Metrics must be numbers by name, such as {{'test/accuracy': 0.98}}, got {metrics!r}.")
+    values = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+    bad = [name for name, value in values.items() if not isinstance(value, numbers.Real)]
+    if bad:
+        raise RecordError(f"Metrics must be numbers by name; {bad[0]!r} is {metrics[bad[0]]!r}.")
+    here = weights_digest(weights)
+    with processes.propagate_errors():
+        if processes.rank == 0:
+            write_entry(record, "metrics", audit_log, here, here, values)
+
+
+def write_entry(
+    record: EditRecord,
+    event: Event,
+    audit_log: str | os.PathLike[str],
+    before: str,
+    after: str,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Adds an entry about an edit to an audit log, and does nothing else.
+
+    Args:
+        record: The edit.
+        event: What happened.
+        audit_log: The file.
+        before: :func:`~lightning_gif.parameters.weights_digest` before.
+        after: The same after.
+        metrics: Measurements, numbers by name.
+
+    Raises:
+        RecordError: If the audit log is damaged, or cannot be written. It is as it was.
+    """
+    data = record.data
+    entry = {
+        "asked": {
+            "goal": str(record.goal),
+            "n_forget": record.n_forget,
+            **{name: data.get(name) for name in ("indices", "examples", "relabelled")},
+        },
+        "train": {"n_retain": record.n_retain, "digest": data.get("train")},
+        "weights": {"before": before, "after": after},
+        "edit": record.digests(),
+        "settings": record.settings,
+        "numbers": record.summary(),
+        "solves": record.solves,
+        "notes": record.notes,
+        "metrics": metrics or {},
+    }
+    append(audit_log, event, entry)
