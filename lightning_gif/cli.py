@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
 from ._compat import LightningArgumentParser, LightningCLI, MisconfigurationException, brings_own
-from .callback import GIFCallback, TargetsChoice, attach
+from .callback import GIFCallback, attach
 from .data.structure import describe, tensors
 from .edit import Edit
 from .errors import CheckpointError, ConfigurationError, GIFError, TrainingDataError
 from .parameters import weights_digest
+from .session import TargetsChoice
 from .storage.atomic import replacing, sync
 from .storage.audit_log import Event
 from .storage.checkpoints import read_checkpoint

@@ -421,7 +421,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(
 def test_what_the_callback_kept_is_used_and_damage_to_it_is_told(trained: dict[str, Any]) -> None:
     assert unlearn("--targets", "cached") == 0
     torch.save({**content("a.ckpt"), "lightning_gif": {"neurons": 3}}, "a.ckpt")
-    with pytest.warns(GIFWarning, match="state of GIFCallback does not fit its model, or is damaged, and is left out"):
+    with pytest.warns(GIFWarning, match="state of GIFCallback is damaged or does not fit the model, and is ignored"):
         assert unlearn("--targets", "cached", edit="other") == 0
 
 
