@@ -162,7 +162,7 @@ def test_ctrl_c_does_not_come_between_the_record_and_the_checkpoint(
 
     monkeypatch.setattr(UnlearnReport, "write_down", interrupted)
     assert unlearn("--record", "deletions.jsonl", "--solves_to", "solves") == 130
-    assert re.search(r"interrupted\. .*b\.ckpt is written, and all that belongs to it\.", capsys.readouterr().err)
+    assert re.search(r"interrupted\. .*b\.ckpt and everything that belongs to it are written\.", capsys.readouterr().err)
     assert verify("deletions.jsonl", edits="edit.safetensors", checkpoint="b.ckpt").ok
     assert not Path("solves").exists()
 
@@ -323,7 +323,7 @@ def test_every_command_says_what_it_takes(capsys: pytest.CaptureFixture[str]) ->
         (["--step", "far"], "Known: natural, relinearise, search"),
         (["--output", "."], "is a folder"),
         (["--output", "x", "--edit", "x"], "two files"),
-        (["--edit", "a.ckpt"], "is there already"),
+        (["--edit", "a.ckpt"], "exists already"),
         (["--record", "a.ckpt"], "damaged in line 1"),
         (["--record", "a.ckpt/record"], "cannot be written"),
         (["--indices", "[]"], "Say which training examples"),
