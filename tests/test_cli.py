@@ -162,7 +162,9 @@ def test_ctrl_c_does_not_come_between_the_record_and_the_checkpoint(
 
     monkeypatch.setattr(UnlearnReport, "write_down", interrupted)
     assert unlearn("--record", "deletions.jsonl", "--solves_to", "solves") == 130
-    assert re.search(r"interrupted\. .*b\.ckpt and everything that belongs to it are written\.", capsys.readouterr().err)
+    assert re.search(
+        r"interrupted\. .*b\.ckpt and everything that belongs to it are written\.", capsys.readouterr().err
+    )
     assert verify("deletions.jsonl", edits="edit.safetensors", checkpoint="b.ckpt").ok
     assert not Path("solves").exists()
 
