@@ -1,4 +1,4 @@
-"""The processes that share out the work of a pass over examples, and how their parts come together."""
+"""The processes of a distributed run: how they divide work, combine results, and fail together."""
 
 from __future__ import annotations
 
@@ -26,52 +26,53 @@ T = TypeVar("T")
 
 
 class ProcessGroup:
-    """The processes of a trainer, of which this is one; with one process everything here gives back what it gets.
+    """The processes of a trainer, seen from one of them. With one process, every operation returns its argument.
 
-    All processes do the same things in the same order, each on its part of the examples, and meet where parts are put
-    together. Each meeting begins with a few numbers that tell whether all are well and about to do the same. Inside of
-    :meth:`propagate_errors` a process that fails anywhere joins the next meeting of the others with its error, so that
-    they stop too instead of waiting.
+    All processes make the same calls in the same order, each on its shard of the examples. Each collective begins by
+    exchanging three numbers, which show whether any process has failed and whether all are at the same call. Inside
+    :meth:`propagate_errors`, a process that fails joins the next collective with its error, so that the others stop
+    instead of waiting for it.
 
     Args:
-        rank: Which of the processes this is.
-        size: How many there are.
-        here: How many of them are on this machine.
-        device: Where tensors are put for the others.
+        rank: The number of this process.
+        size: The number of processes.
+        here: The number of processes on this machine.
+        device: The device of the tensors that are exchanged; by default the CPU.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, here: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size, self.here = rank, size, here
         self._device = torch.device("cpu") if device is None else device
-        self._failed = False  # the others know of an error, or are gone
+        self._failed = False  # the other processes know of the error, or have ended
 
     @classmethod
     def of(cls, trainer: Trainer) -> ProcessGroup:
-        """Those of a trainer.
+        """The processes of a trainer.
 
         Raises:
-            ConfigurationError: If it has several that are not running yet.
+            ConfigurationError: If it has several, and they are not running yet.
         """
         if trainer.world_size == 1:
             return SINGLE_PROCESS
         if not (dist.is_available() and dist.is_initialized()):
             raise ConfigurationError(
-                f"The trainer has {trainer.world_size} processes, which its first run starts. Call trainer.fit or"
-                " trainer.validate before, with a GIFCallback among its callbacks; for attach() without a run, use a"
+                f"The trainer has {trainer.world_size} processes, and they start with its first run. Call trainer.fit"
+                " or trainer.validate first, with a GIFCallback among its callbacks. For attach() without a run, use a"
                 " Trainer with devices=1."
             )
         return cls(dist.get_rank(), dist.get_world_size(), trainer.num_devices, trainer.strategy.root_device)
 
     @classmethod
     def of_module(cls, module: nn.Module) -> ProcessGroup:
-        """Those that hold copies of a module; this one alone if it has no trainer, or one that runs in no others."""
+        """The processes that hold copies of a module; one process if it has no trainer, or if that is not running."""
         trainer = trainer_of(module)
         if trainer is None or trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
             return SINGLE_PROCESS
         return cls.of(trainer)
 
     def shard(self, count: int) -> tuple[int, int]:
-        """Where the part of this process in ``count`` things starts and stops; parts differ by one at most."""
+        """This process's part of ``count`` items, as ``start, stop``. The parts of all processes partition the items,
+        and their sizes differ by at most one."""
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ class ProcessGroup:
     # ----------------------------------------------------------------------------------------------------------------
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes of a tensor of one shape and dtype, whose memory may be used for it."""
+        """The sum of a tensor over all processes. Shape and dtype must be the same; the tensor may be overwritten."""
         if self.size == 1:
             return tensor
         self._synchronise(f"{_caller()}: sum of {tensor.dtype} {list(tensor.shape)}")
@@ -88,48 +89,53 @@ class ProcessGroup:
         return total.to(tensor.device)
 
     def total(self, value: float) -> float:
-        """The sum over all processes of a number."""
+        """The sum of a number over all processes."""
         return value if self.size == 1 else float(self.sum(torch.tensor(value, dtype=torch.float64)))
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, in their order: plain ones, or tensors on the CPU, in any structure."""
+        """The values of all processes, by rank: any structure of plain values and CPU tensors."""
         if self.size == 1:
             return [value]
         self._synchronise(f"{_caller()}: gather")
-        found: list[Any] = [None] * self.size
-        self._call(dist.all_gather_object, found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        self._call(dist.all_gather_object, values, value)
+        return values
 
     def broadcast(self, value: T) -> T:
-        """The value of the first process, see :meth:`gather`."""
+        """The value of rank 0, on all processes. What can be sent: see :meth:`gather`."""
         if self.size == 1:
             return value
-        self._synchronise(f"{_caller()}: first")
-        found: list[Any] = [value]
-        self._call(dist.broadcast_object_list, found, src=0, device=self._device)
-        return found[0]
+        self._synchronise(f"{_caller()}: broadcast")
+        values: list[Any] = [value]
+        self._call(dist.broadcast_object_list, values, src=0, device=self._device)
+        return values[0]
 
     def interleave(self, values: Iterable[T]) -> Iterator[T]:
-        """One value of each process after the other, until there are none; of ``None`` there must not be any."""
+        """One value of each process in turn, until all are exhausted. No value may be ``None``."""
         if self.size == 1:
             yield from values
             return
         own = iter(values)
-        while found := [value for value in self.gather(next(own, None)) if value is not None]:
-            yield from found
+        while turn := [value for value in self.gather(next(own, None)) if value is not None]:
+            yield from turn
 
     def assert_equal(self, value: Any, what: str, remedy: str) -> None:
-        """Makes sure that all processes have the same plain value.
+        """Raises on all processes unless a plain value is the same on all of them.
+
+        Args:
+            value: The value of this process.
+            what: What it is, for the message.
+            remedy: What to do about a difference, for the message.
 
         Raises:
-            ConfigurationError: If not, on all of them.
+            ConfigurationError: If a value differs from that of rank 0.
         """
         values = self.gather(value)
         others = [rank for rank, other in enumerate(values) if other != values[0]]
         if others:
             raise ConfigurationError(
-                f"All processes must be given the same {what}, but rank {', '.join(map(str, others))} has another than"
-                f" rank 0. {remedy}"
+                f"All processes must have the same {what}, but rank {', '.join(map(str, others))} differs from rank 0."
+                f" {remedy}"
             )
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -138,11 +144,11 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def propagate_errors(self) -> Iterator[None]:
-        """Inside of it an error of one process is one of all; at its end all have come through.
+        """If any process raises inside the block, every process raises. Ends with a barrier.
 
         Raises:
-            GIFError: Of the kind that another process raised, if it was one; else a
-                :class:`~lightning_gif.errors.RankError`. Both name that process.
+            GIFError: If another process raised one: the same class, with a message that names the process.
+            RankError: If another process raised anything else, or has ended.
         """
         if self.size == 1:
             yield
@@ -157,57 +163,72 @@ class ProcessGroup:
             raise
 
     def _synchronise(self, what: str, error: BaseException | None = None) -> None:
-        """What each exchange begins with.
+        """Makes sure that no process has failed, and that all are about to do the same.
 
         Args:
-            what: What is to come.
-            error: Why it is not.
+            what: What this process is about to do.
+            error: The error that keeps it from doing so, if any.
+
+        Raises:
+            GIFError: If another process has failed.
+            RankError: If another process is about to do something else.
         """
         mark = zlib.crc32(what.encode())
-        told = torch.tensor([error is not None, mark, -mark], dtype=torch.int64, device=self._device)
-        self._call(dist.all_reduce, told, op=dist.ReduceOp.MAX)
-        failed, most, least = told.tolist()
+        status = torch.tensor([error is not None, mark, -mark], dtype=torch.int64, device=self._device)
+        self._call(dist.all_reduce, status, op=dist.ReduceOp.MAX)
+        failed, most, least = status.tolist()
         if failed:
             self._failed = True
-            found: list[Any] = [None] * self.size
+            raised: list[Any] = [None] * self.size
             own = None if error is None else (type(error).__name__, str(error))
-            self._call(dist.all_gather_object, found, own)
+            self._call(dist.all_gather_object, raised, own)
             if error is None:
-                rank = next(rank for rank, other in enumerate(found) if other is not None)
-                raise _of_another(rank, *found[rank])
-        elif most != -least:
+                rank = next(rank for rank, other in enumerate(raised) if other is not None)
+                raise _error_of_rank(rank, *raised[rank])
+        elif most != -least:  # the maximum and the minimum of the marks
             self._failed = True
             raise RankError(
-                f"The processes are out of step: this one, rank {self.rank}, was about to do {what!r}, another one"
-                " something else. Do the same calls with the same arguments on all of them; functions that are passed"
-                " in (a strategy, a selector, a predicate) must not decide by the rank, by time or by chance."
+                f"The processes are out of step: rank {self.rank} was about to do {what!r}, and another one something"
+                " else. Make the same calls with the same arguments on all of them. Functions that are passed in (a"
+                " strategy, a selector, a predicate) must not depend on the rank, on time or on chance."
             )
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Calls a collective of ``torch.distributed``.
+
+        Raises:
+            RankError: If it fails: all backends raise a ``RuntimeError`` then.
+        """
         try:
             function(*args, **kwargs)
-        except RuntimeError as error:  # that of any backend is one
+        except RuntimeError as error:
             self._failed = True
             lines = str(error).splitlines() or [type(error).__name__]
             raise RankError(
                 f"Rank {self.rank} cannot reach the other processes: one has ended, or did not answer within the time"
-                f" limit of the process group ({lines[0][:200]}). No weight was changed. Look at what the others wrote"
-                " last, and start anew."
+                f" limit of the process group ({lines[0][:200]}). No weight was changed. See the last output of the"
+                " other processes, and start again."
             ) from error
 
 
 def _caller() -> str:
-    """The function that calls the one that calls this: what is put together there is of one kind on all processes."""
+    """The name of the function that called a collective: processes at the same call give the same name."""
     return sys._getframe(2).f_code.co_name
 
 
-def _of_another(rank: int, kind: str, text: str) -> GIFError:
-    """The error of another process as one of this."""
-    if kind in errors.__all__ and issubclass(found := getattr(errors, kind), GIFError):
-        return found(f"Rank {rank}: {text}")
+def _error_of_rank(rank: int, kind: str, text: str) -> GIFError:
+    """An error to raise on this process for one that another process raised.
+
+    Args:
+        rank: The other process.
+        kind: The name of the class of its error.
+        text: The message of its error.
+    """
+    if kind in errors.__all__ and issubclass(error := getattr(errors, kind), GIFError):
+        return error(f"Rank {rank}: {text}")
     reason = f"{kind}: {text}" if text else kind
-    return RankError(f"Rank {rank} failed, and so all stop; no weight was changed. Its error: {reason}")
+    return RankError(f"Rank {rank} failed, so all processes stop. No weight was changed. Its error: {reason}")
 
 
 SINGLE_PROCESS = ProcessGroup()
-"""One process."""
+"""The process group of one process."""

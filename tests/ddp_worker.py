@@ -270,7 +270,7 @@ def unreadable(world: int, folder: Path) -> dict[str, Any]:
         warnings.simplefilter("always")
         trainer.fit(module, DataLoader(data, 4, sampler=sampler))
     found = {"warned": sum("no such graph" in str(warning.message) for warning in caught)}
-    found |= {"epochs": trainer.current_epoch, "targets of": callback.targets_epoch, "gathers": callback._gathering}
+    found |= {"epochs": trainer.current_epoch, "targets of": callback.targets_epoch, "gathers": callback.tracker.active}
     trainer.save_checkpoint(folder / "unreadable.ckpt")
     scores = trainer.influence(batch_of(data, range(3)), targets="cached", dataloader=DataLoader(data, 16)).scores
     return {**found, "scores": scores}

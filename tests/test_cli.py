@@ -162,7 +162,9 @@ def test_ctrl_c_does_not_come_between_the_record_and_the_checkpoint(
 
     monkeypatch.setattr(UnlearnReport, "write_down", interrupted)
     assert unlearn("--record", "deletions.jsonl", "--solves_to", "solves") == 130
-    assert re.search(r"interrupted\. .*b\.ckpt is written, and all that belongs to it\.", capsys.readouterr().err)
+    assert re.search(
+        r"interrupted\. .*b\.ckpt and everything that belongs to it are written\.", capsys.readouterr().err
+    )
     assert verify("deletions.jsonl", edits="edit.safetensors", checkpoint="b.ckpt").ok
     assert not Path("solves").exists()
 
@@ -323,7 +325,7 @@ def test_every_command_says_what_it_takes(capsys: pytest.CaptureFixture[str]) ->
         (["--step", "far"], "Known: natural, relinearise, search"),
         (["--output", "."], "is a folder"),
         (["--output", "x", "--edit", "x"], "two files"),
-        (["--edit", "a.ckpt"], "is there already"),
+        (["--edit", "a.ckpt"], "exists already"),
         (["--record", "a.ckpt"], "damaged in line 1"),
         (["--record", "a.ckpt/record"], "cannot be written"),
         (["--indices", "[]"], "Say which training examples"),
@@ -421,7 +423,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(
 def test_what_the_callback_kept_is_used_and_damage_to_it_is_told(trained: dict[str, Any]) -> None:
     assert unlearn("--targets", "cached") == 0
     torch.save({**content("a.ckpt"), "lightning_gif": {"neurons": 3}}, "a.ckpt")
-    with pytest.warns(GIFWarning, match="state of GIFCallback does not fit its model, or is damaged, and is left out"):
+    with pytest.warns(GIFWarning, match="state of GIFCallback is damaged or does not fit the model, and is ignored"):
         assert unlearn("--targets", "cached", edit="other") == 0
 
 

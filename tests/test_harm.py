@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_gif.callback
+import lightning_gif.selection.tracker
 from lightning_gif import ConfigurationError, ConvergenceError, GIFCallback, GIFWarning, attach
 from lightning_gif.curvature.solve import newton, solve
 from lightning_gif.data.examples import Examples
@@ -474,13 +474,13 @@ def failing(*args: Any, **kwargs: Any) -> Any:
 
 
 PLACES: dict[str, tuple[Any, str, str]] = {
-    "the batch's size": (lightning_gif.callback, "batch_size", "reading the batch failed"),
-    "the batch's classes": (lightning_gif.callback, "class_targets", "reading the batch failed"),
-    "a forward pass": (NeuronStatistics, "_rows_for", "reading what passes through a layer failed"),
-    "gradients": (GradientStatistics, "add", "reading the gradients failed"),
-    "the targets": (lightning_gif.callback, "select", "picking the target parameters failed"),
-    "a snapshot": (Snapshots, "add", "taking a snapshot of the weights failed"),
-    "the hooks": (NeuronStatistics, "attach", "hooking into the layers failed"),
+    "the batch's size": (lightning_gif.selection.tracker, "batch_size", "reading the batch failed with"),
+    "the batch's classes": (lightning_gif.selection.tracker, "class_targets", "reading the batch failed with"),
+    "a forward pass": (NeuronStatistics, "_rows_for", "reading what passes through a layer failed with"),
+    "gradients": (GradientStatistics, "add", "reading the gradients failed with"),
+    "the targets": (lightning_gif.selection.tracker, "select", "picking the target parameters failed with"),
+    "a snapshot": (Snapshots, "add", "taking a snapshot of the weights failed with"),
+    "the hooks": (NeuronStatistics, "attach", "hooking into the layers failed with"),
 }
 
 
@@ -489,7 +489,7 @@ def test_an_error_in_gathering_ends_the_gathering_and_not_the_fit(name: str, mon
     owner, attribute, words = PLACES[name]
     monkeypatch.setattr(owner, attribute, failing)
     callback = GIFCallback(snapshots=1)
-    check_trained_alike(callback, f"nothing more in this fit, since {words}: LookupError: on purpose")
+    check_trained_alike(callback, f"no more statistics in this fit: {words} LookupError: on purpose. Training goes on")
 
 
 def test_an_error_in_a_backward_pass_ends_the_gathering_and_not_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,7 +500,7 @@ def test_an_error_in_a_backward_pass_ends_the_gathering_and_not_the_fit(monkeypa
 
     monkeypatch.setattr(NeuronStatistics, "_add", once_in_backward)
     callback = GIFCallback()
-    check_trained_alike(callback, "since reading what passes through a layer failed: LookupError")
+    check_trained_alike(callback, "in this fit: reading what passes through a layer failed with LookupError")
     assert not callback.neurons
     assert not callback.gradients
 
@@ -510,8 +510,8 @@ def test_targets_stay_or_are_picked_on_demand_where_gathering_has_ended(monkeypa
     callback = GIFCallback(ratio=0.5, unconverged="ignore")
     trainer = make_trainer(callback, max_epochs=2)
     with monkeypatch.context() as patch:
-        patch.setattr(lightning_gif.callback, "class_targets", failing)
-        with pytest.warns(GIFWarning, match="are picked by a pass over the training data"):
+        patch.setattr(lightning_gif.selection.tracker, "class_targets", failing)
+        with pytest.warns(GIFWarning, match="will be picked by a pass over the training data"):
             trainer.fit(Classifier(), loader(data))
     assert callback.targets is None
     assert trainer.influence(batch_of(data, slice(4)), targets="cached").scores.shape == (1, 48)
@@ -522,7 +522,7 @@ def test_targets_stay_or_are_picked_on_demand_where_gathering_has_ended(monkeypa
 
     def break_in_second(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.current_epoch == 1:
-            monkeypatch.setattr(lightning_gif.callback, "class_targets", failing)
+            monkeypatch.setattr(lightning_gif.selection.tracker, "class_targets", failing)
 
     trainer.callbacks.insert(0, LambdaCallback(on_train_epoch_start=break_in_second))
     with pytest.warns(GIFWarning, match="stay as they were picked before"):
@@ -539,7 +539,7 @@ def test_an_interrupt_in_a_hook_still_ends_the_fit(monkeypatch: pytest.MonkeyPat
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lightning_gif.callback, "class_targets", interrupt)
+    monkeypatch.setattr(lightning_gif.selection.tracker, "class_targets", interrupt)
     trainer = make_trainer(GIFCallback())
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         trainer.fit(Classifier(), loader(blobs()))
@@ -560,7 +560,7 @@ def test_an_unforeseen_error_in_a_report_ends_the_reports_and_not_the_fit(late: 
         report_every_n_epochs=1, query=batch_of(blobs(), slice(4)), unconverged="ignore", log_reports=False
     )
     when = "at the end of epoch 1" if late else "before training"
-    check_trained_alike(callback, f"No influence report {when}, nor later in this fit: LookupError", Choosy)
+    check_trained_alike(callback, f"No influence report {when}, and none later in this fit: LookupError", Choosy)
     assert (callback.last_report is not None) == late
 
 

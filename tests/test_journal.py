@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lightning_gif import BatchError, ConfigurationError, ConvergenceError, GIFCallback, TrainingDataError
+from lightning_gif import BatchError, ConfigurationError, ConvergenceError, TrainingDataError
+from lightning_gif.session import Session
 from lightning_gif.storage.digests import digest
 from lightning_gif.unlearning.journal import Journal
 from lightning_gif.unlearning.problem import ModelEditProblem
@@ -229,7 +230,7 @@ def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path: Path, mo
     def work(*args: Any) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(GIFCallback, "_forget_examples", work)
+    monkeypatch.setattr(Session, "forget", work)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigurationError, match=r"can be made and written to, but '.*file/below' cannot: .*Not a dir"):
         trainer.unlearn([1, 2], solves_to=tmp_path / "file" / "below")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib.metadata
+import inspect
 import pickle
 import random
 import re
+import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -42,6 +46,7 @@ from lightning_gif import (
     TrainingDataError,
     attach,
 )
+from lightning_gif.config import Overrides, Settings
 
 from .conftest import WEIGHTS_ONLY, Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
 
@@ -738,7 +743,7 @@ def test_a_step_that_returns_none_or_something_else_is_named() -> None:
     batch = batch_of(data, slice(4))
     for step, words in ((lambda batch, batch_idx: None, "does not depend"), (wrong.__get__(module), "scalar loss")):
         module.training_step = step
-        with untouched(trainer, module, trainer.callbacks[0]._train_loader), pytest.raises(ObjectiveError, match=words):
+        with untouched(trainer, module, trainer.callbacks[0].loaders.train), pytest.raises(ObjectiveError, match=words):
             trainer.influence(batch)
         del module.training_step
 
@@ -751,7 +756,7 @@ def test_a_call_leaves_everything_as_it_was(call: str, where: str) -> None:
     done = []
 
     def ask(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        data = trainer.callbacks[0]._train_loader
+        data = trainer.callbacks[0].loaders.train
         for targets in ("cached", "class", "batch"):
             with untouched(trainer, module, data):
                 getattr(trainer, call)((x, y), targets=targets, **options)
@@ -763,7 +768,7 @@ def test_a_call_leaves_everything_as_it_was(call: str, where: str) -> None:
 
     if where == "after fit":
         trainer, module, data = busy_run(quick())
-        assert trainer.callbacks[0]._train_loader is data
+        assert trainer.callbacks[0].loaders.train is data
         for parameter in module.parameters():
             parameter.grad = torch.randn_like(parameter)
         module.train()
@@ -791,7 +796,7 @@ def test_tensors_that_a_step_changes_in_place_are_restored() -> None:
 
     trainer, module, data = fitted(Total(), callback=quick())
     total, part = module.total, module.parts[0]
-    with untouched(trainer, module, trainer.callbacks[0]._train_loader), pytest.warns(GIFWarning, match="vectorised"):
+    with untouched(trainer, module, trainer.callbacks[0].loaders.train), pytest.warns(GIFWarning, match="vectorised"):
         trainer.influence(batch_of(data, slice(4)))
     assert module.total is total
     assert module.parts[0] is part
@@ -884,7 +889,7 @@ def test_tensors_of_a_test_loop_can_be_asked_about() -> None:
     def ask(trainer: pl.Trainer, module: Any) -> None:
         assert torch.is_inference_mode_enabled()
         assert module.cached[0].is_inference()
-        with untouched(trainer, module, trainer.callbacks[0]._train_loader):
+        with untouched(trainer, module, trainer.callbacks[0].loaders.train):
             results.append(trainer.influence(module.cached).scores)
             new = module.cached[1] * 0
             trainer.unlearn(module.cached, relabel=new, dry_run=True)
@@ -1028,7 +1033,7 @@ def test_modules_of_other_precision_work_and_keep_their_dtype(precision: str, dt
     trainer, module, data = fitted(Padding(), callback=quick(), precision=precision, max_epochs=1)
     assert module.net[0].weight.dtype == dtype
     batch = batch_of(data, slice(4))
-    with untouched(trainer, module, trainer.callbacks[0]._train_loader):
+    with untouched(trainer, module, trainer.callbacks[0].loaders.train):
         assert trainer.influence(batch).scores.isfinite().all()
         report = trainer.unlearn(batch, dry_run=True, step=4.0)
     before = weights(module)
@@ -1292,7 +1297,7 @@ def test_targets_of_another_selector_are_picked_anew_from_the_statistics(tmp_pat
             Classifier(), loader(blobs()), ckpt_path=tmp_path / "a.ckpt", **WEIGHTS_ONLY, verbose=False
         )
     assert differences(dict(wanted.callbacks[0].targets), dict(other.targets)) != []  # another training
-    expected = trainer.callbacks[0]._select(trainer.lightning_module, other.settings)
+    expected = trainer.callbacks[0].tracker.select(trainer.lightning_module, other.settings)
     assert differences(dict(expected), dict(other.targets)) == []
 
 
@@ -1426,8 +1431,6 @@ def test_the_command_line_builds_the_callback_and_fits(tmp_path: Path, written: 
 
 
 def test_print_config_serialises_every_argument(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import inspect
-
     with pytest.raises(SystemExit) as end:
         run_cli(tmp_path, "--print_config")
     printed = capsys.readouterr().out
@@ -1441,6 +1444,25 @@ def test_the_command_line_refuses_a_bad_value(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises((SystemExit, ValueError)) as end:
         run_cli(tmp_path, selector="lowest_k_output")
     assert "lowest_k_outputs" in str(end.value) + capsys.readouterr().err
+
+
+def test_the_options_have_the_same_names_types_and_defaults_wherever_they_are_listed() -> None:
+    arguments = inspect.signature(GIFCallback).parameters
+    settings = {field.name: field for field in dataclasses.fields(Settings)}
+    assert set(settings) <= arguments.keys()
+    assert list(settings) == list(Overrides.__annotations__)
+    types, changes = typing.get_type_hints(GIFCallback.__init__), typing.get_type_hints(Overrides)
+    for name, field in settings.items():
+        if name != "selector":  # the command line needs list[str], where a call may take any sequence
+            assert types[name] == changes[name], name
+        assert field.default in (dataclasses.MISSING, arguments[name].default), name
+        assert getattr(GIFCallback().settings, name) == arguments[name].default
+    args = (GIFCallback.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
+    assert re.findall(r"^        (\w+): ", args, re.M) == list(arguments)
+    page = (Path(__file__).parent.parent / "docs" / "choosing-a-method.md").read_text().partition("## All arguments")[2]
+    listed = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| `(.+?)` \|", page, re.M)
+    defaults = {name: ast.literal_eval(default) for names, default in listed for name in re.findall(r"\w+", names)}
+    assert defaults == {name: argument.default for name, argument in arguments.items()}
 
 
 def test_no_entry_point_adds_the_callback_to_every_trainer() -> None:

@@ -75,7 +75,7 @@ def test_scores_over_snapshots_are_the_mean_of_those_with_each_state(tmp_path: P
     )
     parts = [trainer.influence(query, per_example=True).scores]
     for epoch in epochs:
-        state = trainer.callbacks[0]._snapshots.kept[epoch]
+        state = trainer.callbacks[0].tracker.snapshots.kept[epoch]
         other, earlier = make_trainer(), Normal()
         earlier.load_state_dict(state)
         attach(other, earlier, train_dataloaders=loader(dataset), callback=GIFCallback())
@@ -96,7 +96,7 @@ def test_self_influence_over_snapshots_is_the_mean_of_that_with_each_state() -> 
     parts = [trainer.self_influence(among=[3, 5, 8]).scores]
     for epoch in report.settings["snapshots"]:
         other, earlier = make_trainer(), Normal()
-        earlier.load_state_dict(trainer.callbacks[0]._snapshots.kept[epoch])
+        earlier.load_state_dict(trainer.callbacks[0].tracker.snapshots.kept[epoch])
         attach(other, earlier, train_dataloaders=loader(dataset), callback=GIFCallback())
         parts.append(other.self_influence(among=[3, 5, 8]).scores)
     assert len(parts) == 3

@@ -1,0 +1,389 @@
+"""What ``fit`` shows of neurons and parameters, and the target parameters that are picked from it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .._compat import rank_zero_warn
+from ..data.structure import batch_size
+from ..data.targets import class_targets
+from ..distributed import ProcessGroup
+from ..errors import BatchError, GIFWarning, RankError, SelectionError
+from ..parameters import Targets
+from .selectors import select
+from .snapshots import Snapshots
+from .statistics import GradientStatistics, NeuronStatistics
+
+if TYPE_CHECKING:
+    from .._compat import Trainer
+
+__all__ = ["Selection", "TrainingTracker", "is_due", "target_metrics"]
+
+# The fractional parts of its multiples are spread over the unit interval as evenly as possible (Weyl's sequence).
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+class Selection(Protocol):
+    """How targets are picked: the arguments of :func:`~lightning_gif.selection.select`."""
+
+    @property
+    def selector(self) -> str | Sequence[str]: ...
+
+    @property
+    def ratio(self) -> float: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+class TrainingTracker:
+    """Gathers statistics during ``fit``, and picks the target parameters from them at the end of each epoch.
+
+    The statistics come from the passes that training makes anyway. No error in gathering ends a fit, see :meth:`guard`.
+
+    Args:
+        selection: How targets are picked.
+        snapshots: How many states of the weights to keep, see :class:`~lightning_gif.selection.snapshots.Snapshots`.
+
+    Attributes:
+        neurons: Mean outputs and output gradients of neurons, by class.
+        gradients: Mean squares of the gradients of parameters.
+        snapshots: Weights at the end of earlier epochs.
+        targets: The targets of the last selection, or ``None``.
+        targets_epoch: At the end of which epoch they were picked, or ``None``.
+        module: The module that the statistics and the targets belong to; ``None`` before the first ``fit``.
+        ranks_on_demand: Whether a call may gather missing statistics by a pass over the training data.
+        active: Whether the current fit gathers statistics: no error has ended it.
+    """
+
+    def __init__(self, selection: Selection, snapshots: int) -> None:
+        self.selection = selection
+        self.snapshots = Snapshots(snapshots)
+        self.neurons = NeuronStatistics()
+        self.gradients = GradientStatistics()
+        self.targets: Targets | None = None
+        self.targets_epoch: int | None = None
+        self.module: nn.Module | None = None
+        self.ranks_on_demand = False
+        self.active = True
+        self._due = False  # whether the current optimizer step is one to gather from
+        self._within_epoch = False  # some of the epoch's batches have passed, and not yet all
+        self._local = False  # the sums over neurons are those of this process alone
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Training, in the order of the hooks
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def start_fit(self, module: nn.Module) -> None:
+        """Begins a fit. Statistics and targets of another module are dropped."""
+        self.follow(module)
+        self.module = module
+        self.ranks_on_demand = False
+        self.active = True
+        self._within_epoch = False
+
+    def attach(self, module: nn.Module) -> None:
+        """Adds the hooks that read outputs and output gradients."""
+        with self.guard("hooking into the layers"):
+            self.neurons.attach(module, partial(self.guard, "reading what passes through a layer"))
+            torch.compiler.reset()  # code compiled in an earlier fit ignores hooks that were added since
+
+    def start_epoch(self) -> None:
+        """Clears the statistics of the previous epoch."""
+        self.neurons.reset()
+        self.gradients.reset()
+        self._local = True
+
+    def start_batch(self, trainer: Trainer, batch: Any, batch_idx: int, *, neurons: bool, steps: int | None) -> None:
+        """Announces a training batch to the hooks, if its optimizer step is one to gather from.
+
+        Args:
+            trainer: The trainer in ``fit``.
+            batch: The batch that is about to pass through the model.
+            batch_idx: Its number in the epoch.
+            neurons: Whether to gather statistics of neurons.
+            steps: At about how many steps of an epoch to gather; ``None`` for all.
+        """
+        self._within_epoch = True
+        with self.guard("reading the batch"):
+            self._due = is_due(trainer, batch_idx, steps)
+            if not (neurons and self._due):
+                return
+            if not self._local and not trainer.is_global_zero:
+                self.neurons.reset()  # the sums so far are those of all processes, and rank 0 keeps them
+            self._local = True  # on all processes alike, also on one that no longer gathers
+            if not self.active:
+                return
+            try:
+                size = batch_size(batch)
+            except BatchError:
+                size = None
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scale = 1.0 if scaler is None else float(scaler.get_scale())
+            self.neurons.record(class_targets(batch), size, trainer.accumulate_grad_batches / scale)
+
+    def add_gradients(self, module: nn.Module, optimizer: Optimizer) -> None:
+        """Adds the gradients of an optimizer's parameters, if this is a step to gather from."""
+        if not (self._due and self.active):
+            return
+        with self.guard("reading the gradients"):
+            names = {id(parameter): name for name, parameter in module.named_parameters()}
+            self.gradients.add(
+                (names[id(parameter)], parameter.grad)
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if id(parameter) in names
+            )
+
+    def end_epoch(self, module: nn.Module, epoch: int, processes: ProcessGroup) -> bool:
+        """Picks the targets from the statistics of the epoch.
+
+        Returns:
+            Whether there are new targets; the same on all processes.
+        """
+        self._within_epoch = False
+        self.sum_over(processes)
+        if not self._all_active(processes):
+            return False
+        with self.guard("picking the target parameters"):
+            self.pick(module, f"at the end of epoch {epoch}")
+        if not self._all_active(processes) or self.targets is None:
+            return False
+        self.targets_epoch = epoch
+        return True
+
+    def take_snapshot(self, epoch: int, module: nn.Module) -> None:
+        """Keeps the weights of the epoch, if snapshots are wanted and its turn has come."""
+        with self.guard("taking a snapshot of the weights"):
+            if self.active:
+                self.snapshots.add(epoch, module)
+
+    def detach(self) -> None:
+        """Removes the hooks."""
+        self.neurons.detach()
+
+    def abandon_epoch(self) -> None:
+        """Removes the hooks after an exception. Other processes may have ended, so nothing is summed over them."""
+        self._local = False
+        self.neurons.detach()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Statistics and targets
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def follow(self, module: nn.Module) -> None:
+        """Drops statistics, targets and snapshots, if they belong to another module."""
+        if self.module is not None and self.module is not module:
+            self.forget()
+
+    def forget(self) -> None:
+        """Drops statistics, targets and snapshots."""
+        self.neurons, self.gradients = NeuronStatistics(), GradientStatistics()
+        self.targets = self.targets_epoch = None
+        self.snapshots = Snapshots(self.snapshots.count)
+        self._local = False
+
+    @property
+    def has_seen_nothing(self) -> bool:
+        """Whether there are neither targets nor statistics to pick them from."""
+        return self.targets is None and not self.neurons and not self.gradients
+
+    def sum_over(self, processes: ProcessGroup) -> None:
+        """Replaces the statistics of neurons by their sums over all processes, unless they are these already.
+
+        Those of gradients are the same on all processes, since DDP averages gradients.
+        """
+        if self._local:
+            self._all_active(processes)
+            self.neurons.sum_over(processes)
+            self._local = False
+
+    def select(
+        self,
+        module: nn.Module,
+        selection: Selection,
+        *,
+        classes: Sequence[int] | None = None,
+        neurons: NeuronStatistics | None = None,
+        gradients: GradientStatistics | None = None,
+    ) -> Targets:
+        """Picks targets without keeping them.
+
+        Args:
+            module: The module, which may restrict them by ``influence_parameters``.
+            selection: How they are picked.
+            classes: Rank neurons by the examples of these classes; by all if ``None``.
+            neurons: Other statistics of neurons than those gathered in training.
+            gradients: Likewise of gradients.
+
+        Raises:
+            SelectionError: See :func:`~lightning_gif.selection.select`.
+        """
+        allowed = getattr(module, "influence_parameters", lambda: ["*"])()
+        return select(
+            module,
+            selection.selector,
+            selection.ratio,
+            allowed=list(allowed),
+            neurons=self.neurons if neurons is None else neurons,
+            gradients=self.gradients if gradients is None else gradients,
+            classes=classes,
+            seed=selection.seed,
+        )
+
+    def pick(self, module: nn.Module, when: str) -> None:
+        """Picks :attr:`targets`; if that is impossible they are ``None``, with a warning.
+
+        Args:
+            module: The module.
+            when: At what moment, for the warning.
+        """
+        try:
+            self.targets = self.select(module, self.selection)
+        except SelectionError as error:
+            self.targets = None
+            rank_zero_warn(f"No targets were picked {when}: {error}", category=GIFWarning)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Errors
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        """If anything raises inside the block, gathering ends for this fit, with one warning. The fit goes on.
+
+        Args:
+            what: What the block does, for the warning.
+
+        Raises:
+            RankError: The processes are out of step, or one has ended: waiting for the others would never end.
+        """
+        try:
+            yield
+        except RankError:
+            raise
+        except Exception as error:
+            first = self.active
+            self._stop()
+            if not first:
+                return
+            kept = "will be picked by a pass over the training data when a call needs them"
+            if self.targets is not None:
+                kept = "stay as they were picked before"
+            warnings.warn(
+                f"GIFCallback gathers no more statistics in this fit: {what} failed with {type(error).__name__}:"
+                f" {error}. Training goes on unchanged. Target parameters {kept}.",
+                GIFWarning,
+                stacklevel=2,
+            )
+
+    def _stop(self) -> None:
+        """Ends gathering until the next fit, and drops the statistics of an epoch that is not complete."""
+        self.active = False
+        self.ranks_on_demand = True
+        self.neurons.detach()
+        if self._within_epoch:
+            self.neurons.reset()
+            self.gradients.reset()
+
+    def _all_active(self, processes: ProcessGroup) -> bool:
+        """Whether all processes gather. If an error has ended it on one, it ends on all, since they work in step."""
+        everywhere = all(processes.gather(self.active))
+        if self.active and not everywhere:
+            self._stop()
+        return everywhere
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Checkpoints
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def state(self, key: str, processes: ProcessGroup) -> dict[str, Any]:
+        """Targets, statistics and snapshots as tensors and plain values. All processes must call it.
+
+        Args:
+            key: Names the selection: a callback with the same key would pick the same targets.
+            processes: The processes to sum the statistics over.
+        """
+        self.sum_over(processes)
+        return {
+            "state_key": key,
+            "targets": None if self.targets is None else dict(self.targets),
+            "neurons": self.neurons.state(),
+            "gradients": self.gradients.state(),
+            "snapshots": self.snapshots.state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any], module: nn.Module, key: str) -> None:
+        """Restores what :meth:`state` returned; under another key, picks the targets from its statistics.
+
+        State that is damaged or belongs to another module is dropped with a warning, since the run can go on without.
+        """
+        self._local = False
+        try:
+            targets = None if state["targets"] is None else Targets(state["targets"])
+            if targets is not None:
+                targets.check_fit(module)
+            self.neurons.load_state(state["neurons"], module)
+            self.gradients.load_state(state["gradients"], module)
+            if "snapshots" in state:
+                self.snapshots.load_state(**state["snapshots"], module=module)
+            same = state["state_key"] == key
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            self.forget()
+            rank_zero_warn(
+                "The checkpoint's state of GIFCallback is damaged or does not fit the model, and is ignored:"
+                f" {type(error).__name__}: {error}. Targets will be picked anew: after the next epoch of training, or"
+                " by a pass over the training data if the model was attached.",
+                category=GIFWarning,
+            )
+            return
+        if same:
+            self.targets = targets
+        elif targets is not None:
+            rank_zero_warn(
+                f"The checkpoint's targets were picked by {state['state_key']}, but this callback is {key}. They are"
+                " picked anew from the checkpoint's statistics.",
+                category=GIFWarning,
+            )
+            with self.guard("picking the target parameters"):
+                self.pick(module, "from the checkpoint")
+
+
+def is_due(trainer: Trainer, batch_idx: int, wanted: int | None) -> bool:
+    """Whether the optimizer step that a batch belongs to is one of those to gather from.
+
+    Args:
+        trainer: The trainer in ``fit``.
+        batch_idx: The number of the batch in the epoch.
+        wanted: At about how many steps of an epoch to gather; ``None`` for all.
+    """
+    step, steps = batch_idx // trainer.accumulate_grad_batches, math.inf
+    if math.isfinite(trainer.num_training_batches):
+        steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+    if trainer.max_steps > 0:
+        steps = min(steps, trainer.max_steps - trainer.global_step + step)
+    share = 1.0 if wanted is None or math.isinf(steps) else wanted / max(steps, 1)
+    # Every n-th step would be a period, which the training data might have as well.
+    return step * _GOLDEN_RATIO % 1 < share
+
+
+def target_metrics(targets: Targets, previous: Targets | None, module: nn.Module) -> dict[str, float]:
+    """What is logged of a selection: number and share of the targets, by parameter, and the overlap with the last."""
+    values = {
+        "gif/targets/count": float(targets.count),
+        "gif/targets/share": targets.count / sum(parameter.numel() for parameter in module.parameters()),
+        "gif/targets/layers": float(len(targets)),
+    }
+    values |= {f"gif/targets/{name}": float(len(entries)) for name, entries in targets.items()}
+    if previous is not None:
+        values["gif/targets/jaccard"] = targets.jaccard(previous)
+    return values

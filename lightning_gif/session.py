@@ -1,0 +1,349 @@
+"""One call of ``influence``, ``self_influence`` or ``unlearn``: the open objective, the data, and the targets."""
+
+from __future__ import annotations
+
+import contextlib
+import numbers
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ._compat import Trainer, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
+from .config import Overrides, Settings
+from .curvature.memory import bytes_to_keep
+from .curvature.products import has_gauss_newton
+from .data.examples import Examples, warn_if_random
+from .data.identity import check_same_everywhere, shares_examples
+from .data.structure import describe, tensors
+from .defaults import for_influence, needs_no_cache, sample_size
+from .distributed import ProcessGroup
+from .errors import BatchError, ConfigurationError, GIFWarning, SelectionError, TrainingDataError
+from .objective.objective import Objective
+from .parameters import Targets
+from .selection.tracker import TrainingTracker
+
+__all__ = ["Loaders", "Session", "TargetsChoice", "open_session"]
+
+TargetsChoice = Literal["cached", "class", "batch"]
+"""Which targets: those picked in training, or neurons ranked for the classes of a batch, or on the batch itself."""
+
+# While a sketch of the curvature is computed, it takes this many times its final size.
+_SKETCH_COPIES = 4
+
+
+@dataclass
+class Loaders:
+    """The loaders of the last ``fit``, kept because ``trainer.test`` makes the trainer forget them.
+
+    Attributes:
+        train: The training loader.
+        unseen: The validation loader.
+    """
+
+    train: Any = None
+    unseen: Any = None
+
+    def remember(self, trainer: Trainer) -> None:
+        """Keeps the loaders that the trainer has now."""
+        self.train = trainer.train_dataloader
+        validation = trainer.val_dataloaders
+        self.unseen = validation
+        if isinstance(validation, (list, tuple)) and len(validation) == 1:
+            self.unseen = validation[0]
+
+    def training(self, trainer: Trainer, processes: ProcessGroup) -> Any:
+        """The training loader of the last ``fit``, or else the one that the datamodule or the module returns.
+
+        Raises:
+            TrainingDataError: If there is none.
+        """
+        loader = self.train if self.train is not None else trainer.train_dataloader
+        if loader is None and trainer.datamodule is not None:
+            on_each_node = getattr(trainer.datamodule, "prepare_data_per_node", True)
+            if trainer.local_rank == 0 if on_each_node else trainer.is_global_zero:
+                trainer.datamodule.prepare_data()
+            processes.gather(None)  # the other processes wait for the files that it writes
+            trainer.datamodule.setup("fit")
+            loader = trainer.datamodule.train_dataloader()
+        if loader is None and brings_own(trainer.lightning_module, "train_dataloader"):
+            loader = trainer.lightning_module.train_dataloader()
+        if loader is None:
+            raise TrainingDataError(
+                "There is no training data: the trainer has not fitted, and has no datamodule. Pass `dataloader=` with"
+                " a DataLoader over the training set, or `train_dataloaders=` to lightning_gif.attach()."
+            )
+        self.train = loader
+        return loader
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one call works with, while its objective is open.
+
+    Attributes:
+        objective: The loss of the trainer's module.
+        train: The training examples.
+        settings: The settings of the call.
+        loaders: The loaders of the last ``fit``.
+        tracker: What training has shown, and the cached targets.
+        repicks: Whether the call changes how targets are picked, so that the cached ones do not serve.
+    """
+
+    objective: Objective
+    train: Examples
+    settings: Settings
+    loaders: Loaders
+    tracker: TrainingTracker
+    repicks: bool
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Settings of scores
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def influence_settings(self, asked: Settings, *, on_targets: bool, queries: int, itself: bool = False) -> Settings:
+        """The settings with all that was left open chosen for scores.
+
+        Args:
+            asked: The settings as the call gave them.
+            on_targets: Whether scores are restricted to target parameters.
+            queries: How many queries there are.
+            itself: Whether each example is scored for its own loss.
+        """
+        rank = int(bytes_to_keep(asked, self.objective) / (_SKETCH_COPIES * self.objective.theta.nbytes))
+        # A power of two, so that a little more free memory does not change the result of the same call.
+        rank = 1 << (rank.bit_length() - 1) if rank else 0
+        example = next(self.train.subset(torch.arange(1)).batches())
+        return for_influence(
+            asked,
+            ggn=has_gauss_newton(self.objective, self.objective.theta, example),
+            on_targets=on_targets,
+            queries=queries,
+            rank=rank,
+            itself=itself,
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Examples
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def examples(self, given: Any) -> Examples:
+        """The examples of a batch or of a ``DataLoader``.
+
+        Raises:
+            BatchError: If it is neither.
+        """
+        size, processes = self.settings.batch_size, self.objective.processes
+        if isinstance(given, numbers.Number) or (isinstance(given, (list, tuple, range)) and _are_indices(given)):
+            raise BatchError(
+                f"Expected a batch as the training loader yields them, or a DataLoader, got {describe(given)}. For"
+                " examples of a dataset by their indices, pass a loader over them:"
+                " DataLoader(Subset(dataset, [17, 4]), 64)."
+            )
+        if isinstance(given, DataLoader):
+            found = Examples.from_loader(
+                given, self.objective.prepare, batch_size=size, seed=self.settings.seed, processes=processes
+            )
+        else:
+            found = Examples.from_batch(given, self.objective.prepare, batch_size=size, processes=processes)
+        return check_same_everywhere(found, "batch or loader")
+
+    def training_subset(self, given: Any) -> Examples | None:
+        """The training examples that indices or a predicate name; ``None`` if ``given`` is neither."""
+        if callable(given) and not isinstance(given, Tensor):
+            return self.train.where(given)
+        if _are_indices(given):
+            return check_same_everywhere(self.train.with_ids(list(given)), "indices")
+        return None
+
+    def among(self, given: Any) -> Examples | None:
+        """The training examples to score; ``None`` for all.
+
+        Raises:
+            ConfigurationError: If they are named neither by indices nor by a predicate.
+        """
+        chosen = None if given is None else self.training_subset(given)
+        if given is not None and chosen is None:
+            raise ConfigurationError(
+                "`among` must be indices of the training dataset, or a function from a batch to one truth value for"
+                f" each of its examples, got {describe(given)}."
+            )
+        return chosen
+
+    def forget(self, given: Any) -> Examples:
+        """The examples to forget: by indices, a predicate, a batch or a loader.
+
+        Raises:
+            BatchError: If it is none of them.
+        """
+        chosen = self.training_subset(given)
+        if chosen is not None:
+            return chosen
+        mask = isinstance(given, Tensor) and given.dtype is torch.bool and given.ndim == 1
+        if mask or (not isinstance(given, DataLoader) and not any(tensor.ndim for tensor in tensors(given))):
+            raise BatchError(
+                "Expected the examples as a batch of the training loader, a DataLoader, a list of indices of the"
+                " training dataset, or a function from a batch to one truth value for each of its examples, got"
+                f" {describe(given)}. For one example, pass [17]; for a mask, mask.nonzero().flatten(); for a Dataset"
+                " or Subset, a DataLoader over it."
+            )
+        return self.examples(given)
+
+    def unseen(self, given: DataLoader[Any] | Literal[False] | None) -> Examples | None:
+        """Examples that were not trained on; ``None`` if there are none.
+
+        Args:
+            given: A loader of them; ``None`` for the validation loader of ``fit``, if it serves; ``False`` for none.
+
+        Raises:
+            ConfigurationError: If a given loader has examples of the training data.
+        """
+        loader = self.loaders.unseen if given is None else given
+        if not isinstance(loader, DataLoader):
+            return None
+        found, objective, settings = None, self.objective, self.settings
+        try:
+            found = Examples.from_loader(loader, objective.prepare, batch_size=settings.batch_size, seed=settings.seed)
+            objective.check(found.subset(torch.arange(1)), "unseen")
+        except Exception:
+            if given is not None:
+                raise
+            found = None  # validation batches may be structured in another way than those of training
+        if any(objective.processes.gather(found is None)) or found is None:
+            return None
+        found = check_same_everywhere(replace(found, processes=objective.processes), "unseen data")
+        if shares_examples(found, self.train):
+            if given is not None:
+                raise ConfigurationError(
+                    "`unseen` has examples of the training data. Pass a loader of examples that were not trained on."
+                )
+            return None
+        return found
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Targets
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def choose_targets(self, examples: Examples, choice: TargetsChoice) -> Targets:
+        """The target parameters.
+
+        Args:
+            examples: The query or the forget examples, which ``"class"`` and ``"batch"`` depend on.
+            choice: Which targets.
+
+        Raises:
+            SelectionError: If none can be picked.
+        """
+        module, settings, tracker = self.objective.module, self.settings, self.tracker
+        if choice == "batch":
+            if needs_no_cache(settings):
+                return tracker.select(module, settings)
+            neurons, gradients = self.objective.observe(examples.sample(sample_size(settings), settings.seed))
+            return tracker.select(module, settings, neurons=neurons, gradients=gradients)
+        if tracker.ranks_on_demand and tracker.targets is None and not tracker.neurons:
+            sample = self.train.sample(sample_size(settings), settings.seed)
+            rank_zero_info(f"No statistics from training: neurons are ranked by one pass over {len(sample)} examples.")
+            tracker.neurons, tracker.gradients = self.objective.observe(sample)
+            tracker.module = module
+        if choice == "class":
+            return tracker.select(module, settings, classes=_known_classes(examples))
+        if self.repicks:
+            return tracker.select(module, settings)
+        if tracker.targets is None:
+            tracker.targets = tracker.select(module, tracker.selection)
+        return tracker.targets
+
+
+@contextlib.contextmanager
+def open_session(
+    trainer: Trainer,
+    tracker: TrainingTracker,
+    loaders: Loaders,
+    settings: Settings,
+    choice: TargetsChoice,
+    dataloader: DataLoader[Any] | None = None,
+    overrides: Overrides | None = None,
+) -> Iterator[Session]:
+    """Opens the objective and the training data for one call. All processes must make the same call.
+
+    Args:
+        trainer: The trainer, with its module.
+        tracker: What training has shown.
+        loaders: The loaders of the last ``fit``.
+        settings: The settings of the call.
+        choice: Which targets the call will ask for.
+        dataloader: The training data, if not that of ``fit``.
+        overrides: The settings that the call has changed.
+
+    Raises:
+        ConfigurationError: For a bad choice of targets, a trainer without a model, or different calls on processes.
+        SelectionError: If cached targets are needed and there are none.
+        TrainingDataError: If there is no training data, or it has no stable order.
+    """
+    if choice not in ("cached", "class", "batch"):
+        raise ConfigurationError(f"`targets` must be 'cached', 'class' or 'batch', got {choice!r}.")
+    module = trainer.lightning_module
+    if module is None:
+        raise ConfigurationError("The trainer has no model yet: call fit, validate or test first, or use attach().")
+    processes = ProcessGroup.of(trainer)
+    with processes.propagate_errors(), tracker.neurons.paused():
+        processes.assert_equal([choice, asdict(settings)], "arguments", "Make the same call on all of them.")
+        tracker.sum_over(processes)
+        with isolate_rng():
+            loader = loaders.training(trainer, processes) if dataloader is None else dataloader
+        cached = choice == "cached" and not needs_no_cache(settings)
+        if cached and tracker.has_seen_nothing and not tracker.ranks_on_demand:
+            raise SelectionError(
+                "There are no cached targets: the model was not fitted with this callback, and no checkpoint with its"
+                " state was loaded. Fit, pass targets='batch' to rank neurons on the batch at hand, or use"
+                " lightning_gif.attach(trainer, model, …) for a model that was trained before."
+            )
+        opened = Objective.open(trainer, module, seed=settings.seed, double=settings.double, processes=processes)
+        with opened as objective:
+            train = _training_examples(trainer, loader, objective, settings)
+            repicks = not (overrides or {}).keys().isdisjoint(("selector", "ratio", "seed"))
+            yield Session(objective, train, settings, loaders, tracker, repicks)
+
+
+def _training_examples(trainer: Trainer, loader: Any, objective: Objective, settings: Settings) -> Examples:
+    """The examples that a training loader draws from, checked on all processes."""
+    most = trainer.fast_dev_run * settings.batch_size if trainer.fast_dev_run else None
+    if not trainer.fast_dev_run and (trainer.overfit_batches or trainer.limit_train_batches != 1.0):
+        rank_zero_warn(
+            "The trainer limits its training batches (overfit_batches or limit_train_batches), but all examples of the"
+            " training loader count as trained on. Pass `dataloader=` with the examples that were.",
+            category=GIFWarning,
+        )
+    train = Examples.from_loader(
+        loader,
+        objective.prepare,
+        batch_size=settings.batch_size,
+        most=most,
+        seed=settings.seed,
+        processes=objective.processes,
+    )
+    check_same_everywhere(train, "training data")
+    warn_if_random(train)
+    objective.learn_structure(train)
+    return train
+
+
+def _are_indices(given: Any) -> bool:
+    """Whether something is a list, range or 1-d array of integers. A batch has tensors of more axes."""
+    if getattr(given, "ndim", None) == 1:
+        return "int" in str(getattr(given, "dtype", ""))
+    return isinstance(given, (list, tuple, range)) and all(
+        isinstance(index, numbers.Integral) and not isinstance(index, bool) for index in given
+    )
+
+
+def _known_classes(examples: Examples) -> list[int]:
+    """The labels that occur among examples, sorted."""
+    if examples.classes is None:
+        raise SelectionError(
+            "targets='class' needs examples with class labels: one integer each. Use targets='cached' or 'batch'."
+        )
+    return examples.classes.unique().tolist()
