@@ -107,7 +107,7 @@ class GIFCallback(Callback):
             parameters; for ``unlearn`` only, in the change of the theory: the steps that lower a risk are those of
             ``"if"``). Once most of a class or three quarters of the wrong labels are forgotten, the steps of
             ``unlearn`` are damped Newton steps on the targets, whatever the method and the solver: see
-            :meth:`~lightning_gif.unlearning.protocol.Walk.descend`.
+            :meth:`~lightning_gif.unlearning.EditProblem.descent_direction`.
             ``"auto"``: what was measured to predict retraining best: for scores ``"if"``, or ``"fif"`` where a call
             asks for targets; for edits ``"gif"``.
         solver: ``"lsmr"``, ``"cgls"``, ``"lissa"``, ``"plain_lissa"``, ``"stochastic_lissa"``, ``"dense"`` (small
@@ -445,7 +445,7 @@ class GIFCallback(Callback):
                 default the validation loader of ``fit``, where there is one and its batches look like those of
                 training; ``False`` for none. Fewer than twenty examples are too few to compare.
             step: How far to go, decided on the forget, retained and unseen data (see
-                :class:`~lightning_gif.unlearning.protocol.Goal`). ``"search"``: as far along the one solved change as
+                :mod:`lightning_gif.unlearning.goals`). ``"search"``: as far along the one solved change as
                 the goal needs. ``"relinearise"``: up to twelve changes, each solved at the weights that the last one
                 led to, which lower the risk that should hold afterwards; for single examples that of ``"search"``, and
                 others where it leaves something to do. ``"natural"``: 1, what the theory predicts. Or a number; or a

@@ -425,7 +425,7 @@ def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
     assert forget_after.get_ydata()[0] == report.forget.after
     assert retain_after.get_ydata()[0] == report.retain.after
     assert forget.get_label() == "forget"
-    steps = sorted(point.step for point in report.path)
+    steps = sorted(trial.step_size for trial in report.path)
     assert forget.get_xdata().tolist() == steps == retain.get_xdata().tolist()
     assert chosen.get_xdata()[0] == report.step
     assert solve.lines[0].get_ydata().tolist() == report.residuals
@@ -439,7 +439,7 @@ def test_a_plot_of_several_changes_shows_the_losses_after_each() -> None:
     losses, memory, _ = report.plot().axes
     assert memory.get_title() == "still predicted as the class"
     path, end = memory.lines
-    assert path.get_ydata()[0] == report.remembered[0] == report.path[0].remembered
+    assert path.get_ydata()[0] == report.remembered[0] == report.path[0].memorization
     assert path.get_xdata().tolist() == list(range(len(report.steps) + 1))
     assert end.get_ydata()[0] == report.remembered[1]
     forget, forget_after, *_ = losses.lines

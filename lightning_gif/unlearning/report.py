@@ -7,7 +7,7 @@ import math
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +26,8 @@ from ..storage.audit_log import Event, append
 from ..storage.digests import digest
 from ..storage.interrupts import uninterrupted
 from ..storage.schema import parse, parse_errors_name, restored, restored_fields
-from .protocol import Goal, Point
+from .goals import GOALS
+from .protocol import Trial, trial_fields
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +67,7 @@ class UnlearnReport:
 
     Attributes:
         edit: Which entries changed, and their values before and after.
-        goal: ``"class"``, ``"examples"`` or ``"labels"``; see :class:`~lightning_gif.unlearning.protocol.Goal`.
+        goal: ``"class"``, ``"examples"`` or ``"labels"``; see :mod:`~lightning_gif.unlearning.goals`.
         steps: The multiple of each solved change that was made; 1 is the natural step. The first change answers the
             removal or relabelling at the trained weights, or lowers the risk that should hold afterwards, as all later
             ones do, each solved at the weights that those before led to.
@@ -75,7 +76,7 @@ class UnlearnReport:
         relabelled: Mean loss of the examples with their new labels; ``None`` when they were removed.
         unseen: Mean loss of the unseen examples that the forgotten ones were compared with; ``None`` without any.
         remembered: How far the examples are remembered before and after: see
-            :class:`~lightning_gif.unlearning.protocol.Point`.
+            :class:`~lightning_gif.unlearning.protocol.Trial`.
         n_forget: How many examples were to be forgotten.
         n_found: How many of the training examples are among them, by dataset index or by content.
         n_retain: How many training examples are retained.
@@ -103,7 +104,7 @@ class UnlearnReport:
     """
 
     edit: Edit = field(repr=False)
-    goal: Goal
+    goal: str
     steps: list[float]
     forget: Change
     retain: Change
@@ -115,7 +116,7 @@ class UnlearnReport:
     n_retain: int
     n_unseen: int
     n_parameters: int
-    path: list[Point] = field(repr=False)
+    path: list[Trial] = field(repr=False)
     solves: list[dict[str, Any]] = field(repr=False)
     residuals: list[float] = field(repr=False)
     curvature: dict[str, Any] = field(repr=False)
@@ -128,6 +129,9 @@ class UnlearnReport:
     global_step: int = field(default=0, repr=False)
     record: str | os.PathLike[str] | None = field(default=None, repr=False)
     processes: ProcessGroup = field(default=SINGLE_PROCESS, repr=False)
+
+    def __post_init__(self) -> None:
+        self.goal = GOALS[self.goal].name
 
     @property
     def step(self) -> float:
@@ -313,7 +317,7 @@ class UnlearnReport:
             f"{part}/{name}": value.contiguous() for part in _PARTS for name, value in getattr(self.edit, part).items()
         }
         told = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSAVED}
-        told["path"] = [asdict(point) for point in self.path]
+        told["path"] = [trial.record() for trial in self.path]
         told["edit"] = {f.name: getattr(self.edit, f.name) for f in fields(self.edit) if f.name not in _PARTS}
         return tensors, told
 
@@ -361,6 +365,7 @@ class UnlearnReport:
         stored = restored(dict[str, Any], record.pop("edit"), "edit")
         indices, old, new = parts.values()
         edit = Edit(indices=indices, old=old, new=new, **restored_fields(Edit, stored, without=_PARTS))
+        record["path"] = [trial_fields(trial) for trial in record["path"]]
         report = cls(edit=edit, **restored_fields(cls, record, without=_UNSAVED))
         if not report.steps or not report.solves or not report.path or report.n_parameters < edit.count:
             raise ValueError("the report has no steps, solves or path, or more changes than parameters")
@@ -413,12 +418,12 @@ class UnlearnReport:
         """
         loggers = running(self.loggers if loggers is None else loggers)
         log_scalars(loggers, self.summary(), prefix=prefix, step=self.global_step)
-        names = ("forget_loss", "retain_loss", "risk", "remembered")
+        names = ("forget_loss", "retain_loss", "risk", "memorization")
         solves = range(1, len(self.solves) + 1)
         rows = [
-            [*(point.steps[i - 1] if i <= len(point.steps) else 0.0 for i in solves)]
-            + [getattr(point, name) for name in names]
-            for point in self.path
+            [*(trial.step_sizes[i - 1] if i <= len(trial.step_sizes) else 0.0 for i in solves)]
+            + [getattr(trial, name) for name in names]
+            for trial in self.path
         ]
         log_table(loggers, f"{prefix}/path", [*(f"step_{i}" for i in solves), *names], rows)
         log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], list(enumerate(self.residuals)))
@@ -435,14 +440,14 @@ class UnlearnReport:
         along, curve = axes[0][0], axes[0][-1]
         several = len(self.steps) > 1
         if several:  # where the way led: no step, the first one, the first two, …
-            measured = {point.steps: point for point in self.path}
+            measured = {trial.step_sizes: trial for trial in self.path}
             ends = [tuple(self.steps[:count]) for count in range(len(self.steps) + 1)]
             path = [measured[end] for end in ends if end in measured]
         else:
-            path = sorted(self.path, key=lambda point: point.steps)
-        where = [float(len(point.steps)) if several else point.step for point in path]
+            path = sorted(self.path, key=lambda trial: trial.step_sizes)
+        where = [float(len(trial.step_sizes)) if several else trial.step_size for trial in path]
         end = len(self.steps) if several else self.step
-        lines = {name: [getattr(point, f"{name}_loss") for point in path] for name in ("forget", "retain")}
+        lines = {name: [getattr(trial, f"{name}_loss") for trial in path] for name in ("forget", "retain")}
         for name, losses in lines.items():
             (line,) = along.plot(where, losses, "o-", markersize=4, label=name)
             along.plot([end], [getattr(self, name).after], "*", markersize=11, color=line.get_color())
@@ -453,11 +458,11 @@ class UnlearnReport:
         along.set_ylabel("mean loss")
         if known:
             memory = axes[0][1]
-            (line,) = memory.plot(where, [point.remembered for point in path], "o-", markersize=4)
+            (line,) = memory.plot(where, [trial.memorization for trial in path], "o-", markersize=4)
             memory.plot([end], [self.remembered[1]], "*", markersize=11, color=line.get_color())
             memory.set_ylim(-0.05, 1.05)
-            memory.set_title(self._what_is_remembered, fontsize=10)
-            memory.set_ylabel("AUROC (0.5: not at all)" if self.goal is Goal.EXAMPLES else "share")
+            memory.set_title(GOALS[self.goal].memorization_title(self.n_unseen), fontsize=10)
+            memory.set_ylabel(GOALS[self.goal].memorization_unit())
         for axis in axes[0][:-1]:
             if several:
                 axis.set_xlabel("changes made, each solved where the last one led")
@@ -465,8 +470,8 @@ class UnlearnReport:
                 continue
             axis.axvline(self.step, color="grey", linestyle=":", label=f"step {self.step:.3g}")
             axis.set_xscale("symlog", linthresh=0.1)
-            if path[0].step >= 0:
-                axis.set_xlim(left=0.0, right=path[-1].step * 1.5 or None)
+            if path[0].step_size >= 0:
+                axis.set_xlim(left=0.0, right=path[-1].step_size * 1.5 or None)
             axis.set_xlabel("step (1 = natural)")
         along.legend()
         curve.semilogy(self.residuals)
@@ -479,14 +484,6 @@ class UnlearnReport:
         curve.set_xlabel("step of the solve")
         curve.set_ylabel("relative residual")
         return made
-
-    @property
-    def _what_is_remembered(self) -> str:
-        return {
-            Goal.CLASS: "still predicted as the class",
-            Goal.LABELS: "not predicted as corrected",
-            Goal.EXAMPLES: f"told from {self.n_unseen} unseen examples by a smaller loss",
-        }[self.goal]
 
     def __str__(self) -> str:
         share = 100 * self.edit.count / self.n_parameters
@@ -510,14 +507,9 @@ class UnlearnReport:
 
         with_old = " (with the old labels)" if self.relabelled else ""
         solved = "" if self.settings["rtol"] is None else f" {self.solve['status']}"
-        if math.isnan(self.remembered[1]):
-            remembered = []
-        elif self.goal is not Goal.EXAMPLES:
-            before, after = (100 * share for share in self.remembered)
-            remembered = [f"{self._what_is_remembered}: {before:.1f} % -> {after:.1f} %"]
-        else:
-            before, after = self.remembered
-            remembered = [f"{self._what_is_remembered} (AUROC; 0.5: not at all): {before:.3f} -> {after:.3f}"]
+        remembered = []
+        if not math.isnan(self.remembered[1]):
+            remembered = [GOALS[self.goal].memorization_text(*self.remembered, self.n_unseen)]
         lines = [
             f"Edit for {self.n_forget} example{'' if self.n_forget == 1 else 's'} (goal: {self.goal};"
             f" {self.n_retain} retained) by changing {changed}, {made};"
