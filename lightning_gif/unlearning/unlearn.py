@@ -32,7 +32,7 @@ from .strategies import STRATEGIES, Strategy
 from .task import Request, Task, all_but, check_new_labels, retained_examples, without_forgotten
 from .tuning import Tuning
 
-__all__ = ["Step", "check_step", "unlearn"]
+__all__ = ["Step", "check_step", "check_tuning", "unlearn"]
 
 
 Step = str | float | Strategy
@@ -48,6 +48,15 @@ def check_step(step: Step) -> None:
         raise ConfigurationError(
             f"`step` must be one of {', '.join(map(repr, STRATEGIES))}, a finite number, or a function from an"
             f" EditProblem to one of its trials (see lightning_gif.unlearning), got {step!r}."
+        )
+
+
+def check_tuning(tuning: Tuning | None) -> None:
+    """Raises a ConfigurationError unless ``tuning`` is a :class:`Tuning` or ``None``."""
+    if tuning is not None and not isinstance(tuning, Tuning):
+        raise ConfigurationError(
+            "`tuning` must be a lightning_gif.unlearning.Tuning, such as"
+            f" Tuning(trust_region=TrustRegion(max_halvings=4)), or None for the defaults, got {tuning!r}."
         )
 
 
@@ -87,7 +96,7 @@ def unlearn(
         refresh_statistics: Compute the running statistics of BatchNorm anew, over retained and corrected examples.
         solves_to: A folder for solved changes, see :class:`~lightning_gif.unlearning.journal.Journal`; by default they
             are lost if the call is interrupted.
-        tuning: Other tuned numbers than the defaults.
+        tuning: The tuned numbers; ``None`` for the defaults.
 
     Raises:
         ConfigurationError: If ``solves_to`` holds other files, or solves of other weights, data or settings; if the
@@ -103,19 +112,11 @@ def unlearn(
     tuning = Tuning() if tuning is None else tuning
     found, request = _make_request(objective, train, forget, settings, relabel, retain, unseen, notes)
     goal = choose_goal(request, tuning.goals, notes)
-    task = Task.prepare(
-        request,
-        tuning.sample_sizes,
-        n_fit=goal.sample_size(settings),
-        compares_with_unseen=goal.compares_with_unseen,
-        forgotten_classes=goal.forgotten_classes(request),
-        notes=notes,
-    )
-    objective.check(task.retain_fit, "retain")
+    task = _draw_samples(request, goal, tuning, notes)
 
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
-    data = _digests(train, request)
+    data = _describe_data(train, found, request)
     journal = None
     if solves_to is not None:
         mark = _fingerprint(task, goal, tuning, targets, str(data["train"]))
@@ -131,31 +132,7 @@ def unlearn(
         _advise(problem, task, outcome, step, notes)
     if outcome.unrefreshed is not None:
         warn_refreshed_statistics(outcome.unrefreshed, outcome.after, notes)
-    predicted = problem.predicted_losses(outcome.before, chosen)
-    changes = {name: Change(outcome.before[name], outcome.after[name], predicted[name]) for name in outcome.before}
-    return UnlearnReport(
-        edit=outcome.edit,
-        goal=goal.name,
-        steps=list(chosen.step_sizes) or [0.0],
-        forget=changes["forget"],
-        retain=changes["retain"],
-        relabelled=changes.get("relabelled"),
-        unseen=changes.get("unseen"),
-        remembered=(problem.trials[0].memorization, outcome.memorization),
-        n_forget=len(forget),
-        n_found=len(found),
-        n_retain=len(request.retained),
-        n_unseen=0 if task.unseen is None else len(task.unseen),
-        n_parameters=objective.space.size,
-        path=problem.trials,
-        solves=[solution.summary() for solution in problem.solutions],
-        residuals=problem.solutions[0].residuals,
-        curvature=problem.description,
-        settings={**asdict(settings), "tuning": tuning.record(goal)},
-        notes=notes,
-        seconds=time.perf_counter() - start,
-        data={"indices": train.ids[found].tolist(), **data},
-    )
+    return _report(problem, task, request, tuning, outcome, data, notes, time.perf_counter() - start)
 
 
 def _make_request(
@@ -194,6 +171,31 @@ def _make_request(
         forget_weight=members / len(retained),
         n_classes=n_classes,
     )
+
+
+def _describe_data(train: Examples, found: Tensor, request: Request) -> dict[str, Any]:
+    """What the report has about the data, see :class:`~lightning_gif.unlearning.report.UnlearnReport`."""
+    corrected = request.relabelled
+    return {
+        "indices": train.ids[found].tolist(),
+        "examples": contents_digest(request.forget),
+        "train": data_digest(train),
+        "relabelled": None if corrected is None else contents_digest(corrected),
+    }
+
+
+def _draw_samples(request: Request, goal: Goal, tuning: Tuning, notes: list[str]) -> Task:
+    """The task of a request with a goal."""
+    task = Task.prepare(
+        request,
+        tuning.sample_sizes,
+        n_fit=goal.sample_size(request.settings),
+        compares_with_unseen=goal.compares_with_unseen,
+        forgotten_classes=goal.forgotten_classes(request),
+        notes=notes,
+    )
+    request.objective.check(task.retain_fit, "retain")
+    return task
 
 
 def _digests(train: Examples, request: Request) -> dict[str, str | None]:
@@ -295,6 +297,44 @@ def _advise(problem: EditProblem, task: Task, outcome: _Outcome, step: Step, not
     max_solves = problem.tuning.relinearisation.max_solves
     if step == "relinearise" and len(chosen.step_sizes) == max_solves and chosen.step_sizes[-1]:
         notes.append(f"The risk still fell with the last of the {max_solves} changes that are solved for at most.")
+
+
+def _report(
+    problem: EditProblem,
+    task: Task,
+    request: Request,
+    tuning: Tuning,
+    outcome: _Outcome,
+    data: dict[str, Any],
+    notes: list[str],
+    seconds: float,
+) -> UnlearnReport:
+    """The report of an edit, see :class:`~lightning_gif.unlearning.report.UnlearnReport`."""
+    predicted = problem.predicted_losses(outcome.before, outcome.chosen)
+    changes = {name: Change(outcome.before[name], outcome.after[name], predicted[name]) for name in outcome.before}
+    return UnlearnReport(
+        edit=outcome.edit,
+        goal=problem.goal,
+        steps=list(outcome.chosen.step_sizes) or [0.0],
+        forget=changes["forget"],
+        retain=changes["retain"],
+        relabelled=changes.get("relabelled"),
+        unseen=changes.get("unseen"),
+        remembered=(problem.trials[0].memorization, outcome.memorization),
+        n_forget=len(request.forget),
+        n_found=len(data["indices"]),
+        n_retain=len(request.retained),
+        n_unseen=0 if task.unseen is None else len(task.unseen),
+        n_parameters=task.objective.space.size,
+        path=problem.trials,
+        solves=[solution.summary() for solution in problem.solutions],
+        residuals=problem.solutions[0].residuals,
+        curvature=problem.description,
+        settings={**asdict(task.settings), "tuning": tuning.record(problem.rules)},
+        notes=notes,
+        seconds=seconds,
+        data=data,
+    )
 
 
 def _fingerprint(task: Task, goal: Goal, tuning: Tuning, targets: Targets, train: str) -> Fingerprint:
