@@ -51,7 +51,8 @@ from .storage.audit_log import check_whole, read
 from .storage.interrupts import uninterrupted
 from .unlearning.journal import Journal
 from .unlearning.report import UnlearnReport
-from .unlearning.unlearn import Step, check_step, unlearn
+from .unlearning.tuning import Tuning
+from .unlearning.unlearn import Step, check_step, check_tuning, unlearn
 
 __all__ = ["GIFCallback", "attach"]
 
@@ -418,6 +419,7 @@ class GIFCallback(Callback):
         dry_run: bool = False,
         record: str | os.PathLike[str] | Literal[False] | None = None,
         solves_to: str | os.PathLike[str] | None = None,
+        tuning: Tuning | None = None,
         **overrides: Unpack[Overrides],
     ) -> UnlearnReport:
         """Changes the targets so that the model behaves as if it had not seen a batch, or had seen other labels.
@@ -463,6 +465,7 @@ class GIFCallback(Callback):
                 the same call again solves only for what is missing. It is refused if weights, settings or data have
                 changed; that a registered function is another one under its name is not noticed. After a dry run it
                 stays, so that the same call can make the edit at once; once a call has made it, the folder is removed.
+            tuning: Other tuned numbers than the defaults, see :class:`~lightning_gif.unlearning.Tuning`.
             **overrides: As in :meth:`influence`.
 
         Returns:
@@ -484,6 +487,7 @@ class GIFCallback(Callback):
             "dry_run",
             "record",
             "solves_to",
+            "tuning",
         )
         kept = self.record if record is None else None if record is False else record
         self._check_path("record", kept, "file")
@@ -491,6 +495,7 @@ class GIFCallback(Callback):
         folder = None if solves_to is None else Path(solves_to)
         settings = self.settings.override(overrides, named).for_unlearning()
         check_step(step)
+        check_tuning(tuning)
         with self._opened(trainer, targets, settings, dataloader) as (objective, train):
             paths = [None if path is None else os.fspath(path) for path in (kept, folder)]
             objective.processes.assert_equal(paths, "record and solves_to", "Make the same call on all of them.")
@@ -518,6 +523,7 @@ class GIFCallback(Callback):
                 step=step,
                 refresh_statistics=refresh_statistics,
                 solves_to=folder,
+                tuning=tuning,
             )
         report.module = trainer.lightning_module
         if trainer.optimizers and any(report.steps):

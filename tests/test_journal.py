@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from lightning_gif import BatchError, ConfigurationError, ConvergenceError, GIFCallback, TrainingDataError
 from lightning_gif.storage.digests import digest
+from lightning_gif.unlearning import TrustRegion, Tuning
 from lightning_gif.unlearning.journal import Journal
 from lightning_gif.unlearning.problem import EditProblem
 from lightning_gif.unlearning.protocol import Trial
@@ -99,6 +100,7 @@ def test_solves_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
         "the examples to be forgotten": {"batch": [1, 2, 6]},
         "new labels, goal": {"relabel": 2},
         "damping": {"damping": 0.7},
+        r"tuning \(trust region\)": {"tuning": Tuning(trust_region=TrustRegion(max_halvings=3))},
         "target parameters, ratio": {"ratio": 0.25},
         "target parameters": {"targets": "cached"},
         "retained examples": {"retain": loader(blobs(30, seed=4))},

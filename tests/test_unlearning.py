@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,14 +34,17 @@ from lightning_gif.config import Settings
 from lightning_gif.data.examples import Examples
 from lightning_gif.objective.objective import Objective
 from lightning_gif.unlearning import (
+    GOALS,
     ClassRemoval,
     EditProblem,
     ExampleRemoval,
     LabelCorrection,
     Preconditioner,
     QuadraticModel,
+    Relinearisation,
     SampleSizes,
     Trial,
+    TrustRegion,
     Tuning,
 )
 from lightning_gif.unlearning.advice import warn_cost, warn_refreshed_statistics
@@ -465,12 +468,8 @@ def test_validation_data_of_another_kind_are_no_unseen_examples() -> None:
         trainer.unlearn([0, 1, 2], unseen=[1, 2])
 
 
-def test_how_well_examples_are_told_from_unseen_ones_is_the_area_under_the_curve(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_how_well_examples_are_told_from_unseen_ones_is_the_area_under_the_curve() -> None:
     """Within each class, averaged over the forgotten examples; ties count half."""
-    small = partial(Tuning, sample_sizes=SampleSizes(min_compared=1))
-    monkeypatch.setattr(sys.modules["lightning_gif.unlearning.unlearn"], "Tuning", small)
     x = torch.tensor([[0.0], [1.0], [2.0], [3.0], [1.0], [1.0], [5.0], [0.0]])
 
     class Loss(GIFMixin, Classifier):
@@ -486,6 +485,7 @@ def test_how_well_examples_are_told_from_unseen_ones_is_the_area_under_the_curve
         selector=["*"],
         step="natural",
         dry_run=True,
+        tuning=Tuning(sample_sizes=SampleSizes(min_compared=1)),
     )
     # Class 0: losses 0 and 1 against 1 and 5: 1 and 3/4. Class 1: 2 against 1 and 0: 0.
     assert report.remembered[0] == pytest.approx((1 + 0.75 + 0) / 3)
@@ -1655,6 +1655,119 @@ def test_a_strategy_of_ones_own_is_taken_by_name_or_as_it_is() -> None:
         assert trainer.unlearn(forget, step="half", dry_run=True).steps == report.steps
     finally:
         del STRATEGIES._items["half"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("accept_ratio", 0.0),
+        ("accept_ratio", 1.5),
+        ("accept_ratio", "0.5"),
+        ("accept_ratio", math.nan),
+        ("max_halvings", -1),
+        ("max_halvings", 2.5),
+        ("max_halvings", True),
+        ("initial_damping", math.inf),
+    ],
+)
+def test_tuned_numbers_out_of_range_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"`{name}` of TrustRegion must be a .*number .* got {value!r}"):
+        TrustRegion(**{name: value})
+
+
+def test_what_is_no_tuning_is_refused() -> None:
+    trainer, _, _ = fitted()
+    with pytest.raises(ConfigurationError, match=r"`tuning` must be a lightning_gif\.unlearning\.Tuning"):
+        trainer.unlearn([0], tuning={"max_halvings": 3})
+    with pytest.raises(ConfigurationError, match="`trust_region` of Tuning must be a TrustRegion"):
+        Tuning(trust_region=SampleSizes())  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="two goals of one kind"):
+        Tuning(goals=(ClassRemoval(), ClassRemoval(target_memorization=0.1)))
+    with pytest.raises(ConfigurationError, match="must be a tuple of goals"):
+        Tuning(goals=ClassRemoval())  # type: ignore[arg-type]
+
+
+def test_tuned_numbers_are_used_and_recorded(tmp_path: Any) -> None:
+    trainer, _, _ = fitted(max_epochs=60)
+    options: dict[str, Any] = {"relabel": torch.tensor([1, 0, 2]), "dry_run": True}
+    plain = trainer.unlearn([3, 17, 30], **options)
+    assert plain.settings["tuning"]["goal"] == {
+        "curvature_examples": 2048,
+        "target_memorization": 0.2,
+        "corrected_weight": 8.0,
+        "retain_budget": 0.05,
+        "far_memorization": 0.25,
+        "first_damping": 0.2,
+        "rejection_factor": 128.0,
+    }
+    tuning = Tuning(goals=(LabelCorrection(corrected_weight=2.0),), relinearisation=Relinearisation(max_solves=3))
+    tuned = trainer.unlearn([3, 17, 30], tuning=tuning, **options)
+    assert (len(plain.solves), len(tuned.solves)) == (12, 3)
+    assert tuned.path[0].risk == pytest.approx(plain.path[0].risk / 4)
+    tuned.save(tmp_path / "edit")
+    loaded = UnlearnReport.load(tmp_path / "edit").settings["tuning"]
+    assert loaded["goal"]["corrected_weight"] == 2.0
+    assert loaded["relinearisation"]["max_solves"] == 3
+    assert trainer.unlearn([3, 17, 30], tuning=Tuning(), **options).edit.digest == plain.edit.digest
+
+
+def test_a_new_goal_is_a_class_and_one_line() -> None:
+    """Removal that answers nothing but the retained loss, for examples of label 0."""
+
+    @dataclass(frozen=True)
+    class Gentle(ExampleRemoval):
+        name = "gentle"
+        compares_with_unseen = False
+
+        @classmethod
+        def applies(cls, request: Any, notes: list[str]) -> bool:
+            return request.relabelled is None and set(request.forget.classes.tolist()) == {0}
+
+    trainer, _, _ = fitted()
+    GOALS.register("gentle")(Gentle)
+    try:
+        report = trainer.unlearn([0, 3], dry_run=True)
+        assert report.goal == "gentle"
+        assert trainer.unlearn([1, 4], dry_run=True).goal == "examples"
+        assert "goal: gentle" in str(report)
+    finally:
+        del GOALS._items["gentle"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("path", "trials"),
+        ("enough", "target_memorization"),
+        ("affordable", "max_retain_loss"),
+        ("answer", "influence_direction"),
+        ("descend", "descent_direction"),
+        ("measure", "evaluate"),
+    ],
+)
+def test_a_strategy_with_old_names_works_with_a_warning(old: str, new: str) -> None:
+    def strategy(walk: Any) -> Any:
+        with pytest.warns(DeprecationWarning, match=f"`walk.{old}` is now `{new}`") as caught:
+            assert getattr(walk, old) == getattr(walk, new)
+        assert caught[0].filename == __file__
+        assert walk.goal is GoalName.EXAMPLES
+        assert walk.goal == "examples"
+        return natural(walk)
+
+    trainer, _, _ = fitted()
+    assert trainer.unlearn([0, 1], step=strategy, dry_run=True).steps == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("steps", "step_sizes"), ("step", "step_size"), ("remembered", "memorization"), ("moved", "is_edit")],
+)
+def test_old_names_of_a_trial_work_with_a_warning(old: str, new: str) -> None:
+    trial = Trial((0.5, 1.0), 1.0, 2.0, 3.0, 0.25)
+    with pytest.warns(DeprecationWarning, match=f"`Trial.{old}` is now `{new}`"):
+        assert getattr(trial, old) == getattr(trial, new)
+    with pytest.warns(DeprecationWarning, match=r"`QuadraticModel.bend` is now `curvature`"):
+        assert QuadraticModel(-1.0, 3.0).bend == 3.0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
