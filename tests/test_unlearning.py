@@ -1698,7 +1698,6 @@ def test_tuned_numbers_are_used_and_recorded(tmp_path: Any) -> None:
         "retain_budget": 0.05,
         "far_memorization": 0.25,
         "first_damping": 0.2,
-        "rejection_factor": 128.0,
     }
     tuning = Tuning(goals=(LabelCorrection(corrected_weight=2.0),), relinearisation=Relinearisation(max_solves=3))
     tuned = trainer.unlearn([3, 17, 30], tuning=tuning, **options)

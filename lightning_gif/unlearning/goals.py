@@ -58,6 +58,7 @@ class Goal(CheckedNumbers):
         far_memorization: Above this memorization descent directions are solved for by the method of the edit, and not
             by Newton steps.
         far_curvature_share: There, this share of the examples gives the curvature.
+        first_damping: If the risk is convex: the damping of the first least-squares solve, as a share of ``‖Bᵀb‖/‖b‖``.
         max_step_size: The largest step size along the influence direction; that of the line search if it is smaller.
         warns_of_shortfall: Whether :meth:`shortfall` is worth a warning, beside the note in the report.
         curvature_examples: How many retained examples solves see with ``curvature_examples="auto"``.
@@ -73,6 +74,7 @@ class Goal(CheckedNumbers):
     warns_of_shortfall: ClassVar[bool] = True
     far_memorization = math.inf
     far_curvature_share = 1.0
+    first_damping = 0.0
     max_step_size = math.inf
 
     # "Scores that predict retraining": 512 examples are worse, and all of them no better.
@@ -116,14 +118,6 @@ class Goal(CheckedNumbers):
     def is_convex(self, task: Task) -> bool:
         """Whether the risk is convex in the outputs, so that its GGN matrix has no negative eigenvalues."""
         return False
-
-    def relative_damping(self, n_rejected: int) -> float:
-        """The damping of a convex least-squares solve, as a share of ``‖Bᵀb‖/‖b‖``.
-
-        Args:
-            n_rejected: The number of rejected steps since the last accepted one.
-        """
-        return 0.0
 
     def is_negligible(self, risk: float) -> bool:
         """Whether so small a risk is not worth another solve, once the target memorization is reached."""
@@ -194,7 +188,7 @@ class ExampleRemoval(Goal):
     square of what they lack.
 
     Attributes:
-        target_memorization: A membership AUROC: 0.5 is that of a coin.
+        target_memorization: A membership AUROC of one half: the losses say nothing.
         memorized_weight: The weight of a forget example in the second term, beside a retained one.
         memorized_share: Forget examples that lack less than this share of the root mean square of all are left out:
             most were learned like any other.
@@ -213,7 +207,8 @@ class ExampleRemoval(Goal):
     pursues_target = False
     warns_of_shortfall = False
 
-    target_memorization: float = number(0.5, high=1.0)
+    target_memorization = 0.5
+
     memorized_weight: float = number(8.0)
     memorized_share: float = number(0.05, open_low=False)
     retain_budget: float = number(0.1, open_low=False)
@@ -442,7 +437,6 @@ class LabelCorrection(Goal):
         far_memorization: While more than this share of the labels is wrong, steps are damped least squares.
         first_damping: Their relative damping. The GGN matrix of wrong labels that are predicted for certain is next to
             nothing: without damping, nearly all first steps of small networks raised the risk.
-        rejection_factor: Each rejected step multiplies this damping so.
     """
 
     name = GoalName.LABELS
@@ -455,7 +449,6 @@ class LabelCorrection(Goal):
     far_memorization: float = number(0.25, high=1.0)
     # "A backdoor repaired": 0.1 and 0.3 change the mean of six draws by less than draws differ.
     first_damping: float = number(0.2)
-    rejection_factor: float = number(128.0, low=1.0, open_low=False)
 
     @classmethod
     def applies(cls, request: Request, notes: list[str]) -> bool:
@@ -494,10 +487,6 @@ class LabelCorrection(Goal):
     def is_convex(self, task: Task) -> bool:
         """Whether predictions are known: the divergence and the cross-entropy are convex in the logits."""
         return task.forgotten_classes is not None
-
-    def relative_damping(self, n_rejected: int) -> float:
-        """The first damping, times a factor for each rejected step."""
-        return self.first_damping * self.rejection_factor**n_rejected
 
     def outlasts_small_gain(self, accepted: Trial | None, at_target: bool) -> bool:
         """Whether the step was accepted, or is needed: the first change is another kind of step than those after it."""

@@ -306,7 +306,8 @@ class EditProblem:
             else:
                 solve: Solve = settings.solve
                 if rules.is_convex(self._task):
-                    relative = rules.relative_damping(self._n_rejected_since(at))
+                    factor = self.tuning.trust_region.rejection_factor
+                    relative = rules.first_damping * factor ** self._n_rejected_since(at)
                     solve = partial(settings.solve_with_relative_damping, relative)
                 along = self._add_change(whole, -slope, solve, scale=scale)
             self.description = self.description or settings.describe(curvatures[0][1])

@@ -28,8 +28,8 @@ class TrustRegion(CheckedNumbers):
         initial_damping: Of the first Newton step, as a share of ``‖Cg‖/‖g‖``, with ``g`` the slope of the risk and
             ``C`` its curvature.
         damping_factor: See ``good_ratio``.
-        min_step_size: A halved step multiplies the damping by the inverse of its size, and a rejected one by the
-            inverse of this.
+        rejection_factor: A halved step multiplies the damping by the inverse of its size, a rejected one by this, which
+            is also the most.
     """
 
     accept_ratio: float = number(0.25, high=1.0)
@@ -38,7 +38,7 @@ class TrustRegion(CheckedNumbers):
     max_step_size: float = number(4.0, low=1.0, open_low=False)
     initial_damping: float = number(3e-3)
     damping_factor: float = number(3.0, low=1.0, open_low=False)
-    min_step_size: float = number(2.0**-7, high=1.0)
+    rejection_factor: float = number(128.0, low=1.0, open_low=False)
 
     def accepted_step(
         self,
@@ -98,7 +98,7 @@ class TrustRegion(CheckedNumbers):
             predicted: What the quadratic model predicted of it.
         """
         if step_size < 1:
-            return damping / max(step_size, self.min_step_size)
+            return damping / max(step_size, 1 / self.rejection_factor)
         if step_size > 1 or actual <= self.good_ratio * predicted:
             return damping / self.damping_factor
         return damping
