@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--runs", type=int, default=3, help="samples of what is forgotten, in the paper's protocol")
     parser.add_argument("--solve_steps", type=int, help="of the paper's recursion; by default as many as there")
+    parser.add_argument("--rows", type=int, help="only so many rows of the table, from its first")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*still predicted as it.*|.*not found in the training data.*")
 
@@ -281,7 +282,7 @@ def main() -> None:
     names = list(problem.judged)
     say(f"before: {_shares(model, problem.judged)} ({names})")
     found = []
-    for row in problem.rows:
+    for row in problem.rows[: options.rows]:
         theirs = [
             repeated(trainer, model, problem, row, seed, options.solve_steps or problem.steps)
             for seed in range(1, options.runs + 1)

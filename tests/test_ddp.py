@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,15 +53,29 @@ def launch(world: int, folder: Path, *stories: str) -> Launched:
     return Launched(world, folder, done.returncode, done.stderr)
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    return launch(1, tmp_path_factory.mktemp("one"), "results")
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Launched]:
+    """What so many processes left: one launch for all tests, in whatever order these come.
+
+    All stories run in it, since a process takes longer to start than a story; the last one kills a process.
+    """
+
+    @cache
+    def launched(world: int) -> Launched:
+        stories = ["results"] if world == 1 else ["results", "failures", "unreadable", "death"]
+        return launch(world, tmp_path_factory.mktemp("ddp"), *stories)
+
+    return launched
 
 
-@pytest.fixture(scope="module")
-def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    """All stories in one launch, since a process takes longer to start than a story; the last one kills a process."""
-    return launch(request.param, tmp_path_factory.mktemp("several"), "results", "failures", "unreadable", "death")
+@pytest.fixture
+def one(launched: Callable[[int], Launched]) -> Launched:
+    return launched(1)
+
+
+@pytest.fixture
+def several(request: pytest.FixtureRequest, launched: Callable[[int], Launched]) -> Launched:
+    return launched(request.param)
 
 
 SEVERAL = pytest.mark.parametrize("several", [2, pytest.param(4, marks=pytest.mark.slow)], indirect=True)

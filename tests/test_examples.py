@@ -49,7 +49,6 @@ def assert_pictures(folder: Path, *names: str) -> None:
         assert len(content) > 5000
 
 
-@pytest.mark.slow
 def test_forget_a_digit(tmp_path: Path) -> None:
     printed = run("forget_a_digit.py", "--output", tmp_path, "--epochs", 4, "--digit", 3, "--logger", "csv")
     before, after, retrained = map(percent, row(printed, "digit 3"))
@@ -68,7 +67,6 @@ def test_forget_a_digit(tmp_path: Path) -> None:
     assert {"train/loss", "gif/unlearn/step", "gif/influence/score_max"} <= set(columns)
 
 
-@pytest.mark.slow
 def test_find_mislabeled(tmp_path: Path) -> None:
     printed = run("find_mislabeled.py", "--output", tmp_path)
     assert "135 of 1347 training examples have a wrong label." in printed

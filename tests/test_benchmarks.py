@@ -1,0 +1,98 @@
+"""Every benchmark is a command that says what it does, and that runs to its end on next to nothing."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import runpy
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+# Arguments of a smallest run; DATA stands for a folder of few images, in the layout of MNIST.
+SMALLEST: dict[str, str] = {
+    "attribution_time": "--data DATA --examples 60 --queries 1 --peers",
+    "backdoor": "--data DATA --net resnet --epochs 1 --seeds 1 --steps natural",
+    "compare": "--model tests.line.Net --data tests.line.Blobs --forget_class 1 --trainer.max_epochs 1 "
+    "--baselines [ssd]",
+    "defaults": "--data DATA --net resnet --classes 0 --epochs 1 --what step",
+    "faults": "--injections 4",
+    "forget_class": "--data DATA --net resnet --epochs 1 --seeds 1 --classes 1 --steps natural",
+    "hvp": "--data DATA --examples 32 --repeats 1 --epochs 1",
+    "lds": "--subsets 4 --queries 2 --seeds 1 --epochs 3 --draws 10 --only nothing",
+    "leave_one_out": "--left_out 2 --queries 2",
+    "memory": "--data DATA --counts 60 --budgets 0.25",
+    "mislabeled": "--data DATA --nets mlp --examples 60 --epochs 3 --seeds 1",
+    "overhead": "--steps 40 --net resnet",
+    "paper": "--table 1 --data DATA --net resnet --epochs 1 --runs 1 --solve_steps 2 --rows 1",
+    "random_removal": "--data DATA --net resnet --epochs 1 --seeds 1 --steps natural --shares 0.1",
+    "scaling": "--widths 12 --ratios 0.1 --width 12 --examples 32 --repeats 1",
+    "solve": "--data DATA --examples 32 --max-iter 3 --repeats 1 --epochs 1",
+    "synthetic": "--size 30 --columns 5 --sigma 1 --condition 100 --max-iter 10 --budgets 5 --most-products 100",
+    "tinynet_forget": "--data DATA --epochs 1",
+}
+
+
+def commands() -> list[Path]:
+    return [file for file in sorted(BENCHMARKS.glob("*.py")) if '__name__ == "__main__"' in file.read_text()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of ten classes, each a bright square at a place of its own, in noise."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("train", 240), ("t10k", 60)):
+        labels = torch.arange(count) % 10
+        images = torch.randint(60, (count, 28, 28), generator=generator)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            row, column = 14 * (label // 5), 5 * (label % 5)
+            image[row : row + 8, column : column + 6] += 150
+        for kind, tensor in (("images-idx3", images), ("labels-idx1", labels)):
+            head = bytes([0, 0, 8, tensor.ndim]) + b"".join(size.to_bytes(4, "big") for size in tensor.shape)
+            with gzip.open(folder / f"{name}-{kind}-ubyte.gz", "wb") as file:
+                file.write(head + tensor.to(torch.uint8).numpy().tobytes())
+    return folder
+
+
+def run(file: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its command would, in this process: to start another takes longer than most of these runs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [str(file), *arguments])
+    levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
+    threads = torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            runpy.run_path(str(file), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def test_a_smallest_run_is_known_of_each() -> None:
+    assert [file.stem for file in commands()] == sorted(SMALLEST)
+
+
+@pytest.mark.parametrize("file", commands(), ids=lambda file: file.stem)
+def test_it_says_what_it_does(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(file, ["--help"], monkeypatch)
+    assert ended.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", commands(), ids=lambda file: file.stem)
+def test_a_smallest_run_ends_with_a_table(
+    file: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(file, SMALLEST[file.stem].replace("DATA", str(data)).split(), monkeypatch)
+    printed = capsys.readouterr().out
+    assert any(character.isdigit() for character in printed), printed
