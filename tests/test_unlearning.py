@@ -775,7 +775,7 @@ def test_how_many_labels_are_not_yet_predicted_as_corrected_is_told() -> None:
     before = wrong()
     report = trainer.unlearn(batch_of(dataset, slice(0, 8)), relabel=new)
     assert report.remembered == (before, wrong())
-    assert f"not predicted as corrected: {100 * before:.1f} % -> {100 * wrong():.1f} %" in str(report)
+    assert f"not predicted as the new label: {100 * before:.1f} % -> {100 * wrong():.1f} %" in str(report)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])

@@ -160,7 +160,7 @@ class Goal(CheckedNumbers):
     @classmethod
     def memorization_unit(cls) -> str:
         """The unit of memorization, for the axis of a plot."""
-        return "share"
+        return "share of the forget examples"
 
     @classmethod
     def memorization_text(cls, before: float, after: float, n_unseen: int) -> str:
@@ -510,7 +510,7 @@ class LabelCorrection(Goal):
     @classmethod
     def memorization_title(cls, n_unseen: int) -> str:
         """The share that is not yet corrected."""
-        return "not predicted as corrected"
+        return "not predicted as the new label"
 
 
 def _keep_predictions(task: Task, forgotten_classes: Tensor, n_curvature: int) -> RiskTerm:
