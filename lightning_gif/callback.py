@@ -37,7 +37,8 @@ from .storage.interrupts import uninterrupted
 from .unlearning.journal import Journal
 from .unlearning.record import EditContext
 from .unlearning.report import UnlearnReport
-from .unlearning.unlearn import Step, check_step, unlearn
+from .unlearning.tuning import Tuning
+from .unlearning.unlearn import Step, check_step, check_tuning, unlearn
 
 __all__ = ["GIFCallback", "attach"]
 
@@ -527,6 +528,7 @@ class GIFCallback(Callback):
         dry_run: bool = False,
         record: str | os.PathLike[str] | Literal[False] | None = None,
         solves_to: str | os.PathLike[str] | None = None,
+        tuning: Tuning | None = None,
         **overrides: Unpack[Overrides],
     ) -> UnlearnReport:
         """Edits the targets so that the model behaves as if it had not seen examples, or had seen other labels.
@@ -557,7 +559,7 @@ class GIFCallback(Callback):
                 the last one led to. ``"search"``: one change, with the step size that suits the goal. ``"natural"``:
                 step size 1, what theory predicts. A number is the step size itself. A function is your own strategy,
                 see :mod:`lightning_gif.unlearning.strategies`; so is a name in ``lightning_gif.STRATEGIES``.
-                :class:`~lightning_gif.unlearning.protocol.Goal` describes the goals.
+                :class:`~lightning_gif.unlearning.goals.Goal` describes the goals.
             targets: As in :meth:`influence`; ``"batch"`` by default, because the forget examples decide which neurons
                 matter.
             dataloader: The training data, if it is not that of ``fit``.
@@ -570,6 +572,7 @@ class GIFCallback(Callback):
                 is missing. A call with other weights, settings or data is refused; a changed function that is
                 registered under the same name is not noticed. A dry run leaves the folder for the call that applies
                 the edit, which removes it. By default nothing is written.
+            tuning: Tuned numbers other than the defaults, see :class:`~lightning_gif.unlearning.Tuning`.
             **overrides: As in :meth:`influence`.
 
         Returns:
@@ -586,6 +589,7 @@ class GIFCallback(Callback):
         folder = None if solves_to is None else Path(solves_to)
         settings = for_unlearning(check_names(self.settings.override(overrides, _keywords(self.unlearn))))
         check_step(step)
+        check_tuning(tuning)
         with open_session(trainer, self.tracker, self.loaders, settings, targets, dataloader, overrides) as session:
             _check_files(trainer, session.objective.processes, log, folder)
             forget = session.forget(batch)
@@ -602,6 +606,7 @@ class GIFCallback(Callback):
                 step=step,
                 refresh_statistics=refresh_statistics,
                 solves_to=folder,
+                tuning=tuning,
                 context=EditContext(
                     **vars(_context(trainer)),
                     module=trainer.lightning_module,

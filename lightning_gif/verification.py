@@ -14,7 +14,7 @@ from .errors import CheckpointError, ConfigurationError, EditError
 from .parameters import weights_digest
 from .storage.audit_log import read
 from .storage.checkpoints import read_checkpoint
-from .unlearning.protocol import Goal
+from .unlearning.goals import GOALS
 from .unlearning.report import UnlearnReport
 
 __all__ = ["Check", "Verification", "verify"]
@@ -245,7 +245,7 @@ def _told(entry: dict[str, Any]) -> str:
     if not isinstance(asked, dict):
         return str(entry["event"])
     count, goal = asked.get("n_forget"), asked.get("goal")
-    if not isinstance(count, int) or goal not in set(map(str, Goal)):
+    if not isinstance(count, int) or goal not in GOALS:
         return str(entry["event"])
     return f"{entry['event']:<7}  {_counted(count, 'example', 'examples')} (goal: {goal})"
 

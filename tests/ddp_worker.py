@@ -237,10 +237,10 @@ def failures(world: int, folder: Path) -> dict[str, Any]:
     found["other loader"] = told(lambda: trainer.influence(part))
     found["other data"] = told(lambda: trainer.influence(query, dataloader=part))
 
-    def differently(walk: Any) -> Any:
+    def differently(problem: Any) -> Any:
         for _ in range(1 + rank):
-            walk.answer()
-        return walk.measure(1.0)
+            problem.influence_direction()
+        return problem.evaluate(1.0)
 
     found["out of step"] = told(lambda: trainer.unlearn([3], step=differently))
     with torch.no_grad():

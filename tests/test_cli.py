@@ -22,6 +22,7 @@ from lightning_gif import GIFCallback, GIFWarning, InfluenceReport, UnlearnRepor
 from lightning_gif.cli import _remedy, main
 from lightning_gif.storage.audit_log import read
 from lightning_gif.storage.checkpoints import read_checkpoint
+from lightning_gif.unlearning import EditProblem
 
 from .conftest import make_trainer, same_weights
 from .line import Blobs, Net, Tied
@@ -144,8 +145,8 @@ def test_an_interrupted_command_goes_on(
     assert not Path("b.ckpt").exists()
     assert list(Path("solves").iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_gif.unlearning.problem.ModelEditProblem._solve_answer", interrupted)
-        patch.setattr("lightning_gif.unlearning.problem.ModelEditProblem._solve_descent", interrupted)
+        patch.setattr(EditProblem, "_solve_influence", interrupted)
+        patch.setattr(EditProblem, "_solve_descent", interrupted)
         assert unlearn("--solves_to", "solves") == 0
     assert Path("b.ckpt").exists()
     assert not Path("solves").exists()

@@ -29,7 +29,7 @@ from lightning_gif.solvers.solution import Solution, Status
 from lightning_gif.storage.artifact import read_folder, write_folder
 from lightning_gif.storage.digests import digest
 from lightning_gif.storage.schema import MOST_BYTES, parse, read, restored, restored_fields
-from lightning_gif.unlearning.protocol import Goal, Point
+from lightning_gif.unlearning.protocol import GoalName, Trial
 from lightning_gif.unlearning.record import Change, EditContext
 
 quick = settings(
@@ -65,7 +65,7 @@ def some_edit() -> tuple[nn.Module, UnlearnReport]:
     edit = Edit.plan(module, targets, space, torch.randn(3), {"1.running_mean": torch.ones(4)})
     report = UnlearnReport(
         edit=edit,
-        goal=Goal.LABELS,
+        goal=GoalName.LABELS,
         step_sizes=[1.0, 0.5],
         forget=Change(0.1, 2.0, math.nan),
         retain=Change(0.1, 0.11, 0.1),
@@ -77,7 +77,7 @@ def some_edit() -> tuple[nn.Module, UnlearnReport]:
         n_retain=20,
         n_unseen=0,
         n_parameters=space.size,
-        trials=[Point((), 0.1, 0.1, 0.4, 1.0), Point((1.0, 0.5), 2.0, 0.11, 0.2, 0.0)],
+        trials=[Trial((), 0.1, 0.1, 0.4, 1.0), Trial((1.0, 0.5), 2.0, 0.11, 0.2, 0.0)],
         solves=[dict(SOLVE), dict(SOLVE)],
         residuals=[1.0, 0.1],
         curvature={"curvature": "hessian", "examples": 9},
@@ -173,9 +173,9 @@ class Two(NamedTuple):
         (Status, "converged", Status.CONVERGED),
         (Two, [1, 2], Two(1, 2.0)),
         (
-            Point,
-            {"steps": [1], "forget_loss": 1, "retain_loss": 1, "risk": 1, "remembered": 1},
-            Point((1,), 1, 1, 1, 1),
+            Trial,
+            {"step_sizes": [1], "forget_loss": 1, "retain_loss": 1, "risk": 1, "memorization": 1},
+            Trial((1,), 1, 1, 1, 1),
         ),
     ],
 )
@@ -203,12 +203,12 @@ def test_values_come_back_as_what_they_were(hint: Any, value: Any, expected: Any
         (Two, [1]),
         (Two, [1, "a"]),
         (Status, ["converged"]),
-        (Point, {"steps": [1]}),
-        (Point, None),
+        (Trial, {"steps": [1]}),
+        (Trial, None),
     ],
 )
 def test_values_of_another_type_are_named(hint: Any, value: Any) -> None:
-    with pytest.raises(TypeError, match=r"it|steps|Point"):
+    with pytest.raises(TypeError, match=r"it|steps|Trial"):
         restored(hint, value, "it")
 
 

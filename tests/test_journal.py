@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from lightning_gif import BatchError, ConfigurationError, ConvergenceError, TrainingDataError
 from lightning_gif.session import Session
 from lightning_gif.storage.digests import digest
+from lightning_gif.unlearning import TrustRegion, Tuning
 from lightning_gif.unlearning.journal import Journal
-from lightning_gif.unlearning.problem import ModelEditProblem
-from lightning_gif.unlearning.protocol import Point, Walk
+from lightning_gif.unlearning.problem import EditProblem
+from lightning_gif.unlearning.protocol import Trial
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, same_weights, weights
 
@@ -34,8 +35,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def counting(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[str]:
     """The solves that are made from now on; instead of one of them the user interrupts."""
     made: list[str] = []
-    for name in ("_solve_answer", "_solve_descent"):
-        original = getattr(ModelEditProblem, name)
+    for name in ("_solve_influence", "_solve_descent"):
+        original = getattr(EditProblem, name)
 
         def solve(self: Any, *args: Any, original: Callable[..., Any] = original, name: str = name) -> Any:
             if len(made) == stop:
@@ -43,7 +44,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[s
             made.append(name)
             return original(self, *args)
 
-        monkeypatch.setattr(ModelEditProblem, name, solve)
+        monkeypatch.setattr(EditProblem, name, solve)
     return made
 
 
@@ -74,7 +75,7 @@ def test_an_interrupted_edit_goes_on_and_ends_in_the_same_bits(
         ]
         assert report.curvature == expected.curvature
         assert report.residuals == expected.residuals
-        assert any(f"found in {str(folder)!r}: {stop} of {total}." in note for note in report.notes) == (stop > 0)
+        assert any(f"recalled from {str(folder)!r}: {stop} of {total}." in note for note in report.notes) == (stop > 0)
         assert not folder.exists()
         report.undo()
         assert same_weights(weights(module), before)
@@ -101,6 +102,7 @@ def test_solves_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
         "the examples to be forgotten": {"batch": [1, 2, 6]},
         "new labels, goal": {"relabel": 2},
         "damping": {"damping": 0.7},
+        r"tuning \(trust region\)": {"tuning": Tuning(trust_region=TrustRegion(max_halvings=3))},
         "target parameters, ratio": {"ratio": 0.25},
         "target parameters": {"targets": "cached"},
         "retained examples": {"retain": loader(blobs(30, seed=4))},
@@ -121,13 +123,13 @@ def test_a_strategy_that_takes_another_way_goes_on_from_where_it_does(
 ) -> None:
     trainer, _, _ = fitted()
 
-    def two(second: float) -> Callable[[Walk], Point]:
-        def walk_on(walk: Walk) -> Point:
-            walk.answer()
-            walk.descend(walk.measure(second))
-            return walk.measure(second, 1.0)
+    def two(second: float) -> Callable[[EditProblem], Trial]:
+        def both(problem: EditProblem) -> Trial:
+            problem.influence_direction()
+            problem.descent_direction(problem.evaluate(second))
+            return problem.evaluate(second, 1.0)
 
-        return walk_on
+        return both
 
     trainer.unlearn([1, 2], step=two(1.0), solves_to=tmp_path, dry_run=True)
     expected = trainer.unlearn([1, 2], step=two(0.5), dry_run=True)
@@ -337,7 +339,7 @@ def test_other_labels_order_or_loss_are_told_from_the_same(tmp_path: Path, monke
     assert not made
     module.smooth = 0.3
     trainer.unlearn(forget, **asked)
-    assert made == ["_solve_answer"]
+    assert made == ["_solve_influence"]
 
 
 def test_a_solve_that_fell_short_is_told_again(tmp_path: Path) -> None:

@@ -428,7 +428,7 @@ def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
     assert forget_after.get_ydata()[0] == report.forget.after
     assert retain_after.get_ydata()[0] == report.retain.after
     assert forget.get_label() == "forget"
-    steps = sorted(point.step for point in report.trials)
+    steps = sorted(trial.step_size for trial in report.trials)
     assert forget.get_xdata().tolist() == steps == retain.get_xdata().tolist()
     assert chosen.get_xdata()[0] == report.step
     assert solve.lines[0].get_ydata().tolist() == report.residuals
@@ -909,7 +909,7 @@ def test_a_report_comes_back_from_its_file_bit_for_bit(tmp_path: Path, dtype: to
 def test_old_names_of_attributes_work_and_name_the_new_ones(old: str, new: str) -> None:
     trainer, _, dataset = fitted()
     report = trainer.unlearn(batch_of(dataset, [0, 1]), step="natural", dry_run=True)
-    with pytest.warns(DeprecationWarning, match=rf"UnlearnReport\.{old} is now called `{new}`") as caught:
+    with pytest.warns(DeprecationWarning, match=rf"`UnlearnReport\.{old}` is now `{new}`") as caught:
         assert getattr(report, old) is getattr(report, new)
     assert caught[0].filename == __file__
 

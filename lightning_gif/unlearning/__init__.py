@@ -1,8 +1,38 @@
-"""From the examples to be forgotten to an edit of the weights."""
+"""From the forget examples to an edit of the weights.
+
+``lightning_gif.unlearning`` has what a strategy of one's own needs, and the tuned numbers of an edit. The story of one
+call is in :mod:`lightning_gif.unlearning.unlearn`, the goals in :mod:`lightning_gif.unlearning.goals`.
+"""
 
 from .._moved import forward
+from .goals import GOALS, ClassRemoval, ExampleRemoval, Goal, LabelCorrection
+from .line_search import LineSearch
+from .preconditioner import Preconditioner
+from .problem import EditProblem
+from .protocol import QuadraticModel, Trial
+from .strategies import STRATEGIES
+from .task import SampleSizes
+from .trust_region import TrustRegion
+from .tuning import Relinearisation, Tuning
 from .unlearn import unlearn
 
-__all__ = ["unlearn"]
+__all__ = [
+    "GOALS",
+    "STRATEGIES",
+    "ClassRemoval",
+    "EditProblem",
+    "ExampleRemoval",
+    "Goal",
+    "LabelCorrection",
+    "LineSearch",
+    "Preconditioner",
+    "QuadraticModel",
+    "Relinearisation",
+    "SampleSizes",
+    "Trial",
+    "TrustRegion",
+    "Tuning",
+    "unlearn",
+]
 
 __getattr__ = forward(__name__)

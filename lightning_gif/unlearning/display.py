@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..reporting.loggers import log_eigenvalues, log_scalars, log_table, running
 from ..reporting.notes import describe_solve
 from ..reporting.previews import figure
-from .protocol import Goal, Point
+from .goals import GOALS
+from .protocol import Trial
 from .record import Change, EditRecord
 
 if TYPE_CHECKING:
@@ -83,20 +84,9 @@ def _loss_line(record: EditRecord, name: str, change: Change) -> str:
 
 
 def _memorization_line(record: EditRecord) -> list[str]:
-    before, after = record.memorization
-    if math.isnan(after):
+    if math.isnan(record.memorization[1]):
         return []
-    if record.goal is Goal.EXAMPLES:
-        return [f"{_memorization(record)}: {before:.3f} -> {after:.3f} (0.5 = indistinguishable)"]
-    return [f"{_memorization(record)}: {100 * before:.1f} % -> {100 * after:.1f} %"]
-
-
-def _memorization(record: EditRecord) -> str:
-    return {
-        Goal.CLASS: "still predicted as the class",
-        Goal.LABELS: "not predicted as the new label",
-        Goal.EXAMPLES: f"membership AUROC against {record.n_unseen} unseen examples",
-    }[record.goal]
+    return [GOALS[record.goal].memorization_text(*record.memorization, record.n_unseen)]
 
 
 def log(record: EditRecord, loggers: Iterable[Any], prefix: str) -> None:
@@ -132,7 +122,7 @@ def draw(record: EditRecord) -> Figure:
     return drawn
 
 
-def _drawn_trials(record: EditRecord) -> list[Point]:
+def _drawn_trials(record: EditRecord) -> list[Trial]:
     """With one change all trials, by step size; with several those after each of them, from none on."""
     if len(record.step_sizes) == 1:
         return sorted(record.trials, key=lambda trial: trial.step_sizes)
@@ -141,7 +131,7 @@ def _drawn_trials(record: EditRecord) -> list[Point]:
     return [measured[end] for end in ends if end in measured]
 
 
-def _draw_losses(axes: Axes, record: EditRecord, trials: list[Point]) -> None:
+def _draw_losses(axes: Axes, record: EditRecord, trials: list[Trial]) -> None:
     where, end = _positions(record, trials)
     lines = {"forget": [trial.forget_loss for trial in trials], "retain": [trial.retain_loss for trial in trials]}
     for name, losses in lines.items():
@@ -155,32 +145,31 @@ def _draw_losses(axes: Axes, record: EditRecord, trials: list[Point]) -> None:
     axes.set_ylabel("mean loss")
 
 
-def _draw_memorization(axes: Axes, record: EditRecord, trials: list[Point]) -> None:
+def _draw_memorization(axes: Axes, record: EditRecord, trials: list[Trial]) -> None:
     where, end = _positions(record, trials)
     (line,) = axes.plot(where, [trial.memorization for trial in trials], "o-", markersize=4)
     axes.plot([end], [record.memorization[1]], "*", markersize=11, color=line.get_color())
     axes.set_ylim(-0.05, 1.05)
-    axes.set_title(_memorization(record), fontsize=10)
-    auroc = record.goal is Goal.EXAMPLES
-    axes.set_ylabel("AUROC (0.5 = indistinguishable)" if auroc else "share of the forget examples")
+    axes.set_title(GOALS[record.goal].memorization_title(record.n_unseen), fontsize=10)
+    axes.set_ylabel(GOALS[record.goal].memorization_unit())
 
 
-def _positions(record: EditRecord, trials: list[Point]) -> tuple[list[float], float]:
+def _positions(record: EditRecord, trials: list[Trial]) -> tuple[list[float], float]:
     """Where trials and the edit are on the x axis."""
     if len(record.step_sizes) > 1:
         return [float(len(trial.step_sizes)) for trial in trials], float(len(record.step_sizes))
-    return [trial.step for trial in trials], record.step
+    return [trial.step_size for trial in trials], record.step
 
 
-def _label_trials(axes: Axes, record: EditRecord, trials: list[Point]) -> None:
+def _label_trials(axes: Axes, record: EditRecord, trials: list[Trial]) -> None:
     if len(record.step_sizes) > 1:
         axes.set_xlabel("number of changes (each relinearised)")
         axes.set_xticks(range(len(record.step_sizes) + 1))
         return
     axes.axvline(record.step, color="grey", linestyle=":", label=f"step size {record.step:.3g}")
     axes.set_xscale("symlog", linthresh=0.1)
-    if trials[0].step >= 0:
-        axes.set_xlim(left=0.0, right=trials[-1].step * 1.5 or None)
+    if trials[0].step_size >= 0:
+        axes.set_xlim(left=0.0, right=trials[-1].step_size * 1.5 or None)
     axes.set_xlabel("step size (1 = natural step)")
 
 

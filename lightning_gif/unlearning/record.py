@@ -18,7 +18,8 @@ from ..reporting.context import CallContext
 from ..storage.artifact import Format
 from ..storage.digests import digest
 from ..storage.schema import restored, restored_fields
-from .protocol import Goal, Point
+from .goals import GOALS
+from .protocol import Trial
 
 __all__ = ["FORMAT", "Change", "EditContext", "EditRecord"]
 
@@ -35,8 +36,6 @@ _PARTS = ("indices", "old", "new")
 
 # Fields that a file holds in another form, or not at all.
 _OWN_FORM = ("edit", "trials", "context", "version")
-
-_TRIAL = ("step_sizes", "forget_loss", "retain_loss", "risk", "memorization")
 
 # How version 3 of the format named fields of a report and of its trials.
 _NAMES_OF_3 = {"step_sizes": "steps", "memorization": "remembered", "trials": "path"}
@@ -96,7 +95,7 @@ class EditRecord:
 
     Attributes:
         edit: Which entries changed, and their values before and after.
-        goal: ``"class"``, ``"examples"`` or ``"labels"``; see :class:`~lightning_gif.unlearning.protocol.Goal`.
+        goal: ``"class"``, ``"examples"`` or ``"labels"``; see :class:`~lightning_gif.unlearning.goals.Goal`.
         step_sizes: The step size of each change; 1 is the natural step. The first change is the influence direction,
             or a descent direction as all later ones are. Each is solved at the weights that the earlier ones lead to.
         forget: Mean loss of (a sample of) the forget examples, with the labels they were trained with.
@@ -104,7 +103,7 @@ class EditRecord:
         relabelled: Mean loss of the examples with their new labels; ``None`` for a removal.
         unseen: Mean loss of the unseen examples that the forget examples were compared with; ``None`` without any.
         memorization: How much of the forget data is remembered, before and after; see
-            :attr:`~lightning_gif.unlearning.protocol.Point.remembered`.
+            :attr:`~lightning_gif.unlearning.protocol.Trial.memorization`.
         n_forget: The number of forget examples.
         n_found: How many of the training examples are among them, by dataset index or by content.
         n_retain: The number of retained training examples.
@@ -129,7 +128,7 @@ class EditRecord:
     """
 
     edit: Edit = field(repr=False)
-    goal: Goal
+    goal: str
     step_sizes: list[float]
     forget: Change
     retain: Change
@@ -141,7 +140,7 @@ class EditRecord:
     n_retain: int
     n_unseen: int
     n_parameters: int
-    trials: list[Point] = field(repr=False)
+    trials: list[Trial] = field(repr=False)
     solves: list[dict[str, Any]] = field(repr=False)
     residuals: list[float] = field(repr=False)
     curvature: dict[str, Any] = field(repr=False)
@@ -151,6 +150,9 @@ class EditRecord:
     data: dict[str, Any] = field(default_factory=dict, repr=False)
     context: EditContext = field(default_factory=EditContext, repr=False)
     version: int = field(default=FORMAT.versions[-1], repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "goal", GOALS[self.goal].name)
 
     @property
     def step(self) -> float:
@@ -213,7 +215,7 @@ class EditRecord:
         record: dict[str, Any] = {}
         for name in (entry.name for entry in fields(self)):
             if name == "trials":
-                record[name] = [dict(zip(_TRIAL, asdict(trial).values(), strict=True)) for trial in self.trials]
+                record[name] = [asdict(trial) for trial in self.trials]
             elif name not in _OWN_FORM:
                 record[name] = getattr(self, name)
         record["global_step"] = self.context.global_step
@@ -255,11 +257,12 @@ class EditRecord:
         return report
 
 
-def _trial(stored: dict[str, Any], position: int) -> Point:
-    names = [entry.name for entry in fields(Point)]
-    if stored.keys() != set(_TRIAL):
-        raise TypeError(f"trials[{position}] has {', '.join(_TRIAL)}; got {', '.join(stored)!r:.200}")
-    return Point(**restored_fields(Point, dict(zip(names, (stored[name] for name in _TRIAL), strict=True))))
+def _trial(stored: dict[str, Any], position: int) -> Trial:
+    if stored.keys() != {entry.name for entry in fields(Trial)}:
+        raise TypeError(
+            f"trials[{position}] has {', '.join(entry.name for entry in fields(Trial))}; got {', '.join(stored)!r:.200}"
+        )
+    return Trial(**restored_fields(Trial, stored))
 
 
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:

@@ -1,11 +1,13 @@
-"""The risk that an edit should lower, term by term."""
+"""The terms of a risk, and the functions that they are made of."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..curvature.products import Losses
@@ -13,14 +15,30 @@ from ..data.batch import Batch
 from ..data.examples import Examples
 from ..objective.objective import Objective
 
+__all__ = [
+    "OutputLoss",
+    "QuantileMatchingLoss",
+    "RiskTerm",
+    "Unlikelihood",
+    "UnlikelihoodBound",
+    "WithTeacher",
+    "bound_curvature",
+    "cross_entropy",
+    "divergence",
+    "labels_of",
+    "log_odds",
+    "teacher",
+    "teacher_loss",
+]
+
 
 @dataclass(frozen=True)
 class OutputLoss:
-    """A function of what a model gives for each example, as :class:`~lightning_gif.curvature.products.Losses`.
+    """A loss as a function of the model's outputs, see :class:`~lightning_gif.curvature.products.Losses`.
 
     Attributes:
-        outputs: From parameters and a batch to that: the objective's logits ``(B, C)``, or its losses ``(B,)``.
-        function: From that and the batch to the sum over its examples.
+        outputs: From parameters and a batch to the outputs: logits ``(B, C)``, or losses ``(B,)``.
+        function: From the outputs and the batch to the sum over its examples.
     """
 
     outputs: Callable[[Tensor, Batch], Tensor]
@@ -46,83 +64,169 @@ class WithTeacher(Batch):
 
 @dataclass(frozen=True)
 class QuantileMatchingLoss:
-    """``(t − ℓ)²/(2σ)`` of a loss.
+    """``(t − ℓ)²/(2σ)`` of a loss ``ℓ``.
 
-    ``t`` is the loss that an example should have: that of the unseen one of its class whose rank there is its own among
-    the forgotten ones, with the trained weights (the transport of one distribution to the other that keeps the order).
+    The target ``t`` of a forget example is the loss of the unseen example of its class whose rank there is its own rank
+    among the forget examples, at the trained weights: the transport of one distribution of losses to the other that
+    keeps the order.
 
     Attributes:
-        objective: Whose losses.
-        groups: By class, the losses of the forgotten examples and of the unseen ones with the trained weights, sorted.
-        size: ``σ``.
+        objective: The open objective, with the trained weights.
+        groups: By class, the losses of the forget and of the unseen examples at the trained weights, sorted.
+        scale: ``σ``, in the unit of the loss.
     """
 
     objective: Objective
     groups: dict[int, tuple[Tensor, Tensor]]
-    size: float = 1.0
+    scale: float = 1.0
 
-    def wanted(self, losses: Tensor, classes: Tensor) -> Tensor:
-        """``t`` ``(B,)`` for losses ``(B,)`` with the trained weights; these themselves where nothing is to compare."""
-        found = losses.clone()
-        for label, (forgotten, unseen) in self.groups.items():
+    def targets(self, losses: Tensor, classes: Tensor) -> Tensor:
+        """``t`` ``(B,)`` for losses ``(B,)`` at the trained weights; the losses themselves for other classes."""
+        targets = losses.clone()
+        for label, (forget, unseen) in self.groups.items():
             here = classes == label
-            mine = losses[here]
-            found[here] = torch.quantile(unseen, _rank(mine, forgotten))
-        return found
+            own = losses[here]
+            targets[here] = torch.quantile(unseen, _rank(own, forget))
+        return targets
 
     def sum(self, losses: Tensor, batch: Batch) -> Tensor:
-        """Over a batch, whose losses ``(B,)`` are now these."""
+        """The sum over a batch with losses ``(B,)``."""
         with torch.no_grad():
             trained = self.objective.losses(self.objective.theta, batch)
             classes = batch.classes
-            wanted = self.wanted(trained, torch.zeros_like(trained, dtype=torch.long) if classes is None else classes)
-        return (wanted - losses).square().sum() / (2 * self.size)
+            targets = self.targets(trained, torch.zeros_like(trained, dtype=torch.long) if classes is None else classes)
+        return (targets - losses).square().sum() / (2 * self.scale)
 
 
 def _rank(values: Tensor, among: Tensor) -> Tensor:
-    """Where ``values`` stand among others ``(m,)``, sorted, from 0 to 1: of equal ones in the middle.
+    """The rank of ``values`` among others ``(m,)``, sorted, from 0 to 1; of equal ones in their middle.
 
-    In between it is linear: what is computed anew in other batches may differ by rounding, and still stand there.
+    Linear in between: a loss that is computed again in another batch may differ by rounding, and keeps its rank.
     """
     levels, counts = among.unique_consecutive(return_counts=True)
     heights = (counts.cumsum(0) - counts / 2).to(values) / len(among)
     if len(levels) == 1:
         return heights.expand(len(values))
     above = torch.searchsorted(levels, values).clamp(1, len(levels) - 1)
-    way = (values - levels[above - 1]) / (levels[above] - levels[above - 1])
-    return torch.lerp(heights[above - 1], heights[above], way.clamp(0, 1))
+    fraction = (values - levels[above - 1]) / (levels[above] - levels[above - 1])
+    return torch.lerp(heights[above - 1], heights[above], fraction.clamp(0, 1))
 
 
 @dataclass(frozen=True)
 class RiskTerm:
-    """A part of the risk: the mean of a function of examples, less a slope in it that no edit should answer.
+    """A part of the risk: the mean of a function of examples, less its baseline gradient.
 
     Attributes:
-        weight: In the risk.
-        seen: The examples that solves see.
-        measured: The examples that steps are measured on.
-        curved: How many of those seen give the curvature, near the end of the walk.
-        losses: The function; the training loss where it is the objective itself.
-        bound: What has the curvature of a parabola above the function, for where that of its own leads nowhere.
-        left_seen: The slope ``(p,)`` that is subtracted, over those seen.
-        left_measured: The same over those measured.
+        weight: Its weight in the risk.
+        fit: The examples that solves see.
+        eval: The examples that trials are measured on.
+        n_curvature: How many of ``fit`` give the curvature, near the end of an edit.
+        losses: The function; the objective itself for the training loss.
+        bound: A function with the curvature of a parabola above ``losses``, where the own curvature of these is of no
+            use far from the target.
+        baseline_fit: The gradient ``(p,)`` over ``fit`` that is subtracted.
+        baseline_eval: The same over ``eval``.
     """
 
     weight: float
-    seen: Examples
-    measured: Examples
-    curved: int
+    fit: Examples
+    eval: Examples
+    n_curvature: int
     losses: Losses
     bound: Losses | None = None
-    left_seen: Tensor | None = None
-    left_measured: Tensor | None = None
+    baseline_fit: Tensor | None = None
+    baseline_eval: Tensor | None = None
+
+    def fit_gradient(self, objective: Objective, theta: Tensor) -> Tensor:
+        """The gradient over ``fit`` at parameters ``(p,)``, less the baseline, without the weight."""
+        gradient = objective.gradient(self.fit, theta, self.losses.loss_sum)
+        return gradient if self.baseline_fit is None else gradient - self.baseline_fit
+
+    def eval_gradient(self, objective: Objective) -> Tensor:
+        """The gradient over ``eval`` at the trained weights, less the baseline, without the weight."""
+        gradient = objective.gradient(self.eval, loss_sum=self.losses.loss_sum)
+        return gradient if self.baseline_eval is None else gradient - self.baseline_eval
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """The classes ``(B,)`` of a batch of a model that predicts some."""
+    """The labels ``(B,)`` of a batch of a classifier."""
     labels = batch.classes
-    assert labels is not None  # else it would not be known what is predicted
+    assert labels is not None  # else the predictions would not be known
     return labels
+
+
+def teacher(objective: Objective, forgotten_classes: Tensor) -> Callable[[Batch], WithTeacher]:
+    """From a batch to the batch with what the trained model predicts once the forgotten classes are ruled out.
+
+    By Bayes' rule that is what a model that knows the probabilities of all classes knows of the others (linear
+    filtration; Baumhauer, Schöttle and Zeppelzauer, *Machine Learning* 111, 2022).
+
+    Args:
+        objective: An open objective.
+        forgotten_classes: A mask ``(C,)``.
+    """
+
+    def with_teacher(batch: Batch) -> WithTeacher:
+        with torch.no_grad():
+            trained = objective.logits(objective.theta, batch)
+            expected = torch.where(forgotten_classes, -math.inf, trained).softmax(1)
+            return WithTeacher(batch.data, batch.ids, batch.size, expected)
+
+    return with_teacher
+
+
+def teacher_loss(objective: Objective) -> OutputLoss:
+    """:func:`divergence` as a loss of batches :class:`WithTeacher`."""
+    return OutputLoss(objective.logits, divergence)
+
+
+def divergence(logits: Tensor, batch: Batch) -> Tensor:
+    """The sum of ``KL(expected ‖ predicted)`` over a batch :class:`WithTeacher`."""
+    assert isinstance(batch, WithTeacher)  # only such batches are mapped to this loss
+    log_predicted = logits.log_softmax(1).masked_fill(batch.expected == 0, 0.0)  # logits of a masked class are −∞
+    return (torch.special.entr(batch.expected).neg() - batch.expected * log_predicted).sum()
+
+
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """The sum of ``−log p(label)`` over a batch, whatever else the training loss consists of."""
+    return F.cross_entropy(logits, labels_of(batch), reduction="sum")
+
+
+def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
+    """The log-odds ``(B,)`` that a prediction is one of some classes, a mask ``(C,)``."""
+    return logits[:, classes].logsumexp(1) - logits[:, ~classes].logsumexp(1)
+
+
+@dataclass(frozen=True)
+class Unlikelihood:
+    """The sum of ``−log(1 − p)`` over a batch, with ``p`` the probability of some classes.
+
+    Unlike a cross-entropy with its sign turned it has a minimum (Welleck et al., ICLR 2020).
+
+    Attributes:
+        classes: A mask ``(C,)``.
+    """
+
+    classes: Tensor
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        return F.softplus(log_odds(logits, self.classes)).sum()
+
+
+@dataclass(frozen=True)
+class UnlikelihoodBound:
+    """The quadratic part of the parabola of :func:`bound_curvature`, around the present log-odds.
+
+    Attributes:
+        classes: A mask ``(C,)``.
+    """
+
+    classes: Tensor
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        odds = log_odds(logits, self.classes)
+        at = odds.detach()
+        return (bound_curvature(at) / 2 * (odds - at).square()).sum()
 
 
 def bound_curvature(log_odds: Tensor) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,141 +13,265 @@ from torch import Tensor
 from ..config import Settings
 from ..curvature.memory import bytes_to_keep
 from ..curvature.sampling import curvature_sample
+from ..data.batch import Batch
 from ..data.examples import Examples
 from ..data.identity import locate
 from ..data.targets import find_targets
-from ..defaults import sample_size
 from ..errors import BatchError, TrainingDataError
 from ..objective.objective import Objective
 from ..reporting.notes import warn_and_note
-from .protocol import Goal
+from .checked import CheckedNumbers, number
+from .risk import OutputLoss, cross_entropy
 
-# How many examples a step is measured on, at most, of each kind.
-_MEASURED = 1024
+__all__ = [
+    "Request",
+    "SampleSizes",
+    "Scales",
+    "Task",
+    "all_but",
+    "check_new_labels",
+    "retained_examples",
+    "without_forgotten",
+]
 
-# Fewer examples are too few to tell how well a threshold on their loss tells them from unseen ones.
-_FEWEST = 20
+
+@dataclass(frozen=True)
+class SampleSizes(CheckedNumbers):
+    """How many examples an edit looks at.
+
+    Attributes:
+        evaluation: Examples of each kind that a trial is measured on, at most.
+        curvature_share: Share of the retained examples that solves see that gives the curvature of a descent direction.
+            Its step size is decided by trials, so its curvature need not be known as well as its slope (Byrd et al.,
+            *SIAM Journal on Optimization* 21, 2011).
+        min_curvature: Examples that give this curvature, at least.
+        forget_share: Forget examples that give the curvature in a class removal, as a share of the retained ones that
+            do.
+        min_compared: Forget and unseen examples from which on their losses are compared.
+    """
+
+    evaluation: int = number(1024, low=2, open_low=False)
+    curvature_share: float = number(0.125, high=1.0)
+    min_curvature: int = number(256, low=1, open_low=False)
+    forget_share: float = number(0.25, high=1.0)
+    min_compared: int = number(20, low=1, open_low=False)
+
+    def curvature(self, available: int) -> int:
+        """How many of the retained examples that solves see give the curvature of a descent direction."""
+        return max(math.ceil(self.curvature_share * available), self.min_curvature)
 
 
-def check_new_labels(corrected: Examples, classes: int) -> None:
+def check_new_labels(relabelled: Examples, n_classes: int) -> None:
     """Raises a :class:`~lightning_gif.errors.BatchError` for a new label that is none of the predicted classes."""
-    for batch in corrected.local_batches():
+    for batch in relabelled.local_batches():
         new = find_targets(batch.data)
-        wrong = None if new is None else new[(new < 0) | (new >= classes)]
+        wrong = None if new is None else new[(new < 0) | (new >= n_classes)]
         if wrong is not None and wrong.numel():
             raise BatchError(
-                f"`relabel` has the class {wrong[0].item()}, but the model predicts {classes}: 0 to {classes - 1}."
+                f"`relabel` has the class {wrong[0].item()}, but the model predicts {n_classes}: 0 to {n_classes - 1}."
             )
 
 
 @dataclass(frozen=True)
-class Task:
-    """What an edit is for and the data that it is decided on.
+class Request:
+    """What an edit is asked to do: all examples, before any samples are drawn.
 
     Attributes:
-        goal: See :class:`~lightning_gif.unlearning.protocol.Goal`.
-        forget: The examples in question.
-        judged: Those of them whose losses are looked at.
-        corrected: Those in question with their new labels; ``None`` for removal.
-        amended: Those of them that steps are measured on.
-        sample: The retained examples that the curvature is taken over.
-        check: The retained examples that steps are measured on: others, where there are enough.
-        unseen: Examples that the model was not trained on; ``None`` where there are none, or the goal needs none.
-        share: ``m/(n−m)``, the weight of the forgotten examples.
-        gone: A mask ``(C,)`` over the classes that are predicted, true for those to be forgotten; ``None`` for single
-            examples, and where it is not known what is predicted.
+        objective: An open objective.
+        settings: Method, solver and their parameters.
+        forget: The forget examples, with the labels they were trained with.
+        relabelled: The forget examples with their new labels; ``None`` for removal.
+        retained: The retained examples.
+        others: All training examples that are not forget examples, whatever was given as retained.
+        unseen: Examples that the model was not trained on; ``None`` without any.
+        forget_weight: ``m/(n−m)``: the weight of the forget examples beside the retained ones.
+        n_classes: The number of classes that the model predicts; ``None`` if its predictions are not known.
     """
 
-    goal: Goal
+    objective: Objective
+    settings: Settings
     forget: Examples
-    judged: Examples
-    corrected: Examples | None
-    amended: Examples | None
-    sample: Examples
-    check: Examples
+    relabelled: Examples | None
+    retained: Examples
+    others: Examples
     unseen: Examples | None
-    share: float
-    gone: Tensor | None
+    forget_weight: float
+    n_classes: int | None
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What the limits of an edit are relative to.
+
+    Attributes:
+        forget_weight: ``m/(n−m)``.
+        n_classes: The number of classes that the model predicts; ``None`` if its predictions are not known.
+        loss_per_nat: What a nat of cross-entropy is in the unit of the loss.
+        unseen_loss: The mean loss of the unseen examples; ``None`` without any.
+    """
+
+    forget_weight: float
+    n_classes: int | None
+    loss_per_nat: Callable[[], float]
+    unseen_loss: Callable[[], float] | None
+
+    def chance_loss(self, share: float) -> float:
+        """A share of the chance loss, ``log C``, in the unit of the loss; 0 if predictions are not known."""
+        return share * math.log(self.n_classes) * self.loss_per_nat() if self.n_classes else 0.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """The data that an edit is decided on, samples included, and the gradients there at the trained weights.
+
+    Attributes:
+        objective: An open objective.
+        settings: Method, solver and their parameters.
+        forget: All forget examples.
+        forget_eval: Those of them that trials are measured on.
+        relabelled: All forget examples with their new labels; ``None`` for removal.
+        relabelled_eval: Those of them that trials are measured on.
+        retain_fit: The retained examples that solves see.
+        retain_eval: The retained examples that trials are measured on: others, if there are enough.
+        unseen: Examples that the model was not trained on; ``None`` without any, or if the goal needs none.
+        forget_weight: ``m/(n−m)``: the weight of the forget examples beside the retained ones.
+        n_classes: The number of classes that the model predicts; ``None`` if its predictions are not known.
+        forgotten_classes: A mask ``(C,)`` over the predicted classes, true for those to remove; ``None`` if the goal
+            does not depend on predictions, or these are not known.
+        sizes: How many examples are drawn.
+    """
+
+    objective: Objective
+    settings: Settings
+    forget: Examples
+    forget_eval: Examples
+    relabelled: Examples | None
+    relabelled_eval: Examples | None
+    retain_fit: Examples
+    retain_eval: Examples
+    unseen: Examples | None
+    forget_weight: float
+    n_classes: int | None
+    forgotten_classes: Tensor | None
+    sizes: SampleSizes
 
     @classmethod
     def prepare(
         cls,
-        objective: Objective,
-        forget: Examples,
-        corrected: Examples | None,
-        retained: Examples,
-        rest: Examples,
-        unseen: Examples | None,
-        settings: Settings,
-        share: float,
+        request: Request,
+        sizes: SampleSizes,
+        *,
+        n_fit: int | None,
+        compares_with_unseen: bool,
+        forgotten_classes: Tensor | None,
         notes: list[str],
     ) -> Task:
-        if corrected is None:
-            goal, gone = _goal_of_removal(objective, forget, rest, notes)
-        else:
-            goal, predicted = Goal.LABELS, objective.n_classes(corrected)
-            gone = None if predicted is None else torch.zeros(predicted, dtype=torch.bool, device=objective.device)
-        memory, seed = bytes_to_keep(settings, objective) / 4, settings.seed
-        count = sample_size(settings, class_removal=goal is Goal.CLASS)
-        measured = _MEASURED if count is None else min(count, _MEASURED)
-        sample = curvature_sample(objective, retained, count, settings.curvature_sampling, seed)
-        # A solve lowers the loss of the examples that it sees more than that of others like them, so steps are measured
-        # on others.
-        taken = torch.isin(retained.ids, sample.ids).nonzero().squeeze(1)
-        left = len(retained) - len(taken)
-        check = all_but(retained, taken) if left and left >= min(len(sample), measured) // 2 else sample
+        """Draws the samples.
 
-        judged = forget.sample(measured, seed)
-        compared = None
-        if unseen is not None and goal is Goal.EXAMPLES:
-            if min(len(forget), len(unseen)) >= _FEWEST:
-                compared = unseen.sample(count, seed).cached(memory)
-                objective.check(compared, "unseen")
+        Args:
+            request: What is asked.
+            sizes: How many examples are drawn.
+            n_fit: How many retained examples solves see; ``None`` for all.
+            compares_with_unseen: Whether the goal compares forget with unseen examples.
+            forgotten_classes: See the class.
+            notes: Of the report.
+
+        Raises:
+            NonFiniteError: If the loss of an unseen example is not finite.
+        """
+        objective, settings = request.objective, request.settings
+        memory, seed = bytes_to_keep(settings, objective) / 4, settings.seed
+        n_eval = sizes.evaluation if n_fit is None else min(n_fit, sizes.evaluation)
+        fit = curvature_sample(objective, request.retained, n_fit, settings.curvature_sampling, seed)
+        # A solve lowers the loss of the examples that it sees more than that of others, so trials are measured on
+        # others.
+        taken = torch.isin(request.retained.ids, fit.ids).nonzero().squeeze(1)
+        left = len(request.retained) - len(taken)
+        others = all_but(request.retained, taken) if left and left >= min(len(fit), n_eval) // 2 else fit
+
+        forget_eval = request.forget.sample(n_eval, seed)
+        unseen = None
+        if request.unseen is not None and compares_with_unseen:
+            if min(len(request.forget), len(request.unseen)) >= sizes.min_compared:
+                unseen = request.unseen.sample(n_fit, seed).cached(memory)
+                objective.check(unseen, "unseen")
             else:
                 notes.append(
-                    f"Fewer than {_FEWEST} examples are too few to compare with unseen ones, or to compare others with:"
-                    " how far to go is told by the theory and by the risk on what is retained."
+                    f"Fewer than {sizes.min_compared} examples are too few to compare with unseen ones, or to compare"
+                    " others with: how far the edit goes is decided by the influence direction and by the risk on"
+                    " retained examples."
                 )
+        relabelled = request.relabelled
         return cls(
-            goal=goal,
-            forget=forget,
-            judged=judged.cached(memory),
-            corrected=corrected,
-            amended=None if corrected is None else corrected.sample(measured, seed),
-            sample=sample.cached(memory),
-            check=check.sample(measured, seed).cached(memory),
-            unseen=compared,
-            share=share,
-            gone=gone,
+            objective=objective,
+            settings=settings,
+            forget=request.forget,
+            forget_eval=forget_eval.cached(memory),
+            relabelled=relabelled,
+            relabelled_eval=None if relabelled is None else relabelled.sample(n_eval, seed),
+            retain_fit=fit.cached(memory),
+            retain_eval=others.sample(n_eval, seed).cached(memory),
+            unseen=unseen,
+            forget_weight=request.forget_weight,
+            n_classes=request.n_classes,
+            forgotten_classes=forgotten_classes,
+            sizes=sizes,
         )
 
+    @cached_property
+    def forget_gradient(self) -> Tensor:
+        """The gradient ``(p,)`` of the mean loss of the forget examples with their old labels."""
+        return self.objective.gradient(self.forget)
 
-def _goal_of_removal(
-    objective: Objective, forget: Examples, rest: Examples, notes: list[str]
-) -> tuple[Goal, Tensor | None]:
-    """What a removal is for, and a mask over the predicted classes, true for those to be forgotten.
+    @cached_property
+    def relabelled_gradient(self) -> Tensor | None:
+        """The same with their new labels; ``None`` for removal."""
+        return None if self.relabelled is None else self.objective.gradient(self.relabelled)
 
-    Args:
-        objective: An open objective.
-        forget: The examples in question.
-        rest: All training examples that stay, whatever is given as retained.
-        notes: Of the report.
-    """
-    gone = forget.classes
-    if gone is None or not rest.has_none_of(gone):
-        return Goal.EXAMPLES, None
-    predicted = objective.n_classes(forget)
-    if predicted is None or objective.n_classes(rest) != predicted:
-        warn_and_note(
-            notes,
-            "All examples of a class are to be forgotten, but it cannot be seen what the model predicts: its loss does"
-            " not call F.cross_entropy (or F.nll_loss) with one row of logits for each example and the labels of the"
-            " batch. They are removed as single examples are, and may still be predicted as their class.",
+    @cached_property
+    def retain_gradient(self) -> Tensor:
+        """The gradient ``(p,)`` of the mean loss of the retained examples that trials are measured on."""
+        return self.objective.gradient(self.retain_eval)
+
+    @cached_property
+    def influence_gradient(self) -> Tensor:
+        """``g`` ``(p,)`` of the influence direction, see :func:`~lightning_gif.unlearning.unlearn.unlearn`."""
+        # Weight decay does not become less where fewer examples are in the mean, so each loss carries its share of it.
+        decay = self.settings.weight_decay * self.objective.theta
+        old, new = self.forget_gradient, self.relabelled_gradient
+        return self.forget_weight * (old + decay if new is None else old - new)
+
+    def loss_per_nat(self, retain_loss: float) -> float:
+        """What a nat of cross-entropy is in the unit of the loss, from the retained examples; at most 1.
+
+        A loss may be cross-entropy times any number. If it has other terms than cross-entropy, 1 is returned.
+
+        Args:
+            retain_loss: The mean loss of the retained examples at the trained weights.
+        """
+        objective = self.objective
+
+        def entropy(logits: Tensor, batch: Batch) -> Tensor:
+            known = batch.classes is not None  # the loss may ignore labels that are no classes
+            return cross_entropy(logits, batch) if known else logits.new_zeros(())
+
+        loss = OutputLoss(objective.logits, entropy)
+        mean_entropy = objective.mean(self.retain_eval, loss.loss_sum, objective.theta)
+        return retain_loss / mean_entropy if 0 < retain_loss < mean_entropy else 1.0
+
+    def scales(self, retain_loss: float) -> Scales:
+        """What the limits of the edit are relative to.
+
+        Args:
+            retain_loss: The mean loss of the retained examples at the trained weights.
+        """
+        objective, unseen = self.objective, self.unseen
+        return Scales(
+            forget_weight=self.forget_weight,
+            n_classes=self.n_classes,
+            loss_per_nat=lambda: self.loss_per_nat(retain_loss),
+            unseen_loss=None if unseen is None else lambda: objective.mean_loss(unseen),
         )
-        return Goal.EXAMPLES, None
-    mask = torch.zeros(predicted, dtype=torch.bool, device=objective.device)
-    mask[gone.unique().long()] = True
-    return Goal.CLASS, mask
 
 
 def all_but(examples: Examples, positions: Tensor) -> Examples:
@@ -155,7 +282,17 @@ def all_but(examples: Examples, positions: Tensor) -> Examples:
 
 
 def retained_examples(train: Examples, forget: Examples, found: Tensor, notes: list[str]) -> Examples:
-    """The training examples that are not to be forgotten."""
+    """The training examples that are not forget examples.
+
+    Args:
+        train: All training examples.
+        forget: The forget examples.
+        found: Positions ``(r,)`` of those of the training examples that are forget examples.
+        notes: Of the report.
+
+    Raises:
+        TrainingDataError: If none of the training examples is a forget example, or all are.
+    """
     if not len(found):
         raise TrainingDataError(
             f"None of the {len(forget)} examples to be forgotten is in the training data, by dataset index or by"
@@ -181,7 +318,11 @@ def retained_examples(train: Examples, forget: Examples, found: Tensor, notes: l
 
 
 def without_forgotten(retain: Examples, forget: Examples, notes: list[str]) -> Examples:
-    """The given examples to keep, less those to be forgotten."""
+    """The examples given as ``retain``, less the forget examples.
+
+    Raises:
+        TrainingDataError: If none is left.
+    """
     both = locate(forget, retain)
     if len(both):
         warn_and_note(

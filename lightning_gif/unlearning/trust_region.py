@@ -1,65 +1,104 @@
-"""How much of a step to take: as far as the risk falls as its model predicts."""
+"""Which step size of a change to accept, and how the damping of the next solve follows from it."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from .protocol import Goal, LocalModel, Point, Walk
+from .checked import CheckedNumbers, number
+from .protocol import Limits, QuadraticModel, Trial
 
-# A step is kept where the risk falls by this share of what the local model predicts; else half of it is tried.
-_TRUSTED, _HALVINGS = 0.25, 10
-
-# Where it falls by more than predicted, twice the step is tried, up to this one.
-_LONGEST = 4.0
+__all__ = ["TrustRegion"]
 
 
-def is_forgotten(walk: Walk, point: Point) -> bool:
-    """Whether a point is as far as the edit should go; true where nothing says how far that is."""
-    return walk.enough is None or point.remembered <= walk.enough
+@dataclass(frozen=True)
+class TrustRegion(CheckedNumbers):
+    """Accepts steps, and adapts the damping, by the ratio of the actual to the predicted change of the risk.
 
+    A step is accepted if that ratio is large enough (Nocedal and Wright, *Numerical Optimization*, 2nd ed., algorithm
+    4.1); otherwise its size is halved, which costs a measurement but no solve. The radius of the region is controlled
+    by the damping of the Newton steps (Levenberg, *Quarterly of Applied Mathematics* 2, 1944; Marquardt, *J. SIAM* 11,
+    1963).
 
-def is_affordable(walk: Walk, point: Point) -> bool:
-    """Whether the retained loss of a point is finite and within what the edit may cost."""
-    return math.isfinite(point.retain_loss) and point.retain_loss <= walk.affordable
-
-
-def trusted_step(walk: Walk, start: Point, model: LocalModel, solved: int) -> Point | None:
-    """How much of the last change to make: as far as the risk falls as predicted, or more if it falls by more.
-
-    Args:
-        walk: The walk.
-        start: Where the change was solved for.
-        model: The risk along it.
-        solved: How many changes were solved for before.
+    Attributes:
+        accept_ratio: A step is accepted at this ratio of actual to predicted change (``η`` in Nocedal and Wright).
+        good_ratio: From this ratio on the damping is divided by ``damping_factor`` (their 3/4).
+        max_halvings: How often a step size is halved before the step is rejected.
+        max_step_size: Where the risk falls by more than predicted, the step size is doubled up to this.
+        initial_damping: Of the first Newton step, as a share of ``‖Cg‖/‖g‖``, with ``g`` the slope of the risk and
+            ``C`` its curvature.
+        damping_factor: See ``good_ratio``.
+        rejection_factor: A halved step multiplies the damping by the inverse of its size, a rejected one by this, which
+            is also the most.
     """
-    before = start.steps + (0.0,) * (solved - len(start.steps))
 
-    def lower(point: Point) -> bool:  # NaN is not
-        return point.risk < start.risk and (is_affordable(walk, point) or point.retain_loss <= start.retain_loss)
+    accept_ratio: float = number(0.25, high=1.0)
+    good_ratio: float = number(0.75, high=1.0)
+    max_halvings: int = number(10, open_low=False)
+    max_step_size: float = number(4.0, low=1.0, open_low=False)
+    initial_damping: float = number(3e-3)
+    damping_factor: float = number(3.0, low=1.0, open_low=False)
+    rejection_factor: float = number(128.0, low=1.0, open_low=False)
 
-    def as_predicted(point: Point, step: float) -> bool:
-        return lower(point) and point.risk - start.risk <= _TRUSTED * model.change(step)
+    def accepted_step(
+        self,
+        evaluate: Callable[[float], Trial],
+        start: Trial,
+        model: QuadraticModel,
+        limits: Limits,
+        *,
+        bounded_risk: bool,
+    ) -> Trial | None:
+        """The trial at the largest step size at which the risk falls as predicted; ``None`` if the step is rejected.
 
-    step, there = 1.0, walk.measure(*before, 1.0)
-    tried = [there]
-    for _ in range(_HALVINGS):
-        if as_predicted(there, step):
-            break
-        step /= 2
-        there = walk.measure(*before, step)
-        tried.append(there)
-    if not as_predicted(there, step):
-        if walk.goal is Goal.EXAMPLES:
-            return None
-        # The risk of a class or of labels has a least value. A model from the curvature of a few examples may promise
-        # more than all of it, along a change that lowers it all the same.
-        return min(filter(lower, tried), key=lambda point: point.risk, default=None)
-    longer = step == 1.0 and there.risk - start.risk <= model.change(1.0)
-    while longer and 2 * step <= _LONGEST:
-        further = walk.measure(*before, 2 * step)
-        longer = further.risk < there.risk and (
-            is_affordable(walk, further) or further.retain_loss <= there.retain_loss
-        )
-        if longer:
-            step, there = 2 * step, further
-    return there
+        Args:
+            evaluate: The trial at a step size along the change.
+            start: The trial at which the change was solved for.
+            model: The predicted change of the risk.
+            limits: A trial beyond the largest retained loss is accepted only if that loss is not above that of
+                ``start``.
+            bounded_risk: Whether the risk has a lower bound. Then a model from the curvature of few examples may
+                predict a larger fall than there is room for, and the best trial that lowers the risk is accepted.
+        """
+
+        def costs_too_much(trial: Trial, before: Trial) -> bool:
+            return not (limits.allow(trial) or trial.retain_loss <= before.retain_loss)
+
+        def is_lower(trial: Trial) -> bool:  # NaN is not
+            return trial.risk < start.risk and not costs_too_much(trial, start)
+
+        def is_accepted(trial: Trial, step_size: float) -> bool:
+            return is_lower(trial) and trial.risk - start.risk <= self.accept_ratio * model.change(step_size)
+
+        step_size, trial = 1.0, evaluate(1.0)
+        tried = [trial]
+        for _ in range(self.max_halvings):
+            if is_accepted(trial, step_size):
+                break
+            step_size /= 2
+            trial = evaluate(step_size)
+            tried.append(trial)
+        if not is_accepted(trial, step_size):
+            return min(filter(is_lower, tried), key=lambda trial: trial.risk, default=None) if bounded_risk else None
+        longer = step_size == 1.0 and trial.risk - start.risk <= model.change(1.0)
+        while longer and 2 * step_size <= self.max_step_size:
+            further = evaluate(2 * step_size)
+            longer = further.risk < trial.risk and not costs_too_much(further, trial)
+            if longer:
+                step_size, trial = 2 * step_size, further
+        return trial
+
+    def next_damping(self, damping: float, step_size: float, actual: float, predicted: float) -> float:
+        """The relative damping of the next Newton step.
+
+        Args:
+            damping: That of the last one.
+            step_size: The step size that was accepted of it; 0 if it was rejected.
+            actual: The change of the risk.
+            predicted: What the quadratic model predicted of it.
+        """
+        if step_size < 1:
+            return damping / max(step_size, 1 / self.rejection_factor)
+        if step_size > 1 or actual <= self.good_ratio * predicted:
+            return damping / self.damping_factor
+        return damping

@@ -1,4 +1,4 @@
-"""From the examples to be forgotten to an edit of the weights."""
+"""From the forget examples to an edit of the weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import numbers
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,41 @@ from ..objective.objective import Objective
 from ..parameters import Targets, state_digest
 from ..storage.digests import Fingerprint, digest
 from .advice import warn_cost, warn_refreshed_statistics, warn_unfinished
+from .goals import Goal, choose_goal
 from .journal import Journal
-from .problem import ModelEditProblem
-from .protocol import Goal
+from .problem import EditProblem
+from .protocol import Trial
 from .record import Change, EditContext
 from .report import UnlearnReport
-from .strategies import MOST_SOLVES, STRATEGIES, Strategy
-from .task import Task, all_but, check_new_labels, retained_examples, without_forgotten
+from .strategies import STRATEGIES, Strategy
+from .task import Request, Task, all_but, check_new_labels, retained_examples, without_forgotten
+from .tuning import Tuning
 
-__all__ = ["Step", "check_step", "unlearn"]
+__all__ = ["Step", "check_step", "check_tuning", "unlearn"]
 
 
 Step = str | float | Strategy
 
 
 def check_step(step: Step) -> None:
-    """Raises a :class:`~lightning_gif.errors.ConfigurationError` unless ``step`` can be made."""
+    """Raises a ConfigurationError unless ``step`` is a strategy, its name, or a finite number."""
     if isinstance(step, str):
         STRATEGIES[step]
     elif not callable(step) and (
         isinstance(step, bool) or not isinstance(step, numbers.Real) or not math.isfinite(step)
     ):
         raise ConfigurationError(
-            f"`step` must be one of {', '.join(map(repr, STRATEGIES))}, a finite number, or a function from a walk to a"
-            f" point (see lightning_gif.steps), got {step!r}."
+            f"`step` must be one of {', '.join(map(repr, STRATEGIES))}, a finite number, or a function from an"
+            f" EditProblem to one of its trials (see lightning_gif.unlearning), got {step!r}."
+        )
+
+
+def check_tuning(tuning: Tuning | None) -> None:
+    """Raises a ConfigurationError unless ``tuning`` is a :class:`Tuning` or ``None``."""
+    if tuning is not None and not isinstance(tuning, Tuning):
+        raise ConfigurationError(
+            "`tuning` must be a lightning_gif.unlearning.Tuning, such as"
+            f" Tuning(trust_region=TrustRegion(max_halvings=4)), or None for the defaults, got {tuning!r}."
         )
 
 
@@ -63,33 +74,36 @@ def unlearn(
     step: Step = "relinearise",
     refresh_statistics: bool = False,
     solves_to: Path | None = None,
+    tuning: Tuning | None = None,
     context: EditContext | None = None,
 ) -> UnlearnReport:
     """Plans the edit after which the model behaves as if it had not seen some examples, or had seen other labels.
 
-    With ``U`` the ``m`` examples and ``n − m`` others retained, the weighted gradient is ``g = m/(n−m) ∇ℓ̄(U)`` for
-    removal and ``g = m/(n−m) ∇[ℓ̄(U, old) − ℓ̄(U, new)]`` for relabelling (GIF, arXiv 2312.05586, section 3). The method
-    turns it into a change ``x`` of the targets, or the slope of the risk that should become small. A strategy decides
-    which, how far to go, and whether to solve anew at the weights that this leads to: see
-    :mod:`lightning_gif.unlearning.strategies`. Nothing is written to the model here.
+    With ``U`` the ``m`` forget examples and ``n − m`` others retained, the weighted gradient is ``g = m/(n−m) ∇ℓ̄(U)``
+    for removal and ``g = m/(n−m) ∇[ℓ̄(U, old) − ℓ̄(U, new)]`` for relabelling (GIF, arXiv 2312.05586, section 3). The
+    method turns it, or the slope of the risk, into a change ``x`` of the targets. A strategy decides which, how far to
+    go, and whether to solve again at the weights that this leads to: see :mod:`lightning_gif.unlearning.strategies`.
+    The model is not changed here.
 
     Args:
         objective: An open objective.
         train: The ``n`` training examples.
-        forget: The ``m`` examples in question, with the labels they were trained with.
+        forget: The ``m`` forget examples, with the labels they were trained with.
         settings: Method, solver and their parameters.
         choose_targets: Called for the target parameters, unless the method changes all of them.
         relabel: New targets, see :func:`~lightning_gif.data.relabel.relabelled`; ``None`` removes the examples.
-        retain: All examples that are retained; by default those of ``train`` that are not found in ``forget``.
+        retain: All retained examples; by default those of ``train`` that are not among ``forget``.
         unseen: Examples like the training data that the model was not trained on.
-        step: The name of a strategy or one itself, or a number: that multiple of the one change.
-        refresh_statistics: Compute the running statistics of BatchNorm anew, over what is retained or corrected.
-        solves_to: A folder for what is solved for, see :class:`~lightning_gif.unlearning.journal.Journal`; by default
-            it is lost where the call is interrupted.
+        step: The name of a strategy or a strategy, or a number: that step size along the influence direction.
+        refresh_statistics: Compute the running statistics of BatchNorm anew, over retained and corrected examples.
+        solves_to: A folder for solved changes, see :class:`~lightning_gif.unlearning.journal.Journal`; by default they
+            are lost if the call is interrupted.
+        tuning: The tuned numbers; ``None`` for the defaults.
         context: What the report knows of the trainer.
 
     Raises:
-        ConfigurationError: If ``solves_to`` holds something else, or solves of other weights, data or settings.
+        ConfigurationError: If ``solves_to`` holds other files, or solves of other weights, data or settings; if the
+            strategy does not return one of its trials.
         BatchError: If the examples are not structured as training batches are.
         TrainingDataError: If nothing would be retained.
         ObjectiveError: If the loss of the examples does not depend on the targets.
@@ -98,117 +112,242 @@ def unlearn(
     """
     start = time.perf_counter()
     notes: list[str] = []
+    tuning = Tuning() if tuning is None else tuning
+    found, request = _make_request(objective, train, forget, settings, relabel, retain, unseen, notes)
+    goal = choose_goal(request, tuning.goals, notes)
+    task = _draw_samples(request, goal, tuning, notes)
+
+    method = METHODS[settings.method]
+    targets = method.targets(objective.space, choose_targets)
+    data = _describe_data(train, found, request)
+    journal = None
+    if solves_to is not None:
+        mark = _fingerprint(task, goal, tuning, targets, str(data["train"]))
+        journal = Journal(solves_to, objective.processes.broadcast(mark), objective.processes)
+    positions = targets.flat(objective.space).to(objective.device)
+    problem = EditProblem(goal, task, tuning, method, positions, journal)
+    chosen = _run_strategy(problem, step)
+    if journal is not None and journal.recalled:
+        notes.append(f"Solves recalled from {str(solves_to)!r}: {journal.recalled} of {len(problem.solutions)}.")
+
+    outcome = _realise(problem, task, request, targets, chosen, refresh_statistics)
+    if step != "natural" and not isinstance(step, numbers.Real):
+        _advise(problem, task, outcome, step, notes)
+    if outcome.unrefreshed is not None:
+        warn_refreshed_statistics(outcome.unrefreshed, outcome.after, notes)
+    context = EditContext() if context is None else context
+    if context.has_optimizer and chosen.is_edit:
+        notes.append(
+            "The optimizer's state (momentum, averages) is not part of the edit and still remembers the forgotten data:"
+            " start a new optimizer before you train on."
+        )
+    return _report(problem, task, request, tuning, outcome, data, notes, time.perf_counter() - start, context)
+
+
+def _make_request(
+    objective: Objective,
+    train: Examples,
+    forget: Examples,
+    settings: Settings,
+    relabel: Tensor | int | Callable[[Any], Tensor] | None,
+    retain: Examples | None,
+    unseen: Examples | None,
+    notes: list[str],
+) -> tuple[Tensor, Request]:
+    """The positions ``(r,)`` of the forget examples in ``train``, and the request; see :func:`unlearn`."""
     objective.check(forget, "forget")
+    n_classes = objective.n_classes(forget)
     corrected = None if relabel is None else check_same_everywhere(relabelled(forget, relabel), "new labels")
     if corrected is not None:
-        classes = objective.n_classes(forget)
-        if classes is not None and forget.classes is not None:
-            check_new_labels(corrected, classes)
+        if n_classes is not None and forget.classes is not None:
+            check_new_labels(corrected, n_classes)
         objective.check(corrected, "relabelled")
+        n_classes = objective.n_classes(corrected) if n_classes is None else n_classes
 
     found = locate(forget, train)
     retained = (
         retained_examples(train, forget, found, notes) if retain is None else without_forgotten(retain, forget, notes)
     )
     members = max(len(forget), len(found))
-    rest = retained if retain is None or not len(found) else all_but(train, found)
-    task = Task.prepare(objective, forget, corrected, retained, rest, unseen, settings, members / len(retained), notes)
-    objective.check(task.sample, "retain")
-
-    method = METHODS[settings.method]
-    targets = method.targets(objective.space, choose_targets)
-    processes = objective.processes
-    told: dict[str, str | None] = {"examples": contents_digest(forget), "train": data_digest(train)}
-    told["relabelled"] = None if corrected is None else contents_digest(corrected)
-    journal = None
-    if solves_to is not None:
-        mark = _fingerprint(objective, task, settings, targets, str(told["train"]))
-        journal = Journal(solves_to, processes.broadcast(mark), processes)
-    walk = ModelEditProblem(
-        objective, task, settings, method, targets.flat(objective.space).to(objective.device), journal
+    return found, Request(
+        objective=objective,
+        settings=settings,
+        forget=forget,
+        relabelled=corrected,
+        retained=retained,
+        others=retained if retain is None or not len(found) else all_but(train, found),
+        unseen=unseen,
+        forget_weight=members / len(retained),
+        n_classes=n_classes,
     )
-    if isinstance(step, numbers.Real):
-        walk.answer()
-        chosen = walk.measure(float(step))
-    else:
-        chosen = (STRATEGIES[step] if isinstance(step, str) else step)(walk)  # type: ignore[operator]
-        if not any(chosen is point for point in walk.path) or not walk.solutions:
-            raise ConfigurationError(
-                f"The strategy must solve for a change (walk.answer or walk.descend) and return one of the points that"
-                f" it measured (walk.measure), got {chosen!r} after {len(walk.solutions)} solves."
-            )
-    if journal is not None and journal.recalled:
-        notes.append(f"Changes that were found in {str(solves_to)!r}: {journal.recalled} of {len(walk.solutions)}.")
 
-    moved = walk.moved(chosen.steps)
-    before, remembered = walk.losses(objective.theta), chosen.remembered
-    predicted = walk.predicted(before, chosen)
-    solved_for = None
+
+def _describe_data(train: Examples, found: Tensor, request: Request) -> dict[str, Any]:
+    """What the report has about the data, see :class:`~lightning_gif.unlearning.report.UnlearnReport`."""
+    corrected = request.relabelled
+    return {
+        "indices": train.ids[found].tolist(),
+        "examples": contents_digest(request.forget),
+        "train": data_digest(train),
+        "relabelled": None if corrected is None else contents_digest(corrected),
+    }
+
+
+def _draw_samples(request: Request, goal: Goal, tuning: Tuning, notes: list[str]) -> Task:
+    """The task of a request with a goal."""
+    task = Task.prepare(
+        request,
+        tuning.sample_sizes,
+        n_fit=goal.sample_size(request.settings),
+        compares_with_unseen=goal.compares_with_unseen,
+        forgotten_classes=goal.forgotten_classes(request),
+        notes=notes,
+    )
+    request.objective.check(task.retain_fit, "retain")
+    return task
+
+
+def _run_strategy(problem: EditProblem, step: Step) -> Trial:
+    """The trial that a strategy, or a number, chooses.
+
+    Raises:
+        ConfigurationError: If it is not one that was evaluated, or nothing was solved for.
+    """
+    if isinstance(step, numbers.Real):
+        problem.influence_direction()
+        return problem.evaluate(float(step))
+    chosen = (STRATEGIES[step] if isinstance(step, str) else step)(problem)  # type: ignore[operator]
+    if not any(chosen is trial for trial in problem.trials) or not problem.solutions:
+        raise ConfigurationError(
+            "The strategy must solve for a change (problem.influence_direction or problem.descent_direction) and return"
+            f" one of the trials that it evaluated (problem.evaluate), got {chosen!r} after {len(problem.solutions)}"
+            " solves."
+        )
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What an edit does.
+
+    Attributes:
+        edit: The edit.
+        chosen: The trial that it realises.
+        memorization: That of the trial, or of the model with new running statistics.
+        before: Mean losses at the trained weights, by name.
+        after: The same of the edited model.
+        unrefreshed: The same with the old running statistics; ``None`` if these stay.
+    """
+
+    edit: Edit
+    chosen: Trial
+    memorization: float
+    before: dict[str, float]
+    after: dict[str, float]
+    unrefreshed: dict[str, float] | None
+
+
+def _realise(
+    problem: EditProblem, task: Task, request: Request, targets: Targets, chosen: Trial, refresh_statistics: bool
+) -> _Outcome:
+    """The edit that leads to a trial, measured with the weights as the model will hold them.
+
+    Raises:
+        NonFiniteError: If the forget or the retained loss would not be finite.
+        RankError: If the processes computed different weights.
+    """
+    objective, positions = task.objective, problem.positions
+    theta = problem.weights_at(chosen.step_sizes)
+    before, memorization = problem.mean_losses(objective.theta), chosen.memorization
+    unrefreshed = None
     if refresh_statistics:
-        solved_for = walk.losses(moved)
-        kept = [retained] if corrected is None else [retained, corrected]
-        objective.statistics = objective.refreshed_statistics(moved, *kept)
-        remembered = walk.remembered(moved)
-    change = moved[walk.positions] - objective.theta[walk.positions]
+        unrefreshed = problem.mean_losses(theta)
+        kept = [request.retained] if request.relabelled is None else [request.retained, request.relabelled]
+        objective.statistics = objective.refreshed_statistics(theta, *kept)
+        memorization = problem.memorization_at(theta)
+    change = theta[positions] - objective.theta[positions]
     edit = Edit.plan(objective.module, targets, objective.space, change, objective.statistics)
-    processes.assert_equal(
+    objective.processes.assert_equal(
         digest({**{f"new/{name}": value for name, value in edit.new.items()}, **edit.indices}),
         "edit",
         "They computed other weights, though from the same sums: run on machines of one kind, with as many threads each"
         " (OMP_NUM_THREADS). Nothing was changed.",
     )
     edited = objective.theta.clone()
-    edited[walk.positions] = edit.flat_new(objective.space).to(edited)
-    after = walk.losses(edited)
+    edited[positions] = edit.flat_new(objective.space).to(edited)
+    after = problem.mean_losses(edited)
     for name in ("forget", "retain"):
         if not math.isfinite(after[name]):
             raise NonFiniteError(
-                f"At step {chosen.step:.3g} the {name} loss would be {after[name]}. Nothing was changed. Choose a"
-                " smaller `step`, or 'search'."
+                f"At step size {chosen.step_size:.3g} the {name} loss would be {after[name]}. Nothing was changed."
+                " Choose a smaller `step`, or 'search'."
             )
-    if step != "natural" and not isinstance(step, numbers.Real):
-        warn_unfinished(walk, replace(chosen, remembered=remembered), notes)
-        if task.goal is Goal.LABELS:
-            warn_cost(walk, before, after if solved_for is None else solved_for, notes)
-        if step == "relinearise" and len(chosen.steps) == MOST_SOLVES and chosen.steps[-1]:
-            notes.append(f"The risk still fell with the last of the {MOST_SOLVES} changes that are solved for at most.")
-    if solved_for is not None:
-        warn_refreshed_statistics(solved_for, after, notes)
-    if context is not None and context.has_optimizer and any(chosen.steps):
-        notes.append(
-            "The optimizer's state (momentum, averages) is not part of the edit and still remembers the forgotten data:"
-            " start a new optimizer before you train on."
-        )
-    changes = {name: Change(before[name], after[name], predicted[name]) for name in before}
-    report = UnlearnReport(
-        edit=edit,
-        goal=task.goal,
-        step_sizes=list(chosen.steps) or [0.0],
+    return _Outcome(edit, chosen, memorization, before, after, unrefreshed)
+
+
+def _advise(problem: EditProblem, task: Task, outcome: _Outcome, step: Step, notes: list[str]) -> None:
+    """Warns of an edit that fell short, cost too much, or could have gone on."""
+    goal, start = problem.rules, problem.trials[0]
+    chosen = replace(outcome.chosen, memorization=outcome.memorization)
+    warn_unfinished(goal, start, chosen, problem.target_memorization, notes)
+    if "relabelled" in outcome.before:
+        after = outcome.after if outcome.unrefreshed is None else outcome.unrefreshed
+        warn_cost(goal, task.scales(start.retain_loss), outcome.before, after, notes)
+    max_solves = problem.tuning.relinearisation.max_solves
+    if step == "relinearise" and len(chosen.step_sizes) == max_solves and chosen.step_sizes[-1]:
+        notes.append(f"The risk still fell with the last of the {max_solves} changes that are solved for at most.")
+
+
+def _report(
+    problem: EditProblem,
+    task: Task,
+    request: Request,
+    tuning: Tuning,
+    outcome: _Outcome,
+    data: dict[str, Any],
+    notes: list[str],
+    seconds: float,
+    context: EditContext,
+) -> UnlearnReport:
+    """The report of an edit, see :class:`~lightning_gif.unlearning.report.UnlearnReport`."""
+    predicted = problem.predicted_losses(outcome.before, outcome.chosen)
+    changes = {name: Change(outcome.before[name], outcome.after[name], predicted[name]) for name in outcome.before}
+    return UnlearnReport(
+        edit=outcome.edit,
+        goal=problem.goal,
+        step_sizes=list(outcome.chosen.step_sizes) or [0.0],
         forget=changes["forget"],
         retain=changes["retain"],
         relabelled=changes.get("relabelled"),
         unseen=changes.get("unseen"),
-        memorization=(walk.path[0].remembered, remembered),
-        n_forget=len(forget),
-        n_found=len(found),
-        n_retain=len(retained),
+        memorization=(problem.trials[0].memorization, outcome.memorization),
+        n_forget=len(request.forget),
+        n_found=len(data["indices"]),
+        n_retain=len(request.retained),
         n_unseen=0 if task.unseen is None else len(task.unseen),
-        n_parameters=objective.space.size,
-        trials=walk.path,
-        solves=[solution.summary() for solution in walk.solutions],
-        residuals=walk.solutions[0].residuals,
-        curvature=walk.description,
-        settings=asdict(settings),
+        n_parameters=task.objective.space.size,
+        trials=problem.trials,
+        solves=[solution.summary() for solution in problem.solutions],
+        residuals=problem.solutions[0].residuals,
+        curvature=problem.description,
+        settings={**asdict(task.settings), "tuning": tuning.record(problem.rules)},
         notes=notes,
-        seconds=time.perf_counter() - start,
-        data={"indices": train.ids[found].tolist(), **told},
-        context=context or EditContext(),
+        seconds=seconds,
+        data=data,
+        context=context,
     )
-    return report
 
 
-def _fingerprint(objective: Objective, task: Task, settings: Settings, targets: Targets, train: str) -> Fingerprint:
-    """What the solves of a walk depend on, but the strategy: that is seen in what it asks for."""
+def _fingerprint(task: Task, goal: Goal, tuning: Tuning, targets: Targets, train: str) -> Fingerprint:
+    """What solved changes depend on, except the strategy: its questions are part of each file.
+
+    Args:
+        task: The data of the edit.
+        goal: The goal of the edit.
+        tuning: All other tuned numbers.
+        targets: The target parameters.
+        train: The digest of the training data.
+    """
 
     def of(*parts: Examples | None) -> str:
         # Where samples are drawn by position, order counts.
@@ -216,13 +355,14 @@ def _fingerprint(objective: Objective, task: Task, settings: Settings, targets: 
         return digest({str(i): part.ids for i, part in enumerate(parts) if part is not None}, marks)
 
     return {
-        "weights": digest({"theta": objective.theta}, state_digest(objective.module)),
+        "weights": digest({"theta": task.objective.theta}, state_digest(task.objective.module)),
         "training data": train,
-        "the examples to be forgotten, in their order": of(task.forget, task.judged),
-        "new labels": of(task.corrected, task.amended),
-        "retained examples": digest({}, [of(task.sample, task.check), task.share]),
+        "the examples to be forgotten, in their order": of(task.forget, task.forget_eval),
+        "new labels": of(task.relabelled, task.relabelled_eval),
+        "retained examples": digest({}, [of(task.retain_fit, task.retain_eval), task.forget_weight]),
         "unseen examples": of(task.unseen),
-        "goal": task.goal.value,
+        "goal": str(goal.name),
         "target parameters": digest(dict(targets)),
-        **settings.fingerprint(),
+        **tuning.fingerprint(goal),
+        **task.settings.fingerprint(),
     }

@@ -1,0 +1,115 @@
+"""The step size along one change: the smallest that reaches the target, or the one of least risk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .checked import CheckedNumbers, number
+from .protocol import Limits, Trial
+
+__all__ = ["LineSearch"]
+
+
+@dataclass(frozen=True)
+class LineSearch(CheckedNumbers):
+    """Searches over the step size by doubling, halving and refinement.
+
+    Attributes:
+        max_step_size: The largest step size. Example removal has a smaller one of its own.
+        min_step_size: The smallest step size.
+        bisections: How often the last doubling before the target memorization is halved (on a log scale).
+        refinements: How often the interval around the step size of least risk is narrowed.
+    """
+
+    max_step_size: float = number(2.0**12, low=1.0, open_low=False)
+    min_step_size: float = number(2.0**-6, high=1.0)
+    bisections: int = number(4, open_low=False)
+    refinements: int = number(2, open_low=False)
+
+    def smallest_that_forgets(self, evaluate: Callable[[float], Trial], before: Trial, limits: Limits) -> Trial:
+        """The trial at the smallest step size, from 1 up if that is allowed, that reaches the target memorization.
+
+        Step sizes are doubled until they do, and then the last doubling is bisected: a larger step forgets no more and
+        costs retained loss. The search turns back where the retained loss becomes too large; where it is so at step
+        size 1, smaller ones are tried. If no trial reaches the target, the one at the largest allowed step size that
+        raises the forget loss; if there is none, ``before``.
+
+        Args:
+            evaluate: The trial at a step size.
+            before: The trained model.
+            limits: Target and largest retained loss.
+        """
+        tried = [before, evaluate(1.0)]
+
+        def is_enough(trial: Trial) -> bool:
+            return limits.are_reached(trial) and limits.allow(trial)
+
+        step_size = 1.0
+        while not limits.allow(tried[-1]) and step_size > self.min_step_size:
+            step_size /= 2
+            tried.append(evaluate(step_size))
+        if step_size == 1.0:
+            while not is_enough(tried[-1]) and limits.allow(tried[-1]) and step_size < self.max_step_size:
+                step_size *= 2
+                tried.append(evaluate(step_size))
+        # Step size 1 is enough, or the answer lies between the last one that is allowed and does not forget, and the
+        # first that is not allowed or forgets.
+        if not (is_enough(tried[-1]) and step_size == 1.0):
+            short = [t.step_sizes[0] for t in tried if t.is_edit and limits.allow(t) and not is_enough(t)]
+            low = max(short, default=0.0)
+            high = min((t.step_sizes[0] for t in tried if t.is_edit and t.step_sizes[0] > low), default=0.0)
+            for _ in range(self.bisections if low and high else 0):
+                tried.append(evaluate(math.sqrt(low * high)))
+                if limits.allow(tried[-1]) and not is_enough(tried[-1]):
+                    low = tried[-1].step_sizes[0]
+                else:
+                    high = tried[-1].step_sizes[0]
+        enough = [trial for trial in tried if trial.is_edit and is_enough(trial)]
+        if enough:
+            return min(enough, key=lambda trial: trial.step_sizes)
+        helpful = [trial for trial in tried if limits.allow(trial) and trial.forget_loss > before.forget_loss]
+        return max(helpful, key=lambda trial: trial.step_sizes, default=before)
+
+    def least_risk(
+        self, evaluate: Callable[[float], Trial], before: Trial, limits: Limits, max_step_size: float
+    ) -> Trial:
+        """The allowed trial of least risk, which may be ``before``.
+
+        Step sizes are doubled or halved from 1 while the risk falls; the interval around the best one is then refined.
+
+        Args:
+            evaluate: The trial at a step size.
+            before: The trained model.
+            limits: The largest retained loss.
+            max_step_size: The largest step size.
+        """
+        tried = [before, evaluate(1.0)]
+
+        def risk(trial: Trial) -> float:
+            counts = math.isfinite(trial.risk) and (limits.allow(trial) or not trial.is_edit)
+            return trial.risk if counts else math.inf
+
+        step_size = 2.0
+        while step_size <= max_step_size:
+            tried.append(evaluate(step_size))
+            if risk(tried[-1]) >= risk(tried[-2]):
+                break
+            step_size *= 2
+        step_size = 0.5
+        while min(tried, key=risk).step_size <= 2 * step_size and step_size >= self.min_step_size:
+            tried.append(evaluate(step_size))
+            if risk(tried[-1]) >= min(risk(trial) for trial in tried[:-1]) and min(tried, key=risk).is_edit:
+                break
+            step_size /= 2
+        best = min(tried, key=risk)
+        factor = math.sqrt(2.0)
+        for _ in range(self.refinements):
+            if not best.is_edit:
+                break
+            centre = best.step_sizes[0]
+            tried += [evaluate(size) for size in (centre * factor, centre / factor) if size <= max_step_size]
+            best = min(tried, key=risk)
+            factor = math.sqrt(factor)
+        return best
