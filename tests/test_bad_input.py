@@ -241,9 +241,9 @@ NO_BATCH = "said by each call in its own words"
 @pytest.mark.parametrize("none", [[], (), range(0), numpy.array([], int), torch.tensor([], dtype=torch.long)])
 def test_no_examples_at_all(none: Any) -> None:
     trainer, module, _ = ready()
-    with refused(module, TrainingDataError, "no dataset index was given"):
+    with refused(module, TrainingDataError, "No dataset index was given"):
         trainer.unlearn(none)
-    with refused(module, TrainingDataError, "no dataset index was given"):
+    with refused(module, TrainingDataError, "No dataset index was given"):
         trainer.influence((X, Y), among=none)
 
 
