@@ -558,7 +558,7 @@ def test_relabelling_a_batch_without_recognisable_targets() -> None:
     data = [{"input": x, "answer": y} for x, y in blobs()]
     trainer, module = make_trainer(quick(), max_epochs=1), Keyed()
     trainer.fit(module, loader(data))
-    with refused(module, BatchError, "where this batch keeps its targets", "'answer'", "label"):
+    with refused(module, BatchError, "does not show its targets", "'answer'", "label"):
         trainer.unlearn({"input": X, "answer": Y}, relabel=1)
 
 
