@@ -241,9 +241,9 @@ NO_BATCH = "said by each call in its own words"
 @pytest.mark.parametrize("none", [[], (), range(0), numpy.array([], int), torch.tensor([], dtype=torch.long)])
 def test_no_examples_at_all(none: Any) -> None:
     trainer, module, _ = ready()
-    with refused(module, TrainingDataError, "no dataset index was given"):
+    with refused(module, TrainingDataError, "No dataset index was given"):
         trainer.unlearn(none)
-    with refused(module, TrainingDataError, "no dataset index was given"):
+    with refused(module, TrainingDataError, "No dataset index was given"):
         trainer.influence((X, Y), among=none)
 
 
@@ -558,7 +558,7 @@ def test_relabelling_a_batch_without_recognisable_targets() -> None:
     data = [{"input": x, "answer": y} for x, y in blobs()]
     trainer, module = make_trainer(quick(), max_epochs=1), Keyed()
     trainer.fit(module, loader(data))
-    with refused(module, BatchError, "where this batch keeps its targets", "'answer'", "label"):
+    with refused(module, BatchError, "does not show its targets", "'answer'", "label"):
         trainer.unlearn({"input": X, "answer": Y}, relabel=1)
 
 

@@ -147,7 +147,7 @@ def test_targets_are_replaced_in_place_of_the_old(name: str) -> None:
 def test_targets_that_cannot_be_replaced_say_why() -> None:
     with pytest.raises(BatchError, match=r"shape \[3\], but the targets of the batch have \[4\]"):
         replace_targets((X, Y), torch.tensor([1, 2, 3]))
-    with pytest.raises(BatchError, match="Cannot tell where this batch keeps its targets"):
+    with pytest.raises(BatchError, match="The structure of this batch does not show its targets"):
         replace_targets({"x": X}, 1)
 
 

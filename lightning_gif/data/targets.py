@@ -64,8 +64,8 @@ def replace_targets(data: Any, targets: Tensor | int) -> Any:
     key = _target_key(data)
     if key is None:
         raise BatchError(
-            f"Cannot tell where this batch keeps its targets: {describe(data)}. Relabelling needs (inputs, …, targets)"
-            f" or a mapping with one of the keys {', '.join(TARGET_KEYS)}."
+            f"The structure of this batch does not show its targets: {describe(data)}. Relabelling needs (inputs, …,"
+            f" targets) or a mapping with one of the keys {', '.join(TARGET_KEYS)}."
         )
     old = data[key]
     if isinstance(targets, bool) or not isinstance(targets, (Tensor, int, float)):

@@ -61,7 +61,7 @@ class LossFunction(ABC):
 
     @abstractmethod
     def sum_of(self, evaluated: Tensor, batch: Batch) -> Tensor | None:
-        """The sum of the losses ``()`` from what :meth:`evaluate` returned; ``None`` if it cannot be told from that."""
+        """The sum of the losses ``()`` from what :meth:`evaluate` returned; ``None`` if that does not determine it."""
 
     @abstractmethod
     def losses(self, theta: Tensor, batch: Batch) -> Tensor:
@@ -198,7 +198,7 @@ def choose_loss(shadow: Shadow, few: Batch) -> LossFunction:
 
     Args:
         shadow: The module.
-        few: Two or three training examples: a single one could not tell a mean from a sum. More cost time.
+        few: Two or three training examples. A single one does not show whether a loss is a mean or a sum.
     """
     if overrides(shadow.module, "influence_loss"):
         return OwnLoss(shadow)

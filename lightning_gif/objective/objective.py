@@ -29,7 +29,7 @@ from .shadow import ModelState, Shadow, widen
 __all__ = ["Objective"]
 
 
-# How many examples the probe of ``training_step`` reads: two are enough to tell a mean from a sum.
+# The number of examples that ``training_step`` is probed with: two are enough to distinguish a mean from a sum.
 _PROBE = 3
 
 # For more directions, gradients of single examples are formed once: of a convolutional net they cost as much as some
@@ -168,7 +168,7 @@ class Objective:
     def learn_structure(self, train: Examples) -> None:
         """Learns from the first training examples how batches are structured and how losses are computed.
 
-        Never from a query: a single example could not tell a mean from a sum.
+        Never from a query: a single example does not show whether a loss is a mean or a sum.
         """
         few = train.subset(torch.arange(min(_PROBE, len(train))))
         batch = next(few.batches())

@@ -1,4 +1,4 @@
-"""What a step hands to a loss function of PyTorch: the predictions that a loss is a function of, and the targets."""
+"""The predictions and targets that a step passes to PyTorch's loss functions."""
 
 from __future__ import annotations
 
@@ -28,61 +28,63 @@ _LOSSES: set[Callable[..., Any]] = {
     F.soft_margin_loss,
 }
 
-# Linear in log-probabilities u. The convex function is that of the logits, or the same function of log_softmax(u), and
-# that is u. Both have one gradient and one Gauss–Newton matrix Jᵀ(diag(p) − ppᵀ)J, because the Jacobian of u is I − 1pᵀ
-# times that of the logits, and (diag(p) − ppᵀ)1 = 0.
+# Loss functions that are linear in log-probabilities u, and convex in the logits. Since log_softmax(u) = u, the loss is
+# the same convex function of u as well. Both have the same gradient and Gauss–Newton matrix Jᵀ(diag(p) − ppᵀ)J, because
+# the Jacobian of u is I − 1pᵀ times that of the logits, and (diag(p) − ppᵀ)1 = 0.
 _OF_LOG_PROBABILITIES: set[Callable[..., Any]] = {F.nll_loss, F.kl_div}
 
 _LOG_SOFTMAX: set[Callable[..., Any]] = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
 
-# Log-probabilities are those whose probabilities sum to 1 up to this much, or up to some roundings of a narrow dtype.
+# Scores are log-probabilities if their exponentials sum to 1 up to this error, or up to so many roundings of the dtype.
 _NORMALISED, _ROUNDINGS = 1e-3, 32
 
 
 class Predictions(TorchFunctionMode):
-    """Inside of it, the predictions that go into PyTorch's loss functions are noted, or replaced by others.
+    """Inside of it, the predictions that are passed to PyTorch's loss functions are recorded, or replaced by others.
 
-    The predictions of a loss of log-probabilities (``F.nll_loss``, ``F.kl_div``) are the logits where it is given the
-    result of a ``log_softmax`` as it is, and else the log-probabilities, however they were made. Others that replace
-    these are normalised first, so that the loss is convex in them and has the logits' Gauss–Newton matrix.
+    The predictions of a loss of log-probabilities (``F.nll_loss``, ``F.kl_div``) are the logits if it is called with
+    the unchanged result of a ``log_softmax``, else the log-probabilities, however they were computed. Replacements of
+    log-probabilities are normalised first, so that the loss is convex in them and has the Gauss–Newton matrix of the
+    logits.
 
     Args:
-        others: Flat predictions that take the place of those computed, in the order of the calls.
+        others: Flat predictions that replace those of the model, in the order of the calls.
     """
 
     def __init__(self, others: Tensor | None = None) -> None:
         super().__init__()
         self._others = others
         self._used = 0
-        self._found: list[Tensor] = []
+        self._predictions: list[Tensor] = []
         self._targets: list[Any] = []
         self._logits: dict[int, tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = {}
 
     def flat(self) -> Tensor | None:
-        """All predictions that were noted, as one vector; ``None`` if no loss function was called."""
-        return torch.cat([found.reshape(-1) for found in self._found]) if self._found else None
+        """All predictions as one vector; ``None`` if no loss function was called."""
+        if not self._predictions:
+            return None
+        return torch.cat([prediction.reshape(-1) for prediction in self._predictions])
 
     def classified(self) -> tuple[Tensor, Tensor] | None:
         """The logits ``(B, C)`` and targets ``(B,)`` of a cross-entropy with classes.
 
-        Where other loss functions were called as well, they must have been given the same logits; else ``None``, and
-        where they were called inside of a vmap.
+        ``None`` if there was none, if other logits were passed to another loss function, or inside of a vmap.
         """
-        if not self._found or not all(isinstance(target, Tensor) for target in self._targets):
+        if not self._predictions or not all(isinstance(target, Tensor) for target in self._targets):
             return None
-        first, target = self._found[0], self._targets[0]
+        first, target = self._predictions[0], self._targets[0]
         try:
-            same = all(other.data_ptr() == first.data_ptr() and other.shape == first.shape for other in self._found)
-        except RuntimeError:  # they were made inside of a vmap, out of which they cannot be had
+            same = all(one.data_ptr() == first.data_ptr() and one.shape == first.shape for one in self._predictions)
+        except RuntimeError:  # tensors of a vmap have no data outside of it
             return None
         right = first.ndim == 2 and target.shape == first.shape[:1] and not target.is_floating_point()
         return (first, target) if same and right else None
 
     def rows(self, size: int) -> Tensor | None:
-        """The predictions of several calls side by side, ``(size, d)``; ``None`` if one has not ``size`` rows."""
-        if not all(found.ndim and len(found) == size for found in self._found):
+        """The predictions of all calls side by side, ``(size, d)``; ``None`` if one does not have ``size`` rows."""
+        if not all(prediction.ndim and len(prediction) == size for prediction in self._predictions):
             return None
-        return torch.cat([found.reshape(size, -1) for found in self._found], dim=1)
+        return torch.cat([prediction.reshape(size, -1) for prediction in self._predictions], dim=1)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -91,33 +93,33 @@ class Predictions(TorchFunctionMode):
         if func in _LOG_SOFTMAX:
             logits, rest = _first(args, kwargs)
             result = func(logits, *rest, **kwargs)
-            # The result is kept with it, so that no other tensor takes its id.
+            # The result is kept, so that no other tensor can get its id.
             self._logits[id(result)] = (result, logits, lambda other: func(other, *rest, **kwargs))
             return result
         if func in _LOSSES:
             prediction, rest = _first(args, kwargs)
-            self._note_target(func, rest, kwargs)
-            return func(self._note(prediction), *rest, **kwargs)
+            self._record_target(func, rest, kwargs)
+            return func(self._record(prediction), *rest, **kwargs)
         if func in _OF_LOG_PROBABILITIES:
             prediction, rest = _first(args, kwargs)
-            self._note_target(func, rest, kwargs)
+            self._record_target(func, rest, kwargs)
             if id(prediction) in self._logits:
                 _, logits, log_softmax = self._logits[id(prediction)]
-                return func(log_softmax(self._note(logits)), *rest, **kwargs)
-            found = self._note(prediction)
+                return func(log_softmax(self._record(logits)), *rest, **kwargs)
+            scores = self._record(prediction)
             if self._others is not None:
-                # Classes are in the second dimension of F.nll_loss. F.kl_div has them in any.
-                one = min(1, found.ndim - 1)
-                found = _normalised(found, [one] if func is F.nll_loss else range(found.ndim))
-            return func(found, *rest, **kwargs)
+                # F.nll_loss has classes in the second dimension, F.kl_div in any.
+                second = min(1, scores.ndim - 1)
+                scores = _normalised(scores, [second] if func is F.nll_loss else range(scores.ndim))
+            return func(scores, *rest, **kwargs)
         return func(*args, **kwargs)
 
-    def _note_target(self, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _record_target(self, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         classified = func in (F.cross_entropy, F.nll_loss)
         self._targets.append((rest[0] if rest else kwargs.get("target")) if classified else None)
 
-    def _note(self, prediction: Tensor) -> Tensor:
-        self._found.append(prediction)
+    def _record(self, prediction: Tensor) -> Tensor:
+        self._predictions.append(prediction)
         if self._others is None:
             return prediction
         start, self._used = self._used, self._used + prediction.numel()
@@ -125,11 +127,14 @@ class Predictions(TorchFunctionMode):
 
 
 class IndicesInBounds(TorchFunctionMode):
-    """Inside of it, a class that the model does not predict, or a row that an embedding does not have, raises at once.
+    """Inside of it, a label that the model does not predict, or a row that an embedding does not have, raises at once.
 
     On a CPU PyTorch raises an ``IndexError`` itself. On a GPU an assertion fails inside of a kernel, after which the
-    process cannot read from that device any more, not even the weights. Checked are the targets of a cross-entropy and
-    what is looked up in an embedding, but not inside of ``vmap``, where nothing can be decided by values.
+    process cannot read from that device any more, not even the weights. The targets of a cross-entropy and the indices
+    of an embedding are checked, but not inside of ``vmap``, where code cannot depend on values.
+
+    Raises:
+        IndexError: From a call inside.
     """
 
     def __torch_function__(
@@ -140,7 +145,7 @@ class IndicesInBounds(TorchFunctionMode):
             given = inspect.signature(func).bind(*args, **kwargs)
             given.apply_defaults()
             prediction, target, ignored = (given.arguments[name] for name in ("input", "target", "ignore_index"))
-            if not target.is_floating_point():  # else probabilities
+            if not target.is_floating_point():  # else they are probabilities
                 classes = prediction.shape[1 if prediction.ndim > 1 else 0]
                 _check_bounds(target, classes, ignored, "target", "classes that the model predicts")
         elif func in (F.embedding, F.embedding_bag):
@@ -162,29 +167,29 @@ def _check_bounds(indices: Tensor, size: int, ignored: int | None, what: str, of
 
 
 def _normalised(scores: Tensor, dims: Iterable[int]) -> Tensor:
-    """The log-softmax of log-probabilities, which does not change their values; other scores as they are.
+    """The log-softmax of log-probabilities, which has the same values; other scores unchanged.
 
-    Decided by values, but as a tensor, because inside of ``vmap`` a program cannot branch on them.
+    The choice depends on values. It is made by ``torch.where``, because inside of ``vmap`` code cannot branch on them.
 
     Args:
         scores: Of any shape.
-        dims: The classes may be in one of these dimensions; they are in the one in which most scores are normalised, or
-            in the last of several.
+        dims: Dimensions that can be that of the classes. It is the one along which most scores are normalised, or the
+            last of several such.
     """
     values = scores.detach()
     tolerance = max(_NORMALISED, _ROUNDINGS * torch.finfo(scores.dtype).eps)
-    # One class has no curvature, and a very likely one would seem to be normalised along a dimension of its own.
+    # A single class has no curvature, and a very likely one would seem to be normalised along a dimension of size 1.
     normalised = {d: torch.logsumexp(values, d, keepdim=True).abs() < tolerance for d in dims if scores.shape[d] > 1}
     if not normalised:
         return scores
-    shares = {dim: found.to(scores.dtype).mean() for dim, found in normalised.items()}
+    shares = {dim: mask.to(scores.dtype).mean() for dim, mask in normalised.items()}
     most = torch.stack(list(shares.values())).amax()
     result = scores
-    for dim, found in normalised.items():
-        result = torch.where(found & (shares[dim] >= most), torch.log_softmax(scores, dim), result)
+    for dim, mask in normalised.items():
+        result = torch.where(mask & (shares[dim] >= most), torch.log_softmax(scores, dim), result)
     return result
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
-    """The first argument, however it is passed, taken from ``kwargs`` if need be; and the other positional ones."""
+    """The first argument, positional or removed from ``kwargs``, and the other positional arguments."""
     return (args[0], args[1:]) if args else (kwargs.pop("input"), ())
