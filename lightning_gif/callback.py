@@ -35,7 +35,6 @@ from .attribution.influence import influence
 from .attribution.report import InfluenceReport
 from .attribution.self_influence import self_influence
 from .config import AUTO, Overrides, Settings
-from .curvature.memory import bytes_to_keep
 from .curvature.products import has_gauss_newton
 from .data.examples import Examples
 from .data.identity import check_same_everywhere, shares_examples
@@ -60,9 +59,6 @@ __all__ = ["GIFCallback", "attach"]
 _CHECKPOINT_KEY = "lightning_gif"
 
 _SCORES_FOLDER = "lightning_gif_scores"
-
-# How many times its own size a sketch of the curvature takes while it is made.
-_SKETCHES = 4
 
 # Multiples of it are spread over the unit interval as evenly as can be.
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -115,8 +111,8 @@ class GIFCallback(Callback):
         solver: ``"lsmr"``, ``"cgls"``, ``"lissa"``, ``"plain_lissa"``, ``"stochastic_lissa"``, ``"dense"`` (small
             nets); for a symmetric curvature without negative eigenvalues ``"cg"``, at one product a step, and
             ``"nystrom"``, at as many products for many queries as for one; or one that was registered in
-            ``lightning_gif.SOLVERS``. ``"auto"``: for scores ``"cg"``, or ``"nystrom"`` where there are many queries
-            and room for its sketch; ``"lsmr"`` for edits, for ``"gif"``, and where the curvature is the Hessian.
+            ``lightning_gif.SOLVERS``. ``"auto"``: for scores ``"cg"``, or ``"nystrom"`` for 13 queries or more;
+            ``"lsmr"`` for edits, for ``"gif"``, and where the curvature is the Hessian.
         damping: ``λ`` in ``min ‖Ax − g‖² + λ²‖x‖²``, in the unit of the Hessian's eigenvalues; of ``"cg"``,
             ``"nystrom"`` and a Newton step, what is added to these. ``None``: for scores a thousandth of the largest
             eigenvalue, found by three more products; 0 for ``"gif"`` and for edits, but a fifth of
@@ -146,7 +142,8 @@ class GIFCallback(Callback):
             ones; 0 for none. Takes some 60 products or more on top of the solve.
         batch_size: Examples in one pass of the computations; more is faster and needs more memory.
         memory: GiB that may be kept between the products of a solve, so that part of each need not be done anew;
-            ``None``: a quarter of what is free.
+            ``None``: a quarter of what is free. A sketch (``"nystrom"``) must fit into it, or into what is free; else
+            it is refused. Results never depend on it.
         double: Compute in float64.
         unconverged: What to do about a solve that stops before ``rtol``, or where ``"cg"`` meets negative curvature:
             ``"warn"``, ``"raise"`` or ``"ignore"``.
@@ -1011,9 +1008,6 @@ class GIFCallback(Callback):
         choice: TargetsChoice = "cached" if targets is None else targets
         first = for_influence(asked, ggn=True, on_targets=on_targets)
         with self._opened(trainer, choice, first, dataloader) as (objective, train):
-            rank = int(bytes_to_keep(asked, objective) / (_SKETCHES * objective.theta.nbytes))
-            # A power of two: the same call should not be another one because a little more memory is free.
-            rank = 1 << (rank.bit_length() - 1) if rank else 0
 
             def settle(queries: int, *, itself: bool = False) -> Settings:
                 few = next(train.subset(torch.arange(1)).batches()).data
@@ -1022,7 +1016,6 @@ class GIFCallback(Callback):
                     ggn=has_gauss_newton(objective, objective.theta, few),
                     on_targets=on_targets,
                     queries=queries,
-                    rank=rank,
                     itself=itself,
                 )
 

@@ -7,10 +7,11 @@ from typing import Any, Self
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gif import SOLVERS, ConfigurationError, GIFCallback, attach, defaults
 from lightning_gif.config import Settings
+from lightning_gif.curvature import memory
 from lightning_gif.curvature.by_solver import (
     DenseInverse,
     SketchInverse,
@@ -143,3 +144,58 @@ def test_an_inverse_of_ones_own_is_one_class_and_one_name(monkeypatch: pytest.Mo
     products = torch.stack(rows).double() @ torch.stack(rows).double().T / 0.5 / 29
     torch.testing.assert_close(report.scores, products[:5], rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(itself.scores[0], products.diagonal(), rtol=1e-4, atol=1e-7)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory decides how fast results are there, never what they are
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def wide(**given: Any) -> tuple[Any, Any]:
+    """A trainer for a net with 35 203 parameters, of which a sketch of rank 512 takes 0.34 GiB, and its data."""
+    torch.manual_seed(0)
+    dataset, trainer = blobs(40), make_trainer()
+    module = Classifier(nn.Sequential(nn.Linear(6, 3520), nn.ReLU(), nn.Linear(3520, 3)))
+    attach(trainer, module, train_dataloaders=loader(dataset), callback=GIFCallback(**given))
+    return trainer, dataset
+
+
+CALLS: dict[str, tuple[Callable[[Any, Any], Any], tuple[str, int]]] = {
+    "one query": (lambda trainer, data: trainer.influence(batch_of(data, slice(0, 4))), ("cg", 20)),
+    "30 queries": (
+        lambda trainer, data: trainer.influence(batch_of(data, slice(0, 30)), per_example=True),
+        ("nystrom", 512),
+    ),
+    "self-influence": (lambda trainer, data: trainer.self_influence(), ("nystrom", 64)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_free_memory_changes_no_score_solver_or_rank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, dataset = wide()
+    call, expected = CALLS[name]
+    reports = []
+    for gibibytes in (2, 200) if name == "30 queries" else (0.01, 2, 200):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=gibibytes * 2**30: free)
+        reports.append(call(trainer, dataset))
+    for report in reports:
+        assert (report.settings["solver"], report.settings["max_iter"]) == expected
+        assert torch.equal(report.scores, reports[0].scores)
+        assert [one.hvps for one in report.solutions] == [one.hvps for one in reports[0].solutions]
+    if name != "self-influence":
+        assert {one.solver for report in reports for one in report.solutions} == {expected[0]}
+
+
+def test_a_sketch_that_does_not_fit_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, dataset = wide()
+    queries = batch_of(dataset, slice(0, 30))
+    words = r"A sketch of rank 512 .* over 35203 parameters takes 0\.336 GiB, but"
+    with pytest.raises(ConfigurationError, match=rf"{words} memory=0\.1 allows .*`max_iter`.*'cg'.*a larger `memory`"):
+        trainer.influence(queries, per_example=True, memory=0.1)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0.2 * 2**30)
+    with pytest.raises(ConfigurationError, match=rf"{words} 0\.2 GiB are free .*`max_iter`.*'cg'.*free some memory"):
+        trainer.influence(queries, per_example=True)
+    with pytest.raises(ConfigurationError, match=r"A sketch of rank 500 .* takes 0\.328 GiB"):
+        trainer.self_influence(max_iter=500)
+    for remedy in ({"max_iter": 64}, {"solver": "cg", "max_iter": 2}):
+        assert trainer.influence(queries, per_example=True, **remedy).scores.isfinite().all()
