@@ -94,8 +94,8 @@ class GIFCallback(Callback):
             ``"stochastic_lissa"`` and ``"dense"`` (small networks) take any curvature. ``"cg"`` and ``"nystrom"``
             need a symmetric curvature without negative eigenvalues. ``"cg"`` takes one product per iteration.
             ``"nystrom"`` takes as many products for many queries as for one. A name registered in
-            ``lightning_gif.SOLVERS`` is your own. ``"auto"`` (default): for scores ``"cg"``, or ``"nystrom"`` for many
-            queries if its sketch fits into memory. ``"lsmr"`` for edits, for ``"gif"``, and on the Hessian.
+            ``lightning_gif.SOLVERS`` is your own. ``"auto"`` (default): for scores ``"cg"``, or ``"nystrom"`` for 13
+            queries or more. ``"lsmr"`` for edits, for ``"gif"``, and on the Hessian.
         damping: λ, in the unit of the curvature's eigenvalues. Symmetric solvers and Newton steps add it to the
             eigenvalues. Least-squares solvers minimise ``‖Ax − g‖² + λ²‖x‖²``. More damping gives smaller and more
             cautious results. ``None`` (default): for scores a thousandth of the largest eigenvalue (three extra
@@ -129,7 +129,8 @@ class GIFCallback(Callback):
         batch_size: Examples in one pass of the computations; 256 by default. A larger value is faster, and needs more
             memory.
         memory: GiB that may be used to keep intermediate results between the products of a solve, which saves time.
-            ``None`` (default): a quarter of the free memory.
+            ``None`` (default): a quarter of the free memory. A sketch (``"nystrom"``) that does not fit into it, or into
+            the free memory, is refused. Results never depend on it.
         double: Compute in float64. ``False`` by default; use it if a solve ends as ``stalled``.
         unconverged: What happens if a solve ends before it reaches ``rtol``, or if ``"cg"`` meets negative curvature:
             ``"warn"`` (default), ``"raise"`` or ``"ignore"``.

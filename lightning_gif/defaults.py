@@ -141,25 +141,24 @@ def for_relinearised_step(settings: Settings, *, labels: bool, convex: bool) -> 
 
 
 def for_influence(
-    settings: Settings, *, ggn: bool, on_targets: bool, queries: int = 1, rank: int = 0, itself: bool = False
+    settings: Settings, *, ggn: bool, on_targets: bool, queries: int = 1, itself: bool = False
 ) -> Settings:
     """The settings of scores: all is chosen but the damping, where that is to be measured.
+
+    The choice depends on the question alone, never on how much memory is free.
 
     Args:
         settings: As they were given.
         ggn: Whether the objective has a Gauss–Newton matrix.
         on_targets: Whether scores are restricted to target parameters.
         queries: The number of right-hand sides.
-        rank: The largest rank of a sketch that there is memory for.
         itself: Whether each example is scored for itself.
     """
     method = _chosen(settings.method, "fif" if on_targets else "if")
     square = METHODS[method].rows == METHODS[method].cols
     matrix = _chosen(settings.curvature, "ggn" if square and ggn else "hessian")
-    # Where all queries together would take more products than a sketch that is as good.
-    most = min(rank, SKETCH_RANK, queries * INFLUENCE_ITERATIONS)
-    shared_rank = most if settings.max_iter is None else min(rank, settings.max_iter)
-    shared = shared_rank >= LEAST_SKETCH_RANK and queries >= SKETCH_QUERIES and settings.rtol is None
+    rank = min(SKETCH_RANK, queries * INFLUENCE_ITERATIONS) if settings.max_iter is None else settings.max_iter
+    shared = queries >= SKETCH_QUERIES and rank >= LEAST_SKETCH_RANK and settings.rtol is None
     symmetric = SKETCH if shared else SYMMETRIC
     solver = _chosen(settings.solver, symmetric if square and matrix == "ggn" else LEAST_SQUARES)
     chosen = replace(settings, method=method, curvature=matrix, solver=solver)
@@ -167,10 +166,9 @@ def for_influence(
         tolerance = INFLUENCE_RTOL if settings.rtol is None else settings.rtol
         return replace(chosen, damping=0.0 if settings.damping is None else settings.damping, rtol=tolerance)
     if itself:  # by a sketch, whatever solves for queries
-        least = min(rank or SELF_INFLUENCE_RANK, SELF_INFLUENCE_RANK)
-        return replace(chosen, max_iter=settings.max_iter or least)
+        return replace(chosen, max_iter=settings.max_iter or SELF_INFLUENCE_RANK)
     if settings.max_iter is None and settings.rtol is None and requires_symmetric_psd(solver):
-        return replace(chosen, max_iter=(shared_rank or SKETCH_RANK) if is_sketch(solver) else INFLUENCE_ITERATIONS)
+        return replace(chosen, max_iter=rank if is_sketch(solver) else INFLUENCE_ITERATIONS)
     return chosen
 
 

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from ._compat import Trainer, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
 from .config import Overrides, Settings
-from .curvature.memory import bytes_to_keep
 from .curvature.products import has_gauss_newton
 from .data.examples import Examples, warn_if_random
 from .data.identity import check_same_everywhere, shares_examples
@@ -30,9 +29,6 @@ __all__ = ["Loaders", "Session", "TargetsChoice", "open_session"]
 
 TargetsChoice = Literal["cached", "class", "batch"]
 """Which targets: those picked in training, or neurons ranked for the classes of a batch, or on the batch itself."""
-
-# While a sketch of the curvature is computed, it takes this many times its final size.
-_SKETCH_COPIES = 4
 
 
 @dataclass
@@ -113,16 +109,12 @@ class Session:
             queries: How many queries there are.
             itself: Whether each example is scored for its own loss.
         """
-        rank = int(bytes_to_keep(asked, self.objective) / (_SKETCH_COPIES * self.objective.theta.nbytes))
-        # A power of two, so that a little more free memory does not change the result of the same call.
-        rank = 1 << (rank.bit_length() - 1) if rank else 0
         example = next(self.train.subset(torch.arange(1)).batches())
         return for_influence(
             asked,
             ggn=has_gauss_newton(self.objective, self.objective.theta, example),
             on_targets=on_targets,
             queries=queries,
-            rank=rank,
             itself=itself,
         )
 

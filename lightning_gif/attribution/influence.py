@@ -72,7 +72,7 @@ def influence(
         among: The training examples to score; by default all.
         scores_to: A folder for the scores, see :class:`~lightning_gif.attribution.score_store.ScoreStore`; by default
             they are in memory. Of several processes the first one writes it, and all must see it.
-        spill_to: The folder in which one for the scores is made if they would take much of the free memory.
+        spill_to: The folder below which the scores get one of their own if they would take much of the free memory.
         keep: Keep only so many of either end of each query's ranking.
         states: Earlier states of the module by epoch. Scores are the mean over these and the present weights; each
             state has its own solve.

@@ -1,4 +1,4 @@
-"""The ends of a ranking, found block by block: the scores need never be in memory all at once."""
+"""The ends of a ranking, computed block by block, so that the scores are never in memory all at once."""
 
 from __future__ import annotations
 
@@ -25,33 +25,40 @@ class Ranking(NamedTuple):
     scores: Tensor
 
     def add(self, positions: Tensor, scores: Tensor, k: int, *, largest: bool) -> Ranking:
-        """The ``k`` strongest of these and of ``b`` more, ``(b,)`` and ``(n_queries, b)``; equal ones by position."""
-        places = torch.cat([self.indices, positions.expand(len(scores), -1)], dim=1)
+        """The ``k`` strongest of these and of ``b`` further examples; equal scores in the order of positions.
+
+        Args:
+            positions: Of the further examples, ``(b,)``.
+            scores: Their scores, ``(n_queries, b)``.
+            k: How many to keep.
+            largest: Whether the highest scores are the strongest, rather than the lowest.
+        """
+        all_positions = torch.cat([self.indices, positions.expand(len(scores), -1)], dim=1)
         values = torch.cat([self.scores, scores.to(self.scores)], dim=1)
-        order = places.argsort(dim=1)
-        places, values = places.gather(1, order), values.gather(1, order)
+        order = all_positions.argsort(dim=1)
+        all_positions, values = all_positions.gather(1, order), values.gather(1, order)
         best = values.sort(dim=1, descending=largest, stable=True).indices[:, :k]
-        return Ranking(places.gather(1, best), values.gather(1, best))
+        return Ranking(all_positions.gather(1, best), values.gather(1, best))
 
     @classmethod
     def empty(cls, queries: int) -> Ranking:
-        """A ranking of nothing."""
+        """The ranking of no examples."""
         return cls(torch.empty(queries, 0, dtype=torch.int64), torch.empty(queries, 0, dtype=torch.float64))
 
 
 def strongest(scores: Tensor, indices: Tensor, k: int, *, largest: bool) -> Ranking:
-    """The ``k`` highest or lowest scores of each query, equal ones in the order of ``indices``.
+    """The ``k`` highest or lowest scores of each query; equal scores in the order of ``indices``.
 
     Args:
-        scores: ``(n_queries, n)``; a view of a file is read once, from its beginning to its end.
+        scores: ``(n_queries, n)``; a view of a file is read once, from start to end.
         indices: Dataset indices ``(n,)``.
         k: How many.
-        largest: The highest rather than the lowest.
+        largest: Whether to take the highest scores, rather than the lowest.
     """
-    found, columns = Ranking.empty(len(scores)), max(_BLOCK // len(scores), k)
+    ranking, columns = Ranking.empty(len(scores)), max(_BLOCK // len(scores), k)
     for positions in torch.arange(len(indices)).split(columns):
-        found = found.add(positions, scores[:, positions[0] : positions[-1] + 1], k, largest=largest)
-    return Ranking(indices[found.indices], found.scores)
+        ranking = ranking.add(positions, scores[:, positions[0] : positions[-1] + 1], k, largest=largest)
+    return Ranking(indices[ranking.indices], ranking.scores)
 
 
 class Strongest:
@@ -59,8 +66,8 @@ class Strongest:
 
     Args:
         queries: How many queries.
-        indices: Dataset indices ``(n,)`` of all that will be scored.
-        k: How many of either end.
+        indices: Dataset indices ``(n,)`` of all examples that will be scored.
+        k: How many to keep of either end.
     """
 
     def __init__(self, queries: int, indices: Tensor, k: int) -> None:
@@ -74,6 +81,6 @@ class Strongest:
         self._lowest = self._lowest.add(positions, block, self._k, largest=False)
 
     def both(self) -> tuple[Tensor, Tensor]:
-        """Scores and dataset indices, ``(n_queries, 2k)`` each: the highest, falling, and then the lowest, falling."""
+        """Scores and dataset indices, ``(n_queries, 2k)`` each: the ``k`` highest, then the ``k`` lowest, falling."""
         positions = torch.cat([self._highest.indices, self._lowest.indices.flip(1)], dim=1)
         return torch.cat([self._highest.scores, self._lowest.scores.flip(1)], dim=1), self._indices[positions]

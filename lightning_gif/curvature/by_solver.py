@@ -18,7 +18,7 @@ from ..solvers import LinearOperator, Solution, low_rank, require_finite, to_mat
 from ..solvers.operators import Submatrix
 from ..solvers.vectors import norms
 from .inverse import INVERSES, InverseCurvature
-from .memory import bytes_to_keep
+from .memory import bytes_to_keep, check_fits
 from .methods import Method
 from .sampling import curvature_sample
 from .solve import describe, open_curvature, solve
@@ -29,6 +29,10 @@ __all__ = ["DenseInverse", "SketchInverse", "SolverInverse", "inverse_for_querie
 # Right-hand sides that are solved together share the first passes that are not kept, but each takes that many vectors
 # of the model's size.
 _MOST_TOGETHER, _VECTORS = 16, 12
+
+# Matrices of the sketch's size that are in memory at once while it is computed: test vectors, their products, these
+# shifted, their half-factorised form, and the basis. None of them can be computed in parts without the others.
+_SKETCH_COPIES = 5
 
 
 def inverse_for_queries(settings: Settings) -> type[InverseCurvature]:
@@ -125,6 +129,34 @@ class SketchInverse(SolverInverse):
     """
 
     decay_is_damping = True
+
+    @classmethod
+    def fit(
+        cls,
+        objective: Objective,
+        train: Examples,
+        settings: Settings,
+        method: Method,
+        positions: Tensor,
+        *,
+        on_product: Callable[[], Any] = lambda: None,
+    ) -> Self:
+        """See :meth:`InverseCurvature.fit`.
+
+        Raises:
+            ConfigurationError: If the sketch does not fit into memory.
+        """
+        size = len(positions) if method.cols == "targets" else objective.space.size
+        rank = min(defaults.max_iter(settings), size)
+        check_fits(
+            settings,
+            objective,
+            _SKETCH_COPIES * rank * size * objective.theta.itemsize,
+            f"A sketch of rank {rank} of the curvature over {size} parameters",
+            "Give a smaller `max_iter`, which is the rank, or fewer parameters (targets='cached'); solver='cg' needs no"
+            " sketch for the scores of a query",
+        )
+        return super().fit(objective, train, settings, method, positions, on_product=on_product)
 
     def _solve(self, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
         return solve(replace(self._settings, solver=defaults.SKETCH), operator, rhs)

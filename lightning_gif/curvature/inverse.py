@@ -22,9 +22,9 @@ __all__ = ["INVERSES", "InverseCurvature"]
 class InverseCurvature(ABC):
     """The damped inverse of the curvature at an objective's present parameters.
 
-    A subclass is found by the solver name under which it is registered in :data:`INVERSES`. What it computes with
-    several processes must be the same on all of them; only the function that :meth:`quadratic` returns is called by
-    each process for its own examples.
+    To add one, register a subclass in :data:`INVERSES` under the solver name that chooses it. With several processes,
+    all of them make the same calls; only the function that :meth:`quadratic` returns is called by each process for its
+    own examples.
 
     Attributes:
         damping: ``λ`` as it was given or measured, which a report has.
@@ -85,7 +85,8 @@ class InverseCurvature(ABC):
             ConfigurationError: If this inverse has no such form, or not with this curvature or damping.
         """
         raise ConfigurationError(
-            f"{type(self).__name__} has no quadratic form, which self-influence is made of. Use another solver."
+            f"{type(self).__name__} has no quadratic form, which self-influence needs. Use another solver, or"
+            " leave `solver` out."
         )
 
     @property

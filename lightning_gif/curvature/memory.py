@@ -9,9 +9,10 @@ import torch
 
 from ..config import Settings
 from ..distributed import ProcessGroup
+from ..errors import ConfigurationError
 from ..objective.objective import Objective
 
-__all__ = ["bytes_to_keep", "free_memory", "is_large"]
+__all__ = ["bytes_to_keep", "check_fits", "free_memory", "is_large"]
 
 # Less than this many bytes are kept in memory, however little of it is free.
 ALWAYS_IN_MEMORY = 2**26
@@ -37,9 +38,36 @@ def is_large(settings: Settings, size: float, processes: ProcessGroup) -> bool:
 def _half(settings: Settings, device: torch.device, processes: ProcessGroup) -> float:
     if settings.memory is not None:
         return settings.memory * 2**30 / 2
+    return _free_for_each(device, processes) * _SHARE / 2
+
+
+def check_fits(settings: Settings, objective: Objective, size: float, what: str, advice: str) -> None:
+    """Makes sure that ``size`` bytes fit into ``memory``, or into the free memory if that is ``None``.
+
+    Args:
+        settings: With ``memory``.
+        objective: An open objective, on the device in question.
+        size: Bytes that a computation needs at once.
+        what: What needs them, the start of a sentence.
+        advice: What to do otherwise, beside a larger ``memory``.
+
+    Raises:
+        ConfigurationError: If they do not fit, on all processes.
+    """
+    if settings.memory is None:
+        limit = _free_for_each(objective.device, objective.processes)
+        available, remedy = f"{limit / 2**30:.3g} GiB are free for each process", "free some memory"
+    else:
+        limit = settings.memory * 2**30
+        available, remedy = f"memory={settings.memory:g} allows no more than that", "give a larger `memory`"
+    if size > max(limit, ALWAYS_IN_MEMORY):
+        raise ConfigurationError(f"{what} takes {size / 2**30:.3g} GiB, but {available}. {advice}; or {remedy}.")
+
+
+def _free_for_each(device: torch.device, processes: ProcessGroup) -> float:
+    """Free bytes of the process that has the least; the memory of a machine is shared out among its processes."""
     free = free_memory(device)
-    own = free if device.type == "cuda" else free / processes.here
-    return min(processes.gather(own)) * _SHARE / 2
+    return min(processes.gather(free if device.type == "cuda" else free / processes.here))
 
 
 def free_memory(device: torch.device) -> float:

@@ -20,7 +20,7 @@ Product = Callable[[Tensor], Tensor]
 """``v ↦ C v``, ``(p,) → (p,)``, where ``C`` is the *sum* of the curvatures of a micro-batch's examples."""
 
 Linearise = Callable[[Tensor, Batch], tuple[Product, tuple[Tensor, ...]]]
-"""``(θ, batch) ↦`` the product at ``θ``, and tensors whose autograd graphs are all that the product keeps."""
+"""``(θ, batch) ↦`` the product at ``θ``, and the tensors whose autograd graphs are all that it keeps in memory."""
 
 
 def hessian(loss_sum: Callable[[Tensor, Batch], Tensor]) -> Linearise:
@@ -54,17 +54,18 @@ def gauss_newton(
 ) -> Linearise:
     """The generalised Gauss–Newton matrix ``Σ JᵢᵀHᵢJᵢ`` (Schraudolph 2002; Martens, JMLR 21, 2020, section 8).
 
-    ``J`` is the Jacobian of the model's outputs, ``Hᵢ`` the second derivative of the loss in these outputs: the Hessian
-    without the curvature of the model itself. Where the loss is convex in the outputs it is positive semi-definite.
+    ``J`` is the Jacobian of the model's outputs and ``Hᵢ`` the second derivative of the loss in these outputs: the
+    matrix is the Hessian without the curvature of the model itself. If the loss is convex in the outputs, it is
+    positive semi-definite.
 
     Args:
-        outputs: ``(θ, batch) → (…)``, what the loss is a function of.
+        outputs: ``(θ, batch) → (…)``, the model's outputs, which the loss is a function of.
         loss_sum_at: ``(θ, batch) →`` the sum of the batch's losses as a function of the outputs alone.
-        loss_sum: ``(θ, batch) → ()``, the same as a function of ``θ``; to check, at the first batch of each structure,
-            that the whole loss goes through the outputs.
+        loss_sum: ``(θ, batch) → ()``, the same sum as a function of ``θ``. At the first batch of each structure it
+            serves to check that the whole loss goes through the outputs.
 
     Raises:
-        ObjectiveError: From the product, if it does not.
+        ObjectiveError: From the product, if the loss does not go through the outputs alone.
     """
     checked: list[Any] = []  # structures
 
@@ -81,12 +82,11 @@ def gauss_newton(
             raise ObjectiveError(
                 "curvature='ggn' needs a loss that is a function of the model's predictions alone, given to a loss"
                 " function of PyTorch as its first argument, but the gradient through them is not the loss's."
-                " Most often a penalty is added to the loss (give it as `weight_decay`), or arguments are swapped. Or"
-                " use curvature='hessian'."
+                " Most often a penalty is added to the loss (give it as `weight_decay`), or arguments are swapped."
+                " Otherwise use curvature='hessian'."
             )
-        checked.append(
-            map_tensors(batch.data, lambda tensor: tensor.new_empty([0] * tensor.ndim))
-        )  # without its memory
+        # Its structure, without its memory.
+        checked.append(map_tensors(batch.data, lambda tensor: tensor.new_empty([0] * tensor.ndim)))
 
     def linearise(theta: Tensor, batch: Batch) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()
@@ -114,7 +114,7 @@ def gauss_newton(
 
 
 class Losses(Protocol):
-    """What a curvature needs of an objective, see :class:`~lightning_gif.objective.objective.Objective`."""
+    """What curvature needs of an objective, see :class:`~lightning_gif.objective.objective.Objective`."""
 
     def loss_sum(self, theta: Tensor, batch: Batch) -> Tensor: ...
     def outputs(self, theta: Tensor, batch: Batch) -> Tensor: ...
@@ -132,7 +132,7 @@ CURVATURES.register("ggn")(lambda objective: gauss_newton(objective.outputs, obj
 
 
 def has_gauss_newton(losses: Losses, theta: Tensor, batch: Batch) -> bool:
-    """Whether the losses of a batch are a function of predictions alone, so that they have a Gauss–Newton matrix."""
+    """Whether the losses of a batch are a function of the predictions alone, and so have a Gauss–Newton matrix."""
     try:
         CURVATURES["ggn"](losses)(theta, batch)
     except ObjectiveError:

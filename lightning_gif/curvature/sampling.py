@@ -1,4 +1,4 @@
-"""Which examples the curvature is taken over."""
+"""The samplers, which draw the examples that the curvature is taken over."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["SAMPLERS", "Sampler", "curvature_sample"]
 
 
 Sampler = Callable[[Objective, Examples, int, torch.Generator], Tensor]
-"""``(objective, n examples, m, generator) →`` positions ``(m,)`` of those that are drawn, each once."""
+"""``(objective, n examples, m, generator) →`` the positions ``(m,)`` of the examples drawn, without repetition."""
 
 SAMPLERS: Registry[Sampler] = Registry("curvature sampling")
-"""All ways to draw the examples by name; :meth:`Registry.register` adds one."""
+"""All samplers by name; :meth:`Registry.register` adds one."""
 
 
 def curvature_sample(objective: Objective, examples: Examples, count: int | None, how: str, seed: int) -> Examples:
-    """``count`` of the examples, in their order; all for ``None`` or if there are no more.
+    """A sample of the examples, in their order.
 
     Args:
         objective: An open objective.
-        examples: To draw from.
-        count: How many.
+        examples: The examples to draw from.
+        count: The size of the sample; ``None``, or more than there are, for all of them.
         how: The name of a sampler.
-        seed: Of the draw.
+        seed: The seed of the draw.
     """
     if count is None or count >= len(examples):
         return examples
@@ -41,13 +41,13 @@ def curvature_sample(objective: Objective, examples: Examples, count: int | None
 
 @SAMPLERS.register("random")
 def uniformly(objective: Objective, examples: Examples, count: int, generator: torch.Generator) -> Tensor:
-    """Each example is as likely as any other."""
+    """Draws uniformly: each example is as likely as any other."""
     return torch.randperm(len(examples), generator=generator)[:count]
 
 
 @SAMPLERS.register("balanced")
 def balanced(objective: Objective, examples: Examples, count: int, generator: torch.Generator) -> Tensor:
-    """As many of each class, so that rare classes weigh as much as frequent ones; of small classes all."""
+    """Draws as many of each class, so that rare classes weigh as much as frequent ones; all of small classes."""
     classes = examples.classes
     if classes is None:
         raise ConfigurationError(
@@ -56,7 +56,7 @@ def balanced(objective: Objective, examples: Examples, count: int, generator: to
         )
     order = torch.randperm(len(examples), generator=generator)
     shuffled = classes[order]
-    turn = torch.empty_like(shuffled)  # how many of its class came before each example
+    turn = torch.empty_like(shuffled)  # how many of its class precede each example
     for label in shuffled.unique():
         of_class = shuffled == label
         turn[of_class] = torch.arange(int(of_class.sum()))
@@ -65,43 +65,43 @@ def balanced(objective: Objective, examples: Examples, count: int, generator: to
 
 @SAMPLERS.register("features")
 def by_features(objective: Objective, examples: Examples, count: int, generator: torch.Generator) -> Tensor:
-    """Representative of how the examples of each class spread around the mean of what enters the last Linear layer.
+    """Draws a sample that represents how the features of each class, the input of the last Linear layer, spread.
 
     After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
     """
-    found = examples.all_gather(
+    values = examples.all_gather(
         [features(objective.loss, objective.theta, batch) for batch in examples.local_batches()]
     )
-    return _representative(found, examples.class_or_zero, count, generator)
+    return _representative(values, examples.class_or_zero, count, generator)
 
 
 @SAMPLERS.register("logits")
 def by_logits(objective: Objective, examples: Examples, count: int, generator: torch.Generator) -> Tensor:
-    """Representative of how the examples of each class spread around the mean of the model's predictions.
+    """Draws a sample that represents how the model's predictions for each class spread.
 
     After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
     """
-    found = examples.all_gather(
+    values = examples.all_gather(
         [predictions(objective.loss, objective.theta, batch) for batch in examples.local_batches()]
     )
-    return _representative(found, examples.class_or_zero, count, generator)
+    return _representative(values, examples.class_or_zero, count, generator)
 
 
-def _representative(found: Tensor, classes: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draws evenly along the distance from the class's mean.
+def _representative(values: Tensor, classes: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draws evenly along the distance of values ``(n, …)`` from the mean of their class.
 
-    Examples are put in a row, class by class and by distance within, and every ``n/m``-th is drawn from a random start
-    (systematic sampling; Cochran, *Sampling Techniques*, 1977, chapter 8). Each example is as likely as any other, so
-    the curvature is estimated without bias; but classes, and typical and untypical examples within each, come up in
-    their true shares in every draw, so that it scatters less.
+    The examples are ordered by class, and within a class by that distance; from a random start, every ``n/m``-th is
+    drawn (systematic sampling; Cochran, *Sampling Techniques*, 1977, chapter 8). Each example is as likely as any
+    other, so that the curvature is estimated without bias. Classes, and typical and untypical examples of each, have
+    their true shares in every draw, so that the estimate has less variance than with independent draws.
     """
-    distances = torch.empty(len(found), dtype=torch.float64)
+    distances = torch.empty(len(values), dtype=torch.float64)
     for label in classes.unique():
         of_class = classes == label
-        members = found[of_class].double()
+        members = values[of_class].double()
         distances[of_class] = (members - members.mean(0)).norm(dim=1)
     order = distances.sort(stable=True).indices
     order = order[classes[order].sort(stable=True).indices]
     start = torch.rand((), generator=generator, dtype=torch.float64)
-    places = ((torch.arange(count, dtype=torch.float64) + start) * (len(found) / count)).floor().long()
-    return order[places.clamp_max(len(found) - 1)]
+    positions = ((torch.arange(count, dtype=torch.float64) + start) * (len(values) / count)).floor().long()
+    return order[positions.clamp_max(len(values) - 1)]

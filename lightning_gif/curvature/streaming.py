@@ -19,18 +19,24 @@ __all__ = ["Curvature", "graph_bytes"]
 class Curvature:
     """``C = (1/n) Σᵢ Cᵢ + w·I`` over examples, acting on flat vectors ``(p,)``, or several as columns ``(p, q)``.
 
-    Micro-batches count with their true sizes, so a ragged last batch counts as what it is. At a fixed ``θ`` the first
-    pass of a product, which does not depend on the vector, is kept for as many micro-batches as ``memory`` allows, and
-    done anew for the others: memory does not grow with the number of examples. Several vectors share it. Where several
-    processes share out the examples, each keeps passes of its own part, and products are those of all.
+    Micro-batches count by their sizes, so that a smaller last batch is no exception. At a fixed ``θ`` the first pass of
+    a product does not depend on the vector. It is kept for as many micro-batches as ``memory`` allows, and repeated for
+    the others, so that memory does not grow with the number of examples. Several vectors share it. With several
+    processes, each keeps the passes of its own shard, and products are over all shards.
 
     Args:
-        linearise: The curvature of a micro-batch: :func:`hessian` or :func:`gauss_newton`.
-        theta: Where it is taken, ``(p,)``.
-        examples: Over which data, iterated once for each product.
-        weight_decay: ``w``: the training objective's ``(w/2)‖θ‖²``.
-        memory: Bytes that kept passes may take.
+        linearise: The curvature of a micro-batch: :func:`~lightning_gif.curvature.products.hessian` or
+            :func:`~lightning_gif.curvature.products.gauss_newton`.
+        theta: The parameters at which it is taken, ``(p,)``.
+        examples: The examples, iterated once for each product.
+        weight_decay: ``w`` of the training objective's ``(w/2)‖θ‖²``.
+        memory: The most bytes that kept passes may take.
         on_product: Called at each product, to show progress.
+
+    Attributes:
+        products: Products with a vector so far.
+        examples: Examples that these went through.
+        shape, dtype, device: See :class:`~lightning_gif.solvers.LinearOperator`.
     """
 
     def __init__(
@@ -59,11 +65,11 @@ class Curvature:
 
     @property
     def _batches(self) -> int:
-        """How many this process goes through."""
+        """The number of micro-batches of this process."""
         return self._examples.n_local_batches
 
     def summary(self) -> dict[str, int]:
-        """How the products were made: micro-batches, of how many the first pass was kept, products and examples."""
+        """The numbers of micro-batches, of those with a kept first pass, of products, and of examples in these."""
         batches, kept = self._examples.processes.sum(torch.tensor([self._batches, len(self._kept)])).tolist()
         return {
             "batches": batches,
@@ -82,7 +88,7 @@ class Curvature:
         total = torch.zeros_like(columns)
         for product in self._passes():
             total += torch.stack([product(column) for column in columns.T], dim=1)
-            del product  # before the next is made, so that there is one at a time
+            del product  # before the next one, so that one at a time is in memory
         total = self._examples.processes.sum(total)
         self._is_zero = self._is_zero and not bool(total.any())
         total = total / len(self._examples) + self._weight_decay * columns
@@ -92,7 +98,7 @@ class Curvature:
     """``Cᵀ V = C V``."""
 
     def warn_if_zero(self) -> None:
-        """Warns if all products that were asked for are exactly zero, but for the weight decay."""
+        """Warns if all products so far were exactly zero, apart from weight decay."""
         if self.products and self._is_zero:
             rank_zero_warn(
                 "The curvature of the training loss is exactly zero in all directions that were looked at: only damping"
@@ -104,11 +110,11 @@ class Curvature:
             )
 
     def _passes(self) -> Iterator[Product]:
-        """The products of the micro-batches: those that are kept, then the others, one at a time."""
+        """The products of the micro-batches: the kept ones first, then the others, one at a time."""
         if len(self._kept) == self._batches:
             yield from self._kept
             return
-        # All batches are read, also those whose passes are kept: random augmentation repeats itself only as a whole.
+        # Batches with a kept pass are read as well: random augmentation repeats itself only over a whole epoch.
         for position, batch in enumerate(self._examples.local_batches()):
             if position < len(self._kept):
                 yield self._kept[position]
@@ -123,16 +129,19 @@ class Curvature:
             del product, graphs
 
     def draw(self, seed: int) -> Curvature:
-        """The same curvature over one micro-batch of examples drawn at random: an unbiased estimate of it.
+        """The curvature over one micro-batch of examples drawn at random, an unbiased estimate.
 
-        Its products count as its own and, by the share of the examples, as this operator's.
+        Its products, and the examples in them, are added to this operator's counts.
+
+        Args:
+            seed: The seed of the draw.
         """
         count = min(self._examples.batch_size, len(self._examples))
         return _Draw(self, self._examples.sample(count, seed))
 
 
 class _Draw(Curvature):
-    """The curvature over a few of another's examples, whose counts it adds to."""
+    """The curvature over a few examples of another one, to which it adds its counts."""
 
     def __init__(self, whole: Curvature, examples: Examples) -> None:
         super().__init__(whole._linearise, whole._theta, examples, weight_decay=whole._weight_decay)
@@ -140,22 +149,22 @@ class _Draw(Curvature):
 
     def matvec(self, vectors: Tensor) -> Tensor:
         before = self.products, self.examples
-        found = super().matvec(vectors)
+        image = super().matvec(vectors)
         self._whole.products += self.products - before[0]
         self._whole.examples += self.examples - before[1]
         self._whole._is_zero = self._whole._is_zero and self._is_zero
-        return found
+        return image
 
     rmatvec = matvec
 
 
 def graph_bytes(*results: Tensor) -> int:
-    """How many bytes the autograd graphs of tensors keep alive: each storage once, and no more of it than is used.
+    """How many bytes the autograd graphs of tensors keep alive.
 
-    Found by walking the graph and asking each node for what it saved, which works under ``torch.func.vmap`` as well,
-    where hooks on saved tensors do not.
+    Each storage counts once, and with no more than the saved tensor uses of it. The graph is walked, and each node
+    asked for what it saved, since hooks on saved tensors do not work under ``torch.func.vmap``.
     """
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     seen: set[Any] = set()
     queue = [result.grad_fn for result in results]
     while queue:
@@ -170,6 +179,6 @@ def graph_bytes(*results: Tensor) -> int:
                 if isinstance(tensor, Tensor):
                     storage = tensor.untyped_storage()
                     used = min(storage.nbytes(), tensor.numel() * tensor.element_size())  # not a whole data set's
-                    found[storage.data_ptr()] = max(used, found.get(storage.data_ptr(), 0))
+                    sizes[storage.data_ptr()] = max(used, sizes.get(storage.data_ptr(), 0))
         queue += [following for following, _ in node.next_functions]
-    return sum(found.values())
+    return sum(sizes.values())
