@@ -427,7 +427,7 @@ class GIFCallback(Callback):
             )
         states = _snapshot_states(self.tracker, snapshots)
         _check_shown(k)
-        choice: TargetsChoice = targets or "cached"
+        choice: TargetsChoice = "cached" if targets is None else targets
         on_targets = _are_on_targets(targets, overrides)
         settings = asked.for_influence(ggn=True, on_targets=on_targets)
         with open_session(trainer, self.tracker, self.loaders, settings, choice, dataloader, overrides) as session:
@@ -494,7 +494,7 @@ class GIFCallback(Callback):
         _check_shown(k)
         on_targets = _are_on_targets(targets, overrides)
         settings = asked.for_influence(ggn=True, on_targets=on_targets)
-        choice: TargetsChoice = targets or "cached"
+        choice: TargetsChoice = "cached" if targets is None else targets
         with open_session(trainer, self.tracker, self.loaders, settings, choice, dataloader, overrides) as session:
             report = self_influence(
                 session.objective,
