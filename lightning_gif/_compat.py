@@ -1,7 +1,7 @@
-"""The one place that decides which of Lightning's two packages is used.
+"""Which of Lightning's two packages is used, and what needs its private parts.
 
-``lightning`` and ``pytorch-lightning`` ship the same code under two names, and classes of one are not classes of the
-other. Everything below takes what it needs from here; nothing else in the package imports either of them.
+``lightning`` and ``pytorch-lightning`` ship the same code under two names, and the classes of one are not those of the
+other. No other module of this package imports either of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ else:
         from pytorch_lightning.utilities.seed import isolate_rng as _isolate_rng
 
     def __getattr__(name: str) -> Any:
-        """The parts of LightningCLI, which few need and which need jsonargparse."""
+        """Imports the parts of LightningCLI on first use, because they need jsonargparse."""
         if name not in ("LightningArgumentParser", "LightningCLI"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{Trainer.__module__.rpartition('.trainer.')[0]}.cli"), name)
@@ -57,13 +57,13 @@ __all__ = [
 
 
 def lightning_version() -> str:
-    """Of the package that is used."""
+    """The version of the package that is used."""
     return sys.modules[Trainer.__module__.partition(".")[0]].__version__
 
 
 @contextlib.contextmanager
 def isolate_rng() -> Iterator[None]:
-    """Restores the global random generators at the end, also after an error, at which Lightning's own does not."""
+    """Restores the global random generators after the block, also after an error, unlike Lightning's own."""
     isolation = _isolate_rng()
     isolation.__enter__()
     try:
@@ -73,14 +73,14 @@ def isolate_rng() -> Iterator[None]:
 
 
 def trainer_of(module: Any) -> Trainer | None:
-    """That which a LightningModule was last given to, if any; its property ``trainer`` raises where there is none."""
+    """The trainer that a LightningModule was last attached to, or ``None``; its property ``trainer`` would raise."""
     return getattr(module, "_trainer", None)
 
 
 def attach_model(trainer: Trainer, model: LightningModule, train_dataloaders: Any, datamodule: Any) -> None:
-    """What every entry point of the trainer does before it runs: model, data and hooks know each other.
+    """Attaches a model and its data to a trainer, as ``fit`` does before its loop runs.
 
-    There is no public way to do this without running a loop; these three calls have been the same since Lightning 2.0.
+    Lightning has no public way to do this without running a loop. These three calls are unchanged since Lightning 2.0.
     """
     trainer.strategy.connect(model)
     trainer.strategy._lightning_module = model
@@ -88,30 +88,30 @@ def attach_model(trainer: Trainer, model: LightningModule, train_dataloaders: An
 
 
 def unsupported_strategy(trainer: Trainer) -> str | None:
-    """Why the computations cannot run under the trainer's strategy, or ``None`` where they can.
+    """Why the trainer's strategy is not supported; ``None`` if it is.
 
-    Under FSDP2 (``ModelParallelStrategy``, tried with gloo) the hooks of a forward pass put gathered parameters in the
-    place of those that ``functional_call`` hands in, and gradients reach the shards by hooks of the backward pass:
-    ``autograd.grad`` by either finds them unused, so that there is not even a first derivative to take another of.
+    Under FSDP2 (``ModelParallelStrategy``, tested with gloo) there is not even a first derivative. Hooks of the forward
+    pass replace the parameters that ``functional_call`` passes by gathered ones, and hooks of the backward pass bring
+    gradients to the shards. ``autograd.grad`` therefore finds either of them unused.
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
     if _is_a(strategy.launcher, "_MultiProcessingLauncher"):
-        return f"{name} trains in child processes, and what is gathered there is lost when they end"
+        return f"{name} trains in child processes, and the statistics gathered there are lost when these end"
     whole = _is_a(strategy, "SingleDeviceStrategy", "DDPStrategy")
     if not whole or _is_a(strategy, "DeepSpeedStrategy", "XLAStrategy"):  # which derive from DDPStrategy
         return (
-            f"{name} may split the parameters, and put gathered ones in their place by hooks that no derivative of a"
-            " loss can be taken through"
+            f"{name} may split the parameters over the processes, and its hooks allow no derivatives of the loss with"
+            " respect to them"
         )
     return None
 
 
 def brings_own(owner: object, hook: str) -> bool:
-    """Whether a module or datamodule defines the hook itself instead of inheriting Lightning's empty one."""
+    """Whether a module or datamodule defines a hook itself, instead of inheriting Lightning's empty one."""
     return getattr(type(owner), hook).__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
 
 
 def _is_a(instance: object, *names: str) -> bool:
-    """``isinstance`` by class name: the class may come from either package, whichever this module took."""
+    """``isinstance`` by class name, because the class may come from either of Lightning's packages."""
     return any(kind.__name__ in names for kind in type(instance).__mro__)

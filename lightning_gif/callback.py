@@ -129,8 +129,8 @@ class GIFCallback(Callback):
         batch_size: Examples in one pass of the computations; 256 by default. A larger value is faster, and needs more
             memory.
         memory: GiB that may be used to keep intermediate results between the products of a solve, which saves time.
-            ``None`` (default): a quarter of the free memory. A sketch (``"nystrom"``) that does not fit into it, or into
-            the free memory, is refused. Results never depend on it.
+            ``None`` (default): a quarter of the free memory. A sketch (``"nystrom"``) that does not fit into it, or
+            into the free memory, is refused. Results never depend on it.
         double: Compute in float64. ``False`` by default; use it if a solve ends as ``stalled``.
         unconverged: What happens if a solve ends before it reaches ``rtol``, or if ``"cg"`` meets negative curvature:
             ``"warn"`` (default), ``"raise"`` or ``"ignore"``.
@@ -432,7 +432,7 @@ class GIFCallback(Callback):
             )
         states = _snapshot_states(self.tracker, snapshots)
         _check_shown(k)
-        choice: TargetsChoice = targets or "cached"
+        choice: TargetsChoice = "cached" if targets is None else targets
         on_targets = _are_on_targets(targets, overrides)
         settings = for_influence(asked, ggn=True, on_targets=on_targets)
         with open_session(trainer, self.tracker, self.loaders, settings, choice, dataloader, overrides) as session:
@@ -500,7 +500,7 @@ class GIFCallback(Callback):
         _check_shown(k)
         on_targets = _are_on_targets(targets, overrides)
         settings = for_influence(asked, ggn=True, on_targets=on_targets)
-        choice: TargetsChoice = targets or "cached"
+        choice: TargetsChoice = "cached" if targets is None else targets
         with open_session(trainer, self.tracker, self.loaders, settings, choice, dataloader, overrides) as session:
             report = self_influence(
                 session.objective,

@@ -1,4 +1,4 @@
-"""A sparse change of the parameters that can be made and undone bit for bit."""
+"""A sparse change of the weights that can be applied and undone bit for bit."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["Edit"]
 
 @dataclass
 class Edit:
-    """A sparse change of parameters that can be applied and taken back bit by bit, in a module or a ``state_dict``.
+    """A sparse change of the weights of a module or a ``state_dict``, which can be applied and undone bit for bit.
 
     Attributes:
-        indices: For each parameter's name the changed flat indices ``(k_name,)``, sorted.
-        old: The values before, ``(k_name,)``, in the parameter's own dtype.
-        new: The values after, likewise.
-        shapes: The shapes of the parameters, to recognise the model.
-        digest_before: SHA-256 of the touched parameters before the edit.
+        indices: By parameter name, the sorted flat indices of the changed entries, ``(k_name,)``.
+        old: By parameter name, their values before the edit, ``(k_name,)``, in the parameter's dtype.
+        new: By parameter name, their values after the edit, likewise.
+        shapes: By parameter name, its shape, to recognise the model.
+        digest_before: SHA-256 of the changed parameters as a whole, before the edit.
         digest_after: The same after the edit.
-        buffers: Names of those among them that are no parameters but buffers.
+        buffers: Which of the names are buffers, not parameters.
     """
 
     indices: dict[str, Tensor]
@@ -47,7 +47,7 @@ class Edit:
         change: Tensor,
         buffers: Mapping[str, Tensor] | None = None,
     ) -> Edit:
-        """The edit ``θ[S] ← θ[S] + change``, without making it.
+        """Plans the edit ``θ[S] ← θ[S] + change`` without applying it.
 
         The sum is taken in the precision of ``change`` and rounded once to each parameter's dtype.
 
@@ -94,7 +94,7 @@ class Edit:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what is changed: the indices, the old and the new values."""
+        """SHA-256 of the edit: of the indices, and of the old and the new values."""
         parts = {"indices": self.indices, "old": self.old, "new": self.new}
         return digest({f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()})
 
@@ -104,11 +104,15 @@ class Edit:
 
     @property
     def count(self) -> int:
-        """How many entries of parameters the edit changes."""
+        """How many entries of parameters the edit changes, without those of buffers."""
         return sum(entries.numel() for name, entries in self.indices.items() if name not in self.buffers)
 
     def check_fits(self, module: Weights) -> None:
-        """Raises an :class:`~lightning_gif.errors.EditError` if the module is not of the edited shape."""
+        """Makes sure that a module or ``state_dict`` has parameters of the edited names, shapes and dtypes.
+
+        Raises:
+            EditError: If not.
+        """
         parameters = tensors_of(module)
         what = type(module).__name__ if isinstance(module, nn.Module) else "the checkpoint"
         for name, shape in self.shapes.items():
@@ -122,7 +126,11 @@ class Edit:
                 )
 
     def check_complete(self) -> None:
-        """Raises an :class:`~lightning_gif.errors.EditError` if the parts do not belong together, as in a bad file."""
+        """Makes sure that the parts of the edit belong together, as they may not in a damaged file.
+
+        Raises:
+            EditError: If not.
+        """
         if not self.shapes or not set(self.buffers) <= self.shapes.keys():
             raise EditError("The edit is incomplete: it names no parameters, or buffers that it has no shapes for.")
         for name, shape in self.shapes.items():
@@ -145,8 +153,11 @@ class Edit:
                 raise EditError("The edit is incomplete: it names parameters that it has no shapes for.")
 
     def is_in(self, module: Weights) -> bool | None:
-        """Whether a module's weights are, bit by bit, those that the edit leaves behind; ``None``: neither these nor
-        those that it starts from."""
+        """Whether the edit is in a module's weights, bit for bit.
+
+        Returns:
+            ``True`` for the weights after the edit, ``False`` for those before it, ``None`` for any others.
+        """
         tensors = tensors_of(module)
         if not self.shapes.keys() <= tensors.keys():
             return None
@@ -157,17 +168,16 @@ class Edit:
         """Writes the new values.
 
         Raises:
-            EditError: If the touched parameters are not bit-equal to what they were when the edit was made, or would
-                not become what it recorded.
+            EditError: If the changed parameters are not those that the edit was planned on, or would not become those
+                that it recorded.
         """
         self._swap(module, self.new, self.digest_before, self.digest_after, "apply")
 
     def undo(self, module: Weights) -> None:
-        """Writes the old values back, bit by bit.
+        """Writes the old values back, bit for bit.
 
         Raises:
-            EditError: If the touched parameters are not bit-equal to what the edit left behind, or would not become
-                what they were.
+            EditError: If the changed parameters are not those that the edit left, or would not become those before it.
         """
         self._swap(module, self.old, self.digest_after, self.digest_before, "undo")
 
@@ -190,8 +200,8 @@ class Edit:
             wanted[name] = value.reshape(-1).index_copy(0, here, values[name].to(value.device)).view(value.shape)
         if digest(wanted) != result:
             raise EditError(
-                f"Cannot {verb} the edit: its indices or values are not those that it was made with, since they do not"
-                " lead to the weights that it recorded. Nothing was changed. Load it anew from where it was saved."
+                f"Cannot {verb} the edit: its indices or values are not those that it was made with. They do not"
+                " lead to the weights that it recorded. Nothing was changed. Load the edit again from its file."
             )
-        # In one call, which no interrupt comes into the middle of: all of the edit is in the weights, or nothing.
+        # One call, which Ctrl-C cannot interrupt: all of the edit is in the weights, or nothing.
         torch._foreach_copy_(list(present.values()), list(wanted.values()))

@@ -1,4 +1,4 @@
-"""Every error and warning of the package. Each is raised before the user's weights are touched."""
+"""The errors and warnings of the package. Every error is raised before any weight is changed."""
 
 from __future__ import annotations
 
@@ -23,51 +23,51 @@ __all__ = [
 
 
 class GIFError(Exception):
-    """Base class of the errors of this package."""
+    """Base class of the errors of this package. When one is raised, the weights are unchanged."""
 
 
 class ConfigurationError(GIFError, MisconfigurationException, ValueError):
-    """An argument, or the trainer it meets, is not one the package can work with."""
+    """An argument has a bad value, or the trainer is not supported."""
 
 
 class SelectionError(GIFError, ValueError):
-    """No target parameters can be picked: nothing selectable, nothing cached, or names that match nothing."""
+    """No target parameters can be picked: no layer can be ranked, nothing is cached, or a name matches nothing."""
 
 
 class TrainingDataError(GIFError, ValueError):
-    """The training examples cannot be read in a stable order, or there are none."""
+    """There are no training examples, or they cannot be read in a stable order."""
 
 
 class BatchError(GIFError, ValueError):
-    """A batch is empty or does not have the structure that the model trains on."""
+    """A batch is empty, or is not structured as the batches of training are."""
 
 
 class ObjectiveError(GIFError, ValueError):
-    """The loss of the module cannot be had, or does not depend on what is to be changed."""
+    """The loss of single examples cannot be computed, or does not depend on the target parameters."""
 
 
 class NonFiniteError(GIFError, ArithmeticError):
-    """A loss, a gradient or a solve produced NaN or infinity."""
+    """A loss, a gradient, a solve or an edit has NaN or infinite values."""
 
 
 class ConvergenceError(GIFError, ArithmeticError):
-    """A solve diverged, or did not converge while ``unconverged="raise"`` was asked for."""
+    """A solve diverged, or did not converge with ``unconverged="raise"``."""
 
 
 class EditError(GIFError, ValueError):
-    """A recorded edit does not fit the model or the file it is used with."""
+    """An edit does not fit the weights that it is applied to, or its file is damaged."""
 
 
 class RecordError(GIFError, ValueError):
-    """A record of edits is damaged or cannot be written."""
+    """The audit log is damaged or cannot be written."""
 
 
 class CheckpointError(GIFError, ValueError):
-    """A checkpoint cannot be read without running what is in it, is damaged, or does not fit the model."""
+    """A checkpoint is damaged, does not fit the model, or cannot be read without running code in it."""
 
 
 class RankError(GIFError, RuntimeError):
-    """Another process of the trainer failed or ended, or does something else than this one."""
+    """Another process of the trainer has failed or ended, or makes another call than this one."""
 
 
 class GIFWarning(UserWarning):
@@ -75,4 +75,4 @@ class GIFWarning(UserWarning):
 
 
 class ConvergenceWarning(GIFWarning):
-    """A solve stopped before its residual reached ``rtol``, or where it met negative curvature."""
+    """A solve ended before its residual reached ``rtol``, or because it met negative curvature."""

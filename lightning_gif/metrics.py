@@ -1,9 +1,9 @@
-"""How well a model has forgotten, as ``torchmetrics`` metrics: each is usable alone, on one process or on many.
+"""How well a model has forgotten, as ``torchmetrics`` metrics. Each works alone, on one process or on several.
 
-A model that was retrained without the examples is the yardstick wherever there is one: :class:`AccuracyGap`,
+The reference is a model that was retrained without the examples, if there is one: :class:`AccuracyGap`,
 :class:`PredictionAgreement` and :class:`JensenShannonDivergence` compare with its predictions, and
-:class:`MembershipInference` and :class:`RelearnTime` are to be read beside its value. A value that is not defined yet,
-because a metric has seen no example, or none of a group that it needs, is NaN.
+compare the values of :class:`MembershipInference` and :class:`RelearnTime` with those of that model. A metric that has
+seen no example, or none of a group that it needs, is NaN.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ __all__ = [
     "RemovalF1",
 ]
 
-# How far probabilities may be from a sum of 1: what a softmax over many classes loses in half precision.
+# How far a sum of probabilities may be from 1: the rounding error of a softmax over many classes in half precision.
 _SUM_TOLERANCE = 1e-2
 
-# Stands for the logarithm of 0: its exponential is 0 in float64, and products with that 0 are no NaN.
+# Replaces the logarithm of 0: its exponential is 0 in float64, and its product with 0 is not NaN.
 _LOG_ZERO = -1e4
 
 
 class _UnlearningMetric(Metric):
-    """What the metrics have in common: sums or lists of what batches add, and a plot.
+    """The base class of the metrics: states that are sums or lists, and a plot.
 
-    Values are computed in float32 at least, also where half precision is the default type, and states are replaced, not
-    changed in place: a state that came to be in inference mode could not be changed outside of it.
+    Values are computed in float32 or higher, even if half precision is the default type. States are replaced and not
+    changed in place, because a state that was created in inference mode cannot be changed outside of it.
     """
 
     is_differentiable = False
@@ -54,8 +54,8 @@ class _UnlearningMetric(Metric):
         """Draws one value, or several in their order.
 
         Args:
-            val: What ``compute`` or ``forward`` returned, or a list of such values; by default, ``compute`` is called.
-            ax: Where to draw; by default, a new figure.
+            val: A value of ``compute`` or ``forward``, or a list of values; by default that of ``compute``.
+            ax: The axes to draw on; by default those of a new figure.
 
         Returns:
             The figure (``None`` if ``ax`` is given) and the axes.
@@ -94,14 +94,14 @@ class _GroupsF1(_UnlearningMetric):
 
 
 class RemovalF1(_GroupsF1):
-    r"""How well classes were removed: they are no longer predicted, and the others are predicted as they should be.
+    r"""How well classes were removed: they are no longer predicted, and other examples are predicted correctly.
 
     .. math::
         F_1 = \frac{2\,(1 - a_f)\,a_r}{(1 - a_f) + a_r}
 
-    with :math:`a_f` the accuracy on the examples of the forgotten classes, taken together, and :math:`a_r` that on all
-    other examples (Lyu et al., arXiv 2312.05586). A prediction counts as right only if it is the example's own label:
-    one forgotten class taken for another is forgotten.
+    with :math:`a_f` the accuracy on the examples of all forgotten classes, and :math:`a_r` the accuracy on all other
+    examples (Lyu et al., arXiv 2312.05586). A prediction is correct only if it is the example's own label: an example
+    of one forgotten class that is predicted as another one counts as forgotten.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
@@ -110,19 +110,19 @@ class RemovalF1(_GroupsF1):
 
     As output of ``forward`` and ``compute`` the metric returns:
 
-    - ``f1`` (:class:`~torch.Tensor`): a scalar between 0 and 1, and 1 is best. NaN as long as no example of a forgotten
-      class, or none of another class, has been seen.
+    - ``f1`` (:class:`~torch.Tensor`): a scalar between 0 and 1, and 1 is best. NaN until an example of a
+      forgotten class and one of another class have been seen.
 
     Args:
-        classes: The forgotten class, or classes.
+        classes: The index of the forgotten class, or several indices.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ConfigurationError: If ``classes`` is empty or not made of whole numbers from 0 up; of ``update``, if an input
-            has not the shape, the type or the range it should have.
+        ConfigurationError: If ``classes`` is empty or has anything but whole numbers from 0 up. From ``update``: if an
+            input does not have the expected shape, type or range.
 
     Example:
-        Of three examples of class 0 one is still recognised, 1 - 1/3 = 2/3; of two others both are:
+        One of three examples of class 0 is still recognised, 1 - 1/3 = 2/3, and both of the others are:
 
         >>> import torch
         >>> from lightning_gif.metrics import RemovalF1
@@ -148,13 +148,14 @@ class RemovalF1(_GroupsF1):
 
 
 class RelabelF1(_GroupsF1):
-    r"""How well labels were corrected: the new ones are predicted, and other examples are predicted as before.
+    r"""How well labels were corrected: the new labels are predicted, and other examples are predicted correctly.
 
     .. math::
         F_1 = \frac{2\,a_n\,a_c}{a_n + a_c}
 
-    with :math:`a_n` the share of the relabelled examples (those with a trigger, for a backdoor) that are given their
-    corrected label, and :math:`a_c` the accuracy on the clean ones (Lyu et al., arXiv 2312.05586).
+    with :math:`a_n` the share of the relabelled examples that are predicted as their new label, and :math:`a_c` the
+    accuracy on the clean ones (Lyu et al., arXiv 2312.05586). For a backdoor, relabelled examples are those with the
+    trigger.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
@@ -164,17 +165,17 @@ class RelabelF1(_GroupsF1):
 
     As output of ``forward`` and ``compute`` the metric returns:
 
-    - ``f1`` (:class:`~torch.Tensor`): a scalar between 0 and 1, and 1 is best. NaN as long as no relabelled example, or
-      no clean one, has been seen.
+    - ``f1`` (:class:`~torch.Tensor`): a scalar between 0 and 1, and 1 is best. NaN until a relabelled example and
+      a clean one have been seen.
 
     Args:
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ConfigurationError: Of ``update``, if an input has not the shape, the type or the range it should have.
+        ConfigurationError: From ``update``, if an input does not have the expected shape, type or range.
 
     Example:
-        One of two relabelled examples is given its new label, and all of the clean ones are right:
+        One of two relabelled examples is predicted as its new label, and all clean ones are predicted correctly:
 
         >>> import torch
         >>> from lightning_gif.metrics import RelabelF1
@@ -193,9 +194,9 @@ class RelabelF1(_GroupsF1):
 class AccuracyGap(_UnlearningMetric):
     """The accuracy of a model minus that of a reference, on the same examples, in percentage points.
 
-    With a retrained model as the reference, the good value is 0 on every set of examples. Keep one instance for each
-    set: above 0 on the examples to be forgotten, the model still knows them; below 0 there, it was made to fail on them
-    more than retraining would; below 0 on retained or test examples is what the unlearning cost.
+    With a retrained model as the reference, the best value is 0 on every set of examples. Use one instance for each
+    set. On the forget examples, a value above 0 means that the model still remembers them, and a value below 0 that it
+    fails on them more than a retrained one. On retained or test examples, a value below 0 is the cost of unlearning.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
@@ -211,10 +212,10 @@ class AccuracyGap(_UnlearningMetric):
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ConfigurationError: Of ``update``, if an input has not the shape, the type or the range it should have.
+        ConfigurationError: From ``update``, if an input does not have the expected shape, type or range.
 
     Example:
-        Three of four are right, and two of four in the reference:
+        Three of four predictions are correct, and two of four of the reference:
 
         >>> import torch
         >>> from lightning_gif.metrics import AccuracyGap
@@ -262,7 +263,7 @@ class PredictionAgreement(_UnlearningMetric):
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ConfigurationError: Of ``update``, if an input has not the shape or the type it should have.
+        ConfigurationError: From ``update``, if an input does not have the expected shape or type.
 
     Example:
         >>> import torch
@@ -301,9 +302,9 @@ class JensenShannonDivergence(_UnlearningMetric):
         \mathrm{JSD}(p, q) = \tfrac12 \mathrm{KL}(p \,\|\, m) + \tfrac12 \mathrm{KL}(q \,\|\, m),
         \quad m = \tfrac12 (p + q)
 
-    (Lin, 1991). It is symmetric, 0 for equal distributions, and ln 2 for those that share no class; classes of
-    probability 0 are no difficulty. Published numbers can be compared only if they are of this definition: some
-    implementations leave out a factor ½, some take KL(p ‖ q) alone, and some give the square root, which is a distance.
+    (Lin, 1991). It is symmetric, 0 for equal distributions, and ln 2 for those that share no class. Probabilities may
+    be 0. Compare published numbers only if they use this definition: some implementations omit a factor ½, some take
+    KL(p ‖ q) alone, and some return the square root, which is a distance.
 
     Divergences and their sums are computed in float64, whatever the inputs are. On a device without float64, keep the
     metric on the CPU and move its inputs there.
@@ -319,13 +320,14 @@ class JensenShannonDivergence(_UnlearningMetric):
       best. NaN before any example.
 
     Args:
-        from_logits: The inputs are logits or log-probabilities; else probabilities, which are scaled to a sum of 1.
-        base: Of the logarithm: e for nats, 2 for bits, in which the divergence is between 0 and 1.
+        from_logits: Whether the inputs are logits or log-probabilities (default). Otherwise they are probabilities,
+            which are scaled to a sum of 1.
+        base: The base of the logarithm: e (default) for nats, 2 for bits. In bits, the divergence is between 0 and 1.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ConfigurationError: If ``base`` is not above 1; of ``update``, if the shapes differ, an input has NaN, or what
-            should be probabilities are none.
+        ConfigurationError: If ``base`` is not above 1. From ``update``: if the shapes differ, an input has NaN, or
+            inputs that should be probabilities are not.
 
     Example:
         For p = (½, ½) and q = (1, 0) it is ¾ ln(4/3); for distributions that share nothing, one bit:
@@ -380,47 +382,48 @@ class JensenShannonDivergence(_UnlearningMetric):
 
 
 class MembershipInference(_UnlearningMetric):
-    r"""How well an attacker can tell the examples in question from examples that the model never saw.
+    r"""How well an attacker can distinguish the forget examples from examples that the model never saw.
 
-    The attacker knows one number of each example and calls those above a threshold members of the training set. The
-    metric is the area under the attack's ROC curve, over all thresholds: the probability that a random member has a
-    higher number than a random non-member, ties counted half,
+    The attacker computes one score for each example, and takes those above a threshold for members of the training
+    set. The metric is the area under the ROC curve of this attack: the probability that a random member has a higher
+    score than a random non-member, where ties count half,
 
     .. math::
         \mathrm{AUROC} = P(s_+ > s_-) + \tfrac12 P(s_+ = s_-).
 
-    The number is, by ``score``,
+    The score is
 
     - ``"loss"``: minus the cross-entropy of the true label (Yeom et al., 2018): members have the lower loss;
     - ``"confidence"``: the largest predicted probability (Salem et al., 2019): members have the higher confidence.
 
-    **The good value is that of a retrained model, which is near 0.5.** Clearly above 0.5, the examples are still
-    remembered. Clearly below 0.5, they are forgotten too well: a model that is worse on them than on examples it never
-    saw gives away as much (the "Streisand effect"). So neither higher nor lower is better.
+    **The best value is that of a retrained model, which is near 0.5.** A value clearly above 0.5 means that the
+    examples are still remembered. A value clearly below 0.5 reveals them as well: the model is worse on them than on
+    examples that it never saw (the "Streisand effect"). So neither higher nor lower is better.
 
-    Compare like with like: the non-members should be drawn as the members were. If one class is to be forgotten, take
-    test examples of that class; against those of all classes, the metric shows how hard classes are, not who was a
-    member. It is one simple attack: a value near 0.5 does not exclude that a stronger one succeeds.
+    Draw the non-members from the same distribution as the members. If one class is to be forgotten, take test examples
+    of that class; with those of all classes, the metric measures how hard classes are. This is one simple attack: a
+    value near 0.5 does not exclude that a stronger one succeeds.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
     - ``preds`` (:class:`~torch.Tensor`): logits, or probabilities with ``from_logits=False``, ``(N, C)``.
     - ``target`` (:class:`~torch.Tensor`): the true labels ``(N,)``; may be ``None`` for ``"confidence"``.
-    - ``member`` (:class:`~torch.Tensor`): ``(N,)`` bool, true for the examples in question (those that were to be
-      forgotten), false for those that the model never saw.
+    - ``member`` (:class:`~torch.Tensor`): ``(N,)`` bool, true for the forget examples, false for examples that the
+      model never saw.
 
     As output of ``forward`` and ``compute`` the metric returns:
 
-    - ``auroc`` (:class:`~torch.Tensor`): a scalar between 0 and 1. NaN as long as members or non-members are missing.
+    - ``auroc`` (:class:`~torch.Tensor`): a scalar between 0 and 1. NaN until there are members and non-members.
 
     Args:
-        score: What the attacker looks at.
-        from_logits: The predictions are logits or log-probabilities; else probabilities.
+        score: The score of the attack: ``"loss"`` (default) or ``"confidence"``.
+        from_logits: Whether the predictions are logits or log-probabilities (default). Otherwise they are
+            probabilities.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ConfigurationError: If ``score`` is neither; of ``update``, if an input has not the shape, the type or the range
-            it should have, or has NaN.
+        ConfigurationError: If ``score`` is unknown. From ``update``: if an input has NaN, or does not have the expected
+            shape, type or range.
 
     Example:
         The true label is predicted with .9 and .6 for members, .7 and .5 for others: three of four pairs are in order.
@@ -477,15 +480,15 @@ class MembershipInference(_UnlearningMetric):
 
 
 class RelearnTime(_UnlearningMetric):
-    """How many optimisation steps on the forgotten examples it takes until the model knows them again.
+    """How many optimizer steps on the forget examples the model needs to learn them again.
 
     A model that relearns much faster than one that was retrained without the examples had not forgotten them (Golatkar
-    et al., 2020; Tarun et al., 2023). The good value is that of the retrained model, under the same optimiser, learning
-    rate and batches; a much longer time shows that the model was damaged.
+    et al., 2020; Tarun et al., 2023). The best value is that of the retrained model, with the same optimizer, learning
+    rate and batches. A much longer time means that the model was damaged.
 
-    Train on the forgotten examples with a plain loop, and give the metric their loss, or their accuracy, once a step,
-    *before* the step is made. So the first value is that of the model at hand, and the value number ``k``, from 0, is
-    that after ``k`` steps::
+    Train on the forget examples with a plain loop. At every step, *before* the update of the weights, pass their loss
+    or accuracy to the metric. The first value is then that of the model before any step, and value ``k``, counted from
+    0, is that after ``k`` steps::
 
         metric = RelearnTime(target=loss_of_the_original_model, patience=3)
         for batch in itertools.islice(itertools.cycle(forget_loader), 1000):
@@ -497,9 +500,9 @@ class RelearnTime(_UnlearningMetric):
             loss.backward()
             optimizer.step()
 
-    Work on a copy of the model. Values of small batches are noisy: ask for several in a row by ``patience``, or measure
-    on all forgotten examples. On several processes, give each the same value, averaged over all of them; else the time
-    of the last one counts.
+    Work on a copy of the model. Values of small batches are noisy: raise ``patience``, or measure on all forget
+    examples. On several processes, pass the same value on each, averaged over all of them. Otherwise the result is the
+    time of the slowest.
 
     As input to ``update`` the metric accepts (``forward`` sees one value alone and returns 0 or infinity for it):
 
@@ -511,15 +514,16 @@ class RelearnTime(_UnlearningMetric):
       model was there before any, and infinity if it has not been reached. NaN before any value.
 
     Args:
-        target: The value to get back to, usually that of the model before unlearning, or a little short of it.
-        mode: ``"min"`` for what falls, as a loss does: reached at ``target`` or below; ``"max"`` for what rises, as an
-            accuracy does: at ``target`` or above.
-        patience: How many values in a row must have reached the target; the time is that of the first of them.
+        target: The value to reach, usually that of the model before unlearning, or slightly worse.
+        mode: ``"min"`` (default) for a loss, which reaches the target from above. ``"max"`` for an accuracy, which
+            reaches it from below.
+        patience: How many values in a row must reach the target; the time is that of the first of them. Raise it for
+            noisy values.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ConfigurationError: If ``target`` is not a finite number, ``mode`` is neither or ``patience`` is below 1; of
-            ``update``, if ``value`` is not a single number.
+        ConfigurationError: If ``target`` is not a finite number, ``mode`` is unknown or ``patience`` is below 1. From
+            ``update``: if ``value`` is not a single number.
 
     Example:
         Gradient descent on w² with a rate of ¼ halves w at each step, so that 64 falls to 1 in three steps:

@@ -1,4 +1,4 @@
-"""The optional contract of a LightningModule with the influence computations."""
+"""What a LightningModule may define about its own losses and parameters."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["GIFMixin"]
 
 
 class GIFMixin:
-    """What a LightningModule may say about itself. All three methods are optional; override what you need.
+    """Three optional methods of a LightningModule. Override those that you need.
 
-    Without this class the per-example losses are derived from ``training_step``, one example at a time. Override
-    :meth:`influence_loss` where that cannot work (manual optimisation, losses that couple the examples of a batch,
-    Python code that depends on values), or to be faster and explicit.
+    Without them, the loss of each example is derived from ``training_step``, which is called with one example. Override
+    :meth:`influence_loss` if that cannot work: with manual optimization, losses that couple the examples of a batch, or
+    Python code that depends on values. An explicit loss is also faster.
 
-    The methods are called with the module in evaluation mode (dropout off, normalisation by running statistics), with
-    parameters and buffers replaced by tensors of the computation, and possibly under ``torch.func`` transforms: use
-    ``self`` as in ``forward``, and change nothing on it.
+    The methods are called with the module in evaluation mode: dropout is off, and normalisation uses running
+    statistics. Parameters and buffers may be replaced by other tensors, possibly under ``torch.func`` transforms. So
+    use ``self`` as in ``forward``, and assign nothing to it.
 
     Example::
 
@@ -28,34 +28,50 @@ class GIFMixin:
                 x, y = batch
                 return F.cross_entropy(self(x), y, reduction="none")
 
-            def influence_measurement(self, batch):  # ask about the margin instead of the loss
+            def influence_measurement(self, batch):  # attribute the margin instead of the loss
                 x, y = batch
                 logits = self(x)
                 correct = logits.gather(1, y[:, None]).squeeze(1)
                 return correct - logits.scatter(1, y[:, None], -torch.inf).logsumexp(1)
 
-            def influence_parameters(self):  # change the head only
+            def influence_parameters(self):  # edits may change the head only
                 return ["head.*"]
     """
 
     def influence_loss(self, batch: Any) -> Tensor:
-        """The training loss of each example, ``(B,)``, whose mean over the training set was minimised.
+        """The training loss of each example. Training minimised its mean over the training set.
+
+        Args:
+            batch: A batch of B examples, as the training loader yields them, on the module's device.
+
+        Returns:
+            The losses, ``(B,)``.
 
         Raises:
-            NotImplementedError: By default, which stands for "derive it from ``training_step``".
+            NotImplementedError: Unless it is overridden: then losses are derived from ``training_step``.
         """
         raise NotImplementedError(f"{type(self).__name__} does not override influence_loss")
 
     def influence_measurement(self, batch: Any) -> Tensor:
-        """What a query measures on each of its examples, ``(B,)``; scores are in its unit. By default the loss."""
+        """What a query measures on each of its examples; scores are in its unit. By default the loss.
+
+        Args:
+            batch: A batch of B examples, as in :meth:`influence_loss`.
+
+        Returns:
+            The measurements, ``(B,)``.
+        """
         return self.influence_loss(batch)
 
     def influence_parameters(self) -> Sequence[str]:
-        """Names or patterns (``*``, ``?``) of the parameters that may be changed; by default all trainable ones."""
+        """The parameters that may become targets, as names or patterns (``*``, ``?``); by default all trainable ones.
+
+        Parameters that are frozen are never changed, also if a pattern matches them.
+        """
         return ["*"]
 
 
 def overrides(module: object, name: str) -> bool:
-    """Whether ``module`` brings its own method of that name, with or without the mixin among its classes."""
+    """Whether ``module`` defines the method itself, with or without the mixin among its base classes."""
     method = getattr(type(module), name, None)
     return method is not None and method is not getattr(GIFMixin, name)

@@ -18,7 +18,7 @@ __all__ = ["ParameterSpace", "Targets", "Weights", "match_names", "state_digest"
 
 
 Weights = nn.Module | Mapping[str, Tensor]
-"""A module, or the ``state_dict`` of one, which is all that a checkpoint has."""
+"""A module, or the ``state_dict`` of one, as a checkpoint has it."""
 
 
 class _Slot(NamedTuple):
@@ -30,10 +30,10 @@ class _Slot(NamedTuple):
 
 
 class ParameterSpace:
-    """The trainable parameters of a module, in the order of ``named_parameters()``, laid out as one flat vector.
+    """The trainable parameters of a module as one flat vector, in the order of ``named_parameters()``.
 
-    Parameters with ``requires_grad=False`` were not trained, so the loss need not be stationary in them: they are no
-    part of the space. Tied parameters appear once.
+    Parameters with ``requires_grad=False`` are left out: they were not trained, so the loss need not be stationary in
+    them. Tied parameters appear once.
 
     Args:
         module: The module whose parameters are laid out.
@@ -54,20 +54,20 @@ class ParameterSpace:
         if not self.size:
             raise SelectionError(
                 f"{type(module).__name__} has no trainable parameter: all of them have requires_grad=False. Unfreeze"
-                " the parameters that training moved."
+                " the parameters that were trained."
             )
         parameters = dict(module.named_parameters())
-        given = [name for name in self.slots if parameters[name].is_complex()]
-        if given:
+        complex_names = [name for name in self.slots if parameters[name].is_complex()]
+        if complex_names:
             raise ConfigurationError(
                 f"Influence and unlearning need real parameters, but of {type(module).__name__} these are complex:"
-                f" {', '.join(given[:5])}{' …' if len(given) > 5 else ''}. Keep each as a real parameter of shape"
-                " (…, 2), torch.view_as_real(parameter), and use torch.view_as_complex(parameter) in the forward pass;"
-                " or freeze it by requires_grad_(False), and it is computed with as it is."
+                f" {', '.join(complex_names[:5])}{' …' if len(complex_names) > 5 else ''}. Store each as a real"
+                " parameter of shape (…, 2), torch.view_as_real(parameter), and use torch.view_as_complex(parameter) in"
+                " the forward pass. Or freeze it by requires_grad_(False), which takes it as a constant."
             )
 
     def flatten(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
-        """A new vector ``(p,)`` of the present values, which shares no memory with the module."""
+        """A copy of the current values as a vector ``(p,)``."""
         parameters = dict(module.named_parameters())
         return torch.cat([parameters[name].detach().reshape(-1).to(dtype) for name in self.slots])
 
@@ -78,13 +78,13 @@ class ParameterSpace:
 
 
 class Targets(Mapping[str, Tensor]):
-    """The target parameters ``S``: for each parameter's name, which of its entries, as sorted flat indices.
+    """The target parameters: a mapping from parameter names to the sorted flat indices of their target entries.
 
     Args:
-        indices: Flat indices ``(k_name,)`` into each parameter; names without an entry are dropped.
+        indices: Flat indices ``(k_name,)`` into each parameter. Names without indices are dropped.
 
     Raises:
-        SelectionError: If nothing is left, or an index is no whole number.
+        SelectionError: If no index is left, or indices are not integers.
     """
 
     def __init__(self, indices: Mapping[str, Tensor]) -> None:
@@ -146,7 +146,11 @@ class Targets(Mapping[str, Tensor]):
         return torch.cat(positions).sort().values
 
     def check_fit(self, module: nn.Module) -> None:
-        """Raises a :class:`~lightning_gif.errors.SelectionError` if a name or an index is none of the module's."""
+        """Makes sure that all names and indices exist in a module.
+
+        Raises:
+            SelectionError: If one does not.
+        """
         sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
         for name, entries in self._indices.items():
             if int(entries[0]) < 0 or int(entries[-1]) >= sizes.get(name, 0):
@@ -156,7 +160,7 @@ class Targets(Mapping[str, Tensor]):
                 )
 
     def jaccard(self, other: Targets) -> float:
-        """Share of common entries among all entries of both: 1 for equal selections, 0 for disjoint ones."""
+        """The Jaccard index: common entries as a share of all entries of both; 1 if equal, 0 if disjoint."""
         common = sum(
             int(torch.isin(entries, other[name], assume_unique=True).sum())
             for name, entries in self._indices.items()
@@ -166,7 +170,12 @@ class Targets(Mapping[str, Tensor]):
 
 
 def match_names(names: Iterable[str], patterns: Sequence[str], *, what: str = "trainable parameter") -> list[str]:
-    """Those of ``names`` that equal or match (``*``, ``?``, ``[…]``) one of ``patterns``, in the order of ``names``.
+    """The names that equal or match one of some patterns, in the order of ``names``.
+
+    Args:
+        names: All names.
+        patterns: Names, or patterns with ``*``, ``?`` or ``[…]``.
+        what: What the names are of, for the error message.
 
     Raises:
         SelectionError: If a pattern matches nothing.
@@ -179,13 +188,13 @@ def match_names(names: Iterable[str], patterns: Sequence[str], *, what: str = "t
 
 
 def weights_digest(weights: Weights) -> str:
-    """SHA-256 over all that a checkpoint keeps of a module: its parameters, and its buffers but non-persistent ones."""
+    """SHA-256 of the parameters and persistent buffers of a module: what a checkpoint keeps."""
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     return digest({name: value for name, value in state.items() if isinstance(value, Tensor)})
 
 
 def state_digest(module: nn.Module) -> str:
-    """SHA-256 over all parameters and buffers, also those that no checkpoint keeps."""
+    """SHA-256 of all parameters and buffers, including non-persistent ones, which no checkpoint keeps."""
     return digest(tensors_of(module))
 
 
@@ -196,4 +205,4 @@ def tensors_of(weights: Weights) -> dict[str, Tensor]:
     return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
 
 
-__getattr__ = forward(__name__)  # of names that went elsewhere
+__getattr__ = forward(__name__)  # for names that are in other modules now

@@ -1,4 +1,4 @@
-"""Named choices: selectors, solvers and methods are looked up by the names the literature gives them."""
+"""Registries of named choices: selectors, solvers, methods, samplers and strategies."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ T = TypeVar("T")
 
 
 def nearest(given: str, names: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the likeliest meaning, or else all that there are."""
+    """The end of an error message about an unknown name: the closest known name, or else all of them."""
     names = sorted(names)
     close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names)}."
 
 
 class Registry(Mapping[str, T]):
-    """A mapping from names to implementations that can be added to, and that answers a typing error helpfully.
+    """A mapping from names to implementations, to which you can add your own.
 
     Args:
-        kind: What is registered, as an error message would call it: ``"selector"``.
+        kind: What is registered, for error messages, such as ``"selector"``.
 
     Example:
         >>> solvers = Registry("solver")
@@ -43,7 +43,10 @@ class Registry(Mapping[str, T]):
         self._items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that adds what it decorates under ``name``.
+        """A decorator that registers a function or class.
+
+        Args:
+            name: The name to register it under.
 
         Raises:
             ConfigurationError: If the name is taken.

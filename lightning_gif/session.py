@@ -336,6 +336,7 @@ def _known_classes(examples: Examples) -> list[int]:
     """The labels that occur among examples, sorted."""
     if examples.classes is None:
         raise SelectionError(
-            "targets='class' needs examples with class labels: one integer each. Use targets='cached' or 'batch'."
+            "targets='class' needs examples with class labels (whole numbers, one for each example). Use"
+            " targets='cached' or 'batch'."
         )
     return examples.classes.unique().tolist()

@@ -613,7 +613,7 @@ def test_complex_parameters_are_refused_by_name_with_the_remedy(first: bool) -> 
 
 def test_training_with_complex_parameters_has_the_same_bits_and_one_warning() -> None:
     check_trained_alike(
-        GIFCallback(), "these are complex: spectral.weight, spectral.bias. Keep each as a real parameter", Fourier
+        GIFCallback(), "these are complex: spectral.weight, spectral.bias. Store each as a real parameter", Fourier
     )
 
 

@@ -1,4 +1,4 @@
-"""The statistics cached in training, and the selectors that read them."""
+"""Target parameters: the statistics gathered in training, and the selectors that use them."""
 
 from .selectors import SELECTORS, Layer, Selector, check_selector, is_name, select, whole_neurons
 from .statistics import GradientStatistics, NeuronStatistics

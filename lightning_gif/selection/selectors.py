@@ -19,19 +19,19 @@ __all__ = ["SELECTORS", "Layer", "Selector", "check_selector", "select", "whole_
 
 @dataclass(frozen=True)
 class Layer:
-    """What a selector sees of one Linear or Conv layer.
+    """What a selector knows of one Linear or Conv layer.
 
-    The layer's entries are numbered as its weight, flattened, and then its bias: neuron ``i`` of ``n`` owns entries
-    ``i·fan_in … (i+1)·fan_in − 1`` and, if there is a bias, ``n·fan_in + i``.
+    Entries are numbered through the flattened weight and then the bias. Neuron ``i`` of ``n`` owns entries
+    ``i·fan_in`` to ``(i+1)·fan_in − 1`` and, if there is a bias, ``n·fan_in + i``.
 
     Attributes:
         name: The layer's name.
         neurons: Number of output neurons ``n``: output features or channels.
         fan_in: Weights of one neuron; 0 if the weight is frozen or may not be changed.
         bias: Whether there is a bias that may be changed.
-        outputs: ``|mean output|`` of each neuron, ``(n,)``, or ``None`` where not known.
-        gradients: ``|mean output gradient|`` of each neuron, ``(n,)``, or ``None`` where not known.
-        entries: Root-mean-square gradient of each entry, ``(size,)``, or ``None`` where not known.
+        outputs: ``|mean output|`` of each neuron, ``(n,)``; ``None`` if unknown.
+        gradients: ``|mean output gradient|`` of each neuron, ``(n,)``; ``None`` if unknown.
+        entries: Root-mean-square gradient of each entry, ``(size,)``; ``None`` if unknown.
     """
 
     name: str
@@ -52,19 +52,19 @@ class Layer:
         return torch.arange(neuron * self.fan_in, (neuron + 1) * self.fan_in)
 
     def need(self, kind: str) -> Tensor:
-        """The statistic of that name.
+        """A statistic: ``"outputs"``, ``"gradients"`` or ``"entries"``.
 
         Raises:
-            SelectionError: If it is not known.
+            SelectionError: If it is unknown.
         """
         value: Tensor | None = getattr(self, kind)
         if value is None:
             cache = "cache_gradients" if kind == "entries" else "cache_neurons"
             raise SelectionError(
                 f"The selector needs the {'gradients of the parameters' if kind == 'entries' else kind} of layer"
-                f" {self.name!r}, and there are none: they were not cached in training ({cache}=False, or the"
-                " layer took no part in it) and not computed on a batch. Use targets='batch', or a selector without"
-                " statistics: 'random', or parameter names."
+                f" {self.name!r}, but training did not gather them ({cache}=False, or the layer was not used), and no"
+                " batch was evaluated for them. Use targets='batch', or a selector without statistics: 'random', or"
+                " parameter names."
             )
         return value
 
@@ -73,7 +73,7 @@ Selector = Callable[[Layer, float, torch.Generator], Tensor]
 """``selector(layer, ratio, generator) → entries``: which entries of the layer become targets, unique."""
 
 SELECTORS: Registry[Selector] = Registry("selector")
-"""All selectors by name; :meth:`Registry.register` adds one."""
+"""All selectors by name; add your own with :meth:`Registry.register`."""
 
 
 def whole_neurons(layer: Layer, order: Sequence[int], ratio: float, generator: torch.Generator) -> Tensor:
@@ -146,8 +146,8 @@ def random(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
 def threshold(layer: Layer, ratio: float, generator: torch.Generator, *, start: float = 1.0) -> Tensor:
     """Weights and biases drawn from the neurons whose mean output passes a threshold.
 
-    The threshold starts at 1 and is lowered, in steps of 0.01 as in the paper's scripts, until the neurons above it
-    own ``⌊ratio · n⌋`` weights and as many biases; each layer starts anew.
+    In each layer, the threshold starts at 1 and is lowered in steps of 0.01, as in the paper's scripts, until the
+    neurons above it own ``⌊ratio · n⌋`` weights and as many biases.
     """
     outputs = layer.need("outputs").cpu()
     weights, biases = int(ratio * layer.neurons * layer.fan_in), int(ratio * layer.neurons * layer.bias)
@@ -176,7 +176,11 @@ def largest_gradients(layer: Layer, ratio: float, generator: torch.Generator) ->
 
 
 def check_selector(selector: str | Sequence[str], ratio: float) -> None:
-    """Raises a :class:`~lightning_gif.errors.ConfigurationError` for what can be known to be wrong without a model."""
+    """Checks a selector and a ratio as far as that is possible without a model.
+
+    Raises:
+        ConfigurationError: For an unknown selector or a ratio out of range.
+    """
     if not is_name(selector):
         if not isinstance(selector, (str, Sequence)) or not selector or not all(isinstance(s, str) for s in selector):
             raise ConfigurationError(
@@ -194,7 +198,7 @@ def check_selector(selector: str | Sequence[str], ratio: float) -> None:
 
 
 def is_name(selector: str | Sequence[str]) -> bool:
-    """Whether this means a registered selector, rather than parameters: those have a dot or a wildcard in them."""
+    """Whether this is the name of a selector. Names of parameters have a dot, and patterns a wildcard."""
     return isinstance(selector, str) and not any(mark in selector for mark in ".*?[")
 
 
@@ -215,12 +219,12 @@ def select(
         module: The model.
         selector: A registered name, applied to each Linear and Conv layer; or names or patterns of parameters of any
             kind, all of whose entries become targets.
-        ratio: Share of each layer's entries; without meaning for explicit names.
+        ratio: Share of each layer's entries; ignored for explicit names.
         allowed: Names or patterns of parameters that may be changed (``GIFMixin.influence_parameters``).
         neurons: Statistics that rank neurons.
         gradients: Statistics that rank single entries.
         classes: Rank neurons by examples of these classes only.
-        seed: Of all random draws.
+        seed: Seed of all random draws.
 
     Raises:
         ConfigurationError: For an unknown selector or a ratio out of range.
@@ -245,7 +249,7 @@ def select(
     chosen: dict[str, Tensor] = {}
     unknown: SelectionError | None = None
     for name, layer in neuron_layers(module).items():
-        # A weight that is computed from other parameters (weight norm, LoRA) is no parameter itself.
+        # A weight that is computed from other parameters (weight norm, LoRA) is not a parameter itself.
         weight, bias = names.get(id(layer.weight), ""), names.get(id(layer.bias), "")
         use_weight, use_bias = weight in may_change, bias in may_change
         if not (use_weight or use_bias) or weight in chosen:
@@ -254,8 +258,8 @@ def select(
         try:
             entries = pick(view, ratio, generator).sort().values
         except SelectionError as error:
-            # Its forward never ran: an attention's output projection, a head out of use. It cannot be ranked among
-            # itself, and is left out; only where that leaves nothing, it is an error.
+            # The layer's forward never ran, as that of an attention's output projection or an unused head. It is left
+            # out; that is an error only if no layer remains.
             unknown = error
             continue
         weights = view.neurons * view.fan_in
@@ -268,8 +272,8 @@ def select(
     if not chosen:
         raise SelectionError(
             f"{type(module).__name__} has no Linear or Conv layer with parameters that are trainable and may"
-            " be changed, so there are no neurons to select from. Name parameters instead, for"
-            " example selector=['*.weight']."
+            " be changed, so there are no neurons to rank. Name parameters instead, for example"
+            " selector=['*.weight']."
         )
     return Targets(chosen)
 

@@ -1,4 +1,4 @@
-"""States of the weights along the way of training."""
+"""Snapshots: the weights at the end of earlier epochs of training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["Snapshots"]
 class Snapshots:
     """Up to ``2·count`` states of a module, spread evenly over the last two thirds of the epochs so far.
 
-    How many epochs there will be need not be known: where there are more states, every other one is dropped, and from
-    then on only every other epoch is kept.
+    The number of epochs need not be known. Once there are more states, every other one is dropped, and from then on
+    only every other epoch is kept.
 
     Args:
-        count: How many :meth:`chosen` should give; 0 for none.
+        count: How many states :meth:`chosen` returns; 0 for none.
 
     Attributes:
-        count: See above.
+        count: As given.
         kept: By epoch, a copy of the parameters and buffers on the CPU.
-        last: The last epoch that was seen.
+        last: The last epoch that has ended; -1 before the first.
 
     Raises:
         ConfigurationError: If the count is not a whole number of at least 0.
@@ -36,11 +36,11 @@ class Snapshots:
         self.last = -1
 
     def add(self, epoch: int, module: nn.Module) -> None:
-        """Takes note of the state at the end of an epoch, where its turn has come."""
+        """Keeps the state at the end of an epoch, if it is one of those to keep."""
         if not self.count:
             return
         self.last = epoch
-        early = (epoch + 1) / 3  # and a fit may begin anew
+        early = (epoch + 1) / 3  # later epochs are dropped too: another fit begins at epoch 0
         self.kept = {past: state for past, state in self.kept.items() if early <= past + 1 and past < epoch}
         epochs = sorted(self.kept)
         stride = epochs[-1] - epochs[-2] if len(epochs) > 1 else 1
@@ -51,23 +51,20 @@ class Snapshots:
             self.kept = {past: state for past, state in self.kept.items() if (epoch - past) % (2 * stride) == 0}
 
     def chosen(self) -> dict[int, dict[str, Tensor]]:
-        """``count`` of them, evenly spread; of the last epoch none, since that is the present.
-
-        Fewer where there are fewer.
-        """
+        """At most ``count`` of the states, evenly spread. The last epoch is left out: it has the current weights."""
         late = [epoch for epoch in sorted(self.kept) if epoch < self.last]
         places = torch.linspace(0, len(late) - 1, min(self.count, len(late))).round().long().unique().tolist()
         return {late[place]: self.kept[late[place]] for place in places}
 
     def state(self) -> dict[str, object]:
-        """What a checkpoint keeps."""
+        """The state, for a checkpoint."""
         return {"last": self.last, "kept": self.kept}
 
     def load_state(self, last: int, kept: dict[int, dict[str, Tensor]], module: nn.Module) -> None:
-        """Takes over what :meth:`state` gave.
+        """Restores what :meth:`state` returned.
 
         Raises:
-            ValueError: If it is not of such a module, or no state; as well as ``TypeError`` and so on.
+            ValueError: If it belongs to another module. Damaged state raises other errors too, such as ``TypeError``.
         """
         shapes = {name: value.shape for name, value in _values(module).items()}
         for epoch, state in kept.items():

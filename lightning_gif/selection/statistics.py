@@ -1,4 +1,4 @@
-"""What training shows of each neuron and each parameter, gathered from the passes that training makes anyway."""
+"""Statistics of neurons and parameters, gathered from the passes that training makes anyway."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["GradientStatistics", "NeuronStatistics", "neuron_layers"]
 _CHANNELS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LAYERS = (nn.Linear, *_CHANNELS_FIRST)
 
-# Positions from which on a mean over them is the faster way to take it.
+# With more positions than this, a mean over them is faster than a product with a vector.
 _MANY = 128
 
 
 def neuron_layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d]:
-    """The layers that have output neurons to choose from, by name, in module order; shared layers appear once."""
+    """The Linear and Conv layers by name, in module order; shared layers appear once."""
     return {
         name: layer
         for name, layer in module.named_modules()
@@ -68,11 +68,11 @@ class NeuronStatistics:
     def attach(
         self, module: nn.Module, guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     ) -> None:
-        """Hooks into the layers. The hooks read and never write: training is bit for bit what it is without them.
+        """Adds hooks to the layers. They only read: training is bit for bit the same as without them.
 
         Args:
-            module: Whose layers.
-            guard: What hooks work inside of: a context that decides what an error in a hook does.
+            module: The module with the layers.
+            guard: Returns a context that each hook runs in, and that decides what an error in it does.
         """
         self.detach()
         self._guard = guard
@@ -87,11 +87,11 @@ class NeuronStatistics:
         self.pause()
 
     def record(self, classes: Tensor | None, size: int | None, weight: float = 1.0) -> None:
-        """What passes through the layers from now on is one batch.
+        """Announces a training batch: the hooks add what passes through the layers from now on.
 
         Args:
-            classes: The class of each example, ``(B,)``, or ``None`` where unknown.
-            size: B, or ``None`` where unknown.
+            classes: The class of each example, ``(B,)``; ``None`` if unknown.
+            size: B; ``None`` if unknown.
             weight: What output gradients must be multiplied by to be those of the batch's mean loss (undoes gradient
                 accumulation and loss scaling).
         """
@@ -101,13 +101,13 @@ class NeuronStatistics:
         self._recording = True
 
     def pause(self) -> None:
-        """What passes through the layers from now on is no training batch."""
+        """Makes the hooks ignore what passes through the layers from now on."""
         self._recording = False
         self._rows = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What passes through the layers inside is no training batch; recording goes on afterwards if it was on."""
+        """Makes the hooks ignore what passes through the layers inside the block."""
         before = self._recording, self._rows
         self.pause()
         try:
@@ -116,25 +116,25 @@ class NeuronStatistics:
             self._recording, self._rows = before
 
     def reset(self) -> None:
-        """Forgets all sums."""
+        """Clears all sums."""
         for kind in self._STATE:
             setattr(self, kind, {})
 
     def sum_over(self, processes: ProcessGroup) -> None:
-        """Puts together what all processes have seen, which need not be the same layers and classes."""
+        """Sums over all processes, which need not have seen the same layers and classes."""
         for kind in self._STATE:
-            setattr(self, kind, _over_ranks(getattr(self, kind), processes))
+            setattr(self, kind, _sum_over(getattr(self, kind), processes))
 
     def mean(self, kind: str, layer: str, classes: Iterable[int] | None = None) -> Tensor | None:
-        """The mean over examples ``(neurons,)`` of outputs or output gradients of a layer.
+        """The mean over examples of the outputs or output gradients of a layer, ``(neurons,)``.
 
         Args:
             kind: ``"outputs"`` or ``"gradients"``.
             layer: The layer's name.
-            classes: Over examples of these classes only; over all where ``None``.
+            classes: Only take examples of these classes; all if ``None``.
 
         Returns:
-            ``None`` if the layer saw no such example.
+            The mean; ``None`` if no such example has passed through the layer.
         """
         sums = getattr(self, kind).get(layer)
         if sums is None:
@@ -151,10 +151,10 @@ class NeuronStatistics:
         return {kind: {name: _stored(value) for name, value in getattr(self, kind).items()} for kind in self._STATE}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], module: nn.Module) -> None:
-        """Takes over what :meth:`state` gave.
+        """Restores what :meth:`state` returned.
 
         Raises:
-            ValueError: If it is not of a module with such layers, or no state; as well as ``KeyError`` and so on.
+            ValueError: If it belongs to another module. Damaged state raises other errors too, such as ``KeyError``.
         """
         layers = neuron_layers(module)
         for kind in ("output", "gradient"):
@@ -198,7 +198,7 @@ class NeuronStatistics:
             self._add("gradient", name, sums.mul_(weight * size), counts, present)
 
     def _rows_for(self, output: Tensor) -> _Rows | None:
-        """The rows that the examples of an output count for, unless its first dimension is not that of the batch."""
+        """The rows to add the examples of an output to; ``None`` if its first dimension is not that of the batch."""
         if self._rows is None or self._rows.members.shape[1] != len(output):
             return None
         if self._rows.members.device != output.device:
@@ -206,7 +206,7 @@ class NeuronStatistics:
         return self._rows
 
     def _add(self, kind: str, name: str, sums: Tensor, counts: Tensor, present: _Rows | None) -> None:
-        """Adds to the rows of a layer that are present, unless there is a NaN, which would be in all of them."""
+        """Adds to the rows of a layer that are present. Skips values with NaN, which would spread to all rows."""
         if not math.isfinite(float(sums.sum())):  # an overflow under loss scaling: the optimizer skips this step too
             return
         rows = 1 if present is None else present.last + 1
@@ -224,12 +224,12 @@ class NeuronStatistics:
 
 
 class _Rows(NamedTuple):
-    """Which rows of the sums the examples of a batch count for.
+    """The rows of the sums that the examples of a batch are added to.
 
     Attributes:
-        rows: Those of its classes, ``(r,)``.
-        members: Which of its examples are in each, ``(r, B)`` of ones and zeros: a product with it sums over examples.
-        counts: How many these are, ``(r,)``.
+        rows: The rows of the batch's classes, ``(r,)``.
+        members: Whether an example belongs to a row, ``(r, B)`` of ones and zeros. Products with it sum over examples.
+        counts: The number of examples in each row, ``(r,)``.
         last: The largest of the rows.
     """
 
@@ -249,14 +249,14 @@ class _Rows(NamedTuple):
 
 
 def _summed(values: Tensor, rows: _Rows | None) -> tuple[Tensor, Tensor, _Rows | None]:
-    """Values ``(B, neurons)`` summed over the examples of each row, how many these are, and which rows."""
+    """Sums of values ``(B, neurons)`` over the examples of each row, the numbers of examples, and the rows."""
     if rows is None:
         return values.sum(0, keepdim=True), values.new_full((1,), len(values)), None
     return rows.members.to(values.dtype) @ values, rows.counts.to(values.dtype), rows
 
 
 def _per_example(values: Tensor, channel: int) -> Tensor:
-    """The mean over positions for each example and neuron, ``(B, neurons)``, in float32 at least."""
+    """The mean over positions for each example and neuron, ``(B, neurons)``, in float32 or higher."""
     values = values.detach()
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
@@ -266,7 +266,7 @@ def _per_example(values: Tensor, channel: int) -> Tensor:
         return values.flatten(1, -2).mean(1)
     values = values.flatten(2)
     count = values.shape[2]
-    # Over few positions, a reduction spends its time on beginning each of many; a product with a vector does not.
+    # Many reductions over few positions each are slow; a product with a vector is not.
     return values.mean(2) if count > _MANY else values @ values.new_full((count,), 1 / count)
 
 
@@ -275,12 +275,12 @@ def _sound(value: Tensor) -> bool:
 
 
 def _stored(value: Tensor) -> Tensor:
-    """A copy on the CPU: a checkpoint may be written while training goes on adding to the original."""
+    """A copy on the CPU, since a checkpoint may be written while training adds to the original."""
     return value.detach().to("cpu", copy=True)
 
 
-def _over_ranks(tensors: dict[str, Tensor], processes: ProcessGroup) -> dict[str, Tensor]:
-    """The sums over all processes by name, of tensors that some of them lack, or have fewer rows of."""
+def _sum_over(tensors: dict[str, Tensor], processes: ProcessGroup) -> dict[str, Tensor]:
+    """Sums over all processes, by name. A process may lack a tensor, or have fewer rows of it."""
     if processes.size == 1:
         return tensors
     known: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -315,12 +315,11 @@ class GradientStatistics:
         return bool(self.steps)
 
     def reset(self) -> None:
-        """Forgets all sums."""
+        """Clears all sums."""
         self.squares, self.steps = {}, {}
 
     def add(self, gradients: Iterable[tuple[str, Tensor | None]]) -> None:
-        """Adds one gradient of each named parameter; those that are missing, sparse, complex or not finite are left
-        out."""
+        """Adds one gradient of each named parameter. Skips those that are missing, sparse, complex or not finite."""
         with torch.no_grad():
             for name, gradient in gradients:
                 if gradient is None or gradient.is_sparse or gradient.is_complex():
@@ -335,10 +334,10 @@ class GradientStatistics:
                 self.steps[name] = self.steps.get(name, 0) + 1
 
     def sum_over(self, processes: ProcessGroup) -> None:
-        """Puts together the steps of all processes, where each has made some of its own."""
+        """Sums over all processes, if each has evaluated examples of its own."""
         if processes.size == 1:
             return
-        self.squares = _over_ranks(self.squares, processes)
+        self.squares = _sum_over(self.squares, processes)
         counts: dict[str, int] = {}
         for steps in processes.gather(self.steps):
             for name, count in steps.items():
@@ -346,7 +345,7 @@ class GradientStatistics:
         self.steps = counts
 
     def root_mean_square(self, name: str) -> Tensor | None:
-        """The root mean square of a parameter's gradient entries, or ``None`` if it had none."""
+        """The root mean square of each entry of a parameter's gradient; ``None`` if it had no gradient."""
         if name not in self.squares:
             return None
         return (self.squares[name] / self.steps[name]).sqrt()
@@ -356,10 +355,10 @@ class GradientStatistics:
         return {"squares": {name: _stored(value) for name, value in self.squares.items()}, "steps": dict(self.steps)}
 
     def load_state(self, state: Mapping[str, Mapping[str, Any]], module: nn.Module) -> None:
-        """Takes over what :meth:`state` gave.
+        """Restores what :meth:`state` returned.
 
         Raises:
-            ValueError: If it is not of a module with such parameters, or no state; as well as ``KeyError`` and so on.
+            ValueError: If it belongs to another module. Damaged state raises other errors too, such as ``KeyError``.
         """
         parameters, squares, steps = dict(module.named_parameters()), state["squares"], state["steps"]
         for name in squares.keys() | steps.keys():
