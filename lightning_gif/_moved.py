@@ -1,4 +1,4 @@
-"""Where public names went: each old import path works for one more version, with a warning that has the new one."""
+"""Where public names went: each old name works for one more version, with a warning that has the new one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "Finder", "forward", "renamed"]
+__all__ = ["MOVED", "Finder", "forward", "renamed", "warn_renamed"]
 
 MOVED: dict[str, dict[str, str]] = {
     "checkpoints": {
@@ -139,21 +139,31 @@ def forward(module: str) -> Callable[[str], Any]:
     return __getattr__
 
 
-def renamed(old: str, new: str) -> Any:
-    """The property for the old name of an attribute, which warns and gives the new one.
+def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+    """Warns that a name is used that goes with the next version.
 
     Args:
-        old: The old name with that of its class, for the warning.
+        old: The old name as users write it.
         new: The new name.
+        stacklevel: Of the warning; by default that of the caller of a property.
+    """
+    text = f"`{old}` is now `{new}`. The old name goes with the next version."
+    warnings.warn(text, DeprecationWarning, stacklevel=stacklevel)
+
+
+def renamed(old: str, new: str) -> Any:
+    """A property with the old name of an attribute or method, which warns and gives the new one.
+
+    Args:
+        old: The old name as users write it, such as ``walk.answer``.
+        new: The new name, without its owner.
     """
 
-    def get(self: Any) -> Any:
-        warnings.warn(
-            f"{old} is now called `{new}`. The old name goes with the next version.", DeprecationWarning, stacklevel=2
-        )
-        return getattr(self, new)
+    def get(owner: Any) -> Any:
+        warn_renamed(old, new)
+        return getattr(owner, new)
 
-    return property(get, doc=f"The old name of `{new}`.")
+    return property(get, doc=f"The old name of ``{new}``.")
 
 
 class Finder(MetaPathFinder, Loader):

@@ -144,8 +144,8 @@ def test_a_group_is_the_sum_of_its_scores_and_groups_are_ranked() -> None:
     assert report.by_group({100: "a", 101: "b", 102: "a", 103: "c"}, query=1).totals.tolist() == [8.0, 5.0, 2.0]
     both = report.by_group({100: "a", 101: "b", 102: "a", 103: "c"})
     assert dict(zip(both.names, both.totals.tolist(), strict=True)) == pytest.approx({"a": 2.7, "b": 0.9, "c": 4.025})
-    assert "do to the mean of 2 queries" in str(both)
-    assert "do to query 0" in str(groups)
+    assert "removing the whole group on the mean of 2 queries" in str(both)
+    assert "group on query 0" in str(groups)
     assert groups.to_dataframe().values.tolist() == [
         ["a", pytest.approx(0.4), 2, pytest.approx(0.2)],
         ["c", 0.05, 1, 0.05],
@@ -909,7 +909,7 @@ def test_a_report_comes_back_from_its_file_bit_for_bit(tmp_path: Path, dtype: to
 def test_old_names_of_attributes_work_and_name_the_new_ones(old: str, new: str) -> None:
     trainer, _, dataset = fitted()
     report = trainer.unlearn(batch_of(dataset, [0, 1]), step="natural", dry_run=True)
-    with pytest.warns(DeprecationWarning, match=rf"UnlearnReport\.{old} is now called `{new}`") as caught:
+    with pytest.warns(DeprecationWarning, match=rf"`UnlearnReport\.{old}` is now `{new}`") as caught:
         assert getattr(report, old) is getattr(report, new)
     assert caught[0].filename == __file__
 
