@@ -1,4 +1,4 @@
-"""Whether a record of edits, the edits, and the weights at hand belong together."""
+"""The verification of an audit log against edit files and weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _SHORT = 12
 
 
 class Check(NamedTuple):
-    """One thing that was looked at.
+    """One check of a verification.
 
     Attributes:
-        what: What.
-        ok: Whether all is well; ``None`` for what is told without being right or wrong.
-        found: What was found.
+        what: What was checked.
+        ok: Whether it passed; ``None`` for a note, which neither passes nor fails.
+        found: The result in words.
     """
 
     what: str
@@ -40,15 +40,15 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`verify` has found. Printed, it lists all of it.
+    """The result of :func:`verify`. Printed, it lists the entries and all checks.
 
     Attributes:
-        record: The file.
+        record: The audit log.
         entries: Its entries, up to the first that is damaged.
-        checks: What was looked at.
-        last_hash: The hash of the last entry. Published, it lets others tell later whether anything up to that entry
-            was changed.
-        standing: The numbers of the entries whose edits were made and not taken back.
+        checks: All checks.
+        last_hash: The hash of the last entry. Once it is published, others can notice later if anything up to that
+            entry was changed.
+        standing: The numbers of the entries whose edits were applied and not undone.
     """
 
     record: str
@@ -67,14 +67,14 @@ class Verification:
         known = "" if self.checks[0].ok else ", as far as it can be read"
         return "\n".join(
             [
-                f"Record {self.record}: {_counted(len(self.entries), 'entry', 'entries')}",
-                *(f"  {entry['number']:>3}  {entry['time']}  {_told(entry)}" for entry in self.entries),
+                f"Audit log {self.record}: {_counted(len(self.entries), 'entry', 'entries')}",
+                *(f"  {entry['number']:>3}  {entry['time']}  {_summary(entry)}" for entry in self.entries),
                 *(f"{_MARKS[check.ok]}  {check.what}: {check.found}" for check in self.checks),
-                f"Edits that were made and not taken back{known}: {standing}.",
+                f"Edits that were applied and not undone{known}: {standing}.",
                 f"Last hash: {self.last_hash if self.entries else 'none'}",
-                "This is evidence, not a certificate: whoever can write the record can write it anew from any entry on,"
-                " or cut off its end. Where that matters, publish the last hash where it cannot be changed. And a"
-                " record tells which weights were made, not that nothing of the data is left in them.",
+                "This is evidence, not a certificate: whoever can write the audit log can rewrite it from any entry on,"
+                " or cut off its end. If that matters, publish the last hash where it cannot be changed. And an audit"
+                " log shows which weights were written, not that nothing of the data is left in them.",
             ]
         )
 
@@ -87,31 +87,31 @@ def verify(
     module: nn.Module | None = None,
     published: str | None = None,
 ) -> Verification:
-    """Checks a record of edits, and what is given besides against it.
+    """Checks an audit log, and edit files and weights against it.
 
-    Every entry must say what it said when it was written, and have the hash of the one before. Where the weights before
-    an entry are not those after the last one, the model was trained or changed otherwise in between: that is told. The
-    weights of a checkpoint or module must be, bit by bit, those after the last entry.
+    Every entry must be as it was written, and have the hash of the one before. If the weights before an entry are not
+    those after the previous one, the model was trained or changed otherwise in between, which is noted. The weights of
+    a checkpoint or module must be, bit by bit, those after the last entry.
 
     Args:
         record: The file that ``GIFCallback(record=…)`` wrote.
-        edits: An edit file or a report, or several: each must be one that an entry is about, with all that it says.
-        checkpoint: A Lightning checkpoint. It is read without running what is in it.
+        edits: An edit file or a report, or several. Each must be exactly as an entry recorded it.
+        checkpoint: A Lightning checkpoint. It is read without running any code in it.
         module: A module.
-        published: A hash that was kept elsewhere: it must be that of an entry.
+        published: A hash that was kept elsewhere. It must be that of an entry.
 
     Returns:
-        What was found. What is damaged is a failed check, and nothing raises for it.
+        The verification. Damage is a failed check, and does not raise.
 
     Raises:
-        ConfigurationError: If ``edits`` has something else than files and reports.
+        ConfigurationError: If ``edits`` has anything else than files and reports.
         FileNotFoundError: If there is no such file.
 
     Example::
 
-        found = lightning_gif.verify("deletions.jsonl", edits=["edit.safetensors"], checkpoint="edited.ckpt")
-        print(found)
-        assert found.ok
+        result = lightning_gif.verify("deletions.jsonl", edits=["edit.safetensors"], checkpoint="edited.ckpt")
+        print(result)
+        assert result.ok
     """
     if isinstance(edits, (str, os.PathLike, UnlearnReport)):
         edits = [edits]
@@ -119,15 +119,15 @@ def verify(
     entries = kept.entries
     damaged = kept.damage is not None or not entries
     if kept.damage is not None:
-        found = f"{kept.damage} What follows is not looked at."
+        found = f"{kept.damage} The lines from there on are not checked."
         if not entries:
             found += f" If {os.fspath(record)!r} is another file, give the one that edits were recorded in."
         chain = Check("chain", False, found)
     elif not entries:  # a record begins with its first entry
-        chain = Check("chain", False, "there is no entry: all of them were cut off, or this is no record")
+        chain = Check("chain", False, "there is no entry: all of them were cut off, or this is not an audit log")
     else:
-        told = f"{_counted(len(entries), 'entry says', 'entries say')} what was written, each after the one before"
-        chain = Check("chain", True, told)
+        intact = f"{_counted(len(entries), 'entry is as it was', 'entries are as they were')} written, in this order"
+        chain = Check("chain", True, intact)
     checks = [chain, *_joins(entries)]
     if published is not None:
         checks.append(_published(published, entries, damaged))
@@ -146,7 +146,7 @@ def verify(
 
 
 def _joins(entries: list[dict[str, Any]]) -> list[Check]:
-    """Where something else than a recorded edit changed the weights."""
+    """Notes on weights that something else than a recorded edit has changed."""
     found = []
     for one, other in itertools.pairwise(entries):
         if one["weights"]["after"] != other["weights"]["before"]:
@@ -154,7 +154,7 @@ def _joins(entries: list[dict[str, Any]]) -> list[Check]:
             came = (
                 "the model was trained or changed otherwise in between, or is another one"
                 if where is None
-                else f"they are those {where}, so what was done since was not kept"
+                else f"they are those {where}, so later changes were not kept"
             )
             what = f"entries {one['number']} and {other['number']}"
             found.append(Check(what, None, f"the second does not start from the weights after the first: {came}"))
@@ -164,16 +164,16 @@ def _joins(entries: list[dict[str, Any]]) -> list[Check]:
 
 
 def _absent(what: str, damaged: bool, found: str) -> Check:
-    """What is in no entry, which says nothing where there are others that cannot be read."""
+    """The check of something that no entry has: a note if there are entries that cannot be read."""
     return Check(what, None, "of no entry that can be read") if damaged else Check(what, False, found)
 
 
 def _published(published: str, entries: list[dict[str, Any]], damaged: bool) -> Check:
     here = [entry["number"] for entry in entries if entry["hash"] == published.strip()]
     if here:
-        return Check("published hash", True, f"that of entry {here[0]}: nothing up to it was changed since")
+        return Check("published hash", True, f"that of entry {here[0]}: no entry up to it has been changed since")
     return _absent(
-        "published hash", damaged, "of no entry: the record was written anew, or cut off, since it was published"
+        "published hash", damaged, "of no entry: the audit log was rewritten or cut off since it was published"
     )
 
 
@@ -195,9 +195,9 @@ def _edit(given: str | os.PathLike[str] | UnlearnReport, entries: list[dict[str,
         return Check(what, True, f"that of {_listed(whole)}")
     if same:
         numbers = _listed([entry["number"] for entry in same])
-        told = "its report is another one: it was edited, or is of another call that came to the same weights"
-        return Check(what, False, f"it changes the weights as in {numbers}, but {told}")
-    return _absent(what, damaged, "of no entry: it was edited, or was made elsewhere")
+        differs = "its report is another one: it was changed, or is of another call with the same result"
+        return Check(what, False, f"it changes the weights as in {numbers}, but {differs}")
+    return _absent(what, damaged, "of no entry: it was changed, or was computed elsewhere")
 
 
 def _weights(what: str, found: str, entries: list[dict[str, Any]], damaged: bool) -> Check:
@@ -207,7 +207,7 @@ def _weights(what: str, found: str, entries: list[dict[str, Any]], damaged: bool
             what,
             damaged,
             f"its weights (SHA-256 {found[:_SHORT]}…) are those of no entry: they were trained or changed otherwise, or"
-            " belong to another model",
+            " are those of another model",
         )
     if damaged:
         return Check(what, None, f"its weights are those {where}, as far as it can be read")
@@ -217,7 +217,7 @@ def _weights(what: str, found: str, entries: list[dict[str, Any]], damaged: bool
 
 
 def _place(weights: str, entries: list[dict[str, Any]]) -> str | None:
-    """Where weights come in a record, the last time."""
+    """The last place in an audit log that has these weights, in words; ``None`` if there is none."""
     for when in ("after", "before"):
         for entry in reversed(entries):
             if entry["weights"][when] == weights:
@@ -226,7 +226,7 @@ def _place(weights: str, entries: list[dict[str, Any]]) -> str | None:
 
 
 def _standing(entries: list[dict[str, Any]]) -> list[int]:
-    """The numbers of the entries whose edits were made and not taken back."""
+    """The numbers of the entries whose edits were applied and not undone."""
     standing: dict[int, str] = {}
     for entry in entries:
         values = entry["edit"]["values"]
@@ -239,8 +239,8 @@ def _standing(entries: list[dict[str, Any]]) -> list[int]:
     return list(standing)
 
 
-def _told(entry: dict[str, Any]) -> str:
-    """What an entry is about, as far as it says so: the hash is right, but anyone can compute one."""
+def _summary(entry: dict[str, Any]) -> str:
+    """What an entry is about, as far as it says so. Its hash is right, but anyone can compute one."""
     asked = entry.get("asked")
     if not isinstance(asked, dict):
         return str(entry["event"])

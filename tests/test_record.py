@@ -1,4 +1,4 @@
-"""The record of edits: what it tells, that no change of it goes unseen, and that it is never written by half."""
+"""The audit log: what it tells, that every change of it is noticed, and that it is never written in part."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_metrics_are_an_entry_that_is_tied_to_the_weights(tmp_path: Path) -> Non
         with pytest.raises(RecordError, match=rf"numbers by name, such as .*, got {re.escape(str(bad))}"):
             report.record_metrics(bad)  # type: ignore[arg-type]
     report.record = None
-    with pytest.raises(RecordError, match="belongs to no record"):
+    with pytest.raises(RecordError, match="has no audit log"):
         report.record_metrics({"accuracy": 0.5})
     assert len(read(path).entries) == 2
     assert verify(path, module=module).standing == [1]
@@ -329,7 +329,7 @@ def test_what_cannot_be_looked_at_is_not_said_to_be_missing(tmp_path: Path) -> N
     known = {check.what: check for check in found.checks[1:]}
     assert known["published hash"].found == known["module"].found == "of no entry that can be read"
     assert [check.ok for check in found.checks if check.what == "edit"] == [True, None]
-    assert "not taken back, as far as it can be read: of entry 1." in str(found)
+    assert "not undone, as far as it can be read: of entry 1." in str(found)
     edits[1].edit.undo(module)
     (again,) = [check for check in verify(path, module=module).checks if check.what == "module"]
     assert again.ok is None
@@ -459,7 +459,7 @@ def test_a_damaged_record_is_told_before_anything_is_solved(tmp_path: Path) -> N
     trainer, module, _ = recorded(path)
     path.write_text("something else\n")
     before = weights(module)
-    with pytest.raises(RecordError, match=r"line 1: it is no entry of a record.*\)\. Nothing is added"):
+    with pytest.raises(RecordError, match=r"line 1: it is not an entry of an audit log.*\)\. Nothing is added"):
         trainer.unlearn([1, 2])
     with pytest.raises(RecordError, match="damaged in line 1"):
         GIFCallback(record=str(path))
@@ -528,7 +528,7 @@ def test_an_edit_that_was_not_kept_is_told(tmp_path: Path) -> None:
     trainer.unlearn([1, 2])
     module.load_state_dict(kept)
     trainer.unlearn([3])
-    assert "they are those before entry 1, so what was done since was not kept" in str(verify(path))
+    assert "they are those before entry 1, so later changes were not kept" in str(verify(path))
 
 
 def test_an_edited_edit_file_is_found_out(tmp_path: Path) -> None:
@@ -632,7 +632,7 @@ def test_an_edit_of_other_tensors_can_be_undone_in_any_order(tmp_path: Path) -> 
     found = verify(path, edits=[first, second], module=module)
     assert found.ok
     assert found.standing == [2]
-    assert "not taken back: of entry 2." in str(found)
+    assert "not undone: of entry 2." in str(found)
     second.undo()
     assert same_weights(start, weights(module))
     assert read(path).entries[-1]["weights"]["after"] == read(path).entries[0]["weights"]["before"]

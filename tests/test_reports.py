@@ -144,8 +144,8 @@ def test_a_group_is_the_sum_of_its_scores_and_groups_are_ranked() -> None:
     assert report.by_group({100: "a", 101: "b", 102: "a", 103: "c"}, query=1).totals.tolist() == [8.0, 5.0, 2.0]
     both = report.by_group({100: "a", 101: "b", 102: "a", 103: "c"})
     assert dict(zip(both.names, both.totals.tolist(), strict=True)) == pytest.approx({"a": 2.7, "b": 0.9, "c": 4.025})
-    assert "do to the mean of 2 queries" in str(both)
-    assert "do to query 0" in str(groups)
+    assert "removing the whole group on the mean of 2 queries" in str(both)
+    assert "group on query 0" in str(groups)
     assert groups.to_dataframe().values.tolist() == [
         ["a", pytest.approx(0.4), 2, pytest.approx(0.2)],
         ["c", 0.05, 1, 0.05],

@@ -187,7 +187,7 @@ def draw_shares(axes: Axes, sizes: Tensor) -> None:
     """Draws the share of the sum of ``sizes`` ``(n,)`` that the largest of them have, over how many these are."""
     total, count = float(sizes.sum()), len(sizes)
     axes.set_xlabel("number of examples, largest |score| first", fontsize=8)
-    axes.set_ylabel("share of the sum of |score|", fontsize=8)
+    axes.set_ylabel("share of all |score|", fontsize=8)
     axes.set_ylim(0.0, 1.05)
     if not total:
         axes.text(0.5, 0.5, "all scores are 0", ha="center", va="center", fontsize=8, transform=axes.transAxes)

@@ -28,13 +28,13 @@ _WIDEST_NAME = 30
 
 
 class Groups(NamedTuple):
-    """Groups of training examples by what removing each would do to a query, strongest proponents first.
+    """Groups of training examples by the effect of removing each on a query, strongest proponents first.
 
     Attributes:
         names: The ``g`` groups, as they were given.
         totals: ``(g,)``: to first order, the change of the query's loss if the whole group were removed.
         counts: How many of the scored examples are in each, ``(g,)``.
-        meaning: What the numbers say, in words.
+        meaning: What the numbers mean, in words.
     """
 
     names: list[Any]
@@ -86,23 +86,23 @@ def group_scores(names: Iterable[Hashable], scores: Tensor, meaning: str) -> Gro
     Args:
         names: Of the examples.
         scores: See above.
-        meaning: What they say, in words.
+        meaning: What the numbers mean, in words.
 
     Raises:
         ConfigurationError: If a name cannot be hashed.
     """
-    found: dict[Any, int] = {}
+    numbers: dict[Any, int] = {}
     try:
-        members = torch.tensor([found.setdefault(_one_nan(name), len(found)) for name in names])
+        members = torch.tensor([numbers.setdefault(_one_nan(name), len(numbers)) for name in names])
     except TypeError as error:
         raise ConfigurationError(
             f"`groups` must give one name or number for each example ({error}); of several, make a tuple."
         ) from error
-    totals = torch.zeros(len(found), dtype=scores.dtype).index_add_(0, members, scores)
-    counts = torch.bincount(members, minlength=len(found))
+    totals = torch.zeros(len(numbers), dtype=scores.dtype).index_add_(0, members, scores)
+    counts = torch.bincount(members, minlength=len(numbers))
     order = totals.sort(descending=True, stable=True).indices
-    names_found = list(found)
-    return Groups([names_found[i] for i in order.tolist()], totals[order], counts[order], meaning)
+    groups = list(numbers)
+    return Groups([groups[i] for i in order.tolist()], totals[order], counts[order], meaning)
 
 
 def values_of(column: Sequence[Any] | Tensor | Mapping[int, Any], indices: Tensor, size: int | None) -> list[Any]:

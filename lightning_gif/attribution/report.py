@@ -48,14 +48,14 @@ class InfluenceReport(InfluenceRecord):
     processes = ContextAttribute[ProcessGroup]()
 
     def by_group(self, groups: Grouping | None = None, query: int | None = None) -> Groups:
-        """What removing whole groups of training examples would do to a query: the sums of their scores.
+        """The effect of removing whole groups of training examples on a query: the sums of their scores.
 
-        A sum is of first order: it takes the effects of a group's examples to add up, as they do while the group is a
-        small part of the data. For a large one it mostly tells too little: without ``m`` of the ``n`` examples each of
-        the others weighs more, which alone makes the change ``(n−1)/(n−m)`` times as large (see also Koh et al., arXiv
-        1905.13289). Where the group is unlike the rest, so that the curvature is another without it, a sum may as well
-        tell too much. The order of groups survives this better than the numbers do. Of ``trainer.self_influence``,
-        where each score is about another loss, look at the means: which group does the model know by heart?
+        A sum is of first order: it assumes that the effects of the examples of a group add up, as they do while the
+        group is a small part of the data. For a large group it is mostly too small: without ``m`` of ``n`` examples
+        each of the others weighs more, which alone makes the effect ``(n−1)/(n−m)`` times as large (see also Koh et
+        al., arXiv 1905.13289). It can be too large if the curvature is another one without the group. The order of
+        groups is more reliable than the numbers. For ``trainer.self_influence``, where each score is about another
+        loss, compare the means: groups with large ones are memorized more.
 
         Args:
             groups: One value for each item of the training dataset (a list, array, tensor or column of a table), looked
@@ -76,8 +76,8 @@ class InfluenceReport(InfluenceRecord):
             self.check_query(query)
         if self.n_kept is not None:
             raise ConfigurationError(
-                f"The report kept the {self.n_kept} strongest of either end alone, which say nothing of whole groups."
-                " Ask again without `keep`."
+                f"The report kept only the {self.n_kept} strongest scores of each end, too few for the sums of whole"
+                " groups. Ask again without `keep`."
             )
         if groups is None:
             names = self._read(label_of)
@@ -100,11 +100,11 @@ class InfluenceReport(InfluenceRecord):
         whose = (
             f"query {query}" if query is not None else f"the mean of {queries} queries" if queries > 1 else "the query"
         )
-        meaning = f"total = sum of scores: to first order, what removing the whole group would do to {whose}"
+        meaning = f"total = sum of scores: to first order, the effect of removing the whole group on {whose}"
         return group_scores(names, scores, meaning)
 
     def _read(self, function: Any) -> list[Any]:
-        """A function of each item of the dataset that was scored."""
+        """The values of a function of each item of the dataset that was scored."""
         if self.dataset is None:
             raise ConfigurationError(
                 "The report was loaded without its dataset, so its items cannot be read. Give load() the `dataset`, or"

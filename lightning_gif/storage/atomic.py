@@ -39,8 +39,8 @@ def replacing(path: Path, placed: Callable[[], Any] = lambda: None) -> Iterator[
     try:
         sync(path.parent)
     except OSError as error:
-        told = f"it is written, and in its place, but not known to be on the disk for good ({error.strerror})"
-        raise OSError(error.errno, told, str(path)) from error
+        unsure = f"it is written and in its place, but may not have reached the disk ({error.strerror})"
+        raise OSError(error.errno, unsure, str(path)) from error
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The record: what was changed in a model's weights, one line of JSON an edit, each with the hash of the one before."""
+"""The audit log: every change of a model's weights as a line of JSON, with the hash of the line before."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ __all__ = ["FIRST", "Event", "Record", "append", "check_whole", "read"]
 
 
 Event = Literal["unlearn", "apply", "undo", "metrics"]
-"""``unlearn``: an edit was found and made. ``apply``: one that had been found before was made. ``undo``: it was taken
-back. ``metrics``: the weights were measured, and not changed."""
+"""``unlearn``: an edit was computed and applied. ``apply``: an earlier one was applied. ``undo``: it was undone.
+``metrics``: the weights were measured, and not changed."""
 
 _EVENTS = ("unlearn", "apply", "undo", "metrics")
 
 _FORMAT = "lightning-gif record 1"
 
 FIRST = "0" * 64
-"""What the first entry has in the place of the hash of the one before."""
+"""What the first entry has instead of the hash of the one before."""
 
 # The digests of an entry that are looked up by name.
 _DIGESTS = {"weights": ("before", "after"), "edit": ("before", "after", "values", "report")}
 
 
 class Record(NamedTuple):
-    """What a file of entries holds.
+    """The contents of an audit log.
 
     Attributes:
         entries: In order, up to the first that is damaged.
-        damage: Where that is and what is wrong with it; ``None`` if all is well.
+        damage: Where that is and what is wrong with it; ``None`` if the file is intact.
     """
 
     entries: list[dict[str, Any]]
@@ -52,12 +52,12 @@ class Record(NamedTuple):
 
     @property
     def last_hash(self) -> str:
-        """That of the last entry: who knows it can tell whether any entry up to it was changed since."""
+        """That of the last entry. Whoever knows it can notice if any entry up to it is changed later."""
         return self.entries[-1]["hash"] if self.entries else FIRST
 
 
 def read(path: str | os.PathLike[str]) -> Record:
-    """Reads a record and follows its chain of hashes.
+    """Reads an audit log and follows its chain of hashes.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -78,21 +78,21 @@ def _follow(content: bytes) -> Record:
     return Record(entries, None)
 
 
-def append(path: str | os.PathLike[str], event: Event, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds an entry to a record, whole or not at all: whatever interrupts this finds the old file or the new one.
+def append(path: str | os.PathLike[str], event: Event, contents: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds an entry to an audit log, whole or not at all: an interruption leaves the old file or the new one.
 
-    Processes that write to the same record wait for each other, by a lock file beside it.
+    Processes that write to the same file wait for each other, by a lock file beside it.
 
     Args:
-        path: The record; made where there is none, with its folders.
+        path: The audit log; made if there is none, with its folders.
         event: What happened.
-        told: What is to be told of it: what JSON can hold, with the digests ``weights`` and ``edit``.
+        contents: The rest of the entry: what JSON can hold, with the digests ``weights`` and ``edit``.
 
     Returns:
         The entry, with its number, time, versions and hash.
 
     Raises:
-        RecordError: If the record is damaged, or cannot be written. It is as it was.
+        RecordError: If the audit log is damaged, or cannot be written. It is as it was.
     """
     target = Path(os.path.realpath(path))  # the file that a link leads to is replaced, not the link
     try:
@@ -113,14 +113,14 @@ def append(path: str | os.PathLike[str], event: Event, told: Mapping[str, Any]) 
                     "lightning": lightning_version(),
                     "python": platform.python_version(),
                 },
-                **_plain(told),
+                **_plain(contents),
             }
             entry["hash"] = _hash(entry)
             _write(target, old, old + _canonical(entry) + b"\n")
     except OSError as error:
         raise RecordError(
-            f"The record {os.fspath(path)!r} cannot be written ({error}), so the weights are left as they were. Make"
-            " room for it or name another record, and try again."
+            f"The audit log {os.fspath(path)!r} cannot be written ({error}), so the weights are left as they were. Make"
+            " room for it or name another file, and try again."
         ) from error
     return entry
 
@@ -135,33 +135,30 @@ def _write(target: Path, old: bytes, new: bytes) -> None:
 
 
 def check_whole(record: Record, path: str | os.PathLike[str]) -> None:
-    """Raises a :class:`~lightning_gif.errors.RecordError` if a record is damaged: nothing may be added to it then."""
+    """Raises a :class:`~lightning_gif.errors.RecordError` if an audit log is damaged: nothing may be added."""
     if record.damage is not None:
         raise RecordError(
-            f"The record {os.fspath(path)!r} is damaged in {record.damage} Nothing is added to it: restore it from a"
+            f"The audit log {os.fspath(path)!r} is damaged in {record.damage} Nothing is added to it: restore it from a"
             " copy, or move it away and start another."
         )
 
 
 def _parse(line: bytes, number: int, previous: str) -> dict[str, Any]:
-    """The entry of a line, if it is one that was written as the given number after that with the given hash."""
+    """The entry of a line; raises unless it was written with the given number, after an entry with the given hash."""
     try:
         entry = parse(line)
         if not isinstance(entry, dict) or entry.get("format") != _FORMAT:
-            raise RecordError(f"it is no entry of a record of this package ({_FORMAT!r}).")
+            raise RecordError(f"it is not an entry of an audit log of this package ({_FORMAT!r}).")
         written = _canonical(entry) + b"\n"
     except (ValueError, RecursionError) as error:  # no JSON, no text, or nested too deeply to be written
         if isinstance(error, RecordError):
             raise
-        raise RecordError(f"it is no entry of a record, each of which is a line of JSON ({error}).") from None
+        raise RecordError(f"it is not an entry of an audit log, each of which is a line of JSON ({error}).") from None
     stated = entry.pop("hash", None)
     if stated != _hash(entry) or line != written:
-        raise RecordError("the entry was changed after it was written: its hash is not that of what it says.")
+        raise RecordError("the entry was changed after it was written: its hash is not that of its contents.")
     if entry.get("previous") != previous:
-        raise RecordError(
-            "it does not follow on the line before, whose hash it should have: a line was changed, added, removed or"
-            " moved."
-        )
+        raise RecordError("it does not have the hash of the line before: a line was changed, added, removed or moved.")
     # The hash is right, but anyone can compute one.
     digests = [
         entry[part].get(name) if isinstance(entry.get(part), dict) else None
@@ -184,7 +181,7 @@ def _parse(line: bytes, number: int, previous: str) -> dict[str, Any]:
 
 
 def _canonical(entry: Mapping[str, Any]) -> bytes:
-    """The one way to write an entry down."""
+    """The canonical text of an entry, which its hash is of."""
     return json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -193,7 +190,7 @@ def _hash(entry: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: numbers that are not finite become words."""
+    """The same value for JSON, with strings for numbers that are not finite."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

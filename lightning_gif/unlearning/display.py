@@ -57,10 +57,10 @@ def _headline(record: EditRecord) -> str:
     share = 100 * record.edit.count / record.n_parameters
     changed = f"{record.edit.count} of {record.n_parameters} parameters ({share:.1f} %)"
     several = len(record.step_sizes) > 1
-    how = f"{len(record.step_sizes)} changes, each relinearised" if several else f"step size {record.step:.3g}"
+    how = f"in {len(record.step_sizes)} changes (each relinearised)" if several else f"with step size {record.step:.3g}"
     return (
         f"Edit for {record.n_forget} example{'' if record.n_forget == 1 else 's'} (goal: {record.goal};"
-        f" {record.n_retain} retained) by changing {changed if any(record.step_sizes) else 'nothing'}, {how};"
+        f" {record.n_retain} retained) by changing {changed if any(record.step_sizes) else 'nothing'} {how};"
         f" {'first solve: ' if len(record.solves) > 1 else ''}{_solve(record)}; {record.seconds:.1f} s"
     )
 

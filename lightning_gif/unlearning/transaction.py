@@ -79,7 +79,7 @@ def log_metrics(
         RecordError: If there is no file, a value is no number, or the entry cannot be written.
     """
     if audit_log is None:
-        raise RecordError("The report belongs to no record: give record='deletions.jsonl', or unlearn with one.")
+        raise RecordError("The report has no audit log: give record='deletions.jsonl', here or to unlearn.")
     if not isinstance(metrics, Mapping) or not metrics or not all(isinstance(name, str) for name in metrics):
         raise RecordError(f"Metrics must be numbers by name, such as {{'test/accuracy': 0.98}}, got {metrics!r}.")
     values = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
