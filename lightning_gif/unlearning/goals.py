@@ -59,7 +59,7 @@ class Goal(CheckedNumbers):
             by Newton steps.
         far_curvature_share: There, this share of the examples gives the curvature.
         first_damping: If the risk is convex: the damping of the first least-squares solve, as a share of ``‖Bᵀb‖/‖b‖``.
-        max_step_size: The largest step size along the influence direction; that of the line search if it is smaller.
+        max_step_size: The largest step size along the influence direction; that of the line search if that is smaller.
         warns_of_shortfall: Whether :meth:`shortfall` is worth a warning, beside the note in the report.
         curvature_examples: How many retained examples solves see with ``curvature_examples="auto"``.
     """
@@ -223,7 +223,7 @@ class ExampleRemoval(Goal):
     def risk(self, task: Task) -> list[RiskTerm]:
         """The retained loss less its baseline gradient, and the distance of the memorized losses to unseen ones."""
         objective, weight = task.objective, task.forget_weight
-        n_curvature = task.sizes.curvature(len(task.retain_fit))
+        n_curvature = task.sizes.descent_curvature
         # The gradient that training left in the risk on all data, as the two samples of the retained data show it.
         rest = weight * task.forget_gradient + (1 + weight) * task.settings.weight_decay * objective.theta
         baseline_fit = baseline_eval = task.retain_gradient + rest
@@ -368,7 +368,7 @@ class ClassRemoval(Goal):
     def risk(self, task: Task) -> list[RiskTerm]:
         """The divergence on retained examples, and the unlikelihood of the forget ones."""
         assert task.forgotten_classes is not None
-        n_curvature = task.sizes.curvature(len(task.retain_fit))
+        n_curvature = task.sizes.descent_curvature
         logits, classes = task.objective.logits, task.forgotten_classes
         forgotten = RiskTerm(
             self.unlikelihood_weight,
@@ -465,7 +465,7 @@ class LabelCorrection(Goal):
         """The divergence on retained examples and the cross-entropy of corrected ones, or the loss of both."""
         assert task.relabelled is not None  # see :meth:`applies`
         assert task.relabelled_eval is not None
-        objective, n_curvature = task.objective, task.sizes.curvature(len(task.retain_fit))
+        objective, n_curvature = task.objective, task.sizes.descent_curvature
         weight, losses = task.forget_weight, cast(Losses, objective)
         if task.forgotten_classes is None:
             kept = RiskTerm(1.0, task.retain_fit, task.retain_eval, n_curvature, objective)
