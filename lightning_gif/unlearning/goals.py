@@ -1,8 +1,8 @@
 """The goals of an edit. Each is a class: its risk, its limits, how memorization is measured, and the words for it.
 
 A new goal is a subclass of :class:`Goal` and one call of ``GOALS.register``. Nothing else asks which goal an edit has.
-Numbers without a section of ``benchmarks/README.md`` beside them were not measured alone; ``benchmarks/sensitivity.py``
-varies each of them.
+What each number moves is in ``benchmarks/README.md``, "What the tuned numbers of an edit move"; other sections of it
+that are about one number are named beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from ..config import AUTO, Settings
+from ..config import Settings
 from ..curvature.products import Losses
 from ..registry import Registry
 from ..reporting.notes import warn_and_note
@@ -92,7 +92,8 @@ class Goal(CheckedNumbers):
 
     def sample_size(self, settings: Settings) -> int | None:
         """How many retained examples solves see; ``None`` for all."""
-        return self.curvature_examples if settings.curvature_examples == AUTO else settings.curvature_examples  # type: ignore[return-value]
+        chosen = settings.curvature_examples
+        return self.curvature_examples if isinstance(chosen, str) else chosen
 
     def forgotten_classes(self, request: Request) -> Tensor | None:
         """A mask ``(C,)`` over the predicted classes; ``None`` if the goal does not depend on predictions."""
