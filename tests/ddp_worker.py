@@ -110,7 +110,7 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     def edit(name: str, *args: Any, **options: Any) -> None:
         before = {key: value.clone() for key, value in module.state_dict().items()}
         report = trainer.unlearn(*args, **options)
-        assert "solves_to" not in options or any("Changes that were found" in note for note in report.notes), name
+        assert "solves_to" not in options or any("Solves recalled from" in note for note in report.notes), name
         for key, value in module.state_dict().items():
             found[f"edit {name}: {key}"] = value.double() - before[key].double()
         found[f"losses {name}"] = torch.tensor(

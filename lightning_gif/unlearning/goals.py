@@ -1,8 +1,8 @@
 """The goals of an edit. Each is a class: its risk, its limits, how memorization is measured, and the words for it.
 
 A new goal is a subclass of :class:`Goal` and one call of ``GOALS.register``. Nothing else asks which goal an edit has.
-Numbers without a section of ``benchmarks/README.md`` beside them were not measured alone; ``benchmarks/sensitivity.py``
-varies each of them.
+What each number moves is in ``benchmarks/README.md``, "What the tuned numbers of an edit move"; other sections of it
+that are about one number are named beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from ..config import AUTO, Settings
+from ..config import Settings
 from ..curvature.memory import bytes_to_keep
 from ..curvature.products import Losses
 from ..registry import Registry
@@ -60,7 +60,7 @@ class Goal(CheckedNumbers):
             by Newton steps.
         far_curvature_share: There, this share of the examples gives the curvature.
         first_damping: If the risk is convex: the damping of the first least-squares solve, as a share of ``‖Bᵀb‖/‖b‖``.
-        max_step_size: The largest step size along the influence direction; that of the line search if it is smaller.
+        max_step_size: The largest step size along the influence direction; that of the line search if that is smaller.
         warns_of_shortfall: Whether :meth:`shortfall` is worth a warning, beside the note in the report.
         curvature_examples: How many retained examples solves see with ``curvature_examples="auto"``.
     """
@@ -93,7 +93,8 @@ class Goal(CheckedNumbers):
 
     def sample_size(self, settings: Settings) -> int | None:
         """How many retained examples solves see; ``None`` for all."""
-        return self.curvature_examples if settings.curvature_examples == AUTO else settings.curvature_examples  # type: ignore[return-value]
+        chosen = settings.curvature_examples
+        return self.curvature_examples if isinstance(chosen, str) else chosen
 
     def forgotten_classes(self, request: Request) -> Tensor | None:
         """A mask ``(C,)`` over the predicted classes; ``None`` if the goal does not depend on predictions."""
@@ -224,7 +225,7 @@ class ExampleRemoval(Goal):
     def risk(self, task: Task) -> list[RiskTerm]:
         """The retained loss less its baseline gradient, and the distance of the memorized losses to unseen ones."""
         objective, weight = task.objective, task.forget_weight
-        n_curvature = task.sizes.curvature(len(task.retain_fit))
+        n_curvature = task.sizes.descent_curvature
         # The gradient that training left in the risk on all data, as the two samples of the retained data show it.
         rest = weight * task.forget_gradient + (1 + weight) * task.settings.weight_decay * objective.theta
         baseline_fit = baseline_eval = task.retain_gradient + rest
@@ -369,7 +370,7 @@ class ClassRemoval(Goal):
     def risk(self, task: Task) -> list[RiskTerm]:
         """The divergence on retained examples, and the unlikelihood of the forget ones."""
         assert task.forgotten_classes is not None
-        n_curvature = task.sizes.curvature(len(task.retain_fit))
+        n_curvature = task.sizes.descent_curvature
         logits, classes = task.objective.logits, task.forgotten_classes
         forgotten = RiskTerm(
             self.unlikelihood_weight,
@@ -466,7 +467,7 @@ class LabelCorrection(Goal):
         """The divergence on retained examples and the cross-entropy of corrected ones, or the loss of both."""
         assert task.relabelled is not None  # see :meth:`applies`
         assert task.relabelled_eval is not None
-        objective, n_curvature = task.objective, task.sizes.curvature(len(task.retain_fit))
+        objective, n_curvature = task.objective, task.sizes.descent_curvature
         weight, losses = task.forget_weight, cast(Losses, objective)
         if task.forgotten_classes is None:
             kept = RiskTerm(1.0, task.retain_fit, task.retain_eval, n_curvature, objective)

@@ -17,14 +17,12 @@ class LineSearch(CheckedNumbers):
     """Searches over the step size by doubling, halving and refinement.
 
     Attributes:
-        max_step_size: The largest step size. Example removal has a smaller one of its own.
-        min_step_size: The smallest step size.
+        max_doublings: How often a step size of 1 is doubled or halved. Example removal has a smaller limit of its own.
         bisections: How often the last doubling before the target memorization is halved (on a log scale).
         refinements: How often the interval around the step size of least risk is narrowed.
     """
 
-    max_step_size: float = number(2.0**12, low=1.0, open_low=False)
-    min_step_size: float = number(2.0**-6, high=1.0)
+    max_doublings: int = number(12, low=1, high=100, open_low=False)
     bisections: int = number(4, open_low=False)
     refinements: int = number(2, open_low=False)
 
@@ -47,11 +45,11 @@ class LineSearch(CheckedNumbers):
             return limits.are_reached(trial) and limits.allow(trial)
 
         step_size = 1.0
-        while not limits.allow(tried[-1]) and step_size > self.min_step_size:
+        while not limits.allow(tried[-1]) and step_size > 2.0**-self.max_doublings:
             step_size /= 2
             tried.append(evaluate(step_size))
         if step_size == 1.0:
-            while not is_enough(tried[-1]) and limits.allow(tried[-1]) and step_size < self.max_step_size:
+            while not is_enough(tried[-1]) and limits.allow(tried[-1]) and step_size < 2.0**self.max_doublings:
                 step_size *= 2
                 tried.append(evaluate(step_size))
         # Step size 1 is enough, or the answer lies between the last one that is allowed and does not forget, and the
@@ -83,7 +81,7 @@ class LineSearch(CheckedNumbers):
             evaluate: The trial at a step size.
             before: The trained model.
             limits: The largest retained loss.
-            max_step_size: The largest step size.
+            max_step_size: The largest step size of the goal.
         """
         tried = [before, evaluate(1.0)]
 
@@ -92,13 +90,14 @@ class LineSearch(CheckedNumbers):
             return trial.risk if counts else math.inf
 
         step_size = 2.0
-        while step_size <= max_step_size:
+        largest = min(max_step_size, 2.0**self.max_doublings)
+        while step_size <= largest:
             tried.append(evaluate(step_size))
             if risk(tried[-1]) >= risk(tried[-2]):
                 break
             step_size *= 2
         step_size = 0.5
-        while min(tried, key=risk).step_size <= 2 * step_size and step_size >= self.min_step_size:
+        while min(tried, key=risk).step_size <= 2 * step_size and step_size >= 2.0**-self.max_doublings:
             tried.append(evaluate(step_size))
             if risk(tried[-1]) >= min(risk(trial) for trial in tried[:-1]) and min(tried, key=risk).is_edit:
                 break
@@ -109,7 +108,7 @@ class LineSearch(CheckedNumbers):
             if not best.is_edit:
                 break
             centre = best.step_sizes[0]
-            tried += [evaluate(size) for size in (centre * factor, centre / factor) if size <= max_step_size]
+            tried += [evaluate(size) for size in (centre * factor, centre / factor) if size <= largest]
             best = min(tried, key=risk)
             factor = math.sqrt(factor)
         return best

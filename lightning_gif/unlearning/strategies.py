@@ -15,6 +15,9 @@ __all__ = ["MOST_SOLVES", "STRATEGIES", "Strategy", "natural", "relinearise", "s
 MOST_SOLVES = Relinearisation().max_solves
 """The most changes that ``"relinearise"`` solves for by default."""
 
+# Rounding of a mean loss in float32, as a share of it: where a smaller change is predicted, losses decide nothing.
+_ROUNDING = 1e-6
+
 Strategy = Callable[[EditProblem], Trial]
 """From the problem to one of the trials that were evaluated."""
 
@@ -92,7 +95,7 @@ def _is_as_predicted(problem: EditProblem, trial: Trial, model: QuadraticModel) 
     numbers, start = problem.tuning.relinearisation, problem.trials[0]
     predicted = model.change(trial.step_size)
     error = abs(trial.risk - start.risk - predicted)
-    tolerance = max(numbers.prediction_tolerance * abs(predicted), numbers.rounding * abs(start.risk))
+    tolerance = max(numbers.prediction_tolerance * abs(predicted), _ROUNDING * abs(start.risk))
     return not trial.is_edit or error <= tolerance
 
 
@@ -100,8 +103,7 @@ def _best_along_influence(problem: EditProblem, model: QuadraticModel) -> Trial:
     rules, line_search, start = problem.rules, problem.tuning.line_search, problem.trials[0]
     if rules.smallest_step:
         return line_search.smallest_that_forgets(problem.evaluate, start, problem.limits)
-    hidden = abs(model.change(1.0)) <= problem.tuning.relinearisation.rounding * abs(start.risk)
+    hidden = abs(model.change(1.0)) <= _ROUNDING * abs(start.risk)
     if rules.influence_first and hidden:  # rounding would decide
         return problem.evaluate(1.0)
-    largest = min(rules.max_step_size, line_search.max_step_size)
-    return line_search.least_risk(problem.evaluate, start, problem.limits, largest)
+    return line_search.least_risk(problem.evaluate, start, problem.limits, rules.max_step_size)

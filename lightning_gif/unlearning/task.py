@@ -41,24 +41,17 @@ class SampleSizes(CheckedNumbers):
 
     Attributes:
         evaluation: Examples of each kind that a trial is measured on, at most.
-        curvature_share: Share of the retained examples that solves see that gives the curvature of a descent direction.
-            Its step size is decided by trials, so its curvature need not be known as well as its slope (Byrd et al.,
-            *SIAM Journal on Optimization* 21, 2011).
-        min_curvature: Examples that give this curvature, at least.
+        descent_curvature: Retained examples that give the curvature of a descent direction: fewer than give its slope,
+            since its step size is decided by trials (Byrd et al., *SIAM Journal on Optimization* 21, 2011).
         forget_share: Forget examples that give the curvature in a class removal, as a share of the retained ones that
             do.
         min_compared: Forget and unseen examples from which on their losses are compared.
     """
 
     evaluation: int = number(1024, low=2, open_low=False)
-    curvature_share: float = number(0.125, high=1.0)
-    min_curvature: int = number(256, low=1, open_low=False)
+    descent_curvature: int = number(256, low=1, open_low=False)
     forget_share: float = number(0.25, high=1.0)
     min_compared: int = number(20, low=1, open_low=False)
-
-    def curvature(self, available: int) -> int:
-        """How many of the retained examples that solves see give the curvature of a descent direction."""
-        return max(math.ceil(self.curvature_share * available), self.min_curvature)
 
 
 def check_new_labels(relabelled: Examples, n_classes: int) -> None:

@@ -27,13 +27,11 @@ class Relinearisation(CheckedNumbers):
         min_gain: A step gains little if it lowers the risk by less than this share of what is left of it.
         prediction_tolerance: Example removal: no further change is solved for where the influence direction did to the
             risk what was predicted, up to this share of the prediction.
-        rounding: Changes of the risk by less than this share of it are not told from rounding in float32.
     """
 
     max_solves: int = number(12, low=1, open_low=False)
     min_gain: float = number(0.02, open_low=False)
     prediction_tolerance: float = number(0.1, open_low=False)
-    rounding: float = number(1e-6, open_low=False)
 
 
 @dataclass(frozen=True)
