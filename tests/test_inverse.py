@@ -166,6 +166,10 @@ CALLS: dict[str, tuple[Callable[[Any, Any], Any], tuple[str, int]]] = {
         lambda trainer, data: trainer.influence(batch_of(data, slice(0, 30)), per_example=True),
         ("nystrom", 512),
     ),
+    "20 queries, one solve each": (
+        lambda trainer, data: trainer.influence(batch_of(data, slice(0, 20)), per_example=True, solver="cg"),
+        ("cg", 20),
+    ),
     "self-influence": (lambda trainer, data: trainer.self_influence(), ("nystrom", 64)),
 }
 

@@ -87,7 +87,9 @@ class Curvature:
             self._on_product()
         total = torch.zeros_like(columns)
         for product in self._passes():
-            total += torch.stack([product(column) for column in columns.T], dim=1)
+            # Contiguous, as a single vector is: other kernels round differently, and how many vectors there are at a
+            # time may depend on the free memory.
+            total += torch.stack([product(column.contiguous()) for column in columns.T], dim=1)
             del product  # before the next one, so that one at a time is in memory
         total = self._examples.processes.sum(total)
         self._is_zero = self._is_zero and not bool(total.any())
