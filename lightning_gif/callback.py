@@ -115,8 +115,9 @@ class GIFCallback(Callback):
             ``"nystrom"``, at as many products for many queries as for one; or one that was registered in
             ``lightning_gif.SOLVERS``. ``"auto"``: for scores ``"cg"``, or ``"nystrom"`` where there are many queries
             and room for its sketch; ``"lsmr"`` for edits, for ``"gif"``, and where the curvature is the Hessian.
-        damping: ``λ`` in ``min ‖Ax − g‖² + λ²‖x‖²``, in the unit of the Hessian's eigenvalues; of ``"cg"``,
-            ``"nystrom"`` and a Newton step, what is added to these. ``None``: for scores a thousandth of the largest
+        damping: ``λ``, what is added to the eigenvalues of the curvature, in their unit and for every solver; with
+            ``"gif"`` and with the Hessian that of ``min ‖Ax − g‖² + λ²‖x‖²``, where an eigenvalue ``c`` counts as
+            ``√(c² + λ²)``. ``None``: for scores a thousandth of the largest
             eigenvalue, found by three more products; 0 for ``"gif"`` and for edits, but a fifth of
             ``‖Aᵀg‖/‖g‖``, found by one, for the solves that start to correct the labels of a classifier, and more after
             one that nothing came of. What a solve had is in its diagnostics.

@@ -31,6 +31,9 @@ class Curvature:
         weight_decay: ``w``: the training objective's ``(w/2)‖θ‖²``.
         memory: Bytes that kept passes may take.
         on_product: Called at each product, to show progress.
+
+    Attributes:
+        positive_semidefinite: Whether ``C`` has no negative eigenvalues, as ``linearise`` declares.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Curvature:
         self._is_zero = True  # of all products so far
         self.shape = (theta.numel(), theta.numel())
         self.dtype, self.device = theta.dtype, theta.device
+        self.positive_semidefinite = bool(getattr(linearise, "positive_semidefinite", False)) and weight_decay >= 0
 
     @property
     def _batches(self) -> int:

@@ -88,7 +88,13 @@ class Objective:
         module: The module, unwrapped.
         seed: Of random numbers that a loss may draw; the same at every evaluation, so that the loss is one function.
         processes: The processes that share out the work.
+
+    Attributes:
+        convex_in_outputs: Whether losses are convex in :meth:`outputs`. They are, as these are the predictions that are
+            given to loss functions of PyTorch which are convex in them; a step that subtracts such a loss breaks it.
     """
+
+    convex_in_outputs = True
 
     def __init__(
         self, trainer: Trainer, module: LightningModule, *, seed: int = 0, processes: ProcessGroup = SINGLE_PROCESS
