@@ -96,12 +96,13 @@ class GIFCallback(Callback):
             ``"nystrom"`` takes as many products for many queries as for one. A name registered in
             ``lightning_gif.SOLVERS`` is your own. ``"auto"`` (default): for scores ``"cg"``, or ``"nystrom"`` for 13
             queries or more. ``"lsmr"`` for edits, for ``"gif"``, and on the Hessian.
-        damping: λ, in the unit of the curvature's eigenvalues. Symmetric solvers and Newton steps add it to the
-            eigenvalues. Least-squares solvers minimise ``‖Ax − g‖² + λ²‖x‖²``. More damping gives smaller and more
-            cautious results. ``None`` (default): for scores a thousandth of the largest eigenvalue (three extra
-            products); for ``"gif"`` and edits 0. The first label-correction solves of a classifier use
-            ``‖Aᵀg‖ / (5‖g‖)`` (one extra product), and more after a rejected step. ``report.solution.damping`` and
-            ``report.solves[i]["damping"]`` have the values used.
+        damping: λ, in the unit of the curvature's eigenvalues. Every solver adds it to the eigenvalues of the
+            Gauss–Newton matrix. With ``"gif"`` and with the Hessian, ``‖Ax − g‖² + λ²‖x‖²`` is minimised instead, where
+            an eigenvalue ``c`` counts as ``√(c² + λ²)``. More damping gives smaller and more cautious results.
+            ``None`` (default): for scores a thousandth of the largest eigenvalue (three extra products); for
+            ``"gif"`` and edits 0. The first label-correction solves of a classifier use ``‖Aᵀg‖ / (5‖g‖)`` (one extra
+            product), and more after a rejected step. ``report.solution.damping`` and ``report.solves[i]["damping"]``
+            have the values used.
         max_iter: Largest number of iterations of one solve; for ``"nystrom"`` the rank of the sketch. An iteration
             takes two Hessian-vector products, or one for ``"cg"`` and Newton steps. Fewer iterations regularise.
             ``None`` (default): 200 if ``rtol`` is given. Otherwise 20 for scores by ``"cg"``, at most 512 by

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -123,6 +124,63 @@ def test_every_product_is_counted() -> None:
         part.rmatvec(part.matvec(torch.ones(2, dtype=torch.float64)))
         part.T.matvec(objective.theta)
         assert curvature.products == part.products == 3
+
+
+def test_the_gauss_newton_matrix_of_a_convex_loss_declares_to_be_positive_semidefinite() -> None:
+    with opened() as (objective, train):
+        s = some_targets(objective)
+        ggn = Curvature(CURVATURES["ggn"](objective), objective.theta, train, weight_decay=0.1)
+        assert torch.linalg.eigvalsh(to_matrix(ggn)).min() > 0
+        assert ggn.positive_semidefinite
+        assert ggn.draw(0).positive_semidefinite
+        assert Submatrix(ggn, s, s).positive_semidefinite
+        assert not Submatrix(ggn, None, s).positive_semidefinite
+        undeclared = gauss_newton(objective.outputs, objective.loss_sum_at, objective.loss_sum)
+        assert not Curvature(undeclared, objective.theta, train).positive_semidefinite
+        assert not hessian_of(objective, train).positive_semidefinite
+
+
+@pytest.mark.parametrize("method", ["if", "fif", "pif"])
+def test_solvers_answer_the_same_damped_system_of_the_gauss_newton_matrix(method: str) -> None:
+    with opened() as (objective, train):
+        ggn = Curvature(CURVATURES["ggn"](objective), objective.theta, train, weight_decay=0.01)
+        matrix, size = to_matrix(ggn), objective.space.size
+        targets = some_targets(objective) if METHODS[method].selects else torch.arange(size)
+        kept = targets if method == "fif" else torch.arange(size)
+        queries = torch.randn(2, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        rhs = torch.zeros(size, 2, dtype=torch.float64)
+        rhs[targets] = queries[:, targets].T
+        damped = matrix[kept][:, kept] + 0.05 * torch.eye(len(kept), dtype=torch.float64)
+        expected = torch.zeros(2, size, dtype=torch.float64)
+        expected[:, kept] = torch.linalg.solve(damped, rhs[kept]).T
+        for solver in ("lsmr", "cgls", "lissa", "dense", "cg", "nystrom"):
+            options: dict[str, Any] = {"damping": 0.05, "rtol": 1e-10, "max_iter": 3000}
+            found, _ = METHODS[method].query(ggn, targets, queries, partial(SOLVERS[solver], **options))
+            assert float((found - expected).norm() / expected.norm()) < 1e-6, solver
+
+
+def test_units_keep_a_positive_semidefinite_system_symmetric() -> None:
+    with opened() as (objective, train):
+        ggn = Curvature(CURVATURES["ggn"](objective), objective.theta, train, weight_decay=0.1)
+        targets, size = some_targets(objective), objective.space.size
+        generator = torch.Generator().manual_seed(0)
+        gradient = torch.randn(size, dtype=torch.float64, generator=generator)
+        units = 1 + 3 * torch.rand(size, dtype=torch.float64, generator=generator)
+        d = units[targets]
+        scaled = d[:, None] * to_matrix(Submatrix(ggn, targets, targets)) * d
+        eye = torch.eye(len(targets), dtype=torch.float64)
+        expected = d * torch.linalg.solve(scaled + 0.1 * eye, d * gradient[targets])
+        for solver in ("cg", "lsmr", "dense"):
+            options: dict[str, Any] = {"damping": 0.1, "rtol": 1e-10, "max_iter": 3000}
+            change, _ = METHODS["fif"].edit(
+                ggn,
+                targets,
+                gradient,
+                partial(SOLVERS[solver], **options),
+                None,
+                units,
+            )
+            assert float((change - expected).norm() / expected.norm()) < 1e-6, solver
 
 
 def some_targets(objective: Objective) -> Tensor:

@@ -21,6 +21,14 @@ from lightning_gif.solvers import (
     to_matrix,
     truncated_newton,
 )
+from lightning_gif.solvers.operators import (
+    Combination,
+    Scaled,
+    Shifted,
+    Submatrix,
+    damped_system,
+    is_positive_semidefinite,
+)
 from lightning_gif.solvers.solution import Solution, Status
 
 
@@ -745,3 +753,97 @@ def test_a_registered_solver_keeps_its_declarations() -> None:
     assert solvers["spread"] is solver
     with pytest.raises(ConfigurationError, match="solver='spread' takes a square operator"):
         solvers["spread"](Matrix(TALL), torch.ones(60, dtype=torch.float64))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One unit of damping
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Declared(Mean):
+    """A matrix that declares to be positive semi-definite; every draw shows all of it."""
+
+    positive_semidefinite = True
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__(matrix[None])
+
+    def draw(self, seed: int) -> Declared:
+        return self
+
+
+SINGULAR = symmetric_indefinite(torch.cat([torch.logspace(0, -1, 8), torch.zeros(6)]).double())
+
+
+def until_convergence(solver: str) -> dict[str, object]:
+    iterations = {"plain_lissa": 60_000, "stochastic_lissa": 60_000, "nystrom": 14}
+    return {"rtol": 1e-9, "max_iter": iterations.get(solver, 3000)}
+
+
+@pytest.mark.parametrize("solver", BUILT_IN)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+@pytest.mark.parametrize("matrix", [DEFINITE / 100, SINGULAR], ids=["definite", "singular"])
+def test_every_solver_adds_the_damping_to_the_eigenvalues(matrix: Tensor, weight_decay: float, solver: str) -> None:
+    eye = torch.eye(len(matrix), dtype=torch.float64)
+    rhs = torch.randn(len(matrix), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    operator = Declared(matrix + weight_decay * eye)
+    found = SOLVERS[solver](operator, rhs, damping=0.1, **until_convergence(solver))
+    expected = torch.linalg.inv(matrix + (weight_decay + 0.1) * eye) @ rhs
+    for column, solution in enumerate(found):
+        assert relative(solution.x, expected[:, column]) < 1e-6
+        assert solution.damping == 0.1
+        # Of the matrix itself; conjugate gradients see it along their directions only, of which g is the first.
+        g = rhs[:, column]
+        least = float(g @ operator.matrix @ g / (g @ g)) if solver == "cg" else 0.9 * (1.0 + weight_decay)
+        assert least * (1 - 1e-9) < solution.sigma_max < 1.1 * (1.0 + weight_decay)
+        assert solution.unexplained < 1e-6
+    if solver != "stochastic_lissa":  # whose draws count for themselves
+        assert sum(solution.hvps for solution in found) == pytest.approx(operator.products, abs=2)
+
+
+@pytest.mark.parametrize("solver", DETERMINISTIC)
+def test_an_eigenvalue_of_an_indefinite_matrix_counts_with_its_size(solver: str) -> None:
+    """What is added to −1 would be 0 at a damping of 1, and the system singular."""
+    rhs = torch.ones(7, dtype=torch.float64)
+    values, basis = torch.linalg.eigh(INDEFINITE)
+    found = solve(solver, INDEFINITE, rhs, damping=1.0, rtol=1e-10, max_iter=5000)
+    expected = basis @ (values / (values**2 + 1.0) * (basis.T @ rhs))
+    assert relative(found.x, expected) < 1e-6
+
+
+def test_operators_declare_whether_they_are_positive_semidefinite() -> None:
+    psd, unknown = Declared(DEFINITE), Matrix(DEFINITE)
+    some, others, units = torch.tensor([1, 4, 6]), torch.tensor([1, 4, 7]), torch.rand(12, dtype=torch.float64)
+    yes = [
+        Submatrix(psd, None, None),
+        Submatrix(psd, some, some.clone()),
+        Submatrix(psd, some, some).T,
+        Scaled(psd, units, rows=True),
+        Shifted(psd, 0.5),
+        Combination((0.5, psd), (0.0, psd)),
+        Scaled(Submatrix(psd, some, some), units[:3], rows=True),
+        Combination((1.0, psd)).draw(0),
+    ]
+    no = [
+        unknown,
+        Submatrix(psd, None, some),
+        Submatrix(psd, some, others),
+        Submatrix(unknown, some, some),
+        Scaled(psd, units),
+        Scaled(unknown, units, rows=True),
+        Shifted(unknown, 0.5),
+        Combination((0.5, psd), (-0.1, psd)),
+        Combination((0.5, psd), (0.1, unknown)),
+    ]
+    assert all(is_positive_semidefinite(operator) for operator in yes)
+    assert not any(is_positive_semidefinite(operator) for operator in no)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_a_damped_system_is_shifted_where_it_can_be(damping: float) -> None:
+    for operator in (Declared(DEFINITE), Matrix(DEFINITE), Matrix(TALL)):
+        system, ridge = damped_system(operator, damping)
+        shifts = damping > 0 and isinstance(operator, Declared)
+        assert ridge == (0.0 if shifts else damping)
+        expected = operator.matrix + damping * torch.eye(12).double() if shifts else operator.matrix
+        torch.testing.assert_close(to_matrix(system), expected)

@@ -12,7 +12,7 @@ from ..errors import ConfigurationError, ObjectiveError
 from ..parameters import ParameterSpace, Targets
 from ..registry import Registry
 from ..solvers import LinearOperator, Solution
-from ..solvers.operators import Combination, Scaled, Submatrix, scatter
+from ..solvers.operators import Combination, Scaled, Submatrix, is_positive_semidefinite, scatter
 
 __all__ = ["METHODS", "Group", "Method"]
 
@@ -72,15 +72,19 @@ class Method:
             group: The curvature of the forget examples, for methods that need it.
             units: ``d > 0`` ``(p,)``: the solve is for ``y`` in ``x = d y``. A unique minimiser without damping stays
                 the same; a solve that stops early changes entries with larger units more, and damping acts on ``y``.
+                A positive semi-definite matrix is scaled from both sides, so that it remains one.
 
         Returns:
             ``x`` ``(k,)``, and the solution of each solve.
         """
         matrix: LinearOperator = self._matrix(curvature, targets)
+        rhs = gradient if self.rows == "all" else gradient[targets]
+        symmetric = is_positive_semidefinite(matrix)  # and to remain so
         if units is not None:
             units = units if self.cols == "all" else units[targets]
-            matrix = Scaled(matrix, units)
-        (solution,) = _as_list(solve(matrix, gradient if self.rows == "all" else gradient[targets]))
+            matrix = Scaled(matrix, units, rows=symmetric)
+            rhs = units * rhs if symmetric else rhs
+        (solution,) = _as_list(solve(matrix, rhs))
         change = solution.x if units is None else units * solution.x
         return (change if self.cols == "targets" else change[targets]), [solution]
 

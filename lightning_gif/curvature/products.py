@@ -51,6 +51,8 @@ def gauss_newton(
     outputs: Callable[[Tensor, Batch], Tensor],
     loss_sum_at: Callable[[Tensor, Batch], Callable[[Tensor], Tensor]],
     loss_sum: Callable[[Tensor, Batch], Tensor],
+    *,
+    convex: bool = False,
 ) -> Linearise:
     """The generalised Gauss–Newton matrix ``Σ JᵢᵀHᵢJᵢ`` (Schraudolph 2002; Martens, JMLR 21, 2020, section 8).
 
@@ -63,6 +65,8 @@ def gauss_newton(
         loss_sum_at: ``(θ, batch) →`` the sum of the batch's losses as a function of the outputs alone.
         loss_sum: ``(θ, batch) → ()``, the same sum as a function of ``θ``. At the first batch of each structure it
             serves to check that the whole loss goes through the outputs.
+        convex: Whether the losses are convex in the outputs. The result then declares that it is positive
+            semi-definite, by an attribute ``positive_semidefinite``.
 
     Raises:
         ObjectiveError: From the product, if the loss does not go through the outputs alone.
@@ -110,11 +114,15 @@ def gauss_newton(
 
         return product, (pulled, slope)
 
+    linearise.positive_semidefinite = convex  # type: ignore[attr-defined]
     return linearise
 
 
 class Losses(Protocol):
-    """What curvature needs of an objective, see :class:`~lightning_gif.objective.objective.Objective`."""
+    """What curvature needs of an objective, see :class:`~lightning_gif.objective.objective.Objective`.
+
+    An objective whose losses are convex in the outputs declares it by an attribute ``convex_in_outputs`` that is true.
+    """
 
     def loss_sum(self, theta: Tensor, batch: Batch) -> Tensor: ...
     def outputs(self, theta: Tensor, batch: Batch) -> Tensor: ...
@@ -128,7 +136,11 @@ CURVATURES: Registry[Callable[[Losses], Linearise]] = Registry("curvature")
 CURVATURES.register("hessian")(lambda objective: hessian(objective.loss_sum))
 
 
-CURVATURES.register("ggn")(lambda objective: gauss_newton(objective.outputs, objective.loss_sum_at, objective.loss_sum))
+@CURVATURES.register("ggn")
+def gauss_newton_of(losses: Losses) -> Linearise:
+    """The Gauss–Newton matrix of an objective."""
+    convex = bool(getattr(losses, "convex_in_outputs", False))
+    return gauss_newton(losses.outputs, losses.loss_sum_at, losses.loss_sum, convex=convex)
 
 
 def has_gauss_newton(losses: Losses, theta: Tensor, batch: Batch) -> bool:

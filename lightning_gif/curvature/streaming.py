@@ -34,6 +34,7 @@ class Curvature:
         on_product: Called at each product, to show progress.
 
     Attributes:
+        positive_semidefinite: Whether ``C`` has no negative eigenvalues, as ``linearise`` declares.
         products: Products with a vector so far.
         examples: Examples that these went through.
         shape, dtype, device: See :class:`~lightning_gif.solvers.LinearOperator`.
@@ -62,6 +63,7 @@ class Curvature:
         self._is_zero = True  # of all products so far
         self.shape = (theta.numel(), theta.numel())
         self.dtype, self.device = theta.dtype, theta.device
+        self.positive_semidefinite = bool(getattr(linearise, "positive_semidefinite", False)) and weight_decay >= 0
 
     @property
     def _batches(self) -> int:

@@ -56,7 +56,14 @@ class Objective:
         trainer: Whose precision, strategy and hooks prepare batches.
         shadow: The module.
         processes: The process group.
+
+    Attributes:
+        convex_in_outputs: Whether the losses are convex in :meth:`outputs`. They are, because the outputs are what the
+            step passes to loss functions of PyTorch that are convex in them. A step that subtracts such a loss
+            breaks this.
     """
+
+    convex_in_outputs = True
 
     def __init__(self, trainer: Trainer, shadow: Shadow, processes: ProcessGroup = SINGLE_PROCESS) -> None:
         self.trainer = trainer

@@ -26,6 +26,9 @@ class LinearOperator(Protocol):
         device: Their device.
         products: The number of Hessian-vector products spent so far.
         examples: The number of examples that these products went through.
+
+    An operator that is symmetric and positive semi-definite declares it by an attribute ``positive_semidefinite`` that
+    is true. Without it nothing is assumed.
     """
 
     @property
@@ -51,8 +54,10 @@ class SolveOptions:
     """The options of a solve, the same for every solver.
 
     Attributes:
-        damping: ``λ ≥ 0``. Least-squares solvers minimise ``‖A x − g‖² + λ²‖x‖²``, where λ has the unit of the
-            singular values of ``A``; symmetric ones solve ``(C + λ) x = g``.
+        damping: ``λ ≥ 0``, what is added to the eigenvalues of a symmetric matrix ``C``, in their unit. Where ``C``
+            declares to be positive semi-definite, every solver solves ``(C + λ) x = g``: the choice of the solver does
+            not change the system. Where the matrix is rectangular or indefinite, least-squares solvers minimise
+            ``‖A x − g‖² + λ²‖x‖²``, in the same unit: an eigenvalue ``c`` counts as ``√(c² + λ²)``.
         rtol: Relative residual at which the solve counts as converged; see
             :attr:`Solution.residual <lightning_gif.solvers.Solution>`.
         max_iter: The largest number of iterations. What an iteration costs is up to the solver: two products for least
@@ -225,7 +230,8 @@ class SolverRegistry(Registry[Solver]):
 
     A plain function ``(operator, rhs, *, damping, rtol, max_iter, seed, discrepancy)`` can be registered as it is. It
     declares nothing: it is taken to solve any matrix in the least-squares sense. For one that declares more, register
-    a :class:`Solver`.
+    a :class:`Solver`. Either gets the damping as it was asked for;
+    :func:`~lightning_gif.solvers.operators.damped_system` makes a least-squares problem of it.
 
     Example:
         >>> solvers = SolverRegistry("solver")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 from .base import LinearOperator, SolveOptions, solver
+from .operators import damped_system
 from .recorder import Outcome, SolveRecorder
 from .solution import Solution, Status
 from .vectors import require_finite
@@ -54,25 +55,25 @@ def dense(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solut
         NonFiniteError: If it, or the right-hand side, is not finite.
     """
     recorder = SolveRecorder("dense", operator, rhs, options)
-    damping = options.damping
-    matrix = to_matrix(operator).double()
+    system, ridge = damped_system(operator, options.damping)
+    matrix = to_matrix(system).double()
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     sigma = float(values[0])
     keep = values > max(matrix.shape) * torch.finfo(operator.dtype).eps * sigma
-    filtered = torch.where(keep, values / (values**2 + damping**2).clamp_min(torch.finfo(values.dtype).tiny), 0.0)
+    filtered = torch.where(keep, values / (values**2 + ridge**2).clamp_min(torch.finfo(values.dtype).tiny), 0.0)
 
     def outcome(target: Tensor) -> Outcome:
         x = right.T @ (filtered * (left.T @ target))
         normal = matrix.T @ target
         scale, norm = float(normal.norm()), float(target.norm())
-        residual = float((normal - matrix.T @ (matrix @ x) - damping**2 * x).norm()) / scale if scale else 0.0
+        residual = float((normal - matrix.T @ (matrix @ x) - ridge**2 * x).norm()) / scale if scale else 0.0
         return Outcome(
             x=x,
             status=Status.CONVERGED if residual <= options.rtol else Status.STALLED,
             iterations=1,
             residual=residual,
             unexplained=float((target - matrix @ x).norm()) / norm if norm else 0.0,
-            sigma_max=sigma,
+            sigma_max=max(sigma - (options.damping - ridge), 0.0),
             residuals=[1.0 if scale else 0.0, residual],
         )
 

@@ -1,4 +1,7 @@
-"""Operators made of others: rows and columns, other units, and weighted sums."""
+"""Operators made of others: rows and columns, other units, weighted sums, and damping.
+
+Those that follow from positive semi-definite ones say so by an attribute ``positive_semidefinite``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,32 @@ from torch import Tensor
 
 from .base import LinearOperator
 
-__all__ = ["Combination", "Scaled", "Submatrix"]
+__all__ = ["Combination", "Scaled", "Shifted", "Submatrix", "damped_system", "is_positive_semidefinite"]
+
+
+def is_positive_semidefinite(operator: LinearOperator) -> bool:
+    """Whether an operator declares to be symmetric and positive semi-definite; one that declares nothing does not."""
+    return bool(getattr(operator, "positive_semidefinite", False))
+
+
+def damped_system(operator: LinearOperator, damping: float) -> tuple[LinearOperator, float]:
+    """The least-squares problem ``min_x ‖A x − g‖² + ρ²‖x‖²`` that stands for a damped system.
+
+    Where the operator is a symmetric positive semi-definite ``C``, the system is ``(C + λ) x = g``, as every solver has
+    it: ``A = C + λ`` and ``ρ = 0``. With a rectangular or indefinite operator that would mean nothing, or could turn
+    an eigenvalue ``−λ`` to zero; ``A`` is then the operator itself and ``ρ = λ``, which makes ``√(c² + λ²)`` of an
+    eigenvalue ``c``.
+
+    Args:
+        operator: A matrix ``(rows, cols)``.
+        damping: ``λ ≥ 0``.
+
+    Returns:
+        ``A`` and ``ρ``.
+    """
+    if damping and is_positive_semidefinite(operator):
+        return Shifted(operator, damping), 0.0
+    return operator, damping
 
 
 class _View:
@@ -44,6 +72,13 @@ class Submatrix(_View):
         self.shape = (size if rows is None else rows.numel(), size if cols is None else cols.numel())
 
     @property
+    def positive_semidefinite(self) -> bool:
+        """Whether the curvature is positive semi-definite, and the rows are the columns."""
+        rows, cols = self._rows, self._cols
+        same = rows is cols or (rows is not None and cols is not None and torch.equal(rows, cols))
+        return same and is_positive_semidefinite(self._operator)
+
+    @property
     def T(self) -> Submatrix:
         """The transpose ``C[cols, rows]``."""
         return Submatrix(self._operator, self._cols, self._rows)
@@ -75,6 +110,11 @@ class Scaled(_View):
         super().__init__(operator)
         self._units, self._rows, self.shape = units, rows, operator.shape
 
+    @property
+    def positive_semidefinite(self) -> bool:
+        """Whether the operator is positive semi-definite, and its rows are scaled like its columns."""
+        return self._rows and is_positive_semidefinite(self._operator)
+
     def matvec(self, vectors: Tensor) -> Tensor:
         """``(cols,) → (rows,)``, or ``(cols, q) → (rows, q)``."""
         image = self._operator.matvec(self._times_units(vectors))
@@ -92,6 +132,34 @@ class Scaled(_View):
         return Scaled(self._operator.draw(seed), self._units, rows=self._rows)  # type: ignore[attr-defined]
 
 
+class Shifted(_View):
+    """``C + λ``: a symmetric operator with all eigenvalues larger by the damping.
+
+    Args:
+        operator: ``C``, ``(n, n)``, symmetric.
+        shift: ``λ ≥ 0``.
+    """
+
+    def __init__(self, operator: LinearOperator, shift: float) -> None:
+        super().__init__(operator)
+        self._shift, self.shape = shift, operator.shape
+
+    @property
+    def positive_semidefinite(self) -> bool:
+        """Whether ``C`` is positive semi-definite."""
+        return is_positive_semidefinite(self._operator)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``(n,) → (n,)``, or ``(n, q) → (n, q)``."""
+        return self._operator.matvec(vectors) + self._shift * vectors
+
+    rmatvec = matvec
+
+    def draw(self, seed: int) -> Shifted:
+        """The same shift of the curvature over a random batch, see :meth:`Curvature.draw`."""
+        return Shifted(self._operator.draw(seed), self._shift)  # type: ignore[attr-defined]
+
+
 class Combination:
     """``Σ wᵢ Cᵢ`` of symmetric operators ``(p, p)``.
 
@@ -103,6 +171,11 @@ class Combination:
         self._terms = terms
         (_, first), *_ = terms
         self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
+
+    @property
+    def positive_semidefinite(self) -> bool:
+        """Whether all terms are positive semi-definite, and no weight is negative."""
+        return all(weight >= 0 and is_positive_semidefinite(operator) for weight, operator in self._terms)
 
     @property
     def products(self) -> int:

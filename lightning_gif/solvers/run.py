@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import ConvergenceError
 from .base import LinearOperator, SolveOptions
+from .operators import damped_system
 from .recorder import Outcome, SolveRecorder
 from .solution import Solution, Status
 from .vectors import check_shape, columns, norms, require_finite
@@ -50,17 +51,18 @@ class Run:
 
     Args:
         solver: The registered name of the solver.
-        operator: ``A``, ``(rows, cols)``.
+        operator: A matrix ``(rows, cols)``.
         rhs: ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
         options: The options of the solve.
 
     Attributes:
+        operator: ``A``: the matrix, or with its damping, see :func:`~lightning_gif.solvers.operators.damped_system`.
+        damping: ``λ``, so far as it is not a part of ``A``.
         active: The positions of the right-hand sides that are not done, ``(a,)``.
         rhs: These right-hand sides, scaled, ``(rows, a)``.
         x: Their first iterates, ``(cols, a)``.
         difference: ``g − A x`` of these, ``(rows, a)``.
         normal: ``Aᵀ(g − A x) − λ²x`` of these, ``(cols, a)``.
-        damping: ``λ``.
         iterations: The number of iterations so far.
 
     Raises:
@@ -68,10 +70,10 @@ class Run:
     """
 
     def __init__(self, solver: str, operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> None:
-        self._solver, self._operator, self._options = solver, operator, options
+        self._solver, self._options = solver, options
+        self.operator, self.damping = damped_system(operator, options.damping)
         self._recorder = SolveRecorder(solver, operator, rhs, options)
         self.rhs = self._recorder.rhs
-        self.damping = options.damping
         self.iterations = 0
         self._traces = [_Trace() for _ in range(self.rhs.shape[1])]
         self.active = torch.arange(self.rhs.shape[1])
@@ -110,12 +112,12 @@ class Run:
     def matvec(self, vectors: Tensor) -> Tensor:
         """``A V`` for the active columns, counted for each of them."""
         self._count()
-        return self._operator.matvec(vectors)
+        return self.operator.matvec(vectors)
 
     def rmatvec(self, vectors: Tensor) -> Tensor:
         """``Aᵀ V`` for the active columns, counted for each of them."""
         self._count()
-        return self._operator.rmatvec(vectors)
+        return self.operator.rmatvec(vectors)
 
     def _count(self) -> None:
         for column in self.active:
@@ -249,6 +251,7 @@ class Run:
         Args:
             iterations: The number of iterations, for a solver that does not record each of them.
         """
+        shift = self._options.damping - self.damping  # all or nothing of it is a part of A
         return self._recorder.solutions(
             [
                 Outcome(
@@ -257,7 +260,7 @@ class Run:
                     iterations=trace.iterations if iterations is None or not trace.iterations else iterations,
                     residual=trace.smallest,
                     unexplained=trace.unexplained,
-                    sigma_max=trace.sigma,
+                    sigma_max=max(trace.sigma - shift, 0.0),
                     residuals=trace.residuals,
                     share=trace.products,
                 )

@@ -47,10 +47,12 @@ class Solution:
         hvps: The number of Hessian-vector products, including those that estimate ``sigma_max``.
         examples: The number of examples that these products went through.
         residual: The residual of ``x``, by which convergence is judged: for least squares that of the normal equations,
-            ``‖Aᵀ(g − A x) − λ²x‖ / ‖Aᵀg‖``; for ``cg``, ``nystrom`` and ``truncated_newton``
-            ``‖g − (C + λ)x‖ / ‖g‖``. It is 0 at the exact solution.
-        unexplained: The unexplained share ``‖A x − g‖ / ‖g‖``; where ``C + λ`` is inverted, with ``C + λ`` for ``A``.
-        sigma_max: The largest singular value of ``A`` that the solve has met: an estimate from below.
+            ``‖Aᵀ(g − A x) − λ²x‖ / ‖Aᵀg‖``, or ``‖Aᵀ(g − A x)‖ / ‖Aᵀg‖`` with ``A = C + λ`` for a positive
+            semi-definite ``C``; for ``cg``, ``nystrom`` and ``truncated_newton`` ``‖g − (C + λ)x‖ / ‖g‖``. It is 0 at
+            the exact solution.
+        unexplained: The unexplained share ``‖A x − g‖ / ‖g‖``, with the same ``A``.
+        sigma_max: The largest singular value of the matrix, without damping, that the solve has met: an estimate from
+            below.
         rtol: The residual that counts as converged.
         damping: ``λ``, see :attr:`SolveOptions.damping <lightning_gif.solvers.SolveOptions>`.
         seconds: Wall time for all right-hand sides that were solved together.

@@ -57,9 +57,9 @@ def stochastic_lissa(
         ConvergenceError: If the batches show no curvature, or the steps diverge.
         NonFiniteError: If a product or an iterate is not finite.
     """
-    draw: Any = operator.draw  # type: ignore[attr-defined]  # it is declared to be required
     run = Run("stochastic_lissa", operator, rhs, replace(options, max_iter=1))
-    max_iter, damping = options.max_iter, options.damping
+    draw: Any = run.operator.draw  # type: ignore[attr-defined]  # it is declared to be required
+    max_iter, damping = options.max_iter, run.damping
     if run.running:
         generator = torch.Generator().manual_seed(options.seed)
 
