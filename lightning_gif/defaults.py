@@ -10,43 +10,27 @@ from .curvature.methods import METHODS
 from .curvature.products import CURVATURES
 from .curvature.sampling import SAMPLERS
 from .selection import check_selector, is_name
-from .solvers import SOLVERS
+from .solvers import SOLVERS, cg, lsmr, nystrom
 
 __all__ = [
     "check_names",
-    "curvature",
     "for_influence",
     "for_relinearised_step",
     "for_unlearning",
     "is_sketch",
-    "max_iter",
     "needs_no_cache",
-    "requires_symmetric_psd",
-    "rtol",
-    "sample_size",
-    "shares_products",
 ]
 
 
 # The solvers for least squares, for a symmetric curvature, and for many queries that share it. "Products to a
 # residual": LSMR takes the fewest products. "Scores that predict retraining": the sketch (LDS 0.563, 13 products a
 # query) is level with conjugate gradients for each query (0.556, 20 products).
-LEAST_SQUARES, SYMMETRIC, SKETCH = "lsmr", "cg", "nystrom"
+LEAST_SQUARES, SYMMETRIC, SKETCH = lsmr.name, cg.name, nystrom.name
 
 # Relative residual of the least squares of "gif" for scores. "What the tolerance buys for influence": LDS 0.071 at 1e-2
 # and 21 products, 0.121 at 1e-3 and 78, 0.175 at 1e-4 and 376, which 200 iterations do not reach for two queries in
 # five.
 INFLUENCE_RTOL = 1e-3
-
-# Damping of scores as a share of the largest eigenvalue, and the power iterations that estimate that. "Scores that
-# predict retraining": on the MLP this is 0.061 (LDS 0.563; 0.577 at half of it, 0.545 at 0.1), and the CNN is best with
-# more (0.35 at 0.3, 0.29 at 0.03).
-RELATIVE_DAMPING, POWER_ITERATIONS = 1e-3, 3
-
-# Examples that give the curvature. "Scores that predict retraining": `curvature_examples=512` costs 0.031 of LDS, all
-# examples gain 0.007, which is noise. "Every class forgotten": half as many save a fifth of the time where a class is
-# removed, and cost 0.02 to 0.06 points of accuracy.
-CURVATURE_EXAMPLES, CURVATURE_EXAMPLES_OF_CLASS_REMOVAL = 2048, 1024
 
 # Iterations of conjugate gradients for scores. "Scores that predict retraining": LDS 0.386 at 5, 0.517 at 10, 0.556 at
 # 20. More iterations follow the noise of the sample that the curvature is taken over.
@@ -63,20 +47,9 @@ SKETCH_RANK, LEAST_SKETCH_RANK = 512, 64
 # 512, in seven times as long.
 SELF_INFLUENCE_RANK = 64
 
-# Iterations of a solve without an `rtol`, and the most towards one. "What the settings of an edit buy": with 2
-# iterations a class is not forgotten, and 20 of each solve take three times as many products for a retained loss of
-# 0.065 instead of 0.067.
-ITERATIONS, MOST_ITERATIONS = 10, 200
-
 # Iterations of a solve that is followed by others, at the weights to which it leads. "What the settings of an edit
 # buy", row `max_iter=5`; for label correction "A backdoor repaired", row "eight iterations a solve".
 RELINEARISED_ITERATIONS, RELINEARISED_ITERATIONS_OF_LABELS = 5, 8
-
-# The residual that float32 can still tell from rounding: where none is asked for, a solve ends there before `max_iter`.
-LEAST_RTOL = 1e-4
-
-# Parameters up to which self-influence forms the curvature matrix, in as many products and at most 8 MiB.
-DENSE_PARAMETERS = 1024
 
 
 def check_names(settings: Settings) -> Settings:
@@ -95,19 +68,10 @@ def check_names(settings: Settings) -> Settings:
     return settings
 
 
-def requires_symmetric_psd(solver: str) -> bool:
-    """Whether a solver takes a symmetric operator without negative eigenvalues alone, and adds the damping to these."""
-    return solver in SOLVERS and getattr(SOLVERS[solver], "requires_symmetric_psd", solver in (SYMMETRIC, SKETCH))
-
-
-def shares_products(solver: str) -> bool:
-    """Whether a solver's products serve all right-hand sides, so that more of them cost no more."""
-    return solver in SOLVERS and getattr(SOLVERS[solver], "shares_products_across_rhs", solver == SKETCH)
-
-
 def is_sketch(solver: str) -> bool:
     """Whether a solver has a low-rank approximation in the place of the curvature, and ``max_iter`` for its rank."""
-    return requires_symmetric_psd(solver) and shares_products(solver)
+    declared = SOLVERS.get(solver)
+    return declared is not None and declared.requires_symmetric_psd and declared.shares_products_across_rhs
 
 
 def needs_no_cache(settings: Settings) -> bool:
@@ -167,36 +131,14 @@ def for_influence(
         return replace(chosen, damping=0.0 if settings.damping is None else settings.damping, rtol=tolerance)
     if itself:  # by a sketch, whatever solves for queries
         return replace(chosen, max_iter=settings.max_iter or SELF_INFLUENCE_RANK)
-    if settings.max_iter is None and settings.rtol is None and requires_symmetric_psd(solver):
+    if (
+        settings.max_iter is None
+        and settings.rtol is None
+        and solver in SOLVERS
+        and SOLVERS[solver].requires_symmetric_psd
+    ):
         return replace(chosen, max_iter=rank if is_sketch(solver) else INFLUENCE_ITERATIONS)
     return chosen
-
-
-def curvature(settings: Settings) -> str:
-    """The name of the curvature; the Hessian if it was left open to the end."""
-    return _chosen(settings.curvature, "hessian")
-
-
-def sample_size(settings: Settings, *, class_removal: bool = False) -> int | None:
-    """Over how many examples the curvature is taken, at most; ``None`` for all.
-
-    Args:
-        settings: As they were given.
-        class_removal: Whether these are the retained examples of a class removal.
-    """
-    if isinstance(settings.curvature_examples, str):
-        return CURVATURE_EXAMPLES_OF_CLASS_REMOVAL if class_removal else CURVATURE_EXAMPLES
-    return settings.curvature_examples
-
-
-def max_iter(settings: Settings) -> int:
-    """The most iterations of a solve."""
-    return settings.max_iter or (ITERATIONS if settings.rtol is None else MOST_ITERATIONS)
-
-
-def rtol(settings: Settings) -> float:
-    """The relative residual at which a solve ends."""
-    return LEAST_RTOL if settings.rtol is None else settings.rtol
 
 
 def _chosen(name: str, default: str) -> str:

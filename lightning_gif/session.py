@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 from ._compat import Trainer, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
 from .config import Overrides, Settings
 from .curvature.products import has_gauss_newton
+from .curvature.sampling import sample_size
 from .data.examples import Examples, warn_if_random
 from .data.identity import check_same_everywhere, shares_examples
 from .data.structure import describe, tensors
-from .defaults import for_influence, needs_no_cache, sample_size
+from .defaults import for_influence, needs_no_cache
 from .distributed import ProcessGroup
 from .errors import BatchError, ConfigurationError, GIFWarning, SelectionError, TrainingDataError
 from .objective.objective import Objective

@@ -25,9 +25,8 @@ from lightning_gif import (
     GIFWarning,
     InfluenceReport,
     attach,
-    defaults,
 )
-from lightning_gif.curvature import memory
+from lightning_gif.curvature import by_solver, memory
 from lightning_gif.curvature.by_solver import SolverInverse
 from lightning_gif.data.batch import Batch
 from lightning_gif.data.examples import Examples
@@ -517,7 +516,7 @@ def test_many_queries_with_a_discrepancy_are_solved_by_a_solver_that_stops_there
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_self_influence_is_each_gradient_in_the_inverse_curvature(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(defaults, "DENSE_PARAMETERS", 1024 if exact else 1)
+    monkeypatch.setattr(by_solver, "DENSE_PARAMETERS", 1024 if exact else 1)
     module, dataset = Classifier().double(), blobs(60)
     report = open_trainer(module, dataset, max_iter=83, batch_size=7).self_influence()
     assert report.scores.shape == (1, 60)
@@ -530,14 +529,14 @@ def test_a_sketch_of_small_rank_overestimates_self_influence_and_keeps_its_order
     trainer, _, _ = fitted()
     exact = trainer.self_influence().scores[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(defaults, "DENSE_PARAMETERS", 1)
+        patch.setattr(by_solver, "DENSE_PARAMETERS", 1)
         rough = trainer.self_influence(max_iter=20).scores[0]
     assert (rough > 0.999 * exact).all()
     assert torch.corrcoef(torch.stack([rough.argsort().argsort(), exact.argsort().argsort()]).double())[0, 1] > 0.9
 
 
 def test_the_sketch_for_self_influence_has_rank_64_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(defaults, "DENSE_PARAMETERS", 1)
+    monkeypatch.setattr(by_solver, "DENSE_PARAMETERS", 1)
     trainer, _, _ = fitted()
     report = trainer.self_influence()
     assert report.settings["max_iter"] == 64

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_gif import SOLVERS, ConfigurationError, GIFCallback, attach, defaults
+from lightning_gif import SOLVERS, ConfigurationError, GIFCallback, attach
 from lightning_gif.config import Settings
-from lightning_gif.curvature import memory
+from lightning_gif.curvature import by_solver, memory
 from lightning_gif.curvature.by_solver import (
     DenseInverse,
     SketchInverse,
@@ -93,8 +93,8 @@ def test_which_inverse_is_taken() -> None:
     queries = {name: inverse_for_queries(settings(solver=name)) for name in SOLVERS}
     assert queries == {**dict.fromkeys(SOLVERS, SolverInverse), "nystrom": SketchInverse}
     for name in SOLVERS:
-        assert inverse_for_self_influence(settings(solver=name), defaults.DENSE_PARAMETERS) is DenseInverse
-        assert inverse_for_self_influence(settings(solver=name), defaults.DENSE_PARAMETERS + 1) is SketchInverse
+        assert inverse_for_self_influence(settings(solver=name), by_solver.DENSE_PARAMETERS) is DenseInverse
+        assert inverse_for_self_influence(settings(solver=name), by_solver.DENSE_PARAMETERS + 1) is SketchInverse
 
 
 class Identity(InverseCurvature):
@@ -123,7 +123,7 @@ class Identity(InverseCurvature):
 
 
 def test_an_inverse_of_ones_own_is_one_class_and_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(defaults, "DENSE_PARAMETERS", 1)
+    monkeypatch.setattr(by_solver, "DENSE_PARAMETERS", 1)
     dataset, trainer = blobs(30), make_trainer()
     module = Classifier()
     with pytest.raises(ConfigurationError, match="Unknown solver 'identity'"):

@@ -12,10 +12,9 @@ from torch.utils.data import TensorDataset
 
 from lightning_gif import SAMPLERS, ConfigurationError, GIFCallback, attach
 from lightning_gif.curvature.products import hessian
-from lightning_gif.curvature.sampling import curvature_sample
+from lightning_gif.curvature.sampling import curvature_sample, sample_size
 from lightning_gif.curvature.streaming import Curvature
 from lightning_gif.data.examples import Examples
-from lightning_gif.defaults import sample_size
 from lightning_gif.objective.objective import Objective
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer

@@ -7,20 +7,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..config import Settings
 from ..data.examples import Examples
 from ..errors import ConfigurationError
 from ..objective.objective import Objective
 from ..objective.outputs import features, predictions
 from ..registry import Registry
 
-__all__ = ["SAMPLERS", "Sampler", "curvature_sample"]
+__all__ = ["CURVATURE_EXAMPLES", "SAMPLERS", "Sampler", "curvature_sample", "sample_size"]
 
+
+# Examples that give the curvature. "Scores that predict retraining": `curvature_examples=512` costs 0.031 of LDS, all
+# examples gain 0.007, which is noise.
+CURVATURE_EXAMPLES = 2048
 
 Sampler = Callable[[Objective, Examples, int, torch.Generator], Tensor]
 """``(objective, n examples, m, generator) →`` the positions ``(m,)`` of the examples drawn, without repetition."""
 
 SAMPLERS: Registry[Sampler] = Registry("curvature sampling")
 """All samplers by name; :meth:`Registry.register` adds one."""
+
+
+def sample_size(settings: Settings) -> int | None:
+    """The most examples that the curvature is taken over; ``None`` for all."""
+    chosen = settings.curvature_examples
+    return CURVATURE_EXAMPLES if isinstance(chosen, str) else chosen
 
 
 def curvature_sample(objective: Objective, examples: Examples, count: int | None, how: str, seed: int) -> Examples:

@@ -9,20 +9,35 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import defaults
 from .._compat import rank_zero_warn
-from ..config import Settings
+from ..config import AUTO, Settings
 from ..data.examples import Examples
 from ..errors import ConfigurationError, ConvergenceError, ConvergenceWarning
 from ..objective.objective import Objective
-from ..solvers import SOLVERS, LinearOperator, Solution, Status, require_finite, spectrum, truncated_newton
+from ..solvers import SOLVERS, LinearOperator, Solution, Status, lsmr, require_finite, spectrum, truncated_newton
 from ..solvers.vectors import norms
 from .memory import bytes_to_keep
 from .products import CURVATURES, Losses
 from .streaming import Curvature
 
-__all__ = ["describe", "newton", "open_curvature", "solve", "solve_with_relative_damping", "warn_unconverged"]
+__all__ = [
+    "describe",
+    "max_iter",
+    "newton",
+    "open_curvature",
+    "solve",
+    "solve_with_relative_damping",
+    "warn_unconverged",
+]
 
+
+# Iterations of a solve without an `rtol`, and the most towards one. "What the settings of an edit buy": with 2
+# iterations a class is not forgotten, and 20 of each solve take three times as many products for a retained loss of
+# 0.065 instead of 0.067.
+_ITERATIONS, _MOST_ITERATIONS = 10, 200
+
+# The residual that float32 can still tell from rounding: where none is asked for, a solve ends there before `max_iter`.
+_LEAST_RTOL = 1e-4
 
 _ADVICE = {
     Status.MAX_ITER: (
@@ -61,7 +76,7 @@ def open_curvature(
         on_product: Called at each product.
     """
     return Curvature(
-        CURVATURES[defaults.curvature(settings)](losses or objective),
+        CURVATURES[_kind(settings)](losses or objective),
         objective.theta if theta is None else theta,
         examples,
         weight_decay=float(settings.weight_decay if weight_decay is None else weight_decay),
@@ -78,7 +93,7 @@ def describe(settings: Settings, curvature: Curvature) -> dict[str, Any]:
     eigenvalues: dict[str, Any] = {}
     if settings.eigenvalues:
         eigenvalues = asdict(spectrum(curvature, settings.eigenvalues, seed=settings.seed))
-    return {"kind": defaults.curvature(settings), **curvature.summary(), **eigenvalues}
+    return {"kind": _kind(settings), **curvature.summary(), **eigenvalues}
 
 
 def solve(settings: Settings, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
@@ -102,8 +117,8 @@ def solve(settings: Settings, operator: LinearOperator, rhs: Tensor) -> list[Sol
         operator,
         rhs,
         damping=float(settings.damping or 0.0),
-        rtol=defaults.rtol(settings),
-        max_iter=defaults.max_iter(settings),
+        rtol=_rtol(settings),
+        max_iter=max_iter(settings),
         seed=settings.seed,
         discrepancy=settings.discrepancy,
     )
@@ -167,8 +182,8 @@ def newton(settings: Settings, operator: LinearOperator, rhs: Tensor, relative: 
         rhs,
         damping=float(settings.damping or 0.0),
         relative=relative,
-        rtol=defaults.rtol(settings),
-        max_iter=defaults.max_iter(settings),
+        rtol=_rtol(settings),
+        max_iter=max_iter(settings),
     )
     warn_unconverged(settings, [solution], is_newton=True)
     return solution, bend
@@ -201,8 +216,8 @@ def warn_unconverged(settings: Settings, solutions: list[Solution], *, is_newton
     worst = max(short, key=lambda solution: solution.residual)
     several = f" ({len(short)} of {len(solutions)} queries; this is the worst)" if len(solutions) > 1 else ""
     advice = _ADVICE[worst.status]
-    if worst.status is Status.MAX_ITER and not is_newton and worst.solver != defaults.LEAST_SQUARES:
-        advice += f", or use solver={defaults.LEAST_SQUARES!r}"
+    if worst.status is Status.MAX_ITER and not is_newton and worst.solver != lsmr.name:
+        advice += f", or use solver={lsmr.name!r}"
     asked = "no rtol was given" if settings.rtol is None else f"rtol is {settings.rtol:g}"
     larger = "" if worst.status is Status.INDEFINITE else "a larger `rtol` or "
     message = (
@@ -213,3 +228,18 @@ def warn_unconverged(settings: Settings, solutions: list[Solution], *, is_newton
     if settings.unconverged == "raise":
         raise ConvergenceError(message)
     rank_zero_warn(message, category=ConvergenceWarning)
+
+
+def _kind(settings: Settings) -> str:
+    """The name of the curvature; the Hessian if it was left open to the end."""
+    return "hessian" if settings.curvature == AUTO else settings.curvature
+
+
+def max_iter(settings: Settings) -> int:
+    """The most iterations of a solve."""
+    return settings.max_iter or (_ITERATIONS if settings.rtol is None else _MOST_ITERATIONS)
+
+
+def _rtol(settings: Settings) -> float:
+    """The relative residual at which a solve ends."""
+    return _LEAST_RTOL if settings.rtol is None else settings.rtol
