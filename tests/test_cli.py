@@ -209,7 +209,7 @@ def test_a_checkpoint_in_its_place_is_kept_where_its_folder_is_not_told_to_be_on
     with monkeypatch.context() as patch:
         patch.setattr("lightning_gif.storage.atomic.sync", failing)
         assert unlearn("--record", "deletions.jsonl") == 2
-    assert "is written, and in its place" in capsys.readouterr().err
+    assert "is written and in its place" in capsys.readouterr().err
     assert [entry["event"] for entry in read("deletions.jsonl").entries] == ["unlearn"]
     assert verify("deletions.jsonl", edits="edit.safetensors", checkpoint="b.ckpt").ok
 
