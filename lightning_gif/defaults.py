@@ -122,7 +122,8 @@ def for_influence(
     square = METHODS[method].rows == METHODS[method].cols
     matrix = _chosen(settings.curvature, "ggn" if square and ggn else "hessian")
     rank = min(SKETCH_RANK, queries * INFLUENCE_ITERATIONS) if settings.max_iter is None else settings.max_iter
-    shared = queries >= SKETCH_QUERIES and rank >= LEAST_SKETCH_RANK and settings.rtol is None
+    asks_for_more = settings.rtol is not None or settings.discrepancy > 0  # than a sketch can give
+    shared = queries >= SKETCH_QUERIES and rank >= LEAST_SKETCH_RANK and not asks_for_more
     symmetric = SKETCH if shared else SYMMETRIC
     solver = _chosen(settings.solver, symmetric if square and matrix == "ggn" else LEAST_SQUARES)
     chosen = replace(settings, method=method, curvature=matrix, solver=solver)

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -183,7 +182,6 @@ def test_ctrl_c_while_hooks_are_removed_leaves_none(monkeypatch: pytest.MonkeyPa
     assert hooks() == before
 
 
-<<<<<<< HEAD
 def test_an_interrupt_while_a_report_is_logged_leaves_the_weights() -> None:
     class Interrupted:
         def log_metrics(self, metrics: dict[str, float], step: int) -> None:
@@ -192,18 +190,6 @@ def test_an_interrupt_while_a_report_is_logged_leaves_the_weights() -> None:
     trainer, module, data = fitted()
     trainer.loggers = [Interrupted()]
     before = weights(module)
-=======
-def test_an_interrupt_while_a_report_is_logged_leaves_the_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer, module, data = fitted(logger=CSVLogger(tmp_path))
-    before = weights(module)
-
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(UnlearnReport, "log", interrupted)
->>>>>>> rep
     with pytest.raises(KeyboardInterrupt):
         trainer.unlearn(batch_of(data, slice(4)), step=1.0)
     assert same_weights(before, weights(module))

@@ -16,6 +16,7 @@ from lightning_gif.curvature.sampling import curvature_sample, sample_size
 from lightning_gif.curvature.streaming import Curvature
 from lightning_gif.data.examples import Examples
 from lightning_gif.objective.objective import Objective
+from lightning_gif.unlearning.goals import ClassRemoval, ExampleRemoval, LabelCorrection
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 from .nets import Regressor
@@ -146,7 +147,9 @@ def test_the_forgotten_examples_are_not_among_the_curvature_examples() -> None:
 
 def test_fewer_examples_give_the_curvature_where_a_class_is_forgotten_unless_a_number_is_given() -> None:
     settings = GIFCallback().settings
-    assert (sample_size(settings), sample_size(settings, class_removal=True)) == (2048, 1024)
+    assert sample_size(settings) == 2048
+    sizes = {goal: goal().sample_size(settings) for goal in (ExampleRemoval, LabelCorrection, ClassRemoval)}
+    assert sizes == {ExampleRemoval: 2048, LabelCorrection: 2048, ClassRemoval: 1024}
     for given in (3000, None):
         settings = GIFCallback(curvature_examples=given).settings
-        assert sample_size(settings) == sample_size(settings, class_removal=True) == given
+        assert sample_size(settings) == ClassRemoval().sample_size(settings) == given

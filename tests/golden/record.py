@@ -118,7 +118,8 @@ def results(name: str, world: int) -> dict[str, tuple[str, float]]:
 
 def compute(name: str, world: int) -> dict[str, tuple[str, float]]:
     """What :func:`results` finds in processes of their own."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    left = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")  # by tests before this one
+    clean = {key: value for key, value in os.environ.items() if key not in left}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(FOLDER / "record.py"), name, str(world), folder]
         done = subprocess.run(
