@@ -192,7 +192,7 @@ def test_bad_k(k: Any) -> None:
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        ("serch", ["Unknown step 'serch'", "Did you mean 'search'?"]),
+        ("serch", ["Unknown `step` strategy 'serch'", "Did you mean 'search'?"]),
         *((bad, ["a finite number, or a function", f"got {bad!r}"]) for bad in (True, math.nan, math.inf, None, [1.0])),
     ],
 )

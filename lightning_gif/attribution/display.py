@@ -41,7 +41,8 @@ def text(record: InfluenceRecord) -> str:
         f"Influence of {record.n_train} training examples on {on}{averaged}"
         f" ({record.settings['method']}, {record.targets.count} target parameters{_solve(record)};"
         f" {record.seconds:.1f} s)",
-        f"score = predicted change of {_whose(record)} loss if the example were removed; examples by dataset index",
+        f"score = predicted change of {_whose(record)} {_measured(record)} if the example were removed; examples by"
+        " dataset index",
     ]
     for query in range(min(queries, MOST_QUERIES)):
         for end, ranking in _ends(record).items():
@@ -51,6 +52,11 @@ def text(record: InfluenceRecord) -> str:
     if queries > MOST_QUERIES:
         lines.append(f"and {queries - MOST_QUERIES} more queries, see proponents() and opponents()")
     return "\n".join(lines)
+
+
+def _measured(record: InfluenceRecord) -> str:
+    """What a query measures. Proponents raise it, which is good or bad depending on what it is."""
+    return "measurement" if record.settings.get("measures") == "influence_measurement" else "loss"
 
 
 def _solve(record: InfluenceRecord) -> str:

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,7 +94,7 @@ def group_scores(names: Iterable[Hashable], scores: Tensor, meaning: str) -> Gro
     """
     numbers: dict[Any, int] = {}
     try:
-        members = torch.tensor([numbers.setdefault(_one_nan(name), len(numbers)) for name in names])
+        members = torch.tensor([numbers.setdefault(_plain(name), len(numbers)) for name in names])
     except TypeError as error:
         raise ConfigurationError(
             f"`groups` must give one name or number for each example ({error}); of several, make a tuple."
@@ -144,6 +145,12 @@ def values_of(column: Sequence[Any] | Tensor | Mapping[int, Any], indices: Tenso
     return [values[index] for index in wanted]
 
 
-def _one_nan(name: Any) -> Any:
-    """The name itself, but the same object for each NaN, as which tables hold missing values: NaN equals nothing."""
+def _plain(name: Any) -> Any:
+    """The name as what equal names share: tensors and arrays of one value are hashed by identity, NaN equals nothing.
+
+    Args:
+        name: What a user's function gave; tables hold missing values as NaN.
+    """
+    if isinstance(name, (Tensor, np.ndarray, np.generic)) and name.ndim == 0:
+        name = name.item()
     return math.nan if isinstance(name, float) and math.isnan(name) else name

@@ -121,7 +121,11 @@ def influence(
         k=k,
         dataset=train.dataset,
         queries=first_shown(query),
-        settings={**asdict(replace(settings, damping=present.damping)), "snapshots": list(states or {})},
+        settings={
+            **asdict(replace(settings, damping=present.damping)),
+            "snapshots": list(states or {}),
+            "measures": objective.measures,
+        },
         seconds=time.perf_counter() - begin,
         context=context or CallContext(),
     )

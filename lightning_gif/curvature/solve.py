@@ -123,6 +123,12 @@ def solve(settings: Settings, operator: LinearOperator, rhs: Tensor) -> list[Sol
         discrepancy=settings.discrepancy,
     )
     solutions = result if isinstance(result, list) else [result]
+    if not all(isinstance(solution, Solution) for solution in solutions):
+        raise ConfigurationError(
+            f"The solver {settings.solver!r} must give a lightning_gif.solvers.Solution, or a list of them, got"
+            f" {type(result).__name__}. To change what a solver does, call one and change its solution:"
+            " dataclasses.replace(lightning_gif.solvers.lsmr(operator, rhs, **options), x=...)."
+        )
     expected = (operator.shape[1],)
     if len(solutions) != (1 if rhs.ndim == 1 else rhs.shape[1]) or any(s.x.shape != expected for s in solutions):
         raise ConfigurationError(

@@ -77,6 +77,11 @@ class Objective:
         self._directional: derivatives.DirectionalDerivatives = derivatives.forward_mode
         self._reference: Any = None  # the structure of training batches
 
+    @property
+    def measures(self) -> str:
+        """What a query measures: ``"loss"``, or ``"influence_measurement"`` if the module defines that."""
+        return "influence_measurement" if self._own_measurement else "loss"
+
     @staticmethod
     def check_module(module: LightningModule) -> None:
         """Raises a :class:`~lightning_gif.errors.ConfigurationError` if the module cannot give a loss.

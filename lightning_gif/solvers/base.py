@@ -229,7 +229,8 @@ class SolverRegistry(Registry[Solver]):
     """The solvers by name.
 
     A plain function ``(operator, rhs, *, damping, rtol, max_iter, seed, discrepancy)`` can be registered as it is. It
-    declares nothing: it is taken to solve any matrix in the least-squares sense. For one that declares more, register
+    is called with one right-hand side ``(rows,)`` at a time. It declares nothing: it is taken to solve any matrix in
+    the least-squares sense. For one that declares more, register
     a :class:`Solver`. Either gets the damping as it was asked for;
     :func:`~lightning_gif.solvers.operators.damped_system` makes a least-squares problem of it.
 
@@ -260,13 +261,20 @@ class SolverRegistry(Registry[Solver]):
 
 
 def _with_keywords(function: Algorithm) -> Algorithm:
-    """An algorithm that hands its options to a function as keywords; a start only where there is one."""
+    """An algorithm that hands its options to a function as keywords, and one right-hand side at a time.
+
+    A start is only handed on where there is one.
+    """
 
     def algorithm(operator: LinearOperator, rhs: Tensor, options: SolveOptions, **own: Any) -> Any:
         keywords = {one.name: getattr(options, one.name) for one in fields(options)}
         if options.start is None:
             del keywords["start"]
-        return function(operator, rhs, **keywords, **own)
+        if rhs.ndim == 1:
+            return function(operator, rhs, **keywords, **own)
+        starts = [{}] * rhs.shape[1] if options.start is None else [{"start": one} for one in options.start.T]
+        columns = zip(rhs.T, starts, strict=True)
+        return [function(operator, column, **{**keywords, **start}, **own) for column, start in columns]
 
     algorithm.__doc__ = function.__doc__
     return algorithm

@@ -21,7 +21,7 @@ _ROUNDING = 1e-6
 Strategy = Callable[[EditProblem], Trial]
 """From the problem to one of the trials that were evaluated."""
 
-STRATEGIES: Registry[Strategy] = Registry("step")
+STRATEGIES: Registry[Strategy] = Registry("`step` strategy")
 """All strategies by name; :meth:`Registry.register` adds one."""
 
 
