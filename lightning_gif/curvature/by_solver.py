@@ -48,8 +48,11 @@ def inverse_for_queries(settings: Settings) -> type[InverseCurvature]:
 
 
 def inverse_for_self_influence(settings: Settings, size: int) -> type[InverseCurvature]:
-    """The inverse that gives the quadratic form over ``size`` target parameters: exact if they are few, or a sketch."""
-    if size <= DENSE_PARAMETERS:
+    """The inverse that gives the quadratic form over ``size`` target parameters.
+
+    For solvers it is exact if the parameters are few, and a sketch otherwise. A name that is no solver has its own.
+    """
+    if settings.solver in SOLVERS and size <= DENSE_PARAMETERS:
         return DenseInverse
     return INVERSES.get(settings.solver, SketchInverse)
 
