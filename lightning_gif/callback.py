@@ -423,6 +423,7 @@ class GIFCallback(Callback):
             ConvergenceError: If a solve diverges, or does not converge and ``unconverged="raise"``.
         """
         asked = check_names(self.settings.override(overrides, _keywords(self.influence)))
+        _check_shown(k)
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < k):
             raise ConfigurationError(
                 f"`keep` must be None or a whole number of at least k={k}, the number of examples shown, got {keep!r}."
@@ -432,7 +433,6 @@ class GIFCallback(Callback):
                 "`scores_to` writes all scores, and `keep` keeps only the strongest: give one of them."
             )
         states = _snapshot_states(self.tracker, snapshots)
-        _check_shown(k)
         choice: TargetsChoice = "cached" if targets is None else targets
         on_targets = _are_on_targets(targets, overrides)
         settings = for_influence(asked, ggn=True, on_targets=on_targets)

@@ -86,8 +86,13 @@ def for_unlearning(settings: Settings) -> Settings:
     Left open is what differs between the solves of an edit: the curvature and the number of iterations, see
     :func:`for_relinearised_step`, and the damping, which is 0 or measured by
     :func:`~lightning_gif.curvature.solve.solve_with_relative_damping`.
+
+    Raises:
+        ConfigurationError: For an inverse curvature that is no solver, which serves scores alone.
     """
-    return replace(settings, method=_chosen(settings.method, "gif"), solver=_chosen(settings.solver, LEAST_SQUARES))
+    solver = _chosen(settings.solver, LEAST_SQUARES)
+    SOLVERS[solver]
+    return replace(settings, method=_chosen(settings.method, "gif"), solver=solver)
 
 
 def for_relinearised_step(settings: Settings, *, labels: bool, convex: bool) -> Settings:

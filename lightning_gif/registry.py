@@ -1,4 +1,4 @@
-"""Registries of named choices: selectors, solvers, methods, samplers and strategies."""
+"""Registries of named choices: selectors, solvers, inverses, methods, samplers, goals and strategies."""
 
 from __future__ import annotations
 

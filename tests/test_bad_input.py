@@ -187,6 +187,8 @@ def test_bad_k(k: Any) -> None:
     trainer, module, batch = ready()
     with refused(module, ConfigurationError, "`k`", "at least 1", f"got {k!r}"):
         trainer.influence(batch, k=k)
+    with refused(module, ConfigurationError, "`k`", "at least 1", f"got {k!r}"):
+        trainer.influence(batch, k=k, keep=5)
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,7 @@ class Identity(InverseCurvature):
         return {"kind": "identity"}
 
 
-def test_an_inverse_of_ones_own_is_one_class_and_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by_solver, "DENSE_PARAMETERS", 1)
+def test_an_inverse_of_ones_own_is_one_class_and_one_name() -> None:
     dataset, trainer = blobs(30), make_trainer()
     module = Classifier()
     with pytest.raises(ConfigurationError, match="Unknown solver 'identity'"):
@@ -134,6 +133,8 @@ def test_an_inverse_of_ones_own_is_one_class_and_one_name(monkeypatch: pytest.Mo
         attach(trainer, module, train_dataloaders=loader(dataset), callback=callback)
         report = trainer.influence(batch_of(dataset, slice(0, 5)), per_example=True)
         itself = trainer.self_influence()
+        with pytest.raises(ConfigurationError, match="Unknown solver 'identity'"):
+            trainer.unlearn([3, 17])
     finally:
         INVERSES._items.pop("identity")
     assert (report.curvature, report.settings["damping"]) == ({"kind": "identity"}, 0.5)

@@ -914,6 +914,14 @@ def test_old_names_of_attributes_work_and_name_the_new_ones(old: str, new: str) 
     assert caught[0].filename == __file__
 
 
+def test_the_old_name_of_the_processes_of_a_report_works() -> None:
+    trainer, _, dataset = fitted()
+    query = batch_of(dataset, [0, 1])
+    for report in (trainer.unlearn(query, step="natural", dry_run=True), trainer.influence(query)):
+        with pytest.warns(DeprecationWarning, match=rf"`{type(report).__name__}\.ranks` is now `processes`"):
+            assert report.ranks is report.processes
+
+
 def test_what_was_recorded_of_an_edit_cannot_be_assigned_to_and_what_is_known_of_the_trainer_can() -> None:
     trainer, module, dataset = fitted()
     report = trainer.unlearn(batch_of(dataset, [0, 1]), step="natural", dry_run=True)

@@ -49,6 +49,7 @@ from lightning_gif.unlearning import (
 )
 from lightning_gif.unlearning.advice import warn_cost, warn_refreshed_statistics
 from lightning_gif.unlearning.goals import Goal
+from lightning_gif.unlearning.memorization import PredictedShare, count_wrong
 from lightning_gif.unlearning.preconditioner import gradient_second_moment, preconditioner
 from lightning_gif.unlearning.protocol import GoalName, Limits
 from lightning_gif.unlearning.risk import QuantileMatchingLoss, bound_curvature
@@ -1731,6 +1732,30 @@ def test_a_new_goal_is_a_class_and_one_line() -> None:
         assert "goal: gentle" in str(report)
     finally:
         del GOALS._items["gentle"]
+
+
+def test_a_goal_may_count_predictions_beside_a_risk_of_losses() -> None:
+    """The losses of a term that is no function of the logits are not mistaken for one."""
+
+    @dataclass(frozen=True)
+    class Counted(ExampleRemoval):
+        name = "counted"
+
+        def memorization(self, task: Any) -> PredictedShare:
+            return PredictedShare(task.objective, task.forget_eval, count_wrong)
+
+    trainer, module, data = fitted()
+    options: dict[str, Any] = {"step": 0.5, "dry_run": True, "unseen": loader(blobs(24, seed=7))}
+    plain = trainer.unlearn(list(range(20)), **options)
+    GOALS.register("counted")(Counted)
+    try:
+        counted = trainer.unlearn(list(range(20)), **options)
+    finally:
+        del GOALS._items["counted"]
+    assert counted.goal == "counted"
+    assert [trial.risk for trial in counted.trials] == [trial.risk for trial in plain.trials]
+    x, y = batch_of(data, slice(0, 20))
+    assert counted.memorization[0] == pytest.approx(float((module(x).argmax(1) != y).double().mean()))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..errors import ConfigurationError
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Grouping", "Groups", "group_scores", "values_of"]
+__all__ = ["Grouping", "Groups", "group_scores", "import_pandas", "values_of"]
 
 
 Grouping: TypeAlias = "Sequence[Any] | Tensor | Mapping[int, Any] | Callable[[Any], Any]"
@@ -26,6 +27,19 @@ Grouping: TypeAlias = "Sequence[Any] | Tensor | Mapping[int, Any] | Callable[[An
 _MOST_SHOWN = 10  # of each end
 
 _WIDEST_NAME = 30
+
+
+def import_pandas() -> ModuleType:
+    """Pandas, which is optional.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed.
+    """
+    try:
+        import pandas
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("to_dataframe() needs pandas: pip install pandas.") from error
+    return pandas
 
 
 class Groups(NamedTuple):
@@ -54,10 +68,7 @@ class Groups(NamedTuple):
         Raises:
             ModuleNotFoundError: If pandas is not installed.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("to_dataframe() needs pandas: pip install pandas.") from error
+        pandas = import_pandas()
         columns = {"total": self.totals.numpy(), "count": self.counts.numpy(), "mean": self.means.numpy()}
         return pandas.DataFrame({"group": pandas.Series(self.names, dtype=object), **columns})
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._compat import isolate_rng
+from .._moved import renamed
 from ..data.examples import Examples
 from ..data.structure import map_tensors
 from ..distributed import ProcessGroup
@@ -18,7 +19,7 @@ from ..reporting.previews import Shown, label_of
 from ..storage.artifact import REMEDY, read_folder, write_folder
 from ..storage.schema import parse_errors_name
 from . import display
-from .groups import Grouping, Groups, group_scores, values_of
+from .groups import Grouping, Groups, group_scores, import_pandas, values_of
 from .record import MOST_QUERIES, InfluenceRecord
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class InfluenceReport(InfluenceRecord):
     loggers = ContextAttribute[Sequence[Any]]()
     global_step = ContextAttribute[int]()
     processes = ContextAttribute[ProcessGroup]()
+
+    ranks = renamed("InfluenceReport.ranks", "processes")
 
     def by_group(self, groups: Grouping | None = None, query: int | None = None) -> Groups:
         """The effect of removing whole groups of training examples on a query: the sums of their scores.
@@ -119,12 +122,8 @@ class InfluenceReport(InfluenceRecord):
         Raises:
             ModuleNotFoundError: If pandas is not installed.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("to_dataframe() needs pandas: pip install pandas.") from error
         queries, examples = self.scores.shape
-        return pandas.DataFrame(
+        return import_pandas().DataFrame(
             {
                 "query": torch.arange(queries).repeat_interleave(examples).numpy(),
                 "index": self.indices.expand(queries, -1).flatten().numpy(),

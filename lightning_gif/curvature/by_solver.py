@@ -48,8 +48,11 @@ def inverse_for_queries(settings: Settings) -> type[InverseCurvature]:
 
 
 def inverse_for_self_influence(settings: Settings, size: int) -> type[InverseCurvature]:
-    """The inverse that gives the quadratic form over ``size`` target parameters: exact if they are few, or a sketch."""
-    if size <= DENSE_PARAMETERS:
+    """The inverse that gives the quadratic form over ``size`` target parameters.
+
+    For solvers it is exact if the parameters are few, and a sketch otherwise. A name that is no solver has its own.
+    """
+    if settings.solver in SOLVERS and size <= DENSE_PARAMETERS:
         return DenseInverse
     return INVERSES.get(settings.solver, SketchInverse)
 
@@ -95,6 +98,7 @@ class SolverInverse(InverseCurvature):
         *,
         on_product: Callable[[], Any] = lambda: None,
     ) -> Self:
+        cls.check(objective, settings, method, positions)
         size, sampler, seed = sample_size(settings), settings.curvature_sampling, settings.seed
         examples = curvature_sample(objective, train, size, sampler, seed)
         examples = examples.cached(bytes_to_keep(settings, objective))
@@ -107,6 +111,10 @@ class SolverInverse(InverseCurvature):
             room = int(bytes_to_keep(settings, objective) // (_VECTORS * objective.theta.nbytes))
             block_size = min(max(room, 1), _MOST_TOGETHER)
         return cls(settings, curvature, method, positions, damping, decay, block_size)
+
+    @classmethod
+    def check(cls, objective: Objective, settings: Settings, method: Method, positions: Tensor) -> None:
+        """Refuses what cannot be fitted, before any work; see :meth:`fit` for the arguments."""
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         return self._method.query(self._curvature, self._positions, gradients, self._solve)
@@ -138,21 +146,8 @@ class SketchInverse(SolverInverse):
     decay_is_damping = True
 
     @classmethod
-    def fit(
-        cls,
-        objective: Objective,
-        train: Examples,
-        settings: Settings,
-        method: Method,
-        positions: Tensor,
-        *,
-        on_product: Callable[[], Any] = lambda: None,
-    ) -> Self:
-        """See :meth:`InverseCurvature.fit`.
-
-        Raises:
-            ConfigurationError: If the sketch does not fit into memory.
-        """
+    def check(cls, objective: Objective, settings: Settings, method: Method, positions: Tensor) -> None:
+        """Raises a :class:`~lightning_gif.errors.ConfigurationError` if the sketch does not fit into memory."""
         size = len(positions) if method.cols == "targets" else objective.space.size
         rank = min(max_iter(settings), size)
         check_fits(
@@ -163,7 +158,6 @@ class SketchInverse(SolverInverse):
             "Give a smaller `max_iter`, which is the rank, or fewer parameters (targets='cached'); solver='cg' needs no"
             " sketch for the scores of a query",
         )
-        return super().fit(objective, train, settings, method, positions, on_product=on_product)
 
     def _solve(self, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
         return solve(replace(self._settings, solver=nystrom.name), operator, rhs)

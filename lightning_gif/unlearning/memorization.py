@@ -112,18 +112,22 @@ class Measured(NamedTuple):
 def measure(task: Task, terms: list[RiskTerm], memorization: Memorization, theta: Tensor) -> Measured:
     """Measures the model at parameters ``(p,)``.
 
-    If the task knows the predictions, all numbers come from one pass over each set of examples.
+    If all of them are functions of the logits, they come from one pass over each set of examples.
     """
-    if isinstance(memorization, PredictedShare):
-        return _measure_at_once(task, terms, memorization, theta)
     objective = task.objective
+    of_logits = all(isinstance(term.losses, OutputLoss) and term.losses.outputs == objective.logits for term in terms)
+    if of_logits and isinstance(memorization, PredictedShare):
+        return _measure_at_once(task, terms, memorization, theta)
     losses = objective.all_losses(task.forget_eval, theta).double()
     retain = objective.mean_loss(task.retain_eval, theta)
     parts = []
     for term in terms:
         same = term.eval is task.retain_eval and term.losses is objective  # as has just been measured
         parts.append(retain if same else objective.mean(term.eval, term.losses.loss_sum, theta))
-    memorized = math.nan if memorization is None else memorization.of_losses(losses, theta)
+    if isinstance(memorization, MembershipAUROC):
+        memorized = memorization.of_losses(losses, theta)
+    else:
+        memorized = math.nan if memorization is None else memorization.at(theta)
     return Measured(float(losses.mean()), retain, parts, memorized)
 
 

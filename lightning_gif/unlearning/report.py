@@ -49,6 +49,7 @@ class UnlearnReport(EditRecord):
     path = renamed("UnlearnReport.path", "trials")
     steps = renamed("UnlearnReport.steps", "step_sizes")
     remembered = renamed("UnlearnReport.remembered", "memorization")
+    ranks = renamed("UnlearnReport.ranks", "processes")
 
     # ----------------------------------------------------------------------------------------------------------------
     # The edit
