@@ -1,4 +1,4 @@
-"""From nothing to a ranked list: seconds and memory of one query and of many, other libraries beside.
+"""Time from a trained model to a ranking: seconds and memory for one query and for many, with other libraries.
 
     python benchmarks/attribution_time.py --data path/to/MNIST/raw --queries 1 [--peers "kronfluence EK-FAC"]
 
@@ -106,7 +106,7 @@ def main() -> None:
         train, _ = load(options.data)
         torch.save(fit(train, [], epochs=1)[1].state_dict(), weights)
         print(f"{options.queries} queries, {options.examples} training images\n")
-        print("| | seconds | to ours | memory (MiB) |\n| --- | --- | --- | --- |")
+        print("| | seconds | relative to ours | memory (MiB) |\n| --- | --- | --- | --- |")
         base = 0.0
         for name in (OURS, *options.peers):
             command = [sys.executable, __file__, "--row", name, "--weights", str(weights)]

@@ -1,4 +1,4 @@
-"""A backdoor repaired by correcting labels, beside baselines at the same cost and models trained on right labels.
+"""A backdoor repaired by label correction, with baselines at the same cost and models trained on correct labels.
 
     python benchmarks/backdoor.py --data path/to/MNIST/raw --trigger checkerboard [--cache folder] [--baselines all]
 

@@ -1,4 +1,4 @@
-"""An edit of your own model beside the baselines at the same cost, and beside a model that was retrained.
+"""An edit of your own model, compared with baselines at the same cost and with a retrained model.
 
     python benchmarks/compare.py --model my_package.Classifier --data my_package.Data --ckpt_path last.ckpt \\
         --forget_class 3 [--retrained retrained.ckpt] [--baselines "[ssd, salun]"] [--model.lr … --trainer.…]

@@ -67,7 +67,7 @@ def main() -> None:
     train, _ = load(options.data)
     trainer, model = fit(train, [GIFCallback()], epochs=options.epochs, net=options.net, decay=True)
     labels = train.tensors[1]
-    print("| setting | forgotten (%) | others (points) | retained loss | Hessian products | solves | seconds |")
+    print("| setting | forgotten (%) | others (points) | retained loss | Hessian-vector products | solves | seconds |")
     print("| --- |" + " --- |" * 6)
     for setting in [{}, *(changed for what in options.what for changed in SETTINGS[what])]:
         rows = []

@@ -1,4 +1,4 @@
-"""What is left of weights, files and everything else where something goes wrong at a random point.
+"""Faults at random points: whether weights, files and everything else are intact afterwards.
 
     python benchmarks/faults.py [--injections 300] [--seed 0]
 
@@ -660,7 +660,7 @@ def main() -> None:
     others = campaign.outcomes.total() - sum(
         count for (_, outcome), count in campaign.outcomes.items() if outcome in ("as before", "done")
     )
-    print("| fault | injected | refused or cut off, all as before | finished, right | anything else |")
+    print("| fault | injected | refused or cut off, all as before | finished correctly | anything else |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for kind in sorted({kind for kind, _ in campaign.outcomes}):
         counts = Counter({outcome: n for (found, outcome), n in campaign.outcomes.items() if found == kind})

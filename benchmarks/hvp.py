@@ -61,7 +61,7 @@ def main() -> None:
         try:
             import curvlinops
         except ModuleNotFoundError:
-            print("curvlinops is not installed; without it.")
+            print("curvlinops is not installed, so its row is left out.")
         else:
             data = [(batch.data[0], batch.data[1]) for batch in problem.retained.batches()]
             arguments = (problem.net, nn.CrossEntropyLoss(), list(problem.net.parameters()), data)
@@ -76,7 +76,7 @@ def main() -> None:
                 torch.testing.assert_close(product, products[0], rtol=1e-2, atol=1e-4, msg=f"{name} differs")
 
         seconds = timed({**hessian, **ggn}, options.repeats)
-        print(f"| product over {options.examples} examples | seconds | to {base} |")
+        print(f"| product over {options.examples} examples | seconds | relative to {base} |")
         print("| --- | --- | --- |")
         for name, value in seconds.items():
             print(f"| {name} | {value:.3f} | {value / seconds[base]:.2f} |")

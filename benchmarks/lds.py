@@ -3,7 +3,7 @@
     python benchmarks/lds.py --data path/to/FashionMNIST/raw --net mlp [--rows defaults peers] [--cache truth.pt]
 
 Without `--data` scikit-learn's digits with the net of the examples, else `--examples` images of an MNIST-like folder.
-The truth: the net is trained anew on random halves of the training data, each with several seeds, and each query's
+The truth: the net is trained again on random halves of the training data, each with several seeds, and each query's
 loss is averaged over the seeds. The prediction for a half: the sum of the scores of the examples that it lacks. The LDS
 is the Spearman correlation of both over the halves, averaged over queries (and over the models that were scored).
 Queries are split off from the training data and never trained on; no test image is looked at, since defaults are chosen
@@ -282,13 +282,13 @@ def main() -> None:
     if options.only:
         rows = {n: score for n, score in rows.items() if n == first or any(word in n for word in options.only)}
     # (rows, models, subsets, queries): a score is the change by removal, so the removed ones count, with their sign.
-    predicted, told, seconds = [], [], []
+    predicted, costs, seconds = [], [], []
     for name, score in rows.items():
         start = time.perf_counter()
         found = [score(model, train, queries) for model in models]
         seconds.append((time.perf_counter() - start) / len(models))
         predicted.append(np.stack([(removed @ values.double().mT).numpy() for values, _ in found]))
-        told.append(found[0][1])
+        costs.append(found[0][1])
         say(f"{name}: {spearman(predicted[-1], truth).mean():.3f}, {seconds[-1]:.0f} s")
     lds = spearman(np.stack(predicted), truth).mean(axis=(1, 2))
     drawn = bootstrap(np.stack(predicted), truth, options.draws)
@@ -297,15 +297,15 @@ def main() -> None:
     if options.seeds > 1:
         half = options.seeds // 2
         agreement = spearman(losses[:, :half].mean(dim=1).numpy(), losses[:, half:].mean(dim=1).numpy()).mean()
-        print(f"Losses by one half of the seeds and by the other agree to {agreement:.2f} (Spearman).")
-    print("\n| | LDS | less the first row | what it took | seconds |\n| --- | --- | --- | --- | --- |")
+        print(f"The losses of the two halves of the seeds have a rank correlation of {agreement:.2f} (Spearman).")
+    print("\n| setting | LDS | difference from the first row | cost | seconds |\n| --- | --- | --- | --- | --- |")
     for position, name in enumerate(rows):
         difference = f"{lds[position] - lds[0]:+.3f} {interval(drawn[:, position] - drawn[:, 0], signed=True)}"
         cells = (
             name,
             f"{lds[position]:.3f} {interval(drawn[:, position])}",
             difference if position else "",
-            told[position],
+            costs[position],
             f"{seconds[position]:.0f}",
         )
         print("| " + " | ".join(cells) + " |")

@@ -1,4 +1,4 @@
-"""Scores against the truth where it can be had: logistic regression on the digits, trained anew without each example.
+"""Scores against leave-one-out retraining: logistic regression on the digits, retrained without each example.
 
     python benchmarks/leave_one_out.py
 

@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     whole, _ = load(options.data)
-    print("| net | ranking | AUC | found in the first 10 % | in 20 % | seconds |")
+    print("| network | ranking | AUC | found in the first 10 % | in the first 20 % | seconds |")
     print("| --- | --- | --- | --- | --- | --- |")
     for net in options.nets:
         found: dict[str, list[tuple[float, ...]]] = {}

@@ -1,4 +1,4 @@
-"""What the callback costs in training: the time of a step with it and without it, and the memory of its caches.
+"""What the callback costs training: the time of a step with and without it, and the memory of its caches.
 
     python benchmarks/overhead.py [--steps 300] [--net tinynet --net resnet]
 
@@ -103,8 +103,8 @@ def main() -> None:
         "no gradients": {"cache_gradients": False},
     }
     print(
-        "| net | caches | step without, ms | idle step | gathered from | epoch | caches, MB | parameters, MB |"
-        " picking, ms |"
+        "| network | caches | plain step, ms | idle step, ratio | gathering step, ratio | epoch, ratio |"
+        " caches, MB | parameters, MB | picking targets, ms |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for net in options.net or ["tinynet", "resnet"]:

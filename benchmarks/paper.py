@@ -295,8 +295,8 @@ def main() -> None:
             cells.append(f"{100 * one:.2f} / {100 * other:.2f} / {problem.score(one, other):.4f}")
         found.append([*cells, f"{seconds:.0f}"])
         say(*found[-1])
-    told = " / ".join([*names, "F1"])
-    print(table(["", f"notebooks: {told}", f"its protocol: {told}", f"ours: {told}", "seconds"], found))
+    columns = " / ".join([*names, "F1"])
+    print(table(["", f"notebooks: {columns}", f"paper's protocol: {columns}", f"ours: {columns}", "seconds"], found))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def gradient_dot_product(
 
 
 def classification() -> Any:
-    """What kronfluence is told about a model: its cross-entropy, also of labels drawn from its own predictions."""
+    """The task that kronfluence needs for a model: its cross-entropy, also of labels drawn from its own predictions."""
     from kronfluence.task import Task
 
     class Classification(Task):  # type: ignore[misc]

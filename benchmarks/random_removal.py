@@ -1,4 +1,4 @@
-"""Random examples removed: an edit, the baselines at the same cost, and models retrained without them.
+"""Random examples removed: an edit, the baselines at the same cost, and models retrained without these examples.
 
     python benchmarks/random_removal.py --data path/to/MNIST/raw --shares 0.01 0.1 [--cache folder] [--baselines all]
 
@@ -52,7 +52,10 @@ def main() -> None:
     (trainer, model), fit_seconds = timed(partial(fit, train, [GIFCallback()], **common))
     everything = torch.ones(len(test), dtype=torch.bool)
 
-    print("| removed | | forget | retain | test | gaps to retraining | membership | JSD forget | agreement | seconds |")
+    print(
+        "| removed | | forget (%) | retain (%) | test (%) | gaps to retraining | membership | JSD, forget |"
+        " agreement (%) | seconds |"
+    )
     print("| --- |" + " --- |" * 9)
     for share in options.shares:
         gone = torch.zeros(len(train), dtype=torch.bool)
@@ -76,9 +79,9 @@ def main() -> None:
         def show(name: str, known: Known, beside: Any = others, share: float = share, sets: Sets = sets) -> None:
             accuracies = [accuracy(known, sets, key) for key in ("forget", "retain", "test")]
             gaps = " / ".join(f"{gap(known, beside, sets, key):+.2f}" for key in ("forget", "retain", "test"))
-            told = f"{membership(known, sets, 'forget', 'test'):.3f}"
+            attack = f"{membership(known, sets, 'forget', 'test'):.3f}"
             far, same = f"{divergence(known, beside, 'forget'):.4f}", agreement(known, beside, "test")
-            row = [f"{100 * share:g} %", name, *accuracies, gaps, told, far, same, f"{known.seconds:.1f}"]
+            row = [f"{100 * share:g} %", name, *accuracies, gaps, attack, far, same, f"{known.seconds:.1f}"]
             print(table(["" for _ in row], [row]).splitlines()[-1], flush=True)
 
         show("before", know(model, sets, fit_seconds))
@@ -96,8 +99,8 @@ def main() -> None:
 
         def grade(module: nn.Module, sets: Sets = sets, before: float = before) -> float:
             known = know(module, {key: sets[key] for key in ("forget", "retain", "unseen")}, 0.0)
-            told = abs(2 * membership(known, sets, "forget", "unseen") - 1)
-            return -told - max(before - accuracy(known, sets, "retain"), 0.0) / 100
+            attack = abs(2 * membership(known, sets, "forget", "unseen") - 1)
+            return -attack - max(before - accuracy(known, sets, "retain"), 0.0) / 100
 
         retain, settings = DataLoader(rest, 128), dict[str, dict[str, Any]]()
         for name, changed, spent in run_baselines(

@@ -62,14 +62,14 @@ def measure(width: int, ratio: float, examples: int, repeats: int) -> dict[str, 
         objective.learn_structure(held)
         vector = torch.randn(objective.space.size)
         kept = open_curvature(callback.settings, objective, held)
-        anew = open_curvature(callback.settings.override({"memory": 0.0}), objective, held)
+        unkept = open_curvature(callback.settings.override({"memory": 0.0}), objective, held)
         parameters = list(model.parameters())
 
         def passes() -> None:
             torch.autograd.grad(model.training_step(dataset.tensors, 0), parameters)
 
         seconds = timed(
-            {"pass": passes, "kept": lambda: kept.matvec(vector), "anew": lambda: anew.matvec(vector)}, repeats
+            {"pass": passes, "kept": lambda: kept.matvec(vector), "unkept": lambda: unkept.matvec(vector)}, repeats
         )
         count = max(1, round(ratio * objective.space.size))
         positions = torch.randperm(objective.space.size, generator=torch.Generator().manual_seed(0))[:count]
@@ -93,14 +93,15 @@ def main() -> None:
 
     by_size = [measure(width, 0.05, options.examples, options.repeats) for width in options.widths]
     print(
-        "| parameters | forward and backward (ms) | product, kept | product, anew | products of a solve | solve (s) |"
+        "| parameters | forward and backward (ms) | product, first pass kept | product, nothing kept |"
+        " products per solve | solve (s) |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
     for row in by_size:
-        multiples = f"{row['kept'] / row['pass']:.1f} x | {row['anew'] / row['pass']:.1f} x"
+        multiples = f"{row['kept'] / row['pass']:.1f} x | {row['unkept'] / row['pass']:.1f} x"
         print(f"| {row['p']:,} | {1e3 * row['pass']:.1f} | {multiples} | {row['products']} | {row['solve']:.2f} |")
     by_ratio = [measure(options.width, ratio, options.examples, options.repeats) for ratio in options.ratios]
-    print("\n| targets | share (%) | products of a solve | solve (s) |")
+    print("\n| targets | share (%) | products per solve | solve (s) |")
     print("| --- | --- | --- | --- |")
     for row in by_ratio:
         print(f"| {row['k']:,} | {100 * row['k'] / row['p']:.3g} | {row['products']} | {row['solve']:.2f} |")
@@ -115,7 +116,7 @@ def plot(by_size: list[dict[str, float]], by_ratio: list[dict[str, float]], path
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for key, name in (("anew", "product, nothing kept"), ("kept", "product, first passes kept")):
+    for key, name in (("unkept", "product, nothing kept"), ("kept", "product, first passes kept")):
         left.loglog([row["p"] for row in by_size], [row[key] for row in by_size], "o-", label=name)
     limit = [row["pass"] for row in by_size]
     left.loglog([row["p"] for row in by_size], limit, "k--", label="limit: one forward and backward pass")

@@ -1,4 +1,4 @@
-"""What each tuned number of an edit moves: it is halved and doubled, one number at a time, on three goals and two nets.
+"""What the tuned numbers of an edit move: each is halved and doubled, one at a time, on three goals and two nets.
 
     python benchmarks/sensitivity.py --data path/to/MNIST/raw --nets mlp cnn
     python benchmarks/sensitivity.py --smallest

@@ -1,4 +1,4 @@
-"""Hessian products and seconds to the residual that the paper's script reaches, on both TinyNet problems.
+"""Hessian-vector products and seconds to the residual that the paper's script reaches, on both TinyNet problems.
 
     python benchmarks/solve.py --data path/to/MNIST/raw path/to/FashionMNIST/raw [--reference path/to/GIF]
 
@@ -58,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     reference = load_reference(options.reference) if options.reference else None
 
-    print("| data | examples | solver | residual | products | ratio | seconds | ratio |")
+    print("| data | retained examples | solver | residual | Hessian-vector products | ratio | seconds | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for folder in options.data:
         train, _ = load(folder)

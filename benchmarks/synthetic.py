@@ -1,4 +1,4 @@
-"""What each solver costs, and how far it gets, on indefinite matrices of known spectrum: no net, no data.
+"""Synthetic indefinite Hessians: the cost and the accuracy of each solver on matrices of known spectrum.
 
     python benchmarks/synthetic.py [--reference path/to/GIF]
 

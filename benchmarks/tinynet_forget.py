@@ -1,4 +1,4 @@
-"""The whole job on MNIST: fit TinyNet, ask which data moved a batch, forget a class. Seconds, accuracy, peak memory.
+"""End to end on MNIST: fit TinyNet, ask which data moved a batch, forget a class. Seconds, accuracy, peak memory.
 
     python benchmarks/tinynet_forget.py --data path/to/MNIST/raw
 

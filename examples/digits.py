@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's 8x8 digits, a small convolutional net, and where things are logged."""
+"""Code that the examples share: scikit-learn's 8x8 digits, a small convolutional network, options and loggers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPLIT_SEED = 0  # the split is part of the data: --seed changes the training onl
 
 
 class DigitsModel(pl.LightningModule):
-    """A small convolutional classifier. Nothing in it knows of influence functions."""
+    """A small convolutional classifier. It needs no code for influence functions."""
 
     def __init__(self, lr: float = 3e-3) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 class DigitsData(pl.LightningDataModule):
-    """The same split for a trainer."""
+    """The split of :func:`digits` as a data module."""
 
     def setup(self, stage: str) -> None:
         self.train, self.test = digits()
@@ -70,7 +70,7 @@ class DigitsData(pl.LightningDataModule):
 def fit(
     model: pl.LightningModule, data: TensorDataset, *, epochs: int, seed: int, **trainer_options: Any
 ) -> tuple[pl.Trainer, pl.LightningModule]:
-    """Trains a model from the start and gives it back with its trainer."""
+    """Trains a model from its initial weights. Returns the trainer and the model."""
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -86,7 +86,7 @@ def fit(
 
 @torch.no_grad()
 def logits(model: pl.LightningModule, data: TensorDataset) -> Tensor:
-    """``(n, 10)``, for the examples in order."""
+    """The logits ``(n, 10)`` of all examples, in the order of the dataset."""
     return model.eval()(data.tensors[0])
 
 
@@ -94,25 +94,25 @@ def make_logger(name: str, output: Path, project: str) -> Any:
     """A logger that needs no account: W&B offline, CSV files, or none."""
     if name == "wandb":
         logger = WandbLogger(project=project, save_dir=output, offline=True)
-        _ = logger.experiment  # starts the run here, not in the time that training takes
+        _ = logger.experiment  # starts the run here, so that the measured training time does not include it
         return logger
     return CSVLogger(output, name="csv") if name == "csv" else False
 
 
 def make_parser(description: str | None, output: str, *, epochs: int) -> ArgumentParser:
-    """A parser with the options that the examples have in common, and the start of a description."""
-    story = (description or "").partition("\n\n")[0]
-    parser = ArgumentParser(description=story, formatter_class=ArgumentDefaultsHelpFormatter)
+    """A parser with the options that all examples have. The help shows the first paragraph of the description."""
+    summary = (description or "").partition("\n\n")[0]
+    parser = ArgumentParser(description=summary, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--epochs", type=int, default=epochs, help="training epochs of each model")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the training order")
     parser.add_argument("--output", type=Path, default=Path(output), help="folder for pictures, files and logs")
     return parser
 
 
 def quiet() -> None:
-    """Silences what Lightning says about hardware and tiny data sets; warnings of this package stay.
+    """Silences Lightning's messages about hardware and small datasets, and limits PyTorch to one thread.
 
-    So small a net gains nothing from a second thread, and loses much on a busy machine.
+    Warnings of lightning_gif are still shown. A network as small as this one gains nothing from a second thread.
     """
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -1,12 +1,16 @@
-"""Cleans a training set of handwritten digits: finds wrong labels by their self-influence, and trains again.
+"""Finds wrong labels in a training set of handwritten digits by self-influence, corrects them, and trains again.
 
     python examples/find_mislabeled.py
 
-A tenth of the training labels are made wrong, and the model is trained on all of them. `trainer.self_influence()` says
-of each training example what its removal would do to the model's loss on itself: high scores are what the model could
-only learn by heart. Printed are how well this ranking finds the wrong labels, beside the simplest one, by training
-loss, and what the test accuracy becomes when the labels that come first are looked at and set right. On data as easy as
-this, labels drawn at random stand out by their loss alone, which is as good and costs one pass: try it first.
+A tenth of the training labels are replaced by wrong ones, and the model is trained on all of them.
+`trainer.self_influence()` scores each training example: how much would the loss on this example rise if it were
+removed? A high score means that the model had to memorize the example.
+
+The script compares two rankings: by self-influence and by training loss. It prints how well each ranking finds the
+wrong labels. It also prints the test accuracy after the first labels of each ranking were inspected and corrected.
+
+On data as easy as this, random wrong labels stand out by their loss alone. The loss is as good there, and costs only
+one forward pass: try it first.
 """
 
 from __future__ import annotations
@@ -29,13 +33,13 @@ from lightning_gif import GIFCallback
 
 SHOWN = (0.1, 0.2)
 
-# Of the sketch of the curvature. The default, 512, takes four times as long and gives smaller scores, nearer to those
-# without a sketch (the largest are half of these), in as good an order.
+# The rank of the sketch of the curvature. The default, 512, takes four times as long. Its scores are closer to those
+# without a sketch (the largest are half as large), but rank the wrong labels no better.
 RANK = 128
 
 
 def plant(data: TensorDataset, share: float, seed: int) -> tuple[TensorDataset, Tensor]:
-    """The data with a random share of wrong labels, and which examples have one."""
+    """The data with a random share of wrong labels, and a mask of the examples that have one."""
     x, y = data.tensors
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(y), generator=generator)[: round(share * len(y))]
@@ -49,20 +53,20 @@ def most_suspicious(suspicion: Tensor, share: float) -> Tensor:
     return suspicion.argsort(descending=True)[: round(share * len(suspicion))]
 
 
-def found(suspicion: Tensor, wrong: Tensor, share: float) -> float:
-    """Which part of the wrong labels is among the most suspicious share of all."""
+def recall(suspicion: Tensor, wrong: Tensor, share: float) -> float:
+    """The share of the wrong labels that the most suspicious share of the examples contains."""
     return float(wrong[most_suspicious(suspicion, share)].sum() / wrong.sum())
 
 
 def corrected(noisy: TensorDataset, truth: Tensor, suspicion: Tensor, share: float) -> TensorDataset:
-    """The data after somebody has looked at the most suspicious share, and set right what was wrong there."""
+    """The data after the most suspicious share was inspected and the wrong labels among it were corrected."""
     x, y = noisy.tensors
     inspected = most_suspicious(suspicion, share)
     return TensorDataset(x, y.index_copy(0, inspected, truth[inspected]))
 
 
 def train(data: TensorDataset, args: Namespace) -> tuple[pl.Trainer, pl.LightningModule]:
-    """The same start and order of training for all data, so that only the labels differ."""
+    """Trains with the same initial weights and training order for all data, so that only the labels differ."""
     pl.seed_everything(args.seed, verbose=False)
     return fit(
         DigitsModel(),
@@ -89,7 +93,7 @@ def save_suspects(path: str, data: TensorDataset, truth: Tensor, suspicion: Tens
         axis.set_xticks([])
         axis.set_yticks([])
         colour = "black" if given == true else "tab:red"
-        axis.set_title(f"labelled {given}\ntruly {true}", fontsize=9, color=colour)
+        axis.set_title(f"label {given}\ntrue label {true}", fontsize=9, color=colour)
         axis.spines[:].set_color(colour)
     figure.savefig(path, dpi=150)
 
@@ -105,7 +109,7 @@ def main(args: Namespace) -> None:
     trainer, model = train(noisy, args)
 
     # ------------------------------------------------------------------------------------------------------------
-    # Rank by suspicion. The truth is used for counting only.
+    # Rank the training examples by suspicion. The true labels are used only to evaluate the rankings.
     # ------------------------------------------------------------------------------------------------------------
     start = time.perf_counter()
     report = trainer.self_influence(max_iter=RANK)
@@ -122,31 +126,34 @@ def main(args: Namespace) -> None:
     for title in ("ranking by", "AUC", *(f"in the first {share:.0%}" for share in SHOWN), "seconds"):
         table.add_column(title, justify="left" if title == "ranking by" else "right")
     for name, suspicion in suspicions.items():
-        shares = (f"{found(suspicion, wrong, share):.1%}" for share in SHOWN)
+        shares = (f"{recall(suspicion, wrong, share):.1%}" for share in SHOWN)
         table.add_row(name, f"{roc_auc_score(wrong, suspicion):.3f}", *shares, f"{seconds[name]:.2f}")
     table.add_row("(chance)", "0.500", *(f"{share:.1%}" for share in SHOWN), "")
     console.print(table)
 
     # ------------------------------------------------------------------------------------------------------------
-    # Look at the labels that come first, set right what is wrong there, and train again.
+    # Inspect the first labels of each ranking, correct the wrong ones, and train again.
     # ------------------------------------------------------------------------------------------------------------
     _, ideal = train(clean, args)
     table = Table(
-        title=f"Test accuracy, first {args.inspect:.0%} inspected", caption=f"One test digit is {1 / len(test):.1%}."
+        title=f"Test accuracy, first {args.inspect:.0%} inspected",
+        caption=f"One test digit counts {1 / len(test):.1%}.",
     )
-    for title in ("ranking by", "before", "after cleaning", "all labels right"):
+    for title in ("ranking by", "before", "after correction", "all labels correct"):
         table.add_column(title, justify="left" if title == "ranking by" else "right")
     for name, suspicion in suspicions.items():
-        _, cleaned = train(corrected(noisy, truth, suspicion, args.inspect), args)
-        table.add_row(name, *(f"{accuracy(net, test):.1%}" for net in (model, cleaned, ideal)))
+        _, retrained = train(corrected(noisy, truth, suspicion, args.inspect), args)
+        table.add_row(name, *(f"{accuracy(net, test):.1%}" for net in (model, retrained, ideal)))
     console.print(table)
 
     save_suspects(str(args.output / "suspects.png"), noisy, truth, suspicions["self-influence"])
-    console.print(f"The picture is in {args.output}/", highlight=False, soft_wrap=True)
+    console.print(f"The plot is in {args.output}/", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, "outputs/find_mislabeled", epochs=30)
-    parser.add_argument("--noise", type=float, default=0.1, help="share of the training labels that are made wrong")
-    parser.add_argument("--inspect", type=float, default=0.2, help="share of the training labels that are looked at")
+    parser.add_argument(
+        "--noise", type=float, default=0.1, help="share of the training labels to replace by wrong ones"
+    )
+    parser.add_argument("--inspect", type=float, default=0.2, help="share of the training labels to inspect")
     main(parser.parse_args())

@@ -1,4 +1,4 @@
-"""Trains a classifier of handwritten digits, forgets one of them, and compares with a model that never saw it."""
+"""Trains a classifier of handwritten digits, forgets one digit, and compares with a model trained without it."""
 
 from __future__ import annotations
 
@@ -62,40 +62,40 @@ def main(args: Namespace) -> None:
         logger=logger,
     )
     seconds["fit"] = time.perf_counter() - start
-    answers = {"before": logits(model, test)}
+    outputs = {"before": logits(model, test)}
     weights = {name: value.clone() for name, value in model.state_dict().items()}
 
     # ------------------------------------------------------------------------------------------------------------
-    # Forget. All that is told is which training examples; no test data is looked at.
+    # Forget one digit. `unlearn` gets only the training examples to forget, and no test data.
     # ------------------------------------------------------------------------------------------------------------
     is_digit = train.tensors[1] == args.digit
     start = time.perf_counter()
     edit = trainer.unlearn(lambda batch: batch[1] == args.digit)
     seconds["unlearn"] = time.perf_counter() - start
-    answers["after"] = logits(model, test)
+    outputs["after"] = logits(model, test)
     console.print(f"\n{edit}", markup=False, highlight=False, soft_wrap=True)
 
     # ------------------------------------------------------------------------------------------------------------
-    # What it should be like: a model that has never seen the digit.
+    # The reference: a model trained without the digit.
     # ------------------------------------------------------------------------------------------------------------
     pl.seed_everything(args.seed, verbose=False)
     rest = TensorDataset(*(tensor[~is_digit] for tensor in train.tensors))
     start = time.perf_counter()
-    _, never = fit(DigitsModel(), rest, epochs=args.epochs, seed=args.seed)
+    _, reference = fit(DigitsModel(), rest, epochs=args.epochs, seed=args.seed)
     seconds["retrain"] = time.perf_counter() - start
-    answers["retrained"] = logits(never, test)
-    predictions = {name: answer.argmax(1) for name, answer in answers.items()}
+    outputs["retrained"] = logits(reference, test)
+    predictions = {name: output.argmax(1) for name, output in outputs.items()}
 
     others = [c for c in range(CLASSES) if c != args.digit]
-    table = Table(title=f"Test accuracy when the digit {args.digit} is forgotten")
+    table = Table(title=f"Test accuracy before and after forgetting the digit {args.digit}")
     table.add_column("")
     for name in predictions:
         table.add_column(name, justify="right")
     for title, classes in (("the other digits", others), (f"digit {args.digit}", [args.digit])):
         table.add_row(title, *(f"{accuracy(p, test, classes):.1%}" for p in predictions.values()))
     agree, diverge = PredictionAgreement(), JensenShannonDivergence()
-    table.add_row("same answer as retrained", *(f"{agree(a, answers['retrained']):.1%}" for a in answers.values()))
-    table.add_row("divergence from retrained", *(f"{diverge(a, answers['retrained']):.3f}" for a in answers.values()))
+    table.add_row("agreement with retrained", *(f"{agree(o, outputs['retrained']):.1%}" for o in outputs.values()))
+    table.add_row("divergence from retrained", *(f"{diverge(o, outputs['retrained']):.3f}" for o in outputs.values()))
     console.print(table)
 
     table = Table(title="Seconds")
@@ -105,7 +105,7 @@ def main(args: Namespace) -> None:
     console.print(table)
 
     # ------------------------------------------------------------------------------------------------------------
-    # Keep the edit, and take it back.
+    # Save the edit, undo it, and apply it again from the file.
     # ------------------------------------------------------------------------------------------------------------
     edit.save(args.output / "edit.safetensors")
     edit.undo()
@@ -117,20 +117,20 @@ def main(args: Namespace) -> None:
     console.print(f"The edit from the file {'gives' if again else 'does NOT give'} the same predictions again.\n")
 
     # ------------------------------------------------------------------------------------------------------------
-    # Ask about a test digit that the model misreads, or the one that it is least sure of.
+    # Explain the test digit with the largest loss.
     # ------------------------------------------------------------------------------------------------------------
     x, y = test.tensors
     losses = torch.nn.functional.cross_entropy(logits(model, test), y, reduction="none")
-    asked = int(losses.argmax())
-    read_as = int(predictions["before"][asked])
-    console.print(f"Test digit {asked} is a {int(y[asked])} and is read as a {read_as}. Why?")
-    answer = trainer.influence((x[asked : asked + 1], y[asked : asked + 1]), k=8)
-    console.print(str(answer), markup=False, highlight=False, soft_wrap=True)
+    query = int(losses.argmax())
+    predicted = int(predictions["before"][query])
+    console.print(f"Test digit #{query} has the label {int(y[query])} and the prediction {predicted}. Why?")
+    report = trainer.influence((x[query : query + 1], y[query : query + 1]), k=8)
+    console.print(str(report), markup=False, highlight=False, soft_wrap=True)
 
     save_bars(str(args.output / "accuracy.png"), predictions, test, args.digit)
     edit.plot().savefig(args.output / "unlearning.png", dpi=150)
-    answer.plot().savefig(args.output / "influence.png", dpi=150)
-    console.print(f"\nPictures and the edit are in {args.output}/", highlight=False, soft_wrap=True)
+    report.plot().savefig(args.output / "influence.png", dpi=150)
+    console.print(f"\nThe plots and the edit are in {args.output}/", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

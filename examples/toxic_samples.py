@@ -1,15 +1,17 @@
-"""Takes toxic samples out of a linear regression by changing two of its five weights, and shows where that leads.
+"""Removes toxic samples from a linear regression by changing two of its five weights, with three methods.
 
-The toy of figure 2 of the GIF paper (arXiv 2312.05586). The targets of 4000 samples are the sum of five independent
-inputs, but the regression sees mixtures of these inputs, and the targets of 500 samples are toxic: minus five times the
-sum. They are taken out step by step, each step linearised anew at the weights that the last one led to, while three of
-the weights stay as they are. Three methods, each with its natural step, lead the two others to three places:
+This is the toy problem of figure 2 of the GIF paper (arXiv 2312.05586). There are 4000 samples, and the target of each
+is the sum of five independent inputs. The regression sees mixtures of these inputs. The targets of 500 samples are
+toxic: minus five times the sum.
 
-- "fif" cancels the gradient on the two weights. The loss is quadratic, so this ends at the least loss they can reach.
-- "gif" cancels the gradient on all five weights as well as two can, so it ends close to where the norm of that gradient
-  is least: not quite there, since each step sees the curvature of the samples that remain after it. In this place the
-  loss is a little higher than in the other, and the gradient smaller.
-- "pif" moves the two as retraining would if it moved all five. Without the other three this makes the model worse.
+The toxic samples are removed in steps. Each step is linearised at the weights after the previous step. Three of the
+five weights are fixed. Three methods, each with its natural step, bring the other two to three different points:
+
+- "fif" cancels the gradient on the two weights. The loss is quadratic, so it ends at the least loss they can reach.
+- "gif" cancels the gradient on all five weights as well as two weights can. It ends close to the least norm of that
+  gradient, but not exactly there, since each step uses the curvature of the samples that remain after it. At this point
+  the loss is slightly higher than that of "fif", and the gradient is smaller.
+- "pif" changes the two weights as retraining all five would. Without the other three changes, the model becomes worse.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_gif import GIFCallback
 
-SAMPLES, TOXIC, MOVED = 4000, 500, 2  # the toxic samples are the first
+SAMPLES, TOXIC, MOVED = 4000, 500, 2  # the toxic samples come first
 METHODS = {"gif": "tab:blue", "fif": "tab:orange", "pif": "tab:red"}
 TRAINED, RETRAINED = "trained with toxic samples", "retrained (all five weights)"
 LEAST_GRADIENT, LEAST_LOSS = "least gradient (two weights)", "least loss (two weights)"
@@ -42,9 +44,9 @@ MARKERS = {TRAINED: "v", LEAST_GRADIENT: "D", LEAST_LOSS: "*", RETRAINED: "s"}
 
 
 class Regression(pl.LightningModule):
-    """Linear in five inputs, without a bias.
+    """Linear regression on five inputs, without a bias.
 
-    The two weights that may move are a parameter of their own, so that a selector can name them.
+    The two weights that may change are a separate parameter, so that a selector can name them.
     """
 
     def __init__(self) -> None:
@@ -64,7 +66,7 @@ class Regression(pl.LightningModule):
         return F.mse_loss(self(x), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # Influence functions start from a minimum: one step of this, over all samples at once, leads there.
+        # Influence functions assume a minimum. One optimizer step over all samples at once reaches it.
         return torch.optim.LBFGS(
             self.parameters(), max_iter=500, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe"
         )
@@ -100,11 +102,11 @@ def fit(data: TensorDataset, samples: Iterable[int], **trainer_options: object) 
     return trainer, model
 
 
-def take_out(trainer: pl.Trainer, model: Regression, data: TensorDataset, method: str, per_step: int) -> Tensor:
-    """The weights ``(steps + 1, 5)`` on the way. In the end the model is what it was before."""
+def remove_in_steps(trainer: pl.Trainer, model: Regression, data: TensorDataset, method: str, per_step: int) -> Tensor:
+    """The weights ``(steps + 1, 5)`` before the first step and after each step. All edits are undone at the end."""
     path, edits = [model.weights.detach().clone()], []
     for toxic in torch.arange(TOXIC).split(per_step):
-        # What was taken out in earlier steps is no longer there: a step weighs against what remains after it.
+        # Samples that were removed in earlier steps are not retained either.
         remaining = range(int(toxic[-1]) + 1, SAMPLES)
         edits.append(
             trainer.unlearn(loader(data, toxic.tolist()), retain=loader(data, remaining), method=method, step="natural")
@@ -116,7 +118,7 @@ def take_out(trainer: pl.Trainer, model: Regression, data: TensorDataset, method
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The loss on clean samples is quadratic, (1/n)‖Xθ − y‖², so that what is best can be computed
+# The loss on the clean samples is quadratic, (1/n)‖Xθ − y‖², so the best points have closed forms
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +131,7 @@ def gradient(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def reachable(weights: Tensor, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The two best points that moving two of the weights can lead to: both are least squares in these two."""
+    """The two best points that the two weights can reach. Both solve a least-squares problem in these two weights."""
     fixed = weights.clone()
     fixed[:MOVED] = 0
     hessian = 2 * x.T @ x / len(y)
@@ -141,7 +143,7 @@ def reachable(weights: Tensor, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def surfaces(grid: Tensor, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss and the norm of its gradient on all five weights, where the two are those of a grid ``(…, 2)``."""
+    """The loss, and the norm of its gradient on all five weights, at a grid ``(…, 2)`` of the two weights."""
     change = grid - weights[:MOVED]
     here, hessian = gradient(weights, x, y), 2 * x.T @ x / len(y)
     there = here + change @ hessian[:MOVED]
@@ -161,7 +163,7 @@ def window(*paths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(axes: Axes, low: Tensor, high: Tensor, paths: dict[str, Tensor], points: dict[str, Tensor]) -> None:
-    """Paths, with a dot at every fifth of the way, and the points that they may lead to as empty marks around them."""
+    """Draws each path with a dot at every fifth of its steps, and each point as an empty marker."""
     for name, point in points.items():
         style = {"color": "black", "markersize": 13, "fillstyle": "none", "zorder": 3}
         axes.plot(*point[:MOVED], MARKERS[name], label=name, **style)
@@ -201,20 +203,20 @@ def main(args: Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     data = make_data(args.seed)
 
-    # Exact, since five weights are few: all samples for the curvature, and no iteration for the solve. At its usual
-    # tolerance that would stop far from where pif leads, through directions of very small curvature.
+    # Solves are exact: all samples for the curvature, and a dense solver for five weights. An iterative solver at its
+    # usual tolerance would stop far from the end of pif, which needs directions of very small curvature.
     callback = GIFCallback(selector=["moved"], solver="dense", curvature_examples=None, batch_size=SAMPLES)
     trainer, model = fit(data, range(SAMPLES), callbacks=[callback])
     trained = model.weights.detach().clone()
     paths, seconds = {}, {}
     for method in METHODS:
         start = time.perf_counter()
-        paths[method] = take_out(trainer, model, data, method, args.per_step)
+        paths[method] = remove_in_steps(trainer, model, data, method, args.per_step)
         seconds[method] = time.perf_counter() - start
     identical = torch.equal(model.weights, trained)
 
     # ------------------------------------------------------------------------------------------------------------
-    # What the clean samples alone would give: to all five weights, and to the two that moved.
+    # The best weights on the clean samples alone: of all five weights, and of the two that may change.
     # ------------------------------------------------------------------------------------------------------------
     _, retrained = fit(data, range(TOXIC, SAMPLES))
     x, y = (tensor[TOXIC:] for tensor in data.tensors)
@@ -222,7 +224,7 @@ def main(args: Namespace) -> None:
     ends = {method: path[-1] for method, path in paths.items()}
 
     steps = len(paths["gif"]) - 1
-    table = Table(title=f"On the clean samples, after {steps} steps")
+    table = Table(title=f"Loss and gradient on the clean samples, after {steps} steps")
     for title in ("", "θ₁", "θ₂", "loss", "gradient norm"):
         table.add_column(title, justify="right" if title else "left")
     for name, weights in {TRAINED: trained, **ends, **best}.items():
@@ -233,19 +235,19 @@ def main(args: Namespace) -> None:
         away = {name: float((end - point)[:MOVED].norm()) for name, point in best.items()}
         nearest = min(away, key=lambda name: away[name])
         console.print(
-            f"{method}: (θ₁, θ₂) ends {away[nearest]:.1g} away from '{nearest}'. {seconds[method]:.1f} s.",
+            f"{method}: (θ₁, θ₂) ends at a distance of {away[nearest]:.1g} from '{nearest}'. {seconds[method]:.1f} s.",
             highlight=False,
         )
-    console.print(f"All steps undone: the weights are {'' if identical else 'NOT '}bit-identical to those trained.")
+    console.print(f"All edits undone: the weights are {'' if identical else 'NOT '}bit-identical to the trained ones.")
 
     save_trajectories(args.output / "trajectories.png", paths, {TRAINED: trained, **best}, x, y)
-    console.print(f"The picture is in {args.output}/", highlight=False, soft_wrap=True)
+    console.print(f"The plot is in {args.output}/", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
-    story = __doc__.partition("\n")[0]
-    parser = ArgumentParser(description=story, formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--per-step", type=int, default=10, help="toxic samples that each step takes out")
-    parser.add_argument("--seed", type=int, default=0, help="of the data")
-    parser.add_argument("--output", type=Path, default=Path("outputs/toxic_samples"), help="folder for the picture")
+    summary = __doc__.partition("\n")[0]
+    parser = ArgumentParser(description=summary, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--per-step", type=int, default=10, help="toxic samples that each step removes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data")
+    parser.add_argument("--output", type=Path, default=Path("outputs/toxic_samples"), help="folder for the plot")
     main(parser.parse_args())

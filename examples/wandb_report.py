@@ -1,10 +1,10 @@
-"""Reports influence to Weights & Biases while a model of handwritten digits trains, and after. No account is needed.
+"""Logs influence reports to Weights & Biases during and after training on handwritten digits. Needs no account.
 
     python examples/wandb_report.py
 
-Every second epoch asks which training examples moved the loss on the held-out images of one digit; after training, one
-more report is about the image that is read worst. All of it is logged to an offline run. Printed are where that run is,
-the command that syncs it to an account, and which keys to look at.
+Every second epoch, a report shows which training examples changed the loss on the held-out images of one digit. After
+training, one more report is about the held-out image with the largest loss. All reports are logged to an offline run.
+The script prints the folder of the run, the command that uploads it to an account, and the keys to look at.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(args: Namespace) -> None:
     x, y = test.tensors
     of_digit = y == args.digit
 
-    settings = wandb.Settings(silent=True)  # what it would say of syncing is said below
+    settings = wandb.Settings(silent=True)  # the command to sync is printed below
     logger = WandbLogger(project="digits", save_dir=args.output, offline=True, settings=settings)
     run = Path(logger.experiment.dir).parent
     pl.seed_everything(args.seed, verbose=False)
@@ -42,18 +42,18 @@ def main(args: Namespace) -> None:
         enable_progress_bar=False,
     )
     worst = F.cross_entropy(logits(model, test), y, reduction="none").argmax()
-    trainer.influence((x[worst, None], y[worst, None]))  # logs itself
-    wandb.finish()  # writes what is left, and ends the process that wrote it
+    trainer.influence((x[worst, None], y[worst, None]))  # the report is logged automatically
+    wandb.finish()  # writes the rest of the run, and ends the process of W&B
 
     print(f"The offline run is in {run}")
     print(f"Sync it to your account: wandb sync {run}")
     print(
         "Look at gif/influence/history (the strongest examples by epoch), gif/influence/examples (pictures; the last is"
-        " the worst-read image), gif/influence/scores, and train/loss beside them."
+        " the image with the largest loss), gif/influence/scores, and train/loss beside them."
     )
 
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, "outputs/wandb_report", epochs=10)
-    parser.add_argument("--digit", type=int, default=8, choices=range(CLASSES), help="the class that is asked about")
+    parser.add_argument("--digit", type=int, default=8, choices=range(CLASSES), help="the class of the query")
     main(parser.parse_args())

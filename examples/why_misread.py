@@ -1,10 +1,9 @@
-"""Asks why a model misreads a handwritten digit: which training examples speak for its answer, and which against.
+"""Asks which training examples made a model misread a handwritten digit, and which of them speak for the true label.
 
     python examples/why_misread.py
 
-Of the held-out digits that the trained model misreads, the one that it is surest about is the query. Printed are what
-it was read as, the training examples whose removal would change its loss most, and the classes of training examples
-that pushed it there; a picture shows them.
+The query is the misread held-out digit with the highest probability for a wrong class. The script prints its
+prediction, the training examples with the largest scores, and the sums of the scores by class. It saves a plot of them.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from lightning_gif.attribution.ranking import Ranking
 SHOWN = 5
 
 
-def surest_mistake(answers: Tensor, labels: Tensor) -> int:
-    """Which of the misread examples has the highest probability on a wrong class."""
-    sureness, read_as = answers.softmax(dim=1).max(dim=1)
-    misread = read_as != labels
+def most_confident_error(outputs: Tensor, labels: Tensor) -> int:
+    """The index of the misread example with the highest probability for a wrong class."""
+    confidence, predicted = outputs.softmax(dim=1).max(dim=1)
+    misread = predicted != labels
     if not misread.any():
         raise SystemExit("The model misreads no held-out digit. Train for fewer --epochs, or with another --seed.")
-    return int(sureness.where(misread, -1.0).argmax())
+    return int(confidence.where(misread, -1.0).argmax())
 
 
 def listed(ranking: Ranking, train: TensorDataset) -> str:
     pairs = zip(ranking.indices[0].tolist(), ranking.scores[0].tolist(), strict=True)
-    return ", ".join(f"#{index} labelled {int(train.tensors[1][index])} ({score:+.2g})" for index, score in pairs)
+    return ", ".join(f"#{index} label {int(train.tensors[1][index])} ({score:+.2g})" for index, score in pairs)
 
 
 def main(args: Namespace) -> None:
@@ -53,27 +52,27 @@ def main(args: Namespace) -> None:
     )
 
     x, y = test.tensors
-    answers = logits(model, test)
-    asked = surest_mistake(answers, y)
-    label, read_as = int(y[asked]), int(answers[asked].argmax())
-    sureness = answers.softmax(dim=1)[asked]
+    outputs = logits(model, test)
+    query = most_confident_error(outputs, y)
+    label, predicted = int(y[query]), int(outputs[query].argmax())
+    probability = outputs.softmax(dim=1)[query, predicted]
 
-    # One image with its true label: its loss is what removing a training example would change.
-    report = trainer.influence((x[asked : asked + 1], y[asked : asked + 1]))
-    groups = report.by_group()  # sums by label, ranked from those that help to those that hurt
+    # The query is one image with its true label. A score is the change of its loss if a training example were removed.
+    report = trainer.influence((x[query : query + 1], y[query : query + 1]))
+    groups = report.by_group()  # sums by label, strongest proponents first
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    say(f"{int((answers.argmax(1) != y).sum())} of {len(y)} held-out digits are misread.")
-    say(f"The surest mistake, #{asked}: labelled {label}, read as {read_as} ({sureness[read_as]:.1%} sure)")
-    say(f"  speak for its label (without them the loss would be higher): {listed(report.proponents(SHOWN), train)}")
-    say(f"  speak against it (without them the loss would be lower): {listed(report.opponents(SHOWN), train)}")
+    say(f"{int((outputs.argmax(1) != y).sum())} of {len(y)} held-out digits are misread.")
+    say(f"The most confident error, #{query}: label {label}, prediction {predicted} ({probability:.1%})")
+    say(f"  proponents of its label (without them the loss would be higher): {listed(report.proponents(SHOWN), train)}")
+    say(f"  opponents of its label (without them the loss would be lower): {listed(report.opponents(SHOWN), train)}")
     say("  by class: " + ", ".join(f"{n} ({t:+.2g})" for n, t in zip(groups.names, groups.totals, strict=True)))
-    say(f"Pushed there most by: the {groups.names[-1]}s. Held back most by: the {groups.names[0]}s.")
+    say(f"Strongest opponents: the {groups.names[-1]}s. Strongest proponents: the {groups.names[0]}s.")
 
     report.plot().savefig(args.output / "influence.png", dpi=150)
-    say(f"The picture is in {args.output}/")
+    say(f"The plot is in {args.output}/")
 
 
 if __name__ == "__main__":

@@ -131,8 +131,8 @@ def forward(module: str) -> Callable[[str], Any]:
                 if before == name:
                     found = attrgetter(after or name)(importlib.import_module(f"{package}.{new}"))
                     warnings.warn(
-                        f"{module}.{name} is now {package}.{new}.{after or name}. The old name goes with the next"
-                        " version.",
+                        f"{module}.{name} is now {package}.{new}.{after or name}. The old name will be removed in the"
+                        " next version.",
                         DeprecationWarning,
                         stacklevel=2,
                     )
@@ -143,14 +143,14 @@ def forward(module: str) -> Callable[[str], Any]:
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warns that a name is used that goes with the next version.
+    """Warns about the use of a name that will be removed in the next version.
 
     Args:
         old: The old name as users write it.
         new: The new name.
         stacklevel: Of the warning; by default that of the caller of a property.
     """
-    text = f"`{old}` is now `{new}`. The old name goes with the next version."
+    text = f"`{old}` is now `{new}`. The old name will be removed in the next version."
     warnings.warn(text, DeprecationWarning, stacklevel=stacklevel)
 
 

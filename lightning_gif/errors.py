@@ -31,7 +31,7 @@ class ConfigurationError(GIFError, MisconfigurationException, ValueError):
 
 
 class SelectionError(GIFError, ValueError):
-    """No target parameters can be picked: no layer can be ranked, nothing is cached, or a name matches nothing."""
+    """No target parameters can be picked: no layer can be ranked, statistics are missing, or a name has no match."""
 
 
 class TrainingDataError(GIFError, ValueError):
@@ -39,7 +39,7 @@ class TrainingDataError(GIFError, ValueError):
 
 
 class BatchError(GIFError, ValueError):
-    """A batch is empty, or is not structured as the batches of training are."""
+    """A batch is empty, or does not have the structure of the training batches."""
 
 
 class ObjectiveError(GIFError, ValueError):
@@ -67,7 +67,7 @@ class CheckpointError(GIFError, ValueError):
 
 
 class RankError(GIFError, RuntimeError):
-    """Another process of the trainer has failed or ended, or makes another call than this one."""
+    """Another process of the trainer has failed, has ended, or makes a different call."""
 
 
 class GIFWarning(UserWarning):
@@ -75,4 +75,4 @@ class GIFWarning(UserWarning):
 
 
 class ConvergenceWarning(GIFWarning):
-    """A solve ended before its residual reached ``rtol``, or because it met negative curvature."""
+    """A solve ended before its residual reached ``rtol``, or at a direction of negative curvature."""

@@ -46,9 +46,8 @@ class Verification:
         record: The audit log.
         entries: Its entries, up to the first that is damaged.
         checks: All checks.
-        last_hash: The hash of the last entry. Once it is published, others can notice later if anything up to that
-            entry was changed.
-        standing: The numbers of the entries whose edits were applied and not undone.
+        last_hash: The hash of the last entry. Publish it, and others can detect later changes of any entry up to it.
+        standing: The numbers of the entries with edits that were applied and not undone.
     """
 
     record: str
@@ -72,9 +71,10 @@ class Verification:
                 *(f"{_MARKS[check.ok]}  {check.what}: {check.found}" for check in self.checks),
                 f"Edits that were applied and not undone{known}: {standing}.",
                 f"Last hash: {self.last_hash if self.entries else 'none'}",
-                "This is evidence, not a certificate: whoever can write the audit log can rewrite it from any entry on,"
-                " or cut off its end. If that matters, publish the last hash where it cannot be changed. And an audit"
-                " log shows which weights were written, not that nothing of the data is left in them.",
+                "This is evidence, not a certificate. Anyone who can write the audit log can rewrite it from any entry"
+                " on, or remove its last entries. If that matters, publish the last hash where it cannot be changed. An"
+                " audit log shows which weights were written. It does not show that nothing of the data is left in"
+                " them.",
             ]
         )
 
@@ -89,23 +89,23 @@ def verify(
 ) -> Verification:
     """Checks an audit log, and edit files and weights against it.
 
-    Every entry must be as it was written, and have the hash of the one before. If the weights before an entry are not
-    those after the previous one, the model was trained or changed otherwise in between, which is noted. The weights of
-    a checkpoint or module must be, bit by bit, those after the last entry.
+    Every entry must be unchanged since it was written, and hold the hash of the previous entry. A note says where the
+    weights before an entry differ from those after the previous one: the model was trained or changed in between. The
+    weights of a checkpoint or module must equal those after the last entry, bit for bit.
 
     Args:
         record: The file that ``GIFCallback(record=…)`` wrote.
-        edits: An edit file or a report, or several. Each must be exactly as an entry recorded it.
-        checkpoint: A Lightning checkpoint. It is read without running any code in it.
+        edits: One or several edit files or reports. The digests of each must equal those of an entry.
+        checkpoint: A Lightning checkpoint. No code in it is executed.
         module: A module.
-        published: A hash that was kept elsewhere. It must be that of an entry.
+        published: A hash that was published earlier. It must be the hash of an entry.
 
     Returns:
-        The verification. Damage is a failed check, and does not raise.
+        The verification. A damaged audit log is a failed check, not an error.
 
     Raises:
-        ConfigurationError: If ``edits`` has anything else than files and reports.
-        FileNotFoundError: If there is no such file.
+        ConfigurationError: If ``edits`` holds anything but files and reports.
+        FileNotFoundError: If a file does not exist.
 
     Example::
 
@@ -146,7 +146,7 @@ def verify(
 
 
 def _joins(entries: list[dict[str, Any]]) -> list[Check]:
-    """Notes on weights that something else than a recorded edit has changed."""
+    """Notes on weights that were changed by something else than a recorded edit."""
     found = []
     for one, other in itertools.pairwise(entries):
         if one["weights"]["after"] != other["weights"]["before"]:

@@ -502,7 +502,7 @@ def test_training_data_that_cannot_be_numbered(data: Any, words: list[str]) -> N
 
 def test_unlearning_everything() -> None:
     trainer, module, _ = ready()
-    with refused(module, TrainingDataError, "All training examples", "nothing would be retained", "Train anew"):
+    with refused(module, TrainingDataError, "All training examples", "nothing would be retained", "Train a new model"):
         trainer.unlearn(tuple(blobs().tensors))
 
 

@@ -512,7 +512,7 @@ def test_words_of_older_parsers_are_understood() -> None:
             ["--model package.module.Class"],
         ),
         (["influence", "--config", "short.yaml"], ["name the classes before it: --model", "'width'"]),
-        (["influence", *OPTIONS, "--ckpt_path", "short.yaml", "--output", "a"], ["'short.yaml' is no checkpoint"]),
+        (["influence", *OPTIONS, "--ckpt_path", "short.yaml", "--output", "a"], ["'short.yaml' is not a checkpoint"]),
         (["influence", *OPTIONS, "--ckpt_path", "folder", "--output", "a"], ["'folder' is a folder", "consolidate"]),
     ],
 )

@@ -83,13 +83,13 @@ def test_find_mislabeled(tmp_path: Path) -> None:
 
 def test_why_misread(tmp_path: Path) -> None:
     printed = run("why_misread.py", "--output", tmp_path)
-    asked, label, read_as = map(int, re.findall(r"#(\d+): labelled (\d), read as (\d)", printed)[0])
+    asked, label, read_as = map(int, re.findall(r"#(\d+): label (\d), prediction (\d)", printed)[0])
     assert int(digits()[1].tensors[1][asked]) == label != read_as
     by_class = next(line for line in printed.splitlines() if line.startswith("  by class: "))
     totals = {int(name): float(total) for name, total in re.findall(r"(\d) \((\S+)\)", by_class)}
     assert len(totals) == CLASSES
     assert totals[label] > 0 > totals[read_as]
-    assert f"Pushed there most by: the {min(totals, key=totals.__getitem__)}s." in printed
+    assert f"Strongest opponents: the {min(totals, key=totals.__getitem__)}s." in printed
     assert_pictures(tmp_path, "influence.png")
 
 
@@ -127,7 +127,7 @@ def test_toxic_samples(tmp_path: Path) -> None:
     assert 0 < norm["gif"] < norm["fif"] / 2
     assert math.dist(moved["pif"], moved["retrained"]) < 0.3
     assert loss["pif"] > loss["trained"]
-    assert "the weights are bit-identical to those trained" in printed
+    assert "the weights are bit-identical to the trained ones" in printed
     assert_pictures(tmp_path, "trajectories.png")
 
 

@@ -132,7 +132,7 @@ def test_what_json_can_hold_comes_back(value: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "a key twice"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the same key twice"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000, "nested too deeply"),
         (b"\xff\xfe\xff", "utf|codec|Expecting"),
@@ -148,9 +148,9 @@ def test_records_that_are_none_are_refused_by_a_value_error(text: Any, message: 
 def test_a_record_that_would_not_fit_into_memory_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "large.json", "wb") as file:
         file.truncate(MOST_BYTES + 1)  # takes no room on the disk
-    with pytest.raises(ValueError, match="more than any that is written"):
+    with pytest.raises(ValueError, match=r"but at most \d+ are read"):
         read(tmp_path / "large.json")
-    with pytest.raises(ConfigurationError, match="are read"):
+    with pytest.raises(ConfigurationError, match=r"but at most \d+ can be read"):
         write_folder(tmp_path / "report", KIND, {"text": "x" * (MOST_BYTES // 4)}, {"scores": torch.zeros(1)})
     assert os.listdir(tmp_path) == ["large.json"]
 
@@ -460,7 +460,7 @@ def test_scores_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> N
 def test_a_save_that_was_cut_off_says_where_the_earlier_report_is(tmp_path: Path) -> None:
     some_scores().save(tmp_path / "report")
     (tmp_path / "report").rename(tmp_path / ".report.0123.old")
-    with pytest.raises(FileNotFoundError, match=r"earlier one beside it, at '.*\.report\.0123\.old'"):
+    with pytest.raises(FileNotFoundError, match=r"interrupted save left an earlier report at '.*\.report\.0123\.old'"):
         InfluenceReport.load(tmp_path / "report")
 
 
@@ -551,7 +551,7 @@ def test_damaged_scores_are_computed_anew_with_a_warning(tmp_path: Path) -> None
     content = bytearray((tmp_path / "scores" / "scores.bin").read_bytes())
     content[8] ^= 1
     (tmp_path / "scores" / "scores.bin").write_bytes(content)
-    with pytest.warns(GIFWarning, match="scores of 1 of 6 examples in .* are damaged, and are computed anew"):
+    with pytest.warns(GIFWarning, match=r"scores of 1 of 6 examples in .* are damaged\. They are computed again"):
         store = some_store(tmp_path / "scores")
     assert store.done.tolist() == [False] + [True] * 5
 
@@ -564,7 +564,7 @@ def test_scores_are_not_written_through_links(name: str, tmp_path: Path) -> None
     outside.write_bytes(path.read_bytes() if path.exists() else b"")
     path.unlink(missing_ok=True)
     path.symlink_to(outside)
-    with pytest.raises(ConfigurationError, match=f"links in it .{name}"):
+    with pytest.raises(ConfigurationError, match=f"holds links .{name}"):
         some_store(tmp_path / "scores")
 
 
@@ -576,5 +576,5 @@ def test_scores_are_not_written_through_links(name: str, tmp_path: Path) -> None
 def test_hostile_manifests_are_refused(text: str, tmp_path: Path) -> None:
     some_store(tmp_path / "scores")
     (tmp_path / "scores" / "manifest.json").write_text(text)
-    with pytest.raises(ConfigurationError, match=r"no scores of an earlier call|cannot resume from"):
+    with pytest.raises(ConfigurationError, match=r"holds no scores of an earlier call|cannot resume from"):
         some_store(tmp_path / "scores")

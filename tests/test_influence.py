@@ -726,8 +726,8 @@ def test_scores_of_something_else_are_not_gone_on_with(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("manifest.json", b"{", "no scores of an earlier call"),
-        ("manifest.json", b"[]", "no scores of an earlier call"),
+        ("manifest.json", b"{", "holds no scores of an earlier call"),
+        ("manifest.json", b"[]", "holds no scores of an earlier call"),
         ("manifest.json", b"{}", "differs in: format, n_queries"),
         ("scores.bin", b"short", "5 bytes"),
         ("done.bin", b"", "0 bytes"),

@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path: Path, mo
 
     monkeypatch.setattr(Session, "forget", work)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigurationError, match=r"can be made and written to, but '.*file/below' cannot: .*Not a dir"):
+    with pytest.raises(ConfigurationError, match=r"be created and written to, but '.*file/below' cannot: .*Not a dir"):
         trainer.unlearn([1, 2], solves_to=tmp_path / "file" / "below")
     (tmp_path / "solves").mkdir()
     refusals: list[tuple[str, Any, str, Callable[..., Any]]] = [
@@ -264,7 +264,7 @@ def test_a_call_that_is_refused_makes_no_folder(examples: list[int], tmp_path: P
 def test_a_folder_below_a_link_to_nowhere_is_told_before_any_work(tmp_path: Path) -> None:
     trainer, _, _ = fitted()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ConfigurationError, match=r"can be made and written to, but '.*link/below' cannot"):
+    with pytest.raises(ConfigurationError, match=r"can be created and written to, but '.*link/below' cannot"):
         trainer.unlearn([1, 2], solves_to=tmp_path / "link" / "below")
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 

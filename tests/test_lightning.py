@@ -1292,7 +1292,7 @@ def test_targets_of_another_selector_are_picked_anew_from_the_statistics(tmp_pat
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     wanted, _, _ = fitted(callback=quick(selector="lowest_k_gradients"))
     other = quick(selector="lowest_k_gradients")
-    with pytest.warns(GIFWarning, match="picked anew"):
+    with pytest.warns(GIFWarning, match="picked again"):
         make_trainer(other).validate(
             Classifier(), loader(blobs()), ckpt_path=tmp_path / "a.ckpt", **WEIGHTS_ONLY, verbose=False
         )

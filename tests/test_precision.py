@@ -298,7 +298,7 @@ def test_losses_by_a_vmap_of_the_users_own_work_where_indices_are_checked(monkey
     with pytest.raises(ObjectiveError, match="inside of a vmap"):
         trainer.influence(batch_of(data, slice(4)), curvature="ggn")
     trainer.unlearn([1, 2], dry_run=True)
-    with pytest.warns(GIFWarning, match="cannot be seen what the model predicts"):
+    with pytest.warns(GIFWarning, match="the model's predictions are not known"):
         trainer.unlearn(lambda batch: batch[1] == 1, dry_run=True)
     monkeypatch.setattr("lightning_gif.objective.isolation.fails_for_good", lambda device: True)
     assert torch.equal(trainer.influence(batch_of(data, slice(4))).scores, expected)

@@ -459,7 +459,7 @@ def test_a_damaged_record_is_told_before_anything_is_solved(tmp_path: Path) -> N
     trainer, module, _ = recorded(path)
     path.write_text("something else\n")
     before = weights(module)
-    with pytest.raises(RecordError, match=r"line 1: it is not an entry of an audit log.*\)\. Nothing is added"):
+    with pytest.raises(RecordError, match=r"line 1: it is not an entry of an audit log.*\)\. Nothing was added"):
         trainer.unlearn([1, 2])
     with pytest.raises(RecordError, match="damaged in line 1"):
         GIFCallback(record=str(path))

@@ -543,7 +543,7 @@ def test_a_class_whose_predictions_are_unknown_is_removed_as_single_examples_are
     module: type[Classifier],
 ) -> None:
     trainer, _, dataset = fitted(module(), max_epochs=10)
-    with pytest.warns(GIFWarning, match="it cannot be seen what the model predicts"):
+    with pytest.warns(GIFWarning, match="the model's predictions are not known"):
         report = trainer.unlearn(batch_of(dataset, dataset.tensors[1] == 1), dry_run=True)
     assert report.goal is GoalName.EXAMPLES
 
@@ -606,7 +606,7 @@ def test_too_few_examples_to_compare_with_unseen_ones_are_said_to_be() -> None:
     trainer, _, dataset = fitted()
     unseen = loader(blobs(seed=5))
     report = trainer.unlearn(batch_of(dataset, slice(0, 3)), unseen=unseen, dry_run=True)
-    assert any("too few to compare with unseen" in note for note in report.notes)
+    assert any("forget and unseen examples, and there are fewer" in note for note in report.notes)
     assert not any("too few" in note for note in trainer.unlearn(batch_of(dataset, slice(0, 3)), dry_run=True).notes)
 
 
@@ -1842,9 +1842,9 @@ def test_statistics_of_normalisation_are_computed_anew_where_asked(relabel: int 
     assert not plain.edit.buffers
     plain.undo()
     report = trainer.unlearn(batch_of(dataset, gone), relabel=relabel, refresh_statistics=True)
-    changed = [note for note in report.notes if "computed anew raise" in note]
+    changed = [note for note in report.notes if "recomputed running statistics raise" in note]
     raised = {
-        f"the {name} loss: {one.after:.4g} without them, {other.after:.4g} with"
+        f"the {name} loss from {one.after:.4g} to {other.after:.4g}."
         for name, one, other in (
             ("retain", plain.retain, report.retain),
             ("relabelled", plain.relabelled, report.relabelled),
@@ -1859,7 +1859,7 @@ def test_statistics_of_normalisation_are_computed_anew_where_asked(relabel: int 
     )
     assert (norm.momentum, norm.num_batches_tracked) == (0.3, before["net.1.num_batches_tracked"])
     assert report.edit.count == plain.edit.count
-    assert "running statistics computed anew: 2 buffers" in str(report)
+    assert "running statistics recomputed: 2 buffers" in str(report)
     with torch.no_grad():
         kept = module.eval()(dataset.tensors[0][~gone])
     loss = float(F.cross_entropy(kept, dataset.tensors[1][~gone]))

@@ -1,4 +1,4 @@
-"""Scores summed over groups of training examples: classes, sources, annotators, whatever column there is."""
+"""Sums of scores over groups of training examples: classes, sources, annotators or any other column."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = ["Grouping", "Groups", "group_scores", "import_pandas", "values_of"]
 
 
 Grouping: TypeAlias = "Sequence[Any] | Tensor | Mapping[int, Any] | Callable[[Any], Any]"
-"""What group a training example is in: a column over the dataset, a mapping from its indices, or a function of an item.
-"""
+"""How training examples are grouped: by a column over the dataset, by a mapping from dataset indices, or by a function
+of an item."""
 
 _MOST_SHOWN = 10  # of each end
 
@@ -46,10 +46,11 @@ class Groups(NamedTuple):
     """Groups of training examples by the effect of removing each on a query, strongest proponents first.
 
     Attributes:
-        names: The ``g`` groups, as they were given.
-        totals: ``(g,)``: to first order, the change of the query's loss if the whole group were removed.
-        counts: How many of the scored examples are in each, ``(g,)``.
-        meaning: What the numbers mean, in words.
+        names: The names of the ``g`` groups, as they were given.
+        totals: The sum of the scores of each group, ``(g,)``: to first order, the change of the query's loss if the
+            whole group were removed.
+        counts: The number of scored examples in each group, ``(g,)``.
+        meaning: What the numbers mean, as text.
     """
 
     names: list[Any]
@@ -59,7 +60,7 @@ class Groups(NamedTuple):
 
     @property
     def means(self) -> Tensor:
-        """The mean score of each group's examples, ``(g,)``: large groups have large totals, whatever is in them."""
+        """The mean score of each group, ``(g,)``. Unlike totals, means do not grow with the size of a group."""
         return self.totals / self.counts
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -96,9 +97,9 @@ def group_scores(names: Iterable[Hashable], scores: Tensor, meaning: str) -> Gro
     """Sums ``scores`` ``(n,)`` over the examples of the same name, and ranks the names by these sums.
 
     Args:
-        names: Of the examples.
-        scores: See above.
-        meaning: What the numbers mean, in words.
+        names: The name of the group of each example.
+        scores: The scores ``(n,)``.
+        meaning: What the numbers mean, as text.
 
     Raises:
         ConfigurationError: If a name cannot be hashed.
@@ -108,7 +109,7 @@ def group_scores(names: Iterable[Hashable], scores: Tensor, meaning: str) -> Gro
         members = torch.tensor([numbers.setdefault(_plain(name), len(numbers)) for name in names])
     except TypeError as error:
         raise ConfigurationError(
-            f"`groups` must give one name or number for each example ({error}); of several, make a tuple."
+            f"`groups` must give one name or number for each example ({error}). Combine several values into a tuple."
         ) from error
     totals = torch.zeros(len(numbers), dtype=scores.dtype).index_add_(0, members, scores)
     counts = torch.bincount(members, minlength=len(numbers))
@@ -118,12 +119,12 @@ def group_scores(names: Iterable[Hashable], scores: Tensor, meaning: str) -> Gro
 
 
 def values_of(column: Sequence[Any] | Tensor | Mapping[int, Any], indices: Tensor, size: int | None) -> list[Any]:
-    """The values of a column over a dataset at some of its indices.
+    """The values of a column at some dataset indices.
 
     Args:
-        column: One value for each item of the dataset, or a mapping from its indices.
-        indices: Which, ``(n,)``.
-        size: How many items the dataset has, where that is known.
+        column: One value for each item of the dataset, or a mapping from dataset indices to values.
+        indices: The dataset indices, ``(n,)``.
+        size: The length of the dataset; ``None`` if unknown.
 
     Raises:
         ConfigurationError: If the column has another length, more than one axis, or no value for some of the indices.

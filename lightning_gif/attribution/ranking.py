@@ -1,4 +1,4 @@
-"""The ends of a ranking, computed block by block, so that the scores are never in memory all at once."""
+"""The ends of a ranking, computed block by block, so that not all scores are in memory at once."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Ranking(NamedTuple):
     scores: Tensor
 
     def add(self, positions: Tensor, scores: Tensor, k: int, *, largest: bool) -> Ranking:
-        """The ``k`` strongest of these and of ``b`` further examples; equal scores in the order of positions.
+        """The ``k`` strongest of these examples and ``b`` others. Equal scores are ordered by position.
 
         Args:
-            positions: Of the further examples, ``(b,)``.
+            positions: The positions of the other examples, ``(b,)``.
             scores: Their scores, ``(n_queries, b)``.
-            k: How many to keep.
+            k: The number of examples to keep.
             largest: Whether the highest scores are the strongest, rather than the lowest.
         """
         all_positions = torch.cat([self.indices, positions.expand(len(scores), -1)], dim=1)
@@ -47,12 +47,12 @@ class Ranking(NamedTuple):
 
 
 def strongest(scores: Tensor, indices: Tensor, k: int, *, largest: bool) -> Ranking:
-    """The ``k`` highest or lowest scores of each query; equal scores in the order of ``indices``.
+    """The ``k`` highest or lowest scores of each query. Equal scores are in the order of ``indices``.
 
     Args:
-        scores: ``(n_queries, n)``; a view of a file is read once, from start to end.
+        scores: The scores ``(n_queries, n)``. A view of a file is read once, from start to end.
         indices: Dataset indices ``(n,)``.
-        k: How many.
+        k: The number of scores.
         largest: Whether to take the highest scores, rather than the lowest.
     """
     ranking, columns = Ranking.empty(len(scores)), max(_BLOCK // len(scores), k)
@@ -65,9 +65,9 @@ class Strongest:
     """Takes scores block by block, in any order, and keeps the ``k`` highest and the ``k`` lowest of each query.
 
     Args:
-        queries: How many queries.
+        queries: The number of queries.
         indices: Dataset indices ``(n,)`` of all examples that will be scored.
-        k: How many to keep of either end.
+        k: The number of scores to keep at each end.
     """
 
     def __init__(self, queries: int, indices: Tensor, k: int) -> None:
@@ -81,6 +81,6 @@ class Strongest:
         self._lowest = self._lowest.add(positions, block, self._k, largest=False)
 
     def both(self) -> tuple[Tensor, Tensor]:
-        """Scores and dataset indices, ``(n_queries, 2k)`` each: the ``k`` highest, then the ``k`` lowest, falling."""
+        """Scores and dataset indices, ``(n_queries, 2k)`` each, in descending order: the highest, then the lowest."""
         positions = torch.cat([self._highest.indices, self._lowest.indices.flip(1)], dim=1)
         return torch.cat([self._highest.scores, self._lowest.scores.flip(1)], dim=1), self._indices[positions]

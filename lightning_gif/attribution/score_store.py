@@ -1,4 +1,4 @@
-"""Where scores are kept: in memory, or in a folder from which an interrupted call resumes."""
+"""Stores of scores: in memory, or in a folder from which an interrupted call resumes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["InMemory", "ScoreStore"]
 
 _VERSION = 4
 
-# How many examples' scores are verified at a time.
+# The number of examples whose checksums are verified at a time.
 _CHECKED = 65536
 
 _MANIFEST, _SCORES, _DONE, _DIRECTIONS = "manifest.json", "scores.bin", "done.bin", "directions-*.safetensors"
@@ -53,7 +53,7 @@ class InMemory:
     """Scores ``(n_queries, n)`` in float64 as a tensor.
 
     Attributes:
-        scores: Those that were written so far; the others are arbitrary.
+        scores: The scores. Values that were not written yet are arbitrary.
     """
 
     def __init__(self, queries: int, examples: int) -> None:
@@ -66,16 +66,16 @@ class InMemory:
 
 @dataclass
 class ScoreStore:
-    """Scores ``(n_queries, n)`` in float64 in a folder, example by example, each with a checksum once it is written.
+    """Scores ``(n_queries, n)`` in float64 in a folder, with a checksum for the scores of each example.
 
-    Scores reach the disk before their checksum does. So scores that match their checksum are right, whatever
-    interrupted the call or damaged the file later. The results of the solves are kept until all scores are there, so
-    that a call that resumes need not repeat them; their diagnostics stay.
+    Scores are written to the disk before their checksum. Scores that match their checksum are therefore complete, even
+    after an interruption or later damage. The results of the solves are kept until all scores are written, so that a
+    call that resumes need not repeat the solves. The diagnostics of the solves are kept for good.
 
     Attributes:
-        folder: Where the files are.
-        scores: ``(n_queries, n)``, a view of the file.
-        done: ``(n,)``, bool: of which examples the scores are there.
+        folder: The folder with the files.
+        scores: The scores ``(n_queries, n)``, a view of the file.
+        done: The examples with complete scores, ``(n,)`` bool.
     """
 
     folder: Path
@@ -86,18 +86,18 @@ class ScoreStore:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], queries: int, examples: int, fingerprint: Fingerprint) -> ScoreStore:
-        """A new store, or the one that an interrupted call has left in the folder.
+        """Opens a new store, or the store that an interrupted call left in the folder.
 
         Args:
-            folder: The folder; made if there is none.
-            queries: ``n_queries``.
-            examples: ``n``.
-            fingerprint: Of everything that the scores depend on.
+            folder: The folder. It is created if it does not exist.
+            queries: The number of queries.
+            examples: The number of examples, ``n``.
+            fingerprint: Digests and values of everything that the scores depend on.
 
         Raises:
-            ConfigurationError: If the folder has something else in it: other files, links, files of another size, or
-                scores of other weights, data or settings. It is left as it is.
-            OSError: If there is no room on the disk for all of the scores.
+            ConfigurationError: If the folder holds something else: other files, links, files of another size, or
+                scores of other weights, data or settings. It is left unchanged.
+            OSError: If the disk has no space for all scores.
         """
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
@@ -122,7 +122,7 @@ class ScoreStore:
             done[part] = _marks_of(scores[:, part]) == marks[part]
         if damaged := len(written) - int(done.sum()):
             rank_zero_warn(
-                f"The scores of {damaged} of {examples} examples in {folder} are damaged, and are computed anew.",
+                f"The scores of {damaged} of {examples} examples in {folder} are damaged. They are computed again.",
                 category=GIFWarning,
             )
         return cls(folder, scores, done, marks, (maps[0], maps[1]))
@@ -132,17 +132,17 @@ class ScoreStore:
         paths = [folder / name for name in (_MANIFEST, _SCORES, _DONE)] + sorted(folder.glob(_DIRECTIONS))
         linked = [path.name for path in paths if path.is_symlink()]
         if linked:  # it would be another file, anywhere, that scores are written to
-            raise ConfigurationError(f"{folder} has links in it ({', '.join(linked)}). Give another folder.")
+            raise ConfigurationError(f"{folder} holds links ({', '.join(linked)}). Give another folder.")
         try:
             other = differences(read(folder / _MANIFEST), manifest)
         except (OSError, ValueError):
             raise ConfigurationError(
-                f"{folder} is not empty, and has no scores of an earlier call in it. Give another folder."
+                f"{folder} is not empty, but holds no scores of an earlier call. Give another folder."
             ) from None
         if other:
             raise ConfigurationError(
                 f"The scores in {folder} are of another call, which differs in: {other}. This call cannot resume from"
-                " them. Give another folder, or delete that one."
+                " them. Give another folder, or delete this one."
             )
 
     def write(self, start: int, block: Tensor) -> None:
@@ -155,25 +155,25 @@ class ScoreStore:
         self.done[start:stop] = True
 
     def save_directions(self, state: int, directions: Tensor, values: dict[str, Any]) -> None:
-        """Keeps the results of the solves at a state of the model.
+        """Writes the results of the solves at a state of the model.
 
         Args:
-            state: Its number.
-            directions: ``(n_queries, p)``; none of them, ``(0, p)``, once all scores are there.
-            values: Plain values about the solves.
+            state: The number of the state.
+            directions: The iHVPs ``(n_queries, p)``; an empty tensor ``(0, p)`` once all scores are written.
+            values: The diagnostics of the solves as plain values.
         """
         write_file(self._directions_at(state), _DIRECTIONS_FORMAT, values, {"directions": directions})
 
     def load_directions(self, state: int, size: int) -> tuple[Tensor, dict[str, Any]] | None:
-        """What :meth:`save_directions` wrote; ``None`` if there is no such file, or if it lacks what is still needed.
+        """What :meth:`save_directions` wrote; ``None`` if there is no such file, or if it lacks iHVPs that are needed.
 
         Args:
             state: The number of the state.
-            size: ``p``.
+            size: The number of parameters, ``p``.
 
         Raises:
             ConfigurationError: If the file is damaged.
-            OSError: If it cannot be read.
+            OSError: If the file cannot be read.
         """
         path = self._directions_at(state)
         if not path.exists():
@@ -194,7 +194,7 @@ class ScoreStore:
         return directions, values
 
     def parse_errors_name(self, state: int) -> contextlib.AbstractContextManager[None]:
-        """Turns errors about what :meth:`load_directions` returned into one that names the file."""
+        """Turns errors about the values that :meth:`load_directions` returned into one that names the file."""
         return parse_errors_name(self._directions_at(state), _DIRECTIONS_FORMAT.remedy)
 
     def _directions_at(self, state: int) -> Path:
@@ -202,7 +202,7 @@ class ScoreStore:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Makes a file of zeros and reserves its space: a full disk would kill a process that writes to a map of it."""
+    """Creates a file of zeros and reserves its space: a full disk would kill a process that writes to a map of it."""
     try:
         with open(path, "wb") as file:
             file.truncate(size)
@@ -225,7 +225,7 @@ def _map(path: Path, size: int) -> mmap.mmap:
     there = path.stat().st_size if path.exists() else 0
     if there != size:
         raise ConfigurationError(
-            f"{path} has {there} bytes, expected {size}: it is damaged. Delete the folder and start again."
+            f"{path} has {there} bytes, expected {size}: it is damaged. Delete the folder and make the call again."
         )
     with open(path, "r+b") as file:
         return mmap.mmap(file.fileno(), size)

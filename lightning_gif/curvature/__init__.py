@@ -1,4 +1,4 @@
-"""The curvature of the training loss: products, streamed over data, the methods made of them, and inverses."""
+"""The curvature of the training loss: products streamed over data, influence methods, and inverses."""
 
 from .._moved import forward
 

@@ -1,4 +1,4 @@
-"""The inverses that solvers give: one solve for each gradient, a sketch for all, and the matrix itself."""
+"""Inverses of the curvature: one solve for each gradient, a sketch for all of them, or the dense matrix."""
 
 from __future__ import annotations
 
@@ -138,9 +138,9 @@ class SolverInverse(InverseCurvature):
 
 @INVERSES.register(nystrom.name)
 class SketchInverse(SolverInverse):
-    """A sketch of rank ``max_iter`` in the place of the curvature, whose products serve all gradients.
+    """A sketch of rank ``max_iter`` in place of the curvature. All gradients share its products.
 
-    It misses most directions in which weight decay is all the curvature there is, so weight decay counts as damping.
+    The sketch misses most directions without curvature except weight decay, so weight decay counts as damping.
     """
 
     decay_is_damping = True
@@ -163,7 +163,7 @@ class SketchInverse(SolverInverse):
         return solve(replace(self._settings, solver=nystrom.name), operator, rhs)
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
-        """See :meth:`InverseCurvature.quadratic`; of the sketch, so that it is too large by what that misses."""
+        """See :meth:`InverseCurvature.quadratic`. The sketch misses some curvature, so the values are too large."""
         operator, shift, rank = self._on_targets, self._shift, self._settings.max_iter
         if not shift:
             raise ConfigurationError(
@@ -180,9 +180,9 @@ class SketchInverse(SolverInverse):
 
 
 class DenseInverse(SolverInverse):
-    """Forms the matrix ``C[S, S] + λ`` for the quadratic form; iHVPs are solved for like those of any solver.
+    """Forms the matrix ``C[S, S] + λ`` for the quadratic form. iHVPs come from the chosen solver.
 
-    Weight decay is on the diagonal as damping is.
+    Weight decay is added to the diagonal like damping.
     """
 
     decay_is_damping = True
@@ -205,11 +205,11 @@ class DenseInverse(SolverInverse):
 
 
 def measured_damping(curvature: LinearOperator, seed: int) -> float:
-    """The default damping of scores: a share of the largest eigenvalue, which a few power iterations estimate.
+    """The default damping of scores: a share of the largest eigenvalue, estimated by a few power iterations.
 
     Args:
         curvature: ``C``, ``(p, p)``.
-        seed: Of the start.
+        seed: The seed of the start vector.
 
     Raises:
         NonFiniteError: If a product is not finite.

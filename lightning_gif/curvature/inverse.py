@@ -1,4 +1,4 @@
-"""The seam at which scores meet the damped inverse of the curvature, whatever computes it."""
+"""The interface between scores and the damped inverse of the curvature."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class InverseCurvature(ABC):
     own examples.
 
     Attributes:
-        damping: ``λ`` as it was given or measured, which a report has.
-        block_size: How many gradients :meth:`ihvp` should get at once; ``None`` for all, as they share the work.
+        damping: ``λ`` as given or measured, for the report.
+        block_size: The number of gradients to pass to :meth:`ihvp` at once; ``None`` for all of them.
     """
 
     damping: float
@@ -70,12 +70,12 @@ class InverseCurvature(ABC):
             gradients: ``(q, p)``.
 
         Returns:
-            The iHVPs ``(q, p)``, and how the solve for each went.
+            The iHVPs ``(q, p)``, and the solution of each solve.
 
         Raises:
             ObjectiveError: If a gradient is zero on all target parameters.
             ConvergenceError: If a solve diverged, or did not converge and ``unconverged="raise"``.
-            NonFiniteError: If it met a non-finite number.
+            NonFiniteError: If a solve met a non-finite number.
         """
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
@@ -92,7 +92,7 @@ class InverseCurvature(ABC):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """What a report calls this inverse."""
+        """The name of this inverse in a report."""
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How many bytes a computation may keep. Memory decides how fast results are there, never what they are."""
+"""The number of bytes that a computation may keep. Memory affects the speed of a call, never its results."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _SHARE = 1 / 4
 def bytes_to_keep(settings: Settings, objective: Objective) -> float:
     """How many bytes of batches, and again of first passes, a process may keep between products.
 
-    Half of ``memory`` each; if that is ``None``, of a quarter of the free memory: of this process's share of it, and no
-    more than any other process may keep.
+    Each is half of ``memory``. If that is ``None``, it is half of a quarter of the free memory of the process that has
+    the least.
     """
     return _half(settings, objective.device, objective.processes)
 
@@ -42,14 +42,14 @@ def _half(settings: Settings, device: torch.device, processes: ProcessGroup) -> 
 
 
 def check_fits(settings: Settings, objective: Objective, size: float, what: str, advice: str) -> None:
-    """Makes sure that ``size`` bytes fit into ``memory``, or into the free memory if that is ``None``.
+    """Checks that ``size`` bytes fit into ``memory``, or into the free memory if that is ``None``.
 
     Args:
         settings: With ``memory``.
         objective: An open objective, on the device in question.
         size: Bytes that a computation needs at once.
-        what: What needs them, the start of a sentence.
-        advice: What to do otherwise, beside a larger ``memory``.
+        what: The computation, as the start of a sentence.
+        advice: What to do otherwise, apart from a larger ``memory``.
 
     Raises:
         ConfigurationError: If they do not fit, on all processes.

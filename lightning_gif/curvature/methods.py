@@ -141,7 +141,7 @@ class SecondOrder(Method):
     """The second-order influence of a group on all parameters (Basu, You and Feizi, ICML 2020).
 
     The objective moves from that on all data, ``L``, to the one without or with corrected forget examples, ``L'``,
-    along the straight line ``L + t(L' − L)``; its minimiser is expanded in ``t`` up to ``t²``, without third
+    along the straight line ``L + t(L' − L)``. Its minimiser is expanded in ``t`` up to ``t²``, without third
     derivatives of the losses. With ``C`` the curvature of ``L`` and ``C'`` that of ``L'``, the first order is
     ``θ₁ = C⁻¹∇(L − L')``, and the second ``C⁻¹(C − C')θ₁``.
     """

@@ -58,7 +58,7 @@ def uniformly(objective: Objective, examples: Examples, count: int, generator: t
 
 @SAMPLERS.register("balanced")
 def balanced(objective: Objective, examples: Examples, count: int, generator: torch.Generator) -> Tensor:
-    """Draws as many of each class, so that rare classes weigh as much as frequent ones; all of small classes."""
+    """Draws equally many examples of each class, so that rare classes weigh as much; all examples of small classes."""
     classes = examples.classes
     if classes is None:
         raise ConfigurationError(

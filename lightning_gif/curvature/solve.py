@@ -41,14 +41,13 @@ _LEAST_RTOL = 1e-4
 
 _ADVICE = {
     Status.MAX_ITER: (
-        "The solution is a regularised one: directions of small curvature are not followed to their end. Raise"
-        " `max_iter` or `damping`"
+        "The solution is regularised: directions of small curvature have not converged. Raise `max_iter` or `damping`"
     ),
     Status.INDEFINITE: (
-        "The solve ended where the curvature is not positive, and its last iterate need not be near a solution. Use"
+        "The solve ended at a direction without positive curvature, and may be far from a solution. Use"
         " solver='lsmr', which takes any curvature, or curvature='ggn', or raise `damping`"
     ),
-    Status.STALLED: "More iterations do not help, since rounding decides: use double=True, or a `damping` above 0",
+    Status.STALLED: "More iterations do not help, since rounding dominates: use double=True, or a `damping` above 0",
 }
 
 

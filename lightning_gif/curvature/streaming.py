@@ -105,8 +105,8 @@ class Curvature:
         """Warns if all products so far were exactly zero, apart from weight decay."""
         if self.products and self._is_zero:
             rank_zero_warn(
-                "The curvature of the training loss is exactly zero in all directions that were looked at: only damping"
-                " and weight decay were inverted, so that results have the gradients' directions but no meaningful"
+                "The curvature of the training loss is exactly zero in all directions that were evaluated. Only damping"
+                " and weight decay were inverted, so results have the directions of gradients but no meaningful"
                 " size. Either the loss is linear in the model's predictions (F.nll_loss of scores that are not"
                 " log-probabilities: use F.cross_entropy), or the predictions do not depend on the parameters"
                 " (saturated or dead units). If the model itself is curved, curvature='hessian' sees it.",

@@ -33,7 +33,7 @@ class Examples:
     """Examples that can be read any number of times, always in the same order and the same batches.
 
     In a distributed run every process knows the same examples and can read all of them. :meth:`local_batches` and
-    :meth:`strided_batches` read the part of this process, so the results of all processes have to be combined;
+    :meth:`strided_batches` read the part of this process, so the results of all processes have to be combined.
     :meth:`batches` reads all examples.
 
     Attributes:
@@ -385,8 +385,8 @@ def warn_if_random(examples: Examples) -> bool:
     )
     if not same:
         warnings.warn(
-            "The training dataset returns something else each time an example is read (random augmentation?). One"
-            " fixed draw is used; pass a `dataloader=` without augmentation for results that do not depend on it.",
+            "The training dataset returns different values each time an example is read (random augmentation?). One"
+            " fixed draw is used. Pass a `dataloader=` without augmentation for results that do not depend on it.",
             GIFWarning,
             stacklevel=2,
         )

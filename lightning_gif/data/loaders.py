@@ -1,4 +1,4 @@
-"""What a DataLoader draws, without iterating it."""
+"""The examples that a DataLoader draws, found without iterating it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = ["check_loader", "sampled_ids"]
 
 
 def check_loader(loader: Any) -> DataLoader[Any]:
-    """Returns a loader whose examples have a stable index.
+    """Returns the loader if its examples have a stable index.
 
     Raises:
-        TrainingDataError: If it is no ``DataLoader``, or not one over single examples of a map-style dataset.
+        TrainingDataError: If it is not a ``DataLoader`` over single examples of a map-style dataset.
     """
     if not isinstance(loader, DataLoader):
         raise TrainingDataError(
-            f"Expected a torch DataLoader, got {type(loader).__name__}. With several loaders, or one of your own"
-            " making, pass a DataLoader over the training set as `dataloader=`."
+            f"Expected a torch DataLoader, got {type(loader).__name__}. With several loaders or a custom"
+            " loader, pass a DataLoader over the training set as `dataloader=`."
         )
     if isinstance(loader.dataset, IterableDataset):
         raise TrainingDataError(
@@ -66,8 +66,8 @@ def sampled_ids(loader: DataLoader[Any]) -> Tensor:
         return torch.as_tensor([int(index) for index in sampler], dtype=torch.long).sort().values
     if not isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
         warnings.warn(
-            f"The loader draws with a {type(sampler).__name__}: each example of its dataset is counted once, however"
-            " often that draws it. If some are never drawn, pass a loader over the others as `dataloader=`.",
+            f"The loader draws with a {type(sampler).__name__}: each example of its dataset counts once, however"
+            " often it is drawn. If some examples are never drawn, pass a loader over the others as `dataloader=`.",
             GIFWarning,
             stacklevel=2,
         )

@@ -189,7 +189,7 @@ def describe(data: Any) -> str:
     if isinstance(data, Tensor):
         return f"{str(data.dtype).removeprefix('torch.')}{list(data.shape)}"
     if isinstance(data, np.ndarray):
-        return f"a NumPy array {data.dtype}{list(data.shape)}, of which torch.as_tensor makes a tensor"
+        return f"a NumPy array {data.dtype}{list(data.shape)}, convert it with torch.as_tensor"
     if isinstance(data, Mapping):
         return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in data.items()) + "}"
     if isinstance(data, (list, tuple)):

@@ -1,1 +1,1 @@
-"""What both reports share: loggers, previews of examples, and notes."""
+"""Code that both reports share: loggers, previews of examples, and notes."""

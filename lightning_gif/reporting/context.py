@@ -1,4 +1,4 @@
-"""Where a report comes from: what it needs of the trainer after the call that made it has returned."""
+"""The context of a report: what it needs of the trainer after the call has returned."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 @dataclass
 class CallContext:
-    """What a report knows of the trainer. A report that was loaded from a file knows its ``global_step`` alone.
+    """What a report knows of the trainer. A report loaded from a file has only its ``global_step``.
 
     Attributes:
-        loggers: Where ``report.log()`` logs to by default.
+        loggers: The loggers that ``report.log()`` logs to by default.
         global_step: The trainer's optimizer steps at the time of the call.
         processes: The processes that have the report. The first one writes files.
     """
@@ -35,7 +35,7 @@ class _HasContext(Protocol):
 
 
 class ContextAttribute(Generic[T]):
-    """An attribute of a report that is kept in its ``context``, so that it can be set although the report is frozen."""
+    """An attribute of a report that is stored in its ``context``, so it can be set although the report is frozen."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name

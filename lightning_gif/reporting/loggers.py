@@ -1,4 +1,4 @@
-"""How a logger gets a report: by what it can do, never by which package it came from."""
+"""Logging of reports. What a logger gets depends on its methods, never on its package."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _BINS = 64
 
 
 def running(loggers: Iterable[Any]) -> list[Any]:
-    """The loggers without those whose run is finished, each of which is warned about.
+    """The loggers with a run that is not finished. Warns about each of the others.
 
-    A finished W&B run refuses what it is given, and starting another one is not for a report to decide.
+    A finished W&B run refuses new values, and a report should not start another run.
     """
     found = []
     for logger in loggers:
@@ -38,8 +38,8 @@ def running(loggers: Iterable[Any]) -> list[Any]:
         if getattr(run, "_is_finished", False) is True:
             rank_zero_warn(
                 f"{type(logger).__name__} did not take the report: its run {getattr(run, 'id', '')} is finished, and no"
-                " new one is started. Ask before the run is finished, or log it to another: report.log([logger]) with a"
-                " logger whose run goes on.",
+                " new one is started. Make the report before the run is finished, or log it with an open run:"
+                " report.log([logger]).",
                 category=GIFWarning,
             )
         else:
@@ -48,10 +48,10 @@ def running(loggers: Iterable[Any]) -> list[Any]:
 
 
 def log_scalars(loggers: Iterable[Any], values: Mapping[str, Any], *, prefix: str, step: int) -> None:
-    """Gives every logger the numbers among ``values`` as ``prefix/name``; other values and NaN are left out.
+    """Logs the finite numbers among ``values`` to every logger, as ``prefix/name``. Other values are left out.
 
-    As all of these functions do, it tells each logger to write at once: loggers write what they hold at the end of
-    ``fit``, and reports are mostly made after it.
+    Like all of these functions, it flushes each logger. Loggers flush at the end of ``fit``, but most reports are made
+    after it.
     """
     numbers = {
         f"{prefix}/{name}": float(value)
@@ -64,15 +64,15 @@ def log_scalars(loggers: Iterable[Any], values: Mapping[str, Any], *, prefix: st
 
 
 def log_table(loggers: Iterable[Any], key: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Gives a table to the loggers that have ``log_table``, as ``WandbLogger`` does. Arrays become pictures.
+    """Logs a table to the loggers that have ``log_table``, such as ``WandbLogger``. Arrays become images.
 
-    No step is passed: W&B orders by its own counter, and refuses a step below one it has seen.
+    No step is passed: W&B orders by its own counter, and refuses a step below an earlier one.
 
     Args:
         loggers: Lightning loggers.
-        key: Its name.
+        key: The name of the table.
         columns: The names of the columns.
-        rows: A value for each column; not looked at where no logger takes them.
+        rows: One value for each column. They are not computed if no logger takes tables.
     """
     takers = [logger for logger in loggers if _takes_tables(logger)]
     table = [list(row) for row in rows] if takers else []
@@ -81,7 +81,7 @@ def log_table(loggers: Iterable[Any], key: str, columns: Sequence[str], rows: It
 
 
 def log_histogram(loggers: Iterable[Any], key: str, values: Tensor, *, step: int) -> None:
-    """Gives all ``values`` as a histogram to the loggers that take tables or whose writer takes histograms."""
+    """Logs a histogram of ``values`` to the loggers that take tables or that have a writer with ``add_histogram``."""
     for logger in loggers:
         if _takes_tables(logger):
             import wandb  # only a logger that is W&B's gets here, so the user has it loaded
@@ -94,16 +94,17 @@ def log_histogram(loggers: Iterable[Any], key: str, values: Tensor, *, step: int
 
 
 def log_text(loggers: Iterable[Any], key: str, text: str, *, step: int) -> None:
-    """Gives a text, line by line as it is, to the loggers whose writer takes Markdown, as TensorBoard's does."""
+    """Logs a text with its line breaks to the loggers that have a writer with ``add_text``, such as TensorBoard."""
     for logger, add_text in _writers(loggers, "add_text"):
         add_text(key, textwrap.indent(text, "    "), step)  # four spaces: Markdown keeps the lines
         _write_out(logger)
 
 
 def log_figure(loggers: Iterable[Any], key: str, draw: Callable[[], Figure], *, step: int) -> None:
-    """Gives a figure to the loggers whose writer takes one, as TensorBoard's does. Drawn only where it is taken.
+    """Logs a figure to the loggers that have a writer with ``add_figure``, such as TensorBoard.
 
-    Without matplotlib nothing is drawn: a report is logged without being asked for, and should not need it.
+    The figure is drawn only if there is such a logger. Without matplotlib nothing is drawn: reports are logged
+    automatically, and this should not require matplotlib.
     """
     takers = list(_writers(loggers, "add_figure"))
     if takers and importlib.util.find_spec("matplotlib") is not None:
@@ -114,7 +115,7 @@ def log_figure(loggers: Iterable[Any], key: str, draw: Callable[[], Figure], *, 
 
 
 def log_eigenvalues(loggers: Iterable[Any], prefix: str, curvature: Mapping[str, Any]) -> None:
-    """Gives the ends of the spectrum to the loggers that take tables, where they were asked for."""
+    """Logs the extreme eigenvalues, if they were requested, to the loggers that take tables."""
     rows = [
         [end, rank, value]
         for end in ("largest", "smallest")
@@ -138,7 +139,7 @@ def _takes_tables(logger: Any) -> bool:
 
 
 def _writers(loggers: Iterable[Any], method: str) -> Iterator[tuple[Any, Callable[..., Any]]]:
-    """The loggers whose experiment has a method, each with it."""
+    """The loggers with an experiment that has the method, each with this method."""
     for logger in loggers:
         found = getattr(getattr(logger, "experiment", None), method, None)
         if callable(found):

@@ -1,4 +1,4 @@
-"""Notes that a user gets at once and finds in the report, and phrases that both reports use."""
+"""Notes, which are warnings that a report also keeps, and phrases that both reports use."""
 
 from __future__ import annotations
 

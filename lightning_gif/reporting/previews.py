@@ -1,4 +1,4 @@
-"""Examples as people look at them, and figures of reports. matplotlib is loaded only when a figure is asked for."""
+"""Previews of examples, and figures of reports. matplotlib is imported only when a figure is made."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _LONGEST_TEXT = 200
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """How an example is shown, without the example itself: what plots and tables read, and what a saved report keeps.
+    """The preview of an example for plots and tables. A saved report keeps it instead of the example itself.
 
     Attributes:
-        label: Its target as a plain number or string; ``None`` where it has no single one.
-        image: ``(H, W)`` or ``(H, W, 3)`` uint8, if it is an image; see :func:`image_of`.
-        text: What it holds in words; see :func:`text_of`.
+        label: The target as a plain number or string; ``None`` if there is no single target.
+        image: The image, ``(H, W)`` or ``(H, W, 3)`` uint8; ``None`` if there is none. See :func:`image_of`.
+        text: The contents as text; see :func:`text_of`.
     """
 
     label: Any | None
@@ -47,21 +47,21 @@ class Shown:
 
     @classmethod
     def of(cls, item: Any) -> Shown:
-        """How an item of a dataset is shown. What it has as arrays is shown as the tensors that collating makes."""
+        """The preview of an item of a dataset. Arrays are treated as the tensors that collating makes of them."""
         item = _as_tensors(item)
         return cls(label_of(item), image_of(item), text_of(item))
 
     @property
     def look(self) -> Any:
-        """The image where there is one, else the text."""
+        """The image if there is one, else the text."""
         return self.text if self.image is None else self.image
 
 
 def image_of(item: Any) -> Any | None:
-    """The first tensor of a dataset's item as an image array, ``(H, W)`` or ``(H, W, 3)`` uint8, if it is one.
+    """The first tensor of a dataset's item as an image array, ``(H, W)`` or ``(H, W, 3)`` uint8.
 
-    An image is ``(H, W)``, ``(1, H, W)``, ``(3, H, W)`` or ``(H, W, 3)``, each side at least 6. Values are stretched to
-    their range, and what is larger than 512 a side is made smaller: it is looked at beside many others.
+    ``None`` unless its shape is ``(H, W)``, ``(1, H, W)``, ``(3, H, W)`` or ``(H, W, 3)`` with sides of at least 6.
+    Values are rescaled to the range 0 to 255, and images with a side above 512 are made smaller.
     """
     found = next((tensor for tensor in tensors(item) if tensor.ndim >= 2), None)
     if found is None or not found.numel() or found.is_complex():
@@ -81,9 +81,9 @@ def image_of(item: Any) -> Any | None:
 
 
 def label_of(item: Any) -> Any | None:
-    """The target of a dataset's item as a plain number or string, if it has a single one.
+    """The target of a dataset's item as a plain number or string; ``None`` if there is no single target.
 
-    What JSON has no number for (NaN, complex numbers, decimals, dates) is a string.
+    Values that are no JSON numbers (NaN, complex numbers, decimals, dates) become strings.
     """
     target = _split(item)[1]
     if isinstance(target, Tensor):
@@ -97,10 +97,10 @@ def label_of(item: Any) -> Any | None:
 
 
 def text_of(item: Any) -> str:
-    """What a dataset's item holds besides its label, in words; what is long is cut short.
+    """The contents of a dataset's item without its label, as a text of limited length.
 
-    Of an item with text in it, the text alone: what a tokenizer made of it, or its length, tells a reader nothing more.
-    Of any other the numbers, rounded.
+    An item that holds text is shown by that text alone, without token ids or lengths. Any other item is shown by its
+    numbers, rounded.
     """
     inputs = item if label_of(item) is None else _split(item)[0]
     texts = list(_texts(inputs))
@@ -117,7 +117,7 @@ def figure(rows: int, cols: int, *, width: float, height: float) -> tuple[Figure
     """A figure with a grid of axes, outside of pyplot's global state.
 
     Raises:
-        ModuleNotFoundError: If matplotlib is not installed, with how to install it.
+        ModuleNotFoundError: If matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -130,7 +130,7 @@ def figure(rows: int, cols: int, *, width: float, height: float) -> tuple[Figure
 
 
 def show(axes: Axes, example: Shown, title: str) -> None:
-    """Draws an example: its image where it has one, else what it holds in words."""
+    """Draws the preview of an example: its image if there is one, else its text."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(title, fontsize=8, parse_math=False)
@@ -141,7 +141,7 @@ def show(axes: Axes, example: Shown, title: str) -> None:
 
 
 def _split(item: Any) -> tuple[Any, Any]:
-    """A dataset's item as its inputs and its target, ``None`` where its structure does not tell."""
+    """The inputs and the target of a dataset's item. The target is ``None`` if the structure does not show it."""
     if isinstance(item, Mapping):
         key = next((key for key in TARGET_KEYS if key in item), None)
         return {name: value for name, value in item.items() if name != key}, None if key is None else item[key]
@@ -151,9 +151,9 @@ def _split(item: Any) -> tuple[Any, Any]:
 
 
 def _as_tensors(data: Any) -> Any:
-    """The same item with tensors in the place of arrays of numbers, also those that PIL holds.
+    """The same item with tensors in place of arrays of numbers, including PIL images.
 
-    Unlike ``default_convert`` it takes any array there is: a dataset with a collate function of its own may hold them.
+    Unlike ``default_convert`` it takes any array: a dataset with a custom collate function may hold them.
     """
     if isinstance(data, Mapping):
         return {name: _as_tensors(value) for name, value in data.items()}
@@ -167,7 +167,7 @@ def _as_tensors(data: Any) -> Any:
 
 
 def _texts(data: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """The strings of an item, each with the name it is found under, if any."""
+    """The strings of an item, each with its key, or an empty string if there is no key."""
     if isinstance(data, str):
         yield name, data
     elif isinstance(data, Mapping):

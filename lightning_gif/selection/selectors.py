@@ -19,7 +19,7 @@ __all__ = ["SELECTORS", "Layer", "Selector", "check_selector", "select", "whole_
 
 @dataclass(frozen=True)
 class Layer:
-    """What a selector knows of one Linear or Conv layer.
+    """The data of one Linear or Conv layer that a selector uses.
 
     Entries are numbered through the flattened weight and then the bias. Neuron ``i`` of ``n`` owns entries
     ``i·fan_in`` to ``(i+1)·fan_in − 1`` and, if there is a bias, ``n·fan_in + i``.
@@ -27,7 +27,7 @@ class Layer:
     Attributes:
         name: The layer's name.
         neurons: Number of output neurons ``n``: output features or channels.
-        fan_in: Weights of one neuron; 0 if the weight is frozen or may not be changed.
+        fan_in: The number of weights of one neuron; 0 if the weight is frozen or may not be changed.
         bias: Whether there is a bias that may be changed.
         outputs: ``|mean output|`` of each neuron, ``(n,)``; ``None`` if unknown.
         gradients: ``|mean output gradient|`` of each neuron, ``(n,)``; ``None`` if unknown.
@@ -52,38 +52,38 @@ class Layer:
         return torch.arange(neuron * self.fan_in, (neuron + 1) * self.fan_in)
 
     def need(self, kind: str) -> Tensor:
-        """A statistic: ``"outputs"``, ``"gradients"`` or ``"entries"``.
+        """Returns a statistic: ``"outputs"``, ``"gradients"`` or ``"entries"``.
 
         Raises:
-            SelectionError: If it is unknown.
+            SelectionError: If the statistic is not available.
         """
         value: Tensor | None = getattr(self, kind)
         if value is None:
             cache = "cache_gradients" if kind == "entries" else "cache_neurons"
             raise SelectionError(
                 f"The selector needs the {'gradients of the parameters' if kind == 'entries' else kind} of layer"
-                f" {self.name!r}, but training did not gather them ({cache}=False, or the layer was not used), and no"
-                " batch was evaluated for them. Use targets='batch', or a selector without statistics: 'random', or"
-                " parameter names."
+                f" {self.name!r}, but they are not available: training did not gather them ({cache}=False, or the layer"
+                " was not used), and no batch was evaluated for them. Use targets='batch', or a selector without"
+                " statistics: 'random', or parameter names."
             )
         return value
 
 
 Selector = Callable[[Layer, float, torch.Generator], Tensor]
-"""``selector(layer, ratio, generator) → entries``: which entries of the layer become targets, unique."""
+"""``selector(layer, ratio, generator) → entries``: the entries of the layer that become targets, each once."""
 
 SELECTORS: Registry[Selector] = Registry("selector")
 """All selectors by name; add your own with :meth:`Registry.register`."""
 
 
 def whole_neurons(layer: Layer, order: Sequence[int], ratio: float, generator: torch.Generator) -> Tensor:
-    """``⌊ratio · size⌋`` entries: whole neurons in the given order, the rest drawn from the next one's weights.
+    """``⌊ratio · size⌋`` entries: whole neurons in the given order, the rest drawn from the weights of the next one.
 
     Args:
         layer: The layer.
-        order: Neurons, first choice first.
+        order: The neurons in order of preference.
         ratio: Share of the layer's entries, in (0, 1].
-        generator: Draws the leftover weights.
+        generator: The generator that draws the remaining weights.
     """
     budget = int(ratio * layer.size)
     each = layer.fan_in + layer.bias
@@ -144,10 +144,10 @@ def random(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
 
 @SELECTORS.register("threshold")
 def threshold(layer: Layer, ratio: float, generator: torch.Generator, *, start: float = 1.0) -> Tensor:
-    """Weights and biases drawn from the neurons whose mean output passes a threshold.
+    """Weights and biases drawn from the neurons with a mean output above a threshold.
 
-    In each layer, the threshold starts at 1 and is lowered in steps of 0.01, as in the paper's scripts, until the
-    neurons above it own ``⌊ratio · n⌋`` weights and as many biases.
+    In each layer the threshold starts at 1 and is lowered in steps of 0.01, as in the paper's scripts. It stops once
+    the neurons above it have ``⌊ratio · n⌋`` weights and ``⌊ratio · n⌋`` biases.
     """
     outputs = layer.need("outputs").cpu()
     weights, biases = int(ratio * layer.neurons * layer.fan_in), int(ratio * layer.neurons * layer.bias)
@@ -218,17 +218,17 @@ def select(
     Args:
         module: The model.
         selector: A registered name, applied to each Linear and Conv layer; or names or patterns of parameters of any
-            kind, all of whose entries become targets.
+            kind. All entries of parameters that match become targets.
         ratio: Share of each layer's entries; ignored for explicit names.
         allowed: Names or patterns of parameters that may be changed (``GIFMixin.influence_parameters``).
         neurons: Statistics that rank neurons.
         gradients: Statistics that rank single entries.
-        classes: Rank neurons by examples of these classes only.
+        classes: Rank neurons only by examples of these classes; ``None`` for all.
         seed: Seed of all random draws.
 
     Raises:
         ConfigurationError: For an unknown selector or a ratio out of range.
-        SelectionError: If there is nothing to select from, a name matches nothing, or a needed statistic is missing.
+        SelectionError: If no parameters can be selected, a name matches nothing, or a needed statistic is missing.
     """
     check_selector(selector, ratio)
     space = ParameterSpace(module)

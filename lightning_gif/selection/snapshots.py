@@ -13,19 +13,19 @@ __all__ = ["Snapshots"]
 class Snapshots:
     """Up to ``2·count`` states of a module, spread evenly over the last two thirds of the epochs so far.
 
-    The number of epochs need not be known. Once there are more states, every other one is dropped, and from then on
-    only every other epoch is kept.
+    The number of epochs need not be known. Once there are more than ``2·count`` states, every other one is dropped.
+    From then on only every other epoch is kept.
 
     Args:
-        count: How many states :meth:`chosen` returns; 0 for none.
+        count: The number of states that :meth:`chosen` returns; 0 for none.
 
     Attributes:
-        count: As given.
-        kept: By epoch, a copy of the parameters and buffers on the CPU.
+        count: The argument.
+        kept: Copies of the parameters and buffers on the CPU, by epoch.
         last: The last epoch that has ended; -1 before the first.
 
     Raises:
-        ConfigurationError: If the count is not a whole number of at least 0.
+        ConfigurationError: If ``count`` is not a whole number of at least 0.
     """
 
     def __init__(self, count: int) -> None:
@@ -36,7 +36,7 @@ class Snapshots:
         self.last = -1
 
     def add(self, epoch: int, module: nn.Module) -> None:
-        """Keeps the state at the end of an epoch, if it is one of those to keep."""
+        """Adds the state at the end of an epoch, if this epoch is to be kept."""
         if not self.count:
             return
         self.last = epoch
@@ -51,7 +51,7 @@ class Snapshots:
             self.kept = {past: state for past, state in self.kept.items() if (epoch - past) % (2 * stride) == 0}
 
     def chosen(self) -> dict[int, dict[str, Tensor]]:
-        """At most ``count`` of the states, evenly spread. The last epoch is left out: it has the current weights."""
+        """At most ``count`` states, evenly spread. Without the last epoch, since its weights are the current ones."""
         late = [epoch for epoch in sorted(self.kept) if epoch < self.last]
         places = torch.linspace(0, len(late) - 1, min(self.count, len(late))).round().long().unique().tolist()
         return {late[place]: self.kept[late[place]] for place in places}

@@ -41,11 +41,11 @@ class NeuronStatistics:
     and, in row 0, for examples of unknown class: ``O(neurons · classes)`` memory.
 
     Attributes:
-        outputs: For each layer's name the sums of outputs, ``(1 + classes, neurons)``.
-        gradients: The same of output gradients.
-        output_counts: For each layer's name how many examples are in each row of its outputs, ``(1 + classes,)``.
-        gradient_counts: The same of output gradients. An example that passes a layer need not send a gradient back,
-            and activation checkpointing makes it pass twice.
+        outputs: The sums of outputs by layer name, ``(1 + classes, neurons)``.
+        gradients: The same for output gradients.
+        output_counts: For each layer's name the number of examples in each row of ``outputs``, ``(1 + classes,)``.
+        gradient_counts: The same for output gradients. The counts differ: an example may give no gradient, and with
+            activation checkpointing it passes a layer twice.
     """
 
     _STATE = ("outputs", "gradients", "output_counts", "gradient_counts")
@@ -72,7 +72,7 @@ class NeuronStatistics:
 
         Args:
             module: The module with the layers.
-            guard: Returns a context that each hook runs in, and that decides what an error in it does.
+            guard: Returns a context manager for each hook, which handles its errors.
         """
         self.detach()
         self._guard = guard
@@ -87,13 +87,13 @@ class NeuronStatistics:
         self.pause()
 
     def record(self, classes: Tensor | None, size: int | None, weight: float = 1.0) -> None:
-        """Announces a training batch: the hooks add what passes through the layers from now on.
+        """Starts recording a training batch: the hooks add its outputs and output gradients from now on.
 
         Args:
             classes: The class of each example, ``(B,)``; ``None`` if unknown.
             size: B; ``None`` if unknown.
-            weight: What output gradients must be multiplied by to be those of the batch's mean loss (undoes gradient
-                accumulation and loss scaling).
+            weight: The factor that makes output gradients those of the batch's mean loss. It undoes gradient
+                accumulation and loss scaling.
         """
         self._rows = None if classes is None else _Rows.of(classes)
         self._size = size
@@ -101,13 +101,13 @@ class NeuronStatistics:
         self._recording = True
 
     def pause(self) -> None:
-        """Makes the hooks ignore what passes through the layers from now on."""
+        """Stops recording: the hooks ignore all passes from now on."""
         self._recording = False
         self._rows = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Makes the hooks ignore what passes through the layers inside the block."""
+        """Stops recording inside the block."""
         before = self._recording, self._rows
         self.pause()
         try:
@@ -121,7 +121,7 @@ class NeuronStatistics:
             setattr(self, kind, {})
 
     def sum_over(self, processes: ProcessGroup) -> None:
-        """Sums over all processes, which need not have seen the same layers and classes."""
+        """Sums over all processes. They need not have seen the same layers and classes."""
         for kind in self._STATE:
             setattr(self, kind, _sum_over(getattr(self, kind), processes))
 
@@ -134,7 +134,7 @@ class NeuronStatistics:
             classes: Only take examples of these classes; all if ``None``.
 
         Returns:
-            The mean; ``None`` if no such example has passed through the layer.
+            The mean; ``None`` if the layer has seen no such example.
         """
         sums = getattr(self, kind).get(layer)
         if sums is None:
@@ -303,8 +303,8 @@ class GradientStatistics:
     """Mean squares of each parameter's gradient over optimizer steps: ``O(parameters)`` memory.
 
     Attributes:
-        squares: For each parameter's name the sum of squared gradients, in the parameter's shape.
-        steps: For each parameter's name over how many steps.
+        squares: The sum of squared gradients by parameter name, in the parameter's shape.
+        steps: The number of summed steps by parameter name.
     """
 
     def __init__(self) -> None:
@@ -319,7 +319,7 @@ class GradientStatistics:
         self.squares, self.steps = {}, {}
 
     def add(self, gradients: Iterable[tuple[str, Tensor | None]]) -> None:
-        """Adds one gradient of each named parameter. Skips those that are missing, sparse, complex or not finite."""
+        """Adds one gradient for each named parameter. Skips those that are missing, sparse, complex or not finite."""
         with torch.no_grad():
             for name, gradient in gradients:
                 if gradient is None or gradient.is_sparse or gradient.is_complex():
@@ -334,7 +334,7 @@ class GradientStatistics:
                 self.steps[name] = self.steps.get(name, 0) + 1
 
     def sum_over(self, processes: ProcessGroup) -> None:
-        """Sums over all processes, if each has evaluated examples of its own."""
+        """Sums over all processes. For use after each process evaluated different examples."""
         if processes.size == 1:
             return
         self.squares = _sum_over(self.squares, processes)

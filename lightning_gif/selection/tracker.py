@@ -341,7 +341,7 @@ class TrainingTracker:
             self.forget()
             rank_zero_warn(
                 "The checkpoint's state of GIFCallback is damaged or does not fit the model, and is ignored:"
-                f" {type(error).__name__}: {error}. Targets will be picked anew: after the next epoch of training, or"
+                f" {type(error).__name__}: {error}. Targets will be picked again: after the next epoch of training, or"
                 " by a pass over the training data if the model was attached.",
                 category=GIFWarning,
             )
@@ -351,7 +351,7 @@ class TrainingTracker:
         elif targets is not None:
             rank_zero_warn(
                 f"The checkpoint's targets were picked by {state['state_key']}, but this callback is {key}. They are"
-                " picked anew from the checkpoint's statistics.",
+                " picked again, from the checkpoint's statistics.",
                 category=GIFWarning,
             )
             with self.guard("picking the target parameters"):

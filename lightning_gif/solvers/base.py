@@ -60,12 +60,12 @@ class SolveOptions:
             ``‖A x − g‖² + λ²‖x‖²``, in the same unit: an eigenvalue ``c`` counts as ``√(c² + λ²)``.
         rtol: Relative residual at which the solve counts as converged; see
             :attr:`Solution.residual <lightning_gif.solvers.Solution>`.
-        max_iter: The largest number of iterations. What an iteration costs is up to the solver: two products for least
-            squares, one for symmetric matrices; for ``"nystrom"`` this is the rank of the sketch.
+        max_iter: The largest number of iterations. An iteration costs two products for least squares, and one for
+            symmetric matrices. For ``"nystrom"`` this is the rank of the sketch.
         seed: Seed of all random draws.
-        start: First iterate, ``(cols,)`` or ``(cols, q)``; zero by default, and where the residual of the start is
-            larger than that of zero.
-        discrepancy: Stop as well once ``‖A x − g‖ ≤ discrepancy·‖g‖`` (Morozov's discrepancy principle).
+        start: First iterate, ``(cols,)`` or ``(cols, q)``; zero by default. Zero is used as well if its residual is
+            smaller than that of the start.
+        discrepancy: Also stop once ``‖A x − g‖ ≤ discrepancy·‖g‖`` (Morozov's discrepancy principle).
     """
 
     damping: float = 0.0
@@ -83,8 +83,8 @@ Algorithm = Callable[..., "Solution | list[Solution]"]
 class Solver:
     """An algorithm for linear systems, and a declaration of what it needs and supports.
 
-    It is called with an operator, a right-hand side and, as keywords, any of :class:`SolveOptions`. What it does not
-    support is refused before it starts.
+    It is called with an operator, a right-hand side and, as keywords, any of :class:`SolveOptions`. Unsupported
+    operators and options raise an error before the solve starts.
 
     Args:
         name: The registered name.
@@ -147,24 +147,24 @@ class Solver:
         discrepancy: float = SolveOptions.discrepancy,
         **own: Any,
     ) -> Solution | list[Solution]:
-        """Solves for one or several right-hand sides.
+        """Solves the system for one or several right-hand sides.
 
         Args:
             operator: ``A``, ``(rows, cols)``.
             rhs: ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
-            damping: See :class:`SolveOptions`, as for the following.
+            damping: See :class:`SolveOptions`, also for the next five.
             rtol: Relative residual that counts as converged.
-            max_iter: The largest number of iterations; by default what the solver declares.
+            max_iter: The largest number of iterations; by default that of the solver.
             seed: Seed of all random draws.
             start: First iterate.
             discrepancy: Stop at this unexplained share.
-            **own: Options that this solver alone has.
+            **own: Options of this solver only.
 
         Returns:
             A solution for a right-hand side ``(rows,)``; a list of ``q`` for several as columns.
 
         Raises:
-            ConfigurationError: If the solver does not support what it is asked for.
+            ConfigurationError: If the solver does not support the operator or an option.
         """
         options = SolveOptions(
             damping, rtol, self._max_iter if max_iter is None else max_iter, seed, start, discrepancy
@@ -228,11 +228,10 @@ Function = TypeVar("Function", bound=Algorithm)
 class SolverRegistry(Registry[Solver]):
     """The solvers by name.
 
-    A plain function ``(operator, rhs, *, damping, rtol, max_iter, seed, discrepancy)`` can be registered as it is. It
-    is called with one right-hand side ``(rows,)`` at a time. It declares nothing: it is taken to solve any matrix in
-    the least-squares sense. For one that declares more, register
-    a :class:`Solver`. Either gets the damping as it was asked for;
-    :func:`~lightning_gif.solvers.operators.damped_system` makes a least-squares problem of it.
+    A plain function ``(operator, rhs, *, damping, rtol, max_iter, seed, discrepancy)`` can be registered directly. It
+    is called with one right-hand side ``(rows,)`` at a time, and is expected to solve any matrix in the least-squares
+    sense. Register a :class:`Solver` to declare requirements. Both get the requested damping.
+    :func:`~lightning_gif.solvers.operators.damped_system` turns it into a least-squares problem.
 
     Example:
         >>> solvers = SolverRegistry("solver")
@@ -298,4 +297,4 @@ def solver(name: str, **declared: Any) -> Callable[[Algorithm], Solver]:
     return add
 
 
-__getattr__ = forward(__name__)  # of names that went elsewhere
+__getattr__ = forward(__name__)  # forwards moved names

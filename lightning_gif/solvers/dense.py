@@ -25,14 +25,14 @@ def to_matrix(operator: LinearOperator) -> Tensor:
     """The dense matrix ``(rows, cols)`` of an operator, from ``min(rows, cols)`` products.
 
     Raises:
-        ConfigurationError: If it would have more than 50 million entries.
-        NonFiniteError: If it is not finite.
+        ConfigurationError: If the matrix would have more than 50 million entries.
+        NonFiniteError: If the matrix is not finite.
     """
     rows, cols = operator.shape
     if rows * cols > _MOST_ENTRIES:
         raise ConfigurationError(
-            f"solver='dense' would build a matrix of {rows} x {cols}; it is meant for small networks and takes at most"
-            f" {_MOST_ENTRIES:,} entries. Use solver='lissa', or select fewer parameters."
+            f"solver='dense' would build a matrix of {rows} x {cols} entries. It is for small networks, and takes at"
+            f" most {_MOST_ENTRIES:,} entries. Use solver='lissa', or select fewer parameters."
         )
     identity = torch.eye(min(rows, cols), dtype=operator.dtype, device=operator.device)
     if cols <= rows:
@@ -48,11 +48,11 @@ def dense(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solut
     """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by the singular value decomposition of the dense matrix, in float64.
 
     Singular values within rounding of zero, in the precision of the operator, are dropped, so the result is the
-    minimiser of least norm. There are no iterations: ``rtol`` only decides whether the result is called converged.
+    minimiser of least norm. There are no iterations: ``rtol`` only decides whether the status is ``CONVERGED``.
 
     Raises:
         ConfigurationError: If the matrix would have more than 50 million entries.
-        NonFiniteError: If it, or the right-hand side, is not finite.
+        NonFiniteError: If the matrix or the right-hand side is not finite.
     """
     recorder = SolveRecorder("dense", operator, rhs, options)
     system, ridge = damped_system(operator, options.damping)

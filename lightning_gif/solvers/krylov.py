@@ -1,10 +1,10 @@
 """Conjugate gradients, for the normal equations of least squares and for a symmetric matrix itself.
 
-They are two iterations, not one: :class:`ConjugateGradients` carries the residual ``g − A x`` and multiplies it by
-``Aᵀ`` anew at each step, which conjugate gradients on the formed matrix ``AᵀA`` cannot, and whose accuracy they lack
-(Björck, *Numerical Methods for Least Squares Problems*, section 7.4). It is taken a step at a time by solvers that do
-more with its iterates, and never meets negative curvature. :class:`SymmetricConjugateGradients` costs half as many
-products, sees the condition number instead of its square, and has to look out for negative curvature.
+These are two different iterations. :class:`ConjugateGradients` carries the residual ``g − A x`` and multiplies it by
+``Aᵀ`` at each step. This is more accurate than conjugate gradients on the matrix ``AᵀA`` (Björck, *Numerical Methods
+for Least Squares Problems*, section 7.4). It never meets negative curvature, and solvers use its iterates one by one.
+:class:`SymmetricConjugateGradients` costs half as many products, and depends on the condition number instead of its
+square, but must handle negative curvature.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class ConjugateGradients:
 class SymmetricConjugateGradients:
     """Conjugate gradients on ``(C + λ) x = g`` for several right-hand sides at once, each until it is done.
 
-    A column ends before a step along which ``C + λ`` has no positive curvature; if that is the first step, with a step
-    of steepest descent of the length that a curvature of the other sign would allow.
+    A column ends before a step along which ``C + λ`` has no positive curvature. If this is the first step, it ends with
+    a step of steepest descent. Its length is that for the same curvature with the other sign.
 
     Args:
         solver: The name in the solutions.
@@ -166,7 +166,7 @@ class SymmetricConjugateGradients:
                 residual, direction = columns(~done, residual, direction)
 
     def _note(self, active: Tensor, wrong: Tensor, residuals: Tensor) -> Tensor:
-        """Takes note of a step of the active columns, and says which of them are done."""
+        """Records a step of the active columns, and returns which of them are done."""
         done = wrong | (residuals <= self._tolerance)
         for column, ends, indefinite, value in zip(
             active.tolist(), done.tolist(), wrong.tolist(), residuals.tolist(), strict=True
@@ -180,7 +180,7 @@ class SymmetricConjugateGradients:
         return done
 
     def _verify(self) -> None:
-        """Computes the residuals of converged columns anew, since those that a recurrence carries along drift."""
+        """Recomputes the residuals of converged columns, since those of a recurrence drift."""
         claimed = [
             column
             for column, (status, residuals) in enumerate(zip(self._status, self._residuals, strict=True))

@@ -1,8 +1,8 @@
-"""Two ways to the tridiagonal matrix of the Lanczos process, whose eigenvalues (Ritz values) estimate a spectrum.
+"""The tridiagonal matrix of the Lanczos process. Its eigenvalues (Ritz values) estimate a spectrum.
 
-Conjugate gradients compute that matrix on the way, so :func:`largest_singular_value` costs no further product. Without
-reorthogonalisation only its largest eigenvalue can be relied on: converged Ritz values repeat. :func:`quadrature` keeps
-and reorthogonalises its vectors, and so gives both ends of a spectrum and a density, for a product a step.
+Conjugate gradients compute that matrix as well, so :func:`largest_singular_value` costs no further product. Without
+reorthogonalisation only its largest eigenvalue is reliable: converged Ritz values repeat. :func:`quadrature` keeps and
+reorthogonalises its vectors. It gives both ends of a spectrum and a density, for one product a step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LiSSA for the normal equations of GIF: the paper's recursion, and the same accelerated."""
+"""LiSSA for the normal equations of GIF: the paper's recursion, and an accelerated one."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def lissa(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solut
     """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by the modified LiSSA recursion of GIF, accelerated.
 
     The paper's recursion (arXiv 2312.05586, algorithm 1) is ``x_{j+1} = x_j + (v − T x_j)`` with
-    ``T = (AᵀA + λ²)/c²`` and ``v = Aᵀg/c²``: Landweber iteration, whose error after ``j`` iterations goes with ``1/j``.
-    The same two products an iteration give ``1/j²`` when the step is weighted and a share of the last step is added, as
-    in Brakhage's ν-method (ν = 1; Engl, Hanke and Neubauer, *Regularization of Inverse Problems*, 1996, section 6.3).
-    The momentum is dropped where it points uphill (O'Donoghue and Candès 2015), which makes the rate linear without
-    knowing the smallest singular value.
+    ``T = (AᵀA + λ²)/c²`` and ``v = Aᵀg/c²``: Landweber iteration. Its error after ``j`` iterations is proportional to
+    ``1/j``. Weighted steps with momentum improve this to ``1/j²`` for the same two products an iteration, as in
+    Brakhage's ν-method (ν = 1; Engl, Hanke and Neubauer, *Regularization of Inverse Problems*, 1996, section 6.3).
+    The momentum is dropped where it points uphill (O'Donoghue and Candès 2015). This makes the rate linear without
+    knowledge of the smallest singular value.
     ``T`` is positive semi-definite whatever the signs of the eigenvalues of the Hessian, so both converge on non-convex
     networks for ``c ≥ √(σ_max² + λ²)``.
 
     ``c`` is estimated once, by the Lanczos process started at ``Aᵀg``, and the solve never starts over. The recursion
     stays in the Krylov space of that start, so it cannot meet a singular value that the space does not contain. The
     same products minimise over that space, so the recursion starts from this minimiser after 20 iterations; up to there
-    the iterates are those of CGLS. If its own steps meet a larger singular value all the same (each step gives a
-    Rayleigh quotient for free), ``c`` is raised to it and the momentum begins anew from the best iterate.
+    the iterates are those of CGLS. Each step also gives a Rayleigh quotient at no cost. If it shows a larger
+    singular value, ``c`` is raised to it and the momentum restarts from the best iterate.
 
-    Fewer iterations regularise: directions with singular values well below ``σ_max / max_iter`` are left alone. So
-    ``max_iter`` bounds how far the solve follows directions in which the loss is nearly flat. Each iteration costs one
+    Fewer iterations regularise: directions with singular values well below ``σ_max / max_iter`` hardly change. So
+    ``max_iter`` limits how far the solve follows directions in which the loss is nearly flat. Each iteration costs one
     product with ``A`` and one with ``Aᵀ``.
 
     Returns:
@@ -68,8 +68,8 @@ def lissa(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solut
 def plain_lissa(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
     """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by the recursion of the paper, at a scale that is estimated once.
 
-    It starts at zero (or ``start``), and needs about the square of the number of iterations of :func:`lissa`, whose
-    errors it shares. The iterations that estimate the scale do not count towards ``max_iter``.
+    It starts at zero (or ``start``), and needs about the square of the number of iterations of :func:`lissa`. It
+    raises the same errors. The iterations that estimate the scale do not count towards ``max_iter``.
     """
     run = Run("plain_lissa", operator, rhs, options)
     return _iterate(run, accelerate=False)

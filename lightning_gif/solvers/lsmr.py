@@ -21,7 +21,7 @@ def lsmr(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Soluti
     LSMR (Fong and Saunders, *SIAM Journal on Scientific Computing* 33, 2011) is MINRES on the normal equations. Its
     iterates are computed here as those of CGLS with minimal-residual smoothing (Zhou and Walker, *SIAM Journal on
     Scientific Computing* 15, 1994): each is the point with the smallest residual on the line to the new CGLS iterate.
-    So the residual never grows, and it is computed by its definition instead of being estimated by a recurrence.
+    So the residual never grows, and it is computed by its definition instead of estimated by a recurrence.
 
     Each iteration costs one product with ``A`` and one with ``Aᵀ``.
 

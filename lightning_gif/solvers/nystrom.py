@@ -1,4 +1,4 @@
-"""A low-rank sketch of a symmetric operator, which any number of right-hand sides share."""
+"""A low-rank sketch of a symmetric operator, shared by any number of right-hand sides."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def low_rank(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
     """The randomised Nyström approximation of a symmetric positive semi-definite operator.
 
     With ``Ω`` ``(n, r)`` orthonormal and random it is ``(CΩ)(ΩᵀCΩ)⁺(CΩ)ᵀ``, computed with a small shift that keeps it
-    stable (Frangella, Tropp and Udell, *SIAM J. Matrix Anal. Appl.* 44, 2023, algorithm 2.1). What it leaves out of
-    ``C`` is positive semi-definite, and small where the eigenvalues beyond the ``r``-th are.
+    stable (Frangella, Tropp and Udell, *SIAM J. Matrix Anal. Appl.* 44, 2023, algorithm 2.1). The error, ``C`` minus
+    the sketch, is positive semi-definite. It is small if the eigenvalues beyond the ``r``-th are small.
 
     Args:
         operator: ``C``, ``(n, n)``.
-        rank: ``r``: products, and vectors of length ``n`` that are kept.
-        seed: Of ``Ω``.
+        rank: ``r``, the number of products, and of vectors of length ``n`` that are kept.
+        seed: The seed of ``Ω``.
 
     Raises:
         NonFiniteError: If a product is not finite.
@@ -102,9 +102,9 @@ def low_rank(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
 def nystrom(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
     """Solves ``(C + λ) x = g`` with the sketch of :func:`low_rank` in place of ``C``.
 
-    The sketch costs as many products for many right-hand sides as for one. Directions that it misses are taken to have
-    no curvature but the damping, which must therefore be positive and should not be far below the smallest eigenvalue
-    of the sketch.
+    The sketch costs as many products for many right-hand sides as for one. Directions outside the sketch count
+    with the damping alone. So the damping must be positive, and should not be far below the smallest eigenvalue of the
+    sketch.
 
     Args:
         operator: ``C``, ``(n, n)``, symmetric positive semi-definite.

@@ -1,6 +1,6 @@
-"""Operators made of others: rows and columns, other units, weighted sums, and damping.
+"""Operators built from others: rows and columns, other units, weighted sums, and damping.
 
-Those that follow from positive semi-definite ones say so by an attribute ``positive_semidefinite``.
+Operators that remain positive semi-definite declare it by an attribute ``positive_semidefinite``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def is_positive_semidefinite(operator: LinearOperator) -> bool:
 def damped_system(operator: LinearOperator, damping: float) -> tuple[LinearOperator, float]:
     """The least-squares problem ``min_x ‖A x − g‖² + ρ²‖x‖²`` that stands for a damped system.
 
-    Where the operator is a symmetric positive semi-definite ``C``, the system is ``(C + λ) x = g``, as every solver has
-    it: ``A = C + λ`` and ``ρ = 0``. With a rectangular or indefinite operator that would mean nothing, or could turn
-    an eigenvalue ``−λ`` to zero; ``A`` is then the operator itself and ``ρ = λ``, which makes ``√(c² + λ²)`` of an
-    eigenvalue ``c``.
+    If the operator is a symmetric positive semi-definite ``C``, the system is ``(C + λ) x = g`` for every solver:
+    ``A = C + λ`` and ``ρ = 0``. A rectangular operator cannot be shifted, and a shift of an indefinite one could turn
+    an eigenvalue ``−λ`` to zero. So ``A`` is then the operator itself and ``ρ = λ``: an eigenvalue ``c`` counts as
+    ``√(c² + λ²)``.
 
     Args:
         operator: A matrix ``(rows, cols)``.

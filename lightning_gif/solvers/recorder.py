@@ -1,4 +1,4 @@
-"""What every solver does before and after its own work: scale the right-hand sides, count, and build solutions."""
+"""Steps before and after every solve: scale the right-hand sides, count products, and build solutions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Outcome:
 class SolveRecorder:
     """Measures a solve from its construction on, and builds its solutions.
 
-    Right-hand sides are scaled to about unit length, because squares of tiny gradients vanish in float32; solutions are
+    Right-hand sides are scaled to about unit length, because squares of tiny gradients vanish in float32. Solutions are
     scaled back.
 
     Args:
@@ -118,7 +118,7 @@ class SolveRecorder:
 
 
 def _peak_memory(device: torch.device) -> int | None:
-    """The most bytes that this process has needed so far; ``None`` where the system does not tell."""
+    """The most bytes that this process has needed so far; ``None`` if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

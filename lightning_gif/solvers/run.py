@@ -1,4 +1,4 @@
-"""What the iterative least-squares solvers share: where to start, when to stop, and the best iterate."""
+"""Common code of the iterative least-squares solvers: the start, the stopping rules, and the best iterate."""
 
 from __future__ import annotations
 
@@ -129,12 +129,12 @@ class Run:
         return len(self.active) > 0
 
     def saw(self, sigma: Tensor) -> None:
-        """Takes note of estimates ``(a,)`` of singular values, of which the largest is reported."""
+        """Records estimates ``(a,)`` of singular values. The largest one is reported."""
         for column, value in zip(self.active.tolist(), sigma.tolist(), strict=True):
             self._traces[column].sigma = max(self._traces[column].sigma, value)
 
     def record(self, x: Tensor, difference: Tensor, normal: Tensor, *, stuck: Tensor | None = None) -> Tensor | None:
-        """Takes note of an iteration.
+        """Records an iteration.
 
         Args:
             x: Iterates ``(cols, a)``.
@@ -195,14 +195,14 @@ class Run:
         return torch.tensor([trace.residuals[-1] / trace.smallest for trace in traces], dtype=torch.float64)
 
     def verify(self, *, carried: float) -> None:
-        """Checks the operator by one or two more products, and computes residuals anew that may have drifted.
+        """Checks the operator by one or two more products, and recomputes residuals that may have drifted.
 
-        If an operator differs from product to product, the solution means nothing. Residuals that a recurrence carries
-        along drift away from those of the iterate where little but rounding is left, for example in a network that fits
-        its data so well that its products in float32 are mostly rounding.
+        If products with the same vector differ, the solution is meaningless. Residuals of a recurrence drift away from
+        those of the iterate if they are close to rounding. An example is a network that fits its data so well that its
+        products in float32 are mostly rounding.
 
         Args:
-            carried: The number of iterations in which the solver updated ``g − A x`` instead of computing it anew.
+            carried: The number of iterations in which the solver updated ``g − A x`` instead of recomputing it.
 
         Raises:
             ConvergenceError: If a product is not what it was before, for the same vector.

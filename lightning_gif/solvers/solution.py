@@ -46,10 +46,10 @@ class Solution:
         iterations: The number of iterations.
         hvps: The number of Hessian-vector products, including those that estimate ``sigma_max``.
         examples: The number of examples that these products went through.
-        residual: The residual of ``x``, by which convergence is judged: for least squares that of the normal equations,
-            ``‖Aᵀ(g − A x) − λ²x‖ / ‖Aᵀg‖``, or ``‖Aᵀ(g − A x)‖ / ‖Aᵀg‖`` with ``A = C + λ`` for a positive
-            semi-definite ``C``; for ``cg``, ``nystrom`` and ``truncated_newton`` ``‖g − (C + λ)x‖ / ‖g‖``. It is 0 at
-            the exact solution.
+        residual: The relative residual of ``x``, by which convergence is judged. It is 0 at the exact solution. For
+            least squares it is that of the normal equations, ``‖Aᵀ(g − A x) − λ²x‖ / ‖Aᵀg‖``. If ``C`` is positive
+            semi-definite, it is ``‖Aᵀ(g − A x)‖ / ‖Aᵀg‖`` with ``A = C + λ``. For ``cg``, ``nystrom`` and
+            ``truncated_newton`` it is ``‖g − (C + λ)x‖ / ‖g‖``.
         unexplained: The unexplained share ``‖A x − g‖ / ‖g‖``, with the same ``A``.
         sigma_max: The largest singular value of the matrix, without damping, that the solve has met: an estimate from
             below.

@@ -32,10 +32,11 @@ class Spectrum:
 def spectrum(operator: LinearOperator, count: int, *, steps: int = 0, probes: int = 2, seed: int = 0) -> Spectrum:
     """The extreme eigenvalues by stochastic Lanczos quadrature.
 
-    The Lanczos process, started at a random sign vector and fully reorthogonalised, gives a quadrature rule for the
-    density of the eigenvalues (Ubaru, Chen and Saad, *SIAM Journal on Matrix Analysis and Applications* 38, 2017): its
-    nodes are the Ritz values, whose ends converge to extreme eigenvalues first, and its weights, averaged over the
-    start vectors, add up to the share of the eigenvalues in an interval. Memory: ``steps`` vectors.
+    The Lanczos process starts at a random sign vector and is fully reorthogonalised. It gives a quadrature rule for the
+    density of the eigenvalues (Ubaru, Chen and Saad, *SIAM Journal on Matrix Analysis and Applications* 38, 2017). The
+    nodes are the Ritz values. The extreme ones converge first. The weights of the nodes in
+    an interval, averaged over start vectors, add up to its share of the eigenvalues. It keeps ``steps`` vectors in
+    memory.
 
     Args:
         operator: ``(p, p)``, symmetric.

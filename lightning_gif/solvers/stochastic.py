@@ -1,4 +1,4 @@
-"""LiSSA as it was first proposed: a fresh batch of examples at each iteration."""
+"""Stochastic LiSSA, as it was first proposed: a fresh batch of examples at each iteration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def stochastic_lissa(
 ) -> Solution | list[Solution]:
     """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by steps over random batches, for operators that can draw them.
 
-    LiSSA (Agarwal, Bullins and Hazan, JMLR 18, 2017) with the normal equations of GIF: a step is
+    This is LiSSA (Agarwal, Bullins and Hazan, JMLR 18, 2017) for the normal equations of GIF. A step is
     ``x ← x + (A₁ᵀ(g − A₂ x) − λ²x)/c²``, where ``A₁`` and ``A₂`` are taken over *independent* batches. With one batch
     for both factors the expectation would be ``E[AᵢᵀAᵢ] = AᵀA`` plus the variance of ``Aᵢ``, and the solve would
     converge to a wrong solution. ``c²`` is taken from the Lanczos process on a few draws, so batches of very different
@@ -43,9 +43,9 @@ def stochastic_lissa(
     Args:
         operator: ``A``, ``(rows, cols)``, with a method ``draw(seed)`` that returns the same over a random batch.
         rhs: ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
-        options: ``max_iter`` is the number of iterations of each run; ``rtol`` and ``discrepancy`` do not end them, but
+        options: ``max_iter`` is the number of iterations of each run. ``rtol`` and ``discrepancy`` do not end it, but
             decide whether the result counts as converged.
-        repeats: The number of independent runs whose results are averaged. To choose it from the callback, register
+        repeats: The number of independent runs. Their results are averaged. To choose it from the callback, register
             ``functools.partial(stochastic_lissa, repeats=4)`` under a name of your own.
 
     Returns:
@@ -69,8 +69,8 @@ def stochastic_lissa(
         sigma = max(_sigma(fresh(), run.rhs) for _ in range(_SCALE_DRAWS))
         if sigma == 0.0:
             raise ConvergenceError(
-                "Three random batches have no curvature at all along the right-hand side, though all examples"
-                " together have some. Use a larger `batch_size`, or solver='lissa'."
+                "Three random batches have no curvature along the right-hand side, but all examples together have"
+                " some. Use a larger `batch_size`, or solver='lissa'."
             )
         run.saw(torch.full((len(run.active),), sigma, dtype=torch.float64))
         scale = (_SCALE_MARGIN * sigma) ** 2 + damping**2

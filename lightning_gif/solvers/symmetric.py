@@ -1,4 +1,4 @@
-"""Solvers for a symmetric matrix: one product a step, and its condition number instead of the square of that."""
+"""Solvers for a symmetric matrix: one product a step, and a rate by its condition number instead of the square."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["cg", "truncated_newton"]
 def cg(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
     """Solves ``(C + λ) x = g`` for a symmetric positive semi-definite ``C`` by conjugate gradients.
 
-    Each iteration costs one product, half of what a least-squares solver needs. But ``C`` must be square (methods
-    ``"if"``, ``"fif"`` and ``"pif"``) and must have no negative eigenvalues (``curvature="ggn"`` of a convex loss): the
-    solve ends before a direction of negative curvature, with the status ``INDEFINITE``. Stopping after a few iterations
+    Each iteration costs one product, half of what a least-squares solver needs. ``C`` must be square (methods ``"if"``,
+    ``"fif"`` and ``"pif"``) and have no negative eigenvalues (``curvature="ggn"`` of a convex loss). The solve ends
+    before a direction of negative curvature, with the status ``INDEFINITE``. Stopping after a few iterations
     regularises like damping.
 
     There is no first iterate, because the first step would no longer show the curvature along ``g``.
@@ -39,8 +39,8 @@ def truncated_newton(
     """Lowers ``½ xᵀ(C + λ)x − gᵀx`` by conjugate gradients, up to where ``C + λ`` has negative curvature.
 
     With ``−g`` the gradient of a function and ``C`` its second derivative, ``x`` is a step of a damped Newton method
-    that stops early (Nocedal and Wright, *Numerical Optimization*, 2nd ed., algorithm 7.1; Martens, ICML 2010): a
-    descent direction, whatever the signs of the eigenvalues of ``C``. Each iteration costs one product, half of what a
+    that stops early (Nocedal and Wright, *Numerical Optimization*, 2nd ed., algorithm 7.1; Martens, ICML 2010). It is a
+    descent direction for any signs of the eigenvalues of ``C``. Each iteration costs one product, half of what a
     least-squares solver needs, and convergence depends on the condition number of ``C``, not on its square.
 
     Args:
@@ -52,8 +52,8 @@ def truncated_newton(
         max_iter: The largest number of iterations.
 
     Returns:
-        A :class:`~lightning_gif.solvers.Solution`, whose ``unexplained`` and ``residual`` are both the relative
-        residual, and ``xᵀCx``, which costs no further product.
+        A :class:`~lightning_gif.solvers.Solution` and ``xᵀCx``, which costs no further product. Its ``unexplained`` and
+        ``residual`` are both the relative residual.
 
     Raises:
         NonFiniteError: If the right-hand side or a product is not finite.

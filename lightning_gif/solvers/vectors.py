@@ -33,6 +33,6 @@ def require_finite(vector: Tensor, what: str) -> None:
     if not torch.isfinite(vector).all():
         bad = int((~torch.isfinite(vector)).sum())
         raise NonFiniteError(
-            f"{what} has {bad} non-finite value(s) of {vector.numel()}. The weights are as they were. Look for NaN in"
+            f"{what} has {bad} non-finite value(s) of {vector.numel()}. The weights are unchanged. Look for NaN in"
             " the data or the loss; on a model trained in low precision, a `damping` above 0 can help."
         )

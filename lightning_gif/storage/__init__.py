@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, recognised by digests, read without running what is in them."""
+"""Files: written atomically, verified by digests, and read without executing code in them."""

@@ -1,6 +1,6 @@
-"""Artifacts: a record in plain values and its tensors, recognised by a digest, in one file or in a folder.
+"""Artifacts: a record of plain values and its tensors, verified by a digest, in one file or in a folder.
 
-They are written whole or not at all, and read without unpickling.
+They are written atomically and read without unpickling.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REMEDY = "Copy it again from where it was saved."
 
 
 class Artifact(NamedTuple):
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
         version: The version of its format.
@@ -50,13 +50,13 @@ class Format:
     """A kind of file with one artifact.
 
     Attributes:
-        name: What the file states as its format, before the version: ``"lightning-gif edit"``.
-        versions: All that are read, in order. The last one is written by default.
-        what: What such a file is, in words with an article, for messages.
+        name: The name of the format in the file, without the version: ``"lightning-gif edit"``.
+        versions: All versions that can be read, in order. The last one is written by default.
+        what: The kind of file with an article, for messages.
         remedy: What to do about a damaged file, as a sentence.
-        error: What is raised about a file that cannot be used.
-        unversioned: Reads the metadata of files that were written before they stated a format: the record, and the
-            value that their digest covers besides the tensors.
+        error: The class of the errors about files that cannot be used.
+        unversioned: Reads the metadata of old files that state no format. Returns the record, and the value that
+            their digest covers besides the tensors.
     """
 
     name: str
@@ -67,21 +67,21 @@ class Format:
     unversioned: Callable[[Mapping[str, str]], tuple[Any, object]] | None = None
 
     def stated(self, version: int) -> str:
-        """What a file of a version states as its format."""
+        """The format and version as a file states them."""
         return f"{self.name} {version}"
 
 
 def write_file(
     path: Path, form: Format, record: Any, tensors: Mapping[str, Tensor], *, version: int | None = None
 ) -> None:
-    """Writes an artifact to one safetensors file, which takes the place of an old one once all of it is on the disk.
+    """Writes an artifact to one safetensors file. An old file is replaced once the new one is on the disk.
 
     Args:
-        path: Where to; its folder must be there.
+        path: The file. Its folder must exist.
         form: The format.
-        record: What JSON can hold.
-        tensors: By name, on any device.
-        version: The version of the format, by default the last one.
+        record: Plain values that JSON can hold.
+        tensors: Tensors by name, on any device.
+        version: The version of the format; by default the last one.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     stated = form.stated(form.versions[-1] if version is None else version)
@@ -97,13 +97,13 @@ def read_file(
     Args:
         path: The file.
         form: Its format.
-        check: Is given the record and the shapes of the tensors before any tensor is read, and raises if they are not
-            those of the file that was looked for.
+        check: Called with the record and the shapes of the tensors before any tensor is read. Raises if they are not
+            as expected.
 
     Raises:
-        GIFError: Of the kind ``form.error``: if it is no file, of another format, damaged or edited, or if ``check``
-            raised an error about what it holds.
-        OSError: If it cannot be read.
+        GIFError: Of class ``form.error``, if the path is no file, or the file has another format, is damaged or
+            edited, or fails the ``check``.
+        OSError: If the file cannot be read.
     """
     if path.exists() and not path.is_file():
         raise form.error(f"{str(path)!r} is a folder or a device, not a file. {form.remedy}")
@@ -138,21 +138,20 @@ def _parsed(path: Path, form: Format, metadata: Mapping[str, str]) -> tuple[int,
 def write_folder(
     folder: str | os.PathLike[str], kind: str, record: Mapping[str, Any], tensors: dict[str, Tensor]
 ) -> None:
-    """Writes ``report.json`` and ``scores.safetensors`` into a new folder, which then takes the place of an old one.
+    """Writes ``report.json`` and ``scores.safetensors`` into a new folder, and replaces an old folder by it.
 
-    After an error the old folder is as it was. A power cut finds the old one or the new one at its place, or for the
-    moment between two renames neither: the old one is beside it then, as ``.NAME.….old``.
+    After an error the old folder is unchanged. After a power cut either the old or the new folder is in place. Only
+    between two renames neither is: then the old folder is beside it, as ``.NAME.….old``.
 
     Args:
-        folder: Where to; the folders above are made. What is there must be such a folder itself, or empty.
-        kind: What is written and in which version, ``"lightning-gif thing 1"``; all but the version must be that of the
-            folder that is replaced.
-        record: What JSON can hold.
-        tensors: By name.
+        folder: The folder. Missing parent folders are created. An existing folder must be empty or hold such a report.
+        kind: The format and version, ``"lightning-gif thing 1"``. A folder that is replaced must have the same format.
+        record: Plain values that JSON can hold.
+        tensors: Tensors by name.
 
     Raises:
-        ConfigurationError: If there is something else at ``folder``, which is left alone; or if the record is so long
-            that it would not be read.
+        ConfigurationError: If ``folder`` holds something else, which is left unchanged; or if the record is too long
+            to be read again.
     """
     target = Path(os.path.realpath(folder))  # the folder that a link leads to is replaced, not the link
     _check_replaceable(target, kind)
@@ -160,7 +159,7 @@ def write_folder(
     text = json.dumps({"format": kind, "digest": digest(tensors, record), **record}, indent=1)
     if len(text) > MOST_BYTES // 4:  # of up to four bytes each
         raise ConfigurationError(
-            f"The words and numbers of the report take {len(text)} characters, of which {MOST_BYTES // 4} are read."
+            f"The report without its tensors has {len(text)} characters, but at most {MOST_BYTES // 4} can be read."
             " Ask about fewer queries, or keep their scores with `scores_to`."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -188,14 +187,14 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
     """Reads what :func:`write_folder` wrote: the record and the tensors.
 
     Raises:
-        ConfigurationError: If it is another kind of folder or another version, if a file is damaged or was edited, or
-            if the two files do not belong together.
-        FileNotFoundError: If there is no such folder.
+        ConfigurationError: If the folder has another format or version, if a file is damaged or was edited, or if the
+            two files are of different reports.
+        FileNotFoundError: If the folder does not exist.
     """
     path = Path(folder)
     if not path.exists():
         left = sorted(path.parent.glob(f".{path.name}.*.old"))
-        hint = f" A save that was cut off has left an earlier one beside it, at {str(left[-1])!r}." if left else ""
+        hint = f" An interrupted save left an earlier report at {str(left[-1])!r}." if left else ""
         raise FileNotFoundError(f"There is no report at {os.fspath(folder)!r}.{hint}")
     if not path.is_dir():
         raise ConfigurationError(f"{os.fspath(folder)!r} is a file. A report is a folder; give the folder of `save`.")
@@ -213,7 +212,7 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
     if found != kind:
         raise ConfigurationError(
             f"{os.fspath(folder)!r} holds {found!r}, but {kind!r} was expected. Load it with the version of this"
-            " package that saved it, or save the report anew."
+            " package that saved it, or compute and save the report again."
         )
     with parse_errors_name(path / TENSORS, REMEDY):
         tensors = load((path / TENSORS).read_bytes())

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are replaced atomically."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ __all__ = ["replace_file", "replacing", "sync"]
 
 @contextmanager
 def replacing(path: Path, placed: Callable[[], Any] = lambda: None) -> Iterator[Path]:
-    """A file to write, which takes the place of an old one once all of it is on the disk, and not before.
+    """Yields the path of a temporary file to write. It replaces the file at ``path`` once it is on the disk.
 
-    After an error within the block the old file is as it was.
+    After an error within the block the old file is unchanged.
 
     Args:
-        path: Where to; its folder must be there.
-        placed: Is called once it has taken that place; what is left, and may still fail, is to wait for the disk.
+        path: The file. Its folder must exist.
+        placed: Called once the new file is in place. The folder is then synced to the disk, which may still fail.
 
     Raises:
-        OSError: If it cannot be written; or is, which the error says, but perhaps not for good.
+        OSError: If the file cannot be written. Also if it is in place but its folder could not be synced to the disk,
+            which the message says.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -44,18 +45,18 @@ def replacing(path: Path, placed: Callable[[], Any] = lambda: None) -> Iterator[
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file as :func:`replacing` does.
+    """Writes a file atomically, see :func:`replacing`.
 
     Args:
-        path: Where to; its folder must be there.
-        content: All of it.
+        path: The file. Its folder must exist.
+        content: The whole contents.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or what a folder lists, is on the disk."""
+    """Waits until a file, or the list of a folder's files, is on the disk."""
     try:
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except OSError:  # Windows, for folders

@@ -1,4 +1,4 @@
-"""The audit log: every change of a model's weights as a line of JSON, with the hash of the line before."""
+"""The audit log: one line of JSON for each change of a model's weights, with the hash of the previous line."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = ["FIRST", "Event", "Record", "append", "check_whole", "read"]
 
 Event = Literal["unlearn", "apply", "undo", "metrics"]
 """``unlearn``: an edit was computed and applied. ``apply``: an earlier one was applied. ``undo``: it was undone.
-``metrics``: the weights were measured, and not changed."""
+``metrics``: the weights were evaluated, not changed."""
 
 _EVENTS = ("unlearn", "apply", "undo", "metrics")
 
 _FORMAT = "lightning-gif record 1"
 
 FIRST = "0" * 64
-"""What the first entry has instead of the hash of the one before."""
+"""The first entry has this in place of the hash of a previous entry."""
 
 # The digests of an entry that are looked up by name.
 _DIGESTS = {"weights": ("before", "after"), "edit": ("before", "after", "values", "report")}
@@ -43,8 +43,8 @@ class Record(NamedTuple):
     """The contents of an audit log.
 
     Attributes:
-        entries: In order, up to the first that is damaged.
-        damage: Where that is and what is wrong with it; ``None`` if the file is intact.
+        entries: The entries in order, up to the first damaged one.
+        damage: The line and the kind of the damage; ``None`` if the file is intact.
     """
 
     entries: list[dict[str, Any]]
@@ -52,15 +52,15 @@ class Record(NamedTuple):
 
     @property
     def last_hash(self) -> str:
-        """That of the last entry. Whoever knows it can notice if any entry up to it is changed later."""
+        """The hash of the last entry. Anyone who knows it can detect later changes of any entry up to it."""
         return self.entries[-1]["hash"] if self.entries else FIRST
 
 
 def read(path: str | os.PathLike[str]) -> Record:
-    """Reads an audit log and follows its chain of hashes.
+    """Reads an audit log and checks its chain of hashes.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If the file does not exist.
     """
     return _follow(Path(path).read_bytes())
 
@@ -79,20 +79,20 @@ def _follow(content: bytes) -> Record:
 
 
 def append(path: str | os.PathLike[str], event: Event, contents: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds an entry to an audit log, whole or not at all: an interruption leaves the old file or the new one.
+    """Adds an entry to an audit log atomically: an interruption leaves the old file or the new one.
 
-    Processes that write to the same file wait for each other, by a lock file beside it.
+    A lock file beside it makes processes that write to the same file wait for each other.
 
     Args:
-        path: The audit log; made if there is none, with its folders.
+        path: The audit log. It is created with its folders if it does not exist.
         event: What happened.
-        contents: The rest of the entry: what JSON can hold, with the digests ``weights`` and ``edit``.
+        contents: The rest of the entry: plain values that JSON can hold, with the digests ``weights`` and ``edit``.
 
     Returns:
         The entry, with its number, time, versions and hash.
 
     Raises:
-        RecordError: If the audit log is damaged, or cannot be written. It is as it was.
+        RecordError: If the audit log is damaged or cannot be written. It is unchanged then.
     """
     target = Path(os.path.realpath(path))  # the file that a link leads to is replaced, not the link
     try:
@@ -119,8 +119,8 @@ def append(path: str | os.PathLike[str], event: Event, contents: Mapping[str, An
             _write(target, old, old + _canonical(entry) + b"\n")
     except OSError as error:
         raise RecordError(
-            f"The audit log {os.fspath(path)!r} cannot be written ({error}), so the weights are left as they were. Make"
-            " room for it or name another file, and try again."
+            f"The audit log {os.fspath(path)!r} cannot be written ({error}), so the weights are unchanged. Free some"
+            " disk space or name another file, and try again."
         ) from error
     return entry
 
@@ -138,13 +138,13 @@ def check_whole(record: Record, path: str | os.PathLike[str]) -> None:
     """Raises a :class:`~lightning_gif.errors.RecordError` if an audit log is damaged: nothing may be added."""
     if record.damage is not None:
         raise RecordError(
-            f"The audit log {os.fspath(path)!r} is damaged in {record.damage} Nothing is added to it: restore it from a"
-            " copy, or move it away and start another."
+            f"The audit log {os.fspath(path)!r} is damaged in {record.damage} Nothing was added to it. Restore it from"
+            " a copy, or move it away and start another."
         )
 
 
 def _parse(line: bytes, number: int, previous: str) -> dict[str, Any]:
-    """The entry of a line; raises unless it was written with the given number, after an entry with the given hash."""
+    """The entry of a line. Raises unless it has the given number and the given hash of the previous entry."""
     try:
         entry = parse(line)
         if not isinstance(entry, dict) or entry.get("format") != _FORMAT:
@@ -158,7 +158,9 @@ def _parse(line: bytes, number: int, previous: str) -> dict[str, Any]:
     if stated != _hash(entry) or line != written:
         raise RecordError("the entry was changed after it was written: its hash is not that of its contents.")
     if entry.get("previous") != previous:
-        raise RecordError("it does not have the hash of the line before: a line was changed, added, removed or moved.")
+        raise RecordError(
+            "it does not have the hash of the previous line: a line was changed, added, removed or moved."
+        )
     # The hash is right, but anyone can compute one.
     digests = [
         entry[part].get(name) if isinstance(entry.get(part), dict) else None
@@ -181,7 +183,7 @@ def _parse(line: bytes, number: int, previous: str) -> dict[str, Any]:
 
 
 def _canonical(entry: Mapping[str, Any]) -> bytes:
-    """The canonical text of an entry, which its hash is of."""
+    """The canonical text of an entry, from which its hash is computed."""
     return json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 

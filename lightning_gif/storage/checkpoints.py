@@ -1,4 +1,4 @@
-"""Checkpoints as data: read without running what is in them."""
+"""Checkpoints that are read without executing code in them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _LONGEST = 300
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """All that a Lightning checkpoint holds, on the CPU; its tensors are read from the file as they are looked at.
+    """The contents of a Lightning checkpoint, on the CPU. Tensors are mapped from the file.
 
-    Only tensors and plain values are unpickled. The ``state_dict`` is checked: names with whole tensors, each no larger
-    than what the file holds for it.
+    Only tensors and plain values are unpickled. The ``state_dict`` is checked: it must map names to dense tensors, each
+    no larger than its data in the file.
 
     Raises:
-        CheckpointError: If it holds anything else, is damaged, or has no such ``state_dict``.
-        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file holds other objects, is damaged, or has no such ``state_dict``.
+        FileNotFoundError: If the file does not exist.
     """
     name = os.fspath(path)
     if os.path.isdir(path):
@@ -41,21 +41,21 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except Exception as error:  # whatever a file that anyone may have written leads to
         if not isinstance(error, OSError) and not zipfile.is_zipfile(path):
             raise CheckpointError(
-                f"{name!r} is no checkpoint, or a damaged one: it is not the zip archive that torch.save writes. Give a"
+                f"{name!r} is not a checkpoint or is damaged: it is not the zip archive that torch.save writes. Give a"
                 " file that Trainer.save_checkpoint or ModelCheckpoint wrote."
             ) from error
-        told = " ".join(str(error).split())
-        told = told if len(told) <= _LONGEST else f"{told[:_LONGEST]} …"
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]} …"
         raise CheckpointError(
-            f"The checkpoint {name!r} cannot be read as tensors and plain values: {type(error).__name__}: {told} It is"
-            " damaged, or holds objects of other classes: save it without these, or allow them by"
+            f"The checkpoint {name!r} cannot be read as tensors and plain values: {type(error).__name__}: {reason} It"
+            " is damaged, or holds objects of other classes: save it without these, or allow them by"
             " torch.serialization.add_safe_globals if you trust the file."
         ) from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not state:
         raise CheckpointError(
-            f"{name!r} is no Lightning checkpoint: it has no `state_dict`. Give a file that Trainer.save_checkpoint or"
-            " ModelCheckpoint wrote."
+            f"{name!r} is not a Lightning checkpoint: it has no `state_dict`. Give a file that Trainer.save_checkpoint"
+            " or ModelCheckpoint wrote."
         )
     _check_state(name, state)
     return checkpoint
@@ -64,7 +64,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _check_state(path: str, state: Mapping[Any, Any]) -> None:
     for name, value in state.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"The checkpoint {path!r} is damaged: {name!r} is no name of a tensor.")
+            raise CheckpointError(f"The checkpoint {path!r} is damaged: {name!r} is not the name of a tensor.")
         if not isinstance(value, Tensor):  # the extra state of a module
             continue
         plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized

@@ -1,4 +1,4 @@
-"""Tensors as bytes, and the SHA-256 that they are recognised by."""
+"""SHA-256 digests of tensors and plain values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Fingerprint", "differences", "digest", "raw"]
 
 
 Fingerprint = dict[str, str]
-"""What results depend on, by name: digests, or plain values in words."""
+"""Everything that results depend on, by name: digests, or plain values as text."""
 
 
 def raw(tensor: Tensor, rows: int = 1) -> Tensor:
@@ -29,8 +29,7 @@ def digest(values: Mapping[str, Tensor], record: object = None) -> str:
 
     Args:
         values: The tensors.
-        record: What JSON can hold, kept beside them: a number in it that is another one is still JSON. Keys count in
-            their order, layout does not.
+        record: Plain values that JSON can hold and that the digest should cover as well. The order of keys matters.
     """
     state = hashlib.sha256()
     for name in sorted(values):
@@ -43,11 +42,11 @@ def digest(values: Mapping[str, Tensor], record: object = None) -> str:
 
 
 def differences(found: object, expected: Mapping[str, object]) -> str:
-    """The names of what is not found as it is expected; empty if all is.
+    """The names of the expected values that differ in ``found``, as text; empty if none does.
 
     Raises:
-        ValueError: If what was found has no names.
+        ValueError: If ``found`` is not a mapping.
     """
     if not isinstance(found, Mapping):
-        raise ValueError(f"a {type(found).__name__} is not what results depend on, by name")
+        raise ValueError(f"expected a mapping from names to values, got a {type(found).__name__}")
     return ", ".join(name for name, value in expected.items() if found.get(name) != value)

@@ -1,4 +1,4 @@
-"""Sections that Ctrl-C does not come into the middle of."""
+"""Blocks that Ctrl-C does not interrupt."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["uninterrupted"]
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """An interrupt inside is answered at the end: what tidies up, or is to be tidied up, is short and should be whole.
+    """Delays an interrupt (SIGINT) within the block to its end. For short blocks that must run as a whole.
 
-    Only the main thread is ever interrupted; in others, and where interrupts are ignored, nothing is done.
+    Only the main thread is ever interrupted. In other threads, and where interrupts are ignored, this does nothing.
     """
     answer = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(answer):

@@ -1,4 +1,4 @@
-"""Records in plain words and numbers that anybody may have written: read back as what they should be, or refused."""
+"""Records of plain values from untrusted files: read as values of the expected types, or refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..errors import ConfigurationError, GIFError
 __all__ = ["MOST_BYTES", "parse", "parse_errors_name", "read", "restored", "restored_fields"]
 
 
-# What a record may take on the disk: some ten times as much in memory.
+# The largest record that is read. It takes about ten times as much in memory.
 MOST_BYTES = 2**28
 
 
@@ -27,15 +27,15 @@ MOST_BYTES = 2**28
 def parse_errors_name(
     path: str | os.PathLike[str], remedy: str, kind: type[GIFError] = ConfigurationError
 ) -> Iterator[None]:
-    """Turns what goes wrong with the contents of a file, which anybody may have written, into an error that names it.
+    """Turns errors about the contents of an untrusted file into an error that names the file.
 
     Args:
         path: The file.
-        remedy: What to do about it.
-        kind: The error. One of this kind is let through as it is.
+        remedy: What to do about a damaged file, as a sentence.
+        kind: The class of the error. Errors of this class pass unchanged.
 
     Raises:
-        kind: In the place of an error about a missing key, a wrong type, value or shape.
+        kind: In place of an error about a missing key, or about a wrong type, value or shape.
     """
     try:
         yield
@@ -57,7 +57,7 @@ def parse(text: str | bytes) -> Any:
     """JSON as plain values.
 
     Raises:
-        ValueError: If it is none, is nested too deeply to be read, or gives a key of an object twice.
+        ValueError: If the text is not JSON, is nested too deeply, or has an object with the same key twice.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -68,7 +68,7 @@ def parse(text: str | bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("the record gives a key twice")
+        raise ValueError("the record has the same key twice")
     return found
 
 
@@ -76,12 +76,12 @@ def read(path: str | os.PathLike[str]) -> Any:
     """:func:`parse` of a file.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is more than :data:`MOST_BYTES`, and as by :func:`parse`.
+        OSError: If the file cannot be read.
+        ValueError: If it has more than :data:`MOST_BYTES` bytes, or as in :func:`parse`.
     """
     size = os.stat(path).st_size
     if size > MOST_BYTES:
-        raise ValueError(f"the record takes {size} bytes, more than any that is written")
+        raise ValueError(f"the record has {size} bytes, but at most {MOST_BYTES} are read")
     return parse(Path(path).read_bytes())
 
 
@@ -91,11 +91,11 @@ def restored_fields(kind: type, record: Any, without: Sequence[str] = ()) -> dic
     Args:
         kind: The dataclass.
         record: A mapping from the names of all its fields to plain values.
-        without: Fields that the record does not have.
+        without: Fields that are not in the record.
 
     Raises:
-        TypeError: If names are missing or unknown, or a value is of another type.
-        ValueError: If a value is none of an enumeration.
+        TypeError: If names are missing or unknown, or a value has another type.
+        ValueError: If a value is not a member of its enumeration.
     """
     hints = get_type_hints(kind)
     names = [field.name for field in fields(kind) if field.name not in without]
@@ -106,17 +106,17 @@ def restored_fields(kind: type, record: Any, without: Sequence[str] = ()) -> dic
 
 
 def restored(hint: Any, value: Any, what: str) -> Any:
-    """A plain value as one of a type: lists as tuples, strings as members of an enumeration.
+    """Converts a plain value to a type: lists to tuples, strings to members of an enumeration.
 
     Args:
         hint: ``Any``, ``None``, ``bool``, ``int``, ``float``, ``str``; enumerations, named tuples and dataclasses; and
             lists, tuples, dictionaries and unions of these.
         value: The value.
-        what: What it is, for messages.
+        what: The name of the value, for messages.
 
     Raises:
-        TypeError: If it is not of the type.
-        ValueError: If it is none of an enumeration.
+        TypeError: If the value does not have the type.
+        ValueError: If it is not a member of the enumeration.
     """
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any:

@@ -1,7 +1,7 @@
 """From the forget examples to an edit of the weights.
 
-``lightning_gif.unlearning`` has what a strategy of one's own needs, and the tuned numbers of an edit. The story of one
-call is in :mod:`lightning_gif.unlearning.unlearn`, the goals in :mod:`lightning_gif.unlearning.goals`.
+``lightning_gif.unlearning`` exports the types for custom strategies, and the tuned numbers of an edit. A call starts in
+:mod:`lightning_gif.unlearning.unlearn`. The goals are in :mod:`lightning_gif.unlearning.goals`.
 """
 
 from .._moved import forward

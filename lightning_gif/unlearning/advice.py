@@ -1,4 +1,4 @@
-"""Warnings about an edit that fell short of its target, or that cost too much."""
+"""Warnings about an edit that missed its target or cost too much."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .task import Scales
 
 
 def warn_unfinished(goal: Goal, before: Trial, chosen: Trial, target: float | None, notes: list[str]) -> None:
-    """Warns of an edit that fell short of its target, or that changes nothing.
+    """Warns of an edit that missed its target or changes nothing.
 
     Args:
         goal: The goal of the edit.
@@ -26,25 +26,24 @@ def warn_unfinished(goal: Goal, before: Trial, chosen: Trial, target: float | No
     elif not chosen.is_edit:
         warn_and_note(
             notes,
-            "The search found no step that lowers the risk on the data that retraining would see; the edit changes"
-            " nothing. step='natural' makes the natural step all the same.",
+            "The search found no step that lowers the risk, so the edit changes nothing. Use step='natural' to make the"
+            " natural step anyway.",
         )
 
 
 def warn_refreshed_statistics(old: dict[str, float], new: dict[str, float], notes: list[str]) -> None:
-    """Warns of losses by name that are larger with the running statistics that were computed anew."""
+    """Warns of losses that are larger with the recomputed running statistics."""
     for name in ("retain", "relabelled"):
         if name in new and new[name] - old[name] > NOTABLE_INCREASE * abs(old[name]):
             warn_and_note(
                 notes,
-                f"The running statistics that were computed anew raise the {name} loss: {old[name]:.4g} without them,"
-                f" {new[name]:.4g} with them. The edit was solved for with the old ones. Leave `refresh_statistics` out"
-                " if that matters more.",
+                f"The recomputed running statistics raise the {name} loss from {old[name]:.4g} to {new[name]:.4g}. The"
+                " edit was computed with the old ones. Leave `refresh_statistics` out to keep these.",
             )
 
 
 def warn_cost(goal: Goal, scales: Scales, before: dict[str, float], after: dict[str, float], notes: list[str]) -> None:
-    """Warns where an edit corrected labels at the cost of the retained examples, or the other way round.
+    """Warns of a label correction that raised the loss of the retained or of the corrected examples.
 
     Args:
         goal: The goal of the edit.
@@ -57,13 +56,14 @@ def warn_cost(goal: Goal, scales: Scales, before: dict[str, float], after: dict[
     if after["retain"] - before["retain"] > goal.tolerated_increase(before["retain"], gained, scales):
         warn_and_note(
             notes,
-            f"The retained loss rose from {before['retain']:.4g} to {after['retain']:.4g}. The new labels are not what"
-            " the other examples teach; a model that is trained with them would not follow all of them either. Make"
-            " sure that they are right, and undo the edit if it is not worth it.",
+            f"The retained loss rose from {before['retain']:.4g} to {after['retain']:.4g}. The new labels"
+            " contradict what the other examples teach. A model trained with them would not learn all of them either."
+            " Check that they are right, and undo the edit if it is not worth the cost.",
         )
     if -gained > NOTABLE_INCREASE * abs(before["relabelled"]):
         warn_and_note(
             notes,
             f"The loss of the corrected examples rose from {before['relabelled']:.4g} to {after['relabelled']:.4g}: the"
-            " risk fell by that of the retained ones. Training had not ended there, or they are too few.",
+            " edit lowered the loss of the retained examples instead. Either training had not converged, or there are"
+            " too few corrected examples.",
         )

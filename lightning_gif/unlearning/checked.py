@@ -1,4 +1,4 @@
-"""Groups of tuned numbers: plain data that is checked when it is made."""
+"""Groups of tuned numbers that are checked when they are created."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["CheckedNumbers", "number"]
 
 
 def number(default: float, low: float = 0.0, high: float = math.inf, *, open_low: bool = True) -> Any:
-    """A field of :class:`CheckedNumbers`; a whole number where ``default`` is one.
+    """A field of :class:`CheckedNumbers`. It must be a whole number if ``default`` is an ``int``.
 
     Args:
-        default: The value that is used unless another is given.
-        low: The lower end of what is allowed.
+        default: The default value.
+        low: The lower end of the allowed range.
         high: The largest allowed value, if it is finite.
         open_low: Whether ``low`` itself is not allowed.
     """

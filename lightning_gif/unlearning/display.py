@@ -38,11 +38,11 @@ def text(record: EditRecord) -> str:
         *_memorization_line(record),
     ]
     if record.edit.buffers:
-        lines.append(f"running statistics computed anew: {len(record.edit.buffers)} buffers")
+        lines.append(f"running statistics recomputed: {len(record.edit.buffers)} buffers")
     lines += [f"note: {note}" for note in record.notes]
     context = record.context
     if context.record is not None:
-        lines.append(f"Each time it is applied or undone, this is recorded in {os.fspath(context.record)}.")
+        lines.append(f"Applying and undoing it is recorded in {os.fspath(context.record)}.")
     if context.module is not None and record.edit.digest_before != record.edit.digest_after:
         state = {
             True: "The edit is in the weights.",

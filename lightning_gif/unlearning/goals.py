@@ -1,8 +1,8 @@
 """The goals of an edit. Each is a class: its risk, its limits, how memorization is measured, and the words for it.
 
 A new goal is a subclass of :class:`Goal` and one call of ``GOALS.register``. Nothing else asks which goal an edit has.
-What each number moves is in ``benchmarks/README.md``, "What the tuned numbers of an edit move"; other sections of it
-that are about one number are named beside it.
+The effect of each number is in ``benchmarks/README.md``, "What the tuned numbers of an edit move". Comments beside a
+number name the section that is about it.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ NOTABLE_INCREASE = 0.1
 
 @dataclass(frozen=True)
 class Goal(CheckedNumbers):
-    """What an edit is for. Its fields are the goal's tuned numbers.
+    """The goal of an edit. Its fields are the goal's tuned numbers.
 
     Attributes:
-        name: The name that reports and files have for it.
+        name: The name of the goal in reports and files.
         compares_with_unseen: Whether forget examples are compared with unseen ones.
-        influence_first: Whether ``"relinearise"`` starts along the influence direction, and whether that decides where
-            rounding hides a change of the risk.
+        influence_first: Whether ``"relinearise"`` starts along the influence direction. Also whether a search along
+            it takes the natural step if rounding hides the change of the risk.
         smallest_step: Whether ``"search"`` takes the smallest step that reaches the target memorization, and not the
             one of least risk.
         bounded_risk: Whether the risk has a lower bound.
-        pursues_target: Whether steps that gain little are followed by others until the target memorization is reached.
+        pursues_target: Whether steps that gain little are followed by others up to the target memorization.
         scales_by_gradients: Whether solves are scaled by the gradient second moment.
-        far_memorization: Above this memorization descent directions are solved for by the method of the edit, and not
-            by Newton steps.
-        far_curvature_share: There, this share of the examples gives the curvature.
+        far_memorization: Above this memorization, descent directions are solved by the method of the edit instead of
+            Newton steps.
+        far_curvature_share: The share of the examples that gives the curvature above ``far_memorization``.
         first_damping: If the risk is convex: the damping of the first least-squares solve, as a share of ``‖Bᵀb‖/‖b‖``.
         max_step_size: The largest step size along the influence direction; that of the line search if that is smaller.
-        warns_of_shortfall: Whether :meth:`shortfall` is worth a warning, beside the note in the report.
-        curvature_examples: How many retained examples solves see with ``curvature_examples="auto"``.
+        warns_of_shortfall: Whether :meth:`shortfall` is also a warning, not only a note in the report.
+        curvature_examples: The number of retained examples that solves see with ``curvature_examples="auto"``.
     """
 
     name: ClassVar[str]
@@ -177,27 +177,26 @@ GOALS: Registry[type[Goal]] = Registry("goal")
 @GOALS.register("examples")
 @dataclass(frozen=True)
 class ExampleRemoval(Goal):
-    """Other examples of the same labels are retained, or it is not known what the model predicts.
+    """Other examples of the same labels are retained, or the model's predictions are not known.
 
-    The risk is the loss of the retained data, which retraining would minimise. No training ends in an exact minimum,
-    and on a sample of the data even that has a gradient: the gradient of the loss of *all* data at the trained weights
-    is subtracted (the baseline gradient), so that an edit answers the change of the data, and neither continues
-    training nor fits the sample.
+    The risk is the loss of the retained data, which retraining would minimise. Training does not end in an exact
+    minimum, and even a minimum has a gradient on a sample of the data. So the gradient of the loss of *all* data at the
+    trained weights is subtracted (the baseline gradient). The edit then answers the change of the data, and neither
+    continues training nor fits the sample.
 
-    With unseen examples to compare with, a forget example should have the loss ``t`` of the unseen one of its class and
-    rank: what was memorized is what retraining without it would get wrong, and it is what the trained model finds
-    hardest. For those with a smaller loss ``ℓ`` than that, ``(t − ℓ)²/(2σ)`` is a second term, with ``σ`` the root mean
-    square of what they lack.
+    With unseen examples, each forget example has a target loss ``t``: that of the unseen example of its class and rank.
+    A model retrained without a memorized example would have a larger loss on it. Forget examples with a loss ``ℓ``
+    below ``t`` add ``(t − ℓ)²/(2σ)`` to the risk. Here ``σ`` is the root mean square of ``t − ℓ`` over them.
 
     Attributes:
-        target_memorization: A membership AUROC of one half: the losses say nothing.
+        target_memorization: A membership AUROC of one half: the losses do not separate the examples.
         memorized_weight: The weight of a forget example in the second term, beside a retained one.
-        memorized_share: Forget examples that lack less than this share of the root mean square of all are left out:
-            most were learned like any other.
+        memorized_share: Forget examples with ``t − ℓ`` below this share of the root mean square are left out: most of
+            them were not memorized.
         retain_budget: The largest increase of the retained loss, as a share of its distance to the unseen loss, at
-            which the other examples would be forgotten as well. Without unseen examples, as a share of itself, and at
-            least ``m/(n−m)``: even the best weights cost that if a large share of the data goes, since weight decay
-            then weighs more. The risk, of which a gradient is subtracted, may have no lower bound.
+            which the other examples would be forgotten as well. Without unseen examples it is a share of the retained
+            loss, and at least ``m/(n−m)``: if a large share of the data is removed, weight decay weighs more, and even
+            the best weights cost that. A limit is needed since the risk, less its baseline, may have no lower bound.
         min_retain_budget: An increase by this share of the retained loss, or of the chance loss, never ends an edit.
         max_step_size: The largest step size along the influence direction.
     """
@@ -311,23 +310,23 @@ class ExampleRemoval(Goal):
 @GOALS.register("class")
 @dataclass(frozen=True)
 class ClassRemoval(Goal):
-    """The forget examples are all examples of their classes: none of them may be predicted any more.
+    """The forget examples are all examples of their classes, and these classes should no longer be predicted.
 
-    Nothing says what a forget example should be predicted as. What should be predicted on the retained examples is
-    known by Bayes' rule: what the trained model predicts once the forgotten classes are ruled out, see
-    :func:`~lightning_gif.unlearning.risk.teacher`. The risk is the mean of ``KL(expected ‖ predicted)`` over them,
-    which can become zero without any fit to the labels of a sample, and, with a weight, the mean of ``−log(1 − p)``
-    over the forget examples, with ``p`` the probability of the forgotten classes.
+    On the retained examples, Bayes' rule gives the expected predictions: those of the trained model once the forgotten
+    classes are ruled out, see :func:`~lightning_gif.unlearning.risk.teacher`. The risk has two terms. The first is the
+    mean of ``KL(expected ‖ predicted)`` over the retained examples. It can become zero without a fit to the labels of a
+    sample. The second, with a weight, is the mean of ``−log(1 − p)`` over the forget examples, with ``p`` the
+    probability of the forgotten classes.
 
     Attributes:
         target_memorization: The share of the class that may still be predicted as it.
         unlikelihood_weight: The weight of the mean over the forget examples.
         retain_budget: The largest increase of the retained loss, as a share of the chance loss.
-        far_memorization: While more than this is remembered, log-odds are far from where they should be, and the second
-            term takes the curvature of a bound.
-        far_curvature_share: A step from there need not be as good as the last one, and takes less curvature.
-        negligible_risk: In nats: retrained models differ by more.
-        curvature_examples: Fewer than for other goals.
+        far_memorization: Above this memorization, log-odds are far from their target, and the second term uses the
+            curvature of a bound.
+        far_curvature_share: Such early steps need not be accurate, and use fewer examples for the curvature.
+        negligible_risk: A risk in nats below the difference between retrained models.
+        curvature_examples: The number of retained examples that solves see; fewer than for other goals.
     """
 
     name = GoalName.CLASS
@@ -352,9 +351,9 @@ class ClassRemoval(Goal):
         if request.n_classes is None or request.objective.n_classes(request.others) != request.n_classes:
             warn_and_note(
                 notes,
-                "All examples of a class are to be forgotten, but it cannot be seen what the model predicts: its loss"
-                " does not call F.cross_entropy (or F.nll_loss) with one row of logits for each example and the labels"
-                " of the batch. They are removed as single examples are, and may still be predicted as their class.",
+                "All examples of a class are to be forgotten, but the model's predictions are not known: its loss does"
+                " not call F.cross_entropy (or F.nll_loss) with one row of logits for each example and the labels of"
+                " the batch. The examples are removed like single examples, and may still be predicted as their class.",
             )
             return False
         return True
@@ -408,8 +407,8 @@ class ClassRemoval(Goal):
         if target is None or chosen.memorization <= target:
             return None
         return (
-            f"{100 * chosen.memorization:.1f} % of the class are still predicted as it. Going further would have raised"
-            " the retained loss too much, found no step, or was not asked for. Try targets='batch', another selector, a"
+            f"{100 * chosen.memorization:.1f} % of the class are still predicted as it. A further step would raise the"
+            " retained loss too much, was not found, or was not requested. Try targets='batch', another selector, a"
             " larger ratio, or another `step`."
         )
 
@@ -424,21 +423,21 @@ class ClassRemoval(Goal):
 class LabelCorrection(Goal):
     """The forget examples get new labels.
 
-    The risk is ``KL(expected ‖ predicted)`` over the retained examples, where the trained model's predictions are
-    expected, and the cross-entropy of the corrected examples. If it is not known what the model predicts, it is the
-    loss of both, each example with the same weight: what retraining would minimise. With a baseline gradient subtracted
-    it would have no minimum in a model that is not convex.
+    The risk is ``KL(expected ‖ predicted)`` over the retained examples plus the cross-entropy of the corrected
+    examples. The expected predictions are those of the trained model. If predictions are not known, the risk is the
+    loss of both kinds of examples with equal weights, which retraining would minimise. No baseline gradient is
+    subtracted: the risk of a model that is not convex would then have no minimum.
 
     Attributes:
-        target_memorization: The share of labels that may be left as they were once steps gain little. The report warns
-            of a correction that leaves more.
-        corrected_weight: The weight of a corrected example beside a retained one whose prediction is kept. Some of
-            these predictions are still what the wrong labels taught, and hold back what the right ones should undo.
+        target_memorization: The share of labels that may stay uncorrected once steps gain little. The report warns if
+            more of them do.
+        corrected_weight: The weight of a corrected example relative to a retained one. Some of the retained predictions
+            were learned from the wrong labels, and work against the correction.
         retain_budget: The report warns of an increase of the retained loss by more than this share of the chance loss,
             and more than a tenth of itself.
-        far_memorization: While more than this share of the labels is wrong, steps are damped least squares.
-        first_damping: Their relative damping. The GGN matrix of wrong labels that are predicted for certain is next to
-            nothing: without damping, nearly all first steps of small networks raised the risk.
+        far_memorization: While more than this share of the labels is wrong, steps are damped least-squares solutions.
+        first_damping: The relative damping of these steps. The GGN matrix is nearly zero on wrong labels that are
+            predicted with certainty. Without damping, nearly all first steps of small networks raised the risk.
     """
 
     name = GoalName.LABELS
@@ -499,8 +498,8 @@ class LabelCorrection(Goal):
         if target is None or not chosen.is_edit or not chosen.memorization > target:
             return None
         return (
-            f"{100 * chosen.memorization:.1f} % of the corrected labels are not predicted as they should be. Look at"
-            " the retained loss as well, and undo the edit if it is not worth it."
+            f"{100 * chosen.memorization:.1f} % of the corrected examples are not predicted as their new label. Compare"
+            " the retained losses as well, and undo the edit if it is not worth the cost."
         )
 
     def tolerated_increase(self, retain_loss: float, gained: float, scales: Scales) -> float:

@@ -1,4 +1,4 @@
-"""The solves of an edit, kept in a folder, from which an interrupted ``unlearn`` resumes."""
+"""The journal: the solves of an edit in a folder, from which an interrupted ``unlearn`` resumes."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ _FORMAT = Format(
     "lightning-gif solve",
     versions=(1,),
     what="a solve of `unlearn`",
-    remedy="Delete it: the solves from there on are repeated.",
+    remedy="Delete it: this solve and later ones are repeated.",
     unversioned=_unversioned,
 )
 
 
 @dataclass
 class Journal:
-    """Changes ``(k,)`` in the order of their solves, a file for each, with plain values about each solve.
+    """Changes ``(k,)`` in the order of their solves, one file for each, with plain values about each solve.
 
-    A file is written whole or not at all. The first process reads and writes.
+    Files are written atomically. Only the first process reads and writes.
 
     Attributes:
-        folder: Where the files are.
-        fingerprint: Of all that the changes depend on, except for each other and the trials that they are solved at.
+        folder: The folder with the files.
+        fingerprint: Digests and values of everything that the changes depend on, except earlier changes and trials.
         processes: The processes.
-        recalled: How many changes were read.
+        recalled: The number of changes that were read.
     """
 
     folder: Path
@@ -63,12 +63,12 @@ class Journal:
 
     @staticmethod
     def check(folder: Path) -> None:
-        """Makes sure that changes can be kept in a folder, before any work is done for them.
+        """Checks that changes can be written to a folder, before any work is done.
 
-        The folder is made and removed again, to try it. :meth:`keep` makes it for good.
+        For the check a missing folder is created and removed again. :meth:`keep` creates it for good.
 
         Raises:
-            ConfigurationError: If it has something else in it, or cannot be made or written to.
+            ConfigurationError: If the folder holds something else, or cannot be created or written to.
         """
         try:
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -76,8 +76,8 @@ class Journal:
             for path in folder.iterdir() if folder.exists() else ():
                 if not _NAME.fullmatch(path.name) or path.is_symlink() or not path.is_file():
                     raise ConfigurationError(
-                        f"{str(folder)!r} is not empty, and has something else in it than the solves of an earlier call"
-                        f" ({path.name}). Give another folder as `solves_to`."
+                        f"{str(folder)!r} holds {path.name!r}, which is not a solve of an earlier call."
+                        " Give another folder as `solves_to`."
                     )
             missing = [path for path in (folder, *folder.parents) if not path.exists()]
             try:
@@ -90,24 +90,24 @@ class Journal:
                         path.rmdir()
         except OSError as error:
             raise ConfigurationError(
-                f"`solves_to` must be a folder that can be made and written to, but {str(folder)!r} cannot: {error}."
+                f"`solves_to` must be a folder that can be created and written to, but {str(folder)!r} cannot: {error}."
                 " Give another folder."
             ) from error
 
     def recall(self, position: int, request: list[Any], size: int) -> tuple[Tensor, dict[str, Any]] | None:
         """The change at a position and the values that :meth:`keep` stored with it; ``None`` if there is none.
 
-        If the change there answers another request, it and all later ones are deleted: the strategy has taken another
-        way, as one may whose measurements differ in rounding.
+        A change of another request is deleted with all later ones. The strategy then took other steps than before,
+        for example because of rounding.
 
         Args:
-            position: In the order of the changes.
+            position: The position in the order of the changes.
             request: What is to be solved, and at which trial.
-            size: ``k``.
+            size: The number of target parameters, ``k``.
 
         Raises:
             ConfigurationError: If the file is damaged, or belongs to other weights, data or settings.
-            OSError: If it cannot be read.
+            OSError: If the file cannot be read.
         """
         found = self.processes.broadcast(self._read(position, request, size) if self.processes.rank == 0 else None)
         self.recalled += found is not None
@@ -138,11 +138,11 @@ class Journal:
             return tensors["change"], record["values"]
 
     def parse_errors_name(self, position: int) -> contextlib.AbstractContextManager[None]:
-        """Turns errors about what :meth:`recall` returned into one that names the file."""
+        """Turns errors about the values that :meth:`recall` returned into one that names the file."""
         return parse_errors_name(self._path(position), _FORMAT.remedy)
 
     def keep(self, position: int, request: list[Any], change: Tensor, values: dict[str, Any]) -> None:
-        """Writes a change ``(k,)`` and plain values about its solve; makes the folder if there is none."""
+        """Writes a change ``(k,)`` and plain values about its solve. Creates the folder if it does not exist."""
         if self.processes.rank:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -161,9 +161,9 @@ class Journal:
 
     @classmethod
     def clear(cls, folder: Path) -> None:
-        """Deletes the changes, which a finished call no longer needs, and the folder if it is empty then.
+        """Deletes the changes after a finished call, and the folder if it is then empty.
 
-        What cannot be deleted stays.
+        Files that cannot be deleted stay.
         """
         with contextlib.suppress(OSError):
             for path in folder.iterdir():

@@ -1,4 +1,4 @@
-"""The step size along one change: the smallest that reaches the target, or the one of least risk."""
+"""The line search: the smallest step size that reaches the target, or the one with the least risk."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["LineSearch"]
 
 @dataclass(frozen=True)
 class LineSearch(CheckedNumbers):
-    """Searches over the step size by doubling, halving and refinement.
+    """Searches for a step size along one change by doubling, halving and refinement.
 
     Attributes:
-        max_doublings: How often a step size of 1 is doubled or halved. Example removal has a smaller limit of its own.
+        max_doublings: How often a step size of 1 is doubled or halved. Example removal has a smaller limit.
         bisections: How often the last doubling before the target memorization is halved (on a log scale).
         refinements: How often the interval around the step size of least risk is narrowed.
     """
@@ -27,17 +27,17 @@ class LineSearch(CheckedNumbers):
     refinements: int = number(2, open_low=False)
 
     def smallest_that_forgets(self, evaluate: Callable[[float], Trial], before: Trial, limits: Limits) -> Trial:
-        """The trial at the smallest step size, from 1 up if that is allowed, that reaches the target memorization.
+        """The trial at the smallest step size that reaches the target memorization, starting at step size 1.
 
-        Step sizes are doubled until they do, and then the last doubling is bisected: a larger step forgets no more and
-        costs retained loss. The search turns back where the retained loss becomes too large; where it is so at step
-        size 1, smaller ones are tried. If no trial reaches the target, the one at the largest allowed step size that
-        raises the forget loss; if there is none, ``before``.
+        The step size is doubled until the target is reached, and then the last doubling is bisected: a larger step
+        costs more retained loss. The search stops where the retained loss exceeds its limit. If it does so at step
+        size 1, smaller step sizes are tried. If no trial reaches the target, the result is the trial at the largest
+        allowed step size that raises the forget loss, or ``before`` if there is none.
 
         Args:
             evaluate: The trial at a step size.
             before: The trained model.
-            limits: Target and largest retained loss.
+            limits: The target memorization and the largest retained loss.
         """
         tried = [before, evaluate(1.0)]
 
@@ -73,7 +73,7 @@ class LineSearch(CheckedNumbers):
     def least_risk(
         self, evaluate: Callable[[float], Trial], before: Trial, limits: Limits, max_step_size: float
     ) -> Trial:
-        """The allowed trial of least risk, which may be ``before``.
+        """The allowed trial with the least risk, which may be ``before``.
 
         Step sizes are doubled or halved from 1 while the risk falls; the interval around the best one is then refined.
 

@@ -1,4 +1,4 @@
-"""An edit in the making: what is solved for, and what the model is at given step sizes."""
+"""The edit problem: it solves for changes, and evaluates the model at given step sizes."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ class EditProblem:
 
     Args:
         goal: The goal, with its tuned numbers.
-        task: The data that the edit is decided on.
+        task: The data that decides on the edit.
         tuning: All other tuned numbers.
         method: The influence method.
         positions: The target parameters ``(k,)``.
-        journal: Where solved changes are kept; ``None`` for nowhere.
+        journal: The journal that keeps the changes; ``None`` for none.
 
     Attributes:
         goal: The name of the goal: ``"class"``, ``"examples"`` or ``"labels"``.
@@ -79,11 +79,11 @@ class EditProblem:
         tuning: All other tuned numbers.
         trials: All trials, in order; the first is the trained model.
         limits: :attr:`target_memorization` and :attr:`max_retain_loss`.
-        solutions: The solution of each solve; where a method takes several for one change, the one with the largest
+        solutions: The solution of each solve. If a method needs several solves for one change, the one with the largest
             residual.
         newton_damping: The relative damping of the last Newton step, or of the next one if there was none.
         positions: The target parameters ``(k,)``.
-        description: How the products with the curvature were made, see the report.
+        description: How the products with the curvature were computed, see the report.
 
     Raises:
         NonFiniteError: If the risk at the trained weights is not finite.
@@ -141,7 +141,7 @@ class EditProblem:
         """
         if len(step_sizes) > len(self._changes):
             raise ConfigurationError(
-                f"{len(step_sizes)} step sizes were given, but {len(self._changes)} changes were solved for"
+                f"{len(step_sizes)} step sizes were given, but there are only {len(self._changes)} changes"
                 " (problem.influence_direction and problem.descent_direction)."
             )
         theta = self._objective.theta.clone()
@@ -150,7 +150,7 @@ class EditProblem:
         return theta
 
     def evaluate(self, *step_sizes: float) -> Trial:
-        """The trial at given step sizes, one for each change in the order of the solves; others are 0.
+        """The trial at given step sizes, one for each change in the order of the solves. Missing ones are 0.
 
         Raises:
             ConfigurationError: If these are more step sizes than changes.
@@ -190,9 +190,9 @@ class EditProblem:
         return {name: self._objective.mean_loss(part, theta) for name, part in parts.items() if part is not None}
 
     def predicted_losses(self, before: dict[str, float], chosen: Trial) -> dict[str, float]:
-        """What the influence direction predicts of the mean losses; NaN if other changes were made as well.
+        """The mean losses that the influence direction predicts; NaN if the edit makes other changes as well.
 
-        First order for the forget examples, second order for the retained ones.
+        The prediction is of first order for the forget examples, and of second order for the retained ones.
 
         Args:
             before: The mean losses at the trained weights, by name.
@@ -225,8 +225,8 @@ class EditProblem:
     def influence_direction(self) -> QuadraticModel:
         """Solves for the change that answers the removal or relabelling at the trained weights.
 
-        The curvature of its quadratic model is that of the retained loss; all other parts of the risk are in the slope
-        alone.
+        The curvature of its quadratic model is that of the retained loss. All other parts of the risk count in the
+        slope only.
 
         Raises:
             ObjectiveError: If the loss of the forget examples does not depend on the targets.
@@ -238,10 +238,10 @@ class EditProblem:
     def descent_direction(self, at: Trial) -> QuadraticModel:
         """Solves, at the weights of a trial, for a change that lowers the risk.
 
-        The first change is by the method of the edit, and so are others while the memorization is far from its target:
-        least squares have a solution whatever the curvature is. Of these, the second and later ones take the curvature
-        of a bound, if the risk has one, and all are damped, if the risk is convex, the more so the more steps were
-        rejected since ``at``. All other changes are damped Newton steps on the targets.
+        The first change uses the method of the edit, and so do later ones while the memorization is far from its
+        target: least squares have a solution for any curvature. If the risk has a bound, these later ones use the
+        curvature of the bound. If the risk is convex, all of these changes are damped, more so after rejected
+        steps since ``at``. All other changes are damped Newton steps on the targets.
 
         Raises:
             ObjectiveError: If the risk does not depend on the targets.
@@ -376,8 +376,8 @@ class EditProblem:
         if not gradient[self.positions].any():
             raise ObjectiveError(
                 "The loss of the forget examples, or the risk, does not depend on the target parameters: its gradient"
-                " on all of them is exactly zero. Either there is nothing to forget or to correct, as what should be"
-                " predicted is predicted for certain; or use targets='batch', a larger ratio, or method='if'."
+                " on all of them is exactly zero. Either there is nothing to forget or to correct, since the model"
+                " makes the desired predictions with certainty; or use targets='batch', a larger ratio, or method='if'."
             )
         change, solutions = self._method.edit(curvature, self.positions, gradient, solve, group, scale)
         if not change.any():

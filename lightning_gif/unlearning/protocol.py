@@ -1,4 +1,4 @@
-"""What a strategy learns of an edit: trials, their limits, and the predicted change of the risk."""
+"""The data of a strategy: trials, their limits, and the predicted change of the risk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["GoalName", "Limits", "QuadraticModel", "Trial"]
 
 
 class GoalName(str, Enum):
-    """The names of the three built-in goals, as a report has them: each equals its string.
+    """The names of the three built-in goals in a report. Each equals its string.
 
     Attributes:
         CLASS: See :class:`~lightning_gif.unlearning.goals.ClassRemoval`.
@@ -33,17 +33,17 @@ class GoalName(str, Enum):
 class Trial:
     """The model at given step sizes, measured on training-side data.
 
-    The retained examples are others than those that the solves have seen, where there are enough of them.
+    It is measured on retained examples that the solves have not seen, if there are enough of them.
 
     Attributes:
-        step_sizes: The multiple of each solved change, in the order of the solves; 1 is the natural step.
-        forget_loss: Mean loss of (a sample of) the forget examples, with the labels they were trained with.
+        step_sizes: The multiple of each change, in the order of the solves; 1 is the natural step.
+        forget_loss: Mean loss of (a sample of) the forget examples, with their labels in training.
         retain_loss: Mean loss of (a sample of) the retained examples.
-        risk: What the edit minimises; its definition belongs to the goal, see :mod:`lightning_gif.unlearning.goals`.
+        risk: The quantity that the edit minimises. Each goal defines it, see :mod:`lightning_gif.unlearning.goals`.
         memorization: Class removal: the share of the forget examples that are still predicted as their class. Label
             correction: the share of the corrected examples that are not predicted as their new label. Example removal:
             how well a threshold on the loss separates the forget examples from unseen ones of the same label (AUROC,
-            0.5: not at all). NaN where it is not known.
+            0.5: not at all). NaN if it is not known.
     """
 
     step_sizes: tuple[float, ...]
@@ -59,7 +59,7 @@ class Trial:
 
     @property
     def is_edit(self) -> bool:
-        """Whether the trial differs from the trained model: some step size is not zero."""
+        """Whether the trial differs from the trained model, that is, whether some step size is not zero."""
         return any(self.step_sizes)
 
     steps = renamed("Trial.steps", "step_sizes")
@@ -69,10 +69,10 @@ class Trial:
 
 
 class QuadraticModel(NamedTuple):
-    """The predicted change of the risk along a solved change ``x``: ``slope·s + curvature·s²/2`` at step size ``s``.
+    """The predicted change of the risk along a change ``x``: ``slope·s + curvature·s²/2`` at step size ``s``.
 
     Attributes:
-        slope: ``∇riskᵀx`` at the weights that the change was solved at.
+        slope: ``∇riskᵀx`` at the weights at which the change was solved.
         curvature: ``xᵀCx`` with the matrix ``C`` of the solve.
     """
 
@@ -95,7 +95,7 @@ class Limits(NamedTuple):
 
     Attributes:
         target_memorization: The largest :attr:`Trial.memorization` that counts as forgotten or corrected; ``None``
-            where memorization is not known.
+            if memorization is not known.
         max_retain_loss: The largest retained loss that the edit may cause.
     """
 
@@ -103,9 +103,9 @@ class Limits(NamedTuple):
     max_retain_loss: float
 
     def are_reached(self, trial: Trial) -> bool:
-        """Whether a trial is at the target memorization; true where there is none."""
+        """Whether a trial reaches the target memorization; true if there is no target."""
         return self.target_memorization is None or trial.memorization <= self.target_memorization
 
     def allow(self, trial: Trial) -> bool:
-        """Whether the retained loss of a trial is finite and at most the largest allowed one."""
+        """Whether the retained loss of a trial is finite and within its limit."""
         return math.isfinite(trial.retain_loss) and trial.retain_loss <= self.max_retain_loss

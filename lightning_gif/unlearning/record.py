@@ -1,4 +1,4 @@
-"""The record of an edit: what was changed, what it was for, and what was measured."""
+"""The record of an edit: its changes, its goal, and the measurements."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _NAMES_OF_3 = {"step_sizes": "steps", "memorization": "remembered", "trials": "p
 
 
 class Change(NamedTuple):
-    """A mean loss before and after the edit, and what the first solve predicted.
+    """A mean loss before and after the edit, and the prediction of the first solve.
 
     Attributes:
         before: At the weights before the edit.
@@ -59,12 +59,12 @@ class Change(NamedTuple):
 
 @dataclass
 class EditContext(CallContext):
-    """What the report of an edit knows of the trainer. A report that was loaded from a file knows none of it.
+    """What the report of an edit knows of the trainer. A report loaded from a file knows none of it.
 
     Attributes:
         module: The model that :meth:`UnlearnReport.undo` and :meth:`UnlearnReport.apply` act on by default.
-        record: The audit log in which each of them adds an entry, see :mod:`lightning_gif.storage.audit_log`.
-        has_optimizer: Whether the trainer has an optimizer, whose state an edit leaves as it is.
+        record: The audit log to which each of them adds an entry, see :mod:`lightning_gif.storage.audit_log`.
+        has_optimizer: Whether the trainer has an optimizer. An edit does not change its state.
     """
 
     module: nn.Module | None = None
@@ -79,11 +79,11 @@ class EditContext(CallContext):
         """
         model = self.module if given is None else given
         if model is None:
-            raise EditError("The report was loaded from a file; say which model: undo(model) or apply(model).")
+            raise EditError("The report was loaded from a file; name the model: undo(model) or apply(model).")
         return model
 
     def processes_of(self, weights: Weights) -> ProcessGroup:
-        """The processes that hold copies of the weights, also for a report that was loaded in each of them."""
+        """The processes that hold copies of the weights. Also works for a report that was loaded in each of them."""
         if self.processes.size > 1 or not isinstance(weights, nn.Module):
             return self.processes
         return ProcessGroup.of_module(weights)
@@ -91,40 +91,41 @@ class EditContext(CallContext):
 
 @dataclass(frozen=True, eq=False)
 class EditRecord:
-    """An edit, what it was for, and what was measured. Its fields cannot be assigned to.
+    """An edit, its goal, and the measurements. Its fields are read-only.
 
     Attributes:
-        edit: Which entries changed, and their values before and after.
+        edit: The changed entries, and their values before and after.
         goal: ``"class"``, ``"examples"`` or ``"labels"``; see :class:`~lightning_gif.unlearning.goals.Goal`.
-        step_sizes: The step size of each change; 1 is the natural step. The first change is the influence direction,
-            or a descent direction as all later ones are. Each is solved at the weights that the earlier ones lead to.
-        forget: Mean loss of (a sample of) the forget examples, with the labels they were trained with.
+        step_sizes: The step size of each change; 1 is the natural step. The first change is the influence direction
+            or a descent direction; all later ones are descent directions. Each is solved at the weights after the
+            earlier ones.
+        forget: Mean loss of (a sample of) the forget examples, with their labels in training.
         retain: Mean loss of (a sample of) the retained training data.
         relabelled: Mean loss of the examples with their new labels; ``None`` for a removal.
         unseen: Mean loss of the unseen examples that the forget examples were compared with; ``None`` without any.
         memorization: How much of the forget data is remembered, before and after; see
             :attr:`~lightning_gif.unlearning.protocol.Trial.memorization`.
         n_forget: The number of forget examples.
-        n_found: How many of the training examples are among them, by dataset index or by content.
+        n_found: The number of training examples that match them, by dataset index or by content.
         n_retain: The number of retained training examples.
         n_unseen: The number of unseen examples that the forget examples were compared with.
         n_parameters: The number of trainable parameters of the model.
         trials: All trials, in order. The first one is the trained model.
-        solves: Diagnostics of each solve, see :meth:`~lightning_gif.solvers.Solution.summary`. Where a method takes
-            several for one change, those of the one with the largest residual.
+        solves: Diagnostics of each solve, see :meth:`~lightning_gif.solvers.Solution.summary`. If a method needs
+            several solves for one change, those of the solve with the largest residual.
         residuals: The relative residual of the first solve after each number of iterations.
-        curvature: How the products with the curvature were made, and the ends of its spectrum if ``eigenvalues`` were
-            asked for.
+        curvature: How the products with the curvature were computed, and its extreme eigenvalues if ``eigenvalues`` was
+            set.
         settings: The method, the solver and their parameters.
-        notes: What the user should know: data not found, a search that was cut short, stale optimizer state.
+        notes: Warnings for the user: data that was not found, a target that was missed, stale optimizer state.
         seconds: Wall time of the whole call.
-        data: Which data the edit is for: ``indices``, the dataset indices of the examples in question that were found
-            in the training data; SHA-256 of their contents as ``examples``, and with their new labels as
-            ``relabelled`` (``None`` for a removal); SHA-256 of the training data as ``train``, see
+        data: The data of the edit. ``indices`` are the dataset indices of the forget examples in the training data.
+            ``examples`` is the SHA-256 of their contents, and ``relabelled`` that with their new labels (``None`` for
+            a removal). ``train`` is the SHA-256 of the training data, see
             :func:`~lightning_gif.data.identity.data_digest`.
         context: What is known of the trainer. Only its ``global_step`` is saved.
-        version: The version of the file format that :meth:`to_record` follows. A report that was loaded keeps that of
-            its file, and so the digest by which an audit log knows it.
+        version: The version of the file format that :meth:`to_record` uses. A loaded report keeps the version of its
+            file, so that its digest is still that of the audit log.
     """
 
     edit: Edit = field(repr=False)
@@ -166,15 +167,15 @@ class EditRecord:
 
     @property
     def losses(self) -> dict[str, Change]:
-        """The mean losses by the name of their examples, without those that the goal does not have."""
+        """The mean losses by the name of their examples; only those that exist for the goal."""
         named = {"forget": self.forget, "retain": self.retain, "relabelled": self.relabelled, "unseen": self.unseen}
         return {name: change for name, change in named.items() if change is not None}
 
     def digests(self) -> dict[str, str]:
-        """How the edit and the report are recognised.
+        """The SHA-256 digests of the edit and the report.
 
-        SHA-256 of the edited tensors ``before`` and ``after`` the edit, of what is changed in them (``values``), and
-        of all that :meth:`UnlearnReport.save` writes (``report``).
+        Those of the edited tensors ``before`` and ``after`` the edit, of the changed values (``values``), and of
+        everything that :meth:`UnlearnReport.save` writes (``report``).
         """
         record, tensors = self.to_record()
         return {
@@ -210,7 +211,7 @@ class EditRecord:
         }
 
     def to_record(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What a file holds: plain values that JSON can hold, and the tensors of the edit by name."""
+        """The contents of an edit file: plain values that JSON can hold, and the tensors of the edit by name."""
         tensors = {f"{part}/{name}": value for part in _PARTS for name, value in getattr(self.edit, part).items()}
         record: dict[str, Any] = {}
         for name in (entry.name for entry in fields(self)):
@@ -224,7 +225,7 @@ class EditRecord:
 
     @classmethod
     def from_record(cls, version: int, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The report from what :meth:`to_record` returned, which anybody may have changed.
+        """Restores a report from the untrusted result of :meth:`to_record`.
 
         Args:
             version: The version of the file format.
@@ -233,7 +234,7 @@ class EditRecord:
 
         Raises:
             EditError: If the parts of the edit do not belong together.
-            LookupError, TypeError, ValueError: If values are missing, or are not what they should be.
+            LookupError, TypeError, ValueError: If values are missing or have a wrong type or value.
         """
         if version == 3:
             record = _renamed(record, {old: new for new, old in _NAMES_OF_3.items()})

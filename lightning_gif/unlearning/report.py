@@ -1,4 +1,4 @@
-"""The report of ``trainer.unlearn``: an edit, what it was for, and what was measured."""
+"""The report of ``trainer.unlearn``: the edit, its goal, and the measurements."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = ["Change", "UnlearnReport"]
 class UnlearnReport(EditRecord):
     """A sparse, reversible edit of the weights with the evidence for it.
 
-    The evidence is that of :class:`~lightning_gif.unlearning.record.EditRecord`, whose fields are those of the report.
+    The fields of :class:`~lightning_gif.unlearning.record.EditRecord` are the evidence.
 
     Attributes:
         module: The model that :meth:`undo` and :meth:`apply` act on by default.
-        loggers: Where :meth:`log` logs to by default: the loggers of the trainer.
+        loggers: The loggers that :meth:`log` uses by default: those of the trainer.
         global_step: The trainer's optimizer steps at the time of the call.
-        record: The audit log in which :meth:`apply` and :meth:`undo` add an entry, see
+        record: The audit log to which :meth:`apply` and :meth:`undo` add an entry, see
             :mod:`lightning_gif.storage.audit_log`.
         processes: The processes that hold copies of the model. The edit is made in all copies, or in none. The first
             process writes files.
@@ -56,30 +56,30 @@ class UnlearnReport(EditRecord):
     # ----------------------------------------------------------------------------------------------------------------
 
     def apply(self, module: Weights | None = None, *, record: str | os.PathLike[str] | None = None) -> None:
-        """Makes the edit: after ``dry_run=True``, after :meth:`undo`, or on another copy of the same weights.
+        """Applies the edit: after ``dry_run=True``, after :meth:`undo`, or to another copy of the same weights.
 
         Args:
-            module: The model, or the ``state_dict`` of a checkpoint; by default the model that the edit was made on.
-                If its trainer runs it in several processes, all of them must call this: the edit is made in all
-                copies, or in none.
+            module: The model, or the ``state_dict`` of a checkpoint; by default the model that was edited. If its
+                trainer runs several processes, all of them must make this call. The edit is then made in all copies,
+                or in none.
             record: The audit log to add an entry to; by default that of the report, if it has one.
 
         Raises:
-            EditError: If the model is another one, or its weights are not those that the edit starts from.
-            RecordError: If the entry cannot be written. The weights are then as they were.
+            EditError: If the model is a different one, or its weights are not those before the edit.
+            RecordError: If the entry cannot be written. The weights are then unchanged.
         """
         self.change("apply", module, record)
 
     def undo(self, module: Weights | None = None, *, record: str | os.PathLike[str] | None = None) -> None:
-        """Restores the values before the edit, bit by bit.
+        """Restores the weights before the edit, bit for bit.
 
         Args:
             module: As in :meth:`apply`.
             record: As in :meth:`apply`.
 
         Raises:
-            EditError: If the model is another one, or its weights are not those that the edit left behind.
-            RecordError: If the entry cannot be written. The weights are then as they were.
+            EditError: If the model is a different one, or its weights are not those after the edit.
+            RecordError: If the entry cannot be written. The weights are then unchanged.
         """
         self.change("undo", module, record)
 
@@ -90,7 +90,7 @@ class UnlearnReport(EditRecord):
         *,
         record: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Adds measurements of the model as it is now to the audit log.
+        """Adds measurements of the current model to the audit log.
 
         Args:
             metrics: Numbers by name.
@@ -129,13 +129,13 @@ class UnlearnReport(EditRecord):
     # ----------------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the edit and the report to a safetensors file; an old file is replaced only by a whole new one.
+        """Writes the edit and the report to a safetensors file. An existing file is replaced atomically.
 
-        Of several processes the first one writes, and the others do not wait for it: call
-        ``trainer.strategy.barrier()`` before they read it.
+        With several processes only the first one writes, and the others do not wait for it. Call
+        ``trainer.strategy.barrier()`` before they read the file.
 
         Args:
-            path: Where to, best with the ending ``.safetensors``. Missing folders are made.
+            path: The file, preferably with the suffix ``.safetensors``. Missing folders are created.
         """
         if self.processes.rank:
             return
@@ -154,8 +154,8 @@ class UnlearnReport(EditRecord):
             module: The model that :meth:`undo` and :meth:`apply` will act on.
 
         Raises:
-            EditError: If the file is no edit file, is damaged or was edited, or does not fit ``module``.
-            FileNotFoundError: If there is no such file.
+            EditError: If the file is not an edit file, is damaged or was edited, or does not fit ``module``.
+            FileNotFoundError: If the file does not exist.
         """
         artifact = read_file(Path(path), FORMAT)
         with parse_errors_name(path, FORMAT.remedy, FORMAT.error):
@@ -171,14 +171,14 @@ class UnlearnReport(EditRecord):
     # ----------------------------------------------------------------------------------------------------------------
 
     def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/unlearn") -> None:
-        """Logs the report, to each logger what it can take.
+        """Logs the report. Each logger gets the parts that it supports.
 
         - Every logger: the numbers of :meth:`summary` as ``gif/unlearn/NAME``.
         - With tables (W&B): ``…/path``, the trials in order, with the step size of each change (``step_1``, …), the
-          mean losses, the risk and what is remembered; ``…/solve``, the relative residual after each iteration of the
-          first solve; ``…/eigenvalues``, if these were asked for.
+          mean losses, the risk and the memorization; ``…/solve``, the relative residual after each iteration of the
+          first solve; ``…/eigenvalues``, if they were requested.
 
-        A W&B run that is finished is left alone, with a warning.
+        Nothing is logged to a finished W&B run, with a warning.
 
         Args:
             loggers: Lightning loggers; by default those of the trainer.
@@ -189,7 +189,7 @@ class UnlearnReport(EditRecord):
     def plot(self) -> Figure:
         """Draws the losses and the memorization of the trials, and the residual of the first solve.
 
-        With one change they are drawn over its step size, with several over the number of changes.
+        The x axis is the step size of a single change, or the number of changes.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.

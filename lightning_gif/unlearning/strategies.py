@@ -1,4 +1,4 @@
-"""Strategies: how far an edit goes, and whether further changes are solved for."""
+"""Strategies: how far an edit goes, and whether it solves for further changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_SOLVES = Relinearisation().max_solves
 _ROUNDING = 1e-6
 
 Strategy = Callable[[EditProblem], Trial]
-"""From the problem to one of the trials that were evaluated."""
+"""A function from the problem to one of the trials that it evaluated."""
 
 STRATEGIES: Registry[Strategy] = Registry("`step` strategy")
 """All strategies by name; :meth:`Registry.register` adds one."""
@@ -27,24 +27,24 @@ STRATEGIES: Registry[Strategy] = Registry("`step` strategy")
 
 @STRATEGIES.register("natural")
 def natural(problem: EditProblem) -> Trial:
-    """Step size 1 along the influence direction, whatever it does."""
+    """Step size 1 along the influence direction, whatever its effect."""
     problem.influence_direction()
     return problem.evaluate(1.0)
 
 
 @STRATEGIES.register("search")
 def search(problem: EditProblem) -> Trial:
-    """The best step size along the influence direction: the smallest that forgets, or the one of least risk."""
+    """The best step size along the influence direction: the smallest that forgets, or the one with the least risk."""
     return _best_along_influence(problem, problem.influence_direction())
 
 
 @STRATEGIES.register("relinearise")
 def relinearise(problem: EditProblem) -> Trial:
-    """Changes that lower the risk, each solved at the weights that the last one led to, accepted by a trust region.
+    """Changes that lower the risk, each solved at the weights after the previous one, accepted by a trust region.
 
-    Single examples first get the best step along the influence direction, and no other if that did to the risk what the
-    quadratic model predicted, and memorization is at its target or unknown. For a class and for labels the influence
-    direction is too far from what they need, and is not solved for.
+    Example removal first makes the best step along the influence direction. It stops there if the risk changed as the
+    quadratic model predicted, and memorization has reached its target or is unknown. For class removal and label
+    correction the influence direction is too inaccurate, and is not solved for.
     """
     rules, numbers = problem.rules, problem.tuning.relinearisation
     best, n_solves = problem.trials[0], 0
@@ -77,7 +77,7 @@ def _descend(problem: EditProblem, start: Trial, n_solves: int) -> Trial | None:
     Args:
         problem: The problem.
         start: The trial.
-        n_solves: How many changes were solved for before.
+        n_solves: The number of earlier changes.
     """
     model = problem.descent_direction(start)
     before = start.step_sizes + (0.0,) * (n_solves - len(start.step_sizes))

@@ -1,4 +1,4 @@
-"""What an edit is for, and the data that it is decided on."""
+"""The request of an edit, and the data that decides on it."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SampleSizes(CheckedNumbers):
-    """How many examples an edit looks at.
+    """The numbers of examples that an edit uses.
 
     Attributes:
-        evaluation: Examples of each kind that a trial is measured on, at most.
-        descent_curvature: Retained examples that give the curvature of a descent direction: fewer than give its slope,
-            since its step size is decided by trials (Byrd et al., *SIAM Journal on Optimization* 21, 2011).
-        forget_share: Forget examples that give the curvature in a class removal, as a share of the retained ones that
-            do.
-        min_compared: Forget and unseen examples from which on their losses are compared.
+        evaluation: The most examples of each kind that a trial is measured on.
+        descent_curvature: Retained examples that give the curvature of a descent direction. They are fewer than
+            those that give its slope, since trials decide on its step size (Byrd et al., *SIAM Journal on
+            Optimization* 21, 2011).
+        forget_share: Forget examples that give the curvature in a class removal, as a share of the retained examples
+            that do.
+        min_compared: The least number of forget and of unseen examples for a comparison of their losses.
     """
 
     evaluation: int = number(1024, low=2, open_low=False)
@@ -190,9 +191,9 @@ class Task:
                 objective.check(unseen, "unseen")
             else:
                 notes.append(
-                    f"Fewer than {sizes.min_compared} examples are too few to compare with unseen ones, or to compare"
-                    " others with: how far the edit goes is decided by the influence direction and by the risk on"
-                    " retained examples."
+                    f"Losses are compared only with at least {sizes.min_compared} forget and unseen examples, and there"
+                    " are fewer. The influence direction and the risk on retained examples decide how far the edit"
+                    " goes."
                 )
         relabelled = request.relabelled
         return cls(
@@ -289,8 +290,8 @@ def retained_examples(train: Examples, forget: Examples, found: Tensor, notes: l
     if not len(found):
         raise TrainingDataError(
             f"None of the {len(forget)} examples to be forgotten is in the training data, by dataset index or by"
-            " content: the model was not trained on them, or in another form (random augmentation). In that case give a"
-            " DataLoader over a Subset of the training set, or the data to keep as `retain`."
+            " content. The model was not trained on them, or the training data are augmented at random. In the latter"
+            " case give a DataLoader over a Subset of the training set, or the data to keep as `retain`."
         )
     if len(found) > len(forget):
         notes.append(
@@ -301,12 +302,13 @@ def retained_examples(train: Examples, forget: Examples, found: Tensor, notes: l
         warn_and_note(
             notes,
             f"{len(forget) - len(found)} of the {len(forget)} forget examples were not found in the training data, by"
-            " dataset index or by content. If the model was trained on them in another form (random augmentation),"
-            " these forms are still among the data to keep: give a DataLoader over a Subset of the training set, or the"
-            " data to keep as `retain`.",
+            " dataset index or by content. If the training data are augmented at random, they may still be among the"
+            " retained data: give a DataLoader over a Subset of the training set, or the data to keep as `retain`.",
         )
     if len(found) == len(train):
-        raise TrainingDataError("All training examples are to be forgotten; nothing would be retained. Train anew.")
+        raise TrainingDataError(
+            "All training examples are to be forgotten; nothing would be retained. Train a new model instead."
+        )
     return all_but(train, found)
 
 

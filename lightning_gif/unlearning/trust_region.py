@@ -1,4 +1,4 @@
-"""Which step size of a change to accept, and how the damping of the next solve follows from it."""
+"""The trust region: which step sizes are accepted, and the damping of the next solve."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TrustRegion(CheckedNumbers):
     """Accepts steps, and adapts the damping, by the ratio of the actual to the predicted change of the risk.
 
     A step is accepted if that ratio is large enough (Nocedal and Wright, *Numerical Optimization*, 2nd ed., algorithm
-    4.1); otherwise its size is halved, which costs a measurement but no solve. The radius of the region is controlled
+    4.1). Otherwise its size is halved, which costs an evaluation but no solve. The radius of the region is controlled
     by the damping of the Newton steps (Levenberg, *Quarterly of Applied Mathematics* 2, 1944; Marquardt, *J. SIAM* 11,
     1963).
 
@@ -24,12 +24,12 @@ class TrustRegion(CheckedNumbers):
         accept_ratio: A step is accepted at this ratio of actual to predicted change (``η`` in Nocedal and Wright).
         good_ratio: From this ratio on the damping is divided by ``damping_factor`` (their 3/4).
         max_halvings: How often a step size is halved before the step is rejected.
-        max_step_size: Where the risk falls by more than predicted, the step size is doubled up to this.
-        initial_damping: Of the first Newton step, as a share of ``‖Cg‖/‖g‖``, with ``g`` the slope of the risk and
-            ``C`` its curvature.
+        max_step_size: If the risk falls by more than predicted, the step size is doubled, up to this value.
+        initial_damping: The damping of the first Newton step, as a share of ``‖Cg‖/‖g‖``, where ``g`` is the slope and
+            ``C`` the curvature of the risk.
         damping_factor: See ``good_ratio``.
-        rejection_factor: A halved step multiplies the damping by the inverse of its size, a rejected one by this, which
-            is also the most.
+        rejection_factor: A halved step multiplies the damping by the inverse of its size, up to this factor. A rejected
+            step multiplies it by this factor.
     """
 
     accept_ratio: float = number(0.25, high=1.0)
@@ -58,7 +58,7 @@ class TrustRegion(CheckedNumbers):
             limits: A trial beyond the largest retained loss is accepted only if that loss is not above that of
                 ``start``.
             bounded_risk: Whether the risk has a lower bound. Then a model from the curvature of few examples may
-                predict a larger fall than there is room for, and the best trial that lowers the risk is accepted.
+                predict a fall below that bound, and the best trial that lowers the risk is accepted.
         """
 
         def costs_too_much(trial: Trial, before: Trial) -> bool:
@@ -92,10 +92,10 @@ class TrustRegion(CheckedNumbers):
         """The relative damping of the next Newton step.
 
         Args:
-            damping: That of the last one.
-            step_size: The step size that was accepted of it; 0 if it was rejected.
-            actual: The change of the risk.
-            predicted: What the quadratic model predicted of it.
+            damping: The relative damping of the last Newton step.
+            step_size: The accepted step size; 0 if the step was rejected.
+            actual: The actual change of the risk.
+            predicted: The change that the quadratic model predicted.
         """
         if step_size < 1:
             return damping / max(step_size, 1 / self.rejection_factor)

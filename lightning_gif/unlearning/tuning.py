@@ -1,4 +1,4 @@
-"""The tuned numbers of an edit, as one argument that is checked, recorded in the report, and part of a journal."""
+"""The tuned numbers of an edit as one argument. They are checked and recorded in the report and the journal."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Relinearisation(CheckedNumbers):
     """When ``"relinearise"`` stops.
 
     Attributes:
-        max_solves: The most changes that are solved for.
-        min_gain: A step gains little if it lowers the risk by less than this share of what is left of it.
-        prediction_tolerance: Example removal: no further change is solved for where the influence direction did to the
-            risk what was predicted, up to this share of the prediction.
+        max_solves: The largest number of changes to solve for.
+        min_gain: A step gains little if it lowers the risk by less than this share of the remaining risk.
+        prediction_tolerance: Example removal: no further change is solved for if the influence direction changed the
+            risk as predicted, up to this share of the prediction.
     """
 
     max_solves: int = number(12, low=1, open_low=False)
@@ -39,16 +39,16 @@ class Tuning:
     """The tuned numbers of an edit. All have defaults; the report has them as ``settings["tuning"]``.
 
     Attributes:
-        goals: Goals with other numbers than their defaults, at most one of each kind, such as
+        goals: Goals with changed numbers, at most one of each kind, such as
             ``(ClassRemoval(target_memorization=0.01),)``.
         trust_region: Which steps are accepted, and the damping of Newton steps.
         relinearisation: When ``"relinearise"`` stops.
         line_search: The step size along the influence direction.
-        sample_sizes: How many examples are looked at.
+        sample_sizes: The numbers of examples that an edit uses.
         preconditioner: The scale of entries in a solve.
 
     Raises:
-        ConfigurationError: If a part is of another type, or two goals are of one kind.
+        ConfigurationError: If a part has a wrong type, or two goals are of one kind.
 
     Example:
         >>> Tuning(trust_region=TrustRegion(max_halvings=4)).trust_region.max_halvings
@@ -92,7 +92,7 @@ got 2.0. The default is 0.25.
         return {"goal": asdict(goal), **parts}
 
     def fingerprint(self, goal: Goal) -> Fingerprint:
-        """What a journal's changes depend on of :meth:`record`, part by part."""
+        """The parts of :meth:`record` that the changes in a journal depend on."""
         return {
             f"tuning ({name.replace('_', ' ')})": json.dumps(numbers, sort_keys=True)
             for name, numbers in self.record(goal).items()

@@ -81,23 +81,23 @@ def unlearn(
 
     With ``U`` the ``m`` forget examples and ``n − m`` others retained, the weighted gradient is ``g = m/(n−m) ∇ℓ̄(U)``
     for removal and ``g = m/(n−m) ∇[ℓ̄(U, old) − ℓ̄(U, new)]`` for relabelling (GIF, arXiv 2312.05586, section 3). The
-    method turns it, or the slope of the risk, into a change ``x`` of the targets. A strategy decides which, how far to
-    go, and whether to solve again at the weights that this leads to: see :mod:`lightning_gif.unlearning.strategies`.
-    The model is not changed here.
+    method turns it, or the slope of the risk, into a change ``x`` of the targets. A strategy chooses the changes and
+    their step sizes, and may solve again at the new weights: see :mod:`lightning_gif.unlearning.strategies`. The model
+    is not changed here.
 
     Args:
         objective: An open objective.
         train: The ``n`` training examples.
-        forget: The ``m`` forget examples, with the labels they were trained with.
+        forget: The ``m`` forget examples, with their labels in training.
         settings: Method, solver and their parameters.
-        choose_targets: Called for the target parameters, unless the method changes all of them.
+        choose_targets: Returns the target parameters. Called unless the method changes all parameters.
         relabel: New targets, see :func:`~lightning_gif.data.relabel.relabelled`; ``None`` removes the examples.
         retain: All retained examples; by default those of ``train`` that are not among ``forget``.
         unseen: Examples like the training data that the model was not trained on.
-        step: The name of a strategy or a strategy, or a number: that step size along the influence direction.
-        refresh_statistics: Compute the running statistics of BatchNorm anew, over retained and corrected examples.
-        solves_to: A folder for solved changes, see :class:`~lightning_gif.unlearning.journal.Journal`; by default they
-            are lost if the call is interrupted.
+        step: A strategy, its name, or a number, which is a step size along the influence direction.
+        refresh_statistics: Recompute the running statistics of BatchNorm over retained and corrected examples.
+        solves_to: A folder for the changes, see :class:`~lightning_gif.unlearning.journal.Journal`. By default they are
+            lost if the call is interrupted.
         tuning: The tuned numbers; ``None`` for the defaults.
         context: What the report knows of the trainer.
 
@@ -211,7 +211,7 @@ def _run_strategy(problem: EditProblem, step: Step) -> Trial:
     """The trial that a strategy, or a number, chooses.
 
     Raises:
-        ConfigurationError: If it is not one that was evaluated, or nothing was solved for.
+        ConfigurationError: If the trial was not evaluated, or no change was solved for.
     """
     if isinstance(step, numbers.Real):
         problem.influence_direction()
@@ -295,7 +295,7 @@ def _advise(problem: EditProblem, task: Task, outcome: _Outcome, step: Step, not
         warn_cost(goal, task.scales(start.retain_loss), outcome.before, after, notes)
     max_solves = problem.tuning.relinearisation.max_solves
     if step == "relinearise" and len(chosen.step_sizes) == max_solves and chosen.step_sizes[-1]:
-        notes.append(f"The risk still fell with the last of the {max_solves} changes that are solved for at most.")
+        notes.append(f"The risk still fell with the last change. The edit stops after {max_solves} changes at most.")
 
 
 def _report(
