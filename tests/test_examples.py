@@ -67,6 +67,7 @@ def test_forget_a_digit(tmp_path: Path) -> None:
     assert {"train/loss", "gif/unlearn/step", "gif/influence/score_max"} <= set(columns)
 
 
+@pytest.mark.slow
 def test_find_mislabeled(tmp_path: Path) -> None:
     printed = run("find_mislabeled.py", "--output", tmp_path)
     assert "135 of 1347 training examples have a wrong label." in printed

@@ -11,8 +11,15 @@ from .golden.record import NETS, VALUES, WORLDS, compute, environment
 STORED = json.loads(VALUES.read_text())
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", NETS)
+QUICK = ("perceptron", 1)
+RUNS = [
+    pytest.param(name, world, marks=() if (name, world) == QUICK else pytest.mark.slow)
+    for name in NETS
+    for world in WORLDS
+]
+
+
+@pytest.mark.parametrize(("name", "world"), RUNS)
 def test_edits_and_scores_are_those_that_were_recorded(name: str, world: int) -> None:
     expected = {call: tuple(value) for call, value in STORED["values"][f"{name}, {world}"].items()}
     if STORED["environment"] != environment():

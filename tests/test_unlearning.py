@@ -1912,17 +1912,18 @@ def test_examples_of_a_regression_net_are_forgotten() -> None:
     def trained(keep: Tensor) -> Any:
         torch.manual_seed(1)
         module = Curve(nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)))
-        data = TensorDataset(x[keep], y[keep])
-        trainer = make_trainer(GIFCallback(ratio=1.0), max_epochs=1500)
-        trainer.fit(module, DataLoader(data, len(data)))
+        optimizer = torch.optim.Adam(module.parameters(), 0.01)
+        for _ in range(1500):
+            optimizer.zero_grad()
+            F.mse_loss(module(x[keep])[:, 0], y[keep]).backward()
+            optimizer.step()
+        trainer, data = make_trainer(), TensorDataset(x[keep], y[keep])
+        attach(trainer, module, train_dataloaders=DataLoader(data, len(data)), callback=GIFCallback(ratio=1.0))
         return trainer, module
 
     class Curve(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return F.mse_loss(self(batch[0])[:, 0], batch[1])
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.parameters(), 0.01)
 
     keep = torch.ones(60, dtype=torch.bool)
     trainer, module = trained(keep)
