@@ -102,7 +102,8 @@ MOVED: dict[str, dict[str, str]] = {
     "steps": {
         "unlearning.problem": "Walk=EditProblem",
         "unlearning.protocol": "Goal=GoalName LocalModel=QuadraticModel Point=Trial",
-        "unlearning.strategies": "MOST_SOLVES STRATEGIES Strategy natural relinearise search",
+        "unlearning.tuning": "MOST_SOLVES=Relinearisation.max_solves",
+        "unlearning.strategies": "STRATEGIES Strategy natural relinearise search",
     },
     "store": {
         "attribution.score_store": "InMemory ScoreStore",

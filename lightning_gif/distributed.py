@@ -180,7 +180,7 @@ class ProcessGroup:
         if failed:
             self._failed = True
             raised: list[Any] = [None] * self.size
-            own = None if error is None else (type(error).__name__, str(error))
+            own = None if error is None else (type(error).__name__, str(error), _base_of(error))
             self._call(dist.all_gather_object, raised, own)
             if error is None:
                 rank = next(rank for rank, other in enumerate(raised) if other is not None)
@@ -216,18 +216,26 @@ def _caller() -> str:
     return sys._getframe(2).f_code.co_name
 
 
-def _error_of_rank(rank: int, kind: str, text: str) -> GIFError:
+def _base_of(error: BaseException) -> type[Exception] | None:
+    """The builtin base class of an error, which other processes know too; ``None`` for an interrupt or an exit."""
+    return next((base for base in (OSError, Exception) if isinstance(error, base)), None)
+
+
+def _error_of_rank(rank: int, kind: str, text: str, base: type[Exception] | None) -> GIFError:
     """An error to raise on this process for one that another process raised.
 
     Args:
         rank: The other process.
         kind: The name of the class of its error.
         text: The message of its error.
+        base: See :func:`_base_of`.
     """
     if kind in errors.__all__ and issubclass(error := getattr(errors, kind), GIFError):
         return error(f"Rank {rank}: {text}")
     reason = f"{kind}: {text}" if text else kind
-    return RankError(f"Rank {rank} failed, so all processes stop. No weight was changed. Its error: {reason}")
+    failure = RankError(f"Rank {rank} failed, so all processes stop. No weight was changed. Its error: {reason}")
+    failure.raised_elsewhere = base
+    return failure
 
 
 SINGLE_PROCESS = ProcessGroup()

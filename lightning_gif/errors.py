@@ -67,7 +67,14 @@ class CheckpointError(GIFError, ValueError):
 
 
 class RankError(GIFError, RuntimeError):
-    """Another process of the trainer has failed, has ended, or makes a different call."""
+    """Another process of the trainer has failed or ended, or makes a different call.
+
+    Attributes:
+        raised_elsewhere: ``OSError`` or ``Exception``, if such an error of another process stopped all of them at the
+            same place. They are then still in step. ``None`` otherwise.
+    """
+
+    raised_elsewhere: type[Exception] | None = None
 
 
 class GIFWarning(UserWarning):

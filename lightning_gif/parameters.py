@@ -14,7 +14,7 @@ from .errors import ConfigurationError, SelectionError
 from .registry import nearest
 from .storage.digests import digest
 
-__all__ = ["ParameterSpace", "Targets", "Weights", "match_names", "state_digest", "weights_digest"]
+__all__ = ["ParameterSpace", "Targets", "Weights", "match_names", "state_digest", "tensors_of", "weights_digest"]
 
 
 Weights = nn.Module | Mapping[str, Tensor]

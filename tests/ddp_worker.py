@@ -276,6 +276,38 @@ def unreadable(world: int, folder: Path) -> dict[str, Any]:
     return {**found, "scores": scores}
 
 
+def unreported(world: int, folder: Path) -> dict[str, Any]:
+    """Fits whose first report fails in one process, by an error to expect and by one that nobody expects."""
+    found: dict[str, Any] = {}
+    for error in (FileNotFoundError("image 7 is missing"), LookupError("no such image")):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        dataset, module = Breaking(fail), trained()
+        options = {"report_every_n_epochs": 1, "query": batch_of(points(), range(3)), "report_options": {"max_iter": 2}}
+        trainer = trainer_of(world, **options)
+        trainer.fit_loop.max_epochs = 2
+        callback = trainer.callbacks[0]
+
+        def breaking(
+            trainer: Any, *args: Any, data: Any = dataset, own: Any = callback.influence, **options: Any
+        ) -> Any:
+            data.left = 20 if trainer.global_rank == world - 1 and trainer.current_epoch == 0 else -1
+            return own(trainer, *args, **options)
+
+        callback.influence = breaking
+        sampler = DistributedSampler(dataset, world, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(module, DataLoader(dataset, 4, sampler=sampler))
+        name = type(error).__name__
+        found[f"{name} epochs"] = trainer.current_epoch
+        found[f"{name} warned"] = [str(one.message) for one in caught if "No influence report" in str(one.message)]
+        found[f"{name} reports"] = len({epoch for epoch, *_ in callback.reports.history})
+    return found
+
+
 def death(world: int, folder: Path) -> dict[str, Any]:
     """What the others are told when a process is killed in the middle of a pass."""
     # Lightning looks every few seconds whether a process has died, and then kills the others before they can tell.
@@ -288,7 +320,13 @@ def death(world: int, folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     world, folder, stories = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    known = {"results": results, "failures": failures, "unreadable": unreadable, "death": death}
+    known = {
+        "results": results,
+        "failures": failures,
+        "unreadable": unreadable,
+        "unreported": unreported,
+        "death": death,
+    }
     for story in stories:
         answer = known[story](world, folder)
         torch.save(answer, folder / f"{story} {world} {os.environ.get('LOCAL_RANK', 0)}.pt")

@@ -62,7 +62,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Launch
 
     @cache
     def launched(world: int) -> Launched:
-        stories = ["results"] if world == 1 else ["results", "failures", "unreadable", "death"]
+        stories = ["results"] if world == 1 else ["results", "failures", "unreadable", "unreported", "death"]
         return launch(world, tmp_path_factory.mktemp("ddp"), *stories)
 
     return launched
@@ -154,6 +154,20 @@ def test_where_one_process_cannot_gather_all_train_on_and_stay_in_step(several: 
     for one in found:
         assert (one["epochs"], one["targets of"], one["gathers"]) == (3, 0, False)
         assert torch.equal(one["scores"], found[0]["scores"])
+
+
+@SEVERAL
+def test_a_report_that_fails_in_one_process_fails_in_all_and_all_train_on(several: Launched) -> None:
+    answers = several.answers("unreported")
+    for answer in answers:
+        assert answer["FileNotFoundError epochs"] == answer["LookupError epochs"] == 2
+        assert answer["FileNotFoundError reports"] == 1  # that of the second epoch
+        assert answer["LookupError reports"] == 0
+    (missing,), (lookup,) = answers[0]["FileNotFoundError warned"], answers[0]["LookupError warned"]
+    assert "at the end of epoch 0: " in missing
+    assert "image 7 is missing" in missing
+    assert "none later in this fit" in lookup
+    assert "no such image" in lookup
 
 
 @SEVERAL

@@ -102,6 +102,7 @@ class Identity(InverseCurvature):
 
     kind = "identity"
     block_size = 2
+    reports = True
 
     def __init__(self, damping: float) -> None:
         self.damping = damping
@@ -113,7 +114,10 @@ class Identity(InverseCurvature):
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         assert len(gradients) <= self.block_size
-        return gradients / self.damping, []
+        given = {"hvps": 0, "examples": 0, "residual": 0.0, "unexplained": 0.0, "sigma_max": 0.0, "rtol": 1.0}
+        how = {"solver": "identity", "status": "converged", "iterations": 1, "seconds": 0.0, "residuals": [0.0]}
+        solution = Solution.of_record({**given, **how, "damping": self.damping})
+        return gradients / self.damping, [solution] * (len(gradients) if self.reports else 0)
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
         return lambda gradients: gradients.double().square().sum(1) / self.damping
@@ -122,7 +126,7 @@ class Identity(InverseCurvature):
         return {"kind": "identity"}
 
 
-def test_an_inverse_of_ones_own_is_one_class_and_one_name() -> None:
+def test_an_inverse_of_ones_own_is_one_class_and_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset, trainer = blobs(30), make_trainer()
     module = Classifier()
     with pytest.raises(ConfigurationError, match="Unknown solver 'identity'"):
@@ -135,8 +139,12 @@ def test_an_inverse_of_ones_own_is_one_class_and_one_name() -> None:
         itself = trainer.self_influence()
         with pytest.raises(ConfigurationError, match="Unknown solver 'identity'"):
             trainer.unlearn([3, 17])
+        monkeypatch.setattr(Identity, "reports", False)
+        with pytest.raises(ConfigurationError, match=r"Identity\.ihvp must give one Solution for each gradient, got 0"):
+            trainer.influence(batch_of(dataset, slice(0, 5)))
     finally:
         INVERSES._items.pop("identity")
+    assert (len(report.solutions), report.is_self_influence, itself.is_self_influence) == (5, False, True)
     assert (report.curvature, report.settings["damping"]) == ({"kind": "identity"}, 0.5)
     rows = []
     for x, y in dataset:

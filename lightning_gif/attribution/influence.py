@@ -281,9 +281,15 @@ def _solve(call: _Call) -> SolvedQueries:
         inverse = inverse_class.fit(objective, call.train, settings, method, positions, on_product=bar.update)
         gradients = objective.query_gradients(call.query, per_example=call.per_example)
         blocks = [inverse.ihvp(block) for block in gradients.split(inverse.block_size or len(gradients))]
+        solutions = [solution for _, of_block in blocks for solution in of_block]
+        if len(solutions) != len(gradients):
+            raise ConfigurationError(
+                f"{inverse_class.__name__}.ihvp must give one Solution for each gradient, got {len(solutions)} for"
+                f" {len(gradients)} gradients."
+            )
         return SolvedQueries(
             ihvps=torch.cat([ihvps for ihvps, _ in blocks]),
-            solutions=[solution for _, solutions in blocks for solution in solutions],
+            solutions=solutions,
             curvature=inverse.summary(),
             damping=inverse.damping,
         )

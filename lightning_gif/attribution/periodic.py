@@ -48,9 +48,9 @@ class PeriodicReports:
         try:
             with self.guard(when):
                 self._add(epoch, ask())
-        except RankError:
-            raise
         except (GIFError, OSError) as error:
+            if isinstance(error, RankError) and error.raised_elsewhere is None:
+                raise
             rank_zero_warn(f"No influence report {when}: {error}", category=GIFWarning)
         return self.last is not before
 
@@ -63,23 +63,29 @@ class PeriodicReports:
 
     @contextlib.contextmanager
     def guard(self, when: str) -> Iterator[None]:
-        """If an error that is not one of this package is raised inside the block, the reports of this fit end.
+        """If an unexpected error is raised inside the block, in any of the processes, the reports of this fit end.
 
         Args:
             when: At what moment the block runs, for the warning.
 
         Raises:
-            GIFError: As raised inside the block.
-            OSError: Likewise.
+            GIFError: As raised inside the block, unless it stands for an unexpected error of another process.
+            OSError: As raised inside the block.
         """
         try:
             yield
-        except (GIFError, OSError):
-            raise
         except Exception as error:
+            if _is_expected(error):
+                raise
             self.active = False
             rank_zero_warn(
                 f"No influence report {when}, and none later in this fit: {type(error).__name__}: {error}. Training"
                 " goes on unchanged. Call `trainer.influence(query)` to see where the error comes from.",
                 category=GIFWarning,
             )
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether an error is one of this package or of a file, here or in the process that raised it."""
+    elsewhere = error.raised_elsewhere if isinstance(error, RankError) else None
+    return issubclass(elsewhere or type(error), (GIFError, OSError))

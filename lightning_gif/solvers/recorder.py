@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,6 @@ def _peak_memory(device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
-        import sys
     except ModuleNotFoundError:  # Windows
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,6 +7,8 @@ from .goals import NOTABLE_INCREASE, Goal
 from .protocol import Trial
 from .task import Scales
 
+__all__ = ["warn_cost", "warn_refreshed_statistics", "warn_unfinished"]
+
 
 def warn_unfinished(goal: Goal, before: Trial, chosen: Trial, target: float | None, notes: list[str]) -> None:
     """Warns of an edit that missed its target or changes nothing.

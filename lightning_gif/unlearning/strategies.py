@@ -7,13 +7,9 @@ from collections.abc import Callable
 from ..registry import Registry
 from .problem import EditProblem
 from .protocol import QuadraticModel, Trial
-from .tuning import Relinearisation
 
-__all__ = ["MOST_SOLVES", "STRATEGIES", "Strategy", "natural", "relinearise", "search"]
+__all__ = ["STRATEGIES", "Strategy", "natural", "relinearise", "search"]
 
-
-MOST_SOLVES = Relinearisation().max_solves
-"""The most changes that ``"relinearise"`` solves for by default."""
 
 # Rounding of a mean loss in float32, as a share of it: where a smaller change is predicted, losses decide nothing.
 _ROUNDING = 1e-6
