@@ -30,7 +30,7 @@ from lightning_gif.solvers import cg, truncated_newton
 from lightning_gif.solvers.solution import Status
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
-from .test_solvers import INDEFINITE, Matrix
+from .solvers.test_solvers import INDEFINITE, Matrix
 
 
 def state_of(module: nn.Module, trainer: pl.Trainer) -> list[Any]:

@@ -17,8 +17,8 @@ from torch.utils.data import TensorDataset
 from lightning_gif import GIFCallback, InfluenceReport, UnlearnReport
 from lightning_gif.solvers.solution import Status
 
-from .conftest import Classifier, batch_of, loader, make_trainer
-from .nets import NETS, make
+from ..conftest import Classifier, batch_of, loader, make_trainer
+from ..nets import NETS, make
 
 ALL_SOLVERS = pytest.mark.parametrize("solver", ["lissa", "lsmr", "cgls"])
 # A net is trained once, by the worker that has all its tests.

@@ -20,7 +20,7 @@ from lightning_gif.objective.losses import LossFunction, OneByOneLoss, OwnLoss, 
 from lightning_gif.objective.objective import Objective
 from lightning_gif.objective.outputs import loss_and_logits, loss_sum_at, outputs
 
-from .conftest import Classifier, blobs, loader, make_trainer
+from ..conftest import Classifier, blobs, loader, make_trainer
 
 N = 7
 

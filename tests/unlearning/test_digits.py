@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_gif import GIFCallback
 
-from .conftest import make_trainer, same_weights, weights
+from ..conftest import make_trainer, same_weights, weights
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_gif import GIFCallback, attach
 
-from .conftest import Classifier, blobs, make_trainer
+from ..conftest import Classifier, blobs, make_trainer
 
 N, SAMPLE = 300, 24
 

@@ -1,4 +1,4 @@
-"""Files of earlier versions are read as they were meant: ``tests/data`` has one of each kind, named by its format."""
+"""Files of earlier versions are read as they were meant: ``old_files`` has one of each kind, named by its format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_gif import InfluenceReport, UnlearnReport, verify
 from lightning_gif.attribution.score_store import ScoreStore
 from lightning_gif.unlearning.journal import Journal
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "old_files"
 EDIT, LOG = DATA / "edit-3.safetensors", DATA / "audit-log-1.jsonl"
 MARK = {"weights": "of a test"}
 

@@ -35,7 +35,7 @@ from lightning_gif.parameters import weights_digest
 from lightning_gif.storage.audit_log import FIRST, append, read
 from lightning_gif.storage.checkpoints import read_checkpoint
 
-from .conftest import Classifier, fitted, loader, same_weights, weights
+from ..conftest import Classifier, fitted, loader, same_weights, weights
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 

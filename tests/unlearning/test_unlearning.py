@@ -56,8 +56,8 @@ from lightning_gif.unlearning.risk import QuantileMatchingLoss, bound_curvature
 from lightning_gif.unlearning.strategies import natural, relinearise, search
 from lightning_gif.unlearning.task import Scales
 
-from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
-from .nets import make
+from ..conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
+from ..nets import make
 
 
 class Quadratic(GIFMixin, Classifier):

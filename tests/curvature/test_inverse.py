@@ -26,7 +26,7 @@ from lightning_gif.data.examples import Examples
 from lightning_gif.objective.objective import Objective
 from lightning_gif.solvers import Solution, to_matrix
 
-from .conftest import Classifier, batch_of, blobs, loader, make_trainer
+from ..conftest import Classifier, batch_of, blobs, loader, make_trainer
 
 DAMPING, DECAY = 0.05, 0.02
 

@@ -34,7 +34,7 @@ from lightning_gif.objective.objective import Objective
 from lightning_gif.parameters import ParameterSpace
 from lightning_gif.storage.digests import digest
 
-from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
+from ..conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 
 
 def asked(module: Any, dataset: Any, **settings: Any) -> Any:

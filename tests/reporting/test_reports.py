@@ -32,7 +32,7 @@ from lightning_gif.reporting.previews import Shown, image_of, label_of, text_of
 from lightning_gif.solvers.solution import Solution, Status
 from lightning_gif.storage.artifact import read_folder, write_folder
 
-from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
+from ..conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
 
 
 def images(n: int = 24) -> TensorDataset:
@@ -844,7 +844,7 @@ def test_wandb_is_not_loaded_for_other_loggers(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from lightning.pytorch.loggers import CSVLogger
 from tests.conftest import fitted, batch_of
 trainer, module, data = fitted(logger=CSVLogger({str(tmp_path)!r}))

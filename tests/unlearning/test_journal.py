@@ -22,7 +22,7 @@ from lightning_gif.unlearning.journal import Journal
 from lightning_gif.unlearning.problem import EditProblem
 from lightning_gif.unlearning.protocol import Trial
 
-from .conftest import Classifier, batch_of, blobs, fitted, loader, same_weights, weights
+from ..conftest import Classifier, batch_of, blobs, fitted, loader, same_weights, weights
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "a class": {"batch": lambda batch: batch[1] == 1},

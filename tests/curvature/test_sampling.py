@@ -18,8 +18,8 @@ from lightning_gif.data.examples import Examples
 from lightning_gif.objective.objective import Objective
 from lightning_gif.unlearning.goals import ClassRemoval, ExampleRemoval, LabelCorrection
 
-from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
-from .nets import Regressor
+from ..conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
+from ..nets import Regressor
 
 
 @contextmanager

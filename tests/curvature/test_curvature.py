@@ -35,10 +35,10 @@ from lightning_gif.parameters import Targets
 from lightning_gif.solvers import dense, lissa, to_matrix
 from lightning_gif.solvers.operators import Scaled, Submatrix
 
-from .conftest import Classifier, blobs, loader, make_trainer
-from .nets import NETS as NETS_OF_ALL_KINDS
-from .nets import Regressor, make
-from .test_solvers import Matrix
+from ..conftest import Classifier, blobs, loader, make_trainer
+from ..nets import NETS as NETS_OF_ALL_KINDS
+from ..nets import Regressor, make
+from ..solvers.test_solvers import Matrix
 
 NETS = {
     "mlp": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_gif import ConfigurationError, GIFCallback, attach
 from lightning_gif.selection.snapshots import Snapshots
 
-from .conftest import WEIGHTS_ONLY, Classifier, batch_of, fitted, loader, make_trainer
+from ..conftest import WEIGHTS_ONLY, Classifier, batch_of, fitted, loader, make_trainer
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5, 8, 15, 40, 100])
