@@ -642,7 +642,7 @@ def test_a_solve_that_met_negative_curvature_is_not_taken_for_converged(rtol: fl
     rhs = torch.ones(INDEFINITE.shape[0], dtype=torch.float64)
     settings = GIFCallback(solver="cg", rtol=rtol, max_iter=50, unconverged="raise").settings
     assert cg(Matrix(INDEFINITE), rhs, rtol=1e-6, max_iter=50).status is Status.INDEFINITE
-    words = r"'indefinite'.*curvature is not positive.*solver='lsmr'.*unconverged='ignore'"
+    words = r"'indefinite'.*without positive curvature.*solver='lsmr'.*unconverged='ignore'"
     with pytest.raises(ConvergenceError, match=words):
         solve(settings, Matrix(INDEFINITE), rhs)
     with pytest.warns(ConvergenceWarning, match=words):

@@ -69,6 +69,7 @@ def isolated(
             # Tensors that a step creates should be of the dtype that everything is computed in.
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)
+            stack.enter_context(_members_restored(module))
             stack.enter_context(_attributes_restored(module))
             stack.enter_context(_evaluation_mode(module))
             stack.enter_context(_silenced(module, loggers, processes))
@@ -91,6 +92,22 @@ def isolated(
 
 
 @contextlib.contextmanager
+def _members_restored(module: nn.Module) -> Iterator[None]:
+    """Afterwards all modules have their own parameters, buffers and submodules again, by identity and in order.
+
+    Every evaluation replaces some of them and puts them back. This is for one that an interrupt ends in between.
+    """
+    names: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (held, dict(held)) for one in module.modules() for held in (one._parameters, one._buffers, one._modules)
+    ]
+    try:
+        yield
+    finally:
+        for held, before in names:
+            restore_members(held, before)
+
+
+@contextlib.contextmanager
 def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside of it the module is on another device; afterwards it has its own tensors again.
 
@@ -101,17 +118,12 @@ def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
     own: list[Tensor] = list(module.parameters())
     own += [tensor.grad for tensor in own if tensor.grad is not None]
     values = [(tensor, tensor.data) for tensor in own]
-    names: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (held, dict(held)) for one in module.modules() for held in (one._parameters, one._buffers, one._modules)
-    ]
     try:
         module.to(device)
         yield
     finally:
         for tensor, value in values:
             tensor.data = value
-        for held, before in names:
-            restore_members(held, before)
 
 
 @contextlib.contextmanager

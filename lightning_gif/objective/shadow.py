@@ -18,6 +18,7 @@ from ..distributed import ProcessGroup
 from ..errors import ObjectiveError
 from ..parameters import ParameterSpace
 from ..storage.digests import digest
+from ..storage.interrupts import uninterrupted
 from . import isolation
 
 __all__ = ["ModelState", "Shadow", "replaced", "widen"]
@@ -259,11 +260,13 @@ def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     ]
     before = [dict(members) for members in held]
     try:
-        for members in held:
-            for name, member in list(members.items()):
-                if id(member) in replacements:
-                    members[name] = replacements[id(member)]
+        with uninterrupted():
+            for members in held:
+                for name, member in list(members.items()):
+                    if id(member) in replacements:
+                        members[name] = replacements[id(member)]
         yield
     finally:
-        for members, own in zip(held, before, strict=True):
-            isolation.restore_members(members, own)
+        with uninterrupted():
+            for members, own in zip(held, before, strict=True):
+                isolation.restore_members(members, own)

@@ -1016,7 +1016,7 @@ def test_a_poor_correction_is_told_to_be_one() -> None:
     """Biases alone cannot give each example the next class."""
     trainer, _, dataset = fitted(max_epochs=20)
     x, y = batch_of(dataset, slice(0, 12))
-    with pytest.warns(GIFWarning, match="of the corrected labels are not predicted"):
+    with pytest.warns(GIFWarning, match="of the corrected examples are not predicted"):
         trainer.unlearn((x, y), relabel=(y + 1) % 3, selector=["*bias"], dry_run=True)
 
 
@@ -1448,7 +1448,7 @@ def test_that_the_last_change_of_all_still_helped_is_told() -> None:
     trainer, _, _ = fitted(max_epochs=60)
     report = trainer.unlearn([3, 17, 30], relabel=torch.tensor([1, 0, 2]), dry_run=True)
     assert len(report.step_sizes) == 12
-    assert any("still fell with the last of the 12" in note for note in report.notes)
+    assert any("still fell with the last change. The edit stops after 12 changes" in note for note in report.notes)
     one = trainer.unlearn([3, 17, 30], relabel=torch.tensor([1, 0, 2]), step="search", dry_run=True)
     assert not any("still fell" in note for note in one.notes)
 
@@ -1477,7 +1477,7 @@ def test_what_corrected_labels_cost_is_told() -> None:
     """Labels at random for a net that has learned right ones."""
     x, y = blobs(200).tensors
     trainer, _, _ = fitted(dataset=TensorDataset(x, y), max_epochs=40)
-    with pytest.warns(GIFWarning, match="The retained loss rose from .* The new labels are not what the other"):
+    with pytest.warns(GIFWarning, match="The retained loss rose from .* The new labels contradict what the other"):
         report = trainer.unlearn(list(range(0, 200, 4)), relabel=(y[::4] + torch.arange(50)) % 3, dry_run=True)
     assert report.retain.after > report.retain.before
 
@@ -1647,7 +1647,7 @@ def test_a_strategy_of_ones_own_is_taken_by_name_or_as_it_is() -> None:
             lambda problem: (problem.influence_direction(), Trial((3.0,), 0.0, 0.0, 0.0, 0.0))[1],
             "must solve for a change",
         ),
-        (lambda problem: problem.evaluate(2.0), "1 step sizes were given, but 0 changes"),
+        (lambda problem: problem.evaluate(2.0), "1 step sizes were given, but there are only 0 changes"),
     ):
         with pytest.raises(ConfigurationError, match=match):
             trainer.unlearn(forget, step=bad)
