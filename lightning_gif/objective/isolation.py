@@ -118,12 +118,13 @@ def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
     own: list[Tensor] = list(module.parameters())
     own += [tensor.grad for tensor in own if tensor.grad is not None]
     values = [(tensor, tensor.data) for tensor in own]
-    try:
-        module.to(device)
-        yield
-    finally:
-        for tensor, value in values:
-            tensor.data = value
+    with _members_restored(module):
+        try:
+            module.to(device)
+            yield
+        finally:
+            for tensor, value in values:
+                tensor.data = value
 
 
 @contextlib.contextmanager
