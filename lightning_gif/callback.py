@@ -20,7 +20,7 @@ from .attribution.influence import influence
 from .attribution.periodic import HISTORY_COLUMNS, PeriodicReports
 from .attribution.report import InfluenceReport
 from .attribution.self_influence import self_influence
-from .config import AUTO, Overrides, Settings
+from .config import AUTO, Overrides, Settings, check_count
 from .data.structure import describe
 from .defaults import check_names, for_influence, for_unlearning
 from .distributed import ProcessGroup
@@ -197,7 +197,7 @@ class GIFCallback(Callback):
         arguments = locals()
         super().__init__()
         self.settings = check_names(Settings(**{field.name: arguments[field.name] for field in fields(Settings)}))
-        _check_count("cache_steps", cache_steps)
+        check_count("cache_steps", cache_steps, optional=True)
         self.cache_neurons = cache_neurons
         self.cache_gradients = cache_gradients
         self.cache_steps = cache_steps
@@ -423,7 +423,7 @@ class GIFCallback(Callback):
             ConvergenceError: If a solve diverges, or does not converge and ``unconverged="raise"``.
         """
         asked = check_names(self.settings.override(overrides, _keywords(self.influence)))
-        _check_shown(k)
+        check_count("k", k)
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < k):
             raise ConfigurationError(
                 f"`keep` must be None or a whole number of at least k={k}, the number of examples shown, got {keep!r}."
@@ -498,7 +498,7 @@ class GIFCallback(Callback):
             )
         states = _snapshot_states(self.tracker, snapshots)
         asked = check_names(self.settings.override(overrides, _keywords(self.self_influence)))
-        _check_shown(k)
+        check_count("k", k)
         on_targets = _are_on_targets(targets, overrides)
         settings = for_influence(asked, ggn=True, on_targets=on_targets)
         choice: TargetsChoice = "cached" if targets is None else targets
@@ -635,19 +635,9 @@ def _keywords(method: Callable[..., Any]) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
-def _check_count(name: str, value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ConfigurationError(f"`{name}` must be None or a whole number of at least 1, got {value!r}.")
-
-
-def _check_shown(k: Any) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ConfigurationError(f"`k` must be a whole number of at least 1, got {k!r}.")
-
-
 def _check_report_arguments(callback: GIFCallback) -> None:
     every, query, options = callback.report_every_n_epochs, callback.query, callback.report_options
-    _check_count("report_every_n_epochs", every)
+    check_count("report_every_n_epochs", every, optional=True)
     if (every is None) != (query is None):
         raise ConfigurationError(
             "`report_every_n_epochs` and `query` go together: how often to report, and on which batch. Got"
@@ -666,7 +656,7 @@ def _check_path(name: str, path: Any, kind: str) -> None:
 
 
 def _check_record(path: Any) -> None:
-    """Makes sure that an entry could be added to an audit log, before an edit is solved for and not after."""
+    """Makes sure that an entry could be added to an audit log, before an edit is computed and not after."""
     if path is None:
         return
     if os.path.isdir(path):

@@ -14,11 +14,31 @@ from .errors import ConfigurationError
 from .registry import nearest
 from .storage.digests import Fingerprint
 
-__all__ = ["AUTO", "Overrides", "Settings"]
+__all__ = ["AUTO", "Overrides", "Settings", "check_count"]
 
 
 AUTO = "auto"
 """The value that leaves a choice to :mod:`lightning_gif.defaults`."""
+
+
+def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False, others: str = "") -> None:
+    """Checks an argument that must be a whole number.
+
+    Args:
+        name: The argument.
+        value: What was given.
+        least: The smallest number that is accepted.
+        optional: Whether ``None`` is accepted.
+        others: What else the message should say is accepted.
+
+    Raises:
+        ConfigurationError: If ``value`` is something else.
+    """
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        others = "None or " if optional else others
+        raise ConfigurationError(f"`{name}` must be {others}a whole number of at least {least}, got {value!r}.")
 
 
 class Overrides(TypedDict, total=False):
@@ -75,36 +95,30 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        at_least_0, count = "a number of at least 0", "a whole number of at least 1"
+        at_least_0 = "a number of at least 0"
         self._number("damping", at_least_0, lambda value: 0 <= value < math.inf, optional=True)
         self._number("weight_decay", at_least_0, lambda value: 0 <= value < math.inf)
         self._number("discrepancy", "a number from 0 to below 1", lambda value: 0 <= value < 1)
-        self._integer("eigenvalues", "a whole number of at least 0", least=0)
+        check_count("eigenvalues", self.eigenvalues, least=0)
         self._number("memory", f"{at_least_0} (GiB)", lambda value: 0 <= value < math.inf, optional=True)
         if not isinstance(self.double, bool):
             raise ConfigurationError(f"`double` must be True or False, got {self.double!r}.")
-        self._integer("max_iter", count, optional=True)
+        check_count("max_iter", self.max_iter, optional=True)
         self._number("rtol", "a number between 0 and 1", lambda value: 0 < value < 1, optional=True)
-        self._integer("batch_size", count)
-        self._integer("seed", "a whole number of at least 0", least=0)
+        check_count("batch_size", self.batch_size)
+        check_count("seed", self.seed, least=0)
         if self.curvature_examples not in (None, AUTO):
-            self._integer("curvature_examples", f"'auto', None (all) or {count}")
+            check_count("curvature_examples", self.curvature_examples, others="'auto', None (all) or ")
         if self.unconverged not in ("warn", "raise", "ignore"):
             raise ConfigurationError(f"`unconverged` must be 'warn', 'raise' or 'ignore', got {self.unconverged!r}.")
-
-    def _integer(self, name: str, expected: str, *, least: int = 1, optional: bool = False) -> None:
-        self._require(name, expected, int, lambda value: value >= least, optional)
 
     def _number(
         self, name: str, expected: str, is_in_range: Callable[[float], bool], *, optional: bool = False
     ) -> None:
-        self._require(name, expected, (int, float), is_in_range, optional)
-
-    def _require(self, name: str, expected: str, kind: Any, is_in_range: Callable[[Any], bool], optional: bool) -> None:
         value = getattr(self, name)
         if optional and value is None:
             return
-        if isinstance(value, bool) or not isinstance(value, kind) or not is_in_range(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_in_range(value):
             raise ConfigurationError(f"`{name}` must be {'None or ' if optional else ''}{expected}, got {value!r}.")
 
     def override(self, changes: Overrides, named: Iterable[str] = ()) -> Settings:

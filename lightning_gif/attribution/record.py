@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .._compat import isolate_rng
+from ..config import check_count
 from ..errors import ConfigurationError
 from ..parameters import Targets
 from ..reporting.context import CallContext
@@ -128,8 +129,7 @@ class InfluenceRecord:
             ConfigurationError: If ``k`` is not a whole number of at least 1, or more than were kept.
         """
         k = default if k is None else k
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ConfigurationError(f"`k` must be a whole number of at least 1, got {k!r}.")
+        check_count("k", k)
         if self.n_kept is not None and k > self.n_kept:
             raise ConfigurationError(
                 f"The report kept the {self.n_kept} strongest scores of each end, not {k}. Ask again with keep={k},"

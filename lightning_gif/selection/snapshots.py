@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError
+from ..config import check_count
 
 __all__ = ["Snapshots"]
 
@@ -29,8 +29,7 @@ class Snapshots:
     """
 
     def __init__(self, count: int) -> None:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ConfigurationError(f"`snapshots` must be a whole number of at least 0, got {count!r}.")
+        check_count("snapshots", count, least=0)
         self.count = count
         self.kept: dict[int, dict[str, Tensor]] = {}
         self.last = -1
