@@ -261,7 +261,7 @@ class SolvedQueries:
 
 
 def _solved_at(call: _Call, number: int, store: ScoreStore | None) -> SolvedQueries:
-    """The iHVPs at one of the states: those that are stored, or solved for and stored."""
+    """The iHVPs at one of the states: loaded from the store, or else computed and stored."""
     stored = None if store is None else SolvedQueries.load(store, number, call.objective)
     if stored is not None:
         return stored

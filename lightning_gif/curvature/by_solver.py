@@ -67,7 +67,7 @@ class SolverInverse(InverseCurvature):
         positions: The target parameters ``S``, ``(k,)``.
         damping: ``λ``.
         decay: Weight decay that is not in the curvature, and is added to the damping.
-        block_size: How many gradients are solved for together.
+        block_size: How many gradients are right-hand sides of one solve.
     """
 
     decay_is_damping = False

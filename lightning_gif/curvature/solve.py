@@ -172,8 +172,8 @@ def newton(settings: Settings, operator: LinearOperator, rhs: Tensor, relative: 
     Args:
         settings: Its damping, tolerance and number of iterations.
         operator: ``C``, ``(n, n)``, symmetric.
-        rhs: ``(n,)``.
-        relative: Further damping, as a share of ``‖C b‖ / ‖b‖``.
+        rhs: ``g``, ``(n,)``.
+        relative: Further damping, as a share of ``‖C g‖ / ‖g‖``.
 
     Returns:
         The solution ``x``, and ``xᵀCx``.
@@ -182,7 +182,7 @@ def newton(settings: Settings, operator: LinearOperator, rhs: Tensor, relative: 
         ConvergenceError: See :func:`solve`.
         NonFiniteError: If it met a non-finite number.
     """
-    solution, bend = truncated_newton(
+    solution, curvature = truncated_newton(
         operator,
         rhs,
         damping=float(settings.damping or 0.0),
@@ -191,7 +191,7 @@ def newton(settings: Settings, operator: LinearOperator, rhs: Tensor, relative: 
         max_iter=max_iter(settings),
     )
     warn_unconverged(settings, [solution], is_newton=True)
-    return solution, bend
+    return solution, curvature
 
 
 def warn_unconverged(settings: Settings, solutions: list[Solution], *, is_newton: bool = False) -> None:

@@ -108,7 +108,7 @@ class EditProblem:
         self._method, self._journal = method, journal
         self._changes: list[Tensor] = []
         self._influence: tuple[int, QuadraticModel] | None = None  # which change it is
-        self._last_newton: tuple[Trial, QuadraticModel] | None = None  # where it was solved for
+        self._last_newton: tuple[Trial, QuadraticModel] | None = None  # the trial that it starts from
 
         if task.relabelled is not None and not task.influence_gradient.any():
             raise ObjectiveError("The new labels are those that the examples have: there is nothing to correct.")
@@ -256,7 +256,7 @@ class EditProblem:
         """The quadratic model along a further change, and whether it is a Newton step: from the journal, or solved.
 
         Args:
-            question: What is solved for, and at which step sizes along the changes before.
+            question: Which change it is, and the step sizes along the changes before at which it starts.
             solve: Solves for it.
         """
         journal, position = self._journal, len(self._changes)
@@ -360,7 +360,7 @@ class EditProblem:
         return for_relinearised_step(self._settings, labels=labels, convex=convex)
 
     def _n_rejected_since(self, at: Trial) -> int:
-        """How many changes were solved for since ``at`` without an accepted step, but the influence direction."""
+        """How many changes since ``at`` led to no accepted step, not counting the influence direction."""
         count = len(self._changes) - len(at.step_sizes)
         return count - (self._influence is not None and self._influence[0] >= len(at.step_sizes))
 

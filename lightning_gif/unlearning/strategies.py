@@ -40,7 +40,7 @@ def relinearise(problem: EditProblem) -> Trial:
 
     Example removal first makes the best step along the influence direction. It stops there if the risk changed as the
     quadratic model predicted, and memorization has reached its target or is unknown. For class removal and label
-    correction the influence direction is too inaccurate, and is not solved for.
+    correction the influence direction is too inaccurate, and is not computed.
     """
     rules, numbers = problem.rules, problem.tuning.relinearisation
     best, n_solves = problem.trials[0], 0

@@ -53,7 +53,7 @@ class TrustRegion(CheckedNumbers):
 
         Args:
             evaluate: The trial at a step size along the change.
-            start: The trial at which the change was solved for.
+            start: The trial at whose weights the change was computed.
             model: The predicted change of the risk.
             limits: A trial beyond the largest retained loss is accepted only if that loss is not above that of
                 ``start``.

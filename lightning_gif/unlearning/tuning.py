@@ -23,9 +23,9 @@ class Relinearisation(CheckedNumbers):
     """When ``"relinearise"`` stops.
 
     Attributes:
-        max_solves: The largest number of changes to solve for.
+        max_solves: The largest number of changes to compute.
         min_gain: A step gains little if it lowers the risk by less than this share of the remaining risk.
-        prediction_tolerance: Example removal: no further change is solved for if the influence direction changed the
+        prediction_tolerance: Example removal: no further change is computed if the influence direction changed the
             risk as predicted, up to this share of the prediction.
     """
 

@@ -211,7 +211,7 @@ def _run_strategy(problem: EditProblem, step: Step) -> Trial:
     """The trial that a strategy, or a number, chooses.
 
     Raises:
-        ConfigurationError: If the trial was not evaluated, or no change was solved for.
+        ConfigurationError: If the trial was not evaluated, or no change was computed.
     """
     if isinstance(step, numbers.Real):
         problem.influence_direction()
