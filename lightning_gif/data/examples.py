@@ -417,6 +417,9 @@ def _mask(predicate: Callable[[Any], Any], batch: Batch) -> Tensor:
 
 
 def _seed_global_generators(seed: int) -> None:
-    torch.manual_seed(seed)
+    # torch.manual_seed would format a stack trace for every kind of accelerator that is not in use.
+    torch.default_generator.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
