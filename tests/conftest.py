@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from .cpu_times import CpuTimes
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning's launchers give torch all cores, which other workers use
 
 # Checkpoints are to be read without unpickling anything; from 2.6 on Lightning can be told so.
 _told = "weights_only" in inspect.signature(pl.Trainer.fit).parameters
