@@ -1,19 +1,23 @@
-"""The examples run from the command line, and what they print and write is what they promise."""
+"""The examples run as commands do, and what they print and write is what they promise."""
 
 from __future__ import annotations
 
 import csv
 import importlib
 import json
+import logging
 import math
 import os
 import re
 import runpy
-import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 from digits import CLASSES, digits
 
 from lightning_gif import UnlearnReport
@@ -21,14 +25,31 @@ from lightning_gif import UnlearnReport
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name: str, *args: object) -> str:
-    """What an example prints; colours and progress do not matter here."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "WANDB_SILENT": "true", "NO_COLOR": "1"}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *map(str, args)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs an example as its command would, and gives what it prints; colours and progress do not matter here.
+
+    It runs in this process, because starting another takes seconds. Afterwards its settings of the process are undone.
+    """
+
+    def run(name: str, *args: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
+        threads = torch.get_num_threads()
+        environment = {"COLUMNS": "120", "WANDB_SILENT": "true", "NO_COLOR": "1"}
+        try:
+            with warnings.catch_warnings(), mock.patch.dict(os.environ, environment):
+                runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        finally:
+            torch.set_num_threads(threads)
+            for logger, level in levels.items():
+                logging.getLogger(logger).setLevel(level)
+        return capsys.readouterr().out
+
+    return run
 
 
 def row(printed: str, start: str) -> list[str]:
@@ -49,7 +70,7 @@ def assert_pictures(folder: Path, *names: str) -> None:
         assert len(content) > 5000
 
 
-def test_forget_a_digit(tmp_path: Path) -> None:
+def test_forget_a_digit(run: Run, tmp_path: Path) -> None:
     printed = run("forget_a_digit.py", "--output", tmp_path, "--epochs", 4, "--digit", 3, "--logger", "csv")
     before, after, retrained = map(percent, row(printed, "digit 3"))
     assert before > 50 > 20 > after >= retrained == 0
@@ -68,7 +89,7 @@ def test_forget_a_digit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_find_mislabeled(tmp_path: Path) -> None:
+def test_find_mislabeled(run: Run, tmp_path: Path) -> None:
     printed = run("find_mislabeled.py", "--output", tmp_path)
     assert "135 of 1347 training examples have a wrong label." in printed
     found, accuracies = printed.split("Test accuracy")
@@ -82,7 +103,7 @@ def test_find_mislabeled(tmp_path: Path) -> None:
     assert_pictures(tmp_path, "suspects.png")
 
 
-def test_why_misread(tmp_path: Path) -> None:
+def test_why_misread(run: Run, tmp_path: Path) -> None:
     printed = run("why_misread.py", "--output", tmp_path)
     asked, label, read_as = map(int, re.findall(r"#(\d+): label (\d), prediction (\d)", printed)[0])
     assert int(digits()[1].tensors[1][asked]) == label != read_as
@@ -94,7 +115,7 @@ def test_why_misread(tmp_path: Path) -> None:
     assert_pictures(tmp_path, "influence.png")
 
 
-def test_wandb_report(tmp_path: Path) -> None:
+def test_wandb_report(run: Run, tmp_path: Path) -> None:
     printed = run("wandb_report.py", "--output", tmp_path, "--epochs", 4)
     where, how, which = printed.splitlines()
     folder = Path(where.removeprefix("The offline run is in "))
@@ -111,7 +132,7 @@ def test_wandb_report(tmp_path: Path) -> None:
     assert len(examples) == 3  # two in training, one after it
 
 
-def test_toxic_samples(tmp_path: Path) -> None:
+def test_toxic_samples(run: Run, tmp_path: Path) -> None:
     printed = run("toxic_samples.py", "--output", tmp_path, "--per-step", 50)
     assert "after 10 steps" in printed
     names = ("trained", "gif", "fif", "pif", "least gradient", "least loss", "retrained")
@@ -137,13 +158,10 @@ def test_toxic_samples(tmp_path: Path) -> None:
     [("forget_a_digit.py", 15), ("find_mislabeled.py", 30), ("why_misread.py", 15), ("wandb_report.py", 10)],
 )
 def test_help_tells_the_story_and_the_defaults(
-    name: str, epochs: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, epochs: int, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process, as its command: to start one takes seconds."""
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        run(name, "--help")
     assert ended.value.code == 0
     printed = capsys.readouterr().out
     assert "handwritten digit" in printed

@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 
 from .golden.record import NETS, VALUES, WORLDS, compute, environment
 
+Values = dict[str, tuple[str, float]]
+
 STORED = json.loads(VALUES.read_text())
 
 
 QUICK = ("perceptron", 1)
+SLOW = {world: [name for name in NETS if (name, world) != QUICK] for world in WORLDS}
 RUNS = [
-    pytest.param(name, world, marks=() if (name, world) == QUICK else pytest.mark.slow)
-    for name in NETS
-    for world in WORLDS
+    pytest.param(*QUICK),
+    *(
+        pytest.param(name, world, marks=[pytest.mark.slow, pytest.mark.xdist_group(f"golden {world}")])
+        for world in WORLDS
+        for name in SLOW[world]
+    ),
 ]
 
 
+@pytest.fixture(scope="session")
+def computed() -> Callable[[str, int], Values]:
+    """The values of one net, which the first net of as many processes computes for the others too."""
+    launch = cache(compute)
+
+    def computed(name: str, world: int) -> Values:
+        return launch(world, *([name] if (name, world) == QUICK else SLOW[world]))[name]
+
+    return computed
+
+
 @pytest.mark.parametrize(("name", "world"), RUNS)
-def test_edits_and_scores_are_those_that_were_recorded(name: str, world: int) -> None:
+def test_edits_and_scores_are_those_that_were_recorded(
+    name: str, world: int, computed: Callable[[str, int], Values]
+) -> None:
     expected = {call: tuple(value) for call, value in STORED["values"][f"{name}, {world}"].items()}
     if STORED["environment"] != environment():
         pytest.skip(f"recorded with {STORED['environment']}; here other rounding, {environment()}")
-    found = compute(name, world)
+    found = computed(name, world)
     assert found.keys() == expected.keys()
     assert not {call: (found[call], expected[call]) for call in expected if found[call] != expected[call]}

@@ -116,30 +116,31 @@ def results(name: str, world: int) -> dict[str, tuple[str, float]]:
     return found
 
 
-def compute(name: str, world: int) -> dict[str, tuple[str, float]]:
-    """What :func:`results` finds in processes of their own."""
+def compute(world: int, *names: str) -> dict[str, dict[str, tuple[str, float]]]:
+    """What :func:`results` finds in processes of their own, by the name of the net. One launch serves all nets."""
     left = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")  # by tests before this one
     clean = {key: value for key, value in os.environ.items() if key not in left}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(FOLDER / "record.py"), name, str(world), folder]
+        command = [sys.executable, str(FOLDER / "record.py"), str(world), folder, *names]
         done = subprocess.run(
             command, check=False, capture_output=True, text=True, env={**clean, "OMP_NUM_THREADS": "1"}, timeout=900
         )
         assert done.returncode == 0, done.stderr[-3000:]
         ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
     assert all(other == ranks[0] for other in ranks), "the processes have other results"
-    return {call: tuple(value) for call, value in ranks[0].items()}
+    return {name: {call: tuple(value) for call, value in found.items()} for name, found in ranks[0].items()}
 
 
 def main() -> None:
-    if len(sys.argv) == 4:  # one of the processes
-        name, world, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    if len(sys.argv) > 1:  # one of the processes
+        world, folder, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
         warnings.filterwarnings("ignore")
-        found = results(name, world)
+        found = {name: results(name, world) for name in names}
         (folder / f"{os.environ.get('LOCAL_RANK', 0)}.json").write_text(json.dumps(found))
         sys.stderr.flush()
         os._exit(0)  # threads of gloo can abort an interpreter that is torn down
-    values = {f"{name}, {world}": compute(name, world) for name in NETS for world in WORLDS}
+    found = {world: compute(world, *NETS) for world in WORLDS}
+    values = {f"{name}, {world}": found[world][name] for name in NETS for world in WORLDS}
     VALUES.write_text(json.dumps({"environment": environment(), "values": values}, indent=1) + "\n")
 
 
