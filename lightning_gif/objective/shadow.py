@@ -20,6 +20,7 @@ from ..parameters import ParameterSpace
 from ..storage.digests import digest
 from ..storage.interrupts import uninterrupted
 from . import isolation
+from .equivalents import TwiceDifferentiable
 
 __all__ = ["ModelState", "Shadow", "replaced", "widen"]
 
@@ -168,7 +169,7 @@ class Shadow:
         torch.default_generator.manual_seed(self.seed)
         if self.device.type != "cpu":
             torch.manual_seed(self.seed)
-        with replaced(self.module, {**values, **frozen, **trainable}):
+        with replaced(self.module, {**values, **frozen, **trainable}), TwiceDifferentiable():
             return getattr(self.module, method)(*args)
 
     def training_step(self, theta: Tensor, data: Any, *, buffers: dict[str, Tensor] | None = None) -> Tensor:
