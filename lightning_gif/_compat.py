@@ -16,17 +16,20 @@ if TYPE_CHECKING:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.trainer.states import RunningStage, TrainerFn
     from lightning.pytorch.utilities.seed import isolate_rng as _isolate_rng
     from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 else:
     try:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
         from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+        from lightning.pytorch.trainer.states import RunningStage, TrainerFn
         from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
         from lightning.pytorch.utilities.seed import isolate_rng as _isolate_rng
     except ModuleNotFoundError:
         from lightning_fabric.utilities.exceptions import MisconfigurationException
         from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+        from pytorch_lightning.trainer.states import RunningStage, TrainerFn
         from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
         from pytorch_lightning.utilities.seed import isolate_rng as _isolate_rng
 
@@ -51,6 +54,7 @@ __all__ = [
     "lightning_version",
     "rank_zero_info",
     "rank_zero_warn",
+    "stage_of_training",
     "trainer_of",
     "unsupported_strategy",
 ]
@@ -105,6 +109,18 @@ def unsupported_strategy(trainer: Trainer) -> str | None:
             " respect to them"
         )
     return None
+
+
+@contextlib.contextmanager
+def stage_of_training(trainer: Trainer) -> Iterator[None]:
+    """Inside of it the trainer's flags are those of a training step: ``trainer.training`` is true, for example."""
+    state = trainer.state
+    before = state.fn, state.stage
+    state.fn, state.stage = TrainerFn.FITTING, RunningStage.TRAINING
+    try:
+        yield
+    finally:
+        state.fn, state.stage = before
 
 
 def brings_own(owner: object, hook: str) -> bool:

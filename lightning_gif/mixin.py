@@ -72,6 +72,8 @@ class GIFMixin:
 
 
 def overrides(module: object, name: str) -> bool:
-    """Whether ``module`` defines the method itself, with or without the mixin among its base classes."""
+    """Whether ``module`` defines the method, in its class or on the instance, with or without the mixin as a base."""
+    if name in vars(module):
+        return True
     method = getattr(type(module), name, None)
     return method is not None and method is not getattr(GIFMixin, name)

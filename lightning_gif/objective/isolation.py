@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchmetrics import Metric, MetricCollection
 
-from .._compat import LightningModule, isolate_rng, rank_zero_warn
+from .._compat import LightningModule, Trainer, isolate_rng, rank_zero_warn, stage_of_training
 from ..distributed import ProcessGroup
-from ..errors import GIFWarning, ObjectiveError
+from ..errors import GIFWarning
 from ..storage.interrupts import uninterrupted
+from .attributes import Attributes, attributes_restored
+from .silence import Metrics, silenced
 
-__all__ = ["fails_for_good", "isolated", "restore_members"]
+__all__ = ["Isolation", "fails_for_good", "isolated", "restore_members"]
+
+
+class Isolation(NamedTuple):
+    """What evaluations need to know of the block that they run in.
+
+    Attributes:
+        attributes: The attributes that every evaluation is to find.
+        metrics: The module's metrics.
+    """
+
+    attributes: Attributes
+    metrics: Metrics
 
 
 def fails_for_good(device: torch.device) -> bool:
@@ -28,15 +39,15 @@ def fails_for_good(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def isolated(
-    module: LightningModule, device: torch.device, dtype: torch.dtype, loggers: Sequence[Any], processes: ProcessGroup
-) -> Iterator[None]:
+    trainer: Trainer, module: LightningModule, device: torch.device, dtype: torch.dtype, processes: ProcessGroup
+) -> Iterator[Isolation]:
     """Inside of it the module can be evaluated and differentiated twice; everything it changes is undone at the end.
 
     Args:
+        trainer: The module's trainer. Inside, it looks as in training, and none of its loggers logs.
         module: The module.
         device: Where it is evaluated.
         dtype: The default dtype inside.
-        loggers: Loggers that must not log inside.
         processes: The process group.
     """
     home = next(module.parameters()).device
@@ -70,13 +81,15 @@ def isolated(
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)
             stack.enter_context(_members_restored(module))
-            stack.enter_context(_attributes_restored(module))
+            attributes = stack.enter_context(attributes_restored(module))
             stack.enter_context(_evaluation_mode(module))
-            stack.enter_context(_silenced(module, loggers, processes))
+            metrics = stack.enter_context(silenced(module, trainer.loggers, processes))
+            stack.enter_context(stage_of_training(trainer))
             if home != device:  # the strategy's teardown after fit moves the module to the CPU
                 stack.enter_context(_moved(module, device))
+            inside = Isolation(Attributes(module, attributes), metrics)
         try:
-            yield
+            yield inside
         except BaseException:
             with uninterrupted():
                 try:
@@ -113,7 +126,8 @@ def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
 
     Nothing is copied back, because the device may have failed: after an index out of bounds nothing can be read from a
     GPU any more. Nothing writes to the module's own tensors inside. The states of metrics and the ``device`` of a
-    module are plain attributes, see :func:`_attributes_restored`.
+    module are plain attributes, see
+    :class:`~.attributes.Attributes`.
     """
     own: list[Tensor] = list(module.parameters())
     own += [tensor.grad for tensor in own if tensor.grad is not None]
@@ -136,134 +150,6 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule, training in flags.items():
             submodule.training = training
-
-
-@contextlib.contextmanager
-def _attributes_restored(module: nn.Module) -> Iterator[None]:
-    """Restores the plain attributes of the modules: counters, collected outputs, random generators.
-
-    This includes parameters and modules in containers, which are how a module hides a second net from its optimizer.
-    State inside of other objects that a module holds is not restored.
-    """
-    internal = vars(nn.Module()).keys()
-    saved = []
-    contents: dict[int, tuple[Any, Any]] = {}
-    for submodule in module.modules():
-        own = {name: value for name, value in vars(submodule).items() if name not in internal}
-        for value in own.values():
-            _remember(value, contents)
-        saved.append((submodule, own))
-    try:
-        yield
-    finally:
-        for submodule, own in saved:
-            attributes = vars(submodule)
-            for name in attributes.keys() - own.keys() - internal:
-                del attributes[name]
-            attributes.update(own)
-        with torch.no_grad(), contextlib.ExitStack() as all_of_them:  # also where one of them fails
-            for container, content in contents.values():
-                all_of_them.callback(_refill, container, content)
-
-
-def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
-    """Copies the content of a container, a tensor, or a module outside of the tree, and of those within it."""
-    if id(value) in contents:
-        return
-    if isinstance(value, Tensor):
-        contents[id(value)] = (value, value.detach().clone())
-    elif isinstance(value, torch.Generator):
-        contents[id(value)] = (value, value.get_state())
-    elif isinstance(value, (list, dict, set, bytearray, deque)):
-        contents[id(value)] = (value, copy.copy(value))
-    if isinstance(value, (list, tuple, dict, deque)):
-        for item in value.values() if isinstance(value, dict) else value:
-            _remember(item, contents)
-    elif isinstance(value, nn.Module):
-        for tensor in (*value.parameters(), *value.buffers()):
-            _remember(tensor, contents)
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Puts the content back into the same container, which other objects may refer to."""
-    if isinstance(container, torch.Generator):
-        container.set_state(content)
-        return
-    if isinstance(container, Tensor):
-        if not torch.equal(container, content):
-            container.copy_(content)
-        return
-    container.clear()
-    (container.update if isinstance(container, (dict, set)) else container.extend)(content)
-
-
-@contextlib.contextmanager
-def _silenced(module: LightningModule, loggers: Sequence[Any], processes: ProcessGroup) -> Iterator[None]:
-    """Shadows ``log``, ``log_dict``, the loggers' ``log_metrics``, and all metrics of the module.
-
-    Outside of the training loop ``log`` raises, and a metric would count the examples again. The value of a metric is
-    NaN inside: if it enters the loss, the loss is NaN and is reported, rather than wrong. In a distributed run each
-    process reads its own examples, so a step must not wait for the others.
-    """
-    shadowed: list[tuple[Any, str, Any]] = []
-
-    def shadow(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-        shadowed.append((owner, name, vars(owner).get(name)))
-        object.__setattr__(owner, name, replacement)
-
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
-
-    def no_others(*args: Any, **kwargs: Any) -> None:
-        raise ObjectiveError(
-            f"{type(module).__name__} calls self.all_gather for its loss, which couples the examples of all processes."
-            " Define `influence_loss(self, batch) -> (B,)` without it (see GIFMixin)."
-        )
-
-    try:
-        if processes.size > 1:
-            shadow(module, "all_gather", no_others)
-        for name in ("log", "log_dict"):
-            shadow(module, name, nothing)
-        for logger in loggers:
-            shadow(logger, "log_metrics", nothing)
-        for metric in _metrics(module):
-            answer = _nan_for(metric)
-            for name in ("forward", "compute"):
-                shadow(metric, name, answer)
-            for name in ("update", "reset"):
-                shadow(metric, name, nothing)
-        yield
-    finally:
-        for owner, name, original in reversed(shadowed):
-            if original is None:
-                object.__delattr__(owner, name)
-            else:
-                object.__setattr__(owner, name, original)
-
-
-def _metrics(module: nn.Module) -> list[Metric | MetricCollection]:
-    """The metrics that are submodules, and those in plain lists and dictionaries of the modules."""
-    metrics: dict[int, Metric | MetricCollection] = {}
-    for submodule in module.modules():
-        held = [submodule]
-        for value in vars(submodule).values():
-            if isinstance(value, (list, tuple)):
-                held += value
-            elif isinstance(value, dict):
-                held += value.values()
-        for value in held:
-            if isinstance(value, (Metric, MetricCollection)):
-                metrics[id(value)] = value
-    return list(metrics.values())
-
-
-def _nan_for(metric: Metric | MetricCollection) -> Callable[..., Any]:
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        nan = torch.tensor(torch.nan)
-        return dict.fromkeys(metric.keys(), nan) if isinstance(metric, MetricCollection) else nan
-
-    return answer
 
 
 def restore_members(members: dict[str, Any], own: dict[str, Any]) -> None:

@@ -126,9 +126,7 @@ class Objective:
             ConfigurationError: If the module cannot give a loss, or the processes do not have the same parameters.
         """
         cls.check_module(module)
-        opened = Shadow.open(
-            module, trainer.strategy.root_device, processes, seed=seed, double=double, loggers=trainer.loggers
-        )
+        opened = Shadow.open(trainer, module, trainer.strategy.root_device, processes, seed=seed, double=double)
         with opened as shadow:
             yield cls(trainer, shadow, processes)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._compat import LightningModule
+from .._compat import LightningModule, Trainer
 from ..data.batch import Batch
 from ..data.structure import describe, map_tensors, tensors
 from ..distributed import ProcessGroup
@@ -21,6 +21,7 @@ from ..storage.digests import digest
 from ..storage.interrupts import uninterrupted
 from . import isolation
 from .equivalents import TwiceDifferentiable
+from .isolation import Isolation
 
 __all__ = ["ModelState", "Shadow", "replaced", "widen"]
 
@@ -47,12 +48,14 @@ class Shadow:
         module: The module, unwrapped.
         space: Its parameters.
         theta: Their present values, ``(p,)``, in float32 or wider.
+        inside: The block that isolates calls from the user's run.
         device: Where everything is computed.
         seed: Of random numbers that a loss may draw. It is set before every call, so that the loss is one function.
         common: The first process's buffers, where they are not this one's.
 
     Attributes:
         state: The parameters and buffers to compute with, by default the module's own.
+        metrics: The module's metrics.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Shadow:
         module: LightningModule,
         space: ParameterSpace,
         theta: Tensor,
+        inside: Isolation,
         *,
         device: torch.device,
         seed: int = 0,
@@ -70,29 +74,31 @@ class Shadow:
         self.device = device
         self.seed = seed
         self.state = ModelState(theta, {})
+        self.metrics = inside.metrics
+        self._attributes = inside.attributes
         self._common = common or {}
 
     @classmethod
     @contextlib.contextmanager
     def open(
         cls,
+        trainer: Trainer,
         module: LightningModule,
         device: torch.device,
         processes: ProcessGroup,
         *,
         seed: int = 0,
         double: bool = False,
-        loggers: Sequence[Any] = (),
     ) -> Iterator[Shadow]:
         """The shadow of a module, inside of everything that isolates its evaluation from the user's run.
 
         Args:
+            trainer: The module's trainer.
             module: See the class.
             device: See the class.
             processes: The process group.
             seed: See the class.
             double: Compute in float64 instead of float32.
-            loggers: Loggers that calls must not log to.
 
         Raises:
             ConfigurationError: If the processes do not have the same parameters.
@@ -100,9 +106,10 @@ class Shadow:
         space = ParameterSpace(module)
         first = next(parameter for parameter in module.parameters() if parameter.requires_grad)
         dtype = torch.promote_types(first.dtype, torch.float64 if double else torch.float32)
-        with isolation.isolated(module, device, dtype, loggers, processes):
+        with isolation.isolated(trainer, module, device, dtype, processes) as inside:
             theta = space.flatten(module, dtype)
-            yield cls(module, space, theta, device=device, seed=seed, common=_common_buffers(module, processes))
+            common = _common_buffers(module, processes)
+            yield cls(module, space, theta, inside, device=device, seed=seed, common=common)
 
     @property
     def theta(self) -> Tensor:
@@ -170,7 +177,10 @@ class Shadow:
         if self.device.type != "cpu":
             torch.manual_seed(self.seed)
         with replaced(self.module, {**values, **frozen, **trainable}), TwiceDifferentiable():
-            return getattr(self.module, method)(*args)
+            try:
+                return getattr(self.module, method)(*args)
+            finally:
+                self._attributes.reset()
 
     def training_step(self, theta: Tensor, data: Any, *, buffers: dict[str, Tensor] | None = None) -> Tensor:
         """The loss ``()`` that ``training_step`` returns for a prepared batch.
