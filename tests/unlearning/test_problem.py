@@ -255,15 +255,15 @@ def test_labels_are_corrected_by_newton_steps_once_three_quarters_of_them_are_ri
     seen: list[tuple[float, bool, int]] = []
     descend = EditProblem.descent_direction
 
-    def told(self: EditProblem, at: Trial) -> QuadraticModel:
-        first = not self._changes
+    def watched(self: EditProblem, at: Trial) -> QuadraticModel:
+        first = not self.solutions
         model = descend(self, at)
         newton = self.solutions[-1].solver == "truncated_newton"
         seen.append((at.memorization, newton, self.solutions[-1].iterations))
         assert newton == (not first and at.memorization <= 0.25)
         return model
 
-    monkeypatch.setattr(EditProblem, "descent_direction", told)
+    monkeypatch.setattr(EditProblem, "descent_direction", watched)
     data = blobs(120)
     x, y = data.tensors
     wrong = y.clone()
