@@ -39,6 +39,7 @@ from lightning_gif.data.structure import describe
 from lightning_gif.storage.digests import digest
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
+from .doubles import quick
 
 BAD_ARGUMENTS: list[tuple[dict[str, Any], list[str]]] = [
     ({"ratio": 0}, ["`ratio`", "above 0", "got 0", "share"]),
@@ -137,10 +138,6 @@ class Normalised(Classifier):
 
     def __init__(self) -> None:
         super().__init__(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3)))
-
-
-def quick(**options: Any) -> GIFCallback:
-    return GIFCallback(**{"ratio": 0.5, "unconverged": "ignore", "max_iter": 4, **options})
 
 
 def ready(

@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_gif import GIFCallback, GIFWarning, InfluenceReport, UnlearnReport, verify
 from lightning_gif.cli import _remedy, main
+from lightning_gif.storage import atomic
 from lightning_gif.storage.audit_log import read
 from lightning_gif.storage.checkpoints import read_checkpoint
 from lightning_gif.unlearning import EditProblem
@@ -137,7 +138,7 @@ def test_an_interrupted_command_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_gif.cli._rewrite", interrupted)
+        patch.setattr(torch, "save", interrupted)
         assert unlearn("--solves_to", "solves") == 130
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith("lightning-gif unlearn: interrupted. No file is written in part.")
@@ -207,7 +208,7 @@ def test_a_checkpoint_in_its_place_is_kept_where_its_folder_is_not_told_to_be_on
             raise OSError(errno.EIO, "Input/output error", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_gif.storage.atomic.sync", failing)
+        patch.setattr(atomic, "sync", failing)
         assert unlearn("--record", "deletions.jsonl") == 2
     assert "is written and in its place" in capsys.readouterr().err
     assert [entry["event"] for entry in read("deletions.jsonl").entries] == ["unlearn"]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+
+import lightning_gif
+from lightning_gif import GIFMixin
 
 PACKAGE = Path(__file__).parents[1] / "lightning_gif"
 
@@ -93,3 +97,11 @@ def test_classes_and_functions_fit_on_a_page(file: Path) -> None:
 def test_few_modules_know_a_trainer(file: Path) -> None:
     knows = [node for node, _ in imported(file) if any(alias.name == "Trainer" for alias in node.names)]
     assert not knows or module(file)[0] in TRAINER
+
+
+def test_only_one_module_knows_the_names_of_lightnings_packages() -> None:
+    package = Path(lightning_gif.__file__).parent
+    pattern = re.compile(r"^\s*(?:from|import) (?:lightning|pytorch_lightning|lightning_fabric)\b", re.M)
+    knowing = {str(path.relative_to(package)) for path in package.rglob("*.py") if pattern.search(path.read_text())}
+    assert knowing == {"_compat.py"}
+    assert GIFMixin.__mro__ == (GIFMixin, object)

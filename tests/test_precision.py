@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 from lightning_gif import GIFCallback, GIFWarning, UnlearnReport, attach
 from lightning_gif._compat import isolate_rng
 from lightning_gif.errors import BatchError, ObjectiveError
+from lightning_gif.objective import isolation
 from lightning_gif.objective.isolation import _moved
 
 from .conftest import WEIGHTS_ONLY, Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
@@ -233,8 +234,8 @@ def test_why_a_device_has_failed_is_told_rather_than_that_it_cannot_be_tidied(mo
             yield
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr("lightning_gif.objective.isolation.isolate_rng", failed)
-    monkeypatch.setattr("lightning_gif.objective.isolation.fails_for_good", lambda device: True)
+    monkeypatch.setattr(isolation, "isolate_rng", failed)
+    monkeypatch.setattr(isolation, "fails_for_good", lambda device: True)
     with pytest.raises(BatchError, match="none of the 3 classes"), pytest.warns(GIFWarning, match="device-side"):
         trainer.influence((data.tensors[0][:4], data.tensors[1][:4] + 7))
     assert {name: part.training for name, part in module.named_modules()} == training
@@ -300,7 +301,7 @@ def test_losses_by_a_vmap_of_the_users_own_work_where_indices_are_checked(monkey
     trainer.unlearn([1, 2], dry_run=True)
     with pytest.warns(GIFWarning, match="the model's predictions are not known"):
         trainer.unlearn(lambda batch: batch[1] == 1, dry_run=True)
-    monkeypatch.setattr("lightning_gif.objective.isolation.fails_for_good", lambda device: True)
+    monkeypatch.setattr(isolation, "fails_for_good", lambda device: True)
     assert torch.equal(trainer.influence(batch_of(data, slice(4))).scores, expected)
     trainer.unlearn([1, 2], dry_run=True)
 

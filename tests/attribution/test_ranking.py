@@ -1,12 +1,19 @@
-"""The ends of a ranking do not depend on how the scores come."""
+"""The ends of a ranking: by dataset index, ties in order, and the same however the scores come."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils.data import Subset
 
+from lightning_gif import ConfigurationError, GIFCallback
 from lightning_gif.attribution import ranking
 from lightning_gif.attribution.ranking import Strongest, strongest
+
+from ..conftest import Classifier, batch_of, blobs, loader, make_trainer
+from ..reports import report_of
 
 
 def scores_with_ties(queries: int, examples: int) -> torch.Tensor:
@@ -41,3 +48,47 @@ def test_blocks_of_any_size_and_order_leave_the_same_ends(sizes: list[int], back
     assert torch.equal(ids, torch.cat([highest.indices, lowest.indices.flip(1)], 1))
     assert torch.equal(both, torch.cat([highest.scores, lowest.scores.flip(1)], 1))
     assert bool((both.diff(dim=1) <= 0).all())
+
+
+def test_the_ranking_is_that_of_a_direct_sort_by_dataset_index() -> None:
+    dataset = blobs()
+    kept = [5, 40, 3, 22, 11, 17, 30, 8]
+    trainer = make_trainer(GIFCallback(ratio=0.5, unconverged="ignore"))
+    trainer.fit(Classifier(), loader(Subset(dataset, kept)))
+    report = trainer.influence(batch_of(dataset, [0, 1]), per_example=True)
+    ids = report.indices.tolist()
+    for query, scores in enumerate(report.scores.tolist()):
+        ranked = sorted(zip(scores, ids, strict=True), reverse=True)
+        assert report.proponents(3).indices[query].tolist() == [index for _, index in ranked[:3]]
+        assert report.proponents(3).scores[query].tolist() == [score for score, _ in ranked[:3]]
+        assert report.opponents(3).indices[query].tolist() == [index for _, index in ranked[::-1][:3]]
+        assert report.opponents(3).scores[query].tolist() == [score for score, _ in ranked[::-1][:3]]
+    assert report.scores.shape == (2, 8)
+
+
+def test_equal_scores_are_ranked_in_order() -> None:
+    scores = torch.zeros(1, 500)
+    scores[0, 7] = 1.0
+    report = report_of(scores)
+    assert report.proponents(4).indices[0].tolist() == [107, 100, 101, 102]
+    assert report.opponents(3).indices[0].tolist() == [100, 101, 102]
+
+
+def test_more_than_all_are_all() -> None:
+    report = report_of([[0.1, -0.2, 0.3]])
+    assert report.proponents().indices.tolist() == [[102, 100, 101]]
+    assert report.opponents(50).indices.tolist() == [[101, 100, 102]]
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, True, "3"])
+def test_a_bad_k_is_refused(k: Any) -> None:
+    report = report_of([[0.1, -0.2, 0.3]])
+    for ask in (report.proponents, report.opponents, lambda value: report.plot(k=value)):
+        with pytest.raises(ConfigurationError, match="`k` must be a whole number of at least 1"):
+            ask(k)
+
+
+def test_a_table_of_all_scores() -> None:
+    frame = report_of([[0.1, -0.2], [0.3, 0.4]]).to_dataframe()
+    assert frame.values.tolist() == [[0, 100, 0.1], [0, 101, -0.2], [1, 100, 0.3], [1, 101, 0.4]]
+    assert list(frame.columns) == ["query", "index", "score"]

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lightning_gif import BatchError, ConfigurationError, ConvergenceError, TrainingDataError
+from lightning_gif import BatchError, ConfigurationError, ConvergenceError, TrainingDataError, UnlearnReport
 from lightning_gif.session import Session
 from lightning_gif.storage.digests import digest
 from lightning_gif.unlearning import TrustRegion, Tuning
@@ -307,7 +307,7 @@ def test_an_edit_that_cannot_be_recorded_is_not_lost(tmp_path: Path, monkeypatch
         def full(*args: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr("lightning_gif.unlearning.report.UnlearnReport.change", full)
+        patch.setattr(UnlearnReport, "change", full)
         with pytest.raises(OSError, match="No space"):
             trainer.unlearn(batch_of(dataset, slice(0, 3)), solves_to=tmp_path / "solves")
     assert same_weights(weights(module), before)

@@ -1,0 +1,218 @@
+"""How an influence report is printed and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from lightning_gif import ConfigurationError, InfluenceReport
+from lightning_gif.reporting.previews import Shown, image_of, text_of
+
+from ..conftest import Classifier, batch_of, blobs, fitted
+from ..reports import csv_values, drawn, image_net, images, report_of, titles
+
+
+def test_reading_examples_leaves_the_random_generators_alone_and_shows_one_draw() -> None:
+    class Noisy(Dataset[Any]):
+        def __len__(self) -> int:
+            return 103
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return torch.rand(8, 8), index % 2
+
+    report = report_of([[0.1, -0.2, 0.3]], dataset=Noisy(), k=1)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    first = report.plot()
+    report.by_group()
+    assert torch.equal(torch.rand(1), expected)
+    torch.manual_seed(99)
+    for axes, again in zip(first.axes, report.plot().axes, strict=True):
+        for one, other in zip(axes.images, again.images, strict=True):
+            np.testing.assert_array_equal(one.get_array(), other.get_array())
+
+
+def test_print_names_the_strongest_and_how_the_solve_went() -> None:
+    text = str(report_of([[0.1, -0.2, 0.3]], k=2))
+    assert "3 training examples on 1 query (gif, 2 target parameters; lissa, converged, 2 iterations" in text
+    assert "proponents: 102 (+0.3), 100 (+0.1)" in text
+    assert "opponents: 101 (-0.2), 100 (+0.1)" in text
+
+
+def test_print_shows_each_of_several_queries_up_to_eight() -> None:
+    text = str(report_of(torch.arange(20.0).view(10, 2), k=1))
+    assert "on 10 queries" in text
+    assert "query 0 proponents: 101 (+1)" in text
+    assert "query 7 opponents: 100 (+14)" in text
+    assert "query 8" not in text
+    assert "2 more queries" in text
+
+
+def test_the_short_form_has_the_size_and_the_ends_of_the_ranking() -> None:
+    assert repr(report_of([[0.1, -0.2, 0.3]])) == (
+        "InfluenceReport(1 query × 3 training examples, strongest proponent 102 (+0.3), strongest opponent 101 (-0.2),"
+        " gif, lissa converged)"
+    )
+    several = repr(report_of(torch.arange(20.0).view(10, 2)))
+    assert "10 queries × 2 training examples, strongest proponent of query 9 101 (+19)" in several
+
+
+def test_a_plot_of_images_shows_query_proponents_opponents_and_histogram() -> None:
+    trainer, _, dataset = fitted(image_net(), images())
+    report = trainer.influence(batch_of(dataset, [4]), k=3)
+    figure = report.plot()
+    strongest = int(report.proponents().indices[0, 0])
+    score = float(report.proponents().scores[0, 0])
+    assert titles(figure)[0] == "query\ntarget 1"
+    assert f"#{strongest}: {strongest % 3}\n{score:+.2g}" in titles(figure)
+    assert len(titles(figure)) == 1 + 3 + 3 + 2
+    assert sum(len(axes.images) for axes in figure.axes) == 7
+    assert {"proponents", "opponents"} <= {axes.get_ylabel() for axes in figure.axes}
+    histogram = next(axes for axes in figure.axes if axes.get_title().startswith("scores"))
+    assert sum(int(patch.get_height()) for patch in histogram.patches) == len(dataset)
+    shown = next(axes for axes in figure.axes if axes.get_title().startswith(f"#{strongest}:"))
+    np.testing.assert_array_equal(shown.images[0].get_array(), image_of(dataset[strongest]))
+
+
+class Arrays(Dataset[Any]):
+    """Images and labels of NumPy, which only collating makes tensors."""
+
+    def __init__(self) -> None:
+        self.images, self.labels = (tensor.numpy() for tensor in images().tensors)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.images[index], self.labels[index]
+
+
+def test_images_that_a_dataset_has_as_arrays_are_shown_as_those_of_the_query_are() -> None:
+    trainer, _, dataset = fitted(image_net(), Arrays())  # type: ignore[arg-type]
+    report = trainer.influence(next(iter(DataLoader(dataset, 1))), k=2)
+    figure = report.plot()
+    assert sum(len(axes.images) for axes in figure.axes) == 1 + 2 + 2
+    strongest = int(report.proponents().indices[0, 0])
+    shown = next(axes for axes in figure.axes if axes.get_title().startswith(f"#{strongest}: {strongest % 3}\n"))
+    np.testing.assert_array_equal(shown.images[0].get_array(), image_of(images()[strongest]))
+
+
+def test_a_plot_of_other_data_shows_their_values() -> None:
+    trainer, _, dataset = fitted()
+    report = trainer.influence(batch_of(dataset, [4, 5]), per_example=True, k=2)
+    figure = report.plot(query=1)
+    assert titles(figure)[0] == "query 1\ntarget 2"
+    words = " ".join(text.get_text() for axes in figure.axes for text in axes.texts).replace("\n", " ")
+    assert text_of(dataset[5]) in words
+    assert text_of(dataset[int(report.opponents().indices[1, 0])]) in words
+    figure.canvas.draw()
+
+
+def test_a_plot_of_a_query_of_several_says_so_and_a_missing_query_is_refused() -> None:
+    trainer, _, dataset = fitted()
+    report = trainer.influence(batch_of(dataset, [4, 5]))
+    assert titles(report.plot())[0] == "query, first of several\ntarget 1"
+    for query in (-1, 1, 0.5):
+        with pytest.raises(ConfigurationError, match="whole number from 0 to 0"):
+            report.plot(query=query)  # type: ignore[arg-type]
+
+
+def test_queries_beyond_the_kept_ones_are_drawn_without_a_picture() -> None:
+    trainer, _, dataset = fitted(image_net(), images())
+    report = trainer.influence(batch_of(dataset, list(range(10))), per_example=True, k=1)
+    assert len(report.queries) == 8
+    assert len(titles(report.plot(query=9))) == 2 + 2
+
+
+def test_a_plot_shows_how_few_examples_carry_half_of_all_influence() -> None:
+    scores = torch.zeros(1, 200)
+    scores[0, [50, 60, 70]] = torch.tensor([4.0, -3.0, 3.0])  # 4 and 3 of 10: two are needed for half
+    shares = report_of(scores).plot(k=1).axes[-1]
+    assert shares.get_title() == "2 of 200 examples (1 %) carry half"
+    curve, half, _ = shares.lines
+    assert half.get_xydata().tolist() == [[2, pytest.approx(0.7)]]
+    assert dict(zip(*(data.tolist() for data in curve.get_data()), strict=True))[3] == pytest.approx(1.0)
+    assert curve.get_xdata()[0] == 1
+    assert curve.get_xdata()[-1] == 200
+    *_, histogram, second = report_of(torch.cat([scores, torch.ones(1, 200)])).plot(query=1, k=1).axes
+    assert second.get_title() == "100 of 200 examples (50 %) carry half"
+    assert max(patch.get_height() for patch in histogram.patches) == 200
+
+
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [([[0.0, 0.0]], ""), ([[2.0]], "1 of 1 examples (100 %) carries half"), ([[5.0, 1.0]], "1 of 2 examples")],
+)
+def test_a_plot_of_few_or_no_influence_is_drawn(scores: Any, told: str) -> None:
+    figure = report_of(scores).plot()
+    figure.canvas.draw()
+    assert figure.axes[-1].get_title().startswith(told)
+    assert told or figure.axes[-1].texts[0].get_text() == "all scores are 0"
+
+
+def test_texts_that_look_like_formulas_are_drawn_as_they_are() -> None:
+    strange = Shown("$\\bad{$", None, "costs $5 or $\\frac{$ " * 30)
+    report = report_of([[0.1, 0.2]], queries=[strange], examples={100: strange, 101: strange})
+    report.plot().canvas.draw()
+
+
+def test_a_solve_that_took_its_number_of_steps_is_not_said_to_have_failed() -> None:
+    trainer, _, dataset = fitted()
+    query = batch_of(dataset, [0, 1])
+    assert "; cg, 20 iterations, residual" in str(trainer.influence(query))
+    assert "; cg, max_iter, 2 iterations, residual" in str(trainer.influence(query, rtol=1e-9, max_iter=2))
+
+
+def test_scores_of_each_example_for_itself_are_reported_without_a_query(tmp_path: Path) -> None:
+    trainer, *_ = fitted(image_net(), images(), logger=CSVLogger(tmp_path))
+    report = trainer.self_influence(k=2)
+    assert report.solution is None
+    best = int(report.scores.argmax())
+    assert f"24 training examples for themselves, strongest proponent {best} (" in repr(report)
+    assert "24 training examples on themselves (if, 195 target parameters; exact; " in str(report)
+    assert "change of an example's own loss if it were removed" in str(report.by_group())
+    assert "\nhighest: " in str(report)
+    assert "opponents" not in str(report)
+    assert "change of its own loss if the example were removed" in str(report)
+    assert csv_values(trainer.logger)["gif/influence/score_max"] == float(report.scores.max())  # type: ignore[arg-type]
+    assert report.by_group().means.sum() * 8 == pytest.approx(float(report.scores.sum()))
+    report.save(tmp_path / "report")
+    loaded = InfluenceReport.load(tmp_path / "report")
+    assert (str(loaded), repr(loaded), loaded.summary()) == (str(report), repr(report), report.summary())
+    assert drawn(loaded) == drawn(report)
+
+
+class Words(Dataset[Any]):
+    """Items of a mapping with a text and a plain number as label."""
+
+    def __init__(self) -> None:
+        self.data = blobs()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        x, y = self.data[index]
+        return {"x": x, "text": f"number {index}", "label": int(y)}
+
+
+def test_mappings_with_texts_are_shown_by_text_and_label() -> None:
+    class OfMappings(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step((batch["x"], batch["label"]), batch_idx)
+
+    trainer, _, _ = fitted(OfMappings(), Words())  # type: ignore[arg-type]
+    report = trainer.influence(DataLoader(Subset(Words(), [7]), 1), k=1)
+    strongest = int(report.proponents().indices[0, 0])
+    figure = report.plot()
+    assert f"#{strongest}: {strongest % 3}" in titles(figure)[1]
+    words = [text.get_text().replace("\n", " ") for axes in figure.axes for text in axes.texts]
+    assert any(f"number {strongest}" in text for text in words)

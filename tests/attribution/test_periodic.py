@@ -1,0 +1,80 @@
+"""Influence reports while a model trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_gif import BatchError, ConfigurationError, GIFCallback, GIFWarning
+
+from ..conftest import Classifier, batch_of, blobs, loader, make_trainer, same_weights, weights
+from ..doubles import TableRecorder
+
+
+def test_reports_in_training_change_nothing_and_show_when_examples_start_to_matter() -> None:
+    dataset, logger = blobs(), TableRecorder()
+    query = batch_of(dataset, slice(0, 3))
+    reporting = GIFCallback(report_every_n_epochs=2, query=query, report_options={"k": 3})
+    trained = []
+    for callback in (GIFCallback(), reporting):
+        torch.manual_seed(0)
+        module = Classifier()
+        make_trainer(callback, max_epochs=5, logger=logger).fit(module, loader(dataset))
+        trained.append(weights(module))
+    assert same_weights(*trained)
+    columns, *rows = logger.tables["gif/influence/history"]
+    assert columns == ["epoch", "query", "kind", "rank", "index", "score"]
+    assert [row[0] for row in rows] == [1] * 6 + [3] * 6
+    last = reporting.last_report
+    assert last is not None
+    assert [row[4] for row in rows[6:9]] == last.proponents().indices[0].tolist()
+    assert len(logger.values("gif/influence/seconds")) == 2
+
+
+def test_reports_go_on_with_a_checkpoint(tmp_path: Path) -> None:
+    dataset = blobs()
+    options: dict[str, Any] = {"report_every_n_epochs": 1, "query": batch_of(dataset, slice(0, 3))}
+    trainer = make_trainer(GIFCallback(**options), max_epochs=2)
+    trainer.fit(Classifier(), loader(dataset))
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    logger = TableRecorder()
+    again = make_trainer(GIFCallback(**options), max_epochs=3, logger=logger)
+    again.fit(Classifier(), loader(dataset), ckpt_path=tmp_path / "two.ckpt")
+    assert sorted({row[0] for row in logger.tables["gif/influence/history"][1:]}) == [0, 1, 2]
+
+
+def test_a_query_that_does_not_fit_ends_a_run_before_it_begins() -> None:
+    callback = GIFCallback(report_every_n_epochs=5, query=torch.zeros(3, 6))
+    trainer = make_trainer(callback, max_epochs=5)
+    with pytest.raises(BatchError, match="query"):
+        trainer.fit(Classifier(), loader(blobs()))
+    assert trainer.global_step == 0
+
+
+def test_a_report_that_fails_does_not_cost_the_run() -> None:
+    dataset = blobs()
+    callback = GIFCallback(
+        report_every_n_epochs=1, query=batch_of(dataset, slice(0, 3)), report_options={"method": "sif"}
+    )
+    trainer = make_trainer(callback, max_epochs=2)
+    with pytest.warns(GIFWarning, match="No influence report at the end of epoch 0.*sif"):
+        trainer.fit(Classifier(), loader(dataset))
+    assert callback.last_report is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"report_every_n_epochs": 0, "query": 1}, "whole number of at least 1, got 0"),
+        ({"report_every_n_epochs": 2}, "go together"),
+        ({"query": [1]}, "go together"),
+        ({"report_options": {"k": 3}}, "`report_every_n_epochs`"),
+        ({"report_every_n_epochs": 1, "query": 1, "report_options": {"top": 3}}, "Unknown argument 'top'"),
+    ],
+)
+def test_bad_arguments_of_reports_in_training(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        GIFCallback(**arguments)

@@ -1,0 +1,58 @@
+"""What the trainer's loggers get of training and of a call, and when the progress of a solve is shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from ..conftest import batch_of, fitted
+from ..doubles import Recorder, TableRecorder, quick
+
+
+def test_loggers_get_the_choice_of_targets_with_its_overlap_from_the_second_epoch() -> None:
+    logger = Recorder()
+    trainer, module, _ = fitted(callback=quick(), logger=logger, max_epochs=3)
+    targets = trainer.callbacks[0].targets
+    counts = logger.values("gif/targets/count")
+    assert len(counts) == 3
+    assert counts[-1] == targets.count
+    assert len(logger.values("gif/targets/jaccard")) == 2
+    assert all(0 <= value <= 1 for value in logger.values("gif/targets/jaccard"))
+    assert logger.values("gif/targets/share")[-1] == pytest.approx(
+        targets.count / sum(p.numel() for p in module.parameters())
+    )
+    for name, entries in targets.items():
+        assert logger.values(f"gif/targets/{name}")[-1] == len(entries)
+
+
+def test_reports_go_to_all_loggers_with_the_step_and_tables_to_those_that_take_them() -> None:
+    plain, tables = Recorder(), TableRecorder()
+    trainer, _, data = fitted(callback=quick(), logger=[plain, tables])
+    step = trainer.global_step
+    trainer.influence(batch_of(data, slice(4)))
+    trainer.unlearn(batch_of(data, slice(4)), dry_run=True)
+    for logger in (plain, tables):
+        # The histogram has no step of its own: W&B orders by its own counter, and refuses a step below one it has seen.
+        scalars = [(s, metrics.keys() - {"gif/influence/scores"}) for s, metrics in logger.steps]
+        assert {s for s, keys in scalars if any(key.startswith("gif/influence") for key in keys)} == {step}
+        assert {s for s, metrics in logger.steps if any(key.startswith("gif/unlearn") for key in metrics)} == {step}
+    assert set(tables.tables) == {
+        "gif/influence/examples",
+        "gif/influence/solve",
+        "gif/unlearn/path",
+        "gif/unlearn/solve",
+    }
+
+
+def test_nothing_is_logged_when_not_wanted() -> None:
+    logger = Recorder()
+    trainer, _, data = fitted(callback=quick(log_reports=False), logger=logger)
+    trainer.influence(batch_of(data, slice(4)))
+    assert not [key for _, metrics in logger.steps for key in metrics if key.startswith("gif/")]
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_progress_is_shown_only_where_the_trainer_shows_it(bar: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, _, data = fitted(callback=quick(), enable_progress_bar=bar)
+    capsys.readouterr()
+    trainer.influence(batch_of(data, slice(4)))
+    assert ("Hessian products" in capsys.readouterr().err) is bar

@@ -1,0 +1,67 @@
+"""The tuned numbers of an edit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_gif import ConfigurationError, UnlearnReport
+from lightning_gif.unlearning import ClassRemoval, LabelCorrection, Relinearisation, SampleSizes, TrustRegion, Tuning
+
+from ..conftest import fitted
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("accept_ratio", 0.0),
+        ("accept_ratio", 1.5),
+        ("accept_ratio", "0.5"),
+        ("accept_ratio", math.nan),
+        ("max_halvings", -1),
+        ("max_halvings", 2.5),
+        ("max_halvings", True),
+        ("initial_damping", math.inf),
+    ],
+)
+def test_tuned_numbers_out_of_range_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"`{name}` of TrustRegion must be a .*number .* got {value!r}"):
+        TrustRegion(**{name: value})
+
+
+def test_what_is_no_tuning_is_refused() -> None:
+    trainer, _, _ = fitted()
+    with pytest.raises(ConfigurationError, match=r"`tuning` must be a lightning_gif\.unlearning\.Tuning"):
+        trainer.unlearn([0], tuning={"max_halvings": 3})
+    with pytest.raises(ConfigurationError, match="`trust_region` of Tuning must be a TrustRegion"):
+        Tuning(trust_region=SampleSizes())  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="two goals of one kind"):
+        Tuning(goals=(ClassRemoval(), ClassRemoval(target_memorization=0.1)))
+    with pytest.raises(ConfigurationError, match="must be a tuple of goals"):
+        Tuning(goals=ClassRemoval())  # type: ignore[arg-type]
+
+
+def test_tuned_numbers_are_used_and_recorded(tmp_path: Any) -> None:
+    trainer, _, _ = fitted(max_epochs=60)
+    options: dict[str, Any] = {"relabel": torch.tensor([1, 0, 2]), "dry_run": True}
+    plain = trainer.unlearn([3, 17, 30], **options)
+    assert plain.settings["tuning"]["goal"] == {
+        "curvature_examples": 2048,
+        "target_memorization": 0.2,
+        "corrected_weight": 8.0,
+        "retain_budget": 0.05,
+        "far_memorization": 0.25,
+        "first_damping": 0.2,
+    }
+    tuning = Tuning(goals=(LabelCorrection(corrected_weight=2.0),), relinearisation=Relinearisation(max_solves=3))
+    tuned = trainer.unlearn([3, 17, 30], tuning=tuning, **options)
+    assert (len(plain.solves), len(tuned.solves)) == (12, 3)
+    assert tuned.trials[0].risk == pytest.approx(plain.trials[0].risk / 4)
+    tuned.save(tmp_path / "edit")
+    loaded = UnlearnReport.load(tmp_path / "edit").settings["tuning"]
+    assert loaded["goal"]["corrected_weight"] == 2.0
+    assert loaded["relinearisation"]["max_solves"] == 3
+    assert trainer.unlearn([3, 17, 30], tuning=Tuning(), **options).edit.digest == plain.edit.digest
