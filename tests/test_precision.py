@@ -295,7 +295,7 @@ def test_losses_by_a_vmap_of_the_users_own_work_where_indices_are_checked(monkey
     report = trainer.influence(batch_of(data, slice(4)))
     assert report.settings["curvature"] == "hessian"
     expected = report.scores
-    with pytest.raises(ObjectiveError, match="inside of a vmap"):
+    with pytest.raises(ObjectiveError, match="inside a vmap"):
         trainer.influence(batch_of(data, slice(4)), curvature="ggn")
     trainer.unlearn([1, 2], dry_run=True)
     with pytest.warns(GIFWarning, match="the model's predictions are not known"):

@@ -1,4 +1,4 @@
-"""A block in which the user's module can be evaluated, and after which it is as it was before."""
+"""A block in which the user's module can be evaluated; at its end the module is restored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["fails_for_good", "isolated", "restore_members"]
 
 
 def fails_for_good(device: torch.device) -> bool:
-    """Whether a kernel that meets an index out of bounds makes every later operation on the device fail."""
+    """Whether an index out of bounds in a kernel makes every later operation on the device fail."""
     return device.type != "cpu"
 
 
@@ -30,13 +30,13 @@ def fails_for_good(device: torch.device) -> bool:
 def isolated(
     module: LightningModule, device: torch.device, dtype: torch.dtype, loggers: Sequence[Any], processes: ProcessGroup
 ) -> Iterator[None]:
-    """Inside of it the module can be evaluated and differentiated twice; everything it changes is undone at the end.
+    """Inside the block the module can be evaluated and differentiated twice; its end undoes every change to the module.
 
     Args:
         module: The module.
-        device: Where it is evaluated.
-        dtype: The default dtype inside.
-        loggers: Loggers that must not log inside.
+        device: The device that evaluates it.
+        dtype: The default dtype inside the block.
+        loggers: Loggers that must not log inside the block.
         processes: The process group.
     """
     home = next(module.parameters()).device
@@ -50,8 +50,8 @@ def isolated(
             # Neither compiled code nor fused attention has second derivatives.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            # Nor have cuDNN's recurrent layers, which in evaluation mode have no first derivatives either. And float32
-            # has to be float32, whatever precision the trainer allows for speed.
+            # cuDNN's recurrent layers have no second derivatives, and in evaluation mode no first ones. TF32 is off,
+            # because float32 has to have its full precision here, whatever the trainer allows.
             recurrent = any(isinstance(submodule, nn.RNNBase) for submodule in module.modules())
             cudnn = torch.backends.cudnn
             stack.enter_context(
@@ -66,7 +66,7 @@ def isolated(
             torch.set_float32_matmul_precision("highest")
             stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
             torch.backends.mha.set_fastpath_enabled(False)
-            # Tensors that a step creates should be of the dtype that everything is computed in.
+            # Tensors that a step creates should have the dtype of the computation.
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)
             stack.enter_context(_members_restored(module))
@@ -84,8 +84,12 @@ def isolated(
                 except RuntimeError as error:
                     if not fails_for_good(device):
                         raise
-                    # A failed device has no random state to restore, for example. The first error is the one to raise.
-                    rank_zero_warn(f"Not all could be restored on {device}: {error}", category=GIFWarning)
+                    # On a failed device nothing can be restored, for example its random state. The first error is more
+                    # useful to the user than this one.
+                    rank_zero_warn(
+                        f"The state of the module could not be restored completely on {device}: {error}",
+                        category=GIFWarning,
+                    )
             raise
         with uninterrupted():
             stack.close()
@@ -93,9 +97,9 @@ def isolated(
 
 @contextlib.contextmanager
 def _members_restored(module: nn.Module) -> Iterator[None]:
-    """Afterwards all modules have their own parameters, buffers and submodules again, by identity and in order.
+    """At the end of the block all modules hold the same parameter, buffer and submodule objects, in the same order.
 
-    Every evaluation replaces some of them and puts them back. This is for one that an interrupt ends in between.
+    Every evaluation replaces some of them and puts them back. This block covers evaluations that were interrupted.
     """
     names: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (held, dict(held)) for one in module.modules() for held in (one._parameters, one._buffers, one._modules)
@@ -109,11 +113,11 @@ def _members_restored(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside of it the module is on another device; afterwards it has its own tensors again.
+    """Inside the block the module is on another device; at its end it has its original tensors again.
 
-    Nothing is copied back, because the device may have failed: after an index out of bounds nothing can be read from a
-    GPU any more. Nothing writes to the module's own tensors inside. The states of metrics and the ``device`` of a
-    module are plain attributes, see :func:`_attributes_restored`.
+    Nothing is copied back, because a GPU cannot be read after an index out of bounds. Nothing has to be: inside the
+    block nothing writes to the module's own tensors. The states of metrics and the ``device`` of a module are plain
+    attributes, see :func:`_attributes_restored`.
     """
     own: list[Tensor] = list(module.parameters())
     own += [tensor.grad for tensor in own if tensor.grad is not None]
@@ -142,8 +146,8 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 def _attributes_restored(module: nn.Module) -> Iterator[None]:
     """Restores the plain attributes of the modules: counters, collected outputs, random generators.
 
-    This includes parameters and modules in containers, which are how a module hides a second net from its optimizer.
-    State inside of other objects that a module holds is not restored.
+    This includes parameters and modules in plain lists and dictionaries, where a user may hide a second network from
+    the optimizer. State inside other objects is not restored.
     """
     internal = vars(nn.Module()).keys()
     saved = []
@@ -161,13 +165,13 @@ def _attributes_restored(module: nn.Module) -> Iterator[None]:
             for name in attributes.keys() - own.keys() - internal:
                 del attributes[name]
             attributes.update(own)
-        with torch.no_grad(), contextlib.ExitStack() as all_of_them:  # also where one of them fails
+        with torch.no_grad(), contextlib.ExitStack() as stack:  # if one fails, the others are refilled still
             for container, content in contents.values():
-                all_of_them.callback(_refill, container, content)
+                stack.callback(_refill, container, content)
 
 
 def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
-    """Copies the content of a container, a tensor, or a module outside of the tree, and of those within it."""
+    """Saves a copy of a tensor, generator or container, of everything inside it, and of the tensors of a module."""
     if id(value) in contents:
         return
     if isinstance(value, Tensor):
@@ -185,7 +189,7 @@ def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
 
 
 def _refill(container: Any, content: Any) -> None:
-    """Puts the content back into the same container, which other objects may refer to."""
+    """Puts the saved content back into the same object, because other objects may refer to it."""
     if isinstance(container, torch.Generator):
         container.set_state(content)
         return
@@ -199,11 +203,11 @@ def _refill(container: Any, content: Any) -> None:
 
 @contextlib.contextmanager
 def _silenced(module: LightningModule, loggers: Sequence[Any], processes: ProcessGroup) -> Iterator[None]:
-    """Shadows ``log``, ``log_dict``, the loggers' ``log_metrics``, and all metrics of the module.
+    """Inside the block, logging does nothing, metrics return NaN, and ``all_gather`` raises in a distributed run.
 
-    Outside of the training loop ``log`` raises, and a metric would count the examples again. The value of a metric is
-    NaN inside: if it enters the loss, the loss is NaN and is reported, rather than wrong. In a distributed run each
-    process reads its own examples, so a step must not wait for the others.
+    Outside the training loop ``log`` raises, and a metric would count the examples again. Metrics return NaN so that a
+    loss that uses one is reported as non-finite instead of being wrong. In a distributed run each process reads its
+    own examples, so a step must not wait for the other processes.
     """
     shadowed: list[tuple[Any, str, Any]] = []
 
@@ -216,7 +220,7 @@ def _silenced(module: LightningModule, loggers: Sequence[Any], processes: Proces
 
     def no_others(*args: Any, **kwargs: Any) -> None:
         raise ObjectiveError(
-            f"{type(module).__name__} calls self.all_gather for its loss, which couples the examples of all processes."
+            f"The loss of {type(module).__name__} calls self.all_gather, which couples the examples of all processes."
             " Define `influence_loss(self, batch) -> (B,)` without it (see GIFMixin)."
         )
 
@@ -243,7 +247,7 @@ def _silenced(module: LightningModule, loggers: Sequence[Any], processes: Proces
 
 
 def _metrics(module: nn.Module) -> list[Metric | MetricCollection]:
-    """The metrics that are submodules, and those in plain lists and dictionaries of the modules."""
+    """All metrics of a module: its submodules, and the items of lists and dictionaries that submodules hold."""
     metrics: dict[int, Metric | MetricCollection] = {}
     for submodule in module.modules():
         held = [submodule]
@@ -267,8 +271,13 @@ def _nan_for(metric: Metric | MetricCollection) -> Callable[..., Any]:
 
 
 def restore_members(members: dict[str, Any], own: dict[str, Any]) -> None:
-    """Puts a module's parameters, buffers or submodules back, and drops those that were registered since."""
-    if list(members.keys()) != list(own):  # a scripted module has no dictionary, but something with its methods
+    """Puts a module's parameters, buffers or submodules back, and drops those registered since then.
+
+    Args:
+        members: The ``_parameters``, ``_buffers`` or ``_modules`` of the module.
+        own: A copy of ``members`` from before.
+    """
+    if list(members.keys()) != list(own):  # ``.keys()``, because a scripted module has a dictionary-like object here
         members.clear()
     for name, member in own.items():
         if name not in members or members[name] is not member:

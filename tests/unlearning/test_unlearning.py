@@ -290,7 +290,7 @@ def test_only_the_training_examples_of_a_loader_can_be_named() -> None:
     trainer, _, _ = fitted(dataset=Subset(dataset, range(10, 48)))  # type: ignore[arg-type]
     assert trainer.unlearn([0, 37], dry_run=True).n_retain == 36
     with pytest.raises(
-        TrainingDataError, match=r"1 of the \d+ dataset indices given belong to no training example: \[38\]"
+        TrainingDataError, match=r"1 of the \d+ given dataset indices belong to no training example: \[38\]"
     ):
         trainer.unlearn([0, 38])
 
@@ -302,7 +302,7 @@ def test_only_the_training_examples_of_a_loader_can_be_named() -> None:
         (lambda batch: batch[1], BatchError, r"a bool tensor of shape \[48\]; it returned int64"),
         (lambda batch: True, BatchError, "it returned bool"),
         (lambda batch: (batch[1] == 1)[:3], BatchError, r"it returned bool\[3\]"),
-        (lambda one: one[1].item() == 1, BatchError, "truth values: RuntimeError: .* It is called with whole batches"),
+        (lambda one: one[1].item() == 1, BatchError, "truth values: RuntimeError: .* It was called with a whole batch"),
         (lambda batch: numpy.array([None] * len(batch[1])), BatchError, "returned no truth values: TypeError"),
         (lambda batch: ["a"] * len(batch[1]), BatchError, "returned no truth values: ValueError"),
     ],
@@ -1898,7 +1898,7 @@ def test_one_corrected_example_does_not_keep_statistics_from_being_computed_anew
 def test_statistics_that_there_are_not_cannot_be_computed_anew() -> None:
     trainer, module, dataset = fitted()
     before = weights(module)
-    with pytest.raises(ConfigurationError, match="no layer that keeps any"):
+    with pytest.raises(ConfigurationError, match="no layer with running statistics"):
         trainer.unlearn(batch_of(dataset, slice(0, 4)), refresh_statistics=True)
     assert same_weights(before, weights(module))
 
