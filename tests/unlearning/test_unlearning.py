@@ -496,7 +496,7 @@ def test_examples_that_the_model_never_saw_are_refused() -> None:
     trainer, module, dataset = fitted()
     before = weights(module)
     x, y = batch_of(dataset, slice(0, 4))
-    with pytest.raises(TrainingDataError, match="None of the 4 examples to be forgotten is in the training data"):
+    with pytest.raises(TrainingDataError, match="None of the 4 forget examples is in the training data"):
         trainer.unlearn((x + 1, y))
     assert same_weights(before, weights(module))
 
@@ -606,7 +606,7 @@ def test_too_few_examples_to_compare_with_unseen_ones_are_said_to_be() -> None:
     trainer, _, dataset = fitted()
     unseen = loader(blobs(seed=5))
     report = trainer.unlearn(batch_of(dataset, slice(0, 3)), unseen=unseen, dry_run=True)
-    assert any("forget and unseen examples, and there are fewer" in note for note in report.notes)
+    assert any("there are fewer than 20 of one kind" in note for note in report.notes)
     assert not any("too few" in note for note in trainer.unlearn(batch_of(dataset, slice(0, 3)), dry_run=True).notes)
 
 
@@ -740,7 +740,7 @@ def test_labels_that_a_first_step_did_nothing_for_get_a_more_cautious_one() -> N
     assert report.solves[1]["damping"] > 20 * report.solves[0]["damping"]
     (chosen,) = [trial for trial in report.trials if list(trial.step_sizes) == report.step_sizes]
     assert chosen.risk < 0.5 * report.trials[0].risk
-    with pytest.warns(GIFWarning, match="found no step"):
+    with pytest.warns(GIFWarning, match="No step size lowered"):
         assert not trainer.unlearn([3, 17, 30], damping=0.0, **options).trials[-1].risk < report.trials[0].risk
 
 
@@ -992,14 +992,14 @@ def test_what_names_no_examples_is_told_what_would(given: Any) -> None:
 
 def test_labels_that_the_examples_have_are_no_correction() -> None:
     trainer, _, dataset = fitted()
-    with pytest.raises(ObjectiveError, match="are those that the examples have"):
+    with pytest.raises(ObjectiveError, match="equal the old ones"):
         trainer.unlearn([0, 1], relabel=dataset.tensors[1][:2].tolist())
 
 
 def test_a_report_tells_whether_the_edit_is_in_the_weights(tmp_path: Any) -> None:
     trainer, module, dataset = fitted()
     report = trainer.unlearn(batch_of(dataset, slice(0, 4)), dry_run=True)
-    assert "not in the weights: see apply()" in str(report)
+    assert "not in the weights: apply() applies it" in str(report)
     report.apply()
     assert "The edit is in the weights." in str(report)
     report.save(tmp_path / "edit.safetensors")
@@ -1448,9 +1448,9 @@ def test_that_the_last_change_of_all_still_helped_is_told() -> None:
     trainer, _, _ = fitted(max_epochs=60)
     report = trainer.unlearn([3, 17, 30], relabel=torch.tensor([1, 0, 2]), dry_run=True)
     assert len(report.step_sizes) == 12
-    assert any("still fell with the last change. The edit stops after 12 changes" in note for note in report.notes)
+    assert any("stopped at the limit of 12 changes" in note for note in report.notes)
     one = trainer.unlearn([3, 17, 30], relabel=torch.tensor([1, 0, 2]), step="search", dry_run=True)
-    assert not any("still fell" in note for note in one.notes)
+    assert not any("stopped at the limit" in note for note in one.notes)
 
 
 def test_the_change_of_the_theory_does_not_count_as_a_step_that_nothing_came_of() -> None:
@@ -1477,7 +1477,7 @@ def test_what_corrected_labels_cost_is_told() -> None:
     """Labels at random for a net that has learned right ones."""
     x, y = blobs(200).tensors
     trainer, _, _ = fitted(dataset=TensorDataset(x, y), max_epochs=40)
-    with pytest.warns(GIFWarning, match="The retained loss rose from .* The new labels contradict what the other"):
+    with pytest.warns(GIFWarning, match="The retained loss rose from .* The new labels contradict what the model"):
         report = trainer.unlearn(list(range(0, 200, 4)), relabel=(y[::4] + torch.arange(50)) % 3, dry_run=True)
     assert report.retain.after > report.retain.before
 
@@ -1502,7 +1502,7 @@ def test_new_labels_can_be_arrays_lists_and_numbers_of_numpy(kind: Callable[[Ten
 @pytest.mark.parametrize("label", [-1, -100, 3])
 def test_new_labels_that_are_no_class_are_refused(label: int) -> None:
     trainer, _, _ = fitted()
-    with pytest.raises(BatchError, match=f"`relabel` has the class {label}, but the model predicts 3: 0 to 2"):
+    with pytest.raises(BatchError, match=f"`relabel` has the label {label}, but the model predicts 3 classes: 0 to 2"):
         trainer.unlearn([0, 1, 2], relabel=torch.tensor([1, label, 1]))
 
 
@@ -1682,7 +1682,7 @@ def test_what_is_no_tuning_is_refused() -> None:
         trainer.unlearn([0], tuning={"max_halvings": 3})
     with pytest.raises(ConfigurationError, match="`trust_region` of Tuning must be a TrustRegion"):
         Tuning(trust_region=SampleSizes())  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="two goals of one kind"):
+    with pytest.raises(ConfigurationError, match="two goals of the same class"):
         Tuning(goals=(ClassRemoval(), ClassRemoval(target_memorization=0.1)))
     with pytest.raises(ConfigurationError, match="must be a tuple of goals"):
         Tuning(goals=ClassRemoval())  # type: ignore[arg-type]
