@@ -1,9 +1,10 @@
-"""How well a model has forgotten, as ``torchmetrics`` metrics. Each works alone, on one process or on several.
+"""Metrics of unlearning for ``torchmetrics``: how well a model has forgotten. They need no other part of this package.
 
-The reference is a model that was retrained without the examples, if there is one: :class:`AccuracyGap`,
-:class:`PredictionAgreement` and :class:`JensenShannonDivergence` compare with its predictions, and
-compare the values of :class:`MembershipInference` and :class:`RelearnTime` with those of that model. A metric that has
-seen no example, or none of a group that it needs, is NaN.
+The best reference is a model that was retrained without the forget examples. :class:`AccuracyGap`,
+:class:`PredictionAgreement` and :class:`JensenShannonDivergence` take its predictions as an input. For
+:class:`MembershipInference` and :class:`RelearnTime`, compute the metric for both models and compare the values.
+
+A metric is NaN until it has seen an example of each group that it needs. All metrics work in distributed runs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ __all__ = [
     "RemovalF1",
 ]
 
-# How far a sum of probabilities may be from 1: the rounding error of a softmax over many classes in half precision.
+# The largest distance of a sum of probabilities from 1. A softmax over many classes in half precision needs so much.
 _SUM_TOLERANCE = 1e-2
 
 # Replaces the logarithm of 0: its exponential is 0 in float64, and its product with 0 is not NaN.
@@ -41,21 +42,21 @@ _LOG_ZERO = -1e4
 
 
 class _UnlearningMetric(Metric):
-    """The base class of the metrics: states that are sums or lists, and a plot.
+    """The base class of the metrics.
 
-    Values are computed in float32 or higher, even if half precision is the default type. States are replaced and not
-    changed in place, because a state that was created in inference mode cannot be changed outside of it.
+    Values are computed in float32 or higher, even if half precision is the default dtype. ``update`` replaces states
+    instead of changing them in place, because a tensor created in inference mode cannot be changed outside it.
     """
 
     is_differentiable = False
     full_state_update = False
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure | None, Axes]:
-        """Draws one value, or several in their order.
+        """Draws one value, or a series of values.
 
         Args:
-            val: A value of ``compute`` or ``forward``, or a list of values; by default that of ``compute``.
-            ax: The axes to draw on; by default those of a new figure.
+            val: A result of ``compute`` or ``forward``, or a list of results; by default the result of ``compute``.
+            ax: The axes to draw on; by default a new figure is created.
 
         Returns:
             The figure (``None`` if ``ax`` is given) and the axes.
@@ -67,7 +68,7 @@ class _UnlearningMetric(Metric):
 
 
 class _GroupsF1(_UnlearningMetric):
-    """The harmonic mean of two shares, each the share of good predictions in one of two groups of examples."""
+    """The harmonic mean of the shares of good predictions in two groups of examples."""
 
     higher_is_better = True
     plot_lower_bound = 0.0
@@ -82,7 +83,12 @@ class _GroupsF1(_UnlearningMetric):
         self.add_state("seen", torch.zeros(2, dtype=torch.long), dist_reduce_fx="sum")
 
     def _count(self, first: Tensor, good: Tensor) -> None:
-        """Counts a batch: which examples are in the first group, ``(N,)``, and whose prediction is good, ``(N,)``."""
+        """Counts a batch.
+
+        Args:
+            first: Whether each example is in the first group, ``(N,)`` bool.
+            good: Whether its prediction is good, ``(N,)`` bool.
+        """
         groups = torch.stack([first, ~first])
         self.good = self.good + (groups & good).sum(1)
         self.seen = self.seen + groups.sum(1)
@@ -99,14 +105,14 @@ class RemovalF1(_GroupsF1):
     .. math::
         F_1 = \frac{2\,(1 - a_f)\,a_r}{(1 - a_f) + a_r}
 
-    with :math:`a_f` the accuracy on the examples of all forgotten classes, and :math:`a_r` the accuracy on all other
-    examples (Lyu et al., arXiv 2312.05586). A prediction is correct only if it is the example's own label: an example
-    of one forgotten class that is predicted as another one counts as forgotten.
+    Here :math:`a_f` is the accuracy on the examples of all forgotten classes, and :math:`a_r` the accuracy on all other
+    examples (Lyu et al., arXiv 2312.05586). An example of one forgotten class that is predicted as another forgotten
+    class counts as forgotten.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
     - ``preds`` (:class:`~torch.Tensor`): logits or probabilities ``(N, C)``, or predicted labels ``(N,)``.
-    - ``target`` (:class:`~torch.Tensor`): the true labels ``(N,)``, those of the forgotten classes included.
+    - ``target`` (:class:`~torch.Tensor`): the true labels ``(N,)``, also of examples of the forgotten classes.
 
     As output of ``forward`` and ``compute`` the metric returns:
 
@@ -122,7 +128,7 @@ class RemovalF1(_GroupsF1):
             input does not have the expected shape, type or range.
 
     Example:
-        One of three examples of class 0 is still recognised, 1 - 1/3 = 2/3, and both of the others are:
+        The accuracy on class 0 is 1/3, and on the other classes 1. The harmonic mean of 2/3 and 1 is 0.8:
 
         >>> import torch
         >>> from lightning_gif.metrics import RemovalF1
@@ -140,7 +146,7 @@ class RemovalF1(_GroupsF1):
         target = _targets(target, preds)
         if preds.ndim == 2 and self.classes[-1] >= preds.shape[1]:
             raise ConfigurationError(
-                f"Class {self.classes[-1]} is to be forgotten, but `preds` has {preds.shape[1]} columns, for the"
+                f"`classes` has class {self.classes[-1]}, but `preds` has {preds.shape[1]} columns, for the"
                 f" classes 0 to {preds.shape[1] - 1}; correct `classes`, or give the predictions for all classes."
             )
         forgotten = torch.isin(target, torch.tensor(self.classes, device=target.device))
@@ -153,15 +159,15 @@ class RelabelF1(_GroupsF1):
     .. math::
         F_1 = \frac{2\,a_n\,a_c}{a_n + a_c}
 
-    with :math:`a_n` the share of the relabelled examples that are predicted as their new label, and :math:`a_c` the
-    accuracy on the clean ones (Lyu et al., arXiv 2312.05586). For a backdoor, relabelled examples are those with the
-    trigger.
+    Here :math:`a_n` is the share of the relabelled examples that are predicted as their new label, and :math:`a_c` the
+    accuracy on the other, clean examples (Lyu et al., arXiv 2312.05586). For a backdoor, the relabelled examples are
+    those with the trigger.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
     - ``preds`` (:class:`~torch.Tensor`): logits or probabilities ``(N, C)``, or predicted labels ``(N,)``.
-    - ``target`` (:class:`~torch.Tensor`): the correct labels ``(N,)``; for relabelled examples, the new ones.
-    - ``relabelled`` (:class:`~torch.Tensor`): which examples were relabelled, ``(N,)`` bool.
+    - ``target`` (:class:`~torch.Tensor`): the correct labels ``(N,)``; for relabelled examples, the new labels.
+    - ``relabelled`` (:class:`~torch.Tensor`): whether each example was relabelled, ``(N,)`` bool.
 
     As output of ``forward`` and ``compute`` the metric returns:
 
@@ -175,7 +181,7 @@ class RelabelF1(_GroupsF1):
         ConfigurationError: From ``update``, if an input does not have the expected shape, type or range.
 
     Example:
-        One of two relabelled examples is predicted as its new label, and all clean ones are predicted correctly:
+        One of two relabelled examples is predicted as its new label, and all clean examples are predicted correctly:
 
         >>> import torch
         >>> from lightning_gif.metrics import RelabelF1
@@ -192,16 +198,17 @@ class RelabelF1(_GroupsF1):
 
 
 class AccuracyGap(_UnlearningMetric):
-    """The accuracy of a model minus that of a reference, on the same examples, in percentage points.
+    """The accuracy of a model minus the accuracy of a reference model, on the same examples, in percentage points.
 
-    With a retrained model as the reference, the best value is 0 on every set of examples. Use one instance for each
-    set. On the forget examples, a value above 0 means that the model still remembers them, and a value below 0 that it
-    fails on them more than a retrained one. On retained or test examples, a value below 0 is the cost of unlearning.
+    With a retrained model as the reference, the best value is 0 on every set of examples. Use one instance of the
+    metric for each set. On the forget examples, a value above 0 means that the model still remembers them. A value
+    below 0 means that it fails on them more often than the retrained model. On retained or test examples, a value below
+    0 is the cost of unlearning.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
     - ``preds`` (:class:`~torch.Tensor`): logits or probabilities ``(N, C)``, or predicted labels ``(N,)``.
-    - ``reference`` (:class:`~torch.Tensor`): the same of the reference model, in either form.
+    - ``reference`` (:class:`~torch.Tensor`): the predictions of the reference model, in either form.
     - ``target`` (:class:`~torch.Tensor`): the true labels ``(N,)``.
 
     As output of ``forward`` and ``compute`` the metric returns:
@@ -215,7 +222,7 @@ class AccuracyGap(_UnlearningMetric):
         ConfigurationError: From ``update``, if an input does not have the expected shape, type or range.
 
     Example:
-        Three of four predictions are correct, and two of four of the reference:
+        The model predicts three of four labels correctly, and the reference model two:
 
         >>> import torch
         >>> from lightning_gif.metrics import AccuracyGap
@@ -248,12 +255,12 @@ class AccuracyGap(_UnlearningMetric):
 
 
 class PredictionAgreement(_UnlearningMetric):
-    """The share of examples for which two models predict the same label, right or wrong.
+    """The share of examples for which two models predict the same label, correct or not.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
     - ``preds`` (:class:`~torch.Tensor`): logits or probabilities ``(N, C)``, or predicted labels ``(N,)``.
-    - ``reference`` (:class:`~torch.Tensor`): the same of another model, such as a retrained one, in either form.
+    - ``reference`` (:class:`~torch.Tensor`): the predictions of another model, such as a retrained one, in either form.
 
     As output of ``forward`` and ``compute`` the metric returns:
 
@@ -296,23 +303,24 @@ class PredictionAgreement(_UnlearningMetric):
 
 
 class JensenShannonDivergence(_UnlearningMetric):
-    r"""How far apart the predicted distributions of two models are, as the mean over examples of
+    r"""The mean Jensen–Shannon divergence between the predicted distributions of two models,
 
     .. math::
         \mathrm{JSD}(p, q) = \tfrac12 \mathrm{KL}(p \,\|\, m) + \tfrac12 \mathrm{KL}(q \,\|\, m),
         \quad m = \tfrac12 (p + q)
 
-    (Lin, 1991). It is symmetric, 0 for equal distributions, and ln 2 for those that share no class. Probabilities may
-    be 0. Compare published numbers only if they use this definition: some implementations omit a factor ½, some take
-    KL(p ‖ q) alone, and some return the square root, which is a distance.
+    (Lin, 1991). It is symmetric, 0 for equal distributions, and ln 2 for distributions without a common class.
+    Probabilities may be 0. Compare published numbers only if they use this definition: some implementations omit a
+    factor ½, some compute KL(p ‖ q) alone, and some return the square root, which is a distance.
 
-    Divergences and their sums are computed in float64, whatever the inputs are. On a device without float64, keep the
-    metric on the CPU and move its inputs there.
+    Divergences and their sums are computed in float64 for all inputs. On a device without float64, keep the metric on
+    the CPU and move its inputs there.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
     - ``preds`` (:class:`~torch.Tensor`): logits, or probabilities with ``from_logits=False``, ``(N, C)``.
-    - ``reference`` (:class:`~torch.Tensor`): the same of another model, such as a retrained one.
+    - ``reference`` (:class:`~torch.Tensor`): the predictions of another model, such as a retrained one, in the same
+      form.
 
     As output of ``forward`` and ``compute`` the metric returns:
 
@@ -320,8 +328,8 @@ class JensenShannonDivergence(_UnlearningMetric):
       best. NaN before any example.
 
     Args:
-        from_logits: Whether the inputs are logits or log-probabilities (default). Otherwise they are probabilities,
-            which are scaled to a sum of 1.
+        from_logits: Whether the inputs are logits or log-probabilities (default). Otherwise they are probabilities.
+            Small deviations of their sums from 1 are corrected.
         base: The base of the logarithm: e (default) for nats, 2 for bits. In bits, the divergence is between 0 and 1.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
@@ -330,7 +338,7 @@ class JensenShannonDivergence(_UnlearningMetric):
             inputs that should be probabilities are not.
 
     Example:
-        For p = (½, ½) and q = (1, 0) it is ¾ ln(4/3); for distributions that share nothing, one bit:
+        It is ¾ ln(4/3) for p = (½, ½) and q = (1, 0), and one bit for distributions without a common class:
 
         >>> import torch
         >>> from lightning_gif.metrics import JensenShannonDivergence
@@ -360,7 +368,7 @@ class JensenShannonDivergence(_UnlearningMetric):
 
     @property
     def plot_upper_bound(self) -> float:  # type: ignore[override] # depends on the base
-        """The divergence of distributions that share no class."""
+        """The divergence of distributions without a common class."""
         return math.log(2) / math.log(self.base)
 
     def update(self, preds: Tensor, reference: Tensor) -> None:
@@ -371,10 +379,10 @@ class JensenShannonDivergence(_UnlearningMetric):
                 f"`preds` has the shape {tuple(preds.shape)} and `reference` {tuple(reference.shape)}; expected the"
                 " predictions of both models for the same examples and classes."
             )
-        # In this form, m equals p and q bit for bit where they are equal.
+        # In this form, m equals p and q bit for bit wherever p equals q.
         log_m = torch.maximum(log_p, log_q) + torch.log1p(torch.expm1(-(log_p - log_q).abs()) / 2)
         divergence = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(1)
-        self.total = self.total + divergence.clamp_min(0.0).sum()  # of near ones, rounding can leave -1e-17
+        self.total = self.total + divergence.clamp_min(0.0).sum()  # rounding can give -1e-17 for nearly equal ones
         self.seen = self.seen + len(divergence)
 
     def compute(self) -> Tensor:
@@ -384,25 +392,25 @@ class JensenShannonDivergence(_UnlearningMetric):
 class MembershipInference(_UnlearningMetric):
     r"""How well an attacker can distinguish the forget examples from examples that the model never saw.
 
-    The attacker computes one score for each example, and takes those above a threshold for members of the training
-    set. The metric is the area under the ROC curve of this attack: the probability that a random member has a higher
-    score than a random non-member, where ties count half,
+    The attacker computes one score for each example. Examples with a score above a threshold are taken for members of
+    the training set. The metric is the area under the ROC curve of this attack. This is the probability that a random
+    member has a higher score than a random non-member, where ties count half,
 
     .. math::
         \mathrm{AUROC} = P(s_+ > s_-) + \tfrac12 P(s_+ = s_-).
 
     The score is
 
-    - ``"loss"``: minus the cross-entropy of the true label (Yeom et al., 2018): members have the lower loss;
-    - ``"confidence"``: the largest predicted probability (Salem et al., 2019): members have the higher confidence.
+    - ``"loss"``: minus the cross-entropy of the true label (Yeom et al., 2018), because members have a lower loss;
+    - ``"confidence"``: the largest predicted probability (Salem et al., 2019), because it is higher for members.
 
     **The best value is that of a retrained model, which is near 0.5.** A value clearly above 0.5 means that the
-    examples are still remembered. A value clearly below 0.5 reveals them as well: the model is worse on them than on
+    examples are still remembered. A value clearly below 0.5 also reveals them: the model is worse on them than on
     examples that it never saw (the "Streisand effect"). So neither higher nor lower is better.
 
     Draw the non-members from the same distribution as the members. If one class is to be forgotten, take test examples
-    of that class; with those of all classes, the metric measures how hard classes are. This is one simple attack: a
-    value near 0.5 does not exclude that a stronger one succeeds.
+    of that class. With test examples of all classes, the metric would measure how difficult the classes are. The attack
+    is a simple one: even with a value near 0.5, a stronger attack may succeed.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
@@ -453,7 +461,7 @@ class MembershipInference(_UnlearningMetric):
         self.add_state("others", [], dist_reduce_fx="cat")
 
     def update(self, preds: Tensor, target: Tensor | None, member: Tensor) -> None:
-        # Confidence too is compared by its logarithm: that of 1 - 1e-9 is not rounded to that of 1.
+        # The confidence is compared by its logarithm, which distinguishes 1 - 1e-9 from 1 in float32.
         scores = _log_probabilities("preds", preds, self.from_logits)
         member = _mask("member", member, len(preds))
         if self.score == "confidence":
@@ -464,14 +472,14 @@ class MembershipInference(_UnlearningMetric):
             )
         else:
             scores = scores.gather(1, _targets(target, preds).long()[:, None])[:, 0]
-        # float32 is what a process without examples contributes when processes exchange their lists.
+        # torchmetrics gathers float32 from a process without examples, and all processes need the same dtype.
         scores = scores.detach().float()
         self.members.append(scores[member])
         self.others.append(scores[~member])
 
     def compute(self) -> Tensor:
-        # By counts of pairs, which are exact. A ROC curve in float32 is not, and torchmetrics' passes scores outside of
-        # [0, 1] through a sigmoid, which makes equal what differs.
+        # Counts of pairs are exact. torchmetrics' ROC curve is not: it is in float32, and it passes scores outside
+        # [0, 1] through a sigmoid, which can make different scores equal.
         members, others = _joined(self.members), _joined(self.others)
         others = others.sort().values
         below = torch.searchsorted(others, members, side="left").sum()
@@ -480,15 +488,14 @@ class MembershipInference(_UnlearningMetric):
 
 
 class RelearnTime(_UnlearningMetric):
-    """How many optimizer steps on the forget examples the model needs to learn them again.
+    """How many optimizer steps on the forget examples a model needs to learn them again.
 
-    A model that relearns much faster than one that was retrained without the examples had not forgotten them (Golatkar
-    et al., 2020; Tarun et al., 2023). The best value is that of the retrained model, with the same optimizer, learning
-    rate and batches. A much longer time means that the model was damaged.
+    If a model relearns the examples much faster than a model that was retrained without them, it had not forgotten them
+    (Golatkar et al., 2020; Tarun et al., 2023). The best value is that of the retrained model, with the same optimizer,
+    learning rate and batches. A much higher value means that the model was damaged.
 
-    Train on the forget examples with a plain loop. At every step, *before* the update of the weights, pass their loss
-    or accuracy to the metric. The first value is then that of the model before any step, and value ``k``, counted from
-    0, is that after ``k`` steps::
+    Train on the forget examples with a plain loop. In each iteration, pass their loss or accuracy to the metric
+    *before* the optimizer step. So value ``k``, counted from 0, is measured after ``k`` optimizer steps::
 
         metric = RelearnTime(target=loss_of_the_original_model, patience=3)
         for batch in itertools.islice(itertools.cycle(forget_loader), 1000):
@@ -501,24 +508,27 @@ class RelearnTime(_UnlearningMetric):
             optimizer.step()
 
     Work on a copy of the model. Values of small batches are noisy: raise ``patience``, or measure on all forget
-    examples. On several processes, pass the same value on each, averaged over all of them. Otherwise the result is the
-    time of the slowest.
+    examples. In a distributed run, average the value over all processes and pass the same number on each. Otherwise the
+    result is the time of the slowest process.
 
-    As input to ``update`` the metric accepts (``forward`` sees one value alone and returns 0 or infinity for it):
+    As input to ``update`` the metric accepts:
 
-    - ``value`` (:class:`~torch.Tensor` or float): the loss or the accuracy, a single number. NaN is not at the target.
+    - ``value`` (:class:`~torch.Tensor` or float): the loss or the accuracy, a single number. NaN does not reach the
+      target.
+
+    Do not use ``forward``: its result refers to a single value, so it is always 0 or infinity.
 
     As output of ``compute`` the metric returns:
 
-    - ``steps`` (:class:`~torch.Tensor`): a scalar: the number of steps after which the target was reached, 0 if the
-      model was there before any, and infinity if it has not been reached. NaN before any value.
+    - ``steps`` (:class:`~torch.Tensor`): a scalar, the number of steps after which the target was reached: 0 if the
+      first value reaches it, and infinity if no value has reached it. NaN before any value.
 
     Args:
-        target: The value to reach, usually that of the model before unlearning, or slightly worse.
+        target: The value to reach, usually the value of the model before unlearning, or a slightly worse one.
         mode: ``"min"`` (default) for a loss, which reaches the target from above. ``"max"`` for an accuracy, which
             reaches it from below.
-        patience: How many values in a row must reach the target; the time is that of the first of them. Raise it for
-            noisy values.
+        patience: How many values in a row must reach the target. The result is the step of the first of them. Raise
+            ``patience`` for noisy values.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -543,8 +553,8 @@ class RelearnTime(_UnlearningMetric):
         tensor(3.)
     """
 
-    higher_is_better = None  # the time of a retrained model is best
-    full_state_update = True  # which step a value belongs to depends on those before
+    higher_is_better = None  # the value of a retrained model is best
+    full_state_update = True  # the step of a value depends on the values before
     plot_lower_bound = 0.0
 
     steps: Tensor
@@ -576,7 +586,7 @@ class RelearnTime(_UnlearningMetric):
                 f"`value` is {given.dtype} of shape {tuple(given.shape)}; expected one number for each step: average"
                 " the losses of a batch."
             )
-        # In half precision, the target would be rounded as the value is.
+        # In half precision the comparison would round the target.
         given = given.reshape(()).to(self.device, torch.promote_types(given.dtype, torch.float32))
         there = given <= self.target if self.mode == "min" else given >= self.target
         self.streak = torch.where(there, self.streak + 1, 0)
@@ -589,17 +599,17 @@ class RelearnTime(_UnlearningMetric):
 
 
 def _class_indices(classes: int | Iterable[int]) -> tuple[int, ...]:
-    """One or several class indices, sorted, each once."""
+    """One or more class indices as a sorted tuple without duplicates."""
     single = isinstance(classes, int) or getattr(classes, "ndim", None) == 0
     try:
         indices = torch.as_tensor([classes] if single else list(classes))  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):  # of other things than numbers
+    except (TypeError, ValueError, RuntimeError):  # something other than numbers
         indices = torch.empty(0)
     whole = indices.ndim == 1 and not indices.is_floating_point() and indices.dtype != torch.bool
     if not whole or not len(indices) or min(indices) < 0:
         raise ConfigurationError(
-            f"`classes` is {classes!r}; expected the index of the forgotten class, or several, as whole numbers from 0"
-            " up: RemovalF1(classes=3) or RemovalF1(classes=[3, 5])."
+            f"`classes` is {classes!r}; expected the index of the forgotten class, or several indices, as whole numbers"
+            " from 0 up: RemovalF1(classes=3) or RemovalF1(classes=[3, 5])."
         )
     return tuple(sorted(set(indices.tolist())))
 
@@ -609,49 +619,49 @@ def _described(given: Any) -> str:
 
 
 def _labels(name: str, given: Tensor) -> Tensor:
-    """Predicted labels ``(N,)`` of logits or probabilities ``(N, C)``, or of labels."""
+    """The predicted labels ``(N,)``, from logits or probabilities ``(N, C)`` or from labels ``(N,)``."""
     if isinstance(given, Tensor):
         if given.ndim == 2 and given.is_floating_point() and given.shape[1] > 1:
             if given.isnan().any():
-                raise ConfigurationError(f"`{name}` has NaN, so that no label is predicted; look at the model first.")
+                raise ConfigurationError(f"`{name}` has NaN, so there is no predicted label; check the model.")
             return given.argmax(1)
         if given.ndim == 1 and not given.is_floating_point() and not given.is_complex():
             return given
     raise ConfigurationError(
         f"`{name}` is {_described(given)}; expected logits or probabilities, floating-point (N, C) with a column for"
-        " each of two or more classes, or predicted labels, integers (N,). Of one score an example, take the labels:"
+        " each of two or more classes, or predicted labels, integers (N,). If there is one score for each example, pass"
         " (scores > threshold).long()."
     )
 
 
 def _targets(target: Tensor, preds: Tensor) -> Tensor:
-    """True labels ``(N,)`` that fit the predictions."""
+    """Checks that true labels ``(N,)`` fit the predictions, and returns them."""
     if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex() or target.ndim != 1:
         raise ConfigurationError(
-            f"`target` is {_described(target)}; expected labels, integers (N,). Of one-hot or soft targets, take"
+            f"`target` is {_described(target)}; expected labels, integers (N,). For one-hot or soft targets, pass"
             " target.argmax(1)."
         )
     if len(target) != len(preds):
         raise ConfigurationError(
-            f"`target` has {len(target)} labels for {len(preds)} predictions; expected one for each."
+            f"`target` has {len(target)} labels for {len(preds)} predictions; expected one label for each prediction."
         )
     below = preds.shape[1] if preds.ndim == 2 else math.inf
     extremes = (int(target.min()), int(target.max())) if len(target) else ()
     if wrong := [label for label in extremes if not 0 <= label < below]:
         raise ConfigurationError(
             f"`target` has the label {wrong[0]}; expected labels from 0 up"
-            f"{f', below {below}' if preds.ndim == 2 else ''}. Leave out examples that have none, such as those with"
+            f"{f', below {below}' if preds.ndim == 2 else ''}. Leave out examples without a label, such as those with"
             " -100."
         )
     return target
 
 
 def _mask(name: str, mask: Tensor, size: int) -> Tensor:
-    """A mask of the examples ``(N,)``."""
+    """Checks a mask of the examples ``(N,)``, and returns it."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (size,):
         raise ConfigurationError(
             f"`{name}` is {_described(mask)}; expected a mask, torch.bool of shape ({size},), one entry for each"
-            " prediction. If it holds 0 and 1, take .bool()."
+            " prediction. If it holds 0 and 1, pass it with .bool()."
         )
     return mask
 
@@ -659,37 +669,36 @@ def _mask(name: str, mask: Tensor, size: int) -> Tensor:
 def _same_length(preds: Tensor, reference: Tensor) -> None:
     if len(preds) != len(reference):
         raise ConfigurationError(
-            f"`preds` has {len(preds)} predictions and `reference` {len(reference)}; expected those of both models for"
-            " the same examples."
+            f"`preds` has {len(preds)} predictions and `reference` {len(reference)}; expected predictions of both"
+            " models for the same examples."
         )
 
 
 def _log_probabilities(name: str, given: Tensor, from_logits: bool) -> Tensor:
-    """Log-probabilities ``(N, C)`` in float64: of a well-fitted example, float32 would leave nothing but rounding."""
+    """Log-probabilities ``(N, C)`` in float64. In float32, that of a well-fitted example would be rounding error."""
     if not isinstance(given, Tensor) or given.ndim != 2 or not given.is_floating_point() or given.shape[1] < 2:
         raise ConfigurationError(
             f"`{name}` is {_described(given)}; expected {'logits' if from_logits else 'probabilities'}, floating-point"
-            " (N, C) with a column for each of two or more classes. Of one score z an example, take"
-            " torch.stack([-z / 2, z / 2], 1) as logits, or of one probability, torch.stack([1 - p, p], 1)."
+            " (N, C) with a column for each of two or more classes. If there is one logit z for each example, pass"
+            " torch.stack([-z / 2, z / 2], 1); for one probability p, pass torch.stack([1 - p, p], 1)."
         )
     given = given.double()
     if from_logits:
         logs = given.log_softmax(1)
         if logs.isnan().any():
             raise ConfigurationError(
-                f"`{name}` has logits that give no probabilities: NaN, +inf, or -inf for all classes; look at the model"
-                " first."
+                f"`{name}` has logits without a softmax: NaN, +inf, or -inf for all classes; check the model."
             )
         return logs
     total = given.sum(1, keepdim=True)
     if not ((given >= 0).all() and ((total - 1).abs() <= _SUM_TOLERANCE).all()):
         raise ConfigurationError(
-            f"`{name}` should be probabilities, but has rows with negative values or NaN, or that do not sum to 1; give"
-            " the softmax, or the logits with from_logits=True."
+            f"`{name}` should be probabilities, but has rows with negative values or NaN, or rows that do not sum to 1;"
+            " pass the softmax, or pass logits with from_logits=True."
         )
     return given.log() - total.log()
 
 
 def _joined(scores: list[Tensor] | Tensor) -> Tensor:
-    """What batches, or processes, added to a list state; empty if there is nothing."""
+    """A list state as one tensor; empty if the list is."""
     return dim_zero_cat(scores) if len(scores) else torch.empty(0)

@@ -618,7 +618,7 @@ NAN = PREDS.clone().index_fill(0, torch.tensor(3), math.nan)
         ("divergence", {"reference": REFERENCE[:, 1:]}, "the same examples and classes"),
         ("divergence", {"reference": REFERENCE[:1]}, "the same examples and classes"),
         ("divergence", {"preds": TARGET}, "expected logits"),
-        ("divergence", {"preds": NAN}, "`preds` has logits that give no probabilities"),
+        ("divergence", {"preds": NAN}, "`preds` has logits without a softmax"),
         ("divergence", {"reference": torch.full((N, C), -math.inf)}, "`reference` has logits"),
         ("membership", {"preds": PREDS[:, 0]}, r"torch.stack\(\[-z / 2, z / 2\], 1\)"),
         ("membership", {"preds": NAN}, "NaN"),

@@ -1,1 +1,1 @@
-"""From a query to a score for every training example, and what a user sees of it."""
+"""Influence scores: how they are computed, stored, ranked and shown."""

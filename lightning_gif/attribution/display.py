@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 __all__ = ["draw", "draw_shares", "log", "rows", "short_text", "shorten", "text"]
 
 
-# A histogram of so many scores, evenly spaced, looks like that of all.
+# A histogram is drawn of about so many scores, evenly spaced; one of all scores would look the same.
 _IN_HISTOGRAM = 2**22
 
-# Examples in each row of a figure, unless another number is asked for.
+# Examples in each row of a figure by default.
 _MOST_DRAWN = 8
 
 
 def text(record: InfluenceRecord) -> str:
-    """The report in words, with the strongest examples of each of the first queries."""
+    """The report as text, with the proponents and opponents of up to eight queries."""
     queries = record.scores.shape[0]
     on = "themselves" if record.is_self_influence else _counted(queries)
     states = record.settings.get("snapshots") or ()
@@ -41,11 +41,11 @@ def text(record: InfluenceRecord) -> str:
         f"Influence of {record.n_train} training examples on {on}{averaged}"
         f" ({record.settings['method']}, {record.targets.count} target parameters{_solve(record)};"
         f" {record.seconds:.1f} s)",
-        f"score = predicted change of {_whose(record)} {_measured(record)} if the example were removed; examples by"
+        f"score = predicted change of {_owner(record)} {_measured(record)} if the example were removed; examples by"
         " dataset index",
     ]
     for query in range(min(queries, MOST_QUERIES)):
-        for end, ranking in _ends(record).items():
+        for end, ranking in _rankings(record).items():
             pairs = zip(ranking.indices[query].tolist(), ranking.scores[query].tolist(), strict=True)
             start = end if queries == 1 else f"query {query} {end}"
             lines.append(f"{start}: " + ", ".join(f"{index} ({score:+.2g})" for index, score in pairs))
@@ -55,7 +55,7 @@ def text(record: InfluenceRecord) -> str:
 
 
 def _measured(record: InfluenceRecord) -> str:
-    """What a query measures. Proponents raise it, which is good or bad depending on what it is."""
+    """The name of what a query measures: "measurement" if the module defines one, else "loss"."""
     return "measurement" if record.settings.get("measures") == "influence_measurement" else "loss"
 
 
@@ -63,14 +63,14 @@ def _solve(record: InfluenceRecord) -> str:
     solution = record.solution
     if solution is None:
         return f"; {record.curvature['inverse']}" if "inverse" in record.curvature else ""
-    # Without `rtol` a solve takes a fixed number of iterations, which is no failure to converge.
+    # Without `rtol` a solve takes a fixed number of iterations, so reaching `max_iter` is not a failure to converge.
     fixed = solution.status is Status.MAX_ITER and record.settings.get("rtol") is None
     status = None if fixed else solution.status
     return f"; {describe_solve(solution.solver, status, solution.iterations, solution.residual)}"
 
 
 def short_text(record: InfluenceRecord) -> str:
-    """The size of the report and the ends of the ranking, in one line."""
+    """The size of the report, the strongest proponent and the strongest opponent, in one line."""
     queries = record.scores.shape[0]
     size = f"{_counted(queries)} × {record.n_train} training examples"
     ends = []
@@ -91,13 +91,13 @@ def _counted(queries: int) -> str:
     return f"{queries} quer{'y' if queries == 1 else 'ies'}"
 
 
-def _ends(record: InfluenceRecord, k: int | None = None) -> dict[str, Ranking]:
-    """Both ends of the ranking by name. The effect of an example on itself is neither for nor against anything."""
+def _rankings(record: InfluenceRecord, k: int | None = None) -> dict[str, Ranking]:
+    """Both ends of the ranking by name. Self-influence has no query, so its ends are no proponents and opponents."""
     names = ("highest", "lowest") if record.is_self_influence else ("proponents", "opponents")
     return dict(zip(names, (record.proponents(k), record.opponents(k)), strict=True))
 
 
-def _whose(record: InfluenceRecord) -> str:
+def _owner(record: InfluenceRecord) -> str:
     return "its own" if record.is_self_influence else "the query's"
 
 
@@ -117,7 +117,7 @@ def log(record: InfluenceRecord, loggers: Iterable[Any], prefix: str) -> None:
 
 
 def rows(record: InfluenceRecord) -> Iterator[list[Any]]:
-    """The table of examples: query, kind, rank, dataset index, score, target, and picture or text of each."""
+    """The rows of the table of examples: query, kind, rank, dataset index, score, target, and picture or text."""
     several = record.scores.shape[0] > 1
     for position, shown in enumerate(record.queries):
         yield [position if several else 0, "query", position + 1, None, None, shown.label, shown.look]
@@ -131,8 +131,7 @@ def rows(record: InfluenceRecord) -> Iterator[list[Any]]:
 
 
 def draw(record: InfluenceRecord, query: int = 0, k: int | None = None) -> Figure:
-    """Draws a query's strongest examples, the histogram of its scores, and their share of all, see
-    :meth:`InfluenceReport.plot`.
+    """Draws a query's strongest examples and two plots of its scores, see :meth:`InfluenceReport.plot`.
 
     Raises:
         ConfigurationError: If there is no such query, or ``k`` is not a whole number of at least 1.
@@ -143,7 +142,7 @@ def draw(record: InfluenceRecord, query: int = 0, k: int | None = None) -> Figur
     drawn, axes = figure(3, count + 1, width=max(1.3 * (count + 1), 6.5), height=5.8)
     _draw_query(axes[0][0], record, query)
     axes[1][0].set_axis_off()
-    for row, (end, ranking) in zip(axes, _ends(record, count).items(), strict=False):
+    for row, (end, ranking) in zip(axes, _rankings(record, count).items(), strict=False):
         row[1].set_ylabel(end)
         for axis, index, score in zip(row[1:], ranking.indices[query], ranking.scores[query], strict=True):
             shown = record.shown(int(index))
@@ -158,7 +157,7 @@ def draw(record: InfluenceRecord, query: int = 0, k: int | None = None) -> Figur
     if record.n_kept is None:
         draw_shares(shares, record.scores[query].abs())
     else:
-        shares.set_axis_off()  # the sum over all scores is not known
+        shares.set_axis_off()  # with `keep`, the sum over all scores is not known
     for axis in (histogram, shares):
         axis.tick_params(which="both", labelsize=7)
     return drawn
@@ -179,18 +178,18 @@ def _draw_histogram(axes: Axes, record: InfluenceRecord, query: int) -> None:
     axes.hist(record.scores[query].numpy(), bins=80, log=True)
     axes.axvline(0.0, color="grey", linestyle=":")
     which = "scores" if record.n_kept is None else f"the {record.n_kept} strongest scores of each end"
-    axes.set_title(f"{which}: change of {_whose(record)} loss without the example", fontsize=8)
+    axes.set_title(f"{which}: change of {_owner(record)} loss without the example", fontsize=8)
     axes.set_ylabel("examples", fontsize=8)
-    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))  # scores are small where data are many
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))  # scores of large datasets are small
 
 
 def shorten(label: Any) -> str:
-    """A label, cut to fit into a title."""
+    """A label as text, shortened to fit into a title."""
     return textwrap.shorten(str(label), 24, placeholder=" …") if isinstance(label, str) else str(label)
 
 
 def draw_shares(axes: Axes, sizes: Tensor) -> None:
-    """Draws the share of the sum of ``sizes`` ``(n,)`` that the largest of them have, over how many these are."""
+    """Draws which share of the sum of ``sizes`` ``(n,)`` its ``m`` largest values have, as a function of ``m``."""
     total, count = float(sizes.sum()), len(sizes)
     axes.set_xlabel("number of examples, largest |score| first", fontsize=8)
     axes.set_ylabel("share of all |score|", fontsize=8)
@@ -200,7 +199,9 @@ def draw_shares(axes: Axes, sizes: Tensor) -> None:
         return
     shares = sizes.sort(descending=True).values.cumsum(0) / total
     half = min(int(torch.searchsorted(shares, 0.5)) + 1, count)
-    places = torch.logspace(0, math.log10(count), 500).round().long().clamp(1, count).unique()  # enough for a line
+    places = (
+        torch.logspace(0, math.log10(count), 500).round().long().clamp(1, count).unique()
+    )  # 500 points suffice for a curve
     axes.semilogx(places.numpy(), shares[places - 1].numpy())
     axes.plot([half], [float(shares[half - 1])], "o", color="C1", markersize=5)
     many = f"{half} of {count} examples" if half > 1 else f"1 of {count} examples"

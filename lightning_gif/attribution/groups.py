@@ -21,19 +21,19 @@ __all__ = ["Grouping", "Groups", "group_scores", "import_pandas", "values_of"]
 
 
 Grouping: TypeAlias = "Sequence[Any] | Tensor | Mapping[int, Any] | Callable[[Any], Any]"
-"""How training examples are grouped: by a column over the dataset, by a mapping from dataset indices, or by a function
-of an item."""
+"""How training examples are grouped: by one value for each item of the dataset, by a mapping from dataset indices to
+values, or by a function of an item."""
 
-_MOST_SHOWN = 10  # of each end
+_MOST_SHOWN = 10  # groups that are printed of each end of the ranking
 
 _WIDEST_NAME = 30
 
 
 def import_pandas() -> ModuleType:
-    """Pandas, which is optional.
+    """Imports pandas, which is optional.
 
     Raises:
-        ModuleNotFoundError: If it is not installed.
+        ModuleNotFoundError: If pandas is not installed.
     """
     try:
         import pandas
@@ -43,14 +43,14 @@ def import_pandas() -> ModuleType:
 
 
 class Groups(NamedTuple):
-    """Groups of training examples by the effect of removing each on a query, strongest proponents first.
+    """Groups of training examples with the sums of their scores, in descending order of these sums.
 
     Attributes:
-        names: The names of the ``g`` groups, as they were given.
+        names: The names of the ``g`` groups, as the user gave them.
         totals: The sum of the scores of each group, ``(g,)``: to first order, the change of the query's loss if the
             whole group were removed.
         counts: The number of scored examples in each group, ``(g,)``.
-        meaning: What the numbers mean, as text.
+        meaning: The meaning of ``totals`` in words, printed above the table.
     """
 
     names: list[Any]
@@ -94,12 +94,12 @@ class Groups(NamedTuple):
 
 
 def group_scores(names: Iterable[Hashable], scores: Tensor, meaning: str) -> Groups:
-    """Sums ``scores`` ``(n,)`` over the examples of the same name, and ranks the names by these sums.
+    """Sums scores over each group, and ranks the groups by these sums.
 
     Args:
         names: The name of the group of each example.
         scores: The scores ``(n,)``.
-        meaning: What the numbers mean, as text.
+        meaning: The meaning of the sums in words.
 
     Raises:
         ConfigurationError: If a name cannot be hashed.
@@ -145,23 +145,23 @@ def values_of(column: Sequence[Any] | Tensor | Mapping[int, Any], indices: Tenso
             "`groups` must be one value for each item of the training dataset (a list, array or tensor), a mapping from"
             f" dataset indices to values, or a function from an item to its group; got {what}."
         )
-    values = column.tolist() if hasattr(column, "tolist") else column  # of NumPy, pandas and torch
+    values = column.tolist() if hasattr(column, "tolist") else column  # NumPy, pandas and torch have tolist()
     least = max(wanted) + 1
     if len(values) != size if size is not None else len(values) < least:
         expected = f"{size} (one for each item of the training dataset)" if size is not None else f"at least {least}"
         raise ConfigurationError(
-            f"`groups` has {len(values)} values, but {expected} were expected: they are looked up by dataset index,"
-            f" which goes up to {least - 1} here. For values of the {len(wanted)} scored examples alone, give a"
+            f"`groups` has {len(values)} values, but {expected} were expected: values are looked up by dataset index,"
+            f" which goes up to {least - 1} here. To give values for the {len(wanted)} scored examples alone, pass a"
             " mapping: dict(zip(report.indices.tolist(), values))."
         )
     return [values[index] for index in wanted]
 
 
 def _plain(name: Any) -> Any:
-    """The name as what equal names share: tensors and arrays of one value are hashed by identity, NaN equals nothing.
+    """The name of a group, converted so that equal names have equal hashes.
 
-    Args:
-        name: What a user's function gave; tables hold missing values as NaN.
+    Tensors and arrays of one value become numbers, because tensors are hashed by identity. Every NaN becomes the same
+    object, because NaN does not equal itself. Tables hold missing values as NaN.
     """
     if isinstance(name, (Tensor, np.ndarray, np.generic)) and name.ndim == 0:
         name = name.item()

@@ -1,4 +1,4 @@
-"""From a query batch to a score for every training example."""
+"""Influence: a score of every training example for a query."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .score_store import InMemory, ScoreStore
 __all__ = ["influence"]
 
 
-# Bytes of one score, and characters of a fingerprint's digest that name a folder.
+# The bytes of one score, and the number of characters of a digest in the name of a folder.
 _BYTES, _NAMED = 8, 16
 
 
@@ -56,35 +56,35 @@ def influence(
 ) -> InfluenceReport:
     """Scores training examples for a query.
 
-    The score of example ``i`` is ``(1/(n−1)) · qᵀ x(∇ℓ(zᵢ))``: what removing ``i`` would do to the query's mean
-    measurement, to first order. Here ``q`` is the query's gradient on the target parameters, and ``x(g)`` the change of
-    these that a method gives for a gradient ``g`` (GIF, arXiv 2312.05586, equation 6). ``x`` is linear in ``g``, so
-    that one solve with its adjoint gives the query's iHVP ``w``, with ``wᵀ∇ℓ(zᵢ) = qᵀ x(∇ℓ(zᵢ))``; one pass over the
-    training set then gives all of these inner products.
+    The score of example ``i`` is ``(1/(n−1)) · qᵀ x(∇ℓ(zᵢ))``. To first order, this is the change of the query's mean
+    measurement if example ``i`` were removed. Here ``q`` is the gradient of the query's measurement with respect to the
+    target parameters. ``x(g)`` is the change of these parameters that the method computes for a gradient ``g`` (GIF,
+    arXiv 2312.05586, equation 6). Because ``x`` is linear, one solve with its adjoint gives the query's iHVP ``w``:
+    ``wᵀ∇ℓ(zᵢ) = qᵀ x(∇ℓ(zᵢ))``. One pass over the training examples then gives all scores.
 
     Args:
         objective: An open objective.
         train: The ``n`` training examples.
         query: The query's examples.
         settings: Method, solver and their parameters.
-        choose_targets: Called for the target parameters, unless the method changes all parameters.
-        per_example: One query for each example, instead of one for their mean.
+        choose_targets: Returns the target parameters. It is not called if the method uses all parameters.
+        per_example: Whether each example is a query of its own. Otherwise the query is the mean over all examples.
         among: The training examples to score; by default all.
         scores_to: A folder for the scores, see :class:`~lightning_gif.attribution.score_store.ScoreStore`; by default
-            they are in memory. Of several processes the first one writes it, and all must see it.
-        spill_to: The folder below which the scores get one of their own if they would take much of the free memory.
-        keep: Keep only so many of either end of each query's ranking.
-        states: Earlier states of the module by epoch. Scores are the mean over these and the present weights; each
-            state has its own solve.
+            they are kept in memory. In a distributed run the first process writes the folder, and all must see it.
+        spill_to: If the scores would take much of the free memory, they are written to a new folder inside this one.
+        keep: Keep only the ``keep`` highest and the ``keep`` lowest scores of each query.
+        states: Snapshots by epoch. Scores are the mean over the snapshots and the present weights. Each state has its
+            own solve.
         k: How many proponents and opponents the report shows.
-        context: What the report knows of the trainer.
+        context: The trainer's loggers, step count and process group, for the report.
 
     Raises:
-        BatchError: If the query is not structured as training batches are.
+        BatchError: If the query does not have the structure of the training batches.
         NonFiniteError: If a loss, gradient or product is not finite.
         ObjectiveError: If the query does not depend on the target parameters.
-        ConfigurationError: For ``method="sif"``, which has no scores for single examples; or if ``scores_to`` holds
-            something else.
+        ConfigurationError: If ``method="sif"``, which has no scores for single examples; or if ``scores_to`` holds
+            other files, or scores of another call.
         ConvergenceError: If a solve diverged, or did not converge and ``unconverged="raise"``.
     """
     begin = time.perf_counter()
@@ -136,7 +136,7 @@ class _Call:
     """One call of :func:`influence`.
 
     Attributes:
-        objective, train, query, settings, per_example: See there.
+        objective, train, query, settings, per_example: See :func:`influence`.
         targets: The target parameters.
         scored: The training examples to score.
         states: The states of the module over which scores are averaged, the present one first.
@@ -157,14 +157,17 @@ class _Call:
 
     @property
     def n_bytes(self) -> int:
-        """The size of all scores."""
+        """The size of all scores in bytes."""
         return _BYTES * self.n_queries * len(self.scored)
 
     def fingerprint(self) -> Fingerprint:
-        """What the scores depend on. Of the training data, the indices and a sample of the examples count."""
+        """Digests and values of everything that the scores depend on.
+
+        The training data are represented by all dataset indices and the contents of a few examples.
+        """
         states = [digest({"theta": state.theta, **state.statistics}) for state in self.states]
         return {
-            "weights": digest({}, [state_digest(self.objective.module), states[0]]),  # with frozen parameters
+            "weights": digest({}, [state_digest(self.objective.module), states[0]]),  # including frozen parameters
             "snapshots": digest({}, states[1:]),
             "training data": data_digest(self.train),
             "the examples that are scored": digest({"ids": self.scored.ids}),
@@ -186,8 +189,8 @@ def _open_store(call: _Call, scores_to: Path | None, spill_to: Path | None) -> S
     store = _open_everywhere(processes, folder, call.n_queries, len(call.scored), mark)
     if scores_to is None:
         rank_zero_info(
-            f"The scores take {call.n_bytes / 2**30:.1f} GiB, and are in {folder}. If this call is interrupted, the"
-            " same call continues there. Delete the folder once the report is no longer needed."
+            f"The scores take {call.n_bytes / 2**30:.1f} GiB and are written to {folder}. If this call is interrupted,"
+            " the same call resumes from there. Delete the folder when you no longer need the report."
         )
     return store
 
@@ -195,15 +198,15 @@ def _open_store(call: _Call, scores_to: Path | None, spill_to: Path | None) -> S
 def _open_everywhere(
     processes: ProcessGroup, folder: Path, queries: int, examples: int, mark: Fingerprint
 ) -> ScoreStore:
-    """The store, which the first process opens and writes, and the others read."""
+    """Opens the store on all processes. The first one creates and writes it, the others only read it."""
     if processes.rank == 0:
         store = ScoreStore.open(folder, queries, examples, mark)
-    processes.gather(None)  # it is there now
+    processes.gather(None)  # the other processes wait until the store exists
     if processes.rank > 0:
         if not folder.exists():
             raise ConfigurationError(
-                f"Rank {processes.rank} does not see the folder {folder}, which rank 0 has opened for the scores."
-                " Give one that all processes see, on a file system that the machines share."
+                f"Rank {processes.rank} does not see the folder {folder}, which rank 0 has created for the scores."
+                " Give a folder that all processes see, on a file system that the machines share."
             )
         store = ScoreStore.open(folder, queries, examples, mark)
     return store
@@ -219,10 +222,10 @@ class SolvedQueries:
     """The iHVPs of all queries at one state of the model.
 
     Attributes:
-        ihvps: ``(n_queries, p)``; ``(0, p)`` if an earlier call has used them for all scores.
-        solutions: How the solve for each query went.
-        curvature: How the curvature was computed.
-        damping: ``λ``.
+        ihvps: The iHVPs ``(n_queries, p)``; ``(0, p)`` if an earlier call has computed all scores with them.
+        solutions: The diagnostics of each query's solve.
+        curvature: How the curvature was computed, in plain values.
+        damping: The damping ``λ``.
     """
 
     ihvps: Tensor
@@ -231,7 +234,7 @@ class SolvedQueries:
     damping: float
 
     def record(self) -> dict[str, Any]:
-        """All but the iHVPs, in plain values."""
+        """All fields except the iHVPs, as plain values."""
         return {
             "solutions": [solution.record() for solution in self.solutions],
             "curvature": self.curvature,
@@ -240,9 +243,9 @@ class SolvedQueries:
 
     @classmethod
     def load(cls, store: ScoreStore, state: int, objective: Objective) -> SolvedQueries | None:
-        """Those that an earlier call has stored for a state; ``None`` if there are none, or not on all processes."""
+        """The iHVPs that an earlier call has stored for a state; ``None`` if a process does not see any."""
         stored = store.load_directions(state, objective.space.size)
-        # The first process decides: on a shared file system another one may see a file later.
+        # Every process follows the first one, because a shared file system may show it a file earlier than others.
         if objective.processes.broadcast(stored is None) or stored is None:
             return None
         ihvps, record = stored
@@ -251,11 +254,11 @@ class SolvedQueries:
             return cls(ihvps.to(objective.device), solutions, record["curvature"], record["damping"])
 
     def save(self, store: ScoreStore, state: int) -> None:
-        """Stores them for a state."""
+        """Stores the iHVPs and the record for a state."""
         store.save_directions(state, self.ihvps, self.record())
 
     def save_record(self, store: ScoreStore, state: int) -> None:
-        """Stores all but the iHVPs for a state, which are no longer needed once all scores are there."""
+        """Stores the record without the iHVPs, which are not needed when all scores are written."""
         if len(self.ihvps):
             store.save_directions(state, self.ihvps[:0], self.record())
 
@@ -284,7 +287,7 @@ def _solve(call: _Call) -> SolvedQueries:
         solutions = [solution for _, of_block in blocks for solution in of_block]
         if len(solutions) != len(gradients):
             raise ConfigurationError(
-                f"{inverse_class.__name__}.ihvp must give one Solution for each gradient, got {len(solutions)} for"
+                f"{inverse_class.__name__}.ihvp must return one Solution for each gradient, got {len(solutions)} for"
                 f" {len(gradients)} gradients."
             )
         return SolvedQueries(
@@ -303,13 +306,13 @@ def _solve(call: _Call) -> SolvedQueries:
 def _score(
     call: _Call, solved: list[SolvedQueries], kept: Strongest | ScoreStore | InMemory, store: ScoreStore | None
 ) -> None:
-    """One pass over the training examples, which writes all scores that are not stored yet."""
+    """Computes and writes all scores that are not stored yet, in one pass over the training examples."""
     objective, processes = call.objective, call.objective.processes
     objective.learn_derivatives(call.train)
     scoring = _ScoringPass(call, solved, None if store is None else store.done.clone())
     with objective.progress("Scoring training examples", len(call.scored)) as bar:
         for start, stop, block in processes.interleave(scoring.blocks()):
-            if block is not None and (store is None or processes.rank == 0):  # one process writes a file
+            if block is not None and (store is None or processes.rank == 0):  # only the first process writes files
                 kept.write(start, block)
             bar.update(stop - start)
     warn_without_gradients(processes.total(scoring.any_gradient))
@@ -324,23 +327,23 @@ class _ScoringPass:
     Args:
         call: The call.
         solved: The iHVPs at each state.
-        done: ``(n,)``, which scores are stored already; ``None`` for none.
+        done: Whether the scores of each example are stored already, ``(n,)``; ``None`` if there are none.
 
     Attributes:
-        any_gradient: Above 0 once some training example has shown an inner product that is not zero.
+        any_gradient: Positive if the gradient of some training example had a non-zero product with an iHVP.
     """
 
     def __init__(self, call: _Call, solved: list[SolvedQueries], done: Tensor | None) -> None:
         self._call, self._solved, self._done = call, solved, done
         self.any_gradient = 0.0 if done is None else float(done.any())
-        # Weight decay does not become less if one example is removed, so that each example's loss carries its share.
+        # Removing an example does not reduce weight decay. So each example's gradient includes the decay's gradient.
         self._decays = [
             call.settings.weight_decay * (one.ihvps @ state.theta).double().cpu()[:, None]
             for state, one in zip(call.states, solved, strict=True)
         ]
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor | None]]:
-        """For each batch its first position, the position after its last, and the scores; ``None`` if all are done."""
+        """Yields the start, the stop and the scores of each batch; ``None`` for scores that are stored already."""
         start, _ = self._call.scored.shard
         for batch in self._call.scored.local_batches():
             stop = start + batch.size
@@ -349,7 +352,7 @@ class _ScoringPass:
             start = stop
 
     def _scores(self, batch: Batch) -> Tensor:
-        """``(n_queries, b)``, float64."""
+        """The scores of a batch, ``(n_queries, b)`` in float64."""
         call = self._call
         block = torch.zeros(call.n_queries, batch.size, dtype=torch.float64)
         for state, one, decay in zip(call.states, self._solved, self._decays, strict=True):
@@ -363,23 +366,35 @@ class _ScoringPass:
 
 
 def require_finite_scores(scores: Tensor, ids: Tensor) -> None:
-    """Raises a :class:`~lightning_gif.errors.NonFiniteError` that names examples whose scores ``(q, b)`` are NaN."""
+    """Checks that scores are finite.
+
+    Args:
+        scores: The scores ``(q, b)``.
+        ids: The dataset indices ``(b,)`` of the examples, which the error names.
+
+    Raises:
+        NonFiniteError: If a score is not finite.
+    """
     bad = ids[~torch.isfinite(scores).all(0).cpu()]
     if len(bad):
         raise NonFiniteError(
             f"The scores of {len(bad)} training examples are not finite, at dataset indices"
             f" {', '.join(map(str, bad[:5].tolist()))}{' …' if len(bad) > 5 else ''}: their losses have no finite"
-            " derivative (NaN in the data, or an overflow: try double=True). Score the others with `among`."
+            " derivative. The data may have NaN, or the computation may overflow (try double=True). To score only the"
+            " other examples, pass them as `among`."
         )
 
 
 def warn_without_gradients(nonzero: float) -> None:
-    """Warns unless some of the training examples had an effect that is not exactly zero."""
+    """Warns if all training examples have gradients that are exactly zero.
+
+    Args:
+        nonzero: Positive if some training example has a non-zero gradient, or product with an iHVP.
+    """
     if not nonzero:
         rank_zero_warn(
-            "The gradient of each scored training example is exactly zero in the directions that matter to the query:"
-            " all scores are zero, or the weight decay's alone. The losses of these examples do not depend on the"
-            " parameters there: units may be dead (a ReLU that no example activates), or the loss may be constant or"
-            " detached.",
+            "All scored training examples have a gradient of exactly zero in the directions that matter to the query."
+            " So all scores are zero, or come from weight decay alone. Possible causes are dead units (a ReLU that no"
+            " example activates), or a loss that is constant or detached.",
             category=GIFWarning,
         )

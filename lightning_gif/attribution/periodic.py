@@ -1,4 +1,4 @@
-"""Influence reports that are made during ``fit``."""
+"""Influence reports during ``fit``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ HISTORY_COLUMNS = ["epoch", "query", "kind", "rank", "index", "score"]
 
 
 class PeriodicReports:
-    """The reports of a fit: the last one, and the strongest examples of all of them. No report ends a fit.
+    """The influence reports of a fit. A report that fails does not end the fit.
 
     Attributes:
         last: The last report, or ``None``.
-        history: The proponents and opponents of all reports: rows of :data:`HISTORY_COLUMNS`.
-        active: Whether the current fit makes reports: no unexpected error has ended them.
+        history: The proponents and opponents of all reports, as rows with the columns :data:`HISTORY_COLUMNS`.
+        active: Whether the current fit computes reports; false after an unexpected error.
     """
 
     def __init__(self) -> None:
@@ -30,17 +30,17 @@ class PeriodicReports:
         self.active = True
 
     def make(self, epoch: int, ask: Callable[[], InfluenceReport]) -> bool:
-        """Makes the report of an epoch and adds it to the history; if that fails, warns.
+        """Computes the report of an epoch and adds it to the history. If that fails, it warns.
 
         Args:
             epoch: The epoch that has ended.
-            ask: Returns the report.
+            ask: Computes the report.
 
         Returns:
             Whether there is a new report.
 
         Raises:
-            RankError: The processes are out of step, or one has ended.
+            RankError: If the processes are out of step, or one has ended.
         """
         if not self.active:
             return False
@@ -63,14 +63,14 @@ class PeriodicReports:
 
     @contextlib.contextmanager
     def guard(self, when: str) -> Iterator[None]:
-        """If an unexpected error is raised inside the block, in any of the processes, the reports of this fit end.
+        """A block in which an unexpected error of any process ends the reports of this fit, with a warning.
 
         Args:
-            when: At what moment the block runs, for the warning.
+            when: When the block runs, for the warning.
 
         Raises:
-            GIFError: As raised inside the block, unless it stands for an unexpected error of another process.
-            OSError: As raised inside the block.
+            GIFError: If the block raises it, and it does not report an unexpected error of another process.
+            OSError: If the block raises it.
         """
         try:
             yield
@@ -86,6 +86,6 @@ class PeriodicReports:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether an error is one of this package or of a file, here or in the process that raised it."""
+    """Whether an error is a ``GIFError`` or ``OSError``; for an error of another process, whether that one is."""
     elsewhere = error.raised_elsewhere if isinstance(error, RankError) else None
     return issubclass(elsewhere or type(error), (GIFError, OSError))

@@ -1,4 +1,4 @@
-"""The ends of a ranking, computed block by block, so that not all scores are in memory at once."""
+"""The highest and lowest scores, computed block by block, so that not all scores have to be in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = 2**16
 
 
 class Ranking(NamedTuple):
-    """The ends of a ranking of training examples.
+    """The training examples with the highest, or the lowest, scores of each query.
 
     Attributes:
         indices: Dataset indices, ``(n_queries, k)``, strongest first.
@@ -25,13 +25,15 @@ class Ranking(NamedTuple):
     scores: Tensor
 
     def add(self, positions: Tensor, scores: Tensor, k: int, *, largest: bool) -> Ranking:
-        """The ``k`` strongest of these examples and ``b`` others. Equal scores are ordered by position.
+        """The ``k`` strongest of the ranked examples and ``b`` others. Equal scores are ordered by position.
+
+        For use with positions in place of dataset indices.
 
         Args:
             positions: The positions of the other examples, ``(b,)``.
             scores: Their scores, ``(n_queries, b)``.
             k: The number of examples to keep.
-            largest: Whether the highest scores are the strongest, rather than the lowest.
+            largest: Whether the highest scores count as the strongest; otherwise the lowest do.
         """
         all_positions = torch.cat([self.indices, positions.expand(len(scores), -1)], dim=1)
         values = torch.cat([self.scores, scores.to(self.scores)], dim=1)
@@ -42,7 +44,7 @@ class Ranking(NamedTuple):
 
     @classmethod
     def empty(cls, queries: int) -> Ranking:
-        """The ranking of no examples."""
+        """A ranking without examples."""
         return cls(torch.empty(queries, 0, dtype=torch.int64), torch.empty(queries, 0, dtype=torch.float64))
 
 
@@ -50,10 +52,10 @@ def strongest(scores: Tensor, indices: Tensor, k: int, *, largest: bool) -> Rank
     """The ``k`` highest or lowest scores of each query. Equal scores are in the order of ``indices``.
 
     Args:
-        scores: The scores ``(n_queries, n)``. A view of a file is read once, from start to end.
+        scores: The scores ``(n_queries, n)``. They are read once, in order, because they may be a view of a file.
         indices: Dataset indices ``(n,)``.
-        k: The number of scores.
-        largest: Whether to take the highest scores, rather than the lowest.
+        k: The number of scores to return for each query.
+        largest: Whether to return the highest scores; otherwise the lowest.
     """
     ranking, columns = Ranking.empty(len(scores)), max(_BLOCK // len(scores), k)
     for positions in torch.arange(len(indices)).split(columns):
@@ -75,7 +77,7 @@ class Strongest:
         self._highest = self._lowest = Ranking.empty(queries)
 
     def write(self, start: int, block: Tensor) -> None:
-        """Takes the scores ``(n_queries, b)`` of the examples from position ``start`` on."""
+        """Adds the scores ``(n_queries, b)`` of the examples from position ``start`` on."""
         positions = torch.arange(start, start + block.shape[1])
         self._highest = self._highest.add(positions, block, self._k, largest=True)
         self._lowest = self._lowest.add(positions, block, self._k, largest=False)

@@ -1,4 +1,4 @@
-"""The record of an influence report: the scores, what they were computed with, and how examples are shown."""
+"""The record of an influence report: the scores, how they were computed, and how examples are shown."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["MOST_QUERIES", "InfluenceRecord"]
 
 
 MOST_QUERIES = 8
-"""How many queries are shown, printed and logged at most."""
+"""The largest number of queries that are shown, printed and logged."""
 
-# Fields that a file holds as they are, and ``global_step`` beside them. The others are tensors, or are made of them.
+# Fields that a file holds as plain values. The other fields are stored as tensors or are converted first.
 _PLAIN = {
     "curvature": dict[str, Any],
     "k": int,
@@ -43,26 +43,27 @@ _NOT_KEPT = Shown(None, None, "not kept with the report: give load() the dataset
 class InfluenceRecord:
     """A score for every training example and query.
 
-    A score is the predicted change of the query's measurement (by default its mean loss), in that measurement's own
-    unit, if this training example were removed. Positive: removing it raises the query's loss, so the example is a
-    *proponent* of what the model does there. Negative: removing it lowers the loss, an *opponent*.
+    A score is the predicted change of the query's measurement (by default its mean loss) if the training example were
+    removed, in the unit of that measurement. A training example with a positive score is a *proponent*: removing it
+    raises the query's loss. One with a negative score is an *opponent*: removing it lowers the query's loss.
 
     Attributes:
-        scores: ``(n_queries, n_train)``, float64; one query unless ``per_example=True``. With ``keep`` only the
-            strongest, ``(n_queries, 2·keep)``: the highest and then the lowest, falling.
-        indices: The dataset index of each column, ``(n_train,)``; with ``keep`` of each score, ``(n_queries, 2·keep)``.
+        scores: The scores ``(n_queries, n_train)`` in float64. There is one query unless ``per_example=True``. With
+            ``keep``, only the ``keep`` highest and the ``keep`` lowest scores, ``(n_queries, 2·keep)`` in descending
+            order.
+        indices: The dataset index of each column of ``scores``, ``(n_train,)``. With ``keep``, the dataset index of
+            each score, ``(n_queries, 2·keep)``.
         n_train: The number of training examples that were scored.
-        solutions: The diagnostics of each query's solve, ``n_queries`` of them; none for self-influence.
-        curvature: How the products with the curvature were made, and the ends of its spectrum if ``eigenvalues`` were
-            asked for.
+        solutions: The diagnostics of the solves, one for each query; empty for self-influence.
+        curvature: How the curvature was computed, and its largest and smallest eigenvalues if ``eigenvalues`` was set.
         targets: The target parameters that the scores are restricted to.
         k: How many proponents and opponents are shown and logged.
         dataset: The training dataset, to look at examples; ``None`` in a report that was loaded without it.
-        queries: How up to eight of the query's examples are shown.
+        queries: Labels and pictures or texts of up to eight examples of the query.
         settings: The method, the solver and their parameters.
-        seconds: Wall time of the whole call.
-        examples: How training examples are shown, by dataset index; filled as they are looked at.
-        context: What is known of the trainer. Only its ``global_step`` is saved.
+        seconds: The wall time of the whole call in seconds.
+        examples: Labels and pictures or texts of training examples, by dataset index; filled on demand.
+        context: The trainer's loggers, step count and process group. Only ``global_step`` is saved.
     """
 
     scores: Tensor
@@ -81,7 +82,7 @@ class InfluenceRecord:
 
     @property
     def solution(self) -> Solution | None:
-        """The diagnostics of the solve; of several, of the one with the largest residual; ``None`` without any."""
+        """The diagnostics of the solve with the largest residual; ``None`` if there was no solve."""
         return max(self.solutions, key=lambda solution: solution.residual, default=None)
 
     @property
@@ -91,27 +92,30 @@ class InfluenceRecord:
 
     @property
     def n_kept(self) -> int | None:
-        """How many scores of each end of the ranking there are; ``None`` if there are all."""
+        """The argument ``keep``: how many scores of each end of the ranking there are; ``None`` if there are all."""
         return self.scores.shape[1] // 2 if self.indices.ndim == 2 else None
 
     def proponents(self, k: int | None = None) -> Ranking:
         """The ``k`` training examples with the highest scores: without them the query's loss would be higher.
 
-        Equal scores are ranked in the order of :attr:`indices`. With ``k`` above the number of training examples, all
-        of them are ranked.
+        Equal scores are ranked in the order of :attr:`indices`. If ``k`` is larger than the number of training
+        examples, all of them are ranked.
 
         Args:
-            k: How many; by default the report's own ``k``.
+            k: The number of examples; by default the report's own ``k``.
+
+        Returns:
+            Dataset indices and scores, ``(n_queries, k)`` each, highest score first.
 
         Raises:
-            ConfigurationError: If ``k`` is not a whole number of at least 1, or more than were kept.
+            ConfigurationError: If ``k`` is not a whole number of at least 1, or more scores than were kept.
         """
         return self._top(k, largest=True)
 
     def opponents(self, k: int | None = None) -> Ranking:
         """The ``k`` training examples with the lowest scores: without them the query's loss would be lower.
 
-        See :meth:`proponents`.
+        Arguments, result and errors are as for :meth:`proponents`, with the lowest score first.
         """
         return self._top(k, largest=False)
 
@@ -123,28 +127,35 @@ class InfluenceRecord:
         return Ranking(*(end[:, :count] for end in ends))
 
     def check_k(self, k: int | None, default: int) -> int:
-        """How many examples to rank: ``k``, by default ``default``, and no more than there are.
+        """The number of examples to rank: ``k``, or ``default`` for ``None``, limited to the number of examples.
 
         Raises:
-            ConfigurationError: If ``k`` is not a whole number of at least 1, or more than were kept.
+            ConfigurationError: If ``k`` is not a whole number of at least 1, or more scores than were kept.
         """
         k = default if k is None else k
         check_count("k", k)
         if self.n_kept is not None and k > self.n_kept:
             raise ConfigurationError(
-                f"The report kept the {self.n_kept} strongest scores of each end, not {k}. Ask again with keep={k},"
-                " or without `keep` for all scores."
+                f"The report kept {self.n_kept} scores of each end of the ranking, fewer than k={k}. Repeat the call"
+                f" with keep={k}, or without `keep` for all scores."
             )
         return min(k, self.n_train)
 
     def check_query(self, query: int) -> None:
-        """Raises a :class:`~lightning_gif.errors.ConfigurationError` if there is no such query."""
+        """Checks the number of a query.
+
+        Raises:
+            ConfigurationError: If there is no such query.
+        """
         queries = self.scores.shape[0]
         if isinstance(query, bool) or not isinstance(query, int) or not 0 <= query < queries:
             raise ConfigurationError(f"`query` must be a whole number from 0 to {queries - 1}, got {query!r}.")
 
     def shown(self, index: int) -> Shown:
-        """How a training example is shown: as it was the first time, even if its dataset augments at random."""
+        """The label and the picture or text of a training example.
+
+        The item is read once. So it looks the same in every output, even if the dataset augments at random.
+        """
         if index not in self.examples:
             if self.dataset is None:
                 return _NOT_KEPT
@@ -166,10 +177,10 @@ class InfluenceRecord:
         }
 
     def to_record(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What a file holds: plain values that JSON can hold, and tensors by name.
+        """The content of a file: plain values for JSON, and tensors by name.
 
-        Of the examples it holds how they are shown: those of the query, and up to ``k`` proponents and opponents of
-        each of the first eight queries.
+        It includes the label and the picture or text of up to eight examples of the query, and of up to ``k``
+        proponents and opponents of each of the first eight queries.
         """
         rankings = (self.proponents(), self.opponents())
         strong = {int(index) for ranking in rankings for index in ranking.indices[:MOST_QUERIES].flatten()}
@@ -193,11 +204,11 @@ class InfluenceRecord:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The report from what :meth:`to_record` returned, which anybody may have changed.
+        """The report from the result of :meth:`to_record`. The values are checked, because files can be edited.
 
         Raises:
             ConfigurationError: If scores, indices and solves do not fit together.
-            LookupError, TypeError, ValueError: If values are missing, or are not what they should be.
+            LookupError, TypeError, ValueError: If values are missing, or have another type or range.
         """
         scores, indices = tensors["scores"], tensors["indices"]
         solutions = [Solution.of_record(stored) for stored in record["solutions"]]
@@ -211,9 +222,9 @@ class InfluenceRecord:
         if not whole or not fits or not solved or int(indices.min()) < 0:
             raise ConfigurationError(
                 f"The parts of the report do not fit together: scores {list(scores.shape)} ({scores.dtype}), indices"
-                f" {list(indices.shape)} ({indices.dtype}), {len(solutions)} solves; expected (n_queries, n_train) in"
-                " float64, all finite, (n_train,) whole numbers of at least 0 (or both (n_queries, 2·keep), fewer than"
-                " n_train), and n_queries or no solves. Copy the folder again from where it was saved."
+                f" {list(indices.shape)} ({indices.dtype}), {len(solutions)} solves. Expected: scores (n_queries,"
+                " n_train) in float64, all finite; indices (n_train,) in int64, at least 0 (or both (n_queries, 2·keep)"
+                " with 2·keep < n_train); and n_queries or no solves. Copy the folder again from where it was saved."
             )
         looks = {
             name: Shown(
@@ -249,7 +260,7 @@ class InfluenceRecord:
 
 
 def _packed(entries: Tensor) -> Tensor:
-    """Sorted flat indices as bits, ``(⌈(last + 1)/8⌉,)`` uint8: all of a parameter's entries take one bit each."""
+    """Packs sorted flat indices into a bit mask, ``(⌈(last + 1)/8⌉,)`` uint8: one bit for each entry."""
     mask = torch.zeros(int(entries[-1]) + 1, dtype=torch.uint8)
     mask[entries] = 1
     return torch.from_numpy(np.packbits(mask.numpy()))
@@ -260,7 +271,7 @@ def _unpacked(bits: Tensor) -> Tensor:
 
 
 def _picture(name: str, tensors: Mapping[str, Tensor]) -> Any | None:
-    """The picture of an example in a file, if there is one."""
+    """The picture of an example in a file, ``(H, W)`` or ``(H, W, 3)`` uint8; ``None`` if there is none."""
     if name not in tensors:
         return None
     image = tensors[name]

@@ -39,9 +39,9 @@ class InfluenceReport(InfluenceRecord):
     :class:`~lightning_gif.attribution.record.InfluenceRecord`.
 
     Attributes:
-        loggers: Where :meth:`log` logs to by default: the loggers of the trainer.
-        global_step: The trainer's optimizer steps at the time of the call.
-        processes: The processes that have the report. The first one writes files.
+        loggers: The loggers that :meth:`log` uses by default: those of the trainer.
+        global_step: The number of the trainer's optimizer steps at the time of the call.
+        processes: The process group. Each process has the report, and the first one writes files.
     """
 
     loggers = ContextAttribute[Sequence[Any]]()
@@ -51,36 +51,38 @@ class InfluenceReport(InfluenceRecord):
     ranks = renamed("InfluenceReport.ranks", "processes")
 
     def by_group(self, groups: Grouping | None = None, query: int | None = None) -> Groups:
-        """The effect of removing whole groups of training examples on a query: the sums of their scores.
+        """Sums the scores of groups of training examples: the effect of removing each whole group on a query.
 
-        A sum is of first order: it assumes that the effects of the examples of a group add up, as they do while the
-        group is a small part of the data. For a large group it is mostly too small: without ``m`` of ``n`` examples
-        each of the others weighs more, which alone makes the effect ``(n−1)/(n−m)`` times as large (see also Koh et
-        al., arXiv 1905.13289). It can be too large if the curvature is another one without the group. The order of
-        groups is more reliable than the numbers. For ``trainer.self_influence``, where each score is about another
-        loss, compare the means: groups with large ones are memorized more.
+        A sum assumes that the effects of the examples add up. This holds to first order, for a group that is a small
+        part of the data. For a large group the sum is mostly too small: without ``m`` of ``n`` examples each remaining
+        example has more weight, which alone makes the effect ``(n−1)/(n−m)`` times as large (see also Koh et al., arXiv
+        1905.13289). The sum can also be too large, because the curvature changes without the group. The order of the
+        groups is more reliable than the numbers.
+
+        In a report of ``trainer.self_influence`` each score is about another loss. There compare the means: groups with
+        a larger mean are memorized more.
 
         Args:
-            groups: One value for each item of the training dataset (a list, array, tensor or column of a table), looked
-                up by *dataset index*, also where only a part of the dataset was scored; or a mapping from dataset
-                indices to values; or a function from an item of the dataset to its group. By default the label of each
-                item.
-            query: Which query; by default the mean of all.
+            groups: The groups, in one of three forms. One value for each item of the training dataset (a list, array,
+                tensor or column of a table), even if only a part of the dataset was scored: values are looked up by
+                *dataset index*. A mapping from dataset indices to values. Or a function from an item of the dataset to
+                its group. By default examples are grouped by label.
+            query: The number of the query; by default the mean over all queries is taken.
 
         Returns:
             The groups, ranked by their sums: the strongest proponents first.
 
         Raises:
-            ConfigurationError: If there is no such query, not all scores were kept, a column has another length than
-                the dataset or no value for some of the scored examples, or items must be read and there is no dataset
-                or no label in them.
+            ConfigurationError: If there is no such query or not all scores were kept; if ``groups`` has another length
+                than the dataset, or no value for some scored examples; or if items must be read, but the report has no
+                dataset or the items no label.
         """
         if query is not None:
             self.check_query(query)
         if self.n_kept is not None:
             raise ConfigurationError(
-                f"The report kept only the {self.n_kept} strongest scores of each end, too few for the sums of whole"
-                " groups. Ask again without `keep`."
+                f"The report kept only {self.n_kept} scores of each end of the ranking, but the sums of groups need all"
+                " scores. Repeat the call without `keep`."
             )
         if groups is None:
             names = self._read(label_of)
@@ -100,24 +102,22 @@ class InfluenceReport(InfluenceRecord):
                 names, scores, "mean = predicted change of an example's own loss if it were removed, total = their sum"
             )
         queries = len(self.scores)
-        whose = (
-            f"query {query}" if query is not None else f"the mean of {queries} queries" if queries > 1 else "the query"
-        )
-        meaning = f"total = sum of scores: to first order, the effect of removing the whole group on {whose}"
+        on = f"query {query}" if query is not None else f"the mean of {queries} queries" if queries > 1 else "the query"
+        meaning = f"total = sum of scores: to first order, the effect of removing the whole group on {on}"
         return group_scores(names, scores, meaning)
 
     def _read(self, function: Any) -> list[Any]:
-        """The values of a function of each item of the dataset that was scored."""
+        """The values of a function of each scored item of the dataset."""
         if self.dataset is None:
             raise ConfigurationError(
-                "The report was loaded without its dataset, so its items cannot be read. Give load() the `dataset`, or"
-                " `groups` as one value for each dataset index."
+                "The report was loaded without its dataset, so its items cannot be read. Pass the `dataset` to load(),"
+                " or give `groups` as one value for each dataset index."
             )
-        with isolate_rng():  # random augmentation draws from the generators that training goes on with
+        with isolate_rng():  # random augmentation must not change the random numbers of training
             return [function(self.dataset[index]) for index in self.indices.tolist()]
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """All scores that were kept as a table with columns ``query``, ``index`` (of the dataset) and ``score``.
+        """All kept scores as a table with columns ``query``, ``index`` (the dataset index) and ``score``.
 
         Raises:
             ModuleNotFoundError: If pandas is not installed.
@@ -136,40 +136,40 @@ class InfluenceReport(InfluenceRecord):
     # ----------------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the report into a folder; an old report is replaced only by a whole new one.
+        """Writes the report into a folder. An old report there is replaced when the new one is complete.
 
-        ``report.json`` has the settings, the diagnostics of the solves, labels and texts in plain words and numbers.
+        ``report.json`` has the settings, the diagnostics of the solves, and the labels and texts of the shown examples.
         ``scores.safetensors`` has the scores, their dataset indices, the target parameters and the pictures of the
-        examples that are shown: those of the query, and up to ``k`` proponents and opponents of each of the first eight
-        queries. The training data and the solution vectors are not kept.
+        shown examples. Shown are up to eight examples of the query, and up to ``k`` proponents and opponents of each of
+        the first eight queries. The training data and the solution vectors are not saved.
 
-        Of several processes the first one writes, and the others do not wait for it: call
-        ``trainer.strategy.barrier()`` before they read it.
+        In a distributed run the first process writes, and the others do not wait for it. Call
+        ``trainer.strategy.barrier()`` before another process reads the folder.
 
         Args:
-            folder: Where to. Missing folders above it are made.
+            folder: The folder. It is created if it does not exist, with its parents.
 
         Raises:
-            ConfigurationError: If there is a file, or a folder with anything but a report in it; it is left alone.
+            ConfigurationError: If ``folder`` is a file, or holds anything other than a report. It is left unchanged.
         """
         if self.processes.rank == 0:
             write_folder(folder, _FORMAT, *self.to_record())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], dataset: Any = None) -> InfluenceReport:
-        """Reads what :meth:`save` wrote. Nothing is unpickled, and no path that the files hold is followed.
+        """Reads a report that :meth:`save` wrote. Nothing is unpickled, and no path in the files is followed.
 
         Args:
             folder: The folder.
-            dataset: The training dataset (that of the loader), to look at more examples than were kept, or to
-                group scores by what is in them.
+            dataset: The dataset of the training loader. It is needed to show further examples, and to group scores by
+                the label or a function of the items.
 
         Returns:
             The same report, except for ``loggers`` and the solutions' ``x``, which are empty.
 
         Raises:
-            ConfigurationError: If the folder holds something else, another version, or files that are damaged, were
-                edited or do not belong together; or if ``dataset`` is too short to be the one that was scored.
+            ConfigurationError: If the folder holds no report, or one of an unknown version; if files are damaged, were
+                edited or do not belong together; or if ``dataset`` has fewer items than the scored one.
             FileNotFoundError: If there is no such folder.
         """
         record, tensors = read_folder(folder, _FORMAT)
@@ -186,34 +186,36 @@ class InfluenceReport(InfluenceRecord):
         return report
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Looking at it
+    # Logs, figures and text
     # ----------------------------------------------------------------------------------------------------------------
 
     def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/influence") -> None:
-        """Logs the report, to each logger what it can take. A W&B run that is finished is left alone, with a warning.
+        """Logs the report; each logger gets what it supports. A finished W&B run is skipped with a warning.
 
         The keys are the same in each call:
 
         - every logger: the numbers of :meth:`summary` as ``gif/influence/NAME``;
         - with tables (W&B): ``…/examples``, up to the first eight queries with their proponents and opponents: label,
-          score, and picture or values of each; ``…/scores``, the histogram of the scores; ``…/solve``, the relative
-          residual after each iteration (of the solve with the largest one); ``…/eigenvalues``, if these were asked for;
-        - with a writer of figures, histograms and texts (TensorBoard): ``…/plot``, the figure of the first query, if
-          matplotlib is installed; ``…/scores``, the histogram of the scores; ``…/report``, the report as it is printed.
+          score, and picture or values of each; ``…/scores``, the histogram of the scores; ``…/solve``, the residual
+          after each iteration of the solve with the largest residual; ``…/eigenvalues``, if they were computed;
+        - with figures, histograms and texts (TensorBoard): ``…/plot``, the figure of the first query, if matplotlib is
+          installed; ``…/scores``, the histogram of the scores; ``…/report``, the report as it is printed.
 
         Args:
             loggers: Lightning loggers; by default those of the trainer.
-            prefix: Start of every key.
+            prefix: The start of every key.
         """
         display.log(self, self.loggers if loggers is None else loggers, prefix)
 
     def plot(self, query: int = 0, k: int | None = None) -> Figure:
-        """Draws the strongest proponents and opponents of a query, the histogram of its scores, and how concentrated
-        they are: which share of their sum the strongest examples have.
+        """Draws the strongest proponents and opponents of a query, and two plots of its scores.
+
+        One plot is the histogram of the scores. The other shows how concentrated they are: which share of the sum of
+        all ``|score|`` the strongest examples have. It is left out with ``keep``.
 
         Args:
-            query: Which query.
-            k: How many of each; by default up to 8.
+            query: The number of the query.
+            k: The number of proponents and of opponents; by default up to 8.
 
         Raises:
             ConfigurationError: If there is no such query, or ``k`` is not a whole number of at least 1.
@@ -229,7 +231,7 @@ class InfluenceReport(InfluenceRecord):
 
 
 def first_shown(query: Examples, most: int = MOST_QUERIES) -> list[Shown]:
-    """How up to ``most`` of a query's examples are shown."""
+    """Labels and pictures or texts of up to ``most`` examples of a query, all from its first batch."""
     batch = next(query.batches())
 
     def item(position: int) -> Any:

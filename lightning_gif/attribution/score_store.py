@@ -35,7 +35,7 @@ _MANIFEST, _SCORES, _DONE, _DIRECTIONS = "manifest.json", "scores.bin", "done.bi
 
 
 def _unversioned(metadata: Mapping[str, str]) -> tuple[Any, object]:
-    """The record of a file of the first format."""
+    """The record of a file of the first format, and the value that its digest is of."""
     values = parse(metadata["told"])
     return values, values
 
@@ -68,9 +68,9 @@ class InMemory:
 class ScoreStore:
     """Scores ``(n_queries, n)`` in float64 in a folder, with a checksum for the scores of each example.
 
-    Scores are written to the disk before their checksum. Scores that match their checksum are therefore complete, even
-    after an interruption or later damage. The results of the solves are kept until all scores are written, so that a
-    call that resumes need not repeat the solves. The diagnostics of the solves are kept for good.
+    Scores are written to disk before their checksum. So scores that match their checksum are complete, even after an
+    interruption or later damage. The iHVPs are kept until all scores are written, so that a call that resumes does not
+    repeat the solves. The diagnostics of the solves are kept permanently.
 
     Attributes:
         folder: The folder with the files.
@@ -95,9 +95,9 @@ class ScoreStore:
             fingerprint: Digests and values of everything that the scores depend on.
 
         Raises:
-            ConfigurationError: If the folder holds something else: other files, links, files of another size, or
-                scores of other weights, data or settings. It is left unchanged.
-            OSError: If the disk has no space for all scores.
+            ConfigurationError: If the folder holds other files, links, files of another size, or scores of other
+                weights, data or settings. It is left unchanged.
+            OSError: If the disk does not have enough space for all scores.
         """
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
@@ -110,7 +110,7 @@ class ScoreStore:
             folder.mkdir(parents=True, exist_ok=True)
             replace_file(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
         cls._check(folder, manifest)
-        if not (folder / _DONE).exists():  # which is made last: nothing has been written before
+        if not (folder / _DONE).exists():  # this file is created last, so no scores have been written
             _reserve(folder / _SCORES, sizes[_SCORES])
             replace_file(folder / _DONE, bytes(sizes[_DONE]))
         maps = tuple(_map(folder / name, size) for name, size in sizes.items())
@@ -131,7 +131,7 @@ class ScoreStore:
     def _check(folder: Path, manifest: dict[str, Any]) -> None:
         paths = [folder / name for name in (_MANIFEST, _SCORES, _DONE)] + sorted(folder.glob(_DIRECTIONS))
         linked = [path.name for path in paths if path.is_symlink()]
-        if linked:  # it would be another file, anywhere, that scores are written to
+        if linked:  # scores would overwrite the file that a link points to
             raise ConfigurationError(f"{folder} holds links ({', '.join(linked)}). Give another folder.")
         try:
             other = differences(read(folder / _MANIFEST), manifest)
@@ -155,11 +155,11 @@ class ScoreStore:
         self.done[start:stop] = True
 
     def save_directions(self, state: int, directions: Tensor, values: dict[str, Any]) -> None:
-        """Writes the results of the solves at a state of the model.
+        """Writes the iHVPs at a state of the model.
 
         Args:
             state: The number of the state.
-            directions: The iHVPs ``(n_queries, p)``; an empty tensor ``(0, p)`` once all scores are written.
+            directions: The iHVPs ``(n_queries, p)``; an empty tensor ``(0, p)`` if all scores are written.
             values: The diagnostics of the solves as plain values.
         """
         write_file(self._directions_at(state), _DIRECTIONS_FORMAT, values, {"directions": directions})
@@ -189,12 +189,12 @@ class ScoreStore:
         with self.parse_errors_name(state):
             if not torch.isfinite(directions).all():
                 raise ValueError("its directions are not finite")
-        if not len(directions) and not self.done.all():  # some of the scores were damaged since
+        if not len(directions) and not self.done.all():  # some scores were damaged after all had been written
             return None
         return directions, values
 
     def parse_errors_name(self, state: int) -> contextlib.AbstractContextManager[None]:
-        """Turns errors about the values that :meth:`load_directions` returned into one that names the file."""
+        """Re-raises errors about the values that :meth:`load_directions` returned as one that names the file."""
         return parse_errors_name(self._directions_at(state), _DIRECTIONS_FORMAT.remedy)
 
     def _directions_at(self, state: int) -> Path:
@@ -202,14 +202,17 @@ class ScoreStore:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Creates a file of zeros and reserves its space: a full disk would kill a process that writes to a map of it."""
+    """Creates a file of zeros and reserves its disk space.
+
+    Without reserved space, writing to a memory map of the file would kill the process when the disk is full.
+    """
     try:
         with open(path, "wb") as file:
             file.truncate(size)
             if size and hasattr(os, "posix_fallocate"):  # not on macOS and Windows
                 os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # a file system that cannot
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # the file system cannot reserve space
             return
         path.unlink(missing_ok=True)
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error

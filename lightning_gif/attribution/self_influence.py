@@ -1,4 +1,4 @@
-"""Each training example scored for itself."""
+"""Self-influence: the score of each training example for its own loss."""
 
 from __future__ import annotations
 
@@ -35,41 +35,44 @@ def self_influence(
     k: int = 10,
     context: CallContext | None = None,
 ) -> InfluenceReport:
-    """Scores each training example for itself: what removing it would do to its own loss.
+    """Scores each training example for itself: the change of its own loss if it were removed.
 
-    The score is ``(1/(n−1)) · gᵢᵀ(C + λ)⁻¹gᵢ`` with ``gᵢ = ∇ℓ(zᵢ)``, on the target parameters if there are some. It is
-    large for memorized examples, such as wrong labels (Koh and Liang, ICML 2017, section 5.4; Feldman and Zhang,
-    NeurIPS 2020). With up to 1024 parameters the scores are exact: the matrix ``C`` is formed. With more, a low-rank
-    sketch takes its place (:func:`~lightning_gif.solvers.low_rank`). Directions that the sketch misses count with the
-    damping alone, so that scores are overestimated, by the less the smaller the curvature there is beside the damping.
+    The score is ``(1/(n−1)) · gᵢᵀ(C + λ)⁻¹gᵢ`` with ``gᵢ = ∇ℓ(zᵢ)``, restricted to the target parameters for
+    ``method="fif"``. It is large for memorized examples, such as wrong labels (Koh and Liang, ICML 2017, section 5.4;
+    Feldman and Zhang, NeurIPS 2020).
+
+    With up to 1024 parameters the matrix ``C`` is formed, and the scores are exact. With more parameters, a low-rank
+    sketch replaces ``C`` (:func:`~lightning_gif.solvers.low_rank`). The sketch takes the curvature as 0 in directions
+    that it misses, where only the damping remains. So scores are overestimated, but little if the curvature in these
+    directions is small compared with the damping.
 
     Args:
         objective: An open objective.
         train: The ``n`` training examples.
         settings: Curvature, damping and their parameters; ``max_iter`` is the rank of the sketch.
-        choose_targets: Called for the target parameters, unless scores are over all parameters.
+        choose_targets: Returns the target parameters. It is not called if scores are over all parameters.
         among: The training examples to score; by default all.
-        states: Earlier states of the module by epoch. Scores are the mean over these and the present weights; each
-            state has its own curvature and damping.
+        states: Snapshots by epoch. Scores are the mean over the snapshots and the present weights. Each state has its
+            own curvature and damping.
         k: How many proponents and opponents the report shows.
-        context: What the report knows of the trainer.
+        context: The trainer's loggers, step count and process group, for the report.
 
     Raises:
         NonFiniteError: If a loss, gradient or product is not finite.
-        ConfigurationError: For another method than ``"if"`` and ``"fif"``; with a sketch, for a curvature with negative
-            eigenvalues or without damping.
+        ConfigurationError: If the method is not ``"if"`` or ``"fif"``; or, with a sketch, if the curvature can have
+            negative eigenvalues or there is no damping.
     """
     start = time.perf_counter()
     if settings.method not in ("if", "fif"):
         raise ConfigurationError(
-            f"Self-influence takes method='if', on all parameters, or 'fif', on the targets, got {settings.method!r}."
+            f"Self-influence needs method='if' (all parameters) or 'fif' (target parameters), got {settings.method!r}."
             " Pass one of them to the call: trainer.self_influence(method='if')."
         )
     targets = METHODS[settings.method].targets(objective.space, choose_targets)
     scored = train if among is None else among
     model_states = [objective.model_state(), *map(objective.model_state, (states or {}).values())]
     scores, any_gradient = torch.zeros(1, len(scored), dtype=torch.float64), 0.0
-    summaries = list[tuple[dict[str, Any], float]]()  # and the damping, of each state
+    summaries = list[tuple[dict[str, Any], float]]()  # how the curvature was computed, and the damping, of each state
     for state in model_states:
         with objective.at_state(state):
             quadratic, curvature, damping = _fit(objective, train, settings, targets)
@@ -79,7 +82,7 @@ def self_influence(
         any_gradient += gradients
     warn_without_gradients(objective.processes.total(any_gradient))
     require_finite_scores(scores, scored.ids)
-    curvature, damping = summaries[0]  # with the present weights
+    curvature, damping = summaries[0]  # at the present weights
     return InfluenceReport(
         scores=scores,
         indices=scored.ids,
@@ -112,9 +115,9 @@ def _fit(
 def _scores(
     objective: Objective, scored: Examples, weight_decay: float, quadratic: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, float]:
-    """The quadratic form of each example's gradient ``(n,)``, and how many blocks of these had one that is not zero.
+    """The quadratic form of each example's gradient, ``(n,)``, and a number that is positive if a gradient is not zero.
 
-    Weight decay does not become less if one example is removed, so that each example's loss carries its share.
+    Removing an example does not reduce weight decay. So each example's gradient includes the gradient of weight decay.
     """
     values, any_gradient = [], 0.0
     with objective.progress("Scoring training examples", len(scored)) as bar:

@@ -1,4 +1,4 @@
-"""The curvature of the training loss: products streamed over data, influence methods, and inverses."""
+"""The curvature of the training loss: its products with vectors, the influence methods, and inverses."""
 
 from .._moved import forward
 

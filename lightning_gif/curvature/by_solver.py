@@ -25,32 +25,34 @@ from .streaming import Curvature
 
 __all__ = ["DenseInverse", "SketchInverse", "SolverInverse", "inverse_for_queries", "inverse_for_self_influence"]
 
-# Damping of scores as a share of the largest eigenvalue, and the power iterations that estimate that. "Scores that
-# predict retraining": on the MLP this is 0.061 (LDS 0.563; 0.577 at half of it, 0.545 at 0.1), and the CNN is best with
-# more (0.35 at 0.3, 0.29 at 0.03).
+# The damping of scores as a share of the largest eigenvalue, and the power iterations that estimate this eigenvalue.
+# benchmarks/README.md, "Scores that predict retraining": on the MLP this damping is 0.061 (LDS 0.563; 0.577 at half of
+# it, 0.545 at 0.1). The CNN is best with more (0.35 at 0.3, 0.29 at 0.03).
 RELATIVE_DAMPING, POWER_ITERATIONS = 1e-3, 3
 
-# Parameters up to which self-influence forms the curvature matrix, in as many products and at most 8 MiB.
+# Up to so many parameters, self-influence forms the curvature matrix. This takes one product for each parameter, and at
+# most 8 MiB.
 DENSE_PARAMETERS = 1024
 
-# Right-hand sides that are solved together share the first passes that are not kept, but each takes that many vectors
-# of the model's size.
+# The largest number of right-hand sides in one solve, and how many vectors of the model's size each of them takes.
+# Right-hand sides in one solve share the first passes that are not kept.
 _MOST_TOGETHER, _VECTORS = 16, 12
 
-# Matrices of the sketch's size that are in memory at once while it is computed: test vectors, their products, these
-# shifted, their half-factorised form, and the basis. None of them can be computed in parts without the others.
+# While a sketch is computed, so many matrices of its size are in memory: test vectors, their products, the shifted
+# products, their half-factorised form, and the basis. Each step needs its matrix as a whole.
 _SKETCH_COPIES = 5
 
 
 def inverse_for_queries(settings: Settings) -> type[InverseCurvature]:
-    """The inverse that gives the iHVPs of queries: that of the solver's name, or a solve for each."""
+    """The class of inverse for the iHVPs of queries: one registered under the solver's name, else one that solves."""
     return INVERSES.get(settings.solver, SolverInverse)
 
 
 def inverse_for_self_influence(settings: Settings, size: int) -> type[InverseCurvature]:
-    """The inverse that gives the quadratic form over ``size`` target parameters.
+    """The class of inverse for the quadratic form over ``size`` target parameters.
 
-    For solvers it is exact if the parameters are few, and a sketch otherwise. A name that is no solver has its own.
+    If ``settings.solver`` is a solver, it is exact for few parameters, and a sketch otherwise. If it is the name of an
+    inverse only, it is that inverse.
     """
     if settings.solver in SOLVERS and size <= DENSE_PARAMETERS:
         return DenseInverse
@@ -62,12 +64,12 @@ class SolverInverse(InverseCurvature):
 
     Args:
         settings: The solver and its parameters.
-        curvature: ``C``, ``(p, p)``, open.
-        method: Which rows and columns of it are inverted.
+        curvature: The curvature ``C``, ``(p, p)``.
+        method: The method, which decides which rows and columns of ``C`` are inverted.
         positions: The target parameters ``S``, ``(k,)``.
-        damping: ``λ``.
+        damping: The damping ``λ``.
         decay: Weight decay that is not in the curvature, and is added to the damping.
-        block_size: How many gradients are right-hand sides of one solve.
+        block_size: The number of gradients that are solved together; ``None`` for all.
     """
 
     decay_is_damping = False
@@ -114,7 +116,7 @@ class SolverInverse(InverseCurvature):
 
     @classmethod
     def check(cls, objective: Objective, settings: Settings, method: Method, positions: Tensor) -> None:
-        """Refuses what cannot be fitted, before any work; see :meth:`fit` for the arguments."""
+        """Raises an error, before any work, if :meth:`fit` would fail with these arguments."""
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         return self._method.query(self._curvature, self._positions, gradients, self._solve)
@@ -138,16 +140,21 @@ class SolverInverse(InverseCurvature):
 
 @INVERSES.register(nystrom.name)
 class SketchInverse(SolverInverse):
-    """A sketch of rank ``max_iter`` in place of the curvature. All gradients share its products.
+    """Replaces the curvature by a sketch of rank ``max_iter``, which all gradients share.
 
-    The sketch misses most directions without curvature except weight decay, so weight decay counts as damping.
+    In most directions weight decay is the only curvature, and the sketch misses them. So weight decay is added to the
+    damping instead.
     """
 
     decay_is_damping = True
 
     @classmethod
     def check(cls, objective: Objective, settings: Settings, method: Method, positions: Tensor) -> None:
-        """Raises a :class:`~lightning_gif.errors.ConfigurationError` if the sketch does not fit into memory."""
+        """Checks that the sketch fits into memory.
+
+        Raises:
+            ConfigurationError: If it does not.
+        """
         size = len(positions) if method.cols == "targets" else objective.space.size
         rank = min(max_iter(settings), size)
         check_fits(
@@ -155,22 +162,22 @@ class SketchInverse(SolverInverse):
             objective,
             _SKETCH_COPIES * rank * size * objective.theta.itemsize,
             f"A sketch of rank {rank} of the curvature over {size} parameters",
-            "Give a smaller `max_iter`, which is the rank, or fewer parameters (targets='cached'); solver='cg' needs no"
-            " sketch for the scores of a query",
+            "Give a smaller `max_iter`, which is the rank of the sketch, or fewer parameters (targets='cached'). For"
+            " the scores of a query, solver='cg' needs no sketch",
         )
 
     def _solve(self, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
         return solve(replace(self._settings, solver=nystrom.name), operator, rhs)
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
-        """See :meth:`InverseCurvature.quadratic`. The sketch misses some curvature, so the values are too large."""
+        """See :meth:`InverseCurvature.quadratic`. Values are too large, because the sketch misses some curvature."""
         operator, shift, rank = self._on_targets, self._shift, self._settings.max_iter
         if not shift:
             raise ConfigurationError(
                 f"Self-influence on {operator.shape[0]} parameters is estimated with a sketch of the curvature, which"
-                " needs a `damping` above 0. Leave it out to have it measured."
+                " needs a `damping` above 0. Omit `damping` to have it measured."
             )
-        assert rank is not None  # chosen by defaults.for_influence
+        assert rank is not None  # set by defaults.for_influence
         sketch = low_rank(operator, rank, seed=self._settings.seed)
         return lambda gradients: sketch.quadratic(gradients[:, self._positions], shift)
 
@@ -180,9 +187,9 @@ class SketchInverse(SolverInverse):
 
 
 class DenseInverse(SolverInverse):
-    """Forms the matrix ``C[S, S] + λ`` for the quadratic form. iHVPs come from the chosen solver.
+    """Forms the matrix ``C[S, S] + λ`` for the quadratic form. Its iHVPs are computed by the solver of the settings.
 
-    Weight decay is added to the diagonal like damping.
+    Weight decay is added to the damping.
     """
 
     decay_is_damping = True
@@ -208,7 +215,7 @@ def measured_damping(curvature: LinearOperator, seed: int) -> float:
     """The default damping of scores: a share of the largest eigenvalue, estimated by a few power iterations.
 
     Args:
-        curvature: ``C``, ``(p, p)``.
+        curvature: The curvature ``C``, ``(p, p)``.
         seed: The seed of the start vector.
 
     Raises:
@@ -222,5 +229,5 @@ def measured_damping(curvature: LinearOperator, seed: int) -> float:
             return 0.0
         vector = curvature.matvec(vector / length)
         require_finite(vector, "The product of the curvature with a vector")
-        eigenvalue = float(norms(vector))  # from below
+        eigenvalue = float(norms(vector))  # a lower bound of the largest one
     return RELATIVE_DAMPING * eigenvalue

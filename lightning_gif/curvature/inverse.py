@@ -22,12 +22,12 @@ __all__ = ["INVERSES", "InverseCurvature"]
 class InverseCurvature(ABC):
     """The damped inverse of the curvature at an objective's present parameters.
 
-    To add one, register a subclass in :data:`INVERSES` under the solver name that chooses it. With several processes,
-    all of them make the same calls; only the function that :meth:`quadratic` returns is called by each process for its
-    own examples.
+    To add one, register a subclass in :data:`INVERSES` under the name that users pass as ``solver=``. In a distributed
+    run all processes make the same calls. The only exception is the function that :meth:`quadratic` returns: each
+    process calls it for its own examples.
 
     Attributes:
-        damping: ``λ`` as given or measured, for the report.
+        damping: The given or measured damping ``λ``, for the report.
         block_size: The number of gradients to pass to :meth:`ihvp` at once; ``None`` for all of them.
     """
 
@@ -46,15 +46,15 @@ class InverseCurvature(ABC):
         *,
         on_product: Callable[[], Any] = lambda: None,
     ) -> Self:
-        """Samples the training examples, opens their curvature, and measures the damping where none was given.
+        """Samples the training examples, prepares their curvature, and measures the damping if none is given.
 
         Args:
             objective: An open objective.
             train: The training examples.
             settings: Curvature, solver and their parameters.
-            method: Which rows and columns of the curvature are inverted.
+            method: The method, which decides which rows and columns of the curvature are inverted.
             positions: The target parameters ``S``, ``(k,)``.
-            on_product: Called at each product of the curvature with a vector, to show progress.
+            on_product: Called for each product of the curvature with a vector, to show progress.
 
         Raises:
             NonFiniteError: If a product is not finite.
@@ -62,12 +62,12 @@ class InverseCurvature(ABC):
 
     @abstractmethod
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
-        """The iHVPs of query gradients: vectors ``w`` with ``wᵀg = q[S]ᵀ x(g)``, see :meth:`Method.query`.
+        """The iHVPs of query gradients ``q``: vectors ``w`` with ``wᵀg = q[S]ᵀ x(g)``, see :meth:`Method.query`.
 
-        Warns of solves that did not converge.
+        Warns if a solve did not converge.
 
         Args:
-            gradients: ``(q, p)``.
+            gradients: The gradients of the queries, ``(q, p)``.
 
         Returns:
             The iHVPs ``(q, p)``, and the solution of each solve.
@@ -79,14 +79,17 @@ class InverseCurvature(ABC):
         """
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
-        """The quadratic form ``g ↦ g[S]ᵀ(C[S, S] + λ)⁻¹g[S]``, ``(m, p) → (m,)``, which takes no further products.
+        """The quadratic form ``g ↦ g[S]ᵀ(C[S, S] + λ)⁻¹g[S]`` for self-influence.
+
+        Returns:
+            A function from gradients ``(m, p)`` to values ``(m,)``. It computes no further products with the curvature.
 
         Raises:
-            ConfigurationError: If this inverse has no such form, or not with this curvature or damping.
+            ConfigurationError: If this inverse cannot compute it, or not with this curvature or damping.
         """
         raise ConfigurationError(
             f"{type(self).__name__} has no quadratic form, which self-influence needs. Use another solver, or"
-            " leave `solver` out."
+            " omit `solver`."
         )
 
     @property
@@ -103,5 +106,5 @@ class InverseCurvature(ABC):
 
 
 INVERSES: Registry[type[InverseCurvature]] = Registry("inverse curvature")
-"""Inverses by the name of the solver that chooses them; any other solver is run by
-:class:`~lightning_gif.curvature.by_solver.SolverInverse`."""
+"""Classes of inverses by the value of ``solver=`` that chooses them. For all other values,
+:class:`~lightning_gif.curvature.by_solver.SolverInverse` runs the solver."""

@@ -1,4 +1,4 @@
-"""The influence methods: which rows and columns of the curvature make up the linear system."""
+"""The influence methods: which rows and columns of the curvature form the linear system."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["METHODS", "Group", "Method"]
 
 
 Solve = Callable[[LinearOperator, Tensor], "Solution | list[Solution]"]
-"""``(matrix, rhs) →`` a solution for a vector, a list for columns: a solver with its options."""
+"""A solver with its options: ``(matrix, rhs) →`` one solution if ``rhs`` is a vector, a list if it has columns."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Group:
 
     Attributes:
         share: ``m/n``, their share of all training examples.
-        old: Their curvature with the labels of training.
-        new: The same with corrected labels; ``None`` if the examples are removed.
+        old: Their curvature with the old labels.
+        new: Their curvature with the new labels; ``None`` if the examples are removed.
     """
 
     share: float
@@ -38,15 +38,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Method:
-    """An influence method, given by the rows and columns of the curvature that it inverts in the least-squares sense.
+    """An influence method, defined by the rows and columns of the curvature that form its least-squares problem.
 
-    With ``A = C[rows, cols]``, the change of the target parameters ``S`` for a weighted gradient ``g`` is
-    ``x = (A⁺ g[rows])[S]``. All first-order methods of the GIF paper (arXiv 2312.05586, section 4) have this form.
+    Let ``A = C[rows, cols]``, with the pseudo-inverse ``A⁺``. For a weighted gradient ``g``, the change of the target
+    parameters ``S`` is ``x = (A⁺ g[rows])[S]``. All first-order methods of the GIF paper (arXiv 2312.05586, section 4)
+    have this form.
 
     Attributes:
-        rows: ``"all"`` or ``"targets"``.
-        cols: ``"all"`` or ``"targets"``.
-        selects: Whether the method changes the selected target parameters only; if not, it changes every parameter.
+        rows: The rows of ``A``: ``"all"`` or ``"targets"``.
+        cols: The columns of ``A``: ``"all"`` or ``"targets"``.
+        selects: Whether the method changes only selected target parameters. Otherwise all parameters are targets.
     """
 
     rows: str = "all"
@@ -65,21 +66,22 @@ class Method:
         """The change of the targets for a weighted gradient.
 
         Args:
-            curvature: ``C``, ``(p, p)``.
-            targets: ``S``, positions ``(k,)``.
-            gradient: ``g``, ``(p,)``.
+            curvature: The curvature ``C``, ``(p, p)``.
+            targets: The positions of the target parameters ``S``, ``(k,)``.
+            gradient: The weighted gradient ``g``, ``(p,)``.
             solve: Solves for one or several right-hand sides.
             group: The curvature of the forget examples, for methods that need it.
-            units: ``d > 0`` ``(p,)``: the solve is for ``y`` in ``x = d y``. A unique minimiser without damping stays
-                the same; a solve that stops early changes entries with larger units more, and damping acts on ``y``.
-                A positive semi-definite matrix is scaled from both sides, so that it remains one.
+            units: A scale ``d > 0`` of each entry, ``(p,)``: the solver computes ``y``, and ``x = d y``. Without
+                damping, a unique solution stays the same. A solve that stops early changes entries with a larger scale
+                more, and damping acts on ``y``. A positive semi-definite matrix is scaled from both sides, so that it
+                remains positive semi-definite.
 
         Returns:
-            ``x`` ``(k,)``, and the solution of each solve.
+            The change ``x`` ``(k,)``, and the solution of each solve.
         """
         matrix: LinearOperator = self._matrix(curvature, targets)
         rhs = gradient if self.rows == "all" else gradient[targets]
-        symmetric = is_positive_semidefinite(matrix)  # and to remain so
+        symmetric = is_positive_semidefinite(matrix)
         if units is not None:
             units = units if self.cols == "all" else units[targets]
             matrix = Scaled(matrix, units, rows=symmetric)
@@ -91,20 +93,21 @@ class Method:
     def query(
         self, curvature: LinearOperator, targets: Tensor, gradients: Tensor, solve: Solve
     ) -> tuple[Tensor, list[Solution]]:
-        """The vectors ``w`` for which ``wᵀg = q[S]ᵀx(g)`` for every ``g``.
+        """The iHVPs ``w`` of queries: the vectors with ``wᵀg = q[S]ᵀx(g)`` for every gradient ``g``.
 
-        The map ``g → x`` is linear. Its adjoint takes the gradient ``q`` of a query to ``w`` once; then each training
-        example costs one inner product with its gradient. The adjoint of a pseudo-inverse is the pseudo-inverse of the
-        transpose: the same solver for ``Aᵀ`` and the right-hand side ``q[S]``. All queries are solved together.
+        The map ``g → x`` is linear. Its adjoint maps the gradient ``q`` of a query to ``w``. With ``w``, each training
+        example takes only one inner product with its gradient. The adjoint of a pseudo-inverse is the pseudo-inverse of
+        the transpose, so the same solver is run on ``Aᵀ`` with the right-hand side ``q[S]``. All queries are solved
+        together.
 
         Args:
-            curvature: ``C``, ``(p, p)``.
-            targets: ``S``, positions ``(k,)``.
+            curvature: The curvature ``C``, ``(p, p)``.
+            targets: The positions of the target parameters ``S``, ``(k,)``.
             gradients: The gradients of the queries, ``(n_queries, p)``.
             solve: Solves for one or several right-hand sides.
 
         Returns:
-            ``w`` of each query, ``(n_queries, p)``, and the solution of each solve.
+            The iHVP of each query, ``(n_queries, p)``, and the solution of each solve.
 
         Raises:
             ObjectiveError: If the gradient of a query is zero on all targets.
@@ -116,7 +119,7 @@ class Method:
             which = f"The query {blind[0]}" if len(gradients) > 1 else "The query"
             raise ObjectiveError(
                 f"{which} does not depend on the target parameters: its gradient on all of them is exactly zero, so"
-                " no training example could have moved it through them. Use targets='batch', a larger ratio, or"
+                " no training example can influence it through them. Use targets='batch', a larger ratio, or"
                 " method='if'."
             )
         rhs = on_targets if self.cols == "targets" else scatter(on_targets, targets, size)
@@ -132,7 +135,7 @@ class Method:
         )
 
     def targets(self, space: ParameterSpace, selected: Callable[[], Targets]) -> Targets:
-        """The parameters that the method changes: the selection, or all."""
+        """The parameters that the method changes: the selected targets, or all parameters."""
         return selected() if self.selects else Targets.whole(space)
 
 
@@ -140,10 +143,10 @@ class Method:
 class SecondOrder(Method):
     """The second-order influence of a group on all parameters (Basu, You and Feizi, ICML 2020).
 
-    The objective moves from that on all data, ``L``, to the one without or with corrected forget examples, ``L'``,
-    along the straight line ``L + t(L' − L)``. Its minimiser is expanded in ``t`` up to ``t²``, without third
-    derivatives of the losses. With ``C`` the curvature of ``L`` and ``C'`` that of ``L'``, the first order is
-    ``θ₁ = C⁻¹∇(L − L')``, and the second ``C⁻¹(C − C')θ₁``.
+    Let ``L`` be the objective on all data, and ``L'`` the objective without the forget examples or with new labels for
+    them. The minimiser of ``L + t(L' − L)`` is expanded in ``t`` up to ``t²``, without third derivatives of the losses.
+    With ``C`` the curvature of ``L`` and ``C'`` the curvature of ``L'``, the first-order term is
+    ``θ₁ = C⁻¹∇(L − L')``, and the second-order term ``C⁻¹(C − C')θ₁``.
     """
 
     def edit(
@@ -157,13 +160,13 @@ class SecondOrder(Method):
     ) -> tuple[Tensor, list[Solution]]:
         """The change of all parameters, and the solutions of both solves.
 
-        Without a group there is only the first order. With one, ``units`` are not used.
+        Without a group only the first-order term is computed. With a group, ``units`` are ignored.
         """
         if group is None:
             return super().edit(curvature, targets, gradient, solve, units=units)
         whole = Combination((1 - group.share, curvature), (group.share, group.old))
         # Let p be the group's share. Removal: L' is the mean loss of the retained data, and C − C' = p (C_U − C_R).
-        # Relabelling: L' is that of all data with the new labels, and C − C' = p (C_old − C_new).
+        # Relabelling: L' is the mean loss of all data with the new labels, and C − C' = p (C_old − C_new).
         removal = group.new is None
         difference = Combination(
             (group.share, group.old), (-group.share, curvature if group.new is None else group.new)
@@ -175,14 +178,14 @@ class SecondOrder(Method):
     def query(
         self, curvature: LinearOperator, targets: Tensor, gradients: Tensor, solve: Solve
     ) -> tuple[Tensor, list[Solution]]:
-        """Raises: the second-order influence is that of a group, not of each training example.
+        """Not available: second-order influence is defined for a group, not for a single training example.
 
         Raises:
             ConfigurationError: Always.
         """
         raise ConfigurationError(
-            "method='sif' is the second-order influence of a group that is removed or relabelled; it has no score for"
-            " single training examples other than that of method='if'. Use 'if', or 'gif'."
+            "method='sif' is the second-order influence of a group that is removed or relabelled. It has no scores for"
+            " single training examples. Use method='if' or 'gif'."
         )
 
 
@@ -191,7 +194,7 @@ def _as_list(solutions: Solution | list[Solution]) -> list[Solution]:
 
 
 METHODS: Registry[Method] = Registry("method")
-"""The influence methods by the paper's names."""
+"""The influence methods by their names in the GIF paper."""
 
 
 METHODS.register("gif")(Method(rows="all", cols="targets"))

@@ -1,4 +1,4 @@
-"""The curvature of one batch as a product with vectors: the Hessian and the generalised Gauss–Newton matrix."""
+"""Products of the curvature of one batch with vectors: the Hessian and the generalised Gauss–Newton matrix."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Product = Callable[[Tensor], Tensor]
 """``v ↦ C v``, ``(p,) → (p,)``, where ``C`` is the *sum* of the curvatures of a micro-batch's examples."""
 
 Linearise = Callable[[Tensor, Batch], tuple[Product, tuple[Tensor, ...]]]
-"""``(θ, batch) ↦`` the product at ``θ``, and the tensors whose autograd graphs are all that it keeps in memory."""
+"""``(θ, batch) ↦`` the product at ``θ``, and tensors whose autograd graphs hold all memory that the product keeps."""
 
 
 def hessian(loss_sum: Callable[[Tensor, Batch], Tensor]) -> Linearise:
-    """The second derivative: the product is the reverse-mode derivative of ``∇L(θ)·v`` (Pearlmutter 1994).
+    """The Hessian. Its product with ``v`` is the reverse-mode derivative of ``∇L(θ)·v`` (Pearlmutter 1994).
 
     Args:
         loss_sum: ``(θ, batch) → ()``, the sum of the losses of a batch's examples; twice differentiable in ``θ``.
@@ -36,7 +36,7 @@ def hessian(loss_sum: Callable[[Tensor, Batch], Tensor]) -> Linearise:
         if not loss.requires_grad:
             return torch.zeros_like, ()
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True, materialize_grads=True)
-        if not gradient.requires_grad:  # the loss is linear in θ here and the second derivative is zero
+        if not gradient.requires_grad:  # the loss is linear in θ here, so the second derivative is zero
             return torch.zeros_like, ()
 
         def product(vector: Tensor) -> Tensor:
@@ -56,22 +56,22 @@ def gauss_newton(
 ) -> Linearise:
     """The generalised Gauss–Newton matrix ``Σ JᵢᵀHᵢJᵢ`` (Schraudolph 2002; Martens, JMLR 21, 2020, section 8).
 
-    ``J`` is the Jacobian of the model's outputs and ``Hᵢ`` the second derivative of the loss in these outputs: the
-    matrix is the Hessian without the curvature of the model itself. If the loss is convex in the outputs, it is
-    positive semi-definite.
+    ``Jᵢ`` is the Jacobian of the model's outputs, and ``Hᵢ`` the second derivative of the loss with respect to these
+    outputs. The matrix is the Hessian without the curvature of the model itself. It is positive semi-definite if the
+    loss is convex in the outputs.
 
     Args:
-        outputs: ``(θ, batch) → (…)``, the model's outputs, which the loss is a function of.
+        outputs: ``(θ, batch) → (…)``, the model's outputs, of which the loss is a function.
         loss_sum_at: ``(θ, batch) →`` the sum of the batch's losses as a function of the outputs alone.
-        loss_sum: ``(θ, batch) → ()``, the same sum as a function of ``θ``. At the first batch of each structure it
-            serves to check that the whole loss goes through the outputs.
-        convex: Whether the losses are convex in the outputs. The result then declares that it is positive
-            semi-definite, by an attribute ``positive_semidefinite``.
+        loss_sum: ``(θ, batch) → ()``, the same sum as a function of ``θ``. It is evaluated for the first batch of each
+            structure, to check that the loss depends on ``θ`` through the outputs only.
+        convex: Whether the losses are convex in the outputs. The result then has a true attribute
+            ``positive_semidefinite``.
 
     Raises:
-        ObjectiveError: From the product, if the loss does not go through the outputs alone.
+        ObjectiveError: From the result, if the loss does not depend on ``θ`` through the outputs only.
     """
-    checked: list[Any] = []  # structures
+    checked: list[Any] = []  # batch structures that have been checked
 
     def check(theta: Tensor, batch: Batch, out: Tensor, slope: Tensor) -> None:
         if any(same_structure(batch.data, one) for one in checked):
@@ -84,12 +84,12 @@ def gauss_newton(
             (through,) = torch.autograd.grad(out, theta, slope.detach(), retain_graph=True, materialize_grads=True)
         if float((through - expected).norm()) > 1e-3 * float(expected.norm()):
             raise ObjectiveError(
-                "curvature='ggn' needs a loss that is a function of the model's predictions alone, given to a loss"
-                " function of PyTorch as its first argument, but the gradient through them is not the loss's."
-                " Most often a penalty is added to the loss (give it as `weight_decay`), or arguments are swapped."
-                " Otherwise use curvature='hessian'."
+                "curvature='ggn' needs a loss that is a function of the model's predictions alone, passed to a loss"
+                " function of PyTorch as its first argument. But the gradient through the predictions is not the"
+                " gradient of the loss. Most often a penalty is added to the loss (give it as `weight_decay`), or the"
+                " arguments are swapped. Otherwise use curvature='hessian'."
             )
-        # Its structure, without its memory.
+        # Empty tensors keep the structure of the batch without its memory.
         checked.append(map_tensors(batch.data, lambda tensor: tensor.new_empty([0] * tensor.ndim)))
 
     def linearise(theta: Tensor, batch: Batch) -> tuple[Product, tuple[Tensor, ...]]:
@@ -103,7 +103,7 @@ def gauss_newton(
         check(theta, batch, out, slope)
         if not slope.requires_grad:  # the loss is linear in its predictions here
             return torch.zeros_like, ()
-        # Jᵀu is linear in u, so that its derivative by u in the direction v is J v: forward mode from two reverse ones.
+        # Jᵀu is linear in u, so the reverse-mode derivative of vᵀJᵀu with respect to u is J v.
         dummy = torch.zeros_like(out, requires_grad=True)
         (pulled,) = torch.autograd.grad(out, theta, dummy, create_graph=True, materialize_grads=True)
 
@@ -119,9 +119,9 @@ def gauss_newton(
 
 
 class Losses(Protocol):
-    """What curvature needs of an objective, see :class:`~lightning_gif.objective.objective.Objective`.
+    """The methods of a loss that curvature needs, as in :class:`~lightning_gif.objective.objective.Objective`.
 
-    An objective whose losses are convex in the outputs declares it by an attribute ``convex_in_outputs`` that is true.
+    If its losses are convex in the outputs, it has a true attribute ``convex_in_outputs``.
     """
 
     def loss_sum(self, theta: Tensor, batch: Batch) -> Tensor: ...
@@ -130,7 +130,7 @@ class Losses(Protocol):
 
 
 CURVATURES: Registry[Callable[[Losses], Linearise]] = Registry("curvature")
-"""The curvatures of an objective by name."""
+"""All kinds of curvature by name."""
 
 
 CURVATURES.register("hessian")(lambda objective: hessian(objective.loss_sum))
@@ -138,13 +138,13 @@ CURVATURES.register("hessian")(lambda objective: hessian(objective.loss_sum))
 
 @CURVATURES.register("ggn")
 def gauss_newton_of(losses: Losses) -> Linearise:
-    """The Gauss–Newton matrix of an objective."""
+    """The generalised Gauss–Newton matrix of losses."""
     convex = bool(getattr(losses, "convex_in_outputs", False))
     return gauss_newton(losses.outputs, losses.loss_sum_at, losses.loss_sum, convex=convex)
 
 
 def has_gauss_newton(losses: Losses, theta: Tensor, batch: Batch) -> bool:
-    """Whether the losses of a batch are a function of the predictions alone, and so have a Gauss–Newton matrix."""
+    """Whether losses have a generalised Gauss–Newton matrix: whether they are a function of the predictions alone."""
     try:
         CURVATURES["ggn"](losses)(theta, batch)
     except ObjectiveError:

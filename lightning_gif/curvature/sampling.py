@@ -1,4 +1,4 @@
-"""The samplers, which draw the examples that the curvature is taken over."""
+"""Samplers, which draw the examples over which the curvature is taken."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..registry import Registry
 __all__ = ["CURVATURE_EXAMPLES", "SAMPLERS", "Sampler", "curvature_sample", "sample_size"]
 
 
-# Examples that give the curvature. "Scores that predict retraining": `curvature_examples=512` costs 0.031 of LDS, all
-# examples gain 0.007, which is noise.
+# The number of examples over which the curvature is taken. benchmarks/README.md, "Scores that predict retraining":
+# `curvature_examples=512` costs 0.031 of LDS; all examples gain 0.007, which is noise.
 CURVATURE_EXAMPLES = 2048
 
 Sampler = Callable[[Objective, Examples, int, torch.Generator], Tensor]
-"""``(objective, n examples, m, generator) →`` the positions ``(m,)`` of the examples drawn, without repetition."""
+"""``(objective, n examples, m, generator) →`` the positions ``(m,)`` of the drawn examples, without repetition."""
 
 SAMPLERS: Registry[Sampler] = Registry("curvature sampling")
 """All samplers by name; :meth:`Registry.register` adds one."""
 
 
 def sample_size(settings: Settings) -> int | None:
-    """The most examples that the curvature is taken over; ``None`` for all."""
+    """The largest number of examples over which the curvature is taken; ``None`` for all."""
     chosen = settings.curvature_examples
     return CURVATURE_EXAMPLES if isinstance(chosen, str) else chosen
 
@@ -40,7 +40,7 @@ def curvature_sample(objective: Objective, examples: Examples, count: int | None
     Args:
         objective: An open objective.
         examples: The examples to draw from.
-        count: The size of the sample; ``None``, or more than there are, for all of them.
+        count: The size of the sample. All examples are taken if it is ``None`` or larger than their number.
         how: The name of a sampler.
         seed: The seed of the draw.
     """
@@ -52,22 +52,28 @@ def curvature_sample(objective: Objective, examples: Examples, count: int | None
 
 @SAMPLERS.register("random")
 def uniformly(objective: Objective, examples: Examples, count: int, generator: torch.Generator) -> Tensor:
-    """Draws uniformly: each example is as likely as any other."""
+    """Draws uniformly at random."""
     return torch.randperm(len(examples), generator=generator)[:count]
 
 
 @SAMPLERS.register("balanced")
 def balanced(objective: Objective, examples: Examples, count: int, generator: torch.Generator) -> Tensor:
-    """Draws equally many examples of each class, so that rare classes weigh as much; all examples of small classes."""
+    """Draws the same number of examples of each class, so that rare classes have the same weight.
+
+    If a class has too few examples, all of them are drawn, and more of the other classes.
+
+    Raises:
+        ConfigurationError: If the targets are not labels.
+    """
     classes = examples.classes
     if classes is None:
         raise ConfigurationError(
-            "curvature_sampling='balanced' needs targets that are classes (whole numbers, one for each example). Use"
-            " 'random'."
+            "curvature_sampling='balanced' needs targets that are labels (whole numbers, one for each example). Use"
+            " curvature_sampling='random'."
         )
     order = torch.randperm(len(examples), generator=generator)
     shuffled = classes[order]
-    turn = torch.empty_like(shuffled)  # how many of its class precede each example
+    turn = torch.empty_like(shuffled)  # for each example, the number of earlier examples of its class
     for label in shuffled.unique():
         of_class = shuffled == label
         turn[of_class] = torch.arange(int(of_class.sum()))
@@ -76,9 +82,13 @@ def balanced(objective: Objective, examples: Examples, count: int, generator: to
 
 @SAMPLERS.register("features")
 def by_features(objective: Objective, examples: Examples, count: int, generator: torch.Generator) -> Tensor:
-    """Draws a sample that represents how the features of each class, the input of the last Linear layer, spread.
+    """Draws a sample in which the features of each class are distributed as among all examples.
 
-    After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
+    Features are the inputs of the last Linear layer. The idea is from Koh et al. (arXiv 2510.26776). The examples of a
+    class are drawn evenly along the distance of their features from the mean of the class.
+
+    Raises:
+        ConfigurationError: If the module has no Linear layer whose input has one row for each example.
     """
     values = examples.all_gather(
         [features(objective.loss, objective.theta, batch) for batch in examples.local_batches()]
@@ -88,9 +98,14 @@ def by_features(objective: Objective, examples: Examples, count: int, generator:
 
 @SAMPLERS.register("logits")
 def by_logits(objective: Objective, examples: Examples, count: int, generator: torch.Generator) -> Tensor:
-    """Draws a sample that represents how the model's predictions for each class spread.
+    """Draws a sample in which the predictions for each class are distributed as among all examples.
 
-    After the idea of Koh et al. (arXiv 2510.26776): see :func:`_representative`.
+    The idea is from Koh et al. (arXiv 2510.26776). The examples of a class are drawn evenly along the distance of their
+    predictions from the mean of the class.
+
+    Raises:
+        ConfigurationError: If the predictions do not have one row for each example.
+        ObjectiveError: If the loss is not computed by a loss function of PyTorch.
     """
     values = examples.all_gather(
         [predictions(objective.loss, objective.theta, batch) for batch in examples.local_batches()]
@@ -101,10 +116,10 @@ def by_logits(objective: Objective, examples: Examples, count: int, generator: t
 def _representative(values: Tensor, classes: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draws evenly along the distance of values ``(n, …)`` from the mean of their class.
 
-    The examples are ordered by class, and within a class by that distance; from a random start, every ``n/m``-th is
-    drawn (systematic sampling; Cochran, *Sampling Techniques*, 1977, chapter 8). Each example is as likely as any
-    other, so that the curvature is estimated without bias. Classes, and typical and untypical examples of each, have
-    their true shares in every draw, so that the estimate has less variance than with independent draws.
+    The examples are ordered by class, and within a class by that distance. From a random start, every ``n/m``-th
+    example is drawn (systematic sampling; Cochran, *Sampling Techniques*, 1977, chapter 8). Each example has the same
+    probability, so the estimate of the curvature is unbiased. Each draw has the true shares of the classes, and of
+    typical and untypical examples of a class. So the estimate has a smaller variance than with independent draws.
     """
     distances = torch.empty(len(values), dtype=torch.float64)
     for label in classes.unique():

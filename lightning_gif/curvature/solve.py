@@ -1,4 +1,4 @@
-"""The curvature and the linear systems of one solve, as the settings describe them."""
+"""Opens the curvature and runs the solver that the settings describe."""
 
 from __future__ import annotations
 
@@ -31,21 +31,23 @@ __all__ = [
 ]
 
 
-# Iterations of a solve without an `rtol`, and the most towards one. "What the settings of an edit buy": with 2
-# iterations a class is not forgotten, and 20 of each solve take three times as many products for a retained loss of
-# 0.065 instead of 0.067.
+# The largest number of iterations without an `rtol`, and with one. benchmarks/README.md, "What the settings of an edit
+# buy": with 2 iterations a class is not forgotten. With 20, an edit takes three times as many products, for a retained
+# loss of 0.065 instead of 0.067.
 _ITERATIONS, _MOST_ITERATIONS = 10, 200
 
-# The residual that float32 can still tell from rounding: where none is asked for, a solve ends there before `max_iter`.
+# A solve without an `rtol` ends at this residual, even before `max_iter`: below, float32 cannot distinguish a residual
+# from rounding.
 _LEAST_RTOL = 1e-4
 
 _ADVICE = {
     Status.MAX_ITER: (
-        "The solution is regularised: directions of small curvature have not converged. Raise `max_iter` or `damping`"
+        "Directions of small curvature have not converged, which has a regularising effect. Raise `max_iter` or"
+        " `damping`"
     ),
     Status.INDEFINITE: (
-        "The solve ended at a direction without positive curvature, and may be far from a solution. Use"
-        " solver='lsmr', which takes any curvature, or curvature='ggn', or raise `damping`"
+        "The solve ended because it met a direction without positive curvature, and may be far from a solution. Use"
+        " solver='lsmr', which accepts any curvature, or curvature='ggn', or raise `damping`"
     ),
     Status.STALLED: "More iterations do not help, since rounding dominates: use double=True, or a `damping` above 0",
 }
@@ -69,10 +71,10 @@ def open_curvature(
         objective: An open objective.
         examples: The examples.
         theta: The parameters ``(p,)`` at which it is taken; by default the present ones.
-        losses: Another function of the examples than the objective's loss.
-        weight_decay: Another weight decay than that of the settings.
+        losses: The function whose curvature is taken; by default the objective's loss.
+        weight_decay: The weight decay; by default that of the settings.
         keep: Whether first passes may be kept between products, within ``memory``.
-        on_product: Called at each product.
+        on_product: Called for each product.
     """
     return Curvature(
         CURVATURES[_kind(settings)](losses or objective),
@@ -85,9 +87,9 @@ def open_curvature(
 
 
 def describe(settings: Settings, curvature: Curvature) -> dict[str, Any]:
-    """The kind of a curvature, its counts of products and passes, and its extreme eigenvalues if they were asked for.
+    """The kind of a curvature, and its counts of products and passes, as plain values for a report.
 
-    Only plain values, for a report.
+    If ``eigenvalues`` is set, its extreme eigenvalues are computed and added.
     """
     eigenvalues: dict[str, Any] = {}
     if settings.eigenvalues:
@@ -99,17 +101,17 @@ def solve(settings: Settings, operator: LinearOperator, rhs: Tensor) -> list[Sol
     """Runs the chosen solver.
 
     Args:
-        settings: The solver and its parameters. Without an ``rtol`` it is asked for a number of iterations alone.
-        operator: ``B``, ``(rows, cols)``.
-        rhs: ``(rows,)``, or several as columns ``(rows, q)``.
+        settings: The solver and its parameters.
+        operator: The matrix ``A``, ``(rows, cols)``.
+        rhs: A right-hand side ``(rows,)``, or several as columns ``(rows, q)``.
 
     Returns:
         A solution for each right-hand side.
 
     Raises:
         ConvergenceError: If a solve did not converge and ``unconverged="raise"``, or if it diverged.
-        NonFiniteError: If it met a non-finite number.
-        ConfigurationError: If the solver is not made for the operator, or did not give a solution of the right shape
+        NonFiniteError: If a solve met a non-finite number.
+        ConfigurationError: If the solver does not support the matrix, or did not return a solution of the right shape
             for each right-hand side.
     """
     result = SOLVERS[settings.solver](
@@ -124,16 +126,16 @@ def solve(settings: Settings, operator: LinearOperator, rhs: Tensor) -> list[Sol
     solutions = result if isinstance(result, list) else [result]
     if not all(isinstance(solution, Solution) for solution in solutions):
         raise ConfigurationError(
-            f"The solver {settings.solver!r} must give a lightning_gif.solvers.Solution, or a list of them, got"
-            f" {type(result).__name__}. To change what a solver does, call one and change its solution:"
+            f"The solver {settings.solver!r} must return a lightning_gif.solvers.Solution, or a list of them, got"
+            f" {type(result).__name__}. To build on an existing solver, call it and change its solution:"
             " dataclasses.replace(lightning_gif.solvers.lsmr(operator, rhs, **options), x=...)."
         )
     expected = (operator.shape[1],)
     if len(solutions) != (1 if rhs.ndim == 1 else rhs.shape[1]) or any(s.x.shape != expected for s in solutions):
         raise ConfigurationError(
-            f"The solver {settings.solver!r} must give one solution of shape {expected} for each of the right-hand"
-            f" sides {list(rhs.shape)}, a list of them for columns; it gave"
-            f" {[list(solution.x.shape) for solution in solutions]}."
+            f"The solver {settings.solver!r} must return one solution of shape {expected} for each right-hand side, as"
+            f" a list if there are several. The right-hand sides have shape {list(rhs.shape)}; the solutions have"
+            f" shapes {[list(solution.x.shape) for solution in solutions]}."
         )
     for solution in solutions:
         require_finite(solution.x, f"The solution of {settings.solver!r}")
@@ -148,13 +150,13 @@ def solve_with_relative_damping(
 
     Args:
         settings: The solver and its parameters.
-        relative: The damping as a share of ``‖Bᵀb‖ / ‖b‖``, which takes one product.
-        operator: ``B``, ``(rows, cols)``.
-        rhs: ``b``, ``(rows,)``.
+        relative: The damping as a share of ``‖Aᵀg‖ / ‖g‖``. Measuring it takes one product.
+        operator: The matrix ``A``, ``(rows, cols)``.
+        rhs: The right-hand side ``g``, ``(rows,)``.
 
     Raises:
         ConvergenceError: See :func:`solve`.
-        NonFiniteError: Likewise.
+        NonFiniteError: See :func:`solve`.
     """
     if settings.damping is not None:
         return solve(settings, operator, rhs)
@@ -171,16 +173,16 @@ def newton(settings: Settings, operator: LinearOperator, rhs: Tensor, relative: 
 
     Args:
         settings: Its damping, tolerance and number of iterations.
-        operator: ``C``, ``(n, n)``, symmetric.
-        rhs: ``g``, ``(n,)``.
-        relative: Further damping, as a share of ``‖C g‖ / ‖g‖``.
+        operator: The symmetric matrix ``C``, ``(n, n)``.
+        rhs: The right-hand side ``g``, ``(n,)``.
+        relative: Damping that is added, as a share of ``‖C g‖ / ‖g‖``.
 
     Returns:
         The solution ``x``, and ``xᵀCx``.
 
     Raises:
         ConvergenceError: See :func:`solve`.
-        NonFiniteError: If it met a non-finite number.
+        NonFiniteError: If the solve met a non-finite number.
     """
     solution, curvature = truncated_newton(
         operator,
@@ -195,16 +197,16 @@ def newton(settings: Settings, operator: LinearOperator, rhs: Tensor, relative: 
 
 
 def warn_unconverged(settings: Settings, solutions: list[Solution], *, is_newton: bool = False) -> None:
-    """Warns of solves that did not reach the ``rtol`` that was asked for, or that met negative curvature.
+    """Warns if solves did not reach the given ``rtol``, or met negative curvature.
 
-    Negative curvature ends a solve before its last iteration, so it counts without an ``rtol`` as well. A Newton step
-    ends there by design (Nocedal and Wright, *Numerical Optimization*, 2nd ed., algorithm 7.1): the iterate before is a
-    descent direction, and the losses decide on its step size.
+    Negative curvature ends a solve early, so it is reported even without an ``rtol``. For Newton steps it is not
+    reported: they end there by design (Nocedal and Wright, *Numerical Optimization*, 2nd ed., algorithm 7.1). The
+    iterate before is a descent direction, and trials decide on its step size.
 
     Args:
-        settings: What was asked for, and what to do about it.
-        solutions: Of one or several right-hand sides.
-        is_newton: Whether they are Newton steps.
+        settings: The settings, with ``rtol`` and ``unconverged``.
+        solutions: The solutions for one or several right-hand sides.
+        is_newton: Whether the solutions are Newton steps.
 
     Raises:
         ConvergenceError: Instead of the warning, with ``unconverged="raise"``.
@@ -236,12 +238,12 @@ def warn_unconverged(settings: Settings, solutions: list[Solution], *, is_newton
 
 
 def _kind(settings: Settings) -> str:
-    """The name of the curvature; the Hessian if it was left open to the end."""
+    """The name of the curvature; the Hessian if the setting is still ``"auto"``."""
     return "hessian" if settings.curvature == AUTO else settings.curvature
 
 
 def max_iter(settings: Settings) -> int:
-    """The most iterations of a solve."""
+    """The largest number of iterations of a solve."""
     return settings.max_iter or (_ITERATIONS if settings.rtol is None else _MOST_ITERATIONS)
 
 

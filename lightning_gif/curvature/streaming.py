@@ -1,4 +1,4 @@
-"""The curvature of the training loss as an operator on vectors, streamed over data."""
+"""The curvature of the training loss as a linear operator, whose products are streamed over data."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ __all__ = ["Curvature", "graph_bytes"]
 
 
 class Curvature:
-    """``C = (1/n) Σᵢ Cᵢ + w·I`` over examples, acting on flat vectors ``(p,)``, or several as columns ``(p, q)``.
+    """The curvature ``C = (1/n) Σᵢ Cᵢ + w·I`` over examples, as an operator on vectors ``(p,)`` or columns ``(p, q)``.
 
-    Micro-batches count by their sizes, so that a smaller last batch is no exception. At a fixed ``θ`` the first pass of
-    a product does not depend on the vector. It is kept for as many micro-batches as ``memory`` allows, and repeated for
-    the others, so that memory does not grow with the number of examples. Several vectors share it. With several
-    processes, each keeps the passes of its own shard, and products are over all shards.
+    Examples have equal weights, even if micro-batches differ in size. At a fixed ``θ`` the first pass of a product does
+    not depend on the vector, so several vectors share it. It is kept for as many micro-batches as ``memory`` allows,
+    and repeated for the others. So memory does not grow with the number of examples. In a distributed run each process
+    keeps the passes of its own shard, and products are over all shards.
 
     Args:
         linearise: The curvature of a micro-batch: :func:`~lightning_gif.curvature.products.hessian` or
             :func:`~lightning_gif.curvature.products.gauss_newton`.
-        theta: The parameters at which it is taken, ``(p,)``.
-        examples: The examples, iterated once for each product.
-        weight_decay: ``w`` of the training objective's ``(w/2)‖θ‖²``.
-        memory: The most bytes that kept passes may take.
-        on_product: Called at each product, to show progress.
+        theta: The parameters ``(p,)`` at which it is taken.
+        examples: The examples, read once for each product.
+        weight_decay: The factor ``w`` of the term ``(w/2)‖θ‖²`` of the training objective.
+        memory: The largest number of bytes that kept passes may take.
+        on_product: Called for each product, to show progress.
 
     Attributes:
         positive_semidefinite: Whether ``C`` has no negative eigenvalues, as ``linearise`` declares.
-        products: Products with a vector so far.
-        examples: Examples that these went through.
+        products: The number of products with a vector so far.
+        examples: The number of examples in all these products together.
         shape, dtype, device: See :class:`~lightning_gif.solvers.LinearOperator`.
     """
 
@@ -71,7 +71,7 @@ class Curvature:
         return self._examples.n_local_batches
 
     def summary(self) -> dict[str, int]:
-        """The numbers of micro-batches, of those with a kept first pass, of products, and of examples in these."""
+        """The numbers of micro-batches, of kept first passes, of products, and of examples in all products."""
         batches, kept = self._examples.processes.sum(torch.tensor([self._batches, len(self._kept)])).tolist()
         return {
             "batches": batches,
@@ -89,10 +89,10 @@ class Curvature:
             self._on_product()
         total = torch.zeros_like(columns)
         for product in self._passes():
-            # Contiguous, as a single vector is: other kernels round differently, and how many vectors there are at a
-            # time may depend on the free memory.
+            # Contiguous, because other kernels round differently. The number of columns may depend on the free memory,
+            # and the result for a column must not.
             total += torch.stack([product(column.contiguous()) for column in columns.T], dim=1)
-            del product  # before the next one, so that one at a time is in memory
+            del product  # so that the next product is not in memory at the same time
         total = self._examples.processes.sum(total)
         self._is_zero = self._is_zero and not bool(total.any())
         total = total / len(self._examples) + self._weight_decay * columns
@@ -106,19 +106,19 @@ class Curvature:
         if self.products and self._is_zero:
             rank_zero_warn(
                 "The curvature of the training loss is exactly zero in all directions that were evaluated. Only damping"
-                " and weight decay were inverted, so results have the directions of gradients but no meaningful"
+                " and weight decay were inverted, so the results have the directions of gradients but no meaningful"
                 " size. Either the loss is linear in the model's predictions (F.nll_loss of scores that are not"
                 " log-probabilities: use F.cross_entropy), or the predictions do not depend on the parameters"
-                " (saturated or dead units). If the model itself is curved, curvature='hessian' sees it.",
+                " (saturated or dead units). curvature='hessian' includes the curvature of the model itself.",
                 category=GIFWarning,
             )
 
     def _passes(self) -> Iterator[Product]:
-        """The products of the micro-batches: the kept ones first, then the others, one at a time."""
+        """Yields the product of each micro-batch: first the kept ones, then the others, computed one at a time."""
         if len(self._kept) == self._batches:
             yield from self._kept
             return
-        # Batches with a kept pass are read as well: random augmentation repeats itself only over a whole epoch.
+        # Batches with a kept pass are read, too: random augmentation is repeated exactly only over a whole pass.
         for position, batch in enumerate(self._examples.local_batches()):
             if position < len(self._kept):
                 yield self._kept[position]
@@ -133,9 +133,9 @@ class Curvature:
             del product, graphs
 
     def draw(self, seed: int) -> Curvature:
-        """The curvature over one micro-batch of examples drawn at random, an unbiased estimate.
+        """The curvature over one micro-batch of randomly drawn examples: an unbiased estimate of this curvature.
 
-        Its products, and the examples in them, are added to this operator's counts.
+        Its products and their examples are added to the counts of this operator.
 
         Args:
             seed: The seed of the draw.
@@ -145,7 +145,7 @@ class Curvature:
 
 
 class _Draw(Curvature):
-    """The curvature over a few examples of another one, to which it adds its counts."""
+    """The curvature over a few examples of another curvature, to which it adds its counts."""
 
     def __init__(self, whole: Curvature, examples: Examples) -> None:
         super().__init__(whole._linearise, whole._theta, examples, weight_decay=whole._weight_decay)
@@ -163,10 +163,10 @@ class _Draw(Curvature):
 
 
 def graph_bytes(*results: Tensor) -> int:
-    """How many bytes the autograd graphs of tensors keep alive.
+    """The number of bytes that the autograd graphs of tensors keep alive.
 
-    Each storage counts once, and with no more than the saved tensor uses of it. The graph is walked, and each node
-    asked for what it saved, since hooks on saved tensors do not work under ``torch.func.vmap``.
+    Each storage counts once, with the bytes that the saved tensor uses of it. The saved tensors are read from the nodes
+    of the graph, because hooks on saved tensors do not work under ``torch.func.vmap``.
     """
     sizes: dict[int, int] = {}
     seen: set[Any] = set()
@@ -182,7 +182,7 @@ def graph_bytes(*results: Tensor) -> int:
             for tensor in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(tensor, Tensor):
                     storage = tensor.untyped_storage()
-                    used = min(storage.nbytes(), tensor.numel() * tensor.element_size())  # not a whole data set's
+                    used = min(storage.nbytes(), tensor.numel() * tensor.element_size())  # not the whole storage
                     sizes[storage.data_ptr()] = max(used, sizes.get(storage.data_ptr(), 0))
         queue += [following for following, _ in node.next_functions]
     return sum(sizes.values())

@@ -1,4 +1,4 @@
-"""Batches, the examples in them, their labels, and which training examples they are."""
+"""Batches, examples, their labels and their dataset indices."""
 
 from .._moved import forward
 

@@ -1,4 +1,4 @@
-"""One batch as the model gets it, parsed once."""
+"""One batch as the model gets it, with its size and the dataset indices of its examples."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["Batch", "joined"]
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch as the model gets it, with what is known of its examples.
+    """One batch as the model gets it, with its size and the dataset indices of its examples.
 
-    A subclass may add fields; each of them must have one row for each example, and is sliced and joined with the data.
+    A subclass may add fields. Each of them must have one row for each example; it is sliced and joined with the data.
 
     Attributes:
         data: What the collate function returned, prepared for the model.
@@ -35,10 +35,10 @@ class Batch:
 
     @classmethod
     def of(cls, data: Any) -> Batch:
-        """A batch of unknown origin, whose ids are the positions of its examples.
+        """A batch of unknown origin: its ids are the positions of its examples.
 
         Raises:
-            BatchError: If its tensors do not agree on the number of examples, or there are none.
+            BatchError: If its tensors disagree on the number of examples, or if there is no tensor or no example.
         """
         size = batch_size(data)
         return Batch(data, torch.arange(size), size)
@@ -55,7 +55,7 @@ class Batch:
 
     @cached_property
     def classes(self) -> Tensor | None:
-        """The label of each example, ``(B,)`` on the batch's device; ``None`` where the targets are no labels."""
+        """The label of each example, ``(B,)`` on the batch's device; ``None`` if the targets are not labels."""
         return class_targets(self.data)
 
     @property
@@ -67,15 +67,15 @@ class Batch:
     def require_rows(self) -> None:
         """Checks that each tensor of the data has one row for each example.
 
-        A loader's collate function may return anything, which only ``influence_loss`` can make losses of.
+        A loader's collate function may return other structures. These are accepted only with ``influence_loss``.
 
         Raises:
-            BatchError: If the tensors do not agree on the number of examples, or there is none with a dimension.
+            BatchError: If the tensors disagree on the number of examples, or if none has a dimension.
         """
         batch_size(self.data)
 
     def slice(self, start: int, stop: int) -> Self:
-        """Examples ``start:stop``; the batch itself if these are all."""
+        """Examples ``start:stop``; the batch itself if these are all of its examples."""
         if start <= 0 and stop >= self.size:
             return self
         ids = self.ids[start:stop]
@@ -88,23 +88,23 @@ class Batch:
         return replace(self, ids=self.ids[rows], size=len(rows), **parts)
 
     def same_form(self, other: Batch) -> bool:
-        """Whether the two can be joined: padding, for example, can make tensors of another shape."""
+        """Whether two batches can be joined. They cannot if, for example, they are padded to different lengths."""
         mine, others = self._columns(), other._columns()
         return mine.keys() == others.keys() and all(
             same_form(mine[name], self.size, others[name], other.size) for name in mine
         )
 
     def _columns(self) -> dict[str, Any]:
-        """Everything that has one row for each example, but the ids."""
+        """All fields with one row for each example, except the ids."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("ids", "size")}
 
 
 def joined(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
-    """The same examples in batches of up to ``most``: one large pass costs less than many small ones.
+    """Joins consecutive batches into larger ones, because one large pass costs less than many small ones.
 
     Args:
-        batches: Of any size and form; only neighbours of one form are joined.
-        most: Examples in each batch; a larger batch stays as it is.
+        batches: Batches of any size and form. Only batches of the same form are joined (:meth:`Batch.same_form`).
+        most: The largest number of examples in a joined batch. A batch that is larger already is not changed.
     """
     waiting: list[Batch] = []
     for batch in batches:

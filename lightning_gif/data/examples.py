@@ -1,4 +1,4 @@
-"""Examples that are read in a stable order with stable ids."""
+"""Examples that are read in a stable order, with stable dataset indices."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def _unchanged(batch: Batch) -> Batch:
 class Examples:
     """Examples that can be read any number of times, always in the same order and the same batches.
 
-    In a distributed run every process knows the same examples and can read all of them. :meth:`local_batches` and
-    :meth:`strided_batches` read the part of this process, so the results of all processes have to be combined.
-    :meth:`batches` reads all examples.
+    In a distributed run every process knows the same examples and can read all of them. :meth:`batches` reads all
+    examples. :meth:`local_batches` and :meth:`strided_batches` read a part of them on each process, so the results of
+    all processes have to be combined.
 
     Attributes:
-        dataset: Map-style; its items are collated. ``None`` if the examples exist in memory only.
+        dataset: A map-style dataset, whose items are collated. ``None`` if the examples exist in memory only.
         ids: Dataset indices ``(n,)`` of these examples, in reading order.
-        batch_size: Examples in each batch but the last.
-        collate: Joins a list of items to a batch.
-        prepare: From a collated batch to one in the structure, on the device and in the dtype that the model takes.
-        loader_options: Options of the user's loader that are kept: workers and how they start.
-        seed: Set on the global generators before each pass, so that random augmentation repeats itself.
-        in_memory: The prepared batches if they are held in memory.
+        batch_size: The number of examples in each batch except the last.
+        collate: Turns a list of items into a batch.
+        prepare: Converts a collated batch to the structure, device and dtype that the model takes.
+        loader_options: Options of the user's loader that also apply here: workers and how they start.
+        seed: Seed of the global generators, set before each pass, so that random augmentation is the same each time.
+        in_memory: The prepared batches, if they are held in memory.
         processes: The process group.
         in_memory_shard: The positions at which ``in_memory`` starts and stops, if it holds this process's shard only.
         transform: Applied to each prepared batch that is read, see :meth:`map`.
@@ -100,7 +100,7 @@ class Examples:
     def from_batch(
         cls, data: Any, prepare: Callable[[Any], Any], *, batch_size: int, processes: ProcessGroup = SINGLE_PROCESS
     ) -> Examples:
-        """The examples of one batch, the same on all processes; their ids are their positions in it."""
+        """The examples of one batch, which is the same on all processes. Their ids are their positions in the batch."""
         whole = Batch.of(prepare(data))
         pieces = [whole.slice(start, start + batch_size) for start in range(0, whole.size, batch_size)]
         return cls(
@@ -116,10 +116,10 @@ class Examples:
 
     @cached_property
     def classes(self) -> Tensor | None:
-        """The label of each example, ``(n,)`` on the CPU, in order; ``None`` where the targets are no labels.
+        """The label of each example, ``(n,)`` on the CPU, in order; ``None`` if the targets are not labels.
 
-        Takes one pass over the examples, unless an earlier pass has seen the labels, or those of a larger set are
-        known. All processes of a distributed run have to call it together.
+        Takes one pass over the examples, unless the labels are known from an earlier pass over these examples or over
+        a larger set. All processes of a distributed run have to call it together.
         """
         labels: list[Tensor | None] = []
         for batch in self.local_batches():
@@ -129,7 +129,7 @@ class Examples:
         return self._gather_classes(labels)
 
     def _gather_classes(self, local: list[Tensor | None]) -> Tensor | None:
-        """The labels of all examples from those of each of this process's batches."""
+        """The labels of all examples, from the labels of each local batch."""
         parts = self.processes.gather(local)
         if any(labels is None for part in parts for labels in part):
             return None
@@ -137,13 +137,13 @@ class Examples:
 
     @property
     def class_or_zero(self) -> Tensor:
-        """The label of each example, ``(n,)``; 0 for all where the targets are no labels."""
+        """The label of each example, ``(n,)``; 0 for all if the targets are not labels."""
         return torch.zeros(len(self), dtype=torch.long) if self.classes is None else self.classes
 
     def has_none_of(self, labels: Tensor) -> bool:
-        """Whether all examples have a label, and none of them one of ``labels`` ``(c,)``.
+        """Whether all examples have a label, and no label is among ``labels`` ``(c,)``.
 
-        Unless the labels are known, examples are read up to the first that decides it.
+        If the labels are not known, examples are read until one decides the answer.
         """
         if "classes" in vars(self):
             return self.classes is not None and not bool(torch.isin(self.classes, labels).any())
@@ -161,11 +161,14 @@ class Examples:
         return True
 
     def _with_classes_of(self, other: Examples, chosen: Tensor) -> Examples:
-        """These examples, a subset of ``other``, with their labels if those are known there.
+        """Copies the known labels, if any, from a larger set to these examples, a subset of it.
 
         Args:
             other: The larger set.
             chosen: The subset: positions ``(n,)`` in ``other``, or a mask.
+
+        Returns:
+            These examples.
         """
         if "classes" in vars(other):
             vars(self)["classes"] = None if other.classes is None else other.classes[chosen]
@@ -188,7 +191,7 @@ class Examples:
         return self.in_memory_shard or self.processes.shard(len(self))
 
     def local_batches(self) -> Iterator[Batch]:
-        """This process's shard of the examples, in order, in batches; the shards partition the examples."""
+        """This process's shard of the examples as batches, in order. The shards of all processes partition them."""
         if self.processes.size == 1:
             yield from self.batches()
         elif self.in_memory is None:
@@ -207,7 +210,7 @@ class Examples:
         return -(-(stop - start) // self.batch_size)
 
     def _local_pieces(self) -> Iterator[tuple[Batch, int, int]]:
-        """Each batch in memory with examples of this process's shard, and where these start and stop in it."""
+        """Each batch in memory that has examples of this process's shard, and where they start and stop in it."""
         start, stop = self.shard
         position = start if self.in_memory_shard else 0
         for batch in self.in_memory or ():
@@ -217,7 +220,7 @@ class Examples:
             position += batch.size
 
     def strided_batches(self) -> Iterator[Batch]:
-        """Every ``world_size``-th of :meth:`batches`, unchanged: for what depends on the composition of a batch."""
+        """Every ``world_size``-th batch, unchanged: for computations that depend on batch composition (BatchNorm)."""
         if self.processes.size == 1:
             yield from self.batches()
         elif self.in_memory is not None and self.in_memory_shard is None:
@@ -229,7 +232,7 @@ class Examples:
         """The values that all processes computed, ``(n, …)``, in the order of the examples.
 
         Args:
-            values: For each batch of :meth:`local_batches` a value for each of its examples, ``(B, …)``.
+            values: One tensor ``(B, …)`` for each batch of :meth:`local_batches`, with one row for each example.
         """
         if self.processes.size == 1:
             return torch.cat(values)
@@ -254,9 +257,9 @@ class Examples:
     # ----------------------------------------------------------------------------------------------------------------
 
     def subset(self, positions: Tensor) -> Examples:
-        """The examples at the given positions ``(m,)`` (not dataset indices), in the order given.
+        """The examples at the given positions ``(m,)`` (not dataset indices), in the given order.
 
-        They are read from the dataset. Examples that exist in memory only keep their own order.
+        They are read from the dataset. Examples that exist in memory only keep their present order.
         """
         if self.dataset is not None:
             chosen = replace(self, ids=self.ids[positions], in_memory=None, in_memory_shard=None)
@@ -281,7 +284,7 @@ class Examples:
         return chosen._with_classes_of(self, wanted)
 
     def with_ids(self, ids: Sequence[int]) -> Examples:
-        """The examples with the given dataset indices, in the order given.
+        """The examples with the given dataset indices, in the given order.
 
         Raises:
             TrainingDataError: If no index is given, one is given twice, or one is not among the examples.
@@ -294,7 +297,7 @@ class Examples:
             raise TrainingDataError("No dataset index was given. Give one or more.")
         if missing:
             raise TrainingDataError(
-                f"{len(missing)} of the {len(wanted)} dataset indices given belong to no training example:"
+                f"{len(missing)} of the {len(wanted)} given dataset indices belong to no training example:"
                 f" {missing[:5]}{' …' if len(missing) > 5 else ''}. Give indices that the training loader draws, from"
                 f" {int(self.ids.min())} to {int(self.ids.max())}."
             )
@@ -302,10 +305,10 @@ class Examples:
         return self.subset(order[torch.searchsorted(self.ids[order], wanted)])
 
     def where(self, predicate: Callable[[Any], Any]) -> Examples:
-        """The examples that a function of a prepared batch is true for.
+        """The examples for which a function is true.
 
         Args:
-            predicate: From a batch of B examples to B truth values.
+            predicate: From a prepared batch of B examples to a bool tensor, array or list ``(B,)``.
 
         Raises:
             BatchError: If the function fails or returns anything else.
@@ -325,14 +328,14 @@ class Examples:
         return self.subset(positions)
 
     def sample(self, count: int | None, seed: int) -> Examples:
-        """``count`` of the examples, drawn without replacement and kept in order; all for ``None`` or if fewer."""
+        """``count`` examples, drawn without replacement and kept in order; all if ``None`` or if there are fewer."""
         if count is None or count >= len(self):
             return self
         drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
         return self._select(drawn.sort().values)
 
     def round_robin(self, count: int) -> list[Examples]:
-        """``count`` groups, to which the examples are assigned in turn; no more groups than examples."""
+        """Assigns the examples in turn to ``count`` groups, or to as many as there are examples if that is less."""
         return [self._select(torch.arange(start, len(self), count)) for start in range(min(count, len(self)))]
 
     def _select(self, positions: Tensor) -> Examples:
@@ -342,17 +345,17 @@ class Examples:
     def map(self, function: Callable[[Batch], Batch]) -> Examples:
         """The same examples with each prepared batch passed through a function.
 
-        The function must keep the examples of a batch. It is applied once, now, to batches held in memory, and to
-        others whenever they are read.
+        The function must keep the examples of a batch and their order. It is applied at once to batches held in memory,
+        and to other batches whenever they are read.
         """
         transform = self.transform
         held = None if self.in_memory is None else tuple(map(function, self.in_memory))
         return replace(self, transform=lambda batch: function(transform(batch)), in_memory=held)
 
     def cached(self, most: float = math.inf) -> Examples:
-        """The same examples with their prepared batches held in memory, if they take no more than ``most`` bytes.
+        """The same examples, held in memory if their prepared batches take no more than ``most`` bytes on each process.
 
-        Each process holds its own shard, and either all of them do or none.
+        Each process holds its own shard. If one shard is too large, no process holds any.
         """
         if self.in_memory is not None:
             return self
@@ -370,10 +373,10 @@ class Examples:
 
 
 def warn_if_random(examples: Examples) -> bool:
-    """Warns if an item of the dataset differs when it is read twice, as under random augmentation.
+    """Warns if the first example differs when it is read twice, as with random augmentation.
 
     Returns:
-        Whether it does.
+        Whether it differs.
     """
     if examples.in_memory is not None:
         return False
@@ -385,8 +388,9 @@ def warn_if_random(examples: Examples) -> bool:
     )
     if not same:
         warnings.warn(
-            "The training dataset returns different values each time an example is read (random augmentation?). One"
-            " fixed draw is used. Pass a `dataloader=` without augmentation for results that do not depend on it.",
+            "The training dataset returns different values each time an example is read (random augmentation?). The"
+            " generators are seeded before each pass, so one fixed draw is used. For results that do not depend on the"
+            " draw, pass a `dataloader=` without augmentation.",
             GIFWarning,
             stacklevel=2,
         )
@@ -406,7 +410,7 @@ def _mask(predicate: Callable[[Any], Any], batch: Batch) -> Tensor:
     except Exception as error:
         raise BatchError(
             f"The function that selects examples failed, or returned no truth values: {type(error).__name__}: {error}."
-            f" It is called with whole batches, as {describe(batch.data)}."
+            f" It was called with a whole batch: {describe(batch.data)}."
         ) from error
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch.size,):
         raise BatchError(

@@ -18,19 +18,19 @@ from .structure import sequences, tensors
 __all__ = ["check_same_everywhere", "contents_digest", "data_digest", "fingerprints", "locate", "shares_examples"]
 
 
-# The number of examples that identify a dataset by content: reading all of them can take an hour.
+# How many examples are hashed to identify a dataset by content. Reading all examples can take an hour.
 _DIGESTED = 64
 
-# The number of examples that are compared between processes.
+# How many examples are compared between processes.
 _COMPARED = 8
 
 
 def fingerprints(examples: Examples) -> list[bytes]:
-    """A hash of each example: equal for examples whose prepared tensors and texts are equal bit by bit."""
+    """A hash of each example. Two examples have the same hash if their prepared tensors and texts are equal."""
     hashes: list[bytes] = []
     for batch in examples.local_batches():
         if batch.size > 1 and any(tensor.ndim and tensor.shape[0] != batch.size for tensor in tensors(batch.data)):
-            # Which row belongs to which example shows only where each is read alone.
+            # A tensor without one row for each example: only reading single examples shows what belongs to each.
             return fingerprints(replace(examples, batch_size=1, in_memory=None))
         texts = sequences(batch.data, batch.size)
         parts = [tensor for tensor in tensors(batch.data) if tensor.ndim]
@@ -54,7 +54,7 @@ def contents_digest(examples: Examples) -> str:
 
 
 def data_digest(examples: Examples) -> str:
-    """SHA-256 of the ids of all examples, in order, and of the contents of a few of them."""
+    """SHA-256 of the dataset indices of all examples, in order, and of the contents of a few examples."""
     some = examples.subset(torch.linspace(0, len(examples) - 1, min(len(examples), _DIGESTED)).long().unique())
     state = hashlib.sha256(examples.ids.numpy().data)
     for mark in fingerprints(some):
@@ -65,7 +65,7 @@ def data_digest(examples: Examples) -> str:
 def locate(forget: Examples, train: Examples) -> Tensor:
     """Positions ``(r,)`` in ``train`` of the examples that are also in ``forget``.
 
-    By dataset index if both are over one dataset or ``Subset`` views of it, else by content.
+    Examples are compared by dataset index if both sets are over one dataset or ``Subset`` views of it, else by content.
     """
     (dataset, ids), (train_dataset, train_ids) = root(forget), root(train)
     if dataset is not None and dataset is train_dataset:
@@ -75,7 +75,7 @@ def locate(forget: Examples, train: Examples) -> Tensor:
 
 
 def root(examples: Examples) -> tuple[Any, Tensor]:
-    """The dataset below all ``Subset`` views, and the indices ``(n,)`` of the examples in it."""
+    """The dataset below all ``Subset`` views, and the indices ``(n,)`` of the examples in that dataset."""
     dataset, ids = examples.dataset, examples.ids
     while isinstance(dataset, Subset):
         ids = torch.as_tensor(dataset.indices, dtype=torch.long)[ids]
@@ -90,14 +90,19 @@ def shares_examples(one: Examples, other: Examples) -> bool:
 
 
 def check_same_everywhere(examples: Examples, what: str) -> Examples:
-    """Returns ``examples`` if all processes hold the same: by index, and by content if reading is deterministic.
+    """Checks that all processes hold the same examples.
+
+    All dataset indices are compared, and the contents of a few examples if reading them is deterministic.
 
     Args:
         examples: The examples.
-        what: Their name in the message.
+        what: Their name in the error message.
+
+    Returns:
+        ``examples``.
 
     Raises:
-        ConfigurationError: If the processes hold different ones.
+        ConfigurationError: If the processes hold different examples.
     """
     if examples.processes.size > 1:
         own = replace(examples, processes=SINGLE_PROCESS, in_memory_shard=None)
@@ -110,7 +115,7 @@ def check_same_everywhere(examples: Examples, what: str) -> Examples:
         examples.processes.assert_equal(
             [examples.ids.tolist(), marks],
             what,
-            "Give all processes the same batch, the same indices, or a loader over the same dataset: not the part that"
-            " a process trains on.",
+            "Give all processes the same batch, the same indices, or a loader over the same dataset. Do not give each"
+            " process the part that it trains on.",
         )
     return examples

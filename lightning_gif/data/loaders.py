@@ -1,4 +1,4 @@
-"""The examples that a DataLoader draws, found without iterating it."""
+"""The dataset indices that a DataLoader draws, determined without iterating it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def sampled_ids(loader: DataLoader[Any]) -> Tensor:
         sampler = loader.batch_sampler.sampler
     elif loader.batch_sampler is not None:
         sampler = loader.batch_sampler
-    # Under several processes Lightning wraps any sampler into a distributed one, of which this is a part.
+    # In a distributed run Lightning wraps the sampler in a DistributedSamplerWrapper; this unwraps it.
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     if isinstance(sampler, SubsetRandomSampler):
         return torch.as_tensor(sampler.indices, dtype=torch.long).sort().values
@@ -67,7 +67,7 @@ def sampled_ids(loader: DataLoader[Any]) -> Tensor:
     if not isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
         warnings.warn(
             f"The loader draws with a {type(sampler).__name__}: each example of its dataset counts once, however"
-            " often it is drawn. If some examples are never drawn, pass a loader over the others as `dataloader=`.",
+            " often it is drawn. If some examples are never drawn, pass a loader without them as `dataloader=`.",
             GIFWarning,
             stacklevel=2,
         )

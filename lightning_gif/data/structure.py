@@ -37,8 +37,8 @@ def map_tensors(
     Args:
         data: A batch, or anything a collate function returns.
         function: Applied to each tensor, in a fixed order.
-        sequence: Applied to lists and tuples of ``size`` items without a tensor at any depth: strings, numbers or
-            lists of them, one for each example. The items of other lists are visited: a pair of columns of strings.
+        sequence: Applied to lists and tuples of ``size`` items without a tensor at any depth, such as one string for
+            each example. In other lists and tuples, each item is visited, such as each of two columns of strings.
         size: The number of examples.
     """
     if isinstance(data, Tensor):
@@ -57,7 +57,7 @@ def map_tensors(
             return replace(data, **changes)
         changed = copy.copy(data)
         for name, value in changes.items():
-            object.__setattr__(changed, name, value)  # frozen ones, too
+            object.__setattr__(changed, name, value)  # works for frozen dataclasses, too
         return changed
     return data
 
@@ -68,13 +68,13 @@ def _rebuilds_from_fields(data: Any) -> bool:
 
 
 def _fields(data: Any) -> dict[str, Any]:
-    """The fields of a dataclass that its constructor takes; all of them where it takes something else as well."""
+    """The fields of a dataclass that its constructor takes; all fields if the constructor takes anything else, too."""
     whole = not _rebuilds_from_fields(data)
     return {field.name: getattr(data, field.name) for field in fields(data) if whole or field.init}
 
 
 def _items(data: Any) -> Iterable[Any]:
-    """The items of a container in the order of :func:`map_tensors`; none of anything else."""
+    """The items of a container in the order of :func:`map_tensors`; empty for anything else."""
     if isinstance(data, Mapping):
         return data.values()
     if isinstance(data, (list, tuple)):
@@ -96,23 +96,23 @@ def tensors(data: Any) -> list[Tensor]:
 
 
 def sequences(data: Any, size: int) -> list[Sequence[Any]]:
-    """The lists and tuples of a batch of ``size`` examples that hold one string, number or list for each."""
+    """The lists and tuples in a batch that hold one string, number or list for each of its ``size`` examples."""
     if _is_sequence(data, size):
         return [data]
     return [sequence for item in _items(data) for sequence in sequences(item, size)]
 
 
 def _is_sequence(data: Any, size: int) -> bool:
-    """Whether something holds one string, number or list of them for each of ``size`` examples, and no tensor."""
+    """Whether ``data`` is a list or tuple of ``size`` items without a tensor at any depth."""
     plain = isinstance(data, (list, tuple)) and not hasattr(data, "_fields")
     return plain and len(data) == size and not _has_tensor(data)
 
 
 def batch_size(data: Any) -> int:
-    """The number of examples in a batch: the first dimension that all its tensors share.
+    """The number of examples in a batch: the size of the first dimension of all its tensors.
 
     Raises:
-        BatchError: If there is no tensor with a dimension, if they disagree, or if there is no example.
+        BatchError: If no tensor has a dimension, if the sizes differ, or if there is no example.
     """
     sizes = {tensor.shape[0] for tensor in tensors(data) if tensor.ndim}
     if not sizes:
@@ -120,7 +120,7 @@ def batch_size(data: Any) -> int:
     if len(sizes) > 1:
         raise BatchError(
             f"The tensors of the batch disagree on the number of examples: {describe(data)}. The first dimension of"
-            " each tensor must be the batch; where that cannot be, give the examples as a DataLoader, and define"
+            " each tensor must be the batch. If that is impossible, give the examples as a DataLoader, and define"
             " `influence_loss` (see GIFMixin)."
         )
     size = sizes.pop()
@@ -152,11 +152,11 @@ def slice_batch(data: Any, start: int, stop: int) -> Any:
 
 
 def join(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """Several batches of one form (:func:`same_form`) as one, in the structure of the first.
+    """Joins several batches of the same form (:func:`same_form`) into one, in the structure of the first.
 
     Args:
         parts: The batches, in order.
-        sizes: The number of examples of each.
+        sizes: The number of examples of each batch.
     """
     columns = zip(*(tensors(part) for part in parts), strict=True)
     texts = zip(*(sequences(part, size) for part, size in zip(parts, sizes, strict=True)), strict=True)
@@ -169,13 +169,13 @@ def join(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
 
 
 def same_form(one: Any, size: int, other: Any, other_size: int) -> bool:
-    """Whether all tensors of two batches have the same shapes but for the number of examples.
+    """Whether the tensors of two batches have the same shapes, except for the number of examples.
 
     Args:
         one: A batch.
-        size: The number of its examples.
+        size: The number of examples in ``one``.
         other: Another batch.
-        other_size: The number of its examples.
+        other_size: The number of examples in ``other``.
     """
 
     def form(data: Any, count: int) -> tuple[list[torch.Size], int]:
@@ -203,9 +203,9 @@ def describe(data: Any) -> str:
 
 
 def same_structure(one: Any, other: Any) -> bool:
-    """Whether two batches have the same containers, and tensors of as many dimensions in the same places.
+    """Whether two batches have the same containers, with tensors of the same number of dimensions in the same places.
 
-    Lists and tuples count as the same: collate functions of different versions return one or the other.
+    Lists and tuples count as the same, because collate functions of different versions return one or the other.
     """
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return isinstance(one, Tensor) and isinstance(other, Tensor) and one.ndim == other.ndim

@@ -20,7 +20,10 @@ _MOST_CLASSES = 10_000
 
 
 def _target_key(data: Any) -> Any:
-    """The index or key of a batch's targets: the last item of a tuple or list, or a key such as "label"; else None."""
+    """The index or key of a batch's targets; ``None`` if the structure does not show it.
+
+    It is the last index of a tuple or list, or the first of :data:`TARGET_KEYS` in a mapping.
+    """
     if isinstance(data, Mapping):
         return next((key for key in TARGET_KEYS if isinstance(data.get(key), Tensor)), None)
     if isinstance(data, (list, tuple)) and len(data) >= 2 and isinstance(data[-1], Tensor):
@@ -35,9 +38,9 @@ def find_targets(data: Any) -> Tensor | None:
 
 
 def class_targets(data: Any) -> Tensor | None:
-    """The label of each example, ``(B,)`` integers ≥ 0; ``None`` if the targets of the batch are no labels.
+    """The label of each example, ``(B,)`` integers ≥ 0; ``None`` if the targets of the batch are not labels.
 
-    Integers of 10 000 and more are ids, counts or times, not labels.
+    If an integer is 10 000 or more, the targets are taken for ids, counts or times, not labels.
     """
     targets = find_targets(data)
     if targets is None or targets.dtype.is_floating_point or targets.dtype in (torch.bool, torch.complex64):
@@ -52,37 +55,37 @@ def class_targets(data: Any) -> Tensor | None:
 
 
 def replace_targets(data: Any, targets: Tensor | int) -> Any:
-    """The batch with other targets.
+    """The batch with new targets.
 
     Args:
         data: A batch whose targets are its last item or under a key such as ``"label"`` or ``"target"``.
         targets: New targets in the shape of the old ones, or one label for all examples.
 
     Raises:
-        BatchError: If the batch's targets cannot be found, or the new ones have another shape or dtype.
+        BatchError: If the batch's structure does not show its targets, or the new ones have another shape or dtype.
     """
     key = _target_key(data)
     if key is None:
         raise BatchError(
-            f"The structure of this batch does not show its targets: {describe(data)}. Relabelling needs (inputs, …,"
-            f" targets) or a mapping with one of the keys {', '.join(TARGET_KEYS)}."
+            f"The structure of this batch does not show which tensor has the targets: {describe(data)}. Relabelling"
+            f" needs (inputs, …, targets) or a mapping with one of the keys {', '.join(TARGET_KEYS)}."
         )
     old = data[key]
     if isinstance(targets, bool) or not isinstance(targets, (Tensor, int, float)):
         raise BatchError(
-            "`relabel` must be a tensor or list of new targets, one class for all, or a function from a batch to its"
-            f" new targets, got {targets!r}."
+            "`relabel` must be a tensor or list of new targets, one label for all examples, or a function from a batch"
+            f" to its new targets, got {targets!r}."
         )
     given = torch.as_tensor(targets)
     if given.ndim and given.shape != old.shape:
         raise BatchError(
-            f"`relabel` has shape {list(given.shape)}, but the targets of the batch have {list(old.shape)}. Give one"
-            " new target for each example, in the order of the batch."
+            f"`relabel` has shape {list(given.shape)}, but the targets of the batch have shape {list(old.shape)}. Give"
+            " one new target for each example, in the order of the batch."
         )
     if not torch.can_cast(given.dtype, old.dtype):
         raise BatchError(
-            f"`relabel` has the dtype of {describe(given)} (got {targets!r}), but the targets of the batch are"
-            f" {describe(old)}: they would be rounded."
+            f"`relabel` is {describe(given)} (got {targets!r}), but the targets of the batch are {describe(old)}. The"
+            " new targets would be rounded. Give them in the dtype of the old ones."
         )
     new = given.to(old.device, old.dtype).expand_as(old).clone()
     if isinstance(data, Mapping):

@@ -1,4 +1,4 @@
-"""The running statistics of BatchNorm for other weights or other data."""
+"""The running statistics of BatchNorm, recomputed for other weights or other data."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ _Layers = Mapping[str, nn.modules.batchnorm._BatchNorm]
 
 
 def refreshed_statistics(loss: LossFunction, theta: Tensor, *examples: Examples) -> dict[str, Tensor]:
-    """The running means and variances of BatchNorm over examples at ``theta``, by the names of the buffers.
+    """The running means and variances of all BatchNorm layers at ``theta``, computed over examples.
 
-    Like :func:`torch.optim.swa_utils.update_bn`, it averages the statistics of forward passes in training mode, but
-    each example has the same weight, and everything except BatchNorm, dropout above all, is in evaluation mode.
+    Like :func:`torch.optim.swa_utils.update_bn`, this averages the statistics of forward passes. Unlike there, each
+    example has the same weight, and only BatchNorm is in training mode: dropout, for example, stays off.
 
     Args:
-        loss: Whose forward pass it is.
-        theta: ``(p,)``.
-        examples: Each set is read in random order.
+        loss: The loss function; its forward pass is used.
+        theta: Parameters ``(p,)``.
+        examples: Sets of examples; each set is read in random order.
+
+    Returns:
+        ``running_mean`` and ``running_var`` of each layer, by the names of the buffers.
 
     Raises:
-        ConfigurationError: If the module has no such layers, or there is no batch of two examples.
+        ConfigurationError: If no BatchNorm layer keeps running statistics, if the layers are synchronised over
+            processes, or if no batch has two or more examples.
     """
     module = loss.shadow.module
     layers = {
@@ -40,19 +44,19 @@ def refreshed_statistics(loss: LossFunction, theta: Tensor, *examples: Examples)
     }
     if not layers:
         raise ConfigurationError(
-            f"refresh_statistics=True computes the running statistics of BatchNorm anew, but"
-            f" {type(module).__name__} has no layer that keeps any. Leave it out."
+            f"refresh_statistics=True recomputes the running statistics of BatchNorm, but {type(module).__name__} has"
+            " no layer with running statistics. Omit refresh_statistics."
         )
     processes = examples[0].processes
     if processes.size > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values()):
         raise ConfigurationError(
-            "refresh_statistics=True does not work while BatchNorm is synchronised over processes (sync_batchnorm):"
-            " call it after `fit`, when Lightning has turned that back."
+            "refresh_statistics=True does not work while BatchNorm is synchronised over processes (sync_batchnorm)."
+            " Call it after `fit`: Lightning then has converted the layers back."
         )
     buffers, seen = loss.shadow.buffers(theta.dtype), 0
     with _in_training_mode(layers), torch.no_grad():
         for batch in _shuffled(examples, loss.shadow.seed):
-            if batch.size == 1:  # which has no variance
+            if batch.size == 1:  # a single example has no variance
                 continue
             seen += batch.size
             for layer in layers.values():
@@ -72,7 +76,7 @@ def refreshed_statistics(loss: LossFunction, theta: Tensor, *examples: Examples)
 
 @contextlib.contextmanager
 def _in_training_mode(layers: _Layers) -> Iterator[None]:
-    """Inside of it the layers normalise by the statistics of the batch; afterwards they have their momentum again."""
+    """Inside the block the layers are in training mode; at its end evaluation mode and their momentum are restored."""
     momenta = {name: layer.momentum for name, layer in layers.items()}
     for layer in layers.values():
         layer.train()

@@ -1,4 +1,4 @@
-"""First derivatives of the losses: gradients of means, of single examples, and in given directions."""
+"""First derivatives of the losses: gradients of means, gradients of single examples, and directional derivatives."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ __all__ = [
 DirectionalDerivatives = Callable[[LossFunction, Batch, Tensor], Tensor]
 """``(loss, batch, directions (q, p)) → (q, B)``: ``wᵀ∇ℓ(zᵢ)`` for each direction and example."""
 
-# The number of examples, spread over the training data, on which ways to differentiate are compared.
+# How many examples, spread evenly over the training data, are used to compare ways to differentiate.
 _SPREAD = 8
 
-# Parts of the errors that PyTorch raises where a function has no forward-mode derivative, but a reverse-mode one.
+# Parts of the messages that PyTorch raises for functions without a forward-mode derivative.
 _NO_FORWARD_MODE = ("forward", "mutating directly with `.data` inside functorch transform")
 
 
 def mean_gradient(
     examples: Examples, theta: Tensor, loss_sum: Callable[[Tensor, Batch], Tensor], space: ParameterSpace
 ) -> Tensor:
-    """The gradient ``(p,)`` at ``theta`` of the mean over examples of a function.
+    """The gradient ``(p,)`` at ``theta`` of a function's mean over examples.
 
     Args:
         examples: The examples.
-        theta: ``(p,)``.
+        theta: Parameters ``(p,)``.
         loss_sum: ``(θ, batch) → ()``, the sum of the function over a batch.
         space: The parameters, for error messages.
 
@@ -66,14 +66,15 @@ def query_gradients(
     *,
     per_example: bool,
 ) -> Tensor:
-    """Gradients at ``theta`` of a measurement, ``(q, p)``: of its mean over all examples (q = 1), or of each (q = n).
+    """The gradients ``(q, p)`` of a query's measurement at ``theta``.
 
     Args:
         examples: The ``n`` examples of the query.
-        theta: ``(p,)``.
+        theta: Parameters ``(p,)``.
         measurements: ``(θ, batch) → (B,)``.
         space: The parameters, for error messages.
-        per_example: Of each example.
+        per_example: Whether to return one gradient for each example (q = n). Otherwise the gradient of the mean over
+            all examples is returned (q = 1).
 
     Raises:
         NonFiniteError: If a gradient is not finite.
@@ -109,10 +110,10 @@ def _require_finite(gradients: Tensor, space: ParameterSpace) -> Tensor:
 
 
 def forward_mode(loss: LossFunction, batch: Batch, directions: Tensor) -> Tensor:
-    """Evaluates the losses once in dual numbers for each direction, and forms no gradient of a single example.
+    """Directional derivatives by one forward-mode pass (``torch.func.jvp``) for each direction.
 
-    By :func:`reverse_mode` where an operation of the module has no forward-mode rule, or where a step assigns to the
-    ``.data`` of a tensor, which ``torch.func`` refuses.
+    No gradient of a single example is formed. Falls back to :func:`reverse_mode` if an operation has no forward-mode
+    rule, or if the module assigns to the ``.data`` of a tensor, which ``torch.func`` refuses.
     """
     theta = loss.shadow.theta
     if loss.forward_mode:
@@ -127,7 +128,7 @@ def forward_mode(loss: LossFunction, batch: Batch, directions: Tensor) -> Tensor
 
 
 def reverse_mode(loss: LossFunction, batch: Batch, directions: Tensor) -> Tensor:
-    """Takes two reverse passes: the derivative of ``Σ uᵢ wᵀ∇ℓ(zᵢ)`` by the dummy weights ``u``."""
+    """Directional derivatives by two reverse passes: the derivative of ``Σ uᵢ wᵀ∇ℓ(zᵢ)`` with respect to ``u``."""
     theta = loss.shadow.theta.detach().requires_grad_()
     losses = loss.losses(theta, batch)
     weights = torch.ones_like(losses, requires_grad=True)
@@ -138,21 +139,22 @@ def reverse_mode(loss: LossFunction, batch: Batch, directions: Tensor) -> Tensor
 
 
 def from_gradients(loss: LossFunction, batch: Batch, directions: Tensor) -> Tensor:
-    """Forms the gradients of a few examples at a time, once for all directions."""
+    """Directional derivatives from the gradients of single examples, which are formed once for all directions."""
     rows = loss.gradients(loss.shadow.theta, batch)
     return torch.cat([directions @ part.T for part in rows], dim=1)
 
 
 def choose_derivatives(loss: LossFunction, train: Examples) -> DirectionalDerivatives:
-    """The first of forward mode, reverse mode and explicit gradients that agrees with the gradients of single examples.
+    """Chooses how to compute directional derivatives so that they agree with the gradients of single examples.
 
-    Training follows reverse mode. Forward mode differs from it where a step stops or changes gradients by other means
-    than its functions: it passes through ``torch.no_grad()``, sees no ``Tensor.register_hook``, and follows the ``jvp``
-    of a ``torch.autograd.Function``.
+    Tries :func:`forward_mode`, then :func:`reverse_mode`, and last :func:`from_gradients`, which always agrees.
+
+    Training uses reverse mode. Forward mode can differ from it: it differentiates through ``torch.no_grad()``, ignores
+    ``Tensor.register_hook``, and uses the ``jvp`` of a ``torch.autograd.Function``, not its ``backward``.
 
     Args:
-        loss: The loss.
-        train: The training examples, a few of which are compared.
+        loss: The loss function.
+        train: The training examples; a few of them are used for the comparison.
     """
     shadow = loss.shadow
     some = train.subset(torch.linspace(0, len(train) - 1, min(len(train), _SPREAD)).long().unique())
@@ -166,16 +168,18 @@ def choose_derivatives(loss: LossFunction, train: Examples) -> DirectionalDeriva
             return way
         if loss.forward_mode and way is forward_mode:
             rank_zero_info(
-                "Scores are computed in reverse mode: the forward-mode derivatives of the losses of"
-                f" {type(shadow.module).__name__} are not the gradients that training follows (torch.no_grad() around"
-                " a part that depends on the parameters, a hook on gradients, or a torch.autograd.Function of its"
-                " own)."
+                f"Scores are computed in reverse mode: for {type(shadow.module).__name__}, forward-mode derivatives"
+                " differ from the gradients that training uses. Possible causes are torch.no_grad() around a part that"
+                " depends on the parameters, a gradient hook, or a custom torch.autograd.Function."
             )
     return from_gradients
 
 
 def _distance_from_gradients(way: DirectionalDerivatives, loss: LossFunction, batch: Batch) -> float:
-    """How far derivatives in a random direction are from its inner products with the gradient of each example."""
+    """The difference between derivatives in a random direction and that direction's products with the gradients.
+
+    See :func:`~.autograd.distance`. Infinite if ``way`` fails.
+    """
     shadow = loss.shadow
     generator = torch.Generator().manual_seed(shadow.seed)
     direction = torch.randn(shadow.space.size, generator=generator, dtype=torch.float64).to(shadow.theta)

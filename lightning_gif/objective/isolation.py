@@ -1,4 +1,4 @@
-"""A block in which the user's module can be evaluated, and after which it is as it was before."""
+"""A block in which the user's module can be evaluated; at its end the module is restored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Isolation(NamedTuple):
 
 
 def fails_for_good(device: torch.device) -> bool:
-    """Whether a kernel that meets an index out of bounds makes every later operation on the device fail."""
+    """Whether an index out of bounds in a kernel makes every later operation on the device fail."""
     return device.type != "cpu"
 
 
@@ -41,7 +41,7 @@ def fails_for_good(device: torch.device) -> bool:
 def isolated(
     trainer: Trainer, module: LightningModule, device: torch.device, dtype: torch.dtype, processes: ProcessGroup
 ) -> Iterator[Isolation]:
-    """Inside of it the module can be evaluated and differentiated twice; everything it changes is undone at the end.
+    """Inside the block the module can be evaluated and differentiated twice; its end undoes every change to it.
 
     Args:
         trainer: The module's trainer. Inside, it looks as in training, and none of its loggers logs.
@@ -61,8 +61,8 @@ def isolated(
             # Neither compiled code nor fused attention has second derivatives.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            # Nor have cuDNN's recurrent layers, which in evaluation mode have no first derivatives either. And float32
-            # has to be float32, whatever precision the trainer allows for speed.
+            # cuDNN's recurrent layers have no second derivatives, and in evaluation mode no first ones. TF32 is off,
+            # because float32 has to have its full precision here, whatever the trainer allows.
             recurrent = any(isinstance(submodule, nn.RNNBase) for submodule in module.modules())
             cudnn = torch.backends.cudnn
             stack.enter_context(
@@ -77,7 +77,7 @@ def isolated(
             torch.set_float32_matmul_precision("highest")
             stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
             torch.backends.mha.set_fastpath_enabled(False)
-            # Tensors that a step creates should be of the dtype that everything is computed in.
+            # Tensors that a step creates should have the dtype of the computation.
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)
             stack.enter_context(_members_restored(module))
@@ -97,8 +97,12 @@ def isolated(
                 except RuntimeError as error:
                     if not fails_for_good(device):
                         raise
-                    # A failed device has no random state to restore, for example. The first error is the one to raise.
-                    rank_zero_warn(f"Not all could be restored on {device}: {error}", category=GIFWarning)
+                    # On a failed device nothing can be restored, for example its random state. The first error is more
+                    # useful to the user than this one.
+                    rank_zero_warn(
+                        f"The state of the module could not be restored completely on {device}: {error}",
+                        category=GIFWarning,
+                    )
             raise
         with uninterrupted():
             stack.close()
@@ -106,9 +110,9 @@ def isolated(
 
 @contextlib.contextmanager
 def _members_restored(module: nn.Module) -> Iterator[None]:
-    """Afterwards all modules have their own parameters, buffers and submodules again, by identity and in order.
+    """At the end of the block all modules hold the same parameter, buffer and submodule objects, in the same order.
 
-    Every evaluation replaces some of them and puts them back. This is for one that an interrupt ends in between.
+    Every evaluation replaces some of them and puts them back. This block covers evaluations that were interrupted.
     """
     names: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (held, dict(held)) for one in module.modules() for held in (one._parameters, one._buffers, one._modules)
@@ -122,12 +126,11 @@ def _members_restored(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside of it the module is on another device; afterwards it has its own tensors again.
+    """Inside the block the module is on another device; at its end it has its original tensors again.
 
     Nothing is copied back, because the device may have failed: after an index out of bounds nothing can be read from a
     GPU any more. Nothing writes to the module's own tensors inside. The states of metrics and the ``device`` of a
-    module are plain attributes, see
-    :class:`~.attributes.Attributes`.
+    module are plain attributes, see :class:`~.attributes.Attributes`.
     """
     own: list[Tensor] = list(module.parameters())
     own += [tensor.grad for tensor in own if tensor.grad is not None]
@@ -153,8 +156,13 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 def restore_members(members: dict[str, Any], own: dict[str, Any]) -> None:
-    """Puts a module's parameters, buffers or submodules back, and drops those that were registered since."""
-    if list(members.keys()) != list(own):  # a scripted module has no dictionary, but something with its methods
+    """Puts a module's parameters, buffers or submodules back, and drops those registered since then.
+
+    Args:
+        members: The ``_parameters``, ``_buffers`` or ``_modules`` of the module.
+        own: A copy of ``members`` from before.
+    """
+    if list(members.keys()) != list(own):  # ``.keys()``, because a scripted module has a dictionary-like object here
         members.clear()
     for name, member in own.items():
         if name not in members or members[name] is not member:

@@ -1,4 +1,4 @@
-"""How the losses of single examples come from the user's module: one class for each way, chosen once."""
+"""Loss functions: the ways to compute the losses of single examples with the user's module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .shadow import Shadow
 __all__ = ["LossFunction", "OneByOneLoss", "OwnLoss", "VectorisedLoss", "choose_loss"]
 
 
-# Bytes of gradients of single examples that are computed at a time.
+# Gradients of single examples are computed for so many examples at a time that they take at most these bytes.
 _GRADIENT_BYTES = 2**28
 
 Reduction = Literal["mean", "sum"]
@@ -30,16 +30,16 @@ Reduction = Literal["mean", "sum"]
 class LossFunction(ABC):
     """The training losses of the examples of a batch, as a function of the parameters ``(p,)``.
 
-    A further way to compute them is a further subclass: it defines :meth:`evaluate`, :meth:`losses` and
-    :meth:`sum_of`, and :func:`choose_loss` has to choose it. The other methods follow, less efficiently.
+    A subclass defines :meth:`evaluate`, :meth:`losses` and :meth:`sum_of`, and :func:`choose_loss` has to choose it.
+    The other methods have slower default implementations.
 
     Args:
         shadow: The module.
 
     Attributes:
-        any_structure: Whether batches may be structured otherwise than the training batches.
-        forward_mode: Whether the losses can be differentiated by ``torch.func.jvp``.
-        vectorised: Whether :meth:`gradients` computes those of many examples at once.
+        any_structure: Whether batches may have another structure than the training batches.
+        forward_mode: Whether ``torch.func.jvp`` can differentiate the losses.
+        vectorised: Whether :meth:`gradients` computes the gradients of many examples at once.
     """
 
     any_structure = False
@@ -51,17 +51,17 @@ class LossFunction(ABC):
 
     @abstractmethod
     def evaluate(self, theta: Tensor, batch: Batch, *, buffers: dict[str, Tensor] | None = None) -> Tensor:
-        """What one pass of the module over a batch gives: its losses ``(B,)``, or the loss ``()`` of the whole batch.
+        """One pass of the module over a batch: the losses ``(B,)`` of its examples, or its loss ``()`` as a whole.
 
         Args:
-            theta: ``(p,)``.
+            theta: Parameters ``(p,)``.
             batch: The batch.
             buffers: Buffers by name that the pass may change, see :meth:`~.shadow.Shadow.call`.
         """
 
     @abstractmethod
     def sum_of(self, evaluated: Tensor, batch: Batch) -> Tensor | None:
-        """The sum of the losses ``()`` from what :meth:`evaluate` returned; ``None`` if that does not determine it."""
+        """The sum of the losses ``()``, from the result of :meth:`evaluate`; ``None`` if it cannot be derived."""
 
     @abstractmethod
     def losses(self, theta: Tensor, batch: Batch) -> Tensor:
@@ -72,22 +72,26 @@ class LossFunction(ABC):
         return self.losses(theta, batch).sum()
 
     def map(self, function: Callable[..., Tensor], theta: Tensor, batch: Batch, *rows: Tensor) -> Tensor:
-        """``function(loss, *rows)`` for each example where examples are vectorised, else once for the whole batch.
+        """Calls ``function(loss, *rows)`` once for each example if examples are vectorised, else once for the batch.
 
         Args:
-            function: Its first argument is a function without arguments that evaluates the loss ``()``: of the example,
-                or the sum over the batch.
-            theta: ``(p,)``.
+            function: Its first argument is a function without arguments that returns a loss ``()``: the loss of the
+                example, or the sum over the batch. Its other arguments are ``rows``.
+            theta: Parameters ``(p,)``.
             batch: The batch.
-            rows: Further arguments ``(B, …)``, one row for each example; anything where it is the whole batch.
+            rows: If examples are vectorised, tensors ``(B, …)``; each call gets the row of its example. Otherwise
+                tensors of any shape, passed on as they are.
+
+        Returns:
+            The results ``(B, …)`` of all calls, or the result of the one call.
 
         Raises:
-            ObjectiveError: If the losses come neither from one pass over the batch nor from vectorised examples.
+            ObjectiveError: If examples are not vectorised, and the sum of the losses does not come from one pass.
         """
         return function(partial(self.loss_sum, theta, batch), *rows)
 
     def gradients(self, theta: Tensor, batch: Batch) -> Iterator[Tensor]:
-        """The gradients of the losses, for some examples ``(b, p)`` at a time, in order."""
+        """Yields the gradients of the losses, ``(b, p)`` for the next ``b`` examples, in order."""
         for position in range(batch.size):
             at = theta.detach().requires_grad_()
             yield gradient_of(self.loss_sum(at, batch.slice(position, position + 1)), at)[None]
@@ -109,11 +113,11 @@ class OwnLoss(LossFunction):
 
 
 class StepLoss(LossFunction):
-    """What ``training_step`` returns for a batch of one example, in evaluation mode.
+    """Losses from ``training_step``: the loss of an example is the loss of a batch of that one example.
 
     Args:
         shadow: The module.
-        reduction: What its loss of a whole batch is of the losses of the examples; ``None`` if neither.
+        reduction: Whether ``training_step`` returns the mean or the sum of the losses of a batch; ``None`` if neither.
     """
 
     def __init__(self, shadow: Shadow, reduction: Reduction | None = None) -> None:
@@ -130,7 +134,7 @@ class StepLoss(LossFunction):
 
 
 class VectorisedLoss(StepLoss):
-    """``training_step`` for all examples of a batch at once, by ``torch.func.vmap``."""
+    """``training_step`` for all examples of a batch at once, with ``torch.func.vmap``."""
 
     vectorised = True
 
@@ -167,9 +171,9 @@ class VectorisedLoss(StepLoss):
 
 
 class OneByOneLoss(StepLoss):
-    """``training_step`` for one example after the other; sums take one pass where its reduction is known."""
+    """``training_step`` for one example after the other; one pass gives their sum if the reduction is known."""
 
-    forward_mode = False  # code that is not for vmap is not for jvp either; plain reverse mode takes it
+    forward_mode = False  # code that fails under vmap tends to fail under jvp, too
 
     def losses(self, theta: Tensor, batch: Batch) -> Tensor:
         batch.require_rows()
@@ -188,13 +192,16 @@ class OneByOneLoss(StepLoss):
             raise ObjectiveError(
                 f"curvature='ggn' needs the losses of {type(self.shadow.module).__name__} for a whole batch at once."
                 " But its training_step cannot be vectorised, and its loss for a batch is neither the mean nor the sum"
-                " of those of the examples. Define `influence_loss` (see GIFMixin)."
+                " of the losses of the examples. Define `influence_loss` (see GIFMixin)."
             )
         return super().map(function, theta, batch, *rows)
 
 
 def choose_loss(shadow: Shadow, few: Batch) -> LossFunction:
-    """How the losses of a module are computed, after a probe of a few examples.
+    """Chooses the loss function of a module after trying ``training_step`` on a few examples.
+
+    The choice is ``influence_loss`` if the module defines it, else ``training_step`` vectorised, else ``training_step``
+    for one example at a time, with a warning.
 
     Args:
         shadow: The module.
@@ -215,7 +222,7 @@ def choose_loss(shadow: Shadow, few: Batch) -> LossFunction:
         return VectorisedLoss(shadow, reduction)
     warnings.warn(
         f"The losses of single examples are computed one after the other, which is slow: training_step could not be"
-        f" vectorised ({obstacle}). Override `influence_loss` (see GIFMixin) to compute them at once.",
+        f" vectorised ({obstacle}). Define `influence_loss` (see GIFMixin) to compute them at once.",
         GIFWarning,
         stacklevel=3,
     )
@@ -223,11 +230,11 @@ def choose_loss(shadow: Shadow, few: Batch) -> LossFunction:
 
 
 def _obstacle(vectorised: VectorisedLoss, singly: OneByOneLoss, few: Batch, expected: Tensor) -> str | None:
-    """Why a step cannot be vectorised; ``None`` if it gives the losses and gradients of one example at a time."""
+    """Why ``training_step`` cannot be vectorised; ``None`` if vectorised losses and gradients are right."""
     shadow = singly.shadow
 
     def unlike(batch: Batch) -> float:
-        """How far the gradient of the vectorised losses is from that of one example at a time: vmap drops hooks."""
+        """The difference between the gradients of the vectorised losses and of one example at a time."""
         theta = shadow.theta.detach().requires_grad_()
         gradient = gradient_of(vectorised.losses(theta, batch).sum(), theta)
         losses = singly.losses(theta, batch)
@@ -237,10 +244,10 @@ def _obstacle(vectorised: VectorisedLoss, singly: OneByOneLoss, few: Batch, expe
     try:
         theta = shadow.theta.detach().requires_grad_()
         losses = vectorised.losses(theta, few)
-        gradient_of(losses.sum(), theta)  # activation checkpointing fails here at the earliest
+        gradient_of(losses.sum(), theta)  # activation checkpointing fails in the backward pass only
         if not close(losses, expected):
             return "it gave other losses than one example at a time"
-        if differs(shadow, unlike, few):
+        if differs(shadow, unlike, few):  # vmap ignores hooks on tensors
             return "it gave other gradients, as with a hook on a tensor"
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -257,7 +264,7 @@ def _reduction(module: Any, together: Tensor, expected: Tensor) -> Reduction | N
         warnings.warn(
             f"The loss that {type(module).__name__}.training_step gives for a batch is neither the mean nor the sum of"
             " its losses for the single examples (they are coupled, or weighted). Influence and unlearning refer to the"
-            " losses of single examples. Override `influence_loss` (see GIFMixin) to define them.",
+            " losses of single examples. Define `influence_loss` (see GIFMixin) to set them.",
             GIFWarning,
             stacklevel=4,
         )

@@ -29,38 +29,37 @@ from .shadow import ModelState, Shadow, widen
 __all__ = ["Objective"]
 
 
-# The number of examples that ``training_step`` is probed with: two are enough to distinguish a mean from a sum.
+# How many examples ``training_step`` is tried with: two or more, to distinguish a mean from a sum.
 _PROBE = 3
 
-# For more directions, gradients of single examples are formed once: of a convolutional net they cost as much as some
-# fourteen forward-mode passes (benchmarks/attribution_time.py), of a perceptron less.
+# With more directions than these, gradients of single examples are formed once. For a convolutional network this costs
+# as much as about fourteen forward-mode passes (benchmarks/attribution_time.py), for a perceptron less.
 _FEW_DIRECTIONS = 14
 
 
 class Objective:
     """The per-example training losses of a module as a function ``θ ↦ (B,)`` of a flat vector of its parameters.
 
-    Losses come from ``influence_loss`` where the module defines it. Otherwise the loss of an example is *defined* as
-    what ``training_step`` returns for a batch of that one example, in evaluation mode; :meth:`learn_structure` chooses
+    If the module defines ``influence_loss``, it gives the losses. Otherwise the loss of an example is *defined* as the
+    result of ``training_step`` for a batch of that one example, in evaluation mode. :meth:`learn_structure` chooses
     how it is computed, see :mod:`~lightning_gif.objective.losses`.
 
-    Use :meth:`open`. Inside of it the module is in evaluation mode on the trainer's device, and nothing that the
-    computations do to it lasts: parameters, buffers, metrics, logged values, attributes, train/eval flags and random
-    generators are as before.
+    Create an objective with :meth:`open`. Inside that block the module is in evaluation mode on the trainer's device.
+    At its end parameters, buffers, metrics, attributes, train/eval flags and random generators are as before, and
+    nothing was logged.
 
     In a distributed run, passes over :class:`~lightning_gif.data.examples.Examples` are divided among the processes,
-    and their results are the same on all of them. Parameters must be, too. Buffers, which BatchNorm lets drift apart,
-    are taken from the first process.
+    and every process gets the same results. Parameters must be the same on all processes. Buffers may differ, as those
+    of BatchNorm do; the buffers of the first process are used.
 
     Args:
-        trainer: Whose precision, strategy and hooks prepare batches.
+        trainer: The trainer; its precision, strategy and hooks prepare batches.
         shadow: The module.
         processes: The process group.
 
     Attributes:
-        convex_in_outputs: Whether the losses are convex in :meth:`outputs`. They are, because the outputs are what the
-            step passes to loss functions of PyTorch that are convex in them. A step that subtracts such a loss
-            breaks this.
+        convex_in_outputs: Whether the losses are convex in :meth:`outputs`. This holds because :meth:`outputs` records
+            the arguments of convex loss functions of PyTorch. It is wrong for a step that subtracts such a loss.
     """
 
     convex_in_outputs = True
@@ -84,9 +83,11 @@ class Objective:
 
     @staticmethod
     def check_module(module: LightningModule) -> None:
-        """Raises a :class:`~lightning_gif.errors.ConfigurationError` if the module cannot give a loss.
+        """Checks that the module can give a loss outside the training loop.
 
-        Only ``influence_loss`` can where the optimisation is manual, or where ``training_step`` takes an iterator.
+        Raises:
+            ConfigurationError: If the module does not define ``influence_loss``, and it optimises manually or its
+                ``training_step`` takes a ``dataloader_iter``.
         """
         if overrides(module, "influence_loss"):
             return
@@ -113,12 +114,12 @@ class Objective:
         double: bool = False,
         processes: ProcessGroup = SINGLE_PROCESS,
     ) -> Iterator[Objective]:
-        """The objective, inside of everything that isolates its evaluation from the user's run.
+        """A block that yields the objective and restores the module at its end.
 
         Args:
             trainer: See the class.
             module: The module, unwrapped.
-            seed: Of random numbers that a loss may draw.
+            seed: Seed of random numbers that a loss may draw.
             double: Compute in float64 instead of float32.
             processes: See the class.
 
@@ -141,7 +142,7 @@ class Objective:
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """Buffers that everything is computed with in place of the module's own, by name."""
+        """Buffers by name that replace the module's own in all computations."""
         return self.shadow.state.statistics
 
     @statistics.setter
@@ -149,7 +150,7 @@ class Objective:
         self.shadow.state = ModelState(self.theta, buffers)
 
     def model_state(self, state: Mapping[str, Tensor] | None = None) -> ModelState:
-        """The present state for :meth:`at_state`; or another one, given by parameters and buffers by name."""
+        """A state for :meth:`at_state`: the present one, or one given by parameters and buffers by name."""
         if state is None:
             return self.shadow.state
         theta = torch.cat([state[name].reshape(-1) for name in self.space.slots]).to(self.theta)
@@ -158,7 +159,7 @@ class Objective:
         return ModelState(theta, {name: common[name].to(buffer) for name, buffer in buffers.items()})
 
     def at_state(self, state: ModelState) -> contextlib.AbstractContextManager[None]:
-        """Inside of it, parameters and buffers are those of another state; the module keeps its own."""
+        """Inside the block, computations use the parameters and buffers of another state. The module keeps its own."""
         return self.shadow.at(state)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class Objective:
     def prepare(self, data: Any) -> Any:
         """A batch as the training loop would pass it to ``training_step``, but in the dtype of :attr:`theta`."""
         strategy = self.trainer.strategy
-        # Inference tensors (from a test loop) cannot be saved for backward; a copy made outside of that mode can.
+        # Inference tensors (from a test loop) cannot be saved for the backward pass; their copies can.
         data = map_tensors(data, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
         data = strategy.precision_plugin.convert_input(data)
         data = self.module._on_before_batch_transfer(data, dataloader_idx=0)
@@ -178,7 +179,7 @@ class Objective:
     def learn_structure(self, train: Examples) -> None:
         """Learns from the first training examples how batches are structured and how losses are computed.
 
-        Never from a query: a single example does not show whether a loss is a mean or a sum.
+        A query cannot replace them: a single example does not show whether a loss is a mean or a sum.
         """
         few = train.subset(torch.arange(min(_PROBE, len(train))))
         batch = next(few.batches())
@@ -186,15 +187,15 @@ class Objective:
         self._loss = choose_loss(self.shadow, batch)
 
     def learn_derivatives(self, train: Examples) -> None:
-        """Chooses on a few training examples how :meth:`directional_derivatives` are computed."""
+        """Chooses how :meth:`directional_derivatives` are computed, by a comparison on a few training examples."""
         self._directional = derivatives.choose_derivatives(self.loss, train)
 
     def check(self, examples: Examples, what: str, *, measured: bool = False) -> None:
-        """Checks that ``examples`` are structured as the training batches are and have finite losses.
+        """Checks that ``examples`` have the structure of the training batches and finite losses.
 
         Args:
             examples: The examples.
-            what: Their name in messages.
+            what: Their name in error messages.
             measured: Check the measurement of a query instead of the loss.
 
         Raises:
@@ -213,13 +214,13 @@ class Objective:
                         with IndicesInBounds():
                             (self.measurements if measured else self.loss.evaluate)(self.theta, batch)
                     values = values_of(self.theta, batch)
-                    finite = bool(torch.isfinite(values).all())  # where a GPU reports the errors of its kernels
+                    finite = bool(torch.isfinite(values).all())  # waits for a GPU, which now reports kernel errors
             except (BatchError, ObjectiveError, ConfigurationError):
                 raise
             except Exception as error:
                 raise BatchError(
                     f"The {name} of the {what} batch could not be computed: {type(error).__name__}: {error}. Given:"
-                    f" {describe(batch.data)}. In training, three at a time: {describe(self._reference)}."
+                    f" {describe(batch.data)}. In training, {_PROBE} at a time: {describe(self._reference)}."
                 ) from error
             if not finite:
                 raise NonFiniteError(
@@ -232,25 +233,29 @@ class Objective:
         if same_structure(data, self._reference):
             return
         several = isinstance(data, Tensor) and data.ndim > 1 and not data.is_floating_point()
-        remedy = " Indices in the training dataset have one dimension, as `.indices[0]` has." if several else ""
+        remedy = " To pass dataset indices, give a tensor with one dimension, such as `.indices[0]`." if several else ""
         raise BatchError(
-            f"The {what} batch is not structured as the training batches are. Given: {describe(data)}."
-            f" In training, three at a time: {describe(self._reference)}.{remedy}"
+            f"The {what} batch does not have the structure of the training batches. Given: {describe(data)}."
+            f" In training, {_PROBE} at a time: {describe(self._reference)}.{remedy}"
         )
 
     def _why_not_finite(self, batch: Batch) -> str:
         parts = self.module.state_dict().items()
         names = [name for name, part in parts if isinstance(part, Tensor) and not torch.isfinite(part).all()]
         if names:
-            return f": the model's own weights are not ({', '.join(names[:5])}{' …' if len(names) > 5 else ''})"
+            shown = f"{', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+            return f": weights or buffers of the model are not finite ({shown})"
         inputs = [tensor for tensor in tensors(batch.data) if tensor.is_floating_point()]
         bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in inputs)
         if bad:
-            return f": its tensors hold {bad} non-finite value(s)"
-        return ", though its tensors are: the model overflows, or its loss uses the value of a torchmetrics metric"
+            return f": the batch has {bad} non-finite value(s)"
+        return (
+            ", although the batch and the weights are finite: the model overflows, or its loss uses the value of a"
+            " torchmetrics metric"
+        )
 
     def progress(self, description: str, total: int | None = None) -> tqdm[Any]:
-        """A progress bar; hidden where the trainer shows none, and on all ranks but the first."""
+        """A progress bar; hidden if the trainer shows none, and on all ranks except the first."""
         shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
         return tqdm(total=total, desc=description, disable=not shown, leave=False)
 
@@ -260,7 +265,7 @@ class Objective:
 
     @property
     def loss(self) -> LossFunction:
-        """How the losses are computed.
+        """The loss function.
 
         Raises:
             ObjectiveError: Before :meth:`learn_structure`, unless the module defines ``influence_loss``.
@@ -277,7 +282,7 @@ class Objective:
         return self.loss.losses(theta, batch)
 
     def measurements(self, theta: Tensor, batch: Batch) -> Tensor:
-        """What a query measures, ``(B,)``: ``influence_measurement`` where the module defines it, else the losses."""
+        """What a query measures, ``(B,)``: ``influence_measurement`` if the module defines it, else the losses."""
         if self._own_measurement:
             return self.shadow.per_example(theta, "influence_measurement", batch.data)
         return self.losses(theta, batch)
@@ -295,7 +300,7 @@ class Objective:
         return outputs.loss_sum_at(self.loss, theta, batch)
 
     def n_classes(self, examples: Examples) -> int | None:
-        """The number of classes that the model predicts, see :func:`~.outputs.n_classes`; ``None`` if none."""
+        """The number of classes, see :func:`~.outputs.n_classes`; ``None`` if the model is no classifier."""
         return outputs.n_classes(self.loss, self.theta, examples, self.shadow.seed)
 
     def logits(self, theta: Tensor, batch: Batch) -> Tensor:
@@ -303,18 +308,18 @@ class Objective:
         return outputs.logits(self.loss, theta, batch)
 
     def loss_and_logits(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """:meth:`loss_sum` and :meth:`logits`, by one pass where possible, see :func:`~.outputs.loss_and_logits`."""
+        """:meth:`loss_sum` and :meth:`logits`, in one pass if possible, see :func:`~.outputs.loss_and_logits`."""
         return outputs.loss_and_logits(self.loss, theta, batch)
 
     def gradients(self, batch: Batch) -> Iterator[Tensor]:
-        """The gradients of the losses at the present parameters, for some examples ``(b, p)`` at a time."""
+        """Yields the gradients of the losses at the present parameters, ``(b, p)`` for the next ``b`` examples."""
         return self.loss.gradients(self.theta, batch)
 
     def directional_derivatives(self, batch: Batch, directions: Tensor) -> Tensor:
-        """``wᵀ∇ℓ(zᵢ)`` for each direction ``w`` and each example, at the present parameters.
+        """``wᵀ∇ℓ(zᵢ)`` for each direction ``w`` and each example ``zᵢ``, at the present parameters.
 
-        As :meth:`learn_derivatives` has chosen; for many directions by the gradients of a few examples at a time, once
-        for all directions.
+        :meth:`learn_derivatives` has chosen how they are computed. For many directions they are computed from gradients
+        of single examples, if these are vectorised.
 
         Args:
             batch: A batch of B examples.
@@ -332,17 +337,17 @@ class Objective:
     # ----------------------------------------------------------------------------------------------------------------
 
     def mean(self, examples: Examples, function: Callable[[Tensor, Batch], Tensor], theta: Tensor) -> float:
-        """The mean over examples at ``theta`` of a function that is summed over batches, ``(θ, batch) → ()``."""
+        """The mean of a function over examples, at ``theta``; ``function(θ, batch)`` returns its sum over a batch."""
         with torch.no_grad():
             total = sum(float(function(theta, batch)) for batch in examples.local_batches())
         return self.processes.total(total) / len(examples)
 
     def mean_loss(self, examples: Examples, theta: Tensor | None = None) -> float:
-        """The mean loss over examples at ``theta``, by default at the present parameters."""
+        """The mean loss over examples, at ``theta`` or, by default, the present parameters."""
         return float(self.all_losses(examples, theta).double().mean())
 
     def all_losses(self, examples: Examples, theta: Tensor | None = None) -> Tensor:
-        """The losses of all examples, ``(n,)``, at ``theta``, by default at the present parameters."""
+        """The losses ``(n,)`` of all examples, at ``theta`` or, by default, the present parameters."""
         at = self.theta if theta is None else theta
         with torch.no_grad():
             losses = [self.losses(at, batch) for batch in examples.local_batches()]
@@ -354,24 +359,29 @@ class Objective:
         theta: Tensor | None = None,
         loss_sum: Callable[[Tensor, Batch], Tensor] | None = None,
     ) -> Tensor:
-        """The gradient ``(p,)`` of the mean loss over examples at ``theta``, by default at the present parameters.
+        """The gradient ``(p,)`` of the mean loss over examples.
 
         Args:
             examples: The examples.
-            theta: ``(p,)``.
-            loss_sum: The sum over a batch of another function of its examples, see :meth:`loss_sum`.
+            theta: Parameters ``(p,)``, by default the present ones.
+            loss_sum: The sum over a batch of the function to differentiate, by default :meth:`loss_sum`.
 
         Raises:
-            NonFiniteError: If it is not finite.
+            NonFiniteError: If the gradient is not finite.
         """
         at = self.theta if theta is None else theta
         return derivatives.mean_gradient(examples, at, loss_sum or self.loss_sum, self.space)
 
     def query_gradients(self, examples: Examples, *, per_example: bool) -> Tensor:
-        """Gradients of the measurement, ``(q, p)``: of its mean over all examples (q = 1), or of each (q = n).
+        """The gradients ``(q, p)`` of the query's measurement at the present parameters.
+
+        Args:
+            examples: The ``n`` examples of the query.
+            per_example: Whether to return one gradient for each example (q = n). Otherwise the gradient of the mean
+                over all examples is returned (q = 1).
 
         Raises:
-            NonFiniteError: If one is not finite.
+            NonFiniteError: If a gradient is not finite.
         """
         return derivatives.query_gradients(examples, self.theta, self.measurements, self.space, per_example=per_example)
 

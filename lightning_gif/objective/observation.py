@@ -1,4 +1,4 @@
-"""The statistics of neurons and parameters on given examples, as training would gather them."""
+"""The statistics that selectors use, computed on given examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ __all__ = ["observe"]
 
 
 def observe(loss: LossFunction, examples: Examples) -> tuple[NeuronStatistics, GradientStatistics]:
-    """What selectors would see if training went on with the examples: one forward and backward pass over them."""
+    """The statistics of neurons and parameters on the examples, by one forward and backward pass over them.
+
+    They are those that training on the examples would gather, but in evaluation mode and at constant parameters.
+    """
     shadow, processes = loss.shadow, examples.processes
     neurons, gradients = NeuronStatistics(), GradientStatistics()
     try:

@@ -1,4 +1,4 @@
-"""What a loss is computed from: the predictions that enter it, the logits of a classifier, and features."""
+"""The predictions that a loss is computed from, the logits of a classifier, and its features."""
 
 from __future__ import annotations
 
@@ -19,41 +19,46 @@ from .predictions import Predictions
 __all__ = ["features", "logits", "loss_and_logits", "loss_sum_at", "n_classes", "outputs", "predictions"]
 
 
-# How many examples show whether a model predicts classes.
+# How many examples are evaluated to learn whether a model predicts classes.
 _PREDICTED = 64
 
 
 def outputs(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:
-    """The predictions that the losses of a batch are computed from, ``(B, d)`` or flat; differentiable in ``theta``.
+    """The predictions that the losses of a batch are computed from; differentiable in ``theta``.
+
+    These are the first arguments of all calls of PyTorch's loss functions, see :class:`~.predictions.Predictions`.
+
+    Returns:
+        ``(B, d)`` if examples are vectorised, else one flat vector for the whole batch.
 
     Raises:
         ObjectiveError: If the loss is not computed by a loss function of PyTorch.
     """
     name = type(loss.shadow.module).__name__
 
-    def noted(evaluate: Callable[[], Tensor]) -> Tensor:
+    def recorded(evaluate: Callable[[], Tensor]) -> Tensor:
         with Predictions() as seen:
             evaluate()
         try:
             flat = seen.flat()
         except RuntimeError as error:
             raise ObjectiveError(
-                f"{name} computes its losses inside of a vmap, out of which their predictions cannot be taken for"
-                " curvature='ggn' and curvature_sampling='logits'. Use curvature='hessian'."
+                f"{name} computes its losses inside a vmap of its own. Their predictions, which curvature='ggn' and"
+                " curvature_sampling='logits' need, cannot be read from there. Use curvature='hessian'."
             ) from error
         if flat is None:
             raise ObjectiveError(
                 "curvature='ggn' and curvature_sampling='logits' need the predictions of the loss, but"
                 f" {name} calls none of PyTorch's losses (F.cross_entropy, F.mse_loss, nn.BCEWithLogitsLoss, …). Use"
-                " curvature='hessian', or one of these."
+                " curvature='hessian', or compute the loss with one of these functions."
             )
         return flat
 
-    return loss.map(noted, theta, batch)
+    return loss.map(recorded, theta, batch)
 
 
 def loss_sum_at(loss: LossFunction, theta: Tensor, batch: Batch) -> Callable[[Tensor], Tensor]:
-    """The sum of the losses of a batch as a function of its predictions alone, shaped as by :func:`outputs`."""
+    """The sum of the losses of a batch as a function of its predictions, which have the shape of :func:`outputs`."""
 
     def replaced(evaluate: Callable[[], Tensor], part: Tensor) -> Tensor:
         with Predictions(part):
@@ -63,7 +68,7 @@ def loss_sum_at(loss: LossFunction, theta: Tensor, batch: Batch) -> Callable[[Te
 
 
 def predictions(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:
-    """The predictions for each example of a batch, ``(B, d)``, on the CPU; of several heads side by side.
+    """The predictions for each example of a batch, ``(B, d)``, on the CPU. Those of several heads are concatenated.
 
     Raises:
         ObjectiveError: If the loss is not computed by a loss function of PyTorch.
@@ -78,8 +83,8 @@ def predictions(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:
     rows = seen.rows(batch.size)
     if rows is None:
         raise ConfigurationError(
-            f"curvature_sampling='logits' needs predictions with one row for each example, which"
-            f" {type(loss.shadow.module).__name__} does not make. Use 'features' or 'random'."
+            f"curvature_sampling='logits' needs predictions with one row for each example, but those of"
+            f" {type(loss.shadow.module).__name__} have another shape. Use 'features' or 'random'."
         )
     return rows.cpu()
 
@@ -90,7 +95,8 @@ def features(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:
     The positions of a sequence are averaged.
 
     Raises:
-        ConfigurationError: If the module has no Linear layer, or its last one does not see one row for each example.
+        ConfigurationError: If the module has no Linear layer, or the last one's input does not have one row for each
+            example.
     """
     module = loss.shadow.module
     inputs: list[Tensor] = []
@@ -109,23 +115,24 @@ def features(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:
                 hook.remove()
     if not inputs or len(inputs[-1]) != batch.size:
         raise ConfigurationError(
-            f"curvature_sampling='features' needs a Linear layer that sees one row for each example, which"
-            f" {type(module).__name__} does not end in. Use 'logits' or 'random'."
+            f"curvature_sampling='features' needs a last Linear layer whose input has one row for each example, but"
+            f" {type(module).__name__} has none. Use 'logits' or 'random'."
         )
     last = inputs[-1]
     return last.reshape(len(last), -1, last.shape[-1]).mean(1).cpu()
 
 
 def n_classes(loss: LossFunction, theta: Tensor, examples: Examples, seed: int) -> int | None:
-    """``C``, if the loss looks at one softmax over ``C`` classes for each example, in the order of the labels.
+    """The number of classes ``C``, if the model is a classifier.
 
-    ``None`` if it calls no cross-entropy of PyTorch, or with other targets than the labels in the batch.
+    A classifier computes one cross-entropy of PyTorch over ``C`` classes for each example, with the labels in the batch
+    as targets. For any other loss, the result is ``None``.
 
     Args:
-        loss: The loss.
-        theta: ``(p,)``.
-        examples: A few of them are looked at.
-        seed: Of the draw of these.
+        loss: The loss function.
+        theta: Parameters ``(p,)``.
+        examples: The examples; a random sample of them is evaluated.
+        seed: Seed of the sample.
     """
     few = next(examples.sample(_PREDICTED, seed).batches())
     with torch.no_grad():
@@ -146,7 +153,7 @@ def logits(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:
 
 
 def loss_and_logits(loss: LossFunction, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The sum of the losses of a batch, ``()``, and :func:`logits`; by one pass where losses are not coupled.
+    """The sum of the losses of a batch, ``()``, and :func:`logits`. One pass gives both, unless losses are coupled.
 
     Raises:
         ObjectiveError: If the loss of this batch calls no cross-entropy.
@@ -159,7 +166,7 @@ def loss_and_logits(loss: LossFunction, theta: Tensor, batch: Batch) -> tuple[Te
 
 
 def _evaluate(loss: LossFunction, theta: Tensor, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """One pass over a batch, and its logits ``(B, C)`` and targets ``(B,)`` if it is that of a classifier."""
+    """The result of one pass over a batch, and its logits ``(B, C)`` and targets ``(B,)`` if there are any."""
     with Predictions() as seen:
         evaluated = loss.evaluate(theta, batch)
     return evaluated, seen.classified()
@@ -168,7 +175,7 @@ def _evaluate(loss: LossFunction, theta: Tensor, batch: Batch) -> tuple[Tensor, 
 def _require_logits(loss: LossFunction, classified: tuple[Tensor, Tensor] | None, batch: Batch) -> Tensor:
     if classified is None:
         raise ObjectiveError(
-            f"{type(loss.shadow.module).__name__} predicts classes by a cross-entropy for some batches, but not for"
+            f"{type(loss.shadow.module).__name__} computes a cross-entropy over classes for some batches, but not for"
             f" this one: {describe(batch.data)}."
         )
     return classified[0]

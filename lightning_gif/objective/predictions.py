@@ -28,24 +28,24 @@ _LOSSES: set[Callable[..., Any]] = {
     F.soft_margin_loss,
 }
 
-# Loss functions that are linear in log-probabilities u, and convex in the logits. Since log_softmax(u) = u, the loss is
-# the same convex function of u as well. Both have the same gradient and Gauss–Newton matrix Jᵀ(diag(p) − ppᵀ)J, because
-# the Jacobian of u is I − 1pᵀ times that of the logits, and (diag(p) − ppᵀ)1 = 0.
+# Loss functions that are linear in log-probabilities u and convex in the logits z. Since log_softmax(u) = u, the loss
+# is the same convex function of u as of z. Both give the same gradient and Gauss–Newton matrix Jᵀ(diag(p) − ppᵀ)J: the
+# Jacobian of u is I − 1pᵀ times the Jacobian of z, and (diag(p) − ppᵀ)1 = 0.
 _OF_LOG_PROBABILITIES: set[Callable[..., Any]] = {F.nll_loss, F.kl_div}
 
 _LOG_SOFTMAX: set[Callable[..., Any]] = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
 
-# Scores are log-probabilities if their exponentials sum to 1 up to this error, or up to so many roundings of the dtype.
+# A prediction counts as log-probabilities if its logsumexp is within the first number of 0, or within the second number
+# of machine epsilons, if that is more.
 _NORMALISED, _ROUNDINGS = 1e-3, 32
 
 
 class Predictions(TorchFunctionMode):
-    """Inside of it, the predictions that are passed to PyTorch's loss functions are recorded, or replaced by others.
+    """A block that records the predictions passed to PyTorch's loss functions, or replaces them by others.
 
-    The predictions of a loss of log-probabilities (``F.nll_loss``, ``F.kl_div``) are the logits if it is called with
-    the unchanged result of a ``log_softmax``, else the log-probabilities, however they were computed. Replacements of
-    log-probabilities are normalised first, so that the loss is convex in them and has the Gauss–Newton matrix of the
-    logits.
+    ``F.nll_loss`` and ``F.kl_div`` take log-probabilities. If these are the unchanged result of a ``log_softmax``, the
+    logits are recorded as the predictions, else the log-probabilities. Replacements of log-probabilities are normalised
+    first, so that the loss is convex in them and has the Gauss–Newton matrix of the logits.
 
     Args:
         others: Flat predictions that replace those of the model, in the order of the calls.
@@ -66,19 +66,19 @@ class Predictions(TorchFunctionMode):
         return torch.cat([prediction.reshape(-1) for prediction in self._predictions])
 
     def classified(self) -> tuple[Tensor, Tensor] | None:
-        """The logits ``(B, C)`` and targets ``(B,)`` of a cross-entropy with classes.
+        """The logits ``(B, C)`` and targets ``(B,)`` of a cross-entropy over classes.
 
-        ``None`` if there was none, if other logits were passed to another loss function, or inside of a vmap.
+        ``None`` if there was none, if any loss function got other predictions, or if the call was inside a vmap.
         """
         if not self._predictions or not all(isinstance(target, Tensor) for target in self._targets):
             return None
         first, target = self._predictions[0], self._targets[0]
         try:
             same = all(one.data_ptr() == first.data_ptr() and one.shape == first.shape for one in self._predictions)
-        except RuntimeError:  # tensors of a vmap have no data outside of it
+        except RuntimeError:  # tensors of a vmap have no data outside it
             return None
-        right = first.ndim == 2 and target.shape == first.shape[:1] and not target.is_floating_point()
-        return (first, target) if same and right else None
+        over_classes = first.ndim == 2 and target.shape == first.shape[:1] and not target.is_floating_point()
+        return (first, target) if same and over_classes else None
 
     def rows(self, size: int) -> Tensor | None:
         """The predictions of all calls side by side, ``(size, d)``; ``None`` if one does not have ``size`` rows."""
@@ -108,7 +108,7 @@ class Predictions(TorchFunctionMode):
                 return func(log_softmax(self._record(logits)), *rest, **kwargs)
             scores = self._record(prediction)
             if self._others is not None:
-                # F.nll_loss has classes in the second dimension, F.kl_div in any.
+                # F.nll_loss has the classes in the second dimension, F.kl_div in any.
                 second = min(1, scores.ndim - 1)
                 scores = _normalised(scores, [second] if func is F.nll_loss else range(scores.ndim))
             return func(scores, *rest, **kwargs)
@@ -127,14 +127,14 @@ class Predictions(TorchFunctionMode):
 
 
 class IndicesInBounds(TorchFunctionMode):
-    """Inside of it, a label that the model does not predict, or a row that an embedding does not have, raises at once.
+    """A block in which the labels of a cross-entropy and the indices of an embedding are checked before use.
 
-    On a CPU PyTorch raises an ``IndexError`` itself. On a GPU an assertion fails inside of a kernel, after which the
-    process cannot read from that device any more, not even the weights. The targets of a cross-entropy and the indices
-    of an embedding are checked, but not inside of ``vmap``, where code cannot depend on values.
+    On a CPU, PyTorch raises an ``IndexError`` itself. On a GPU, an assertion fails inside a kernel. After that the
+    process cannot read anything from the device, not even the weights. Calls inside ``vmap`` are not checked, because
+    code cannot depend on values there.
 
     Raises:
-        IndexError: From a call inside.
+        IndexError: From a call inside the block, if a label or index is out of bounds.
     """
 
     def __torch_function__(
@@ -163,22 +163,23 @@ def _check_bounds(indices: Tensor, size: int, ignored: int | None, what: str, of
     except RuntimeError:  # inside of vmap
         return
     if bad:
-        raise IndexError(f"The {what} {bad[0]} is none of the {size} {of}, 0 to {size - 1}")
+        raise IndexError(f"The {what} {bad[0]} is out of bounds: there are {size} {of}, numbered 0 to {size - 1}")
 
 
 def _normalised(scores: Tensor, dims: Iterable[int]) -> Tensor:
-    """The log-softmax of log-probabilities, which has the same values; other scores unchanged.
+    """Applies ``log_softmax`` to log-probabilities, which keeps their values; returns other scores unchanged.
 
-    The choice depends on values. It is made by ``torch.where``, because inside of ``vmap`` code cannot branch on them.
+    The choice depends on values. It uses ``torch.where``, because code inside ``vmap`` cannot branch on values.
 
     Args:
-        scores: Of any shape.
-        dims: Dimensions that can be that of the classes. It is the one along which most scores are normalised, or the
-            last of several such.
+        scores: Predictions of any shape.
+        dims: The dimensions that may hold the classes. The one along which most scores are normalised is taken, or the
+            last of them in case of a tie.
     """
     values = scores.detach()
     tolerance = max(_NORMALISED, _ROUNDINGS * torch.finfo(scores.dtype).eps)
-    # A single class has no curvature, and a very likely one would seem to be normalised along a dimension of size 1.
+    # A dimension of size 1 is skipped: a single class has no curvature, and a log-probability near 0 would seem to be
+    # normalised along it.
     normalised = {d: torch.logsumexp(values, d, keepdim=True).abs() < tolerance for d in dims if scores.shape[d] > 1}
     if not normalised:
         return scores
@@ -191,5 +192,5 @@ def _normalised(scores: Tensor, dims: Iterable[int]) -> Tensor:
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
-    """The first argument, positional or removed from ``kwargs``, and the other positional arguments."""
+    """The first argument and the other positional ones. If it was given by keyword, it is removed from ``kwargs``."""
     return (args[0], args[1:]) if args else (kwargs.pop("input"), ())

@@ -1,4 +1,4 @@
-"""The user's module as a function of its parameters and buffers, evaluated so that the module stays as it is."""
+"""The user's module as a function of its parameters and buffers; evaluating it does not change the module."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ModelState(NamedTuple):
 
     Attributes:
         theta: The parameters ``(p,)``.
-        statistics: Buffers in place of the module's own, by name.
+        statistics: Buffers by name that replace the module's own.
     """
 
     theta: Tensor
@@ -41,8 +41,8 @@ class ModelState(NamedTuple):
 class Shadow:
     """The user's module as a function of its parameters and buffers.
 
-    All calls into the module go through :meth:`call`. Use :meth:`open`: inside of it the module is in evaluation mode
-    on ``device``, and nothing that a call does to it lasts, see :func:`~.isolation.isolated`.
+    All calls into the module go through :meth:`call`. Create a shadow with :meth:`open`: inside that block the module
+    is in evaluation mode on ``device``, and at its end the module is as before, see :func:`~.isolation.isolated`.
 
     Args:
         module: The module, unwrapped.
@@ -90,7 +90,7 @@ class Shadow:
         seed: int = 0,
         double: bool = False,
     ) -> Iterator[Shadow]:
-        """The shadow of a module, inside of everything that isolates its evaluation from the user's run.
+        """A block that yields the shadow of a module and restores the module at its end.
 
         Args:
             trainer: The module's trainer.
@@ -118,12 +118,12 @@ class Shadow:
 
     @property
     def fails_for_good(self) -> bool:
-        """Whether a kernel that meets an index out of bounds makes every later operation on the device fail."""
+        """Whether an index out of bounds in a kernel makes every later operation on the device fail."""
         return isolation.fails_for_good(self.device)
 
     @contextlib.contextmanager
     def at(self, state: ModelState) -> Iterator[None]:
-        """Inside of it, calls take parameters and buffers from another state."""
+        """Inside the block, calls use the parameters and buffers of another state."""
         own = self.state
         self.state = state
         try:
@@ -133,7 +133,7 @@ class Shadow:
 
     @contextlib.contextmanager
     def in_double(self) -> Iterator[None]:
-        """Inside of it, everything is computed in float64; see :meth:`widened` for batches."""
+        """Inside the block, everything is computed in float64; see :meth:`widened` for batches."""
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
@@ -152,18 +152,18 @@ class Shadow:
         return {name: widen(buffer.detach().clone(), dtype) for name, buffer in values.items()}
 
     def call(self, theta: Tensor, method: str, *args: Any, buffers: dict[str, Tensor] | None = None) -> Any:
-        """The result of a method of the module with its parameters from ``theta``; differentiable in ``theta``.
+        """Calls a method of the module with the parameters ``theta``; the result is differentiable in ``theta``.
 
-        The module sees copies of all parameters, trainable and frozen, and of its buffers: a step may write to them,
-        through ``.data`` or in place, as momentum encoders and weight clipping do. Version counters do not see a write
-        through ``.data``, and comparing values afterwards reads as much memory as a copy. The copies are made here,
-        inside of the call, because a transform of ``torch.func`` refuses in-place operations on tensors from outside.
+        The module gets copies of all parameters, trainable and frozen, and of its buffers. A step may write to them, as
+        momentum encoders and weight clipping do. Detecting such writes instead would not be cheaper: version counters
+        miss a write through ``.data``, and comparing values reads as much memory as a copy. The copies are made inside
+        the call, because ``torch.func`` refuses in-place operations on tensors from outside a transform.
 
         Args:
-            theta: ``(p,)``.
+            theta: Parameters ``(p,)``.
             method: The name of the method.
-            args: What it is called with.
-            buffers: Buffers by name that it may change, instead of copies.
+            args: Its arguments.
+            buffers: Buffers by name that the method may change. By default it gets copies.
         """
         values = self.buffers(theta.dtype) if buffers is None else buffers
         frozen = {
@@ -190,7 +190,7 @@ class Shadow:
         """
         output = self.call(theta, "training_step", data, *self._batch_index, buffers=buffers)
         loss = output.get("loss") if isinstance(output, dict) else output
-        if loss is None:  # the step was skipped: these examples were not trained on
+        if loss is None:  # Lightning skips such a step, so the model was not trained on these examples
             return theta.new_zeros(())
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ObjectiveError(
@@ -217,14 +217,14 @@ class Shadow:
 
     @property
     def _batch_index(self) -> list[int]:
-        """What ``training_step`` takes after the batch: as in the training loop, a second parameter is its index."""
+        """The arguments of ``training_step`` after the batch: the batch index 0, if it takes a second argument."""
         parameters = inspect.signature(self.module.training_step).parameters.values()
         takes_index = len(parameters) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
         return [0] if takes_index else []
 
 
 def widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in at least the precision of ``dtype``; integers stay as they are."""
+    """Converts a floating-point or complex tensor to at least the precision of ``dtype``; returns others unchanged."""
     if tensor.is_complex():
         return tensor.to(torch.promote_types(tensor.dtype, dtype))
     narrow = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < torch.finfo(dtype).bits
@@ -232,7 +232,7 @@ def widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _common_buffers(module: nn.Module, processes: ProcessGroup) -> dict[str, Tensor]:
-    """The first process's buffers, where those of the processes differ, as BatchNorm lets them; else none.
+    """The buffers of the first process, if the buffers of the processes differ, as those of BatchNorm may; else none.
 
     Raises:
         ConfigurationError: If the processes do not have the same parameters.
@@ -242,7 +242,7 @@ def _common_buffers(module: nn.Module, processes: ProcessGroup) -> dict[str, Ten
     processes.assert_equal(
         digest(dict(module.named_parameters())),
         "weights",
-        "Load the same checkpoint on all of them; apply and undo an edit on all of them, not on the first alone.",
+        "Load the same checkpoint on all processes, and apply and undo edits on all of them.",
     )
     buffers = {name: buffer.detach().cpu() for name, buffer in module.named_buffers()}
     marks = processes.gather(digest(buffers))
@@ -254,11 +254,11 @@ def _common_buffers(module: nn.Module, processes: ProcessGroup) -> dict[str, Ten
 
 @contextlib.contextmanager
 def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside of it the module has other tensors; afterwards it has its own again, in the same order.
+    """Inside the block the module holds other tensors; at its end it holds its own again, in the same order.
 
-    A tensor that the module holds under several names, because a layer is registered twice or weights are tied, is
-    replaced everywhere. ``torch.func.functional_call`` would swap the tensor of a layer that is registered twice once
-    for each name, and put back the replacement (as of PyTorch 2.13).
+    A tensor that the module holds under several names is replaced everywhere. This happens if a layer is registered
+    twice or weights are tied. ``torch.func.functional_call`` handles a layer that is registered twice wrongly: it
+    leaves the replacement in the module (as of PyTorch 2.13).
 
     Args:
         module: The module.

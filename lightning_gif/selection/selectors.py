@@ -26,12 +26,12 @@ class Layer:
 
     Attributes:
         name: The layer's name.
-        neurons: Number of output neurons ``n``: output features or channels.
-        fan_in: The number of weights of one neuron; 0 if the weight is frozen or may not be changed.
-        bias: Whether there is a bias that may be changed.
+        neurons: The number of neurons ``n``: output features or channels.
+        fan_in: The number of weights of one neuron; 0 if the weight is frozen or excluded by ``influence_parameters``.
+        bias: Whether there is a bias that is trainable and not excluded.
         outputs: ``|mean output|`` of each neuron, ``(n,)``; ``None`` if unknown.
         gradients: ``|mean output gradient|`` of each neuron, ``(n,)``; ``None`` if unknown.
-        entries: Root-mean-square gradient of each entry, ``(size,)``; ``None`` if unknown.
+        entries: The root-mean-square gradient of each entry, ``(size,)``; ``None`` if unknown.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Layer:
 
     @property
     def size(self) -> int:
-        """Number of entries."""
+        """The number of entries."""
         return self.neurons * (self.fan_in + self.bias)
 
     def weights_of(self, neuron: int) -> Tensor:
-        """Entries ``(fan_in,)`` of one neuron's weights."""
+        """The numbers ``(fan_in,)`` of the entries that are the weights of one neuron."""
         return torch.arange(neuron * self.fan_in, (neuron + 1) * self.fan_in)
 
     def need(self, kind: str) -> Tensor:
@@ -63,21 +63,23 @@ class Layer:
             raise SelectionError(
                 f"The selector needs the {'gradients of the parameters' if kind == 'entries' else kind} of layer"
                 f" {self.name!r}, but they are not available: training did not gather them ({cache}=False, or the layer"
-                " was not used), and no batch was evaluated for them. Use targets='batch', or a selector without"
+                " was not used), and no batch was evaluated for them. Use targets='batch', or a selector that needs no"
                 " statistics: 'random', or parameter names."
             )
         return value
 
 
 Selector = Callable[[Layer, float, torch.Generator], Tensor]
-"""``selector(layer, ratio, generator) → entries``: the entries of the layer that become targets, each once."""
+"""``selector(layer, ratio, generator) → entries``: the numbers of the entries that become targets, each once."""
 
 SELECTORS: Registry[Selector] = Registry("selector")
 """All selectors by name; add your own with :meth:`Registry.register`."""
 
 
 def whole_neurons(layer: Layer, order: Sequence[int], ratio: float, generator: torch.Generator) -> Tensor:
-    """``⌊ratio · size⌋`` entries: whole neurons in the given order, the rest drawn from the weights of the next one.
+    """Picks ``⌊ratio · size⌋`` entries of a layer as whole neurons, in the given order.
+
+    If the last neuron does not fit as a whole, the remaining entries are drawn from its weights.
 
     Args:
         layer: The layer.
@@ -99,7 +101,7 @@ def whole_neurons(layer: Layer, order: Sequence[int], ratio: float, generator: t
 
 
 def _ranked(values: Tensor, *, descending: bool) -> list[int]:
-    # A stable sort makes ties (dead neurons) the same on every machine.
+    # A stable sort orders ties (dead neurons) in the same way on every machine.
     order: list[int] = values.cpu().sort(descending=descending, stable=True).indices.tolist()
     return order
 
@@ -131,7 +133,7 @@ SELECTORS.register("exclusive_k_gradients")(_outside_the_top("gradients"))
 
 @SELECTORS.register("random")
 def random(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
-    """``⌊ratio · n⌋`` of the weights and of the biases, drawn one by one."""
+    """``⌊ratio · n⌋`` of a layer's ``n`` weights and the same share of its biases, drawn at random."""
     weights = layer.neurons * layer.fan_in
     biases = layer.neurons * layer.bias
     return torch.cat(
@@ -144,21 +146,21 @@ def random(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
 
 @SELECTORS.register("threshold")
 def threshold(layer: Layer, ratio: float, generator: torch.Generator, *, start: float = 1.0) -> Tensor:
-    """Weights and biases drawn from the neurons with a mean output above a threshold.
+    """Weights and biases drawn from the neurons with an absolute mean output above a threshold.
 
-    In each layer the threshold starts at 1 and is lowered in steps of 0.01, as in the paper's scripts. It stops once
-    the neurons above it have ``⌊ratio · n⌋`` weights and ``⌊ratio · n⌋`` biases.
+    In each layer the threshold starts at 1 and is lowered in steps of 0.01, as in the paper's scripts. This ends when
+    the neurons above it have at least the share ``ratio`` of the layer's weights and of its biases. As many are drawn.
     """
     outputs = layer.need("outputs").cpu()
     weights, biases = int(ratio * layer.neurons * layer.fan_in), int(ratio * layer.neurons * layer.bias)
     enough = max(-(-weights // layer.fan_in) if layer.fan_in else 0, biases)
     if not enough:
         return torch.empty(0, dtype=torch.long)
-    # The step at which the last needed neuron passes, instead of a loop over steps.
+    # The number of steps after which enough neurons are above the threshold, computed without a loop.
     last = float(outputs.sort(descending=True).values[enough - 1])
     steps = max(0, int((start - last) / 0.01) + 1) if last <= start else 0
     pool = (outputs > start - 0.01 * steps).nonzero().squeeze(1)
-    if len(pool) < enough:  # a rounding error of the step
+    if len(pool) < enough:  # because ``steps`` is rounded
         pool = outputs.sort(descending=True, stable=True).indices[:enough].sort().values
     owned = torch.cat([layer.weights_of(int(neuron)) for neuron in pool])
     return torch.cat(
@@ -171,12 +173,16 @@ def threshold(layer: Layer, ratio: float, generator: torch.Generator, *, start: 
 
 @SELECTORS.register("largest_gradients")
 def largest_gradients(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
-    """The ``⌊ratio · size⌋`` entries with the largest root-mean-square gradient in training; not from the paper."""
+    """The ``⌊ratio · size⌋`` entries with the largest root-mean-square gradient. Not from the GIF paper."""
     return torch.tensor(_ranked(layer.need("entries"), descending=True)[: int(ratio * layer.size)], dtype=torch.long)
 
 
 def check_selector(selector: str | Sequence[str], ratio: float) -> None:
-    """Checks a selector and a ratio as far as that is possible without a model.
+    """Checks a selector and a ratio as far as possible without a model.
+
+    Args:
+        selector: The name of a selector, or names or patterns of parameters.
+        ratio: The share of each layer's entries.
 
     Raises:
         ConfigurationError: For an unknown selector or a ratio out of range.
@@ -198,7 +204,7 @@ def check_selector(selector: str | Sequence[str], ratio: float) -> None:
 
 
 def is_name(selector: str | Sequence[str]) -> bool:
-    """Whether this is the name of a selector. Names of parameters have a dot, and patterns a wildcard."""
+    """Whether ``selector`` is the name of a selector: a string without a dot or wildcard, unlike parameter names."""
     return isinstance(selector, str) and not any(mark in selector for mark in ".*?[")
 
 
@@ -217,13 +223,13 @@ def select(
 
     Args:
         module: The model.
-        selector: A registered name, applied to each Linear and Conv layer; or names or patterns of parameters of any
-            kind. All entries of parameters that match become targets.
-        ratio: Share of each layer's entries; ignored for explicit names.
+        selector: The name of a selector, which is applied to each Linear and Conv layer; or names or patterns of
+            parameters of any kind. All entries of a parameter that matches become targets.
+        ratio: The share of each layer's entries; ignored for names and patterns of parameters.
         allowed: Names or patterns of parameters that may be changed (``GIFMixin.influence_parameters``).
         neurons: Statistics that rank neurons.
         gradients: Statistics that rank single entries.
-        classes: Rank neurons only by examples of these classes; ``None`` for all.
+        classes: Rank neurons by examples of these classes only; ``None`` for all classes.
         seed: Seed of all random draws.
 
     Raises:
@@ -238,7 +244,8 @@ def select(
         named = [name for name in match_names(space.slots, patterns) if name in may_change]
         if not named:
             raise SelectionError(
-                f"All parameters that {patterns} matches are excluded by influence_parameters {list(allowed)}."
+                f"`influence_parameters` {list(allowed)} excludes all parameters that `selector` {patterns} matches."
+                " Name other parameters, or let influence_parameters include these."
             )
         return Targets.whole(space, named)
 
@@ -258,8 +265,8 @@ def select(
         try:
             entries = pick(view, ratio, generator).sort().values
         except SelectionError as error:
-            # The layer's forward never ran, as that of an attention's output projection or an unused head. It is left
-            # out; that is an error only if no layer remains.
+            # The layer has no statistics because its forward never ran. Attention output projections and unused heads
+            # are such layers. The layer is skipped; it is an error only if no layer remains.
             unknown = error
             continue
         weights = view.neurons * view.fan_in
@@ -271,9 +278,8 @@ def select(
         raise unknown
     if not chosen:
         raise SelectionError(
-            f"{type(module).__name__} has no Linear or Conv layer with parameters that are trainable and may"
-            " be changed, so there are no neurons to rank. Name parameters instead, for example"
-            " selector=['*.weight']."
+            f"{type(module).__name__} has no Linear or Conv layer with trainable parameters that influence_parameters"
+            " includes, so there are no neurons to rank. Name parameters instead, for example selector=['*.weight']."
         )
     return Targets(chosen)
 
@@ -290,7 +296,7 @@ def _view(
     classes: Iterable[int] | None,
 ) -> Layer:
     means = {
-        kind: None if neurons is None or (found := neurons.mean(kind, name, classes)) is None else found.abs()
+        kind: None if neurons is None or (mean := neurons.mean(kind, name, classes)) is None else mean.abs()
         for kind in ("outputs", "gradients")
     }
     parts = [gradients.root_mean_square(p) if gradients else None for p in [weight] * use_weight + [bias] * use_bias]

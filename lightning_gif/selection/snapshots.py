@@ -13,11 +13,11 @@ __all__ = ["Snapshots"]
 class Snapshots:
     """Up to ``2·count`` states of a module, spread evenly over the last two thirds of the epochs so far.
 
-    The number of epochs need not be known. Once there are more than ``2·count`` states, every other one is dropped.
-    From then on only every other epoch is kept.
+    The number of epochs need not be known. When there are more than ``2·count`` states, every other one is dropped, and
+    from then on half as many epochs are kept.
 
     Args:
-        count: The number of states that :meth:`chosen` returns; 0 for none.
+        count: The largest number of states that :meth:`chosen` returns; 0 for none.
 
     Attributes:
         count: The argument.
@@ -35,22 +35,23 @@ class Snapshots:
         self.last = -1
 
     def add(self, epoch: int, module: nn.Module) -> None:
-        """Adds the state at the end of an epoch, if this epoch is to be kept."""
+        """Adds the state at the end of an epoch, if the spacing requires this epoch."""
         if not self.count:
             return
         self.last = epoch
-        early = (epoch + 1) / 3  # later epochs are dropped too: another fit begins at epoch 0
+        # Epochs from ``epoch`` on are dropped too: they are from an earlier fit, because each fit begins at epoch 0.
+        early = (epoch + 1) / 3
         self.kept = {past: state for past, state in self.kept.items() if early <= past + 1 and past < epoch}
         epochs = sorted(self.kept)
         stride = epochs[-1] - epochs[-2] if len(epochs) > 1 else 1
         if epochs and (epoch - epochs[-1]) % stride:
             return
         self.kept[epoch] = {name: value.detach().to("cpu", copy=True) for name, value in _values(module).items()}
-        if len(self.kept) > 2 * self.count:  # the latest stays, and the others are counted back from it
+        if len(self.kept) > 2 * self.count:  # keep the latest epoch and every other one before it
             self.kept = {past: state for past, state in self.kept.items() if (epoch - past) % (2 * stride) == 0}
 
     def chosen(self) -> dict[int, dict[str, Tensor]]:
-        """At most ``count`` states, evenly spread. Without the last epoch, since its weights are the current ones."""
+        """At most ``count`` states by epoch, evenly spread. Not the last epoch: its weights are the current ones."""
         late = [epoch for epoch in sorted(self.kept) if epoch < self.last]
         places = torch.linspace(0, len(late) - 1, min(self.count, len(late))).round().long().unique().tolist()
         return {late[place]: self.kept[late[place]] for place in places}
@@ -63,7 +64,7 @@ class Snapshots:
         """Restores what :meth:`state` returned.
 
         Raises:
-            ValueError: If it belongs to another module. Damaged state raises other errors too, such as ``TypeError``.
+            ValueError: If it belongs to another module. Damaged states can raise other errors, such as ``TypeError``.
         """
         shapes = {name: value.shape for name, value in _values(module).items()}
         for epoch, state in kept.items():

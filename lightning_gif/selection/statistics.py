@@ -1,4 +1,4 @@
-"""Statistics of neurons and parameters, gathered from the passes that training makes anyway."""
+"""Statistics of neurons and parameters, gathered from the forward and backward passes of training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["GradientStatistics", "NeuronStatistics", "neuron_layers"]
 _CHANNELS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LAYERS = (nn.Linear, *_CHANNELS_FIRST)
 
-# With more positions than this, a mean over them is faster than a product with a vector.
+# With more positions (pixels, tokens) than this, ``mean`` is faster than a product with a vector.
 _MANY = 128
 
 
@@ -34,18 +34,18 @@ def neuron_layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn.Con
 
 
 class NeuronStatistics:
-    """Means of the outputs of every Linear and Conv neuron, and of the loss gradient at them, by class.
+    """Mean output, and mean gradient of the loss at the output, of every Linear and Conv neuron, by class.
 
-    A neuron's value for one example is the mean over its positions (pixels, tokens). The gradient is that of the
-    example's own loss: a batch mean is multiplied by the batch's size again. Sums are kept in float32 for each class
-    and, in row 0, for examples of unknown class: ``O(neurons · classes)`` memory.
+    A neuron's value for one example is the mean over its positions (pixels, tokens). Gradients refer to the loss of the
+    single example: the gradient of a batch mean is multiplied by the batch size. Sums are kept in float32 for each
+    class and, in row 0, for examples of unknown class: ``O(neurons · classes)`` memory.
 
     Attributes:
         outputs: The sums of outputs by layer name, ``(1 + classes, neurons)``.
-        gradients: The same for output gradients.
-        output_counts: For each layer's name the number of examples in each row of ``outputs``, ``(1 + classes,)``.
-        gradient_counts: The same for output gradients. The counts differ: an example may give no gradient, and with
-            activation checkpointing it passes a layer twice.
+        gradients: The sums of output gradients by layer name, ``(1 + classes, neurons)``.
+        output_counts: The number of examples in each row of ``outputs`` by layer name, ``(1 + classes,)``.
+        gradient_counts: The number of examples in each row of ``gradients``. It can differ from ``output_counts``: an
+            example may give no gradient, and with activation checkpointing it passes a layer twice.
     """
 
     _STATE = ("outputs", "gradients", "output_counts", "gradient_counts")
@@ -68,11 +68,11 @@ class NeuronStatistics:
     def attach(
         self, module: nn.Module, guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     ) -> None:
-        """Adds hooks to the layers. They only read: training is bit for bit the same as without them.
+        """Adds hooks to the layers. The hooks only read: training is bit for bit the same as without them.
 
         Args:
             module: The module with the layers.
-            guard: Returns a context manager for each hook, which handles its errors.
+            guard: Returns a context manager in which a hook runs, and which handles its errors.
         """
         self.detach()
         self._guard = guard
@@ -90,9 +90,9 @@ class NeuronStatistics:
         """Starts recording a training batch: the hooks add its outputs and output gradients from now on.
 
         Args:
-            classes: The class of each example, ``(B,)``; ``None`` if unknown.
-            size: B; ``None`` if unknown.
-            weight: The factor that makes output gradients those of the batch's mean loss. It undoes gradient
+            classes: The label of each example, ``(B,)``; ``None`` if unknown.
+            size: The number of examples ``B``; ``None`` if unknown.
+            weight: Output gradients times this factor are gradients of the batch's mean loss. It undoes gradient
                 accumulation and loss scaling.
         """
         self._rows = None if classes is None else _Rows.of(classes)
@@ -121,7 +121,7 @@ class NeuronStatistics:
             setattr(self, kind, {})
 
     def sum_over(self, processes: ProcessGroup) -> None:
-        """Sums over all processes. They need not have seen the same layers and classes."""
+        """Sums the statistics over all processes, which need not have seen the same layers and classes."""
         for kind in self._STATE:
             setattr(self, kind, _sum_over(getattr(self, kind), processes))
 
@@ -131,10 +131,10 @@ class NeuronStatistics:
         Args:
             kind: ``"outputs"`` or ``"gradients"``.
             layer: The layer's name.
-            classes: Only take examples of these classes; all if ``None``.
+            classes: Take the mean over examples of these classes only; over all if ``None``.
 
         Returns:
-            The mean; ``None`` if the layer has seen no such example.
+            The mean; ``None`` if the layer has seen no example of these classes.
         """
         sums = getattr(self, kind).get(layer)
         if sums is None:
@@ -162,13 +162,13 @@ class NeuronStatistics:
             for name in sums.keys() | counts.keys():
                 rows, neurons = sums[name].shape
                 if neurons != layers[name].weight.shape[0] or counts[name].shape != (rows,):
-                    raise ValueError(f"the {kind}s of {name!r} are of another shape")
+                    raise ValueError(f"the {kind}s of {name!r} have another shape")
                 if not (_sound(sums[name]) and _sound(counts[name]) and (counts[name] >= 0).all()):
-                    raise ValueError(f"the {kind}s of {name!r} are not finite numbers")
+                    raise ValueError(f"the {kind}s of {name!r} are not finite floating-point numbers")
         for kind in self._STATE:
             setattr(self, kind, {name: value.clone() for name, value in state[kind].items()})
 
-    # A graph break is the price of a hook in compiled code; without it, what the hook does would be traced into it.
+    # Compiled code would trace the hook's operations. Excluding them costs a graph break.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
         with self._guard():
@@ -177,20 +177,20 @@ class NeuronStatistics:
     def _see_output(self, name: str, layer: nn.Module, output: Any) -> None:
         if not self._recording or not isinstance(output, Tensor) or not torch.is_grad_enabled():
             return
-        if not output.is_floating_point():  # complex outputs have no order to rank neurons by
+        if not output.is_floating_point():  # neurons cannot be ranked by complex outputs
             return
         channel = 1 if isinstance(layer, _CHANNELS_FIRST) else -1
         if output.ndim < 2 or (channel == 1 and output.ndim != layer.weight.ndim):
             return  # a single example without a batch dimension
         rows = self._rows_for(output)
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):  # sums of thousands need float32
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):  # half precision cannot sum thousands
             self._add("output", name, *_summed(_per_example(output, channel), rows))
         if output.requires_grad:
             output.register_hook(partial(self._after_backward, name, channel, rows, self._weight))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_backward(self, name: str, channel: int, rows: _Rows | None, weight: float, gradient: Tensor) -> None:
-        if not self._recording:  # an error since the forward pass has ended it
+        if not self._recording:  # an error since the forward pass has ended recording
             return
         with self._guard(), torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             size = self._size if self._size is not None and rows is not None else len(gradient)
@@ -198,7 +198,7 @@ class NeuronStatistics:
             self._add("gradient", name, sums.mul_(weight * size), counts, present)
 
     def _rows_for(self, output: Tensor) -> _Rows | None:
-        """The rows to add the examples of an output to; ``None`` if its first dimension is not that of the batch."""
+        """The rows for the examples of an output; ``None`` if their classes are not known one by one."""
         if self._rows is None or self._rows.members.shape[1] != len(output):
             return None
         if self._rows.members.device != output.device:
@@ -206,8 +206,8 @@ class NeuronStatistics:
         return self._rows
 
     def _add(self, kind: str, name: str, sums: Tensor, counts: Tensor, present: _Rows | None) -> None:
-        """Adds to the rows of a layer that are present. Skips values with NaN, which would spread to all rows."""
-        if not math.isfinite(float(sums.sum())):  # an overflow under loss scaling: the optimizer skips this step too
+        """Adds sums and counts to the rows ``present`` of a layer, or to row 0. Skips non-finite sums."""
+        if not math.isfinite(float(sums.sum())):  # an overflow under loss scaling: the optimizer skips this step, too
             return
         rows = 1 if present is None else present.last + 1
         for total, new in ((getattr(self, f"{kind}s"), sums), (getattr(self, f"{kind}_counts"), counts)):
@@ -224,13 +224,13 @@ class NeuronStatistics:
 
 
 class _Rows(NamedTuple):
-    """The rows of the sums that the examples of a batch are added to.
+    """The rows of :class:`NeuronStatistics` sums to which the examples of a batch are added.
 
     Attributes:
         rows: The rows of the batch's classes, ``(r,)``.
-        members: Whether an example belongs to a row, ``(r, B)`` of ones and zeros. Products with it sum over examples.
+        members: 1 where an example belongs to a row, else 0, ``(r, B)``. A product with it sums over examples.
         counts: The number of examples in each row, ``(r,)``.
-        last: The largest of the rows.
+        last: The largest of ``rows``.
     """
 
     rows: Tensor
@@ -249,7 +249,11 @@ class _Rows(NamedTuple):
 
 
 def _summed(values: Tensor, rows: _Rows | None) -> tuple[Tensor, Tensor, _Rows | None]:
-    """Sums of values ``(B, neurons)`` over the examples of each row, the numbers of examples, and the rows."""
+    """Sums values ``(B, neurons)`` over the examples of each row.
+
+    Returns:
+        The sums ``(r, neurons)``, the number of examples in each row ``(r,)``, and ``rows``. Without rows, r = 1.
+    """
     if rows is None:
         return values.sum(0, keepdim=True), values.new_full((1,), len(values)), None
     return rows.members.to(values.dtype) @ values, rows.counts.to(values.dtype), rows
@@ -266,7 +270,7 @@ def _per_example(values: Tensor, channel: int) -> Tensor:
         return values.flatten(1, -2).mean(1)
     values = values.flatten(2)
     count = values.shape[2]
-    # Many reductions over few positions each are slow; a product with a vector is not.
+    # Many reductions over few positions each are slower than a product with a vector.
     return values.mean(2) if count > _MANY else values @ values.new_full((count,), 1 / count)
 
 
@@ -284,8 +288,8 @@ def _sum_over(tensors: dict[str, Tensor], processes: ProcessGroup) -> dict[str, 
     if processes.size == 1:
         return tensors
     known: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for found in processes.gather({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}):
-        for name, (shape, dtype) in found.items():
+    for layout in processes.gather({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}):
+        for name, (shape, dtype) in layout.items():
             known[name] = max(known.get(name, (shape, dtype)), (shape, dtype), key=lambda one: one[0])
     summed = {}
     for name, (shape, dtype) in known.items():
@@ -304,7 +308,7 @@ class GradientStatistics:
 
     Attributes:
         squares: The sum of squared gradients by parameter name, in the parameter's shape.
-        steps: The number of summed steps by parameter name.
+        steps: The number of optimizer steps in this sum, by parameter name.
     """
 
     def __init__(self) -> None:
@@ -319,13 +323,13 @@ class GradientStatistics:
         self.squares, self.steps = {}, {}
 
     def add(self, gradients: Iterable[tuple[str, Tensor | None]]) -> None:
-        """Adds one gradient for each named parameter. Skips those that are missing, sparse, complex or not finite."""
+        """Adds the gradient of each named parameter. Skips missing, sparse, complex and non-finite gradients."""
         with torch.no_grad():
             for name, gradient in gradients:
                 if gradient is None or gradient.is_sparse or gradient.is_complex():
                     continue
                 values = gradient.detach().float()
-                if not torch.isfinite(torch.linalg.vector_norm(values)):  # as well where a square would overflow
+                if not torch.isfinite(torch.linalg.vector_norm(values)):  # also skips gradients whose square overflows
                     continue
                 if name in self.squares:
                     self.squares[name].addcmul_(values, values)
@@ -334,7 +338,7 @@ class GradientStatistics:
                 self.steps[name] = self.steps.get(name, 0) + 1
 
     def sum_over(self, processes: ProcessGroup) -> None:
-        """Sums over all processes. For use after each process evaluated different examples."""
+        """Sums over all processes. Use it if each process has evaluated different examples."""
         if processes.size == 1:
             return
         self.squares = _sum_over(self.squares, processes)
@@ -345,7 +349,7 @@ class GradientStatistics:
         self.steps = counts
 
     def root_mean_square(self, name: str) -> Tensor | None:
-        """The root mean square of each entry of a parameter's gradient; ``None`` if it had no gradient."""
+        """The root mean square of each entry of a parameter's gradient; ``None`` if no gradient was added."""
         if name not in self.squares:
             return None
         return (self.squares[name] / self.steps[name]).sqrt()
@@ -363,6 +367,6 @@ class GradientStatistics:
         parameters, squares, steps = dict(module.named_parameters()), state["squares"], state["steps"]
         for name in squares.keys() | steps.keys():
             if squares[name].shape != parameters[name].shape or not _sound(squares[name]) or not steps[name] > 0:
-                raise ValueError(f"the squared gradients of {name!r} are of another shape, or no finite numbers")
+                raise ValueError(f"the squared gradients of {name!r} have another shape, or are not finite")
         self.squares = {name: value.clone() for name, value in state["squares"].items()}
         self.steps = {name: int(count) for name, count in state["steps"].items()}

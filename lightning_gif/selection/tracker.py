@@ -1,4 +1,4 @@
-"""What ``fit`` shows of neurons and parameters, and the target parameters that are picked from it."""
+"""Gathers statistics during ``fit`` and picks the target parameters from them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Selection", "TrainingTracker", "is_due", "target_metrics"]
 
-# The fractional parts of its multiples are spread over the unit interval as evenly as possible (Weyl's sequence).
+# The fractional parts of its multiples are spread evenly over the unit interval (a Weyl sequence), see is_due.
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -48,21 +48,22 @@ class Selection(Protocol):
 class TrainingTracker:
     """Gathers statistics during ``fit``, and picks the target parameters from them at the end of each epoch.
 
-    The statistics come from the passes that training makes anyway. No error in gathering ends a fit, see :meth:`guard`.
+    The statistics come from the forward and backward passes of training. An error in gathering does not end the fit,
+    see :meth:`guard`.
 
     Args:
         selection: How targets are picked.
-        snapshots: How many states of the weights to keep, see :class:`~lightning_gif.selection.snapshots.Snapshots`.
+        snapshots: How many snapshots to keep, see :class:`~lightning_gif.selection.snapshots.Snapshots`.
 
     Attributes:
         neurons: Mean outputs and output gradients of neurons, by class.
         gradients: Mean squares of the gradients of parameters.
         snapshots: Weights at the end of earlier epochs.
         targets: The targets of the last selection, or ``None``.
-        targets_epoch: At the end of which epoch they were picked, or ``None``.
+        targets_epoch: The epoch at whose end they were picked, or ``None``.
         module: The module that the statistics and the targets belong to; ``None`` before the first ``fit``.
-        ranks_on_demand: Whether a call may gather missing statistics by a pass over the training data.
-        active: Whether the current fit gathers statistics: no error has ended it.
+        ranks_on_demand: Whether a call may compute missing statistics by a pass over the training data.
+        active: Whether the current fit gathers statistics; false after an error in gathering.
     """
 
     def __init__(self, selection: Selection, snapshots: int) -> None:
@@ -75,9 +76,9 @@ class TrainingTracker:
         self.module: nn.Module | None = None
         self.ranks_on_demand = False
         self.active = True
-        self._due = False  # whether the current optimizer step is one to gather from
-        self._within_epoch = False  # some of the epoch's batches have passed, and not yet all
-        self._local = False  # the sums over neurons are those of this process alone
+        self._due = False  # whether statistics are gathered at the current optimizer step
+        self._within_epoch = False  # whether an epoch has begun and not ended
+        self._local = False  # whether the sums over neurons are of this process alone, not of all
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training, in the order of the hooks
@@ -95,7 +96,7 @@ class TrainingTracker:
         """Adds the hooks that read outputs and output gradients."""
         with self.guard("hooking into the layers"):
             self.neurons.attach(module, partial(self.guard, "reading what passes through a layer"))
-            torch.compiler.reset()  # code compiled in an earlier fit ignores hooks that were added since
+            torch.compiler.reset()  # code compiled in an earlier fit ignores hooks that were added later
 
     def start_epoch(self) -> None:
         """Clears the statistics of the previous epoch."""
@@ -104,14 +105,14 @@ class TrainingTracker:
         self._local = True
 
     def start_batch(self, trainer: Trainer, batch: Any, batch_idx: int, *, neurons: bool, steps: int | None) -> None:
-        """Announces a training batch to the hooks, if its optimizer step is one to gather from.
+        """Starts recording a training batch, if statistics are gathered at its optimizer step (:func:`is_due`).
 
         Args:
             trainer: The trainer in ``fit``.
-            batch: The batch that is about to pass through the model.
+            batch: The next batch that passes through the model.
             batch_idx: Its number in the epoch.
             neurons: Whether to gather statistics of neurons.
-            steps: At about how many steps of an epoch to gather; ``None`` for all.
+            steps: The approximate number of optimizer steps of an epoch at which to gather; ``None`` for all.
         """
         self._within_epoch = True
         with self.guard("reading the batch"):
@@ -119,8 +120,8 @@ class TrainingTracker:
             if not (neurons and self._due):
                 return
             if not self._local and not trainer.is_global_zero:
-                self.neurons.reset()  # the sums so far are those of all processes, and rank 0 keeps them
-            self._local = True  # on all processes alike, also on one that no longer gathers
+                self.neurons.reset()  # the sums so far are over all processes already, and rank 0 keeps them
+            self._local = True  # also where gathering has ended: all processes have to agree on whether to sum
             if not self.active:
                 return
             try:
@@ -132,7 +133,7 @@ class TrainingTracker:
             self.neurons.record(class_targets(batch), size, trainer.accumulate_grad_batches / scale)
 
     def add_gradients(self, module: nn.Module, optimizer: Optimizer) -> None:
-        """Adds the gradients of an optimizer's parameters, if this is a step to gather from."""
+        """Adds the gradients of an optimizer's parameters, if statistics are gathered at this optimizer step."""
         if not (self._due and self.active):
             return
         with self.guard("reading the gradients"):
@@ -162,7 +163,7 @@ class TrainingTracker:
         return True
 
     def take_snapshot(self, epoch: int, module: nn.Module) -> None:
-        """Keeps the weights of the epoch, if snapshots are wanted and its turn has come."""
+        """Passes the weights at the end of an epoch to :attr:`snapshots`, which keep them or not."""
         with self.guard("taking a snapshot of the weights"):
             if self.active:
                 self.snapshots.add(epoch, module)
@@ -172,7 +173,7 @@ class TrainingTracker:
         self.neurons.detach()
 
     def abandon_epoch(self) -> None:
-        """Removes the hooks after an exception. Other processes may have ended, so nothing is summed over them."""
+        """Removes the hooks after an exception. Nothing is summed over the processes, because some may have ended."""
         self._local = False
         self.neurons.detach()
 
@@ -198,9 +199,9 @@ class TrainingTracker:
         return self.targets is None and not self.neurons and not self.gradients
 
     def sum_over(self, processes: ProcessGroup) -> None:
-        """Replaces the statistics of neurons by their sums over all processes, unless they are these already.
+        """Replaces the statistics of neurons by their sums over all processes, unless this has been done.
 
-        Those of gradients are the same on all processes, since DDP averages gradients.
+        The statistics of gradients are the same on all processes already, since DDP averages gradients.
         """
         if self._local:
             self._all_active(processes)
@@ -219,11 +220,11 @@ class TrainingTracker:
         """Picks targets without keeping them.
 
         Args:
-            module: The module, which may restrict them by ``influence_parameters``.
-            selection: How they are picked.
-            classes: Rank neurons by the examples of these classes; by all if ``None``.
-            neurons: Other statistics of neurons than those gathered in training.
-            gradients: Likewise of gradients.
+            module: The module, which may restrict the targets by ``influence_parameters``.
+            selection: How targets are picked.
+            classes: Rank neurons by the examples of these classes only; by all if ``None``.
+            neurons: Statistics of neurons; by default those gathered in training.
+            gradients: Statistics of gradients; by default those gathered in training.
 
         Raises:
             SelectionError: See :func:`~lightning_gif.selection.select`.
@@ -241,11 +242,11 @@ class TrainingTracker:
         )
 
     def pick(self, module: nn.Module, when: str) -> None:
-        """Picks :attr:`targets`; if that is impossible they are ``None``, with a warning.
+        """Sets :attr:`targets`. If none can be picked, it warns and sets ``None``.
 
         Args:
             module: The module.
-            when: At what moment, for the warning.
+            when: When this happens, for the warning.
         """
         try:
             self.targets = self.select(module, self.selection)
@@ -259,13 +260,13 @@ class TrainingTracker:
 
     @contextlib.contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """If anything raises inside the block, gathering ends for this fit, with one warning. The fit goes on.
+        """A block whose errors end gathering for this fit, with one warning, but not the fit.
 
         Args:
             what: What the block does, for the warning.
 
         Raises:
-            RankError: The processes are out of step, or one has ended: waiting for the others would never end.
+            RankError: If the block raises it. Then a process is out of step or has ended, and going on would block.
         """
         try:
             yield
@@ -276,12 +277,12 @@ class TrainingTracker:
             self._stop()
             if not first:
                 return
-            kept = "will be picked by a pass over the training data when a call needs them"
+            consequence = "will be picked by a pass over the training data when a call needs them"
             if self.targets is not None:
-                kept = "stay as they were picked before"
+                consequence = "stay as they were picked before"
             warnings.warn(
                 f"GIFCallback gathers no more statistics in this fit: {what} failed with {type(error).__name__}:"
-                f" {error}. Training goes on unchanged. Target parameters {kept}.",
+                f" {error}. Training goes on unchanged. Target parameters {consequence}.",
                 GIFWarning,
                 stacklevel=2,
             )
@@ -296,7 +297,7 @@ class TrainingTracker:
             self.gradients.reset()
 
     def _all_active(self, processes: ProcessGroup) -> bool:
-        """Whether all processes gather. If an error has ended it on one, it ends on all, since they work in step."""
+        """Whether all processes gather. If gathering has ended on one process, this ends it on all of them."""
         everywhere = all(processes.gather(self.active))
         if self.active and not everywhere:
             self._stop()
@@ -310,7 +311,7 @@ class TrainingTracker:
         """Targets, statistics and snapshots as tensors and plain values. All processes must call it.
 
         Args:
-            key: Names the selection: a callback with the same key would pick the same targets.
+            key: Identifies the selection: callbacks with the same key pick the same targets.
             processes: The processes to sum the statistics over.
         """
         self.sum_over(processes)
@@ -323,9 +324,9 @@ class TrainingTracker:
         }
 
     def load_state(self, state: Mapping[str, Any], module: nn.Module, key: str) -> None:
-        """Restores what :meth:`state` returned; under another key, picks the targets from its statistics.
+        """Restores what :meth:`state` returned. If its key differs, the targets are picked again from its statistics.
 
-        State that is damaged or belongs to another module is dropped with a warning, since the run can go on without.
+        A state that is damaged or belongs to another module is dropped with a warning, since the run does not need it.
         """
         self._local = False
         try:
@@ -342,7 +343,7 @@ class TrainingTracker:
             rank_zero_warn(
                 "The checkpoint's state of GIFCallback is damaged or does not fit the model, and is ignored:"
                 f" {type(error).__name__}: {error}. Targets will be picked again: after the next epoch of training, or"
-                " by a pass over the training data if the model was attached.",
+                " by a pass over the training data if the model is attached with attach().",
                 category=GIFWarning,
             )
             return
@@ -359,12 +360,12 @@ class TrainingTracker:
 
 
 def is_due(trainer: Trainer, batch_idx: int, wanted: int | None) -> bool:
-    """Whether the optimizer step that a batch belongs to is one of those to gather from.
+    """Whether statistics are gathered at the optimizer step that a batch belongs to.
 
     Args:
         trainer: The trainer in ``fit``.
         batch_idx: The number of the batch in the epoch.
-        wanted: At about how many steps of an epoch to gather; ``None`` for all.
+        wanted: The approximate number of optimizer steps of an epoch at which to gather; ``None`` for all.
     """
     step, steps = batch_idx // trainer.accumulate_grad_batches, math.inf
     if math.isfinite(trainer.num_training_batches):
@@ -372,12 +373,12 @@ def is_due(trainer: Trainer, batch_idx: int, wanted: int | None) -> bool:
     if trainer.max_steps > 0:
         steps = min(steps, trainer.max_steps - trainer.global_step + step)
     share = 1.0 if wanted is None or math.isinf(steps) else wanted / max(steps, 1)
-    # Every n-th step would be a period, which the training data might have as well.
+    # Taking every n-th step would be biased if the training data had the same period.
     return step * _GOLDEN_RATIO % 1 < share
 
 
 def target_metrics(targets: Targets, previous: Targets | None, module: nn.Module) -> dict[str, float]:
-    """What is logged of a selection: number and share of the targets, by parameter, and the overlap with the last."""
+    """The logged values of a selection: number and share of the targets, and their overlap with ``previous``."""
     values = {
         "gif/targets/count": float(targets.count),
         "gif/targets/share": targets.count / sum(parameter.numel() for parameter in module.parameters()),

@@ -1,4 +1,4 @@
-"""From the forget examples to an edit of the weights.
+"""Edits of the weights that remove or correct training examples.
 
 ``lightning_gif.unlearning`` exports the types for custom strategies, and the tuned numbers of an edit. A call starts in
 :mod:`lightning_gif.unlearning.unlearn`. The goals are in :mod:`lightning_gif.unlearning.goals`.

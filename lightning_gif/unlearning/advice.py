@@ -11,14 +11,14 @@ __all__ = ["warn_cost", "warn_refreshed_statistics", "warn_unfinished"]
 
 
 def warn_unfinished(goal: Goal, before: Trial, chosen: Trial, target: float | None, notes: list[str]) -> None:
-    """Warns of an edit that missed its target or changes nothing.
+    """Warns if the edit missed its target or changes nothing.
 
     Args:
         goal: The goal of the edit.
-        before: The trained model.
-        chosen: The edit.
-        target: The target memorization; ``None`` where it is unknown.
-        notes: Of the report.
+        before: The trial of the trained model.
+        chosen: The trial that the edit realises.
+        target: The target memorization; ``None`` if it is unknown.
+        notes: The notes of the report, which are extended.
     """
     shortfall = goal.shortfall(before, chosen, target)
     if shortfall is not None and goal.warns_of_shortfall:
@@ -28,39 +28,45 @@ def warn_unfinished(goal: Goal, before: Trial, chosen: Trial, target: float | No
     elif not chosen.is_edit:
         warn_and_note(
             notes,
-            "The search found no step that lowers the risk, so the edit changes nothing. Use step='natural' to make the"
-            " natural step anyway.",
+            "No step size lowered the risk, so the edit changes nothing. Use step='natural' to make the natural step"
+            " anyway.",
         )
 
 
 def warn_refreshed_statistics(old: dict[str, float], new: dict[str, float], notes: list[str]) -> None:
-    """Warns of losses that are larger with the recomputed running statistics."""
+    """Warns if recomputed running statistics raise a loss.
+
+    Args:
+        old: Mean losses of the edited model with the old running statistics, by name.
+        new: Mean losses with the recomputed running statistics.
+        notes: The notes of the report, which are extended.
+    """
     for name in ("retain", "relabelled"):
         if name in new and new[name] - old[name] > NOTABLE_INCREASE * abs(old[name]):
             warn_and_note(
                 notes,
                 f"The recomputed running statistics raise the {name} loss from {old[name]:.4g} to {new[name]:.4g}. The"
-                " edit was computed with the old ones. Leave `refresh_statistics` out to keep these.",
+                " edit was computed with the old statistics. Omit `refresh_statistics` to keep the old ones.",
             )
 
 
 def warn_cost(goal: Goal, scales: Scales, before: dict[str, float], after: dict[str, float], notes: list[str]) -> None:
-    """Warns of a label correction that raised the loss of the retained or of the corrected examples.
+    """Warns if a label correction raised the loss of the retained or of the corrected examples.
 
     Args:
         goal: The goal of the edit.
-        scales: What its budgets are relative to.
-        before: Mean losses at the trained weights, by name, ``"relabelled"`` among them.
-        after: The same of the edited model.
-        notes: Of the report.
+        scales: The scales of the goal's limits.
+        before: Mean losses at the trained weights, by name, including ``"relabelled"``.
+        after: Mean losses of the edited model.
+        notes: The notes of the report, which are extended.
     """
     gained = before["relabelled"] - after["relabelled"]
     if after["retain"] - before["retain"] > goal.tolerated_increase(before["retain"], gained, scales):
         warn_and_note(
             notes,
-            f"The retained loss rose from {before['retain']:.4g} to {after['retain']:.4g}. The new labels"
-            " contradict what the other examples teach. A model trained with them would not learn all of them either."
-            " Check that they are right, and undo the edit if it is not worth the cost.",
+            f"The retained loss rose from {before['retain']:.4g} to {after['retain']:.4g}. The new labels contradict"
+            " what the model learned from the other examples. A model trained with the new labels would not learn all"
+            " of them either. Check that they are right, and undo the edit if it is not worth the cost.",
         )
     if -gained > NOTABLE_INCREASE * abs(before["relabelled"]):
         warn_and_note(

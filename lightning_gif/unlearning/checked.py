@@ -12,7 +12,7 @@ __all__ = ["CheckedNumbers", "number"]
 
 
 def number(default: float, low: float = 0.0, high: float = math.inf, *, open_low: bool = True) -> Any:
-    """A field of :class:`CheckedNumbers`. It must be a whole number if ``default`` is an ``int``.
+    """A field of :class:`CheckedNumbers`. Its values must be whole numbers if ``default`` is an ``int``.
 
     Args:
         default: The default value.
@@ -25,7 +25,7 @@ def number(default: float, low: float = 0.0, high: float = math.inf, *, open_low
 
 @dataclass(frozen=True)
 class CheckedNumbers:
-    """Base class of frozen dataclasses with fields by :func:`number`.
+    """Base class of frozen dataclasses whose fields are declared with :func:`number`.
 
     Raises:
         ConfigurationError: If a value is not a number, or is out of range.

@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 __all__ = ["draw", "log", "text"]
 
 
-# Beyond this multiple of the natural step the quadratic model says nothing about the loss, and is not printed.
+# Above this step size the quadratic model does not predict the loss, so its prediction is not printed.
 _PREDICTABLE = 4.0
 
 _MEASURED = ("forget_loss", "retain_loss", "risk", "memorization")
 
-# The columns of a logged table, by the same names in all versions.
+# The logged names of these columns. They stay the same in all versions, so that old and new runs can be compared.
 _LOGGED = ("forget_loss", "retain_loss", "risk", "remembered")
 
 
 def text(record: EditRecord) -> str:
-    """The report in words, a line for each fact."""
+    """The report as text, one line for each fact."""
     lines = [
         _headline(record),
         *(_loss_line(record, name, change) for name, change in record.losses.items()),
@@ -42,12 +42,12 @@ def text(record: EditRecord) -> str:
     lines += [f"note: {note}" for note in record.notes]
     context = record.context
     if context.record is not None:
-        lines.append(f"Applying and undoing it is recorded in {os.fspath(context.record)}.")
+        lines.append(f"Applying and undoing the edit is recorded in {os.fspath(context.record)}.")
     if context.module is not None and record.edit.digest_before != record.edit.digest_after:
         state = {
             True: "The edit is in the weights.",
-            False: "The edit is not in the weights: see apply().",
-            None: "The weights have changed since the edit was made.",
+            False: "The edit is not in the weights: apply() applies it.",
+            None: "The weights have changed since the edit was computed.",
         }
         lines.append(state[record.edit.is_in(context.module)])
     return "\n".join(lines)
@@ -123,7 +123,11 @@ def draw(record: EditRecord) -> Figure:
 
 
 def _drawn_trials(record: EditRecord) -> list[Trial]:
-    """With one change all trials, by step size; with several those after each of them, from none on."""
+    """The trials to draw.
+
+    If the edit makes one change, these are all trials, by step size. If it makes several changes, these are the trained
+    model and the trials after each change.
+    """
     if len(record.step_sizes) == 1:
         return sorted(record.trials, key=lambda trial: trial.step_sizes)
     measured = {trial.step_sizes: trial for trial in record.trials}
@@ -138,7 +142,7 @@ def _draw_losses(axes: Axes, record: EditRecord, trials: list[Trial]) -> None:
         (line,) = axes.plot(where, losses, "o-", markersize=4, label=name)
         axes.plot([end], [record.losses[name].after], "*", markersize=11, color=line.get_color())
     axes.plot([], [], "k*", label="the edit")
-    if all(loss > 0 for losses in lines.values() for loss in losses):  # losses other than cross-entropy may not be
+    if all(loss > 0 for losses in lines.values() for loss in losses):  # some losses can be zero or negative
         axes.set_yscale("log")
     along = "after each change" if len(record.step_sizes) > 1 else "along the change"
     axes.set_title(f"losses {along}, goal: {record.goal}", fontsize=10)
@@ -155,7 +159,7 @@ def _draw_memorization(axes: Axes, record: EditRecord, trials: list[Trial]) -> N
 
 
 def _positions(record: EditRecord, trials: list[Trial]) -> tuple[list[float], float]:
-    """Where trials and the edit are on the x axis."""
+    """The positions of the trials and of the edit on the x axis."""
     if len(record.step_sizes) > 1:
         return [float(len(trial.step_sizes)) for trial in trials], float(len(record.step_sizes))
     return [trial.step_size for trial in trials], record.step

@@ -1,8 +1,8 @@
-"""The goals of an edit. Each is a class: its risk, its limits, how memorization is measured, and the words for it.
+"""The goals of an edit. Each goal is a class that defines its risk, its limits, its memorization and its report texts.
 
-A new goal is a subclass of :class:`Goal` and one call of ``GOALS.register``. Nothing else asks which goal an edit has.
-The effect of each number is in ``benchmarks/README.md``, "What the tuned numbers of an edit move". Comments beside a
-number name the section that is about it.
+To add a goal, write a subclass of :class:`Goal` and register it with ``GOALS.register``. No other module depends on
+which goal an edit has. The effect of each tuned number is measured in ``benchmarks/README.md``, section "What the tuned
+numbers of an edit move". Comments here name the part of that section.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .task import Request, Scales, Task
 __all__ = ["GOALS", "ClassRemoval", "ExampleRemoval", "Goal", "LabelCorrection", "choose_goal"]
 
 
-# By how much of itself a loss may rise before the report warns of it.
+# The report warns if a loss rises by more than this share of its value.
 NOTABLE_INCREASE = 0.1
 
 
@@ -48,20 +48,23 @@ class Goal(CheckedNumbers):
 
     Attributes:
         name: The name of the goal in reports and files.
-        compares_with_unseen: Whether forget examples are compared with unseen ones.
-        influence_first: Whether ``"relinearise"`` starts along the influence direction. Also whether a search along
-            it takes the natural step if rounding hides the change of the risk.
-        smallest_step: Whether ``"search"`` takes the smallest step that reaches the target memorization, and not the
-            one of least risk.
+        compares_with_unseen: Whether the losses of forget examples are compared with those of unseen examples.
+        influence_first: Whether ``"relinearise"`` starts along the influence direction. If so, a search along it takes
+            the natural step if the predicted change of the risk is below rounding.
+        smallest_step: Whether ``"search"`` takes the smallest step size that reaches the target memorization. Otherwise
+            it takes the step size with the least risk.
         bounded_risk: Whether the risk has a lower bound.
-        pursues_target: Whether steps that gain little are followed by others up to the target memorization.
-        scales_by_gradients: Whether solves are scaled by the gradient second moment.
-        far_memorization: Above this memorization, descent directions are solved by the method of the edit instead of
-            Newton steps.
-        far_curvature_share: The share of the examples that gives the curvature above ``far_memorization``.
-        first_damping: If the risk is convex: the damping of the first least-squares solve, as a share of ``‖Bᵀb‖/‖b‖``.
-        max_step_size: The largest step size along the influence direction; that of the line search if that is smaller.
-        warns_of_shortfall: Whether :meth:`shortfall` is also a warning, not only a note in the report.
+        pursues_target: Whether ``"relinearise"`` goes on after steps that gain little, until memorization has reached
+            its target.
+        scales_by_gradients: Whether the gradient second moment is part of the preconditioner.
+        far_memorization: Above this memorization, descent directions are solved with the method of the edit. Below it,
+            all but the first are Newton steps.
+        far_curvature_share: Above ``far_memorization``, the curvature is computed from this share of the examples.
+        first_damping: If the risk is convex: the damping of the first solve for a descent direction, as a share of
+            ``‖Aᵀg‖/‖g‖``, where ``A`` is the matrix and ``g`` the right-hand side of the least-squares problem.
+        max_step_size: The largest step size along the influence direction. The line search may have a smaller limit.
+        warns_of_shortfall: Whether :meth:`shortfall` is given as a warning, too; otherwise it is only a note in the
+            report.
         curvature_examples: The number of retained examples that solves see with ``curvature_examples="auto"``.
     """
 
@@ -78,42 +81,42 @@ class Goal(CheckedNumbers):
     first_damping = 0.0
     max_step_size = math.inf
 
-    # "Scores that predict retraining": 512 examples are worse, and all of them no better.
+    # "Scores that predict retraining": 512 examples are worse, and all examples are no better.
     curvature_examples: int = number(2048, low=1, open_low=False)
 
     @classmethod
     def applies(cls, request: Request, notes: list[str]) -> bool:
-        """Whether a request has this goal; goals that were registered later are asked first.
+        """Whether a request has this goal. Goals that were registered later are tried first.
 
         Args:
-            request: What is asked.
-            notes: Of the report.
+            request: The request.
+            notes: The notes of the report, which may be extended.
         """
         raise NotImplementedError
 
     def sample_size(self, settings: Settings) -> int | None:
-        """How many retained examples solves see; ``None`` for all."""
+        """The number of retained examples that solves see; ``None`` for all."""
         chosen = settings.curvature_examples
         return self.curvature_examples if isinstance(chosen, str) else chosen
 
     def forgotten_classes(self, request: Request) -> Tensor | None:
-        """A mask ``(C,)`` over the predicted classes; ``None`` if the goal does not depend on predictions."""
+        """The classes to remove, as a mask ``(C,)``; ``None`` if the goal does not depend on predictions."""
         return None
 
     def risk(self, task: Task) -> list[RiskTerm]:
-        """The terms of the risk. The first is that of the retained examples."""
+        """The terms of the risk. The first term is about the retained examples."""
         raise NotImplementedError
 
     def memorization(self, task: Task) -> Memorization:
-        """How :attr:`~lightning_gif.unlearning.protocol.Trial.memorization` is measured."""
+        """The measurement of :attr:`~lightning_gif.unlearning.protocol.Trial.memorization`."""
         raise NotImplementedError
 
     def limits(self, start: Trial, scales: Scales) -> Limits:
-        """How far the edit should go, and what it may cost.
+        """The target memorization and the maximal retained loss of the edit.
 
         Args:
-            start: The trained model.
-            scales: What budgets are relative to.
+            start: The trial of the trained model.
+            scales: The scales of these limits.
         """
         raise NotImplementedError
 
@@ -122,41 +125,41 @@ class Goal(CheckedNumbers):
         return False
 
     def is_negligible(self, risk: float) -> bool:
-        """Whether so small a risk is not worth another solve, once the target memorization is reached."""
+        """Whether a risk is too small to justify another solve after the target memorization is reached."""
         return False
 
     def outlasts_small_gain(self, accepted: Trial | None, at_target: bool) -> bool:
-        """Whether a step that gained little, the first one in a row, may be followed by another at the target.
+        """Whether ``"relinearise"`` may go on after one step that gained little. After two in a row it may not.
 
         Args:
-            accepted: The trial that the step led to; ``None`` if it was rejected.
+            accepted: The accepted trial of that step; ``None`` if the step was rejected.
             at_target: Whether the target memorization is reached.
         """
         return False
 
     def shortfall(self, before: Trial, chosen: Trial, target: float | None) -> str | None:
-        """What the user should know of an edit that did not reach its target; ``None`` if there is nothing to say.
+        """The message about an edit that did not reach its target; ``None`` if it did.
 
         Args:
-            before: The trained model.
-            chosen: The edit.
-            target: The target memorization.
+            before: The trial of the trained model.
+            chosen: The trial that the edit realises.
+            target: The target memorization; ``None`` if it is unknown.
         """
         return None
 
     def tolerated_increase(self, retain_loss: float, gained: float, scales: Scales) -> float:
-        """By how much the retained loss may rise before the report warns of it.
+        """The largest increase of the retained loss about which the report does not warn.
 
         Args:
-            retain_loss: The retained loss before.
-            gained: By how much the edit lowered the loss of the corrected examples.
-            scales: What budgets are relative to.
+            retain_loss: The retained loss before the edit.
+            gained: The decrease of the loss of the corrected examples.
+            scales: The scales of the goal's limits.
         """
         return math.inf
 
     @classmethod
     def memorization_title(cls, n_unseen: int) -> str:
-        """What memorization is, for a plot or a line of text."""
+        """The meaning of memorization in a few words, for a plot or a line of text."""
         raise NotImplementedError
 
     @classmethod
@@ -171,33 +174,36 @@ class Goal(CheckedNumbers):
 
 
 GOALS: Registry[type[Goal]] = Registry("goal")
-"""All goals by name; the last one that applies to a request is its goal."""
+"""All goals by name. A request has the goal that was registered last of those that apply to it."""
 
 
 @GOALS.register("examples")
 @dataclass(frozen=True)
 class ExampleRemoval(Goal):
-    """Other examples of the same labels are retained, or the model's predictions are not known.
+    """The goal where other examples of the same labels are retained, or the model's predictions are not known.
 
-    The risk is the loss of the retained data, which retraining would minimise. Training does not end in an exact
+    The risk is the loss of the retained examples, which retraining would minimise. Training does not end in an exact
     minimum, and even a minimum has a gradient on a sample of the data. So the gradient of the loss of *all* data at the
-    trained weights is subtracted (the baseline gradient). The edit then answers the change of the data, and neither
-    continues training nor fits the sample.
+    trained weights is subtracted (the baseline gradient). The edit then responds to the removal only. It does not
+    continue training, and it does not fit the sample.
 
-    With unseen examples, each forget example has a target loss ``t``: that of the unseen example of its class and rank.
-    A model retrained without a memorized example would have a larger loss on it. Forget examples with a loss ``ℓ``
-    below ``t`` add ``(t − ℓ)²/(2σ)`` to the risk. Here ``σ`` is the root mean square of ``t − ℓ`` over them.
+    With unseen examples, the risk has a second term. A model retrained without a memorized example would have a larger
+    loss on it. So each forget example gets a target loss ``t``: the loss of the unseen example of its class with the
+    same rank. Each forget example whose loss ``ℓ`` is below ``t`` adds ``(t − ℓ)²/(2σ)`` to the risk, where ``σ`` is
+    the root mean square of ``t − ℓ`` over these examples at the trained weights.
 
     Attributes:
-        target_memorization: A membership AUROC of one half: the losses do not separate the examples.
-        memorized_weight: The weight of a forget example in the second term, beside a retained one.
-        memorized_share: Forget examples with ``t − ℓ`` below this share of the root mean square are left out: most of
-            them were not memorized.
-        retain_budget: The largest increase of the retained loss, as a share of its distance to the unseen loss, at
-            which the other examples would be forgotten as well. Without unseen examples it is a share of the retained
-            loss, and at least ``m/(n−m)``: if a large share of the data is removed, weight decay weighs more, and even
-            the best weights cost that. A limit is needed since the risk, less its baseline, may have no lower bound.
-        min_retain_budget: An increase by this share of the retained loss, or of the chance loss, never ends an edit.
+        target_memorization: A membership AUROC of 0.5: the losses do not separate forget and unseen examples.
+        memorized_weight: The weight of a forget example in the second term, relative to a retained example.
+        memorized_share: Forget examples with ``t − ℓ`` below this share of the root mean square are left out of the
+            second term, because most of them were not memorized.
+        retain_budget: The largest increase of the retained loss. With unseen examples it is a share of the difference
+            between unseen and retained loss: an increase by the whole difference would forget the retained examples,
+            too. Without unseen examples it is a share of the retained loss, and at least the share ``m/(n−m)``: if many
+            examples are removed, weight decay has a larger weight, which costs about so much even at the best weights.
+            A limit is needed because the risk, less its baseline, may have no lower bound.
+        min_retain_budget: An increase by less than this share of the retained loss (with unseen examples) or of the
+            chance loss (without) is always allowed.
         max_step_size: The largest step size along the influence direction.
     """
 
@@ -218,14 +224,14 @@ class ExampleRemoval(Goal):
 
     @classmethod
     def applies(cls, request: Request, notes: list[str]) -> bool:
-        """Always."""
+        """True for every request."""
         return True
 
     def risk(self, task: Task) -> list[RiskTerm]:
-        """The retained loss less its baseline gradient, and the distance of the memorized losses to unseen ones."""
+        """The retained loss less its baseline gradient, and the distance of memorized losses to their target losses."""
         objective, weight = task.objective, task.forget_weight
         n_curvature = task.sizes.descent_curvature
-        # The gradient that training left in the risk on all data, as the two samples of the retained data show it.
+        # The gradient that training left on all data, estimated with each of the two samples of the retained data.
         rest = weight * task.forget_gradient + (1 + weight) * task.settings.weight_decay * objective.theta
         baseline_fit = baseline_eval = task.retain_gradient + rest
         if task.retain_eval is not task.retain_fit:
@@ -242,7 +248,7 @@ class ExampleRemoval(Goal):
         return [retained, *self._memorized(task, n_curvature)]
 
     def _memorized(self, task: Task, n_curvature: int) -> list[RiskTerm]:
-        """The term of the forget examples with smaller losses than the unseen ones of their rank, if there are any."""
+        """The term of the forget examples whose losses are below their target losses; empty if there are none."""
         objective, settings = task.objective, task.settings
         if task.unseen is None:
             return []
@@ -264,15 +270,15 @@ class ExampleRemoval(Goal):
         return [RiskTerm(weight, memorized, memorized, n_curvature, OutputLoss(objective.losses, matching.sum))]
 
     def memorization(self, task: Task) -> Memorization:
-        """The membership AUROC against unseen examples; not known without any."""
+        """The membership AUROC against unseen examples; ``None`` without unseen examples."""
         if task.unseen is None:
             return None
         return MembershipAUROC(task.objective, task.forget_eval, task.unseen)
 
     def limits(self, start: Trial, scales: Scales) -> Limits:
-        """An AUROC of one half at a tenth of the way to the unseen loss, or no target at a tenth of the loss itself."""
+        """With unseen examples the target is an AUROC of 0.5, else there is no target; see ``retain_budget``."""
         if scales.unseen_loss is not None and not math.isnan(start.memorization):
-            # Nothing is forgotten at no cost at all, even where unseen losses are no larger.
+            # Even if the unseen loss is not larger than the retained loss, forgetting needs some budget.
             least = self.min_retain_budget * abs(start.retain_loss)
             budget = max(self.retain_budget * (scales.unseen_loss() - start.retain_loss), least)
             return Limits(self.target_memorization, start.retain_loss + budget)
@@ -281,14 +287,14 @@ class ExampleRemoval(Goal):
         return Limits(None, start.retain_loss + max(share * abs(start.retain_loss), least))
 
     def shortfall(self, before: Trial, chosen: Trial, target: float | None) -> str | None:
-        """That losses separate the examples from unseen ones as well as before."""
+        """The message that the AUROC did not come closer to its target."""
         if target is None or not chosen.is_edit or not before.memorization > target:
             return None
         if abs(chosen.memorization - target) < abs(before.memorization - target):
             return None
         return (
-            "The losses of the examples separate them from unseen ones as well as before, or better (AUROC"
-            f" {before.memorization:.3f} -> {chosen.memorization:.3f}). Undo the edit if that is not worth it."
+            "The losses of the forget examples separate them from unseen examples as well as before, or better (AUROC"
+            f" {before.memorization:.3f} -> {chosen.memorization:.3f}). Undo the edit if it is of no use to you."
         )
 
     @classmethod
@@ -298,34 +304,35 @@ class ExampleRemoval(Goal):
 
     @classmethod
     def memorization_unit(cls) -> str:
-        """The AUROC, and what it is if nothing is remembered."""
+        """The AUROC, with the value that means that nothing is remembered."""
         return "AUROC (0.5 = indistinguishable)"
 
     @classmethod
     def memorization_text(cls, before: float, after: float, n_unseen: int) -> str:
-        """The AUROC before and after, and what it is if nothing is remembered."""
+        """The AUROC before and after, with the value that means that nothing is remembered."""
         return f"{cls.memorization_title(n_unseen)}: {before:.3f} -> {after:.3f} (0.5 = indistinguishable)"
 
 
 @GOALS.register("class")
 @dataclass(frozen=True)
 class ClassRemoval(Goal):
-    """The forget examples are all examples of their classes, and these classes should no longer be predicted.
+    """The goal where the forget examples are all examples of their classes. The classes should not be predicted.
 
-    On the retained examples, Bayes' rule gives the expected predictions: those of the trained model once the forgotten
-    classes are ruled out, see :func:`~lightning_gif.unlearning.risk.teacher`. The risk has two terms. The first is the
-    mean of ``KL(expected ‖ predicted)`` over the retained examples. It can become zero without a fit to the labels of a
-    sample. The second, with a weight, is the mean of ``−log(1 − p)`` over the forget examples, with ``p`` the
+    The expected predictions for the retained examples are those of the trained model, with the forgotten classes ruled
+    out by Bayes' rule, see :func:`~lightning_gif.unlearning.risk.teacher`. The risk has two terms. The first is the
+    mean of ``KL(expected ‖ predicted)`` over the retained examples. It can reach zero without fitting the labels of a
+    sample. The second term has a weight. It is the mean of ``−log(1 − p)`` over the forget examples, where ``p`` is the
     probability of the forgotten classes.
 
     Attributes:
-        target_memorization: The share of the class that may still be predicted as it.
-        unlikelihood_weight: The weight of the mean over the forget examples.
+        target_memorization: The share of the forget examples that may still be predicted as one of the classes.
+        unlikelihood_weight: The weight of the second term.
         retain_budget: The largest increase of the retained loss, as a share of the chance loss.
-        far_memorization: Above this memorization, log-odds are far from their target, and the second term uses the
-            curvature of a bound.
-        far_curvature_share: Such early steps need not be accurate, and use fewer examples for the curvature.
-        negligible_risk: A risk in nats below the difference between retrained models.
+        far_memorization: Above this memorization, log-odds are far from their target. Then the second term uses the
+            curvature of a bound instead of its own.
+        far_curvature_share: Above ``far_memorization``, the curvature is computed from this share of the examples,
+            because steps far from the target need not be accurate.
+        negligible_risk: A risk in nats that is smaller than the difference between retrained models.
         curvature_examples: The number of retained examples that solves see; fewer than for other goals.
     """
 
@@ -338,13 +345,14 @@ class ClassRemoval(Goal):
     far_memorization: float = number(0.5, high=1.0)
     # "Every class forgotten", the list of choices: saved a ninth of the time on TinyNet, and nothing on the ResNet.
     far_curvature_share: float = number(0.5, high=1.0)
-    # The same list: with 1024 instead of 2048 examples it saved a fifth of the time, and cost 0.02 to 0.06 points.
+    # The same list: together with 1024 instead of 2048 curvature examples this saved a fifth of the time, and cost 0.02
+    # to 0.06 points.
     negligible_risk: float = number(0.004, open_low=False)
     curvature_examples: int = number(1024, low=1, open_low=False)
 
     @classmethod
     def applies(cls, request: Request, notes: list[str]) -> bool:
-        """Whether no other training example has a label of the forget examples, and predictions are known."""
+        """Whether no other training example has a label of the forget examples, and the predictions are known."""
         labels = request.forget.classes
         if request.relabelled is not None or labels is None or not request.others.has_none_of(labels):
             return False
@@ -353,7 +361,8 @@ class ClassRemoval(Goal):
                 notes,
                 "All examples of a class are to be forgotten, but the model's predictions are not known: its loss does"
                 " not call F.cross_entropy (or F.nll_loss) with one row of logits for each example and the labels of"
-                " the batch. The examples are removed like single examples, and may still be predicted as their class.",
+                " the batch. The goal is therefore example removal, and the examples may still be predicted as their"
+                " class.",
             )
             return False
         return True
@@ -367,7 +376,7 @@ class ClassRemoval(Goal):
         return mask
 
     def risk(self, task: Task) -> list[RiskTerm]:
-        """The divergence on retained examples, and the unlikelihood of the forget ones."""
+        """The divergence on the retained examples, and the unlikelihood of the forget examples."""
         assert task.forgotten_classes is not None
         n_curvature = task.sizes.descent_curvature
         logits, classes = task.objective.logits, task.forgotten_classes
@@ -382,73 +391,74 @@ class ClassRemoval(Goal):
         return [_keep_predictions(task, classes, n_curvature), forgotten]
 
     def memorization(self, task: Task) -> Memorization:
-        """The share that is predicted as one of the forgotten classes."""
+        """The share of the forget examples that are predicted as one of the forgotten classes."""
         assert task.forgotten_classes is not None
         return PredictedShare(task.objective, task.forget_eval, count_as(task.forgotten_classes))
 
     def limits(self, start: Trial, scales: Scales) -> Limits:
-        """Next to none of the class, at a share of the chance loss."""
+        """The target share, and the retained loss plus a share of the chance loss."""
         return Limits(self.target_memorization, start.retain_loss + scales.chance_loss(self.retain_budget))
 
     def is_negligible(self, risk: float) -> bool:
-        """Whether the risk is below what retrained models differ by."""
+        """Whether the risk is smaller than the difference between retrained models."""
         return risk < self.negligible_risk
 
     def outlasts_small_gain(self, accepted: Trial | None, at_target: bool) -> bool:
-        """Whether the step was rejected or cut short.
+        """Whether the step was rejected or shortened, since the next solve can then do better.
 
-        The curvature of a class that is predicted for certain can point anywhere, which the next solve bounds. A Newton
-        step that was cut short had too little damping, of which the next one has more.
+        If the class is predicted with certainty, its curvature vanishes, and a step can be useless; the next solve uses
+        the curvature of a bound. A shortened Newton step had too little damping; the next one has more.
         """
         return accepted is None or accepted.step_sizes[-1] < 1
 
     def shortfall(self, before: Trial, chosen: Trial, target: float | None) -> str | None:
-        """That more than the target share is still predicted as the class."""
+        """The message that more than the target share is still predicted as the class."""
         if target is None or chosen.memorization <= target:
             return None
         return (
             f"{100 * chosen.memorization:.1f} % of the class are still predicted as it. A further step would raise the"
-            " retained loss too much, was not found, or was not requested. Try targets='batch', another selector, a"
-            " larger ratio, or another `step`."
+            " retained loss too much, would not lower the risk, or was not requested. Try targets='batch', another"
+            " selector, a larger ratio, or another `step`."
         )
 
     @classmethod
     def memorization_title(cls, n_unseen: int) -> str:
-        """The share that is still predicted."""
+        """The share that is still predicted as the class."""
         return "still predicted as the class"
 
 
 @GOALS.register("labels")
 @dataclass(frozen=True)
 class LabelCorrection(Goal):
-    """The forget examples get new labels.
+    """The goal where the forget examples get new labels.
 
-    The risk is ``KL(expected ‖ predicted)`` over the retained examples plus the cross-entropy of the corrected
-    examples. The expected predictions are those of the trained model. If predictions are not known, the risk is the
-    loss of both kinds of examples with equal weights, which retraining would minimise. No baseline gradient is
-    subtracted: the risk of a model that is not convex would then have no minimum.
+    The risk is the mean of ``KL(expected ‖ predicted)`` over the retained examples, plus the weighted cross-entropy of
+    the corrected examples. The expected predictions are those of the trained model. If predictions are not known, the
+    risk is the loss of retained and corrected examples with equal weights, which retraining would minimise. No baseline
+    gradient is subtracted, because the risk of a non-convex model might then have no minimum.
 
     Attributes:
-        target_memorization: The share of labels that may stay uncorrected once steps gain little. The report warns if
-            more of them do.
-        corrected_weight: The weight of a corrected example relative to a retained one. Some of the retained predictions
-            were learned from the wrong labels, and work against the correction.
-        retain_budget: The report warns of an increase of the retained loss by more than this share of the chance loss,
-            and more than a tenth of itself.
-        far_memorization: While more than this share of the labels is wrong, steps are damped least-squares solutions.
-        first_damping: The relative damping of these steps. The GGN matrix is nearly zero on wrong labels that are
+        target_memorization: The share of the labels that may stay uncorrected if further steps gain little. The report
+            has a warning if more labels stay uncorrected.
+        corrected_weight: The weight of a corrected example relative to a retained one. It is above 1, because some of
+            the retained predictions were learned from the wrong labels and oppose the correction.
+        retain_budget: The report has a warning if the retained loss rises by more than this share of the chance loss,
+            by more than a tenth of itself, and by more than a tenth of what the corrected examples gained.
+        far_memorization: While more than this share of the labels is wrong, descent directions are damped least-squares
+            solutions.
+        first_damping: The relative damping of these solutions. The GGN matrix is nearly zero on wrong labels that are
             predicted with certainty. Without damping, nearly all first steps of small networks raised the risk.
     """
 
     name = GoalName.LABELS
-    # "A backdoor repaired", the row of eight iterations a solve and entries scaled by the size of their gradients.
+    # "A backdoor repaired", the row with eight iterations for each solve and entries scaled by their gradients.
     scales_by_gradients = True
 
     target_memorization: float = number(0.2, high=1.0)
     corrected_weight: float = number(8.0)
     retain_budget: float = number(0.05, open_low=False)
     far_memorization: float = number(0.25, high=1.0)
-    # "A backdoor repaired": 0.1 and 0.3 change the mean of six draws by less than draws differ.
+    # "A backdoor repaired": with 0.1 or 0.3 the mean of six draws changes by less than the draws differ.
     first_damping: float = number(0.2)
 
     @classmethod
@@ -457,13 +467,13 @@ class LabelCorrection(Goal):
         return request.relabelled is not None
 
     def forgotten_classes(self, request: Request) -> Tensor | None:
-        """None of the predicted classes, if predictions are known."""
+        """A mask without any class; ``None`` if predictions are not known."""
         if request.n_classes is None:
             return None
         return torch.zeros(request.n_classes, dtype=torch.bool, device=request.objective.device)
 
     def risk(self, task: Task) -> list[RiskTerm]:
-        """The divergence on retained examples and the cross-entropy of corrected ones, or the loss of both."""
+        """The divergence on retained and the cross-entropy of corrected examples; without predictions, their losses."""
         assert task.relabelled is not None  # see :meth:`applies`
         assert task.relabelled_eval is not None
         objective, n_curvature = task.objective, task.sizes.descent_curvature
@@ -476,46 +486,46 @@ class LabelCorrection(Goal):
         return [kept, RiskTerm(weight, task.relabelled, task.relabelled_eval, n_curvature, losses)]
 
     def memorization(self, task: Task) -> Memorization:
-        """The share that is not predicted as its new label; not known if predictions are not."""
+        """The share of corrected examples not predicted as their new label; ``None`` if predictions are not known."""
         if task.forgotten_classes is None or task.relabelled_eval is None:
             return None
         return PredictedShare(task.objective, task.relabelled_eval, count_wrong)
 
     def limits(self, start: Trial, scales: Scales) -> Limits:
-        """A fifth of the labels; the retained loss is in the risk, and has no limit of its own."""
+        """The target share. The retained loss has no limit, because the risk includes it."""
         return Limits(None if scales.n_classes is None else self.target_memorization, math.inf)
 
     def is_convex(self, task: Task) -> bool:
-        """Whether predictions are known: the divergence and the cross-entropy are convex in the logits."""
+        """Whether predictions are known, since then the risk is convex in the logits."""
         return task.forgotten_classes is not None
 
     def outlasts_small_gain(self, accepted: Trial | None, at_target: bool) -> bool:
-        """Whether the step was accepted, or is needed: the first change is another kind of step than those after it."""
+        """Whether the step was accepted or the target is not reached: later changes are solved in another way."""
         return accepted is not None or not at_target
 
     def shortfall(self, before: Trial, chosen: Trial, target: float | None) -> str | None:
-        """That too many labels are left as they were."""
+        """The message that more than the target share is not predicted as the new label."""
         if target is None or not chosen.is_edit or not chosen.memorization > target:
             return None
         return (
             f"{100 * chosen.memorization:.1f} % of the corrected examples are not predicted as their new label. Compare"
-            " the retained losses as well, and undo the edit if it is not worth the cost."
+            " the retained loss before and after, and undo the edit if it is not worth the cost."
         )
 
     def tolerated_increase(self, retain_loss: float, gained: float, scales: Scales) -> float:
-        """A tenth of the loss, what the corrected examples gained for it, or a share of the chance loss."""
+        """The largest of a tenth of the loss, a tenth of the weighted gain, and a share of the chance loss."""
         chance = scales.chance_loss(self.retain_budget)
         own = NOTABLE_INCREASE * abs(retain_loss)
         return max(own, NOTABLE_INCREASE * scales.forget_weight * gained, chance)
 
     @classmethod
     def memorization_title(cls, n_unseen: int) -> str:
-        """The share that is not yet corrected."""
+        """The share that is not predicted as the new label."""
         return "not predicted as the new label"
 
 
 def _keep_predictions(task: Task, forgotten_classes: Tensor, n_curvature: int) -> RiskTerm:
-    """The divergence of the retained predictions from the trained model's, once the forgotten classes are ruled out."""
+    """The divergence of the retained predictions from the expected ones, see :class:`ClassRemoval`."""
     with_teacher = teacher(task.objective, forgotten_classes)
     fit = task.retain_fit.map(with_teacher)
     measured = fit if task.retain_eval is task.retain_fit else task.retain_eval.map(with_teacher)
@@ -526,9 +536,9 @@ def choose_goal(request: Request, tuned: Iterable[Goal], notes: list[str]) -> Go
     """The goal of a request, with its tuned numbers.
 
     Args:
-        request: What is asked.
-        tuned: Goals with other numbers than their defaults.
-        notes: Of the report.
+        request: The request.
+        tuned: Goals whose numbers differ from the defaults.
+        notes: The notes of the report, which may be extended.
     """
     for kind in reversed(list(GOALS.values())):
         if kind.applies(request, notes):

@@ -23,12 +23,12 @@ from ..storage.schema import parse, parse_errors_name
 __all__ = ["Journal"]
 
 
-# A change, or the temporary file that is left where its writing was cut off.
+# The file of a change, or the temporary file that an interrupted write leaves.
 _NAME = re.compile(r"change-\d{2,}\.safetensors|\.change-\d{2,}\.safetensors\.[0-9a-f]{32}")
 
 
 def _unversioned(metadata: Mapping[str, str]) -> tuple[Any, object]:
-    """The record of a file of the first format, which had a text of JSON for each part."""
+    """The record of a file of the first format, which held each part as JSON text, and what its digest is of."""
     texts = {name: metadata[name] for name in ("fingerprint", "asked", "told")}
     fingerprint, request, values = (parse(text) for text in texts.values())
     return {"fingerprint": fingerprint, "request": request, "values": values}, texts
@@ -52,7 +52,7 @@ class Journal:
     Attributes:
         folder: The folder with the files.
         fingerprint: Digests and values of everything that the changes depend on, except earlier changes and trials.
-        processes: The processes.
+        processes: The process group.
         recalled: The number of changes that were read.
     """
 
@@ -63,12 +63,12 @@ class Journal:
 
     @staticmethod
     def check(folder: Path) -> None:
-        """Checks that changes can be written to a folder, before any work is done.
+        """Checks that changes can be written to a folder.
 
-        For the check a missing folder is created and removed again. :meth:`keep` creates it for good.
+        To check this, a missing folder is created and removed again. :meth:`keep` creates it permanently.
 
         Raises:
-            ConfigurationError: If the folder holds something else, or cannot be created or written to.
+            ConfigurationError: If the folder holds other files, or cannot be created or written to.
         """
         try:
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -86,7 +86,7 @@ class Journal:
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
             finally:
                 for path in missing:
-                    with contextlib.suppress(OSError):  # not there, or another process has put something into it
+                    with contextlib.suppress(OSError):  # it does not exist, or another process has written to it
                         path.rmdir()
         except OSError as error:
             raise ConfigurationError(
@@ -97,21 +97,21 @@ class Journal:
     def recall(self, position: int, request: list[Any], size: int) -> tuple[Tensor, dict[str, Any]] | None:
         """The change at a position and the values that :meth:`keep` stored with it; ``None`` if there is none.
 
-        A change of another request is deleted with all later ones. The strategy then took other steps than before,
-        for example because of rounding.
+        If the stored change was solved for another request, it is deleted with all later ones. This happens if the
+        strategy took other step sizes than before, for example because of rounding.
 
         Args:
             position: The position in the order of the changes.
-            request: What is to be solved, and at which trial.
+            request: Which change is to be solved, and at which trial.
             size: The number of target parameters, ``k``.
 
         Raises:
             ConfigurationError: If the file is damaged, or belongs to other weights, data or settings.
             OSError: If the file cannot be read.
         """
-        found = self.processes.broadcast(self._read(position, request, size) if self.processes.rank == 0 else None)
-        self.recalled += found is not None
-        return found
+        stored = self.processes.broadcast(self._read(position, request, size) if self.processes.rank == 0 else None)
+        self.recalled += stored is not None
+        return stored
 
     def _read(self, position: int, request: list[Any], size: int) -> tuple[Tensor, dict[str, Any]] | None:
         path = self._path(position)
@@ -121,8 +121,8 @@ class Journal:
         def check(record: Any, shapes: dict[str, list[int]]) -> None:
             if other := differences(record["fingerprint"], self.fingerprint):
                 raise ConfigurationError(
-                    f"The solve in {str(path)!r} is of another call, which differs in: {other}. Or it is damaged."
-                    " This call cannot resume from it: give another folder as `solves_to`; delete the file only if it"
+                    f"The solve in {str(path)!r} is of another call, which differs in: {other}. Or the file is damaged."
+                    " This call cannot resume from it. Give another folder as `solves_to`; delete the file only if it"
                     " is damaged."
                 )
             if shapes["change"] != [size]:
@@ -138,7 +138,7 @@ class Journal:
             return tensors["change"], record["values"]
 
     def parse_errors_name(self, position: int) -> contextlib.AbstractContextManager[None]:
-        """Turns errors about the values that :meth:`recall` returned into one that names the file."""
+        """Re-raises errors about the values that :meth:`recall` returned as one that names the file."""
         return parse_errors_name(self._path(position), _FORMAT.remedy)
 
     def keep(self, position: int, request: list[Any], change: Tensor, values: dict[str, Any]) -> None:

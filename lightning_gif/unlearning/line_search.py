@@ -1,4 +1,4 @@
-"""The line search: the smallest step size that reaches the target, or the one with the least risk."""
+"""The line search for the smallest step size that reaches the target, or for the step size with the least risk."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class LineSearch(CheckedNumbers):
     """Searches for a step size along one change by doubling, halving and refinement.
 
     Attributes:
-        max_doublings: How often a step size of 1 is doubled or halved. Example removal has a smaller limit.
-        bisections: How often the last doubling before the target memorization is halved (on a log scale).
-        refinements: How often the interval around the step size of least risk is narrowed.
+        max_doublings: How often a step size of 1 is doubled or halved at most. Example removal has a smaller limit.
+        bisections: How often the interval of the last doubling or halving is bisected, on a log scale.
+        refinements: How often the interval around the step size with the least risk is narrowed.
     """
 
     max_doublings: int = number(12, low=1, high=100, open_low=False)
@@ -29,15 +29,15 @@ class LineSearch(CheckedNumbers):
     def smallest_that_forgets(self, evaluate: Callable[[float], Trial], before: Trial, limits: Limits) -> Trial:
         """The trial at the smallest step size that reaches the target memorization, starting at step size 1.
 
-        The step size is doubled until the target is reached, and then the last doubling is bisected: a larger step
-        costs more retained loss. The search stops where the retained loss exceeds its limit. If it does so at step
-        size 1, smaller step sizes are tried. If no trial reaches the target, the result is the trial at the largest
-        allowed step size that raises the forget loss, or ``before`` if there is none.
+        The step size is doubled until the target is reached or the retained loss exceeds its limit. Then the last
+        doubling is bisected, because a smaller step costs less retained loss. If the retained loss exceeds its limit at
+        step size 1, the step size is halved instead. If no trial reaches the target, the result is the trial at the
+        largest allowed step size that raises the forget loss, or ``before`` if there is none.
 
         Args:
-            evaluate: The trial at a step size.
-            before: The trained model.
-            limits: The target memorization and the largest retained loss.
+            evaluate: From a step size to its trial.
+            before: The trial of the trained model.
+            limits: The target memorization and the maximal retained loss.
         """
         tried = [before, evaluate(1.0)]
 
@@ -52,8 +52,8 @@ class LineSearch(CheckedNumbers):
             while not is_enough(tried[-1]) and limits.allow(tried[-1]) and step_size < 2.0**self.max_doublings:
                 step_size *= 2
                 tried.append(evaluate(step_size))
-        # Step size 1 is enough, or the answer lies between the last one that is allowed and does not forget, and the
-        # first that is not allowed or forgets.
+        # Unless step size 1 is enough, the result is between the largest tried step size that is allowed but does not
+        # reach the target, and the next larger one, which reaches it or is not allowed.
         if not (is_enough(tried[-1]) and step_size == 1.0):
             short = [t.step_sizes[0] for t in tried if t.is_edit and limits.allow(t) and not is_enough(t)]
             low = max(short, default=0.0)
@@ -75,12 +75,12 @@ class LineSearch(CheckedNumbers):
     ) -> Trial:
         """The allowed trial with the least risk, which may be ``before``.
 
-        Step sizes are doubled or halved from 1 while the risk falls; the interval around the best one is then refined.
+        Step sizes are doubled or halved from 1 while the risk falls. Then the interval around the best one is refined.
 
         Args:
-            evaluate: The trial at a step size.
-            before: The trained model.
-            limits: The largest retained loss.
+            evaluate: From a step size to its trial.
+            before: The trial of the trained model.
+            limits: The maximal retained loss.
             max_step_size: The largest step size of the goal.
         """
         tried = [before, evaluate(1.0)]

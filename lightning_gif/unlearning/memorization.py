@@ -1,4 +1,4 @@
-"""How much of the forget data a model still remembers, and the other numbers that make a trial."""
+"""The measurements of a trial: memorization, losses, and the terms of the risk."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["Measured", "MembershipAUROC", "Memorization", "PredictedShare", "cou
 
 @dataclass(frozen=True)
 class PredictedShare:
-    """The share of some examples whose predicted class fulfils a condition.
+    """The share of examples whose predicted class fulfils a condition.
 
     Attributes:
         objective: An open objective of a classifier.
         examples: The examples.
-        count: From logits ``(B, C)`` and the batch to the number of examples that fulfil it.
+        count: From logits ``(B, C)`` and the batch to the number of examples that fulfil the condition.
     """
 
     objective: Objective
@@ -39,7 +39,7 @@ class PredictedShare:
 
 
 def count_as(classes: Tensor) -> Callable[[Tensor, Batch], Tensor]:
-    """Counts the examples that are predicted as one of some classes, a mask ``(C,)``."""
+    """A function that counts the examples that are predicted as one of ``classes``, a mask ``(C,)``."""
 
     def count(logits: Tensor, batch: Batch) -> Tensor:
         return classes[logits.argmax(1)].double().sum()
@@ -54,10 +54,11 @@ def count_wrong(logits: Tensor, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class MembershipAUROC:
-    """How well a threshold on the loss separates forget examples from unseen ones of the same class; 0.5: not at all.
+    """How well a threshold on the loss separates forget examples from unseen examples of the same class.
 
-    The mean over the forget examples, each compared with the unseen ones of its class; ties count half. NaN if no
-    unseen example has the class of a forget one.
+    Each forget example is compared with the unseen examples of its class. The AUROC is the mean share of unseen
+    examples with a larger loss, where ties count half; 0.5 means that the losses do not separate the examples. Forget
+    examples of a class without unseen examples are left out. NaN if none is left.
 
     Attributes:
         objective: An open objective.
@@ -74,12 +75,12 @@ class MembershipAUROC:
         return self.of_losses(self.objective.all_losses(self.forget, theta).double(), theta)
 
     def of_losses(self, losses: Tensor, theta: Tensor) -> float:
-        """The same for known losses ``(m,)`` of the forget examples."""
-        strata = self.forget.class_or_zero, self.unseen.class_or_zero
+        """The AUROC at parameters ``(p,)``, given the losses ``(m,)`` of the forget examples there."""
+        classes = self.forget.class_or_zero, self.unseen.class_or_zero
         unseen = self.objective.all_losses(self.unseen, theta).double().cpu()
         wins, compared = 0.0, 0
-        for label in strata[1].unique():
-            own, others = (part[of == label] for part, of in zip((losses.cpu(), unseen), strata, strict=True))
+        for label in classes[1].unique():
+            own, others = (part[of == label] for part, of in zip((losses.cpu(), unseen), classes, strict=True))
             if len(own):
                 others = others.sort().values
                 above = len(others) - torch.searchsorted(others, own, right=True)
@@ -90,15 +91,15 @@ class MembershipAUROC:
 
 
 Memorization = PredictedShare | MembershipAUROC | None
-"""How a goal measures memorization; ``None`` where it cannot be known."""
+"""How a goal measures memorization; ``None`` if it cannot be measured."""
 
 
 class Measured(NamedTuple):
-    """What one look at a model gives.
+    """The measurements of a model.
 
     Attributes:
-        forget_loss: Mean loss of the forget examples.
-        retain_loss: Mean loss of the retained examples.
+        forget_loss: The mean loss of the forget examples.
+        retain_loss: The mean loss of the retained examples.
         terms: The mean of each risk term.
         memorization: See :class:`~lightning_gif.unlearning.protocol.Trial`.
     """
@@ -112,7 +113,7 @@ class Measured(NamedTuple):
 def measure(task: Task, terms: list[RiskTerm], memorization: Memorization, theta: Tensor) -> Measured:
     """Measures the model at parameters ``(p,)``.
 
-    If all of them are functions of the logits, they come from one pass over each set of examples.
+    If all measurements are functions of the logits, one pass over each set of examples gives all of them.
     """
     objective = task.objective
     of_logits = all(isinstance(term.losses, OutputLoss) and term.losses.outputs == objective.logits for term in terms)
@@ -122,7 +123,7 @@ def measure(task: Task, terms: list[RiskTerm], memorization: Memorization, theta
     retain = objective.mean_loss(task.retain_eval, theta)
     parts = []
     for term in terms:
-        same = term.eval is task.retain_eval and term.losses is objective  # as has just been measured
+        same = term.eval is task.retain_eval and term.losses is objective  # then the term is ``retain``
         parts.append(retain if same else objective.mean(term.eval, term.losses.loss_sum, theta))
     if isinstance(memorization, MembershipAUROC):
         memorized = memorization.of_losses(losses, theta)

@@ -1,4 +1,4 @@
-"""The scale of each parameter in a solve of few iterations."""
+"""The preconditioner: the scale of each entry in a solve of few iterations."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Preconditioner", "gradient_second_moment", "preconditioner"]
 
 @dataclass(frozen=True)
 class Preconditioner(CheckedNumbers):
-    """The numbers of :func:`preconditioner`.
+    """The tuned numbers of the preconditioner: the scale of each entry in a solve.
 
     Attributes:
-        groups: Groups of examples that estimate the gradient second moment.
+        groups: The number of groups of examples from which the gradient second moment is estimated.
         floor: Added to the gradient second moment, as a share of its mean over the target parameters.
-        exponent: Minus the power of the gradient second moment in the scale of an entry. Martens (ICML 2010) scales the
-            curvature by the power 3/4 of the sum of squared gradients, which is 3/8 here.
+        exponent: The scale of an entry has the factor ``(gradient second moment)^(−exponent)``. The preconditioner of
+            Martens (ICML 2010) corresponds to 3/8.
     """
 
     groups: int = number(8, low=1, open_low=False)
@@ -36,16 +36,16 @@ def gradient_second_moment(
 ) -> Tensor:
     """An estimate of the mean square of the gradients of single examples, by entry, ``(p,)``.
 
-    The mean square of the mean gradients of a few groups, times the size of a group: its expectation is the second
-    moment if the gradients of examples are independent with a small mean. The mean itself counts for more. It costs one
-    pass over ``examples``.
+    The examples are assigned to a few groups. The estimate is the mean over groups of the squared mean gradient, times
+    the size of the group. Its expectation is the gradient second moment if the gradients of examples are independent
+    with mean zero; a non-zero mean increases it. It costs one pass over ``examples``.
 
     Args:
         objective: An open objective.
         examples: The examples, in memory.
-        losses: The function whose gradients are meant.
+        losses: The function whose gradients are taken.
         theta: Parameters ``(p,)``.
-        groups: How many groups, at most half as many as there are examples.
+        groups: The number of groups. At most half as many groups as examples are used.
     """
     parts = examples.round_robin(min(groups, max(len(examples) // 2, 1)))
     total = torch.zeros_like(theta)
@@ -57,11 +57,11 @@ def gradient_second_moment(
 def preconditioner(
     objective: Objective, positions: Tensor, second_moment: Tensor | None, numbers: Preconditioner
 ) -> Tensor:
-    """The scale of each entry in a solve, ``(p,)``: the solve is for ``y`` in ``x = d y``.
+    """The scale ``d`` of each entry in a solve, ``(p,)``: the solver computes ``y``, and the change is ``x = d y``.
 
-    The first factor is the root mean square of the parameter that the entry belongs to, relative to that of all
-    entries, and at least 1. A solve of few iterations changes most what has the largest gradients, which in networks
-    with normalisation are the smallest weights; with this factor it is relative changes that count.
+    The scale has two factors. The first is the root mean square of the parameter tensor that the entry belongs to,
+    relative to that of all entries, and at least 1. A solve of few iterations changes entries with large gradients
+    most. In networks with normalisation these are the smallest weights. The first factor compensates for this.
 
     The second factor is a power of the entry's gradient second moment, as in the preconditioner of Martens (ICML 2010),
     section 4.7.
@@ -69,7 +69,7 @@ def preconditioner(
     Args:
         objective: An open objective.
         positions: The target parameters ``(k,)``.
-        second_moment: See :func:`gradient_second_moment`; ``None`` or zero leaves the second factor out.
+        second_moment: See :func:`gradient_second_moment`. If it is ``None`` or zero, the second factor is 1.
         numbers: The floor and the exponent.
     """
     theta = objective.theta

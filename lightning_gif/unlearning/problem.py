@@ -43,14 +43,14 @@ __all__ = ["EditProblem"]
 
 @dataclass(frozen=True)
 class _Solved:
-    """What a journal keeps beside a change.
+    """The values that a journal stores with a change.
 
     Attributes:
-        slope: Of the quadratic model along the change.
-        curvature: Likewise.
+        slope: The slope of the quadratic model along the change.
+        curvature: The curvature of the quadratic model.
         solution: The record of the solve.
-        products: How the products with the curvature were made.
-        newton: Whether it is a Newton step.
+        products: How the products with the curvature were computed.
+        newton: Whether the change is a Newton step.
         damping: The relative damping of Newton steps.
     """
 
@@ -67,7 +67,7 @@ class EditProblem:
 
     Args:
         goal: The goal, with its tuned numbers.
-        task: The data that decides on the edit.
+        task: The data that the edit is decided on.
         tuning: All other tuned numbers.
         method: The influence method.
         positions: The target parameters ``(k,)``.
@@ -79,15 +79,15 @@ class EditProblem:
         tuning: All other tuned numbers.
         trials: All trials, in order; the first is the trained model.
         limits: :attr:`target_memorization` and :attr:`max_retain_loss`.
-        solutions: The solution of each solve. If a method needs several solves for one change, the one with the largest
-            residual.
-        newton_damping: The relative damping of the last Newton step, or of the next one if there was none.
+        solutions: The solution for each change. If a method needs several solves for one change, the solution with the
+            largest residual is kept.
+        newton_damping: The relative damping of the last Newton step, or of the first one before there is any.
         positions: The target parameters ``(k,)``.
         description: How the products with the curvature were computed, see the report.
 
     Raises:
         NonFiniteError: If the risk at the trained weights is not finite.
-        ObjectiveError: If the new labels are the old ones; from a solve, if the risk does not depend on the targets.
+        ObjectiveError: If the new labels equal the old ones; from a solve, if the risk does not depend on the targets.
     """
 
     def __init__(
@@ -107,15 +107,15 @@ class EditProblem:
         self._task, self._objective, self._settings = task, task.objective, task.settings
         self._method, self._journal = method, journal
         self._changes: list[Tensor] = []
-        self._influence: tuple[int, QuadraticModel] | None = None  # which change it is
-        self._last_newton: tuple[Trial, QuadraticModel] | None = None  # the trial that it starts from
+        self._influence: tuple[int, QuadraticModel] | None = None  # the position of the influence direction's change
+        self._last_newton: tuple[Trial, QuadraticModel] | None = None  # the trial at which the Newton step was solved
 
         if task.relabelled is not None and not task.influence_gradient.any():
-            raise ObjectiveError("The new labels are those that the examples have: there is nothing to correct.")
+            raise ObjectiveError("The new labels equal the old ones: there is nothing to correct. Check `relabel`.")
         self._terms = goal.risk(task)
         self._memorization = goal.memorization(task)
-        # Weight decay is part of the risk where the training loss is. Predictions that are to stay are those that
-        # weight decay has led to.
+        # Weight decay belongs to the terms that are the training loss. It does not belong to terms that keep the
+        # trained model's predictions, because these already include its effect.
         trained_on = sum(term.weight for term in self._terms if term.losses is self._objective)
         self._decay = self._settings.weight_decay * trained_on
         start = self.evaluate()
@@ -137,12 +137,12 @@ class EditProblem:
         """The parameters ``(p,)`` at given step sizes.
 
         Raises:
-            ConfigurationError: If these are more step sizes than changes.
+            ConfigurationError: If there are more step sizes than changes.
         """
         if len(step_sizes) > len(self._changes):
             raise ConfigurationError(
-                f"{len(step_sizes)} step sizes were given, but there are only {len(self._changes)} changes"
-                " (problem.influence_direction and problem.descent_direction)."
+                f"{len(step_sizes)} step sizes were given, but there are only {len(self._changes)} changes. Each call"
+                " of problem.influence_direction and problem.descent_direction adds one."
             )
         theta = self._objective.theta.clone()
         for size, change in zip(step_sizes, self._changes, strict=False):
@@ -150,10 +150,13 @@ class EditProblem:
         return theta
 
     def evaluate(self, *step_sizes: float) -> Trial:
-        """The trial at given step sizes, one for each change in the order of the solves. Missing ones are 0.
+        """Measures the model at given step sizes, and adds the trial to :attr:`trials`.
+
+        Args:
+            step_sizes: One step size for each change, in the order of the solves. Missing ones are 0.
 
         Raises:
-            ConfigurationError: If these are more step sizes than changes.
+            ConfigurationError: If there are more step sizes than changes.
             NonFiniteError: If the risk at the trained weights is not finite.
         """
         theta = self.weights_at(step_sizes)
@@ -179,7 +182,7 @@ class EditProblem:
         return math.nan if self._memorization is None else self._memorization.at(theta)
 
     def mean_losses(self, theta: Tensor) -> dict[str, float]:
-        """The mean losses of a report at parameters ``(p,)``, by name."""
+        """The mean losses that a report has, at parameters ``(p,)``, by name."""
         task = self._task
         parts = {
             "forget": task.forget_eval,
@@ -190,7 +193,7 @@ class EditProblem:
         return {name: self._objective.mean_loss(part, theta) for name, part in parts.items() if part is not None}
 
     def predicted_losses(self, before: dict[str, float], chosen: Trial) -> dict[str, float]:
-        """The mean losses that the influence direction predicts; NaN if the edit makes other changes as well.
+        """The mean losses that the influence direction predicts; NaN if the edit makes other changes, too.
 
         The prediction is of first order for the forget examples, and of second order for the retained ones.
 
@@ -207,7 +210,7 @@ class EditProblem:
         which, model = self._influence
         change = self._changes[which]
         step_size = chosen.step_sizes[which] if which < len(chosen.step_sizes) else 0.0
-        curvature = model.curvature - self._settings.weight_decay * float(change @ change)  # of the loss alone
+        curvature = model.curvature - self._settings.weight_decay * float(change @ change)  # without weight decay
         task = self._task
         slopes = {
             "forget": task.forget_gradient,
@@ -223,10 +226,11 @@ class EditProblem:
     # Solves
 
     def influence_direction(self) -> QuadraticModel:
-        """Solves for the change that answers the removal or relabelling at the trained weights.
+        """Solves for the influence direction: the response to the removal or relabelling at the trained weights.
 
-        The curvature of its quadratic model is that of the retained loss. All other parts of the risk count in the
-        slope only.
+        Returns:
+            The quadratic model of the risk along this change. Its slope is that of the whole risk. Its curvature is
+            that of the retained loss alone.
 
         Raises:
             ObjectiveError: If the loss of the forget examples does not depend on the targets.
@@ -238,10 +242,16 @@ class EditProblem:
     def descent_direction(self, at: Trial) -> QuadraticModel:
         """Solves, at the weights of a trial, for a change that lowers the risk.
 
-        The first change uses the method of the edit, and so do later ones while the memorization is far from its
-        target: least squares have a solution for any curvature. If the risk has a bound, these later ones use the
-        curvature of the bound. If the risk is convex, all of these changes are damped, more so after rejected
-        steps since ``at``. All other changes are damped Newton steps on the targets.
+        The first change is solved with the method of the edit. So are later changes while memorization is far from its
+        target, because least-squares problems have a solution for any curvature. These later changes use the curvature
+        of a bound for terms of the risk that have one. If the risk is convex, changes of this kind are damped, and more
+        after each rejected step since ``at``. All other changes are damped Newton steps on the targets.
+
+        Args:
+            at: The trial.
+
+        Returns:
+            The quadratic model of the risk along this change.
 
         Raises:
             ObjectiveError: If the risk does not depend on the targets.
@@ -253,16 +263,19 @@ class EditProblem:
     def _recalled_or_solved(
         self, question: list[Any], solve: Callable[[], tuple[QuadraticModel, bool]]
     ) -> tuple[QuadraticModel, bool]:
-        """The quadratic model along a further change, and whether it is a Newton step: from the journal, or solved.
+        """Adds a change from the journal, or else solves for it and stores it there.
 
         Args:
-            question: Which change it is, and the step sizes along the changes before at which it starts.
-            solve: Solves for it.
+            question: The kind of the change, and the step sizes of the trial at which it is solved.
+            solve: Solves for the change.
+
+        Returns:
+            The quadratic model along the change, and whether it is a Newton step.
         """
         journal, position = self._journal, len(self._changes)
         if journal is None:
             return solve()
-        start = self.trials[0]  # these numbers show another loss with the same weights and data
+        start = self.trials[0]  # its numbers identify the loss function, which the fingerprint does not
         seen = [f"{value:.4g}" for value in (start.forget_loss, start.retain_loss, start.risk)]
         question = [*question, *seen, digest({str(number): change for number, change in enumerate(self._changes)})]
         recalled = journal.recall(position, question, len(self.positions))
@@ -326,13 +339,16 @@ class EditProblem:
     def _linearise(
         self, theta: Tensor, is_far: bool, settings: Settings, on_product: Callable[[], Any]
     ) -> tuple[Tensor, list[tuple[float, Curvature]], Tensor | None]:
-        """The slope of the risk ``(p,)``, the curvature of each term with its weight, and the second moment ``(p,)``.
+        """The gradient ``(p,)`` of the risk, its curvature, and the gradient second moment ``(p,)``.
 
         Args:
-            theta: Where, ``(p,)``.
-            is_far: Whether the memorization there is far from its target.
-            settings: Of the solve.
-            on_product: Called at each product.
+            theta: Parameters ``(p,)``.
+            is_far: Whether memorization there is far from its target.
+            settings: The settings of the solve.
+            on_product: Called after each product with the curvature.
+
+        Returns:
+            The gradient, the weight and the curvature of each term, and the second moment (``None`` if it is not used).
         """
         objective, rules = self._objective, self.rules
         slope, curvatures = self._decay * theta, list[tuple[float, Curvature]]()
@@ -343,7 +359,7 @@ class EditProblem:
             part = term.fit.sample(count, settings.seed + len(self._changes))
             part = part.cached(bytes_to_keep(settings, objective) / 4)
             losses = term.bound if term.bound is not None and self._changes and is_far else term.losses
-            decay = 0.0 if curvatures else self._decay  # of the whole risk, in the first term, whose weight is 1
+            decay = 0.0 if curvatures else self._decay  # the first term, of weight 1, has the decay of the whole risk
             curvature = open_curvature(
                 settings, objective, part, theta, losses=losses, weight_decay=decay, on_product=on_product
             )
@@ -360,7 +376,7 @@ class EditProblem:
         return for_relinearised_step(self._settings, labels=labels, convex=convex)
 
     def _n_rejected_since(self, at: Trial) -> int:
-        """How many changes since ``at`` led to no accepted step, not counting the influence direction."""
+        """The number of rejected changes since ``at``, not counting the influence direction."""
         count = len(self._changes) - len(at.step_sizes)
         return count - (self._influence is not None and self._influence[0] >= len(at.step_sizes))
 
@@ -372,25 +388,26 @@ class EditProblem:
         group: Group | None = None,
         scale: Tensor | None = None,
     ) -> float:
-        """Solves for a change by the method of the edit, and returns the curvature of the risk along it."""
+        """Solves for a change with the method of the edit, adds it, and returns the curvature along it."""
         if not gradient[self.positions].any():
             raise ObjectiveError(
                 "The loss of the forget examples, or the risk, does not depend on the target parameters: its gradient"
-                " on all of them is exactly zero. Either there is nothing to forget or to correct, since the model"
-                " makes the desired predictions with certainty; or use targets='batch', a larger ratio, or method='if'."
+                " on all of them is exactly zero. Possibly the model already makes the desired predictions with"
+                " certainty, so there is nothing to forget or to correct. Otherwise use targets='batch', a larger"
+                " ratio, or method='if'."
             )
         change, solutions = self._method.edit(curvature, self.positions, gradient, solve, group, scale)
         if not change.any():
             raise ObjectiveError(
-                "The solve found no change of the target parameters that would answer the removal: the retained loss"
-                " has no curvature along them. Use other targets, a larger ratio, or method='if'."
+                "The solve returned a change of zero: the retained loss has no curvature along the target parameters."
+                " Use other targets, a larger ratio, or method='if'."
             )
         self._changes.append(change)
         self.solutions.append(max(solutions, key=lambda solution: solution.residual))
         return float(change @ Submatrix(curvature, self.positions, self.positions).matvec(change))
 
     def _add_newton_step(self, curvature: LinearOperator, gradient: Tensor, at: Trial, scale: Tensor) -> float:
-        """Solves for a damped Newton step on the targets, and returns the curvature of the risk along it."""
+        """Solves for a damped Newton step on the targets, adds it, and returns the curvature along it."""
         if self._last_newton is not None:
             start, model = self._last_newton
             step_size = at.step_sizes[-1] if len(at.step_sizes) == len(self._changes) else 0.0

@@ -1,4 +1,4 @@
-"""The data of a strategy: trials, their limits, and the predicted change of the risk."""
+"""The types that strategies work with: trials, limits, and the predicted change of the risk."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class GoalName(str, Enum):
 class Trial:
     """The model at given step sizes, measured on training-side data.
 
-    It is measured on retained examples that the solves have not seen, if there are enough of them.
+    The retained examples are ones that the solves have not seen, if there are enough of them.
 
     Attributes:
         step_sizes: The multiple of each change, in the order of the solves; 1 is the natural step.
-        forget_loss: Mean loss of (a sample of) the forget examples, with their labels in training.
-        retain_loss: Mean loss of (a sample of) the retained examples.
+        forget_loss: The mean loss of (a sample of) the forget examples, with their labels in training.
+        retain_loss: The mean loss of (a sample of) the retained examples.
         risk: The quantity that the edit minimises. Each goal defines it, see :mod:`lightning_gif.unlearning.goals`.
-        memorization: Class removal: the share of the forget examples that are still predicted as their class. Label
-            correction: the share of the corrected examples that are not predicted as their new label. Example removal:
-            how well a threshold on the loss separates the forget examples from unseen ones of the same label (AUROC,
-            0.5: not at all). NaN if it is not known.
+        memorization: Class removal: the share of the forget examples that are still predicted as one of the forgotten
+            classes. Label correction: the share of the corrected examples that are not predicted as their new label.
+            Example removal: the membership AUROC, which says how well a threshold on the loss separates the forget
+            examples from unseen examples of the same label (0.5: not at all). NaN if it is not known.
     """
 
     step_sizes: tuple[float, ...]
@@ -91,7 +91,7 @@ class QuadraticModel(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """How far an edit should go, and what it may cost.
+    """The target memorization and the maximal retained loss of an edit.
 
     Attributes:
         target_memorization: The largest :attr:`Trial.memorization` that counts as forgotten or corrected; ``None``

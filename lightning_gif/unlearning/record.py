@@ -34,10 +34,10 @@ FORMAT = Format(
 
 _PARTS = ("indices", "old", "new")
 
-# Fields that a file holds in another form, or not at all.
+# Fields that a file stores in another form, or does not store.
 _OWN_FORM = ("edit", "trials", "context", "version")
 
-# How version 3 of the format named fields of a report and of its trials.
+# The names that version 3 of the format used for fields of a report and of its trials.
 _NAMES_OF_3 = {"step_sizes": "steps", "memorization": "remembered", "trials": "path"}
 
 
@@ -45,11 +45,11 @@ class Change(NamedTuple):
     """A mean loss before and after the edit, and the prediction of the first solve.
 
     Attributes:
-        before: At the weights before the edit.
-        after: At the weights after it.
+        before: The loss at the weights before the edit.
+        after: The loss at the weights after the edit.
         predicted: ``before`` plus the predicted effect of the influence direction: to first order for the forget
-            examples, to second order for the retained ones. Good for small step sizes only. NaN if the edit makes
-            other changes too.
+            examples, to second order for the retained ones. It is accurate for small step sizes only. NaN if the edit
+            makes other changes, too.
     """
 
     before: float
@@ -59,11 +59,11 @@ class Change(NamedTuple):
 
 @dataclass
 class EditContext(CallContext):
-    """What the report of an edit knows of the trainer. A report loaded from a file knows none of it.
+    """The trainer, the model and the audit log of an edit. A report loaded from a file has only ``global_step``.
 
     Attributes:
         module: The model that :meth:`UnlearnReport.undo` and :meth:`UnlearnReport.apply` act on by default.
-        record: The audit log to which each of them adds an entry, see :mod:`lightning_gif.storage.audit_log`.
+        record: The audit log to which both methods add an entry, see :mod:`lightning_gif.storage.audit_log`.
         has_optimizer: Whether the trainer has an optimizer. An edit does not change its state.
     """
 
@@ -75,15 +75,15 @@ class EditContext(CallContext):
         """The given model, or the default one.
 
         Raises:
-            EditError: If there is neither.
+            EditError: If there is none.
         """
         model = self.module if given is None else given
         if model is None:
-            raise EditError("The report was loaded from a file; name the model: undo(model) or apply(model).")
+            raise EditError("The report was loaded from a file; pass the model: undo(model) or apply(model).")
         return model
 
     def processes_of(self, weights: Weights) -> ProcessGroup:
-        """The processes that hold copies of the weights. Also works for a report that was loaded in each of them."""
+        """The processes that hold copies of the weights; also for a report that each of them has loaded from a file."""
         if self.processes.size > 1 or not isinstance(weights, nn.Module):
             return self.processes
         return ProcessGroup.of_module(weights)
@@ -95,37 +95,40 @@ class EditRecord:
 
     Attributes:
         edit: The changed entries, and their values before and after.
-        goal: ``"class"``, ``"examples"`` or ``"labels"``; see :class:`~lightning_gif.unlearning.goals.Goal`.
+        goal: The name of the goal: ``"class"``, ``"examples"`` or ``"labels"``; see
+            :class:`~lightning_gif.unlearning.goals.Goal`.
         step_sizes: The step size of each change; 1 is the natural step. The first change is the influence direction
             or a descent direction; all later ones are descent directions. Each is solved at the weights after the
             earlier ones.
-        forget: Mean loss of (a sample of) the forget examples, with their labels in training.
-        retain: Mean loss of (a sample of) the retained training data.
-        relabelled: Mean loss of the examples with their new labels; ``None`` for a removal.
-        unseen: Mean loss of the unseen examples that the forget examples were compared with; ``None`` without any.
-        memorization: How much of the forget data is remembered, before and after; see
+        forget: The mean loss of (a sample of) the forget examples, with their labels in training.
+        retain: The mean loss of (a sample of) the retained training data.
+        relabelled: The mean loss of the examples with their new labels; ``None`` for a removal.
+        unseen: The mean loss of the unseen examples that the forget examples were compared with; ``None`` if there was
+            no comparison.
+        memorization: How much of the forget data is remembered, before and after the edit; see
             :attr:`~lightning_gif.unlearning.protocol.Trial.memorization`.
         n_forget: The number of forget examples.
-        n_found: The number of training examples that match them, by dataset index or by content.
+        n_found: The number of training examples that match the forget examples, by dataset index or by content.
         n_retain: The number of retained training examples.
         n_unseen: The number of unseen examples that the forget examples were compared with.
         n_parameters: The number of trainable parameters of the model.
         trials: All trials, in order. The first one is the trained model.
-        solves: Diagnostics of each solve, see :meth:`~lightning_gif.solvers.Solution.summary`. If a method needs
-            several solves for one change, those of the solve with the largest residual.
+        solves: The diagnostics of the solve of each change, see :meth:`~lightning_gif.solvers.Solution.summary`. If a
+            method needs several solves for one change, they are of the solve with the largest residual.
         residuals: The relative residual of the first solve after each number of iterations.
         curvature: How the products with the curvature were computed, and its extreme eigenvalues if ``eigenvalues`` was
             set.
         settings: The method, the solver and their parameters.
-        notes: Warnings for the user: data that was not found, a target that was missed, stale optimizer state.
-        seconds: Wall time of the whole call.
-        data: The data of the edit. ``indices`` are the dataset indices of the forget examples in the training data.
-            ``examples`` is the SHA-256 of their contents, and ``relabelled`` that with their new labels (``None`` for
-            a removal). ``train`` is the SHA-256 of the training data, see
+        notes: Warnings for the user, for example that forget examples are not in the training data, that a target was
+            missed, or that the optimizer's state is stale.
+        seconds: The wall time of the whole call in seconds.
+        data: Identifies the data of the edit. ``indices`` has the dataset indices of the forget examples. ``examples``
+            is the SHA-256 of their contents, and ``relabelled`` the SHA-256 of their contents with the new labels
+            (``None`` for a removal). ``train`` is the SHA-256 of the training data, see
             :func:`~lightning_gif.data.identity.data_digest`.
-        context: What is known of the trainer. Only its ``global_step`` is saved.
+        context: The trainer, the model and the audit log. Only ``global_step`` is saved.
         version: The version of the file format that :meth:`to_record` uses. A loaded report keeps the version of its
-            file, so that its digest is still that of the audit log.
+            file, so that its digest still matches the audit log.
     """
 
     edit: Edit = field(repr=False)
@@ -162,7 +165,7 @@ class EditRecord:
 
     @property
     def solve(self) -> dict[str, Any]:
-        """Diagnostics of the first solve."""
+        """The diagnostics of the first solve."""
         return self.solves[0]
 
     @property
@@ -174,8 +177,8 @@ class EditRecord:
     def digests(self) -> dict[str, str]:
         """The SHA-256 digests of the edit and the report.
 
-        Those of the edited tensors ``before`` and ``after`` the edit, of the changed values (``values``), and of
-        everything that :meth:`UnlearnReport.save` writes (``report``).
+        ``before`` and ``after`` are of the edited tensors before and after the edit, ``values`` is of the changed
+        values, and ``report`` is of everything that :meth:`UnlearnReport.save` writes.
         """
         record, tensors = self.to_record()
         return {
@@ -234,7 +237,7 @@ class EditRecord:
 
         Raises:
             EditError: If the parts of the edit do not belong together.
-            LookupError, TypeError, ValueError: If values are missing or have a wrong type or value.
+            LookupError, TypeError, ValueError: If values are missing, or have another type or range.
         """
         if version == 3:
             record = _renamed(record, {old: new for new, old in _NAMES_OF_3.items()})
@@ -254,20 +257,21 @@ class EditRecord:
         plain = restored_fields(EditRecord, values, without=_OWN_FORM)
         report = cls(edit=edit, trials=trials, context=context, version=version, **plain)
         if not report.step_sizes or not report.solves or not report.trials or report.n_parameters < edit.count:
-            raise ValueError("the report has no step sizes, solves or trials, or more changes than parameters")
+            raise ValueError("the report has no step sizes, solves or trials, or more changed entries than parameters")
         return report
 
 
 def _trial(stored: dict[str, Any], position: int) -> Trial:
     if stored.keys() != {entry.name for entry in fields(Trial)}:
         raise TypeError(
-            f"trials[{position}] has {', '.join(entry.name for entry in fields(Trial))}; got {', '.join(stored)!r:.200}"
+            f"trials[{position}] must have the fields {', '.join(entry.name for entry in fields(Trial))}; got"
+            f" {', '.join(stored)!r:.200}"
         )
     return Trial(**restored_fields(Trial, stored))
 
 
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:
-    """A record with other names for the fields of the report and of its trials, in the same order."""
+    """A record whose fields, and those of its trials, are renamed; their order stays the same."""
     trials = {"trials", "path"}
     return {
         names.get(name, name): [{names.get(n, n): v for n, v in trial.items()} for trial in entry]

@@ -33,11 +33,11 @@ class UnlearnReport(EditRecord):
     Attributes:
         module: The model that :meth:`undo` and :meth:`apply` act on by default.
         loggers: The loggers that :meth:`log` uses by default: those of the trainer.
-        global_step: The trainer's optimizer steps at the time of the call.
+        global_step: The number of the trainer's optimizer steps at the time of the call.
         record: The audit log to which :meth:`apply` and :meth:`undo` add an entry, see
             :mod:`lightning_gif.storage.audit_log`.
-        processes: The processes that hold copies of the model. The edit is made in all copies, or in none. The first
-            process writes files.
+        processes: The process group, whose processes hold copies of the model. The edit is made in all copies, or in
+            none. The first process writes files.
     """
 
     module = ContextAttribute[nn.Module | None]()
@@ -65,7 +65,7 @@ class UnlearnReport(EditRecord):
             record: The audit log to add an entry to; by default that of the report, if it has one.
 
         Raises:
-            EditError: If the model is a different one, or its weights are not those before the edit.
+            EditError: If the model is a different one, or its weights differ from those before the edit.
             RecordError: If the entry cannot be written. The weights are then unchanged.
         """
         self.change("apply", module, record)
@@ -78,7 +78,7 @@ class UnlearnReport(EditRecord):
             record: As in :meth:`apply`.
 
         Raises:
-            EditError: If the model is a different one, or its weights are not those after the edit.
+            EditError: If the model is a different one, or its weights differ from those after the edit.
             RecordError: If the entry cannot be written. The weights are then unchanged.
         """
         self.change("undo", module, record)
@@ -98,7 +98,7 @@ class UnlearnReport(EditRecord):
             record: As in :meth:`apply`.
 
         Raises:
-            RecordError: If there is no audit log, a value is no number, or the entry cannot be written.
+            RecordError: If there is no audit log, a value is not a number, or the entry cannot be written.
         """
         weights = self.context.model(module)
         log = self.record if record is None else record
@@ -107,7 +107,12 @@ class UnlearnReport(EditRecord):
     def change(self, event: Event, module: Weights | None = None, record: str | os.PathLike[str] | None = None) -> None:
         """Applies or undoes the edit, and adds an entry about ``event`` to the audit log if there is one.
 
-        Both happen, or neither, in all processes; see :func:`lightning_gif.unlearning.transaction.change`.
+        If either fails on any process, neither is done; see :func:`lightning_gif.unlearning.transaction.change`.
+
+        Args:
+            event: ``"undo"`` undoes the edit, any other event applies it.
+            module: As in :meth:`apply`.
+            record: As in :meth:`apply`.
         """
         weights = self.context.model(module)
         log = self.record if record is None else record
@@ -117,10 +122,10 @@ class UnlearnReport(EditRecord):
         """Adds an entry about the edit to an audit log, and does nothing else.
 
         Args:
-            event: What happened.
-            record: The file.
-            before: :func:`~lightning_gif.parameters.weights_digest` before.
-            after: The same after.
+            event: The event.
+            record: The audit log.
+            before: The :func:`~lightning_gif.parameters.weights_digest` before the event.
+            after: The :func:`~lightning_gif.parameters.weights_digest` after the event.
         """
         transaction.write_entry(self, event, record, before, after)
 
@@ -131,8 +136,8 @@ class UnlearnReport(EditRecord):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the edit and the report to a safetensors file. An existing file is replaced atomically.
 
-        With several processes only the first one writes, and the others do not wait for it. Call
-        ``trainer.strategy.barrier()`` before they read the file.
+        In a distributed run the first process writes, and the others do not wait for it. Call
+        ``trainer.strategy.barrier()`` before another process reads the file.
 
         Args:
             path: The file, preferably with the suffix ``.safetensors``. Missing folders are created.
@@ -145,7 +150,7 @@ class UnlearnReport(EditRecord):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], module: nn.Module | None = None) -> UnlearnReport:
-        """Reads what :meth:`save` wrote, in this version or an earlier one.
+        """Reads a report that :meth:`save` wrote, in this version or an earlier one.
 
         Nothing is unpickled, and the model is not changed.
 
@@ -167,7 +172,7 @@ class UnlearnReport(EditRecord):
         return report
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Looking at it
+    # Logs, figures and text
     # ----------------------------------------------------------------------------------------------------------------
 
     def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/unlearn") -> None:
@@ -176,13 +181,13 @@ class UnlearnReport(EditRecord):
         - Every logger: the numbers of :meth:`summary` as ``gif/unlearn/NAME``.
         - With tables (W&B): ``…/path``, the trials in order, with the step size of each change (``step_1``, …), the
           mean losses, the risk and the memorization; ``…/solve``, the relative residual after each iteration of the
-          first solve; ``…/eigenvalues``, if they were requested.
+          first solve; ``…/eigenvalues``, if they were computed.
 
-        Nothing is logged to a finished W&B run, with a warning.
+        A finished W&B run is skipped with a warning.
 
         Args:
             loggers: Lightning loggers; by default those of the trainer.
-            prefix: Start of every key.
+            prefix: The start of every key.
         """
         display.log(self, self.loggers if loggers is None else loggers, prefix)
 

@@ -1,4 +1,4 @@
-"""The terms of a risk, and the functions that they are made of."""
+"""The terms of a risk, and the losses in them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class WithTeacher(Batch):
     """A batch with the probabilities that the edited model should predict for it.
 
     Attributes:
-        expected: ``(B, C)``.
+        expected: The expected probabilities ``(B, C)``.
     """
 
     expected: Tensor
@@ -64,15 +64,15 @@ class WithTeacher(Batch):
 
 @dataclass(frozen=True)
 class QuantileMatchingLoss:
-    """``(t − ℓ)²/(2σ)`` of a loss ``ℓ``.
+    """The squared distance ``(t − ℓ)²/(2σ)`` of a loss ``ℓ`` to its target loss ``t``.
 
-    The target ``t`` of a forget example is the loss of the unseen example of its class whose rank there is its own rank
-    among the forget examples, at the trained weights: the transport of one distribution of losses to the other that
-    keeps the order.
+    The target loss of a forget example is a quantile of the losses of the unseen examples of its class. The level of
+    the quantile is the rank of the example's own loss among the forget examples of that class. All losses here are at
+    the trained weights. So the targets have the distribution of the unseen losses, in the order of the forget losses.
 
     Attributes:
-        objective: The open objective, with the trained weights.
-        groups: By class, the losses of the forget and of the unseen examples at the trained weights, sorted.
+        objective: An open objective at the trained weights.
+        groups: The sorted losses of the forget and of the unseen examples at the trained weights, by class.
         scale: ``σ``, in the unit of the loss.
     """
 
@@ -81,7 +81,12 @@ class QuantileMatchingLoss:
     scale: float = 1.0
 
     def targets(self, losses: Tensor, classes: Tensor) -> Tensor:
-        """``t`` ``(B,)`` for losses ``(B,)`` at the trained weights; the losses themselves for other classes."""
+        """The target losses ``(B,)``. For classes that are not in ``groups`` they equal the losses.
+
+        Args:
+            losses: The losses ``(B,)`` at the trained weights.
+            classes: The labels ``(B,)``.
+        """
         targets = losses.clone()
         for label, (forget, unseen) in self.groups.items():
             here = classes == label
@@ -90,7 +95,7 @@ class QuantileMatchingLoss:
         return targets
 
     def sum(self, losses: Tensor, batch: Batch) -> Tensor:
-        """The sum over a batch with losses ``(B,)``."""
+        """The sum of ``(t − ℓ)²/(2σ)`` over a batch with losses ``ℓ`` ``(B,)``."""
         with torch.no_grad():
             trained = self.objective.losses(self.objective.theta, batch)
             classes = batch.classes
@@ -99,9 +104,10 @@ class QuantileMatchingLoss:
 
 
 def _rank(values: Tensor, among: Tensor) -> Tensor:
-    """The rank of ``values`` among others ``(m,)``, sorted, from 0 to 1; of equal ones in their middle.
+    """The rank of ``values`` in ``among`` ``(m,)``, which is sorted, as a number from 0 to 1.
 
-    Linear in between: a loss that is computed again in another batch may differ by rounding, and keeps its rank.
+    Equal values get the middle of their ranks. Between values the rank is interpolated linearly: a loss that is
+    computed again in another batch can differ by rounding, and then has nearly the same rank.
     """
     levels, counts = among.unique_consecutive(return_counts=True)
     heights = (counts.cumsum(0) - counts / 2).to(values) / len(among)
@@ -122,10 +128,10 @@ class RiskTerm:
         eval: The examples that trials are measured on.
         n_curvature: How many of ``fit`` give the curvature, near the end of an edit.
         losses: The function; the objective itself for the training loss.
-        bound: A function with the curvature of a parabola above ``losses``, where the own curvature of these is of no
-            use far from the target.
-        baseline_fit: The gradient ``(p,)`` over ``fit`` that is subtracted.
-        baseline_eval: The same over ``eval``.
+        bound: A function that gives the curvature instead of ``losses`` while memorization is far from its target: that
+            of a parabola above ``losses``. ``None`` if ``losses`` have a useful curvature everywhere.
+        baseline_fit: The gradient ``(p,)`` that is subtracted from the gradient over ``fit``.
+        baseline_eval: The gradient ``(p,)`` that is subtracted from the gradient over ``eval``.
     """
 
     weight: float
@@ -151,15 +157,15 @@ class RiskTerm:
 def labels_of(batch: Batch) -> Tensor:
     """The labels ``(B,)`` of a batch of a classifier."""
     labels = batch.classes
-    assert labels is not None  # else the predictions would not be known
+    assert labels is not None  # a model counts as a classifier only if its batches have labels
     return labels
 
 
 def teacher(objective: Objective, forgotten_classes: Tensor) -> Callable[[Batch], WithTeacher]:
-    """From a batch to the batch with what the trained model predicts once the forgotten classes are ruled out.
+    """A function that adds the expected probabilities to a batch.
 
-    By Bayes' rule that is what a model that knows the probabilities of all classes knows of the others (linear
-    filtration; Baumhauer, Schöttle and Zeppelzauer, *Machine Learning* 111, 2022).
+    These are the probabilities of the trained model given that the class is none of the forgotten ones (Bayes' rule).
+    This is linear filtration (Baumhauer, Schöttle and Zeppelzauer, *Machine Learning* 111, 2022).
 
     Args:
         objective: An open objective.
@@ -182,26 +188,26 @@ def teacher_loss(objective: Objective) -> OutputLoss:
 
 def divergence(logits: Tensor, batch: Batch) -> Tensor:
     """The sum of ``KL(expected ‖ predicted)`` over a batch :class:`WithTeacher`."""
-    assert isinstance(batch, WithTeacher)  # only such batches are mapped to this loss
+    assert isinstance(batch, WithTeacher)  # the examples of this loss are mapped with ``teacher``
     log_predicted = logits.log_softmax(1).masked_fill(batch.expected == 0, 0.0)  # logits of a masked class are −∞
     return (torch.special.entr(batch.expected).neg() - batch.expected * log_predicted).sum()
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """The sum of ``−log p(label)`` over a batch, whatever else the training loss consists of."""
+    """The sum of ``−log p(label)`` over a batch, without any other terms of the training loss."""
     return F.cross_entropy(logits, labels_of(batch), reduction="sum")
 
 
 def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
-    """The log-odds ``(B,)`` that a prediction is one of some classes, a mask ``(C,)``."""
+    """The log-odds ``(B,)`` of the predicted probability of ``classes``, a mask ``(C,)``."""
     return logits[:, classes].logsumexp(1) - logits[:, ~classes].logsumexp(1)
 
 
 @dataclass(frozen=True)
 class Unlikelihood:
-    """The sum of ``−log(1 − p)`` over a batch, with ``p`` the probability of some classes.
+    """The sum of ``−log(1 − p)`` over a batch, where ``p`` is the predicted probability of some classes.
 
-    Unlike a cross-entropy with its sign turned it has a minimum (Welleck et al., ICLR 2020).
+    Unlike a negated cross-entropy, it has a lower bound (Welleck et al., ICLR 2020).
 
     Attributes:
         classes: A mask ``(C,)``.
@@ -232,9 +238,10 @@ class UnlikelihoodBound:
 def bound_curvature(log_odds: Tensor) -> Tensor:
     """The second derivative of the flattest parabola that touches ``−log(1 − p)`` and lies above it, elementwise.
 
-    With ``z`` the log-odds of ``p`` where it touches, it is ``tanh(z/2)/(2z)`` (Jaakkola and Jordan, *Statistics and
-    Computing* 10, 2000). Where ``p`` is close to one the function is a straight line in ``z`` and its own curvature
-    vanishes; the parabola has its minimum near ``−|z|``.
+    The parabola is a function of the log-odds ``z`` of ``p``. If it touches at ``z``, its second derivative is
+    ``tanh(z/2)/(2z)`` (Jaakkola and Jordan, *Statistics and Computing* 10, 2000). If ``p`` is close to 1,
+    ``−log(1 − p)`` is nearly linear in ``z``, so that its own curvature vanishes. The parabola still has curvature, and
+    its minimum is near ``−|z|``.
     """
-    size = log_odds.abs().clamp_min(1e-3)  # where it is 1/4, up to rounding
+    size = log_odds.abs().clamp_min(1e-3)  # avoids 0/0; below, the result is 1/4 up to rounding
     return (size / 2).tanh() / (2 * size)

@@ -11,11 +11,11 @@ from .protocol import QuadraticModel, Trial
 __all__ = ["STRATEGIES", "Strategy", "natural", "relinearise", "search"]
 
 
-# Rounding of a mean loss in float32, as a share of it: where a smaller change is predicted, losses decide nothing.
+# The relative rounding error of a mean loss in float32. Losses cannot confirm a predicted change that is smaller.
 _ROUNDING = 1e-6
 
 Strategy = Callable[[EditProblem], Trial]
-"""A function from the problem to one of the trials that it evaluated."""
+"""A function from an edit problem to one of the trials that it evaluated there."""
 
 STRATEGIES: Registry[Strategy] = Registry("`step` strategy")
 """All strategies by name; :meth:`Registry.register` adds one."""
@@ -23,24 +23,29 @@ STRATEGIES: Registry[Strategy] = Registry("`step` strategy")
 
 @STRATEGIES.register("natural")
 def natural(problem: EditProblem) -> Trial:
-    """Step size 1 along the influence direction, whatever its effect."""
+    """Takes step size 1 along the influence direction, whatever its effect."""
     problem.influence_direction()
     return problem.evaluate(1.0)
 
 
 @STRATEGIES.register("search")
 def search(problem: EditProblem) -> Trial:
-    """The best step size along the influence direction: the smallest that forgets, or the one with the least risk."""
+    """Takes the best step size along the influence direction.
+
+    For class removal this is the smallest step size that reaches the target memorization, else the one with the least
+    risk.
+    """
     return _best_along_influence(problem, problem.influence_direction())
 
 
 @STRATEGIES.register("relinearise")
 def relinearise(problem: EditProblem) -> Trial:
-    """Changes that lower the risk, each solved at the weights after the previous one, accepted by a trust region.
+    """Makes several changes that lower the risk. Each is solved at the weights after the previous one.
 
-    Example removal first makes the best step along the influence direction. It stops there if the risk changed as the
-    quadratic model predicted, and memorization has reached its target or is unknown. For class removal and label
-    correction the influence direction is too inaccurate, and is not computed.
+    A trust region accepts or rejects each step. Example removal first takes the best step size along the influence
+    direction. It stops there if the risk changed as the quadratic model predicted, and memorization has reached its
+    target or has none. For class removal and label correction the influence direction is too inaccurate, and is not
+    computed.
     """
     rules, numbers = problem.rules, problem.tuning.relinearisation
     best, n_solves = problem.trials[0], 0
@@ -68,10 +73,10 @@ def relinearise(problem: EditProblem) -> Trial:
 
 
 def _descend(problem: EditProblem, start: Trial, n_solves: int) -> Trial | None:
-    """Solves for a change at a trial, and returns the accepted trial along it; ``None`` if it is rejected.
+    """Solves for a change at a trial, and returns the accepted trial along it; ``None`` if the step is rejected.
 
     Args:
-        problem: The problem.
+        problem: The edit problem.
         start: The trial.
         n_solves: The number of earlier changes.
     """
@@ -87,7 +92,7 @@ def _descend(problem: EditProblem, start: Trial, n_solves: int) -> Trial | None:
 
 
 def _is_as_predicted(problem: EditProblem, trial: Trial, model: QuadraticModel) -> bool:
-    """Whether a step along the influence direction changed the risk as predicted, or there is none."""
+    """Whether a step along the influence direction changed the risk as predicted, or its size is zero."""
     numbers, start = problem.tuning.relinearisation, problem.trials[0]
     predicted = model.change(trial.step_size)
     error = abs(trial.risk - start.risk - predicted)
@@ -100,6 +105,6 @@ def _best_along_influence(problem: EditProblem, model: QuadraticModel) -> Trial:
     if rules.smallest_step:
         return line_search.smallest_that_forgets(problem.evaluate, start, problem.limits)
     hidden = abs(model.change(1.0)) <= _ROUNDING * abs(start.risk)
-    if rules.influence_first and hidden:  # rounding would decide
+    if rules.influence_first and hidden:  # a search would follow rounding errors
         return problem.evaluate(1.0)
     return line_search.least_risk(problem.evaluate, start, problem.limits, rules.max_step_size)

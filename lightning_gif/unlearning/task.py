@@ -1,4 +1,4 @@
-"""The request of an edit, and the data that decides on it."""
+"""The request of an edit, and the data that the edit is decided on."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class SampleSizes(CheckedNumbers):
     """The numbers of examples that an edit uses.
 
     Attributes:
-        evaluation: The most examples of each kind that a trial is measured on.
-        descent_curvature: Retained examples that give the curvature of a descent direction. They are fewer than
-            those that give its slope, since trials decide on its step size (Byrd et al., *SIAM Journal on
-            Optimization* 21, 2011).
-        forget_share: Forget examples that give the curvature in a class removal, as a share of the retained examples
-            that do.
-        min_compared: The least number of forget and of unseen examples for a comparison of their losses.
+        evaluation: The largest number of examples of each kind that a trial is measured on.
+        descent_curvature: The number of retained examples from which the curvature for a descent direction is computed.
+            The gradient uses more examples. Fewer suffice for the curvature, because trials decide on the step size
+            (Byrd et al., *SIAM Journal on Optimization* 21, 2011).
+        forget_share: In a class removal, the number of forget examples from which the curvature is computed, as a share
+            of ``descent_curvature``.
+        min_compared: The losses of forget and unseen examples are compared only if there are so many of each.
     """
 
     evaluation: int = number(1024, low=2, open_low=False)
@@ -56,19 +56,24 @@ class SampleSizes(CheckedNumbers):
 
 
 def check_new_labels(relabelled: Examples, n_classes: int) -> None:
-    """Raises a :class:`~lightning_gif.errors.BatchError` for a new label that is none of the predicted classes."""
+    """Checks that all new labels are classes that the model predicts.
+
+    Raises:
+        BatchError: If a new label is negative, or ``n_classes`` or larger.
+    """
     for batch in relabelled.local_batches():
         new = find_targets(batch.data)
         wrong = None if new is None else new[(new < 0) | (new >= n_classes)]
         if wrong is not None and wrong.numel():
             raise BatchError(
-                f"`relabel` has the class {wrong[0].item()}, but the model predicts {n_classes}: 0 to {n_classes - 1}."
+                f"`relabel` has the label {wrong[0].item()}, but the model predicts {n_classes} classes: 0 to"
+                f" {n_classes - 1}."
             )
 
 
 @dataclass(frozen=True)
 class Request:
-    """What an edit is asked to do: all examples, before any samples are drawn.
+    """What an edit is asked to do. It has all examples, before samples are drawn.
 
     Attributes:
         objective: An open objective.
@@ -76,9 +81,9 @@ class Request:
         forget: The forget examples, with the labels they were trained with.
         relabelled: The forget examples with their new labels; ``None`` for removal.
         retained: The retained examples.
-        others: All training examples that are not forget examples, whatever was given as retained.
-        unseen: Examples that the model was not trained on; ``None`` without any.
-        forget_weight: ``m/(n−m)``: the weight of the forget examples beside the retained ones.
+        others: All training examples that are not forget examples, even if the user gave fewer as retained.
+        unseen: Examples that the model was not trained on; ``None`` if there are none.
+        forget_weight: ``m/(n−m)``: the weight of the forget examples relative to the retained ones.
         n_classes: The number of classes that the model predicts; ``None`` if its predictions are not known.
     """
 
@@ -95,13 +100,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Scales:
-    """What the limits of an edit are relative to.
+    """The quantities that the limits of an edit are shares of.
 
     Attributes:
         forget_weight: ``m/(n−m)``.
         n_classes: The number of classes that the model predicts; ``None`` if its predictions are not known.
-        loss_per_nat: What a nat of cross-entropy is in the unit of the loss.
-        unseen_loss: The mean loss of the unseen examples; ``None`` without any.
+        loss_per_nat: Returns the value of one nat of cross-entropy in the unit of the loss.
+        unseen_loss: Returns the mean loss of the unseen examples; ``None`` if there are none.
     """
 
     forget_weight: float
@@ -116,23 +121,24 @@ class Scales:
 
 @dataclass(frozen=True)
 class Task:
-    """The data that an edit is decided on, samples included, and the gradients there at the trained weights.
+    """The data that an edit is decided on, with samples of it, and the gradients at the trained weights.
 
     Attributes:
         objective: An open objective.
         settings: Method, solver and their parameters.
         forget: All forget examples.
-        forget_eval: Those of them that trials are measured on.
+        forget_eval: The forget examples that trials are measured on.
         relabelled: All forget examples with their new labels; ``None`` for removal.
-        relabelled_eval: Those of them that trials are measured on.
+        relabelled_eval: The relabelled examples that trials are measured on; ``None`` for removal.
         retain_fit: The retained examples that solves see.
-        retain_eval: The retained examples that trials are measured on: others, if there are enough.
-        unseen: Examples that the model was not trained on; ``None`` without any, or if the goal needs none.
-        forget_weight: ``m/(n−m)``: the weight of the forget examples beside the retained ones.
+        retain_eval: The retained examples that trials are measured on. They are not in ``retain_fit``, if there are
+            enough others.
+        unseen: Examples that the model was not trained on; ``None`` if there are too few, or if the goal needs none.
+        forget_weight: ``m/(n−m)``: the weight of the forget examples relative to the retained ones.
         n_classes: The number of classes that the model predicts; ``None`` if its predictions are not known.
-        forgotten_classes: A mask ``(C,)`` over the predicted classes, true for those to remove; ``None`` if the goal
-            does not depend on predictions, or these are not known.
-        sizes: How many examples are drawn.
+        forgotten_classes: A mask ``(C,)`` over the predicted classes, true for the classes to remove; ``None`` if the
+            goal does not depend on predictions, or if they are not known.
+        sizes: The numbers of examples to draw.
     """
 
     objective: Objective
@@ -160,15 +166,15 @@ class Task:
         forgotten_classes: Tensor | None,
         notes: list[str],
     ) -> Task:
-        """Draws the samples.
+        """Draws the samples for a request.
 
         Args:
-            request: What is asked.
-            sizes: How many examples are drawn.
-            n_fit: How many retained examples solves see; ``None`` for all.
+            request: The request.
+            sizes: The numbers of examples to draw.
+            n_fit: The number of retained examples that solves see; ``None`` for all.
             compares_with_unseen: Whether the goal compares forget with unseen examples.
             forgotten_classes: See the class.
-            notes: Of the report.
+            notes: The notes of the report, which may be extended.
 
         Raises:
             NonFiniteError: If the loss of an unseen example is not finite.
@@ -177,8 +183,8 @@ class Task:
         memory, seed = bytes_to_keep(settings, objective) / 4, settings.seed
         n_eval = sizes.evaluation if n_fit is None else min(n_fit, sizes.evaluation)
         fit = curvature_sample(objective, request.retained, n_fit, settings.curvature_sampling, seed)
-        # A solve lowers the loss of the examples that it sees more than that of others, so trials are measured on
-        # others.
+        # A solve lowers the loss of the examples that it sees more than the loss of other examples. So trials are
+        # measured on other examples.
         taken = torch.isin(request.retained.ids, fit.ids).nonzero().squeeze(1)
         left = len(request.retained) - len(taken)
         others = all_but(request.retained, taken) if left and left >= min(len(fit), n_eval) // 2 else fit
@@ -191,9 +197,9 @@ class Task:
                 objective.check(unseen, "unseen")
             else:
                 notes.append(
-                    f"Losses are compared only with at least {sizes.min_compared} forget and unseen examples, and there"
-                    " are fewer. The influence direction and the risk on retained examples decide how far the edit"
-                    " goes."
+                    f"The losses of forget and unseen examples are not compared, because there are fewer than"
+                    f" {sizes.min_compared} of one kind. So only the influence direction and the loss of the retained"
+                    " examples decide how far the edit goes."
                 )
         relabelled = request.relabelled
         return cls(
@@ -219,7 +225,7 @@ class Task:
 
     @cached_property
     def relabelled_gradient(self) -> Tensor | None:
-        """The same with their new labels; ``None`` for removal."""
+        """The gradient ``(p,)`` of their mean loss with the new labels; ``None`` for removal."""
         return None if self.relabelled is None else self.objective.gradient(self.relabelled)
 
     @cached_property
@@ -229,16 +235,17 @@ class Task:
 
     @cached_property
     def influence_gradient(self) -> Tensor:
-        """``g`` ``(p,)`` of the influence direction, see :func:`~lightning_gif.unlearning.unlearn.unlearn`."""
-        # Weight decay does not become less where fewer examples are in the mean, so each loss carries its share of it.
+        """The gradient ``g`` ``(p,)`` of the influence direction, see :func:`~.unlearn.unlearn`."""
+        # Removing examples does not reduce weight decay. So the gradient of each example includes the decay's gradient.
         decay = self.settings.weight_decay * self.objective.theta
         old, new = self.forget_gradient, self.relabelled_gradient
         return self.forget_weight * (old + decay if new is None else old - new)
 
     def loss_per_nat(self, retain_loss: float) -> float:
-        """What a nat of cross-entropy is in the unit of the loss, from the retained examples; at most 1.
+        """The value of one nat of cross-entropy in the unit of the loss, from the retained examples; at most 1.
 
-        A loss may be cross-entropy times any number. If it has other terms than cross-entropy, 1 is returned.
+        The loss may be cross-entropy times a factor below 1. If it is larger than cross-entropy, for example because it
+        has other terms, 1 is returned.
 
         Args:
             retain_loss: The mean loss of the retained examples at the trained weights.
@@ -246,7 +253,7 @@ class Task:
         objective = self.objective
 
         def entropy(logits: Tensor, batch: Batch) -> Tensor:
-            known = batch.classes is not None  # the loss may ignore labels that are no classes
+            known = batch.classes is not None  # a batch may have targets that are not labels, such as -100
             return cross_entropy(logits, batch) if known else logits.new_zeros(())
 
         loss = OutputLoss(objective.logits, entropy)
@@ -254,7 +261,7 @@ class Task:
         return retain_loss / mean_entropy if 0 < retain_loss < mean_entropy else 1.0
 
     def scales(self, retain_loss: float) -> Scales:
-        """What the limits of the edit are relative to.
+        """The scales of the edit's limits.
 
         Args:
             retain_loss: The mean loss of the retained examples at the trained weights.
@@ -269,7 +276,7 @@ class Task:
 
 
 def all_but(examples: Examples, positions: Tensor) -> Examples:
-    """The examples at all other positions."""
+    """The examples except those at the given positions ``(r,)``."""
     keep = torch.ones(len(examples), dtype=torch.bool)
     keep[positions] = False
     return examples.subset(keep.nonzero().squeeze(1))
@@ -281,17 +288,17 @@ def retained_examples(train: Examples, forget: Examples, found: Tensor, notes: l
     Args:
         train: All training examples.
         forget: The forget examples.
-        found: Positions ``(r,)`` of those of the training examples that are forget examples.
-        notes: Of the report.
+        found: The positions ``(r,)`` of the forget examples in ``train``.
+        notes: The notes of the report, which may be extended.
 
     Raises:
-        TrainingDataError: If none of the training examples is a forget example, or all are.
+        TrainingDataError: If no training example is a forget example, or if all are.
     """
     if not len(found):
         raise TrainingDataError(
-            f"None of the {len(forget)} examples to be forgotten is in the training data, by dataset index or by"
-            " content. The model was not trained on them, or the training data are augmented at random. In the latter"
-            " case give a DataLoader over a Subset of the training set, or the data to keep as `retain`."
+            f"None of the {len(forget)} forget examples is in the training data, by dataset index or by content. Either"
+            " the model was not trained on them, or the training data are augmented at random. In the latter case give"
+            " a DataLoader over a Subset of the training set, or pass the data to keep as `retain`."
         )
     if len(found) > len(forget):
         notes.append(
@@ -303,7 +310,8 @@ def retained_examples(train: Examples, forget: Examples, found: Tensor, notes: l
             notes,
             f"{len(forget) - len(found)} of the {len(forget)} forget examples were not found in the training data, by"
             " dataset index or by content. If the training data are augmented at random, they may still be among the"
-            " retained data: give a DataLoader over a Subset of the training set, or the data to keep as `retain`.",
+            " retained data. Then give a DataLoader over a Subset of the training set, or pass the data to keep as"
+            " `retain`.",
         )
     if len(found) == len(train):
         raise TrainingDataError(
@@ -313,16 +321,21 @@ def retained_examples(train: Examples, forget: Examples, found: Tensor, notes: l
 
 
 def without_forgotten(retain: Examples, forget: Examples, notes: list[str]) -> Examples:
-    """The examples given as ``retain``, less the forget examples.
+    """The examples given as ``retain``, without the forget examples.
+
+    Args:
+        retain: The examples given as ``retain``.
+        forget: The forget examples.
+        notes: The notes of the report, which may be extended.
 
     Raises:
-        TrainingDataError: If none is left.
+        TrainingDataError: If no example is left.
     """
     both = locate(forget, retain)
     if len(both):
         warn_and_note(
-            notes, f"{len(both)} of the examples given as `retain` are to be forgotten; they are not retained."
+            notes, f"{len(both)} of the examples given as `retain` are forget examples; they are not retained."
         )
     if len(both) == len(retain):
-        raise TrainingDataError("All examples given as `retain` are to be forgotten; nothing would be retained.")
+        raise TrainingDataError("All examples given as `retain` are forget examples; nothing would be retained.")
     return all_but(retain, both) if len(both) else retain

@@ -1,4 +1,4 @@
-"""Applying and undoing an edit: in the weights of all processes and in the audit log, or in none of them."""
+"""Applying and undoing an edit in the weights of all processes and in the audit log, or in none of them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def change(
     audit_log: str | os.PathLike[str] | None,
     processes: ProcessGroup,
 ) -> None:
-    """Applies or undoes an edit and adds an entry to the audit log: both, or neither, in all processes.
+    """Applies or undoes an edit, and adds an entry to the audit log. If either fails on any process, neither is done.
 
     Args:
-        record: The edit.
-        event: ``"undo"`` undoes it, any other event applies it.
+        record: The record of the edit.
+        event: ``"undo"`` undoes the edit, any other event applies it.
         weights: The weights to change.
-        audit_log: The file, if an entry is to be added. The first process writes it.
+        audit_log: The audit log, which the first process writes; ``None`` to add no entry.
         processes: The processes that hold copies of the weights. If one of them fails, all restore their copy.
 
     Raises:
-        EditError: If the weights are not those that the edit starts from, or, to undo it, not those it left behind.
+        EditError: If the weights differ from those before the edit or, for ``"undo"``, from those after it.
         RecordError: If the entry cannot be written.
     """
     edit = record.edit
@@ -54,7 +54,7 @@ def change(
     except BaseException:
         if changed:
             revert(weights)
-        if logged and log is not None:  # another process has failed after this one had written the entry
+        if logged and log is not None:  # another process failed after this one had written the entry
             write_entry(record, "apply" if event == "undo" else "undo", log, after, before)
         raise
 
@@ -66,20 +66,22 @@ def log_metrics(
     audit_log: str | os.PathLike[str] | None,
     processes: ProcessGroup,
 ) -> None:
-    """Adds measurements of the model as it is now to the audit log. See :meth:`UnlearnReport.record_metrics`.
+    """Adds measurements of the current model to the audit log. See :meth:`UnlearnReport.record_metrics`.
 
     Args:
-        record: The edit.
+        record: The record of the edit.
         metrics: Numbers by name.
         weights: The weights that were measured.
-        audit_log: The file. The first process writes it.
+        audit_log: The audit log, which the first process writes.
         processes: The processes that hold copies of the weights.
 
     Raises:
-        RecordError: If there is no file, a value is no number, or the entry cannot be written.
+        RecordError: If there is no audit log, a value is not a number, or the entry cannot be written.
     """
     if audit_log is None:
-        raise RecordError("The report has no audit log: give record='deletions.jsonl', here or to unlearn.")
+        raise RecordError(
+            "The report has no audit log. Pass one, such as record='deletions.jsonl', to this call or to unlearn."
+        )
     if not isinstance(metrics, Mapping) or not metrics or not all(isinstance(name, str) for name in metrics):
         raise RecordError(f"Metrics must be numbers by name, such as {{'test/accuracy': 0.98}}, got {metrics!r}.")
     values = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
@@ -103,15 +105,15 @@ def write_entry(
     """Adds an entry about an edit to an audit log, and does nothing else.
 
     Args:
-        record: The edit.
-        event: What happened.
-        audit_log: The file.
-        before: :func:`~lightning_gif.parameters.weights_digest` before.
-        after: The same after.
-        metrics: Measurements, numbers by name.
+        record: The record of the edit.
+        event: The event.
+        audit_log: The audit log.
+        before: The :func:`~lightning_gif.parameters.weights_digest` before the event.
+        after: The :func:`~lightning_gif.parameters.weights_digest` after the event.
+        metrics: Measurements: numbers by name.
 
     Raises:
-        RecordError: If the audit log is damaged, or cannot be written. It is as it was.
+        RecordError: If the audit log is damaged, or cannot be written. It is then unchanged.
     """
     data = record.data
     entry = {

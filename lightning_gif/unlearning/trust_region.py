@@ -1,4 +1,4 @@
-"""The trust region: which step sizes are accepted, and the damping of the next solve."""
+"""The trust region: it accepts step sizes, and sets the damping of the next solve."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ __all__ = ["TrustRegion"]
 class TrustRegion(CheckedNumbers):
     """Accepts steps, and adapts the damping, by the ratio of the actual to the predicted change of the risk.
 
-    A step is accepted if that ratio is large enough (Nocedal and Wright, *Numerical Optimization*, 2nd ed., algorithm
-    4.1). Otherwise its size is halved, which costs an evaluation but no solve. The radius of the region is controlled
-    by the damping of the Newton steps (Levenberg, *Quarterly of Applied Mathematics* 2, 1944; Marquardt, *J. SIAM* 11,
-    1963).
+    A step is accepted if this ratio is large enough (Nocedal and Wright, *Numerical Optimization*, 2nd ed., algorithm
+    4.1). Otherwise its step size is halved, which costs an evaluation but no solve. There is no explicit radius: the
+    damping of the Newton steps controls their length (Levenberg, *Quarterly of Applied Mathematics* 2, 1944; Marquardt,
+    *J. SIAM* 11, 1963).
 
     Attributes:
-        accept_ratio: A step is accepted at this ratio of actual to predicted change (``η`` in Nocedal and Wright).
-        good_ratio: From this ratio on the damping is divided by ``damping_factor`` (their 3/4).
+        accept_ratio: The smallest ratio of actual to predicted change at which a step is accepted (``η`` in Nocedal and
+            Wright).
+        good_ratio: At this ratio or above, the damping is divided by ``damping_factor`` (3/4 in Nocedal and Wright).
         max_halvings: How often a step size is halved before the step is rejected.
         max_step_size: If the risk falls by more than predicted, the step size is doubled, up to this value.
         initial_damping: The damping of the first Newton step, as a share of ``‖Cg‖/‖g‖``, where ``g`` is the slope and
             ``C`` the curvature of the risk.
-        damping_factor: See ``good_ratio``.
-        rejection_factor: A halved step multiplies the damping by the inverse of its size, up to this factor. A rejected
-            step multiplies it by this factor.
+        damping_factor: The damping is divided by this factor after a good step, see ``good_ratio``.
+        rejection_factor: The damping is multiplied by this factor after a rejected step. After a shortened step it is
+            divided by the step size, and so multiplied by up to this factor.
     """
 
     accept_ratio: float = number(0.25, high=1.0)
@@ -49,22 +50,25 @@ class TrustRegion(CheckedNumbers):
         *,
         bounded_risk: bool,
     ) -> Trial | None:
-        """The trial at the largest step size at which the risk falls as predicted; ``None`` if the step is rejected.
+        """The accepted trial along a change; ``None`` if the step is rejected.
+
+        Step size 1 is halved until the risk falls by at least ``accept_ratio`` times the prediction. If it falls by
+        more than predicted at step size 1, the step size is doubled while the risk falls further.
 
         Args:
-            evaluate: The trial at a step size along the change.
-            start: The trial at whose weights the change was computed.
+            evaluate: From a step size along the change to its trial.
+            start: The trial at whose weights the change was solved.
             model: The predicted change of the risk.
-            limits: A trial beyond the largest retained loss is accepted only if that loss is not above that of
+            limits: A trial above the maximal retained loss is accepted only if its retained loss is not above that of
                 ``start``.
-            bounded_risk: Whether the risk has a lower bound. Then a model from the curvature of few examples may
-                predict a fall below that bound, and the best trial that lowers the risk is accepted.
+            bounded_risk: Whether the risk has a lower bound. If so, the prediction from few examples may be below that
+                bound. Then, if no trial falls as predicted, the best trial that lowers the risk is accepted.
         """
 
         def costs_too_much(trial: Trial, before: Trial) -> bool:
             return not (limits.allow(trial) or trial.retain_loss <= before.retain_loss)
 
-        def is_lower(trial: Trial) -> bool:  # NaN is not
+        def is_lower(trial: Trial) -> bool:  # false if the risk is NaN
             return trial.risk < start.risk and not costs_too_much(trial, start)
 
         def is_accepted(trial: Trial, step_size: float) -> bool:

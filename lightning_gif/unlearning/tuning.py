@@ -23,10 +23,10 @@ class Relinearisation(CheckedNumbers):
     """When ``"relinearise"`` stops.
 
     Attributes:
-        max_solves: The largest number of changes to compute.
+        max_solves: The largest number of changes to solve for.
         min_gain: A step gains little if it lowers the risk by less than this share of the remaining risk.
-        prediction_tolerance: Example removal: no further change is computed if the influence direction changed the
-            risk as predicted, up to this share of the prediction.
+        prediction_tolerance: In example removal, the influence direction is enough if it changed the risk as predicted,
+            up to this share of the predicted change.
     """
 
     max_solves: int = number(12, low=1, open_low=False)
@@ -36,7 +36,7 @@ class Relinearisation(CheckedNumbers):
 
 @dataclass(frozen=True)
 class Tuning:
-    """The tuned numbers of an edit. All have defaults; the report has them as ``settings["tuning"]``.
+    """The tuned numbers of an edit. All have defaults. The report has them in ``settings["tuning"]``.
 
     Attributes:
         goals: Goals with changed numbers, at most one of each kind, such as
@@ -48,7 +48,7 @@ class Tuning:
         preconditioner: The scale of entries in a solve.
 
     Raises:
-        ConfigurationError: If a part has a wrong type, or two goals are of one kind.
+        ConfigurationError: If a part has a wrong type, or two goals are of the same class.
 
     Example:
         >>> Tuning(trust_region=TrustRegion(max_halvings=4)).trust_region.max_halvings
@@ -75,7 +75,9 @@ got 2.0. The default is 0.25.
                 f" {self.goals!r}."
             )
         if len(set(kinds)) < len(kinds):
-            raise ConfigurationError(f"`goals` of Tuning has two goals of one kind: {self.goals!r}. Give one of each.")
+            raise ConfigurationError(
+                f"`goals` of Tuning has two goals of the same class: {self.goals!r}. Give one of each."
+            )
         for entry in fields(self)[1:]:
             expected, value = entry.default_factory, getattr(self, entry.name)
             if not isinstance(value, expected):  # type: ignore[arg-type]
@@ -83,7 +85,7 @@ got 2.0. The default is 0.25.
                 raise ConfigurationError(f"`{entry.name}` of Tuning must be a {name}, got {value!r}.")
 
     def record(self, goal: Goal) -> dict[str, dict[str, Any]]:
-        """All numbers of an edit as plain values, by part and by name.
+        """All tuned numbers of an edit as plain values, by part and by name.
 
         Args:
             goal: The goal of the edit, with its numbers.

@@ -1,4 +1,4 @@
-"""From the forget examples to an edit of the weights."""
+"""Unlearning: computes an edit of the weights for forget examples."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ Step = str | float | Strategy
 
 
 def check_step(step: Step) -> None:
-    """Raises a ConfigurationError unless ``step`` is a strategy, its name, or a finite number."""
+    """Checks ``step``.
+
+    Raises:
+        ConfigurationError: If ``step`` is not a strategy, the name of one, or a finite number.
+    """
     if isinstance(step, str):
         STRATEGIES[step]
     elif not callable(step) and (
@@ -53,7 +57,11 @@ def check_step(step: Step) -> None:
 
 
 def check_tuning(tuning: Tuning | None) -> None:
-    """Raises a ConfigurationError unless ``tuning`` is a :class:`Tuning` or ``None``."""
+    """Checks ``tuning``.
+
+    Raises:
+        ConfigurationError: If ``tuning`` is not a :class:`Tuning` or ``None``.
+    """
     if tuning is not None and not isinstance(tuning, Tuning):
         raise ConfigurationError(
             "`tuning` must be a lightning_gif.unlearning.Tuning, such as"
@@ -77,34 +85,34 @@ def unlearn(
     tuning: Tuning | None = None,
     context: EditContext | None = None,
 ) -> UnlearnReport:
-    """Plans the edit after which the model behaves as if it had not seen some examples, or had seen other labels.
+    """Computes an edit after which the model behaves as if trained without some examples, or with other labels.
 
-    With ``U`` the ``m`` forget examples and ``n − m`` others retained, the weighted gradient is ``g = m/(n−m) ∇ℓ̄(U)``
-    for removal and ``g = m/(n−m) ∇[ℓ̄(U, old) − ℓ̄(U, new)]`` for relabelling (GIF, arXiv 2312.05586, section 3). The
-    method turns it, or the slope of the risk, into a change ``x`` of the targets. A strategy chooses the changes and
-    their step sizes, and may solve again at the new weights: see :mod:`lightning_gif.unlearning.strategies`. The model
-    is not changed here.
+    Let ``U`` be the ``m`` forget examples, with ``n − m`` examples retained. The gradient of the influence direction is
+    ``g = m/(n−m) ∇ℓ̄(U)`` for removal and ``g = m/(n−m) ∇[ℓ̄(U, old) − ℓ̄(U, new)]`` for relabelling (GIF, arXiv
+    2312.05586, section 3). The method turns ``g``, or the gradient of the risk, into a change ``x`` of the targets. A
+    strategy decides on the changes and their step sizes, and may solve again at the new weights, see
+    :mod:`lightning_gif.unlearning.strategies`. The model is not changed here.
 
     Args:
         objective: An open objective.
         train: The ``n`` training examples.
         forget: The ``m`` forget examples, with their labels in training.
         settings: Method, solver and their parameters.
-        choose_targets: Returns the target parameters. Called unless the method changes all parameters.
+        choose_targets: Returns the target parameters. It is not called if the method changes all parameters.
         relabel: New targets, see :func:`~lightning_gif.data.relabel.relabelled`; ``None`` removes the examples.
-        retain: All retained examples; by default those of ``train`` that are not among ``forget``.
+        retain: All retained examples; by default the examples of ``train`` that are not forget examples.
         unseen: Examples like the training data that the model was not trained on.
         step: A strategy, its name, or a number, which is a step size along the influence direction.
         refresh_statistics: Recompute the running statistics of BatchNorm over retained and corrected examples.
         solves_to: A folder for the changes, see :class:`~lightning_gif.unlearning.journal.Journal`. By default they are
-            lost if the call is interrupted.
+            not stored, and lost if the call is interrupted.
         tuning: The tuned numbers; ``None`` for the defaults.
-        context: What the report knows of the trainer.
+        context: The trainer, the model and the audit log, for the report.
 
     Raises:
         ConfigurationError: If ``solves_to`` holds other files, or solves of other weights, data or settings; if the
             strategy does not return one of its trials.
-        BatchError: If the examples are not structured as training batches are.
+        BatchError: If the forget or retained examples do not have the structure of the training batches.
         TrainingDataError: If nothing would be retained.
         ObjectiveError: If the loss of the examples does not depend on the targets.
         NonFiniteError: If a loss, a gradient, a product or a new weight is not finite.
@@ -138,8 +146,8 @@ def unlearn(
     context = EditContext() if context is None else context
     if context.has_optimizer and chosen.is_edit:
         notes.append(
-            "The optimizer's state (momentum, averages) is not part of the edit and still remembers the forgotten data:"
-            " start a new optimizer before you train on."
+            "The optimizer's state (momentum, averages) is not part of the edit and still depends on the forgotten"
+            " data. Create a new optimizer before you train further."
         )
     return _report(problem, task, request, tuning, outcome, data, notes, time.perf_counter() - start, context)
 
@@ -183,7 +191,7 @@ def _make_request(
 
 
 def _describe_data(train: Examples, found: Tensor, request: Request) -> dict[str, Any]:
-    """What the report has about the data, see :class:`~lightning_gif.unlearning.report.UnlearnReport`."""
+    """Indices and digests of the data, see :attr:`~lightning_gif.unlearning.record.EditRecord.data`."""
     corrected = request.relabelled
     return {
         "indices": train.ids[found].tolist(),
@@ -228,15 +236,15 @@ def _run_strategy(problem: EditProblem, step: Step) -> Trial:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What an edit does.
+    """An edit and its effect.
 
     Attributes:
         edit: The edit.
         chosen: The trial that it realises.
-        memorization: That of the trial, or of the model with new running statistics.
+        memorization: The memorization of the trial; with recomputed running statistics, if there are any.
         before: Mean losses at the trained weights, by name.
-        after: The same of the edited model.
-        unrefreshed: The same with the old running statistics; ``None`` if these stay.
+        after: Mean losses of the edited model.
+        unrefreshed: Mean losses of the edited model with the old running statistics; ``None`` if they are kept.
     """
 
     edit: Edit
@@ -250,7 +258,7 @@ class _Outcome:
 def _realise(
     problem: EditProblem, task: Task, request: Request, targets: Targets, chosen: Trial, refresh_statistics: bool
 ) -> _Outcome:
-    """The edit that leads to a trial, measured with the weights as the model will hold them.
+    """The edit that realises a trial. Its losses are measured with the weights in the dtype of the model.
 
     Raises:
         NonFiniteError: If the forget or the retained loss would not be finite.
@@ -270,8 +278,8 @@ def _realise(
     objective.processes.assert_equal(
         digest({**{f"new/{name}": value for name, value in edit.new.items()}, **edit.indices}),
         "edit",
-        "They computed other weights, though from the same sums: run on machines of one kind, with as many threads each"
-        " (OMP_NUM_THREADS). Nothing was changed.",
+        "The processes computed different weights from the same sums. Run on machines of one kind, with the same number"
+        " of threads (OMP_NUM_THREADS). Nothing was changed.",
     )
     edited = objective.theta.clone()
     edited[positions] = edit.flat_new(objective.space).to(edited)
@@ -286,7 +294,7 @@ def _realise(
 
 
 def _advise(problem: EditProblem, task: Task, outcome: _Outcome, step: Step, notes: list[str]) -> None:
-    """Warns of an edit that fell short, cost too much, or could have gone on."""
+    """Warns if the edit missed its target or cost too much, and notes if more solves would have lowered the risk."""
     goal, start = problem.rules, problem.trials[0]
     chosen = replace(outcome.chosen, memorization=outcome.memorization)
     warn_unfinished(goal, start, chosen, problem.target_memorization, notes)
@@ -295,7 +303,10 @@ def _advise(problem: EditProblem, task: Task, outcome: _Outcome, step: Step, not
         warn_cost(goal, task.scales(start.retain_loss), outcome.before, after, notes)
     max_solves = problem.tuning.relinearisation.max_solves
     if step == "relinearise" and len(chosen.step_sizes) == max_solves and chosen.step_sizes[-1]:
-        notes.append(f"The risk still fell with the last change. The edit stops after {max_solves} changes at most.")
+        notes.append(
+            f"The last change still lowered the risk, but the edit stopped at the limit of {max_solves} changes"
+            " (`max_solves`)."
+        )
 
 
 def _report(
@@ -339,7 +350,9 @@ def _report(
 
 
 def _fingerprint(task: Task, goal: Goal, tuning: Tuning, targets: Targets, train: str) -> Fingerprint:
-    """What solved changes depend on, except the strategy: its questions are part of each file.
+    """Digests and values of everything that the changes depend on, except the strategy.
+
+    The requests of the strategy are stored with each change.
 
     Args:
         task: The data of the edit.
@@ -350,7 +363,7 @@ def _fingerprint(task: Task, goal: Goal, tuning: Tuning, targets: Targets, train
     """
 
     def of(*parts: Examples | None) -> str:
-        # Where samples are drawn by position, order counts.
+        # The order of the examples matters, because samples are drawn by position.
         marks = [None if part is None else [mark.hex() for mark in fingerprints(part)] for part in parts]
         return digest({str(i): part.ids for i, part in enumerate(parts) if part is not None}, marks)
 

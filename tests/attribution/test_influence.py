@@ -804,9 +804,9 @@ def test_only_the_strongest_are_kept_and_rank_as_among_all(tmp_path: Any, per_ex
     loaded = InfluenceReport.load(tmp_path / "report", dataset)
     assert repr(loaded) == repr(report)
     assert torch.equal(loaded.proponents(5).indices, report.proponents(5).indices)
-    with pytest.raises(ConfigurationError, match="kept the 5 strongest"):
+    with pytest.raises(ConfigurationError, match="kept 5 scores of each end"):
         report.proponents(6)
-    with pytest.raises(ConfigurationError, match="whole groups"):
+    with pytest.raises(ConfigurationError, match="sums of groups"):
         report.by_group()
 
 
@@ -1101,6 +1101,6 @@ def test_gradients_that_are_all_zero_are_told() -> None:
     assert not report.scores.any()
     messages = [str(warning.message) for warning in told]
     assert any("curvature of the training loss is exactly zero" in message for message in messages)
-    assert any("gradient of each scored training example is exactly zero" in message for message in messages)
-    with pytest.warns(GIFWarning, match="gradient of each scored training example is exactly zero"):
+    assert any("scored training examples have a gradient of exactly zero" in message for message in messages)
+    with pytest.warns(GIFWarning, match="scored training examples have a gradient of exactly zero"):
         assert not trainer.self_influence(damping=0.1, method="if").scores.any()

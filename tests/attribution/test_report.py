@@ -208,7 +208,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("indices", lambda value: value[:-1], r"scores \[1, 24\].*indices \[23\].*1 solves; expected"),
+        ("indices", lambda value: value[:-1], r"scores \[1, 24\].*indices \[23\].*1 solves. Expected"),
         ("indices", lambda value: -value, "do not fit together"),
         ("indices", lambda value: value.double(), "do not fit together"),
         ("scores", lambda value: value.float(), "do not fit together.*float32"),

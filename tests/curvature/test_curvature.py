@@ -475,7 +475,9 @@ def test_a_loss_that_does_not_go_through_its_predictions_is_refused_for_each_str
         linearise(theta, Batch.of(torch.randn(size, 3, dtype=torch.float64)))
     assert calls == 1  # once for a structure
     for _ in range(2):
-        with pytest.raises(ObjectiveError, match="the gradient through them is not the loss's"):
+        with pytest.raises(
+            ObjectiveError, match="the gradient through the predictions is not the gradient of the loss"
+        ):
             linearise(theta, Batch.of(torch.randn(4, 2, 3, dtype=torch.float64)))
 
 

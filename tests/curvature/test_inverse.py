@@ -140,7 +140,9 @@ def test_an_inverse_of_ones_own_is_one_class_and_one_name(monkeypatch: pytest.Mo
         with pytest.raises(ConfigurationError, match="Unknown solver 'identity'"):
             trainer.unlearn([3, 17])
         monkeypatch.setattr(Identity, "reports", False)
-        with pytest.raises(ConfigurationError, match=r"Identity\.ihvp must give one Solution for each gradient, got 0"):
+        with pytest.raises(
+            ConfigurationError, match=r"Identity\.ihvp must return one Solution for each gradient, got 0"
+        ):
             trainer.influence(batch_of(dataset, slice(0, 5)))
     finally:
         INVERSES._items.pop("identity")

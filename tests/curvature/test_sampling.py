@@ -114,7 +114,7 @@ def test_without_classes_all_examples_are_one() -> None:
     with opened(dataset, Regressor(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1)))) as (objective, train):
         for how in ("features", "logits"):
             assert len(drawn(objective, train, how, 10)) == 10
-        with pytest.raises(ConfigurationError, match="'balanced' needs targets that are classes"):
+        with pytest.raises(ConfigurationError, match="'balanced' needs targets that are labels"):
             drawn(objective, train, "balanced", 10)
 
 

@@ -145,9 +145,9 @@ def test_targets_are_replaced_in_place_of_the_old(name: str) -> None:
 
 
 def test_targets_that_cannot_be_replaced_say_why() -> None:
-    with pytest.raises(BatchError, match=r"shape \[3\], but the targets of the batch have \[4\]"):
+    with pytest.raises(BatchError, match=r"shape \[3\], but the targets of the batch have shape \[4\]"):
         replace_targets((X, Y), torch.tensor([1, 2, 3]))
-    with pytest.raises(BatchError, match="The structure of this batch does not show its targets"):
+    with pytest.raises(BatchError, match="The structure of this batch does not show which tensor has the targets"):
         replace_targets({"x": X}, 1)
 
 

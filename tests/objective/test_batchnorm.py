@@ -87,6 +87,6 @@ def test_one_corrected_example_does_not_keep_statistics_from_being_computed_anew
 def test_statistics_that_there_are_not_cannot_be_computed_anew() -> None:
     trainer, module, dataset = fitted()
     before = weights(module)
-    with pytest.raises(ConfigurationError, match="no layer that keeps any"):
+    with pytest.raises(ConfigurationError, match="no layer with running statistics"):
         trainer.unlearn(batch_of(dataset, slice(0, 4)), refresh_statistics=True)
     assert same_weights(before, weights(module))

@@ -50,7 +50,7 @@ def test_a_report_comes_back_from_its_file_bit_for_bit(tmp_path: Path, dtype: to
     report.save(tmp_path / "edit.safetensors")
     loaded = UnlearnReport.load(tmp_path / "edit.safetensors")
     assert_same_report(report, loaded)
-    with pytest.raises(EditError, match="name the model"):
+    with pytest.raises(EditError, match="pass the model"):
         loaded.undo()
     loaded.undo(module)
     assert same_weights(weights(module), before)

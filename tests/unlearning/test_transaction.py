@@ -37,7 +37,7 @@ def test_edits_are_undone_in_reverse_order_only() -> None:
 def test_a_report_says_whether_the_edit_is_in_the_weights(tmp_path: Any) -> None:
     trainer, module, dataset = fitted()
     report = trainer.unlearn(batch_of(dataset, slice(0, 4)), dry_run=True)
-    assert "not in the weights: see apply()" in str(report)
+    assert "not in the weights: apply() applies it" in str(report)
     report.apply()
     assert "The edit is in the weights." in str(report)
     report.save(tmp_path / "edit.safetensors")

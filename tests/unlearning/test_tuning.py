@@ -38,7 +38,7 @@ def test_what_is_no_tuning_is_refused() -> None:
         trainer.unlearn([0], tuning={"max_halvings": 3})
     with pytest.raises(ConfigurationError, match="`trust_region` of Tuning must be a TrustRegion"):
         Tuning(trust_region=SampleSizes())  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="two goals of one kind"):
+    with pytest.raises(ConfigurationError, match="two goals of the same class"):
         Tuning(goals=(ClassRemoval(), ClassRemoval(target_memorization=0.1)))
     with pytest.raises(ConfigurationError, match="must be a tuple of goals"):
         Tuning(goals=ClassRemoval())  # type: ignore[arg-type]
