@@ -159,7 +159,7 @@ def test_corrected_labels_are_learnt(name: str, form: str) -> None:
 def test_manual_optimisation_is_refused(trained: tuple[Classifier, TensorDataset]) -> None:
     module = copy.deepcopy(trained[0])
     module.automatic_optimization = False
-    with pytest.raises(ValueError, match="optimises manually"):
+    with pytest.raises(ValueError, match="uses manual optimization"):
         default(BASELINES["fine_tune"], module, *split(trained[1]), 0)
 
 
