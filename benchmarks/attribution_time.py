@@ -1,10 +1,12 @@
-"""Time from a trained model to a ranking: seconds and memory for one query and for many, with other libraries.
+"""Measures the time and memory from a trained model to a ranking of all training images, also for other libraries.
 
     python benchmarks/attribution_time.py --data path/to/MNIST/raw --queries 1 [--peers "kronfluence EK-FAC"]
 
-TinyNet, trained for an epoch. Each row runs in a process of its own, from the loaded weights to the scores of all
-training images: solves, factors and passes are all counted. The last lines are how many forward passes over the
-training images one scoring pass costs. Prints a Markdown table.
+The model is TinyNet, trained for one epoch. Each row runs in its own process, from the loaded weights to the scores.
+Its seconds include solves, factorisations and passes over the data. Its memory is the peak above that of the loaded
+data.
+
+Prints a Markdown table. The last line says how many forward passes over the training images a scoring pass costs.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def attached(model: pl.LightningModule, train: TensorDataset) -> pl.Trainer:
 
 
 def measure(name: str, weights: Path, folder: Path, examples: int, queries: int) -> dict[str, float]:
-    """Seconds, and the peak of the memory above that of the loaded data, in MiB."""
+    """The seconds of one row, and its peak memory in MiB above that of the loaded data."""
     train, test = load(folder)
     train = TensorDataset(*(tensor[:examples] for tensor in train.tensors))
     asked = TensorDataset(*(tensor[:queries] for tensor in test.tensors))
@@ -63,7 +65,7 @@ def measure(name: str, weights: Path, folder: Path, examples: int, queries: int)
 
 
 def passes(weights: Path, folder: Path) -> tuple[float, float]:
-    """Of 4096 images: forward passes that a scoring pass costs, and that gradients of single examples cost; medians."""
+    """The costs of a scoring pass and of per-example gradients, in forward passes: medians of seven runs."""
     train, _ = load(folder)
     train = TensorDataset(*(tensor[:4096] for tensor in train.tensors))
     model = trained(weights)
@@ -91,12 +93,18 @@ def passes(weights: Path, folder: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
-    parser.add_argument("--examples", type=int, default=60000)
-    parser.add_argument("--queries", type=int, default=1)
-    parser.add_argument("--peers", nargs="*", default=["kronfluence EK-FAC", "dattri CG"], choices=list(PEERS))
-    parser.add_argument("--row", help="measure this one only, and print it as JSON")
-    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four gzipped idx files")
+    parser.add_argument("--examples", type=int, default=60000, help="training images to score")
+    parser.add_argument("--queries", type=int, default=1, help="test images, each of which is one query")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=["kronfluence EK-FAC", "dattri CG"],
+        choices=list(PEERS),
+        help="other libraries to measure",
+    )
+    parser.add_argument("--row", help="measure only this row, in this process, and print JSON (used internally)")
+    parser.add_argument("--weights", type=Path, help="weights of the trained model, for --row")
     options = parser.parse_args()
     if options.row:
         print(json.dumps(measure(options.row, options.weights, options.data, options.examples, options.queries)))
@@ -105,10 +113,11 @@ def main() -> None:
         weights = Path(folder) / "weights.pt"
         train, _ = load(options.data)
         torch.save(fit(train, [], epochs=1)[1].state_dict(), weights)
-        print(f"{options.queries} queries, {options.examples} training images\n")
-        print("| | seconds | relative to ours | memory (MiB) |\n| --- | --- | --- | --- |")
+        print("| | queries | training images | seconds | relative to ours | memory (MiB) |")
+        print("| --- |" + " --- |" * 5)
         base = 0.0
         for name in (OURS, *options.peers):
+            title = f"`{name}`" if name == OURS else name
             command = [sys.executable, __file__, "--row", name, "--weights", str(weights)]
             command += ["--data", str(options.data), "--examples", str(options.examples)]
             done = subprocess.run(
@@ -116,14 +125,15 @@ def main() -> None:
             )
             if done.returncode:
                 say(done.stderr)
-                print(f"| {name} | failed | | |", flush=True)
+                print(f"| {title} | {options.queries} | {options.examples} | failed | | |", flush=True)
                 continue
             found = json.loads(done.stdout.splitlines()[-1])
             base = base or found["seconds"]
             ratio = found["seconds"] / base
-            print(f"| {name} | {found['seconds']:.0f} | {ratio:.1f} | {found['memory']:.0f} |", flush=True)
+            cells = (title, options.queries, options.examples, f"{found['seconds']:.0f}", f"{ratio:.1f}")
+            print("| " + " | ".join(map(str, (*cells, f"{found['memory']:.0f}"))) + " |", flush=True)
         one, gradients = passes(weights, options.data)
-        print(f"\nA scoring pass costs {one:.1f} forward passes, gradients of single examples {gradients:.1f}.")
+        print(f"\nA scoring pass costs {one:.1f} forward passes, per-example gradients cost {gradients:.1f}.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Unlearning baselines that need nothing but the model and the data: what an edit has to be compared with.
+"""Unlearning baselines that need only the model and the data, for comparison with an edit.
 
-Fine-tuning, gradient ascent, NegGrad+, SSD, ℓ1-sparse and SalUn, written from their papers, on any LightningModule
-whose `training_step` returns the loss:
+Fine-tuning, gradient ascent, NegGrad+, SSD, ℓ1-sparse and SalUn, implemented from their papers. They work on any
+LightningModule whose `training_step` returns the loss:
 
     ssd(copy.deepcopy(model), forget_loader, retain_loader, seed=0, alpha=10.0, dampening=1.0, examples=None)
 
-`BASELINES` holds each with the hyperparameters that its authors give and with six to try; `default` and `tuned` run one
-on a copy. Retraining, the truth, is one more `trainer.fit` and is not here.
+`BASELINES` has each baseline with the hyperparameters of its authors, and with a grid of six settings. `default` and
+`tuned` run a baseline on a copy of the model. Retraining, the ground truth, is another `trainer.fit`, and not in this
+module.
 """
 
 from __future__ import annotations
@@ -52,17 +53,17 @@ __all__ = [
 ]
 
 Method = Callable[..., None]
-"""A baseline; see :func:`_method` for the arguments that all have in common."""
+"""A baseline. All have the arguments of :func:`_method`."""
 
 Relabel = Tensor | int | Callable[[Any], Tensor]
-"""Corrected labels, as `trainer.unlearn` takes them: in dataset order, one for all, or a function of a batch."""
+"""Corrected labels, as in `trainer.unlearn`: in dataset order, one for all, or a function of a batch."""
 
-_BATCHES_FOR_CLASSES = 16  # of the retained data, in which all classes should be seen
+_BATCHES_FOR_CLASSES = 16  # retained batches that are searched for classes; all classes should occur in them
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What a method is given to work with."""
+    """The arguments of a method."""
 
     module: pl.LightningModule
     loss: Callable[[Any], Tensor]
@@ -73,7 +74,7 @@ class _Task:
     budget: _Budget
 
     def kept(self) -> _Pool:
-        """All that retraining would see: the retained examples, and the corrected ones."""
+        """The data that retraining would use: the retained examples and the corrected ones."""
         return _Pool(self.retain) if self.relabel is None else _Pool(self.retain, self.corrected())
 
     def corrected(self) -> tuple[DataLoader[Any], Tensor]:
@@ -83,23 +84,22 @@ class _Task:
 
 
 def _method(function: Callable[..., None]) -> Method:
-    """Gives a method the signature that all have in common. It changes the weights and buffers of a module in place.
+    """Gives a method the signature that all methods share. A method changes a module's weights and buffers in place.
 
-    Train/eval flags, logging and global random generators are as before. Loaders say which examples and how many in a
-    batch; the order is drawn here.
+    Train and eval flags, logging and global random generators are restored. The loaders define the examples and the
+    batch size. The order of the examples is drawn here.
 
     Args of the method:
         module: A trained module, or a copy of it.
-        forget: The examples in question, with the labels that they were trained with.
-        retain: The other training examples.
-        seed: Of the order of the data, of dropout and of random labels.
-        relabel: The forget examples are kept, with these labels, instead of removed.
-        steps: Ends after so many steps, if that is before what is planned. A step is one batch passed forward and
-            backward, whatever for, so the same number costs each method about the same.
-        seconds: Ends after so many seconds of the processor, whatever else it does at the time, if that is before what
-            is planned.
-        hyperparameters: Its own, and those of :func:`_descend` where it optimises. An epoch is one pass over all
-            examples that it optimises on; of NegGrad+, over the retained ones.
+        forget: The forget examples, with the labels that they were trained with.
+        retain: The retained examples.
+        seed: The seed of the order of the data, of dropout and of random labels.
+        relabel: New labels of the forget examples, which are then corrected instead of removed.
+        steps: The maximal number of steps. A step is one forward and backward pass over a batch, for any purpose, so
+            the same number costs each method about the same.
+        seconds: The maximal processor time in seconds.
+        hyperparameters: The method's own and, if it optimises, those of :func:`_descend`. An epoch is one pass over all
+            examples that the method optimises on; for NegGrad+, over the retained ones.
     """
 
     def method(
@@ -141,7 +141,7 @@ def _fine_tune(task: _Task, *, epochs: float, penalty: float, **optimisation: An
 
 @_method
 def fine_tune(task: _Task, *, epochs: float, **optimisation: Any) -> None:
-    """Goes on training on what is retained, and on the corrected examples; what is not seen is forgotten in time."""
+    """Continues training on the retained and the corrected examples, until the model forgets what it no longer sees."""
     _fine_tune(task, epochs=epochs, penalty=0.0, **optimisation)
 
 
@@ -153,9 +153,10 @@ def l1_sparse(task: _Task, *, epochs: float, penalty: float, **optimisation: Any
 
 @_method
 def gradient_ascent(task: _Task, *, epochs: float, **optimisation: Any) -> None:
-    """Climbs the loss of the forget examples, with the labels that they were trained with.
+    """Maximises the loss of the forget examples, with the labels that they were trained with.
 
-    BatchNorm keeps its running statistics, unlike in published code: those of one class would take their place.
+    BatchNorm keeps its running statistics, unlike in published code. Otherwise they would become those of the forget
+    examples.
     """
     data = _Pool(task.forget)
     batches = data.stream(task.seed)
@@ -167,7 +168,7 @@ def gradient_ascent(task: _Task, *, epochs: float, **optimisation: Any) -> None:
 def neg_grad_plus(task: _Task, *, epochs: float, alpha: float, **optimisation: Any) -> None:
     """NegGrad+: minimises ``alpha·L(retain) − (1 − alpha)·L(forget)``, with a batch of each (Kurmanji et al. 2023).
 
-    Corrected examples are among the retained ones. BatchNorm as in :func:`gradient_ascent`.
+    Corrected examples count as retained ones. BatchNorm keeps its running statistics, as in :func:`gradient_ascent`.
     """
     kept = task.kept()
     retained, forgotten = kept.stream(task.seed), _Pool(task.forget).stream(task.seed + 1)
@@ -181,17 +182,19 @@ def neg_grad_plus(task: _Task, *, epochs: float, alpha: float, **optimisation: A
 
 @_method
 def ssd(task: _Task, *, alpha: float, dampening: float, examples: int | None) -> None:
-    """Selective Synaptic Dampening: no training at all (Foster et al. 2024).
+    """Selective Synaptic Dampening, which needs no training (Foster et al. 2024).
 
-    Where the importance of a weight for the forget examples is more than ``alpha`` times that for the training set, it
-    is multiplied by ``dampening`` (λ) times the inverse of that ratio, but at most by 1. Importance is the mean of the
-    squared gradients of the mean losses of so many ``examples``, in evaluation mode. The paper defines it with one, the
-    diagonal of the Fisher matrix; its code takes the loader's batches, ``None``, and its ``alpha`` is for these: with
-    single examples no importance for m of n can be more than n/m times that for all, so that 10 would leave a tenth of
-    the data as it is. In batches, gradients of one class add up, and those of all classes cancel.
+    A weight is dampened if its importance for the forget examples exceeds ``alpha`` times that for the training set. It
+    is then multiplied by ``dampening`` (λ) times the inverse of the ratio of both, but at most by 1.
 
-    Labels are those that were trained with, also where others replace them. A budget is shared by the two sets, and
-    means are over a random part of each.
+    Importance is the mean squared gradient of the mean loss of ``examples`` examples, in evaluation mode. The paper
+    defines it with one example, as the diagonal of the Fisher matrix. Its code uses the loader's batches (``None``),
+    and its ``alpha`` is meant for these. With single examples, the importance for m of n examples is at most n/m times
+    that for all. So an ``alpha`` of 10 would change nothing if a tenth of the data is to be forgotten. In batches, the
+    gradients of one class add up, and those of all classes cancel.
+
+    Labels are those of the training, also if `relabel` replaces them. The two sets share a budget. Means are over a
+    random part of each set.
     """
     task.module.eval()
     gone = _Pool(task.forget, batch_size=examples)
@@ -208,9 +211,9 @@ def ssd(task: _Task, *, alpha: float, dampening: float, examples: int | None) ->
 def salun(task: _Task, *, epochs: float, saliency: float, **optimisation: Any) -> None:
     """SalUn: fine-tunes the salient weights, with random labels on the forget examples (Fan et al. 2024).
 
-    Salient is the share ``saliency`` of all weights at which the gradient of the forget loss is largest, in evaluation
-    mode. A random label is one of the other classes, drawn anew each time; corrected labels take its place. Retained
-    and forget examples are mixed in the batches.
+    The salient weights are the share ``saliency`` of all weights with the largest gradients of the forget loss, in
+    evaluation mode. A random label is one of the other classes, drawn anew each time. Corrected labels replace random
+    ones. Batches mix retained and forget examples.
     """
     task.module.eval()
     gone, weights = _Pool(task.forget), _trainable(task.module)
@@ -230,7 +233,7 @@ def salun(task: _Task, *, epochs: float, saliency: float, **optimisation: Any) -
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Their settings
+# Their hyperparameters
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -240,8 +243,8 @@ class Baseline:
 
     Attributes:
         function: The method.
-        published: Hyperparameters that its authors give, mostly for ResNet-18 on CIFAR-10, trained by SGD.
-        grid: Hyperparameters to try, as many for each method; the first are the published ones.
+        published: The hyperparameters of its authors, mostly for ResNet-18 on CIFAR-10, trained by SGD.
+        grid: The hyperparameters to try, the same number for each method. The first are the published ones.
     """
 
     function: Method
@@ -277,7 +280,7 @@ BASELINES: dict[str, Baseline] = {
         {"lr": 3e-5, **_ADAM},
         {"lr": 1e-3, **_ADAM},
     ),
-    # Kurmanji et al. (2023): SGD without momentum. The objective has no minimum, so that fewer steps can do better.
+    # Kurmanji et al. (2023): SGD without momentum. The objective has no minimum, so fewer steps can do better.
     "neg_grad_plus": _baseline(
         neg_grad_plus,
         {"epochs": 10, "alpha": 0.95, "lr": 0.01, "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0},
@@ -297,7 +300,7 @@ BASELINES: dict[str, Baseline] = {
         {"alpha": 50.0},
         {"alpha": 5.0, "examples": 16},
     ),
-    # Jia et al. (2023) fine-tune as above, and search for the penalty in a range that holds this one.
+    # Jia et al. (2023) fine-tune as above, and search for the penalty in a range that includes this one.
     "l1_sparse": _baseline(
         l1_sparse,
         {"epochs": 10, "penalty": 5e-4, "lr": 0.01, **_SGD},
@@ -322,7 +325,7 @@ BASELINES: dict[str, Baseline] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a method: its hyperparameters, the score of what came out (NaN: not asked), its processor seconds."""
+    """One run of a method: its hyperparameters, the score of the result (NaN: not scored), and its processor time."""
 
     hyperparameters: dict[str, Any]
     score: float
@@ -331,13 +334,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a baseline gives.
+    """The result of a baseline.
 
     Attributes:
         module: The changed copy.
-        chosen: The trial that made it.
-        trials: All that were made.
-        seconds: Of all of them with their scores: what it costs to get here.
+        chosen: The trial that changed it.
+        trials: All trials.
+        seconds: The processor time of all trials and their scores.
     """
 
     module: pl.LightningModule
@@ -354,7 +357,7 @@ def default(
     seed: int,
     **limits: Any,
 ) -> Outcome:
-    """A copy of the module after a baseline with its published hyperparameters; arguments as in :func:`tuned`."""
+    """Runs a baseline with its published hyperparameters on a copy of the module. Arguments as in :func:`tuned`."""
     only = Baseline(baseline.function, baseline.published, [baseline.published])
     return tuned(only, module, forget, retain, lambda _: math.nan, seed, **limits)
 
@@ -371,18 +374,21 @@ def tuned(
     steps: int | None = None,
     seconds: float | None = None,
 ) -> Outcome:
-    """The best of a baseline's grid, each tried on a copy of the module.
+    """Runs a baseline with all hyperparameters of its grid, each on a copy of the module, and returns the best.
 
     Args:
-        baseline: One of ``BASELINES``.
-        module: A trained module; it stays as it is.
+        baseline: A baseline, such as one of ``BASELINES``.
+        module: A trained module. It is not changed.
         forget: See :func:`_method`.
         retain: See :func:`_method`.
-        score: Of a changed copy, higher is better; it must look at training data only. NaN is worst.
+        score: A function of a changed copy; higher is better, NaN is worst. It must use training data only.
         seed: See :func:`_method`.
         relabel: See :func:`_method`.
-        steps: Budget of each trial.
-        seconds: Budget of each trial.
+        steps: The budget of each trial.
+        seconds: The budget of each trial.
+
+    Raises:
+        ValueError: The grid is empty.
     """
     start = time.process_time()
     best: tuple[pl.LightningModule, Trial] | None = None
@@ -408,19 +414,19 @@ def tuned(
 
 
 class _Budget:
-    """Counts steps and seconds of the processor from its making on."""
+    """Counts the steps and the processor time that are left, from its creation on."""
 
     def __init__(self, steps: int | None, seconds: float | None) -> None:
         self._steps_left = math.inf if steps is None else steps
         self._end = math.inf if seconds is None else time.process_time() + seconds
 
     def rounds(self, planned: float, *, share: float = 1.0, batches: int = 1) -> Iterator[float]:
-        """How far the work is, from 0 up to 1, before each round until all are made or the budget is spent.
+        """Yields the progress, from 0 to 1, before each round, until all rounds are done or the budget is spent.
 
         Args:
-            planned: Rounds, rounded up, if the budget allows; one is made in any case.
-            share: Of what is left of the budget.
-            batches: That a round takes.
+            planned: The number of rounds, rounded up. There is at least one.
+            share: The share of the remaining budget that may be spent.
+            batches: The batches of a round.
         """
         start = time.process_time()
         seconds = share * (self._end - start)
@@ -439,9 +445,10 @@ class _Pool(Dataset[tuple[Any, int, int]]):
     """The examples of one or more loaders as one dataset, drawn in random order.
 
     Args:
-        first: Batches have its size and are collated as it does.
-        batch_size: If batches are to have another size.
-        others: More loaders, with new labels ``(n, …)`` in dataset order, a function from old labels to new, or None.
+        first: The loader that defines the batch size and how batches are collated.
+        batch_size: Another batch size.
+        others: Further loaders, each with new labels ``(n, …)`` in dataset order, a function from old labels to new
+            ones, or None.
     """
 
     def __init__(
@@ -470,7 +477,7 @@ class _Pool(Dataset[tuple[Any, int, int]]):
         yield from self._loader(seed)
 
     def stream(self, seed: int) -> Iterator[Any]:
-        """Batches without end, all full (BatchNorm cannot take one example): each epoch leaves other examples over."""
+        """Full batches without end, since BatchNorm cannot take one example. Each epoch leaves out other examples."""
         loader = self._loader(seed, drop_last=len(self) > self._batch_size)
         while True:
             yield from loader
@@ -500,11 +507,13 @@ def _examples(loader: DataLoader[Any]) -> Examples:
 
 
 def _another_class(forget: _Pool, retain: _Pool) -> Callable[[Tensor], Tensor]:
-    """A function that draws for each label one of the other classes that there are."""
+    """A function that draws one of the other classes for each label."""
     some = (batch for _, batch in zip(range(_BATCHES_FOR_CLASSES), retain.once(0), strict=False))
     found = [class_targets(batch) for pool in (forget.once(0), some) for batch in pool]
     if any(classes is None for classes in found):
-        raise ValueError("Random labels need classes, and the targets of these batches are none. Give `relabel`.")
+        raise ValueError(
+            "Random labels need targets that are class labels, and those of these batches are not. Give `relabel`."
+        )
     classes = torch.cat(found).unique()
 
     def draw(old: Tensor) -> Tensor:
@@ -525,9 +534,9 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def _opened(module: pl.LightningModule) -> Iterator[Callable[[Any], Tensor]]:
-    """Gives the loss of a batch as the training loop has it, and puts back logging, flags and random generators."""
+    """Yields the loss of a batch as the training loop computes it. Restores logging, flags and random generators."""
     if not module.automatic_optimization:
-        raise ValueError(f"{type(module).__name__} optimises manually: its training_step gives no loss to work with.")
+        raise ValueError(f"{type(module).__name__} uses manual optimization: its training_step returns no loss.")
     parameters = inspect.signature(module.training_step).parameters.values()
     takes_index = len(parameters) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
     flags = {submodule: submodule.training for submodule in module.modules()}
@@ -546,7 +555,7 @@ def _opened(module: pl.LightningModule) -> Iterator[Callable[[Any], Tensor]]:
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
 
-    # Outside of the training loop the methods that log raise.
+    # The methods that log raise outside of the training loop.
     with isolate_rng(), torch.enable_grad(), patch.multiple(module, log=nothing, log_dict=nothing):
         module.zero_grad()
         try:
@@ -572,15 +581,18 @@ def _descend(
     """Minimises an objective in training mode.
 
     Args:
-        task: Whose module.
-        objective: From the progress, 0 to 1, to a value whose gradient is followed.
-        rounds: See :class:`_Budget`.
-        lr: Learning rate, constant.
-        optimizer: ``"sgd"`` or ``"adam"``, without a memory of the training.
-        momentum: Of SGD.
-        weight_decay: As the optimizer adds it to the gradient.
-        batch_norm: ``"batch"``: normalises by the batch and moves the running statistics; ``"running"``: keeps them.
-        masks: Entries of each parameter that may change, by default all.
+        task: The task with the module.
+        objective: A function from the progress, 0 to 1, to the value to minimise.
+        rounds: The rounds of a :class:`_Budget`.
+        lr: The constant learning rate.
+        optimizer: ``"sgd"`` or ``"adam"``, with a new state.
+        momentum: The momentum of SGD.
+        weight_decay: The optimizer's weight decay, added to the gradient.
+        batch_norm: ``"batch"``: normalises by the batch and updates the running statistics; ``"running"``: keeps them.
+        masks: The entries of each parameter that may change, by default all.
+
+    Raises:
+        ValueError: ``optimizer`` or ``batch_norm`` is none of these.
     """
     if optimizer not in ("sgd", "adam") or batch_norm not in ("batch", "running"):
         raise ValueError(
@@ -607,22 +619,22 @@ def _descend(
         value.backward()
         for weight, _, mask in masked:
             if weight.grad is not None:
-                weight.grad *= mask  # so that neither momentum nor Adam's averages are made of what is masked
+                weight.grad *= mask  # keeps masked entries out of momentum and Adam's averages
         stepper.step()
         with torch.no_grad():
             for weight, old, mask in masked:
-                weight.copy_(torch.where(mask, weight, old))  # weight decay moves them all the same
+                weight.copy_(torch.where(mask, weight, old))  # weight decay changes masked entries too
 
 
 def _seed(seed: int) -> None:
-    """Of everything that a dataset or a step may draw from; reading data in order leaves other seeds behind."""
+    """Seeds all generators that a dataset or a step may draw from, since reading data changes their state."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
 
 
 def _importances(task: _Task, batches: Iterator[Any], rounds: Iterator[float]) -> list[Tensor]:
-    """The mean of the squared gradients of batches, weighted by their sizes, shaped as the trainable parameters."""
+    """The mean squared gradient of batches, weighted by their sizes, in the shapes of the trainable parameters."""
     weights = _trainable(task.module)
     sums, count = [torch.zeros_like(weight) for weight in weights], 0
     _seed(task.seed)

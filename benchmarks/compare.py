@@ -1,15 +1,19 @@
-"""An edit of your own model, compared with baselines at the same cost and with a retrained model.
+"""Compares an edit of your own model with baselines at the same cost, and with a retrained model.
 
     python benchmarks/compare.py --model my_package.Classifier --data my_package.Data --ckpt_path last.ckpt \\
         --forget_class 3 [--retrained retrained.ckpt] [--baselines "[ssd, salun]"] [--model.lr … --trainer.…]
 
-Module and datamodule are given as to LightningCLI, by import path. Without `--ckpt_path` the model is fitted first.
-What is removed is a class, or the training examples of `--forget "[17, 42]"`. The edit is `trainer.unlearn` by its
-defaults; a baseline gets as many seconds of the processor for each trial. `tuned` is the best of its grid by
-training-side data: for a class by the harmonic mean of what is right on retained examples and wrong on forgotten ones;
-for single examples by how close their loss comes to that of the validation data, and the retained loss stays. Losses
-are in the unit of the module's own; accuracies need one cross-entropy for each example. Test data, where the datamodule
-has some, is only looked at to report. Prints a Markdown table.
+Give the module and the datamodule as to LightningCLI, by import path. Without `--ckpt_path` the model is trained first.
+The edit removes a class, or the training examples of `--forget "[17, 42]"`, by `trainer.unlearn` with its defaults.
+
+Each run of a baseline may take as much processor time as the edit did. `tuned` is the best of a baseline's settings on
+training-side data:
+
+- for a class, by the harmonic mean of the accuracy on retained examples and the error rate on forget examples;
+- for single examples, by how close their loss comes to the validation loss without raising the retained loss.
+
+Losses are in the unit of the module's own loss. Accuracies need one cross-entropy for each example. Test data, if the
+datamodule has any, is used in the report only. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -33,21 +37,23 @@ from lightning_gif.data.targets import class_targets
 from lightning_gif.metrics import AccuracyGap, JensenShannonDivergence, PredictionAgreement
 from lightning_gif.objective.objective import Objective
 
-_MOST = 5000  # examples of each kind that models are asked about
+_MOST = 5000  # examples of each set that models are evaluated on
 
 
 class _CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--ckpt_path", type=str, default=None, help="of the trained model")
+        parser.add_argument("--ckpt_path", type=str, default=None, help="checkpoint of the trained model")
         parser.add_argument("--forget_class", type=int, default=None, help="the class to remove")
-        parser.add_argument("--forget", type=list[int], default=None, help="or indices of training examples")
+        parser.add_argument("--forget", type=list[int], default=None, help="dataset indices to remove instead")
         parser.add_argument("--retrained", type=str, default=None, help="checkpoint of a model trained without them")
-        parser.add_argument("--baselines", type=list[str], default=["all"], help=f"[all], or of {', '.join(BASELINES)}")
+        parser.add_argument(
+            "--baselines", type=list[str], default=["all"], help=f"[all], or some of {', '.join(BASELINES)}"
+        )
 
 
 @dataclass
 class _Known:
-    """What a model says of a set of examples: losses ``(n,)``; logits ``(n, C)`` and classes ``(n,)``, if there are."""
+    """A model on a set of examples: losses ``(n,)``, and for classifiers logits ``(n, C)`` and labels ``(n,)``."""
 
     losses: Tensor
     logits: Tensor | None
@@ -77,7 +83,7 @@ def main(args: list[str] | None = None) -> None:
     )
     trainer, model, data, options = cli.trainer, cli.model, cli.datamodule, cli.config
     if (options.forget is None) == (options.forget_class is None):
-        raise SystemExit("Give what is to be removed: either --forget_class or --forget.")
+        raise SystemExit("Give either --forget_class or --forget: the class or the examples to remove.")
     if options.ckpt_path is None:
         trainer.fit(model, datamodule=data)
     else:
@@ -100,7 +106,7 @@ def main(args: list[str] | None = None) -> None:
         else:
             of_class = _of_class(loader, options.forget_class)
             loaders[f"{name}, class"], loaders[f"{name}, others"] = _part(loader, of_class), _part(loader, ~of_class)
-    say(f"{int(gone.sum())} of {len(gone)} training examples are to be removed")
+    say(f"{int(gone.sum())} of {len(gone)} training examples will be removed")
 
     def know(module: nn.Module) -> dict[str, _Known]:
         return {name: _ask(trainer, module, loader) for name, loader in loaders.items()}
@@ -123,8 +129,8 @@ def main(args: list[str] | None = None) -> None:
         unseen = known.get("validation", before["retain"]).loss
         return -abs(known["forget"].loss - unseen) - max(known["retain"].loss - before["retain"].loss, 0.0)
 
-    columns = ["", *(f"{name} {what}" for name in loaders for what in ("loss", "accuracy"))]
-    columns += ["gap to retrained", "agreement", "JSD", "seconds"]
+    columns = ["", *(f"{name} {what}" for name in loaders for what in ("loss", "accuracy (%)"))]
+    columns += ["gap to retraining (points)", "agreement (%)", "JSD", "seconds"]
     rows = [_row("before", before, reference, math.nan)]
     if reference is not None:
         rows.append(_row("retrained", reference, None, math.nan))
@@ -141,22 +147,24 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _part(loader: DataLoader[Any], chosen: Tensor) -> DataLoader[Any]:
-    """A loader of the chosen examples of another one's dataset, in their order."""
+    """A loader of the chosen examples of a loader's dataset, in dataset order."""
     part = Subset(loader.dataset, chosen.nonzero().squeeze(1).tolist())
     return DataLoader(part, loader.batch_size or 64, collate_fn=loader.collate_fn)
 
 
 def _of_class(loader: DataLoader[Any], label: int) -> Tensor:
-    """A mask over the dataset of a loader."""
+    """A mask over the dataset of a loader: true for examples of a class."""
     everything = _part(loader, torch.ones(len(loader.dataset), dtype=torch.bool))
     found = [class_targets(batch) for batch in everything]
     if any(classes is None for classes in found):
-        raise SystemExit("--forget_class needs targets that are classes; use --forget with indices.")
+        raise SystemExit(
+            "--forget_class needs targets that are class labels. Use --forget with dataset indices instead."
+        )
     return torch.cat(found) == label
 
 
 def _others(data: pl.LightningDataModule) -> dict[str, DataLoader[Any]]:
-    """The validation and the test loader, where the datamodule has one of each."""
+    """The validation loader and the test loader, as far as the datamodule has them."""
     found = {}
     for stage, name, hook in (("validate", "validation", "val_dataloader"), ("test", "test", "test_dataloader")):
         if getattr(type(data), hook) is not getattr(pl.LightningDataModule, hook):
@@ -184,7 +192,7 @@ def _row(name: str, known: dict[str, _Known], reference: dict[str, _Known] | Non
     row: list[Any] = [name]
     for of in known.values():
         row += [f"{of.loss:.4g}", "" if math.isnan(of.accuracy) else f"{100 * of.accuracy:.2f}"]
-    last = list(known)[-1]  # test data, or what there is
+    last = list(known)[-1]  # test data, or else the last set there is
     mine, other = known[last], None if reference is None else reference[last]
     if other is None or mine.logits is None or other.logits is None:
         row += ["", "", ""]

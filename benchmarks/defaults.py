@@ -1,18 +1,18 @@
-"""What each default of `trainer.unlearn` buys: one setting changed at a time.
+"""Measures what each default of `trainer.unlearn` gains: one setting is changed at a time.
 
     python benchmarks/defaults.py --data path/to/MNIST/raw --net tinynet
     python benchmarks/defaults.py --data path/to/FashionMNIST/raw --net resnet
 
-Classes are forgotten in turn by `trainer.unlearn`, and the outcome is judged on training data: all examples of the
-class, and 5000 others, drawn independently of those that the edit looks at. No test image is looked at. Seconds are
-those of the processor. Prints a Markdown table of means over the classes.
+Classes are removed one after the other by `trainer.unlearn`. The result is evaluated on training data: on all examples
+of the class, and on 5000 others that are drawn independently of the edit. Test images are not used. Seconds are
+processor time. Prints a Markdown table of means over the classes.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -55,12 +55,14 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
-    parser.add_argument("--net", default="tinynet", choices=["tinynet", "resnet"])
-    parser.add_argument("--classes", type=int, nargs="+", default=[0, 8], help="the classes to forget")
-    parser.add_argument("--what", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--epochs", type=int, default=10)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four gzipped idx files")
+    parser.add_argument("--net", default="tinynet", choices=["tinynet", "resnet"], help="the network")
+    parser.add_argument(
+        "--classes", type=int, nargs="+", default=[0, 8], help="the classes to remove, one after the other"
+    )
+    parser.add_argument("--what", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), help="groups of settings")
+    parser.add_argument("--epochs", type=int, default=10, help="training epochs")
     options = parser.parse_args()
     warnings.simplefilter("ignore", GIFWarning)
 
@@ -84,7 +86,7 @@ def main() -> None:
             rows.append((100 * gone, 100 * change, report.retain.after, products, len(report.solves), seconds))
             report.undo()
         gone, change, loss, products, solves, seconds = (mean(values) for values in zip(*rows, strict=True))
-        name = ", ".join(f"`{key}={value!r}`" for key, value in setting.items()) or "the defaults"
+        name = ", ".join(f"`{key}={value!r}`" for key, value in setting.items()) or "defaults"
         cells = (name, f"{gone:.2f}", f"{change:+.2f}", f"{loss:.4f}", f"{products:.0f}", f"{solves:.1f}")
         print("| " + " | ".join((*cells, f"{seconds:.0f}")) + " |", flush=True)
 

@@ -1,14 +1,14 @@
-"""What the unlearning benchmarks share: retrained models as the truth, what is measured of a model beside them, tables.
+"""Code that the unlearning benchmarks share: retrained models as the ground truth, measurements and tables.
 
-A model is known by its logits on a few named sets of examples, so that retrained ones, which cost the most, are kept as
-files in a cache folder and made once.
+A model is represented by its logits on a few named sets of examples. Retraining costs the most, so the logits of
+retrained models are kept as files in a cache folder.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,16 +47,16 @@ __all__ = [
 Made = TypeVar("Made")
 
 Sets = Mapping[str, TensorDataset]
-"""Named sets of examples that models are asked about."""
+"""Named sets of examples that models are evaluated on."""
 
 
 @dataclass
 class Known:
-    """A model by what it answers.
+    """A model, represented by its predictions.
 
     Attributes:
-        logits: For each set of examples ``(n, C)``.
-        seconds: To make the model, see :func:`timed`.
+        logits: The logits ``(n, C)`` on each set of examples, by its name.
+        seconds: The time that it took to make the model, see :func:`timed`.
     """
 
     logits: dict[str, Tensor] = field(repr=False)
@@ -64,20 +64,22 @@ class Known:
 
 
 def make_parser(description: str | None, steps: Sequence[str]) -> ArgumentParser:
-    """A parser with the options that the benchmarks of unlearning have in common.
+    """A parser with the options that all unlearning benchmarks have.
 
     Args:
-        description: Of the benchmark.
-        steps: The strategies of the edit that it asks for by default.
+        description: The description of the benchmark.
+        steps: The default strategies of the edit.
     """
-    parser = ArgumentParser(description=description)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
-    parser.add_argument("--net", default="tinynet", choices=list(NETS))
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=3, help="retrained models of each kind")
-    parser.add_argument("--cache", type=Path, help="folder where what is known of retrained models is kept")
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four gzipped idx files")
+    parser.add_argument("--net", default="tinynet", choices=list(NETS), help="the network")
+    parser.add_argument("--epochs", type=int, default=10, help="training epochs of each model")
+    parser.add_argument("--seeds", type=int, default=3, help="number of retrained models")
+    parser.add_argument("--cache", type=Path, help="folder for the logits of retrained models")
     parser.add_argument("--steps", nargs="*", default=list(steps), help="strategies of the edit")
-    parser.add_argument("--baselines", nargs="*", default=[], choices=["all", *BASELINES], help="their names, or all")
+    parser.add_argument(
+        "--baselines", nargs="*", default=[], choices=["all", *BASELINES], help="names of baselines, or all"
+    )
     return parser
 
 
@@ -86,7 +88,7 @@ def say(*parts: object) -> None:
 
 
 def part(data: TensorDataset, chosen: Tensor, most: int | None = None, seed: int = 0) -> TensorDataset:
-    """The examples that are chosen, a mask ``(n,)``; at random ``most`` of them."""
+    """The chosen examples, given as a mask ``(n,)``; if there are more than ``most``, a random sample of them."""
     positions = chosen.nonzero().squeeze(1)
     if most is not None and len(positions) > most:
         drawn = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))[:most]
@@ -99,10 +101,7 @@ def know(model: nn.Module, sets: Sets, seconds: float) -> Known:
 
 
 def timed(make: Callable[[], Made]) -> tuple[Made, float]:
-    """What is made, and the seconds that the processor took for it, whatever else it did in the meantime.
-
-    With a GPU at work, of the clock.
-    """
+    """The result of a function, and its seconds of processor time. Once a GPU is in use, its seconds of wall time."""
     starts = time.process_time(), time.perf_counter()
     made = make()
     seconds = time.process_time() - starts[0], time.perf_counter() - starts[1]
@@ -110,21 +109,24 @@ def timed(make: Callable[[], Made]) -> tuple[Made, float]:
 
 
 def answers(model: nn.Module, data: TensorDataset) -> Tensor:
-    """The logits ``(n, 10)``; a baseline may have made a model diverge, which then says the same of all classes."""
+    """The logits ``(n, 10)``. NaN, as in a model that a baseline made diverge, becomes 0: the same for all classes."""
     return logits(model, data).nan_to_num(0.0)
 
 
 def retrained(
     make: Callable[[int], nn.Module], sets: Sets, *, seeds: Sequence[int], cache: Path | None, name: str
 ) -> list[Known]:
-    """Models that were trained without the examples in question, one for each seed.
+    """Models that were trained without the forget examples, one for each seed.
 
     Args:
-        make: From a seed to a trained model.
-        sets: The examples that are asked about.
-        seeds: Of the trainings.
-        cache: Folder of the files that keep what is known of each.
-        name: Start of their names, which must say what was trained on what and how.
+        make: A function from a seed to a trained model.
+        sets: The examples that the models are evaluated on.
+        seeds: The seeds of the trainings.
+        cache: The folder that keeps the logits of each model in a file.
+        name: The start of the files' names. It must identify the network, its data and its training.
+
+    Raises:
+        SystemExit: A cached file is for other sets of examples.
     """
     found = []
     for seed in seeds:
@@ -133,11 +135,11 @@ def retrained(
             stored = torch.load(file)
             known = Known({key: value.float() for key, value in stored["logits"].items()}, stored["seconds"])
             if known.logits.keys() != sets.keys() or any(len(known.logits[key]) != len(sets[key]) for key in sets):
-                raise SystemExit(f"{file} is about other sets of examples than those asked about; remove it.")
+                raise SystemExit(f"{file} was written for other sets of examples. Remove it.")
         else:
             model, seconds = timed(partial(make, seed))
             known = know(model, sets, seconds)
-            known.logits = {key: value.half().float() for key, value in known.logits.items()}  # as from the cache
+            known.logits = {key: value.half().float() for key, value in known.logits.items()}  # rounded as in the cache
             say(f"retrained {name}, seed {seed}: {known.seconds:.0f} s")
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -158,20 +160,20 @@ def run_baselines(
     settings: dict[str, dict[str, Any]],
     relabel: Tensor | None = None,
 ) -> Iterator[tuple[str, nn.Module, float]]:
-    """Each baseline with the settings of its authors and with the best of its grid.
+    """Runs each baseline with the settings of its authors, and with the best settings of its grid.
 
     Args:
-        names: Of ``BASELINES``, or ``["all"]``.
-        module: The trained model; it stays as it is.
+        names: Names in ``BASELINES``, or ``["all"]``.
+        module: The trained model. It is not changed.
         forget: See :func:`~baselines.tuned`.
         retain: See :func:`~baselines.tuned`.
         score: See :func:`~baselines.tuned`.
-        seconds: Budget of each trial.
-        settings: The best settings found so far, by name, which are used again; others are added.
+        seconds: The budget of each run, in processor time.
+        settings: The best settings so far, by baseline. They are used again; those of other baselines are added.
         relabel: See :func:`~baselines.tuned`.
 
     Yields:
-        The row's name, the changed model, and the seconds of that one run.
+        The name of the row, the changed model, and the seconds of that run.
     """
     for name in BASELINES if list(names) == ["all"] else names:
         for how in ("default", "tuned"):
@@ -186,35 +188,35 @@ def run_baselines(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is measured
+# Measurements
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def accuracy(known: Known, sets: Sets, name: str) -> float:
-    """In percent."""
+    """The accuracy on a set of examples, in percent."""
     return 100 * float((known.logits[name].argmax(1) == sets[name].tensors[1]).double().mean())
 
 
 def gap(known: Known, others: Sequence[Known], sets: Sets, name: str) -> float:
-    """The accuracy less that of retrained models, in points, on average over these."""
+    """The accuracy minus that of a retrained model, in points: the mean over retrained models."""
     metric = AccuracyGap()
     return mean(float(metric(known.logits[name], other.logits[name], sets[name].tensors[1])) for other in others)
 
 
 def divergence(known: Known, others: Sequence[Known], name: str) -> float:
-    """The Jensen–Shannon divergence of the predictions from those of retrained models, in nats, on average."""
+    """The Jensen–Shannon divergence from a retrained model's predictions, in nats: the mean over retrained models."""
     metric = JensenShannonDivergence()
     return mean(float(metric(known.logits[name], other.logits[name])) for other in others)
 
 
 def agreement(known: Known, others: Sequence[Known], name: str) -> float:
-    """The share of equal predictions, in percent, on average over retrained models."""
+    """The share of labels predicted as a retrained model does, in percent: the mean over retrained models."""
     metric = PredictionAgreement()
     return 100 * mean(float(metric(known.logits[name], other.logits[name])) for other in others)
 
 
 def membership(known: Known, sets: Sets, members: str, strangers: str) -> float:
-    """How well a threshold on the loss tells the examples in question from test examples like them (AUROC)."""
+    """The membership AUROC: how well a threshold on the loss separates forget examples from unseen ones like them."""
     metric = MembershipInference()
     for name, member in ((members, True), (strangers, False)):
         targets = sets[name].tensors[1]
@@ -223,7 +225,7 @@ def membership(known: Known, sets: Sets, members: str, strangers: str) -> float:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; numbers with two digits after the point."""
+    """A Markdown table. Floating-point numbers get two decimals."""
 
     def cell(value: object) -> str:
         return f"{value:.2f}" if isinstance(value, float) else str(value)

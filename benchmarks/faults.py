@@ -1,14 +1,25 @@
-"""Faults at random points: whether weights, files and everything else are intact afterwards.
+"""Injects faults at random points of calls, and checks that weights, files and all other state are intact afterwards.
 
     python benchmarks/faults.py [--injections 300] [--seed 0]
 
-Each injection runs one call of a small trained net and breaks it: Ctrl-C before a random line of the package or at a
-random time, an error in a random tensor operation, in the user's step or dataset, or in a random access to the disk;
-SIGKILL before a random line, in a process of its own; a full disk; files with a random bit flipped or the end cut off.
-Afterwards weights and buffers must be bit for bit what they were, or what the whole edit makes them; everything else of
-the module, the trainer and the process as it was; each file the old one or the new one; the error the one that was
-injected or one of the package; and a call that returned must have returned the right answer. A call that goes on where
-it was interrupted is made again, and must end in the bits of one that was not.
+Each injection makes one call with a small trained network, and breaks it by one fault:
+
+- Ctrl-C, before a random line of the package or at a random time;
+- SIGKILL before a random line, in a process of its own;
+- an error in a random tensor operation, in the user's `training_step`, or in the user's dataset;
+- a full disk, from a random access on;
+- a file with a flipped bit or without its end.
+
+Afterwards the script checks that
+
+- weights and buffers are bit for bit those before the call, or those after the whole edit;
+- all other state of the module, the trainer and the process is as before;
+- each file is the old one or the new one;
+- the error is the injected one or an error of the package;
+- a call that returned has the correct result;
+- a resumable call, made again, ends bit for bit like an unbroken one.
+
+Prints a Markdown table, and one line for each failed check.
 """
 
 from __future__ import annotations
@@ -50,11 +61,11 @@ PACKAGE = str(Path(lightning_gif.__file__).parent)
 
 
 class Injected(Exception):
-    """What a fault raises in the place of the user's code or of torch."""
+    """The error that a fault raises in place of the user's code or of PyTorch."""
 
 
 class Points(Dataset[Any]):
-    """Three blobs; reading the item at which ``fails`` gets to zero raises."""
+    """Three clusters of points. Reading raises once ``fails`` items were read."""
 
     def __init__(self, n: int = 24) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -73,7 +84,7 @@ class Points(Dataset[Any]):
 
 
 class Net(pl.LightningModule):
-    """With buffers, modes and logged values that a call that is cut off could leave changed."""
+    """A network with buffers, modes and logged values, which an interrupted call could leave changed."""
 
     fails = math.inf
 
@@ -96,7 +107,7 @@ class Net(pl.LightningModule):
 
 
 class World:
-    """A trained net, and a folder with what an earlier run has saved there."""
+    """A trained network, and a folder with the files of an earlier run."""
 
     def __init__(self, folder: Path) -> None:
         for name in ("lightning.pytorch", "lightning.fabric"):
@@ -126,7 +137,7 @@ class World:
         self.edit.apply()
         self.edited = copy.deepcopy(self.module.state_dict())
         self.edit.undo()
-        # One class is forgotten in many steps, whose solves are kept.
+        # An edit of one class makes several solves, which its journal keeps.
         self.reset(edited=False)
         forget_class(self, dry_run=True).edit.apply(self.module)
         self.solves = {path.name: path.read_bytes() for path in solves(self).iterdir()}
@@ -134,14 +145,14 @@ class World:
         self.reset(edited=False)
 
     def reset(self, *, edited: bool) -> None:
-        """Weights, files and faults as at the start."""
+        """Restores weights, files and faults to those of the start."""
         Net.fails = self.data.fails = math.inf
         self.module.load_state_dict(self.edited if edited else self.weights)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
 
     def state(self) -> dict[str, Any]:
-        """Everything that no call may change, weights and buffers aside."""
+        """All state that no call may change, except weights and buffers."""
         module = self.module
         return {
             "ids": [id(tensor) for tensor in [*module.parameters(), *module.buffers()]],
@@ -167,16 +178,16 @@ class World:
 
 @dataclass
 class Call:
-    """Something that a user does.
+    """A call that a user makes.
 
     Attributes:
-        name: Of the call.
-        run: Does it.
-        right: Whether its answer, and all that it wrote, is right, once it returned.
-        prepare: What there was before it.
-        whole: Whether the files in the folder are the old or the new ones after it was broken.
-        edited: Whether the edit is in the weights before it.
-        ends: The weights of the world that it may lead to; ``None`` for those before it alone.
+        name: The name of the call.
+        run: Makes the call.
+        right: Whether the result of a call that returned, and its files, are correct.
+        prepare: Prepares the folder before the call.
+        whole: Whether the files are the old or the new ones after a broken call.
+        edited: Whether the weights before the call have the edit.
+        ends: The attribute of `World` with the weights that the call may lead to; ``None``: it changes no weights.
     """
 
     name: str
@@ -203,7 +214,7 @@ def saved_edit(world: World) -> bool:
 
 
 def saved_scores(world: World) -> bool:
-    """Whether the folder is the old report or the new one; where it is moved aside at that moment, it is beside."""
+    """Whether the folder is the old report or the new one. While it is replaced, the old one has another name."""
     path = world.folder / "report"
     if not path.exists():
         (path,) = world.folder.glob(".report.*.old")
@@ -212,7 +223,7 @@ def saved_scores(world: World) -> bool:
 
 
 def stored_scores(world: World) -> bool:
-    """Whether the same call goes on, and gives the right scores."""
+    """Whether the same call resumes, and returns the correct scores."""
     world.module.load_state_dict(world.weights)
     Net.fails = world.data.fails = math.inf
     found = world.trainer.influence(world.batch, per_example=True, scores_to=world.folder / "scores")
@@ -228,7 +239,7 @@ def forget_class(world: World, *, dry_run: bool = False) -> UnlearnReport:
 
 
 def keep_some(world: World) -> None:
-    """What a call leaves that was interrupted half-way: some solves, and a file that was being written."""
+    """Leaves the files of an interrupted call: some solves, and a file that was not finished."""
     solves(world).mkdir()
     names = sorted(world.solves)
     for name in names[: len(names) // 2]:
@@ -237,12 +248,12 @@ def keep_some(world: World) -> None:
 
 
 def forgotten(world: World) -> bool:
-    """Whether the class is forgotten as where nothing breaks, and no solve is left."""
+    """Whether the weights are those of an unbroken call, and no solve is left."""
     return same(world.module.state_dict(), world.forgotten) and not solves(world).exists()
 
 
 def gone_on_with(world: World) -> bool:
-    """Whether the same call goes on, and ends in the same bits."""
+    """Whether the same call resumes, and ends with the same weights, bit for bit."""
     world.module.load_state_dict(world.weights)
     Net.fails = world.data.fails = math.inf
     forget_class(world)
@@ -250,7 +261,7 @@ def gone_on_with(world: World) -> bool:
 
 
 def checkpointed(world: World) -> bool:
-    """Whether the callback can still say what it knows."""
+    """Whether a checkpoint can still be written, with the targets of the callback."""
     world.trainer.save_checkpoint(world.folder / "again.ckpt")
     state = torch.load(world.folder / "again.ckpt", weights_only=True)["lightning_gif"]
     return state["targets"].keys() == world.trainer.callbacks[0].targets.keys()
@@ -263,7 +274,7 @@ CALLS = [
         lambda world, found: near(found.scores, world.scores.scores),
     ),
     Call(
-        "influence, scores in a file",
+        "influence, scores in a folder",
         lambda world: world.trainer.influence(world.batch, per_example=True, scores_to=world.folder / "scores"),
         lambda world, found: near(found.scores, world.other.scores),
         whole=stored_scores,
@@ -280,7 +291,7 @@ CALLS = [
         ends="edited",
     ),
     Call(
-        "unlearn in many steps",
+        "unlearn, several solves",
         lambda world: world.trainer.unlearn(lambda batch: batch[1] == 1, max_iter=2),
         lambda world, found: same(world.module.state_dict(), world.forgotten),
         ends="forgotten",
@@ -293,7 +304,7 @@ CALLS = [
         ends="forgotten",
     ),
     Call(
-        "unlearn, going on from solves",
+        "unlearn, resumed from solves",
         forget_class,
         lambda world, found: forgotten(world),
         prepare=keep_some,
@@ -331,7 +342,7 @@ CALLS = [
 
 @contextlib.contextmanager
 def before_line(number: float, strike: Callable[[], None], passed: list[tuple[str, int]]) -> Iterator[None]:
-    """Strikes before the so-maniest line of the package that is run; notes which lines those are."""
+    """Calls ``strike`` before line ``number`` of the lines of the package that run, and records these lines."""
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
         if not frame.f_code.co_filename.startswith(PACKAGE):
@@ -350,7 +361,7 @@ def before_line(number: float, strike: Callable[[], None], passed: list[tuple[st
 
 
 class Operations(TorchDispatchMode):
-    """Raises in the place of the so-maniest tensor operation."""
+    """Raises instead of tensor operation ``number``."""
 
     def __init__(self, number: float) -> None:
         super().__init__()
@@ -371,7 +382,7 @@ ACCESSES: list[tuple[Any, str]] = [
 
 @contextlib.contextmanager
 def full_disk(number: float, passed: list[str]) -> Iterator[None]:
-    """The so-maniest access to the disk, and all later ones that write, find it full."""
+    """Access ``number`` to the disk fails because the disk is full, and so do later ones that write."""
     originals = [(owner, name, getattr(owner, name)) for owner, name in ACCESSES]
 
     def patched(name: str, original: Any) -> Any:
@@ -394,7 +405,7 @@ def full_disk(number: float, passed: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ctrl_c_after(seconds: float) -> Iterator[None]:
-    """Ctrl-C at a time."""
+    """Sends Ctrl-C after a time, unless the block has ended."""
     over = threading.Event()
 
     def strike() -> None:
@@ -411,7 +422,7 @@ def ctrl_c_after(seconds: float) -> Iterator[None]:
 
 
 def pick(generator: random.Random, passed: list[tuple[str, int]]) -> int:
-    """A random moment of a run: any line that was run, or one of the rarer ones, with the same chance."""
+    """A random point of a run: drawn from all lines that ran or, as often, from the distinct lines of code."""
     if generator.random() < 0.5:
         return generator.randrange(len(passed)) + 1
     line = generator.choice(sorted(set(passed)))
@@ -420,13 +431,13 @@ def pick(generator: random.Random, passed: list[tuple[str, int]]) -> int:
 
 @dataclass
 class Campaign:
-    """Injections of faults, and what became of each.
+    """A number of injected faults with their outcomes.
 
     Attributes:
-        world: What is broken.
-        generator: Draws the moments.
-        outcomes: How many of each kind of fault came to what.
-        failures: What should not have happened, in words.
+        world: The network and the files that the faults are injected into.
+        generator: Draws the points of the faults.
+        outcomes: The number of injections by kind of fault and outcome.
+        failures: A text for each failed check.
     """
 
     world: World
@@ -436,7 +447,7 @@ class Campaign:
     _measured: dict[str, Any] = field(default_factory=dict)
 
     def measure(self, call: Call) -> dict[str, Any]:
-        """How many lines, operations, accesses and so on a call takes where nothing breaks."""
+        """The lines, operations, disk accesses and so on of an unbroken call."""
         if call.name not in self._measured:
             lines: list[tuple[str, int]] = []
             self._start(call)
@@ -468,10 +479,10 @@ class Campaign:
         call.prepare(self.world)
 
     def inject(self, kind: str, call: Call) -> str:
-        """One fault of a kind in a call.
+        """Injects one fault of a kind into a call.
 
         Returns:
-            What came of it: ``"as before"``, ``"done"``, or what should not have happened.
+            The outcome: ``"as before"``, ``"done"``, or a text on the failed check.
         """
         number, fault = FAULTS[kind](self, call)
         outcome = "not applicable"
@@ -493,7 +504,7 @@ class Campaign:
             with fault():
                 found = call.run(world)
         except (GIFError, Injected, KeyboardInterrupt, OSError) as caught:
-            error = caught if found is None else None  # else it came when the call had returned
+            error = caught if found is None else None  # else the interrupt came after the call had returned
         except BaseException as caught:
             return f"{type(caught).__name__}: {caught}"
         if isinstance(error, OSError) and error.errno != errno.ENOSPC:
@@ -581,19 +592,20 @@ def kill_at_line(campaign: Campaign, call: Call) -> Fault:
 
 
 FAULTS: dict[str, Callable[[Campaign, Call], Fault]] = {
-    "Ctrl-C before a line": interrupt_at_line,
-    "Ctrl-C at a time": interrupt_at_time,
+    "Ctrl-C before a random line": interrupt_at_line,
+    "Ctrl-C at a random time": interrupt_at_time,
     "error in a tensor operation": error_in_operation,
-    "error in the user's step": error_in_step,
+    "error in the user's `training_step`": error_in_step,
     "error in the user's dataset": error_in_dataset,
     "full disk": error_on_disk,
-    "SIGKILL before a line": kill_at_line,
+    "SIGKILL before a random line": kill_at_line,
 }
-"""From a campaign and a call to a moment, 0 where there is none, and what to do then; ``None``: kill the process."""
+"""``(campaign, call) ↦ (number, fault)``: the point of the fault (0: the call has none) and its context manager.
+``None`` in place of the context manager kills the process."""
 
 
 def damage(world: World, generator: random.Random) -> tuple[str, str]:
-    """Flips a bit in a file, or cuts it off: what was damaged, and what came of reading it."""
+    """Flips a bit in a file or cuts its end off, and reads it. Returns the kind of damage and the outcome."""
     world.reset(edited=False)
     what = generator.choice(["edit", "report", "scores", "solves"])
     if what == "edit":
@@ -641,8 +653,8 @@ def damage(world: World, generator: random.Random) -> tuple[str, str]:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--injections", type=int, default=300, help="of all kinds together, about")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--injections", type=int, default=300, help="number of faults, all kinds together")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -660,7 +672,7 @@ def main() -> None:
     others = campaign.outcomes.total() - sum(
         count for (_, outcome), count in campaign.outcomes.items() if outcome in ("as before", "done")
     )
-    print("| fault | injected | refused or cut off, all as before | finished correctly | anything else |")
+    print("| fault | injected | failed, state unchanged | completed correctly | other outcome |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for kind in sorted({kind for kind, _ in campaign.outcomes}):
         counts = Counter({outcome: n for (found, outcome), n in campaign.outcomes.items() if found == kind})

@@ -1,13 +1,17 @@
-"""Every class forgotten in turn: an edit, the baselines at the same cost, and models retrained without the class.
+"""Removes each class in turn, and compares the edit with baselines at the same cost and with retrained models.
 
     python benchmarks/forget_class.py --data path/to/MNIST/raw --net resnet [--cache folder] [--baselines all]
 
-The edit is `trainer.unlearn` with its defaults. Seconds are those of the processor. A baseline gets as many as the edit
-took, for each of its trials. `default`: as its authors set it. `tuned`: the best of six settings by the paper's F1 on
-training data (a sample of the forgotten and of the retained examples), found on the first class and used on all of
-them; the seconds of the search are not counted. `the class ruled out` is the trained model with its probability of the
-class set to zero, whatever is in its weights. Test images are only looked at to report. Prints a Markdown table, and
-one with each class.
+The edit is `trainer.unlearn` with its defaults. Seconds are processor time. Each run of a baseline may take as many
+seconds as the edit did. Rows of a baseline:
+
+- `default`: the settings of its authors.
+- `tuned`: the best of six settings by the paper's F1 on training data (a sample of the forget and of the retained
+  examples). They are chosen on the first class and used for all classes. The seconds of the search are not counted.
+
+`the class ruled out` is the trained model with its probability of the class set to zero; its weights are unchanged.
+Test images are used in the report only. Prints a Markdown table of means over the classes, and one with a row for each
+class.
 """
 
 from __future__ import annotations
@@ -45,13 +49,17 @@ from lightning_gif.metrics import RemovalF1
 
 def main() -> None:
     parser = make_parser(__doc__, ["relinearise"])
-    parser.add_argument("--classes", type=int, nargs="+", default=list(range(10)))
-    parser.add_argument("--only-retrain", action="store_true", help="fill the cache")
-    parser.add_argument("--accelerator", default="cpu", help="of the trainings and edits; baselines run on the CPU")
-    parser.add_argument("--options", type=json.loads, default={}, help="of trainer.unlearn, as JSON")
+    parser.add_argument(
+        "--classes", type=int, nargs="+", default=list(range(10)), help="the classes to remove, one after the other"
+    )
+    parser.add_argument("--only-retrain", action="store_true", help="only fill the cache with retrained models")
+    parser.add_argument(
+        "--accelerator", default="cpu", help="accelerator of trainings and edits; baselines run on the CPU"
+    )
+    parser.add_argument("--options", type=json.loads, default={}, help="arguments of trainer.unlearn, as JSON")
     options = parser.parse_args()
     if options.accelerator != "cpu" and options.baselines:
-        parser.error("baselines run on the CPU: compare them with edits there, or leave them out")
+        parser.error("baselines run on the CPU: give --accelerator cpu, or leave out --baselines")
     warnings.filterwarnings("ignore", message=".*still predicted as it.*")
 
     train, test = load(options.data)
@@ -112,7 +120,7 @@ def main() -> None:
 
 
 def ruled_out(known: Known, label: int) -> Known:
-    """A model whose answers are those of another without a class: what an edit aims at, though nothing is forgotten."""
+    """A model with its probability of a class set to zero: the aim of an edit, although the weights forget nothing."""
     logits = {name: values.clone() for name, values in known.logits.items()}
     for values in logits.values():
         values[:, label] = -1e4  # a probability of zero
@@ -145,8 +153,9 @@ def measured(known: Known, others: list[Known], sets: Sets, label: int) -> dict[
 
 
 def report(rows: dict[str, list[dict[str, float]]], classes: list[int]) -> None:
-    columns = ["", "forgotten, mean", "worst", "remaining", "gap to retraining, mean", "worst", "F1"]
-    columns += ["JSD forgotten", "JSD remaining", "membership", "seconds"]
+    columns = ["", "forgotten class (%), mean", "forgotten class (%), worst", "other classes (%)"]
+    columns += ["gap to retraining (points), mean", "gap to retraining (points), worst", "F1"]
+    columns += ["JSD, forgotten class", "JSD, other classes", "membership AUROC", "seconds"]
 
     def mean_of(values: list[dict[str, float]], key: str) -> float:
         return mean(value[key] for value in values)
@@ -175,7 +184,7 @@ def report(rows: dict[str, list[dict[str, float]]], classes: list[int]) -> None:
 
 
 def cell(values: dict[str, float]) -> str:
-    """Accuracy on the forgotten class, and the gap on the others."""
+    """The accuracy on the forgotten class, and the gap to retraining on the other classes."""
     return f"{values['forgotten']:.1f}, {values['gap']:+.2f}"
 
 

@@ -1,14 +1,15 @@
-"""One Hessian-vector product over 2048 examples of TinyNet: ours, and those of others.
+"""Measures one Hessian-vector product over 2048 examples of TinyNet: ours and those of other implementations.
 
     python benchmarks/hvp.py --data path/to/MNIST/raw [--reference path/to/GIF]
 
-Median seconds, all in turns in one process; the ratio is to the paper's script, or else to plain double backward.
-curvlinops is compared where it is installed. All products are checked against each other first.
+Prints a Markdown table of median seconds. All implementations take turns in one process. Seconds are relative to the
+paper's script or, without `--reference`, to double backward. curvlinops is included if it is installed. Before the
+measurement, the script checks that all products agree.
 """
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from lightning_gif import GIFCallback
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
-    parser.add_argument("--reference", type=Path, help="checkout of the paper's scripts")
-    parser.add_argument("--examples", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--epochs", type=int, default=1)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four gzipped idx files")
+    parser.add_argument("--reference", type=Path, help="checkout of the paper's scripts (hslyu/GIF)")
+    parser.add_argument("--examples", type=int, default=2048, help="examples of a product")
+    parser.add_argument("--repeats", type=int, default=7, help="measurements of each product")
+    parser.add_argument("--epochs", type=int, default=1, help="training epochs")
     options = parser.parse_args()
 
     train, _ = load(options.data)
@@ -45,12 +46,12 @@ def main() -> None:
             return torch.cat([part.reshape(-1) for part in torch.autograd.grad(flat, parameters, vector)])
 
         hessian: dict[str, Callable[[], Any]] = {
-            "ours, first passes kept": lambda: kept.matvec(vector),
+            "ours, first pass kept": lambda: kept.matvec(vector),
             "ours, nothing kept": lambda: anew.matvec(vector),
             "double backward, one batch": double_backward,
         }
         ggn: dict[str, Callable[[], Any]] = {
-            "ours, Gauss-Newton, first passes kept": lambda: kept_ggn.matvec(vector),
+            "ours, Gauss-Newton, first pass kept": lambda: kept_ggn.matvec(vector),
             "ours, Gauss-Newton, nothing kept": lambda: anew_ggn.matvec(vector),
         }
         base = "double backward, one batch"

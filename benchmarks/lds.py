@@ -1,21 +1,27 @@
-"""Whether scores predict what retraining does: the linear datamodeling score (LDS; Park et al. 2023, TRAK).
+"""Measures how well scores predict retraining: the linear datamodeling score (LDS; Park et al. 2023, TRAK).
 
     python benchmarks/lds.py --data path/to/FashionMNIST/raw --net mlp [--rows defaults peers] [--cache truth.pt]
 
-Without `--data` scikit-learn's digits with the net of the examples, else `--examples` images of an MNIST-like folder.
-The truth: the net is trained again on random halves of the training data, each with several seeds, and each query's
-loss is averaged over the seeds. The prediction for a half: the sum of the scores of the examples that it lacks. The LDS
-is the Spearman correlation of both over the halves, averaged over queries (and over the models that were scored).
-Queries are split off from the training data and never trained on; no test image is looked at, since defaults are chosen
-by this.
+The data are `--examples` images of a folder in the format of MNIST or, without `--data`, scikit-learn's digits.
 
-`--rows defaults`: `trainer.influence` as it is, and with one setting changed at a time. `solve`: the plain least
-squares of the paper by tolerance. `peers`: other libraries (`pip install kronfluence dattri captum`), as documented.
+- Ground truth: the network is retrained on random halves of the training data, each with several seeds. The loss of
+  each query is averaged over the seeds.
+- Prediction for a half: the sum of the scores of the training examples that it leaves out.
+- LDS: the Spearman correlation of both over the halves, averaged over queries (and over scored models).
 
-Brackets are 95 % intervals of a bootstrap over queries and halves together; that the scored models are few is not in
-them. All rows are judged on the same draws, so that differences between rows are known more closely than the rows
-themselves: the last column has them, to the first row. `--cache` keeps the losses of the retrained nets and goes on
-from them. Prints a Markdown table; progress goes to stderr.
+Queries are split off from the training data and never trained on. Test images are not used, since this benchmark
+chooses the defaults.
+
+Groups of rows (`--rows`):
+
+- `defaults`: `trainer.influence` with its defaults, and with one setting changed at a time.
+- `solve`: the plain least squares of the paper, by tolerance.
+- `peers`: other libraries (`pip install kronfluence dattri captum`), as their documentation says.
+
+Brackets are 95 % intervals of a bootstrap over queries and halves. They do not include the variation between scored
+models. All rows use the same bootstrap draws, so differences from the first row are more precise than the rows.
+`--cache` keeps the losses of the retrained networks, and resumes from them. Prints a Markdown table; progress goes to
+stderr.
 """
 
 from __future__ import annotations
@@ -45,17 +51,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import digits
 
 Fit = Callable[[TensorDataset, int, list[Any]], tuple[pl.Trainer, pl.LightningModule]]
-"""``(data, seed, callbacks) ↦`` a trainer with the model that it trained from the start."""
+"""``(data, seed, callbacks) ↦`` a trainer and the model that it trained from its initial weights."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained net with what trained it.
+    """A trained network.
 
     Attributes:
-        trainer: With ``influence``.
-        module: The net, in evaluation mode, on the CPU.
-        checkpoints: Its state after some of the epochs, the last one included.
+        trainer: The trainer, with ``influence``.
+        module: The network, in evaluation mode, on the CPU.
+        checkpoints: The states of the network after some of the epochs, the last one included.
     """
 
     trainer: pl.Trainer
@@ -63,7 +69,7 @@ class Model:
     checkpoints: list[dict[str, Tensor]]
 
     def on_its_device(self, *data: TensorDataset) -> tuple[pl.LightningModule, list[TensorDataset]]:
-        """A copy of the net, and data, where the trainer computes."""
+        """A copy of the network and the data, on the trainer's device."""
         device = self.trainer.strategy.root_device
         return copy.deepcopy(self.module).to(device), [
             TensorDataset(*(tensor.to(device) for tensor in part.tensors)) for part in data
@@ -71,11 +77,11 @@ class Model:
 
 
 Score = Callable[[Model, TensorDataset, TensorDataset], tuple[Tensor, str]]
-"""``(model, train, queries) ↦`` scores ``(queries, n)``, and what they took in words."""
+"""``(model, train, queries) ↦`` the scores ``(queries, n)``, and a text on their cost."""
 
 
 class Snapshots(pl.Callback):
-    """Keeps the weights at the end of six epochs, as TracIn asks for them."""
+    """Keeps the weights at the end of six epochs, spread evenly, for TracIn."""
 
     def __init__(self, epochs: int) -> None:
         self.kept: list[dict[str, Tensor]] = []
@@ -93,7 +99,7 @@ def say(*parts: object) -> None:
 def open_task(
     folder: Path | None, net: str, examples: int, queries: int, epochs: int, accelerator: str
 ) -> tuple[Fit, TensorDataset, TensorDataset]:
-    """How to train, on what, and the queries, which are other examples of the training data."""
+    """A function that trains, its training data, and the queries, which are other examples of the training data."""
 
     def fit_digits(data: TensorDataset, seed: int, callbacks: list[Any]) -> tuple[pl.Trainer, pl.LightningModule]:
         pl.seed_everything(seed, verbose=False)
@@ -115,7 +121,7 @@ def open_task(
 
 @torch.no_grad()
 def query_losses(model: pl.LightningModule, queries: TensorDataset) -> Tensor:
-    """``(queries,)``, in double precision: many are near zero."""
+    """The losses ``(queries,)`` in double precision, since many are near zero."""
     x, y = queries.tensors
     return F.cross_entropy(model.eval()(x).double(), y, reduction="none")
 
@@ -123,17 +129,17 @@ def query_losses(model: pl.LightningModule, queries: TensorDataset) -> Tensor:
 def retrain(
     fit: Fit, train: TensorDataset, queries: TensorDataset, *, subsets: int, seeds: int, cache: Path | None, task: str
 ) -> tuple[Tensor, Tensor]:
-    """What each half lacks, ``(subsets, n)`` of zeros and ones, and the losses ``(subsets, seeds, queries)``."""
+    """A mask ``(subsets, n)`` of the examples left out of each half, and the losses ``(subsets, seeds, queries)``."""
     generator, n = torch.Generator().manual_seed(0), len(train)
     removed = torch.zeros(subsets, n, dtype=torch.float64)
-    for row in removed:  # the first halves are the same however many there are
+    for row in removed:  # the first halves do not depend on the number of halves
         row[torch.randperm(n, generator=generator)[n // 2 :]] = 1
 
     losses = torch.empty(0, seeds, len(queries), dtype=torch.float64)
     if cache is not None and cache.exists():
         found = torch.load(cache)
         if found["task"] != task:
-            raise SystemExit(f"{cache} has the losses of another task:\n{found['task']}\nasked is\n{task}")
+            raise SystemExit(f"{cache} has the losses of another task:\n{found['task']}\nThis task is\n{task}")
         losses = found["losses"]
         say(f"{len(losses)} halves are in {cache}.")
     start = time.perf_counter()
@@ -141,7 +147,7 @@ def retrain(
         kept = removed[subset] == 0
         data = TensorDataset(*(tensor[kept] for tensor in train.tensors))
         runs = []
-        for seed in range(seeds):  # no two nets share one; the scored ones have the seeds from 0 on
+        for seed in range(seeds):  # no two networks share a seed; the scored ones have the seeds from 0 on
             _, model = fit(data, 1000 + subset * seeds + seed, [])
             runs.append(query_losses(model, queries))
         losses = torch.cat([losses, torch.stack(runs)[None]])
@@ -176,9 +182,9 @@ def theirs(function: Callable[..., Tensor]) -> Score:
 
 ROWS: dict[str, dict[str, Score]] = {
     "defaults": {
-        "as it is": ours(),
-        "`snapshots=True`, four of them": ours(snapshots=True),
-        "for each query (`solver='cg'`)": ours(solver="cg"),
+        "defaults": ours(),
+        "`snapshots=True`, four snapshots": ours(snapshots=True),
+        "each query on its own (`solver='cg'`)": ours(solver="cg"),
         "`solver='cg', max_iter=10`": ours(solver="cg", max_iter=10),
         "`solver='cg', max_iter=5`": ours(solver="cg", max_iter=5),
         "`max_iter=128`": ours(max_iter=128),
@@ -197,27 +203,27 @@ ROWS: dict[str, dict[str, Score]] = {
     },
     "solve": {f"`method='gif', rtol={rtol:g}`": ours(method="gif", rtol=rtol) for rtol in (1e-1, 1e-2, 1e-3, 1e-4)},
     "peers": {
-        "as it is": ours(),
-        "`snapshots=True`, four of them": ours(snapshots=True),
+        "defaults": ours(),
+        "`snapshots=True`, four snapshots": ours(snapshots=True),
         **{name: theirs(function) for name, function in PEERS.items()},
     },
 }
 
 
 def correlation(a: Any, b: Any, axis: int) -> Any:
-    """Pearson's, along an axis; 0 where one of both does not vary."""
+    """Pearson's correlation along an axis; 0 if one of the two is constant."""
     a, b = a - a.mean(axis, keepdims=True), b - b.mean(axis, keepdims=True)
     scale = np.sqrt((a * a).sum(axis) * (b * b).sum(axis))
     return (a * b).sum(axis) / np.where(scale > 0, scale, 1)
 
 
 def spearman(predicted: Any, truth: Any) -> Any:
-    """Over subsets: ``(…, subsets, queries)`` and ``(subsets, queries) → (…, queries)``."""
+    """Spearman's correlation over subsets: ``(…, subsets, queries), (subsets, queries) → (…, queries)``."""
     return correlation(rankdata(predicted, axis=-2), rankdata(truth, axis=-2), axis=-2)
 
 
 def bootstrap(predicted: Any, truth: Any, draws: int) -> Any:
-    """LDS of every row, ``(draws, rows)``, for subsets and queries drawn with replacement."""
+    """The LDS of every row, ``(draws, rows)``, with subsets and queries drawn with replacement."""
     generator, (subsets, queries) = np.random.default_rng(0), truth.shape
     found = []
     for _ in range(draws):
@@ -234,23 +240,25 @@ def interval(values: Any, signed: bool = False) -> str:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, help="folder with the four idx files; without it, the digits")
-    parser.add_argument("--net", default="mlp", choices=list(mnist.NETS), help="with --data")
-    parser.add_argument("--rows", nargs="+", default=["defaults"], choices=list(ROWS))
-    parser.add_argument("--only", nargs="+", help="those whose names have one of these words in them, and the first")
+    parser.add_argument(
+        "--data", type=Path, help="folder with the four gzipped idx files; without it, scikit-learn's digits"
+    )
+    parser.add_argument("--net", default="mlp", choices=list(mnist.NETS), help="the network, with --data")
+    parser.add_argument("--rows", nargs="+", default=["defaults"], choices=list(ROWS), help="groups of rows")
+    parser.add_argument("--only", nargs="+", help="only the first row, and rows whose names contain one of these words")
     parser.add_argument("--examples", type=int, default=5000, help="training examples, with --data")
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--queries", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=15, help="training epochs")
+    parser.add_argument("--queries", type=int, default=40, help="queries, split off from the training data")
     parser.add_argument("--subsets", type=int, default=60, help="random halves of the training data")
     parser.add_argument("--seeds", type=int, default=2, help="trainings on each half")
     parser.add_argument("--models", type=int, default=1, help="models to score, trained with different seeds")
-    parser.add_argument("--cache", type=Path, help="file for the losses of the retrained nets")
-    parser.add_argument("--accelerator", default="cpu", help="of the trainers and of what scores, with --data")
-    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--cache", type=Path, help="file for the losses of the retrained networks")
+    parser.add_argument("--accelerator", default="cpu", help="accelerator of trainings and scores, with --data")
+    parser.add_argument("--draws", type=int, default=1000, help="draws of the bootstrap")
     options = parser.parse_args()
     digits.quiet()
     if options.data is None and options.accelerator != "cpu":
-        parser.error("--accelerator is for --data; the digits are trained on the CPU")
+        parser.error("--accelerator needs --data; the digits are trained on the CPU")
 
     fit, train, queries = open_task(
         options.data, options.net, options.examples, options.queries, options.epochs, options.accelerator
@@ -275,13 +283,13 @@ def main() -> None:
         models.append(Model(trainer, module.eval(), snapshots.kept))
         right = (module(queries.tensors[0]).argmax(1) == queries.tensors[1]).double().mean()
         loss = query_losses(module, queries).mean()
-        say(f"model {seed}: {100 * float(right):.1f} % of the queries right, mean loss {float(loss):.4f}")
+        say(f"model {seed}: {100 * float(right):.1f} % of the queries are correct, mean loss {float(loss):.4f}")
 
     rows = {name: score for group in options.rows for name, score in ROWS[group].items()}
     first = next(iter(rows))
     if options.only:
         rows = {n: score for n, score in rows.items() if n == first or any(word in n for word in options.only)}
-    # (rows, models, subsets, queries): a score is the change by removal, so the removed ones count, with their sign.
+    # (rows, models, subsets, queries): scores are changes by removal, so those of the removed examples are summed.
     predicted, costs, seconds = [], [], []
     for name, score in rows.items():
         start = time.perf_counter()
@@ -297,7 +305,7 @@ def main() -> None:
     if options.seeds > 1:
         half = options.seeds // 2
         agreement = spearman(losses[:, :half].mean(dim=1).numpy(), losses[:, half:].mean(dim=1).numpy()).mean()
-        print(f"The losses of the two halves of the seeds have a rank correlation of {agreement:.2f} (Spearman).")
+        print(f"The losses of the first and second half of the seeds correlate by {agreement:.2f} (Spearman).")
     print("\n| setting | LDS | difference from the first row | cost | seconds |\n| --- | --- | --- | --- | --- |")
     for position, name in enumerate(rows):
         difference = f"{lds[position] - lds[0]:+.3f} {interval(drawn[:, position] - drawn[:, 0], signed=True)}"

@@ -1,11 +1,13 @@
-"""Scores against leave-one-out retraining: logistic regression on the digits, retrained without each example.
+"""Compares scores with leave-one-out retraining of a logistic regression on scikit-learn's digits.
 
     python benchmarks/leave_one_out.py
 
-Multinomial logistic regression with weight decay has one minimum, which is found to rounding with and without each of
-some training examples. A score should be the change of the query's loss, in size as well as in order: the slope of the
-truth over the scores is 1 where it is. Influence functions are the first order of that change, so what is left is the
-second. Prints a Markdown table.
+Multinomial logistic regression with weight decay has a single minimum. The script computes it up to rounding, with all
+training examples and without each of some. A score predicts the change of the query's loss. If it does so exactly, the
+correlation with the true changes is 1, and the slope of the true changes over the scores is 1. Influence functions are
+a first-order approximation, so the remaining difference is of second order.
+
+Prints a Markdown table: the smallest correlation over the queries, and the median slope.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import digits
 
 
 class Logistic(pl.LightningModule):
-    """One linear layer on the 64 pixels."""
+    """A linear layer on the 64 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +45,7 @@ class Logistic(pl.LightningModule):
 
 
 def minimise(model: Logistic, data: TensorDataset, decay: float) -> Logistic:
-    """To rounding, by Newton's method with the gradient and Hessian of all parameters, from where the model is."""
+    """Minimises the objective up to rounding, by Newton's method from the present weights. Returns the same model."""
     x, y = data.tensors[0].flatten(1).double(), data.tensors[1]
     inputs = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
     theta = torch.cat([model.linear.weight, model.linear.bias[:, None]], dim=1).detach()
@@ -70,9 +72,9 @@ def losses(model: Logistic, data: TensorDataset) -> Tensor:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--left_out", type=int, default=200, help="examples that are left out, one at a time")
-    parser.add_argument("--queries", type=int, default=20, help="test examples that are asked about")
-    parser.add_argument("--decay", type=float, default=1e-2)
+    parser.add_argument("--left_out", type=int, default=200, help="training examples to leave out, one at a time")
+    parser.add_argument("--queries", type=int, default=20, help="test examples to use as queries")
+    parser.add_argument("--decay", type=float, default=1e-2, help="weight decay")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -94,7 +96,7 @@ def main() -> None:
     each = torch.stack(truth, dim=1)
 
     rows: dict[str, dict[str, Any]] = {
-        "as it is": {},
+        "defaults": {},
         "`rtol=1e-6, damping=0`": {"rtol": 1e-6, "damping": 0.0, "max_iter": 2000},
         "`method='gif'`, all parameters, `rtol=1e-6`": {
             "method": "gif",
@@ -103,8 +105,8 @@ def main() -> None:
             "max_iter": 5000,
         },
     }
-    print(f"{len(left_out)} of {len(train)} digits left out one at a time, weight decay {options.decay:g}.\n")
-    print("| scores | query | correlation | slope |\n| --- | --- | --- | --- |")
+    print(f"{len(left_out)} of {len(train)} digits are left out, one at a time.\n")
+    print("| weight decay | scores | query | correlation | slope |\n| --- | --- | --- | --- | --- |")
     for name, settings in rows.items():
         for what, per_example, actual in (("mean of all", False, each.mean(0)[None]), ("each", True, each)):
             report = trainer.influence(
@@ -114,7 +116,7 @@ def main() -> None:
             pairs = [torch.corrcoef(torch.stack([a, b]))[0, 1] for a, b in zip(found, actual, strict=True)]
             slopes = [(a @ b) / (a @ a) for a, b in zip(found, actual, strict=True)]
             cells = (float(torch.stack(pairs).min()), float(torch.stack(slopes).median()))
-            print(f"| {name} | {what} | {cells[0]:.4f} | {cells[1]:.3f} |")
+            print(f"| {options.decay:g} | {name} | {what} | {cells[0]:.4f} | {cells[1]:.3f} |")
 
 
 if __name__ == "__main__":

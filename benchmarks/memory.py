@@ -1,10 +1,12 @@
-"""Peak memory of a product with 1 000, 10 000 and 60 000 curvature examples of TinyNet, each in its own process.
+"""Measures the peak memory of products over 1,000, 10,000 and 60,000 examples of TinyNet, each in its own process.
 
     python benchmarks/memory.py --data path/to/MNIST/raw [--reference path/to/GIF]
 
-Two products with each budget for kept passes (`memory=` of the callback, in GiB); the paper's script keeps the graph of
-every batch. The peak is the largest resident set of the process from the products on, the data set and PyTorch included
-(Linux: the kernel's mark is reset after loading); a process that does everything but the products is the base.
+Each cell is the peak of two products. Rows of ours differ in `memory`, the GiB that may be kept between products. The
+paper's script keeps the graph of every batch. `no product` is a process that does everything except the products.
+
+The peak is the largest resident set of the process after loading, including the dataset and PyTorch. It works on Linux
+only, where the kernel's peak can be reset after loading. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from lightning_gif import attach
 
 
 def measure(options: Namespace) -> None:
-    """In a process of its own: prints the peak in MiB after the products."""
+    """Computes the products in this process, and prints its peak memory in MiB."""
     import lightning.pytorch as pl
 
     from lightning_gif.config import Settings
@@ -43,10 +45,10 @@ def measure(options: Namespace) -> None:
         examples = Examples.from_loader(loader, objective.prepare, batch_size=256)
         objective.learn_structure(examples)
         vector = torch.randn(objective.space.size)
-        Path("/proc/self/clear_refs").write_text("5")  # loading needs more than what stays
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of loading is higher, and does not count
         if options.how == "reference":
             reference = load_reference(options.reference)
-            # As its scripts do it: the mean over batches, each with its graph.
+            # As in the paper's scripts: the mean over all batches, with the graph of each.
             loss = sum(
                 torch.nn.functional.cross_entropy(model.net(x), y, reduction="sum")
                 for x, y in (batch.data for batch in examples.batches())
@@ -64,18 +66,18 @@ def measure(options: Namespace) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
-    parser.add_argument("--reference", type=Path, help="checkout of the paper's scripts")
-    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000, 60_000])
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.0, 0.25, 2.0], help="GiB")
-    parser.add_argument("--how", help="measure this one, in this process")
-    parser.add_argument("--examples", type=int, default=1000)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four gzipped idx files")
+    parser.add_argument("--reference", type=Path, help="checkout of the paper's scripts (hslyu/GIF)")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000, 60_000], help="numbers of examples")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.0, 0.25, 2.0], help="values of `memory`, in GiB")
+    parser.add_argument("--how", help="measure only this row, in this process (used internally)")
+    parser.add_argument("--examples", type=int, default=1000, help="number of examples, for --how")
     options = parser.parse_args()
     if options.how:
         measure(options)
         return
-    names = {"base": "no product", **{str(budget): f"ours, memory={budget:g}" for budget in options.budgets}}
+    names = {"base": "no product", **{str(budget): f"ours, `memory={budget:g}`" for budget in options.budgets}}
     if options.reference:
         names["reference"] = "the paper's script"
     print("| peak memory (MiB) | " + " | ".join(f"{count:,} examples" for count in options.counts) + " |")

@@ -1,11 +1,13 @@
-"""Wrong labels found: a tenth of the training labels changed, and the training examples ranked by suspicion.
+"""Measures how well rankings of the training examples find wrong labels, of which a tenth of the data has one.
 
     python benchmarks/mislabeled.py --data path/to/FashionMNIST/raw --nets mlp cnn
 
-By `trainer.self_influence()` as it is and over snapshots of training, by the training loss, by the length of the
-gradient, and by other libraries (`pip install kronfluence captum`; those that are not there are left out). Prints a
-Markdown table: the AUC, and which share of the wrong labels is among the first 10 and 20 % of all examples; means over
-seeds of the labels and the net. Seconds are those of the processor.
+The training examples are ranked by `trainer.self_influence()` with its defaults and over snapshots, by the training
+loss, by the norm of the gradient, and by other libraries (`pip install kronfluence captum`). Libraries that are not
+installed are skipped.
+
+Prints a Markdown table: the AUC, and the share of the wrong labels among the first 10 and 20 % of the ranking. Values
+are means over seeds of the labels and of the network. Seconds are processor time.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gif import GIFCallback
 
 Suspicion = Callable[[pl.Trainer, nn.Module, TensorDataset, list[dict[str, Tensor]]], Tensor]
-"""``(trainer, model, train, checkpoints) ↦`` the higher the more suspicious, ``(n,)``."""
+"""``(trainer, model, train, checkpoints) ↦ (n,)``: a high value marks a suspicious example."""
 
 
 def self_influence(
@@ -96,7 +98,7 @@ RANKINGS: dict[str, tuple[str, Suspicion]] = {
     "`trainer.self_influence()`": ("lightning_gif", self_influence),
     "`trainer.self_influence(snapshots=True)`": ("lightning_gif", partial(self_influence, snapshots=True)),
     "loss": ("torch", loss),
-    "gradient length": ("torch", gradient_length),
+    "gradient norm": ("torch", gradient_length),
     "kronfluence EK-FAC": ("kronfluence", kronfluence),
     "captum TracInCP": ("captum", tracin),
 }
@@ -104,11 +106,11 @@ RANKINGS: dict[str, tuple[str, Suspicion]] = {
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
-    parser.add_argument("--nets", nargs="+", default=["mlp", "cnn"], choices=list(NETS))
-    parser.add_argument("--examples", type=int, default=5000)
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four gzipped idx files")
+    parser.add_argument("--nets", nargs="+", default=["mlp", "cnn"], choices=list(NETS), help="the networks")
+    parser.add_argument("--examples", type=int, default=5000, help="training examples")
+    parser.add_argument("--epochs", type=int, default=15, help="training epochs")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of wrong labels, each with its own network")
     options = parser.parse_args()
     whole, _ = load(options.data)
     print("| network | ranking | AUC | found in the first 10 % | in the first 20 % | seconds |")

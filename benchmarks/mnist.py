@@ -1,4 +1,4 @@
-"""MNIST-like data, the net called TinyNet in the GIF paper's scripts, a ResNet, and two small nets for attribution."""
+"""Data in the format of MNIST, TinyNet of the GIF paper's scripts, a ResNet, and two small networks for attribution."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def read_idx(path: Path) -> Tensor:
-    """One gzipped idx file of unsigned bytes, as MNIST is distributed."""
+    """Reads a gzipped idx file of unsigned bytes, the format of MNIST."""
     with gzip.open(path) as file:
         content = bytearray(file.read())
     dimensions = content[3]
@@ -27,7 +27,7 @@ def read_idx(path: Path) -> Tensor:
 
 
 def load(folder: Path) -> tuple[TensorDataset, TensorDataset]:
-    """Training and test images ``(n, 1, 28, 28)`` in [0, 1] with labels, from a folder of the four idx files."""
+    """The training and test images ``(n, 1, 28, 28)`` in [0, 1] with labels, from a folder with the four idx files."""
     splits = []
     for name in ("train", "t10k"):
         images = read_idx(folder / f"{name}-images-idx3-ubyte.gz")[:, None].float() / 255
@@ -69,7 +69,7 @@ class TinyNet(pl.LightningModule):
 
 
 class Block(nn.Module):
-    """Two convolutions with BatchNorm, around which the input is led."""
+    """A residual block: two convolutions with BatchNorm and a skip connection."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class ResNet(TinyNet):
 
 
 class MLP(TinyNet):
-    """A perceptron with 128 and 64 hidden neurons: 109 386 parameters."""
+    """A multilayer perceptron with 128 and 64 hidden neurons: 109 386 parameters."""
 
     @staticmethod
     def build() -> nn.Module:
@@ -137,7 +137,7 @@ def fit(
     batch_size: int = 128,
     accelerator: str = "cpu",
 ) -> tuple[pl.Trainer, TinyNet]:
-    """A trained net and its trainer, which prints nothing; the learning rate is constant, or decays to zero."""
+    """Trains a network. Returns the trainer and the network. The learning rate is constant, or decays to zero."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
@@ -159,11 +159,11 @@ def fit(
 
 @torch.no_grad()
 def logits(model: nn.Module, data: TensorDataset) -> Tensor:
-    """``(n, 10)``, in evaluation mode, in the order of the data."""
+    """The logits ``(n, 10)`` in evaluation mode, in the order of the data."""
     return torch.cat([model.eval()(part) for part in data.tensors[0].split(1000)])
 
 
 def accuracy(model: nn.Module, data: TensorDataset, chosen: Tensor) -> float:
-    """Share of the chosen examples, a mask ``(n,)``, that are classified right."""
+    """The accuracy on the chosen examples, given as a mask ``(n,)``."""
     part = TensorDataset(*(tensor[chosen] for tensor in data.tensors))
     return float((logits(model, part).argmax(1) == part.tensors[1]).double().mean())

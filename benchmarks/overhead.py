@@ -1,11 +1,16 @@
-"""What the callback costs training: the time of a step with and without it, and the memory of its caches.
+"""Measures what the callback costs training: the time of an optimizer step, and the memory of its caches.
 
     python benchmarks/overhead.py [--steps 300] [--net tinynet --net resnet]
 
-Random images of MNIST's size, batches of 128, one thread. In one fit each step is in turn without the callback, with it
-but not one of those that it gathers from, and one of these. A step is from its first hook to its last, without the
-reading of the batch; of neighbouring steps the ratios, of these the medians. An epoch of MNIST has 469 steps, and 64 of
-them are gathered from. What is done once an epoch, picking the targets, is measured by itself.
+The data are random images of MNIST's size in batches of 128, on one thread. Three kinds of steps take turns in one fit:
+
+- plain: without the callback;
+- idle: with the callback, at a step where it gathers no statistics;
+- gathering: with the callback, at a step where it gathers statistics.
+
+A step lasts from its first hook to its last, without reading the batch. Ratios are medians over neighbouring steps.
+The ratio of an epoch is computed for the 469 steps of an epoch of MNIST, of which 64 gather statistics. Picking the
+targets, once an epoch, is measured separately. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -26,12 +31,12 @@ from lightning_gif import GIFCallback
 
 _WARM_UP = 10
 
-# Steps of an epoch of MNIST, and those of them that are gathered from by default.
+# The steps of an epoch of MNIST, and how many of them gather statistics by default.
 _EPOCH, _GATHERED = 469, 64
 
 
 class InTurn(GIFCallback):
-    """Is away, idle, and gathers, in turn, and notes how long each step takes."""
+    """Is absent, idle and gathering in turn, and records the duration of each step."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(cache_steps=None, **arguments)
@@ -62,7 +67,7 @@ class InTurn(GIFCallback):
 
 
 def measured(net: str, data: TensorDataset, **arguments: Any) -> tuple[InTurn, int]:
-    """The callback after an epoch, and the bytes of the parameters."""
+    """The callback after one epoch, and the size of the parameters in bytes."""
     torch.manual_seed(0)
     model, callback = NETS[net](), InTurn(**arguments)
     trainer = pl.Trainer(
@@ -79,7 +84,7 @@ def measured(net: str, data: TensorDataset, **arguments: Any) -> tuple[InTurn, i
 
 
 def cached(callback: GIFCallback) -> int:
-    """Bytes of the statistics."""
+    """The size of the statistics in bytes."""
     neurons, gradients = callback.neurons.state(), callback.gradients.state()
     parts = [*neurons.values(), gradients["squares"]]
     return sum(value.nbytes for part in parts for value in part.values())
@@ -87,8 +92,8 @@ def cached(callback: GIFCallback) -> int:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--net", choices=list(NETS), action="append")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
+    parser.add_argument("--net", choices=list(NETS), action="append", help="a network; repeat the option for more")
     options = parser.parse_args()
 
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -99,12 +104,12 @@ def main() -> None:
     data = TensorDataset(torch.rand(count, 1, 28, 28), torch.arange(count) % 10)
     kinds: dict[str, dict[str, Any]] = {
         "default": {},
-        "no neurons": {"cache_neurons": False},
-        "no gradients": {"cache_gradients": False},
+        "`cache_neurons=False`": {"cache_neurons": False},
+        "`cache_gradients=False`": {"cache_gradients": False},
     }
     print(
-        "| network | caches | plain step, ms | idle step, ratio | gathering step, ratio | epoch, ratio |"
-        " caches, MB | parameters, MB | picking targets, ms |"
+        "| network | setting | plain step (ms) | idle step, ratio | gathering step, ratio | epoch, ratio |"
+        " caches (MB) | parameters (MB) | picking targets (ms) |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for net in options.net or ["tinynet", "resnet"]:

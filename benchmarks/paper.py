@@ -1,13 +1,16 @@
-"""The three tables of the GIF paper, by its own protocol and by ours, beside the numbers of its notebooks.
+"""Reproduces the three tables of the GIF paper by its protocol and by ours, beside the numbers of its notebooks.
 
     python benchmarks/paper.py --table 2 --data MNIST/raw
 
-Its protocol looks at test images wherever it can: the curvature is that of one test batch (table 3: of training
-images), the change is scaled to a fixed length and made again and again, and the model with the best F1 on test
-images (table 3: on the training images) is kept. Ours is `trainer.unlearn` with the same method, selector and ratio,
-which looks at training images only. The paper's nets and data (VGG-11 on CIFAR-10, ResNet-18) are not at hand or too
-large for two cores: `--net` takes their place, so that the columns of its notebooks show the magnitude and the order
-of the rows, not what either should reach.
+The paper's protocol uses test images. It takes the curvature over a test batch (table 3: over training images). It
+scales the change to a fixed length and applies it again and again. It keeps the model with the best F1 on test images
+(table 3: on training images). Ours is `trainer.unlearn` with the same method, selector and ratio. It uses training
+images only.
+
+The paper's networks and data (VGG-11 on CIFAR-10, ResNet-18) are unavailable or too large for two cores. `--net` takes
+their place. So the columns of the notebooks show the magnitude and the order of the rows, not values to reach.
+
+Prints a Markdown table. Cells are two accuracies in percent and the F1.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from lightning_gif import GIFCallback
 
 _REMOVED = 0  # the class of tables 1 and 2
 
-# What is looked at after each repetition; what is reported is measured on all.
+# The paper's protocol evaluates the model on this many images of each set after each repetition. Reports use all.
 _WATCHED = 1000
 
 
@@ -41,9 +44,9 @@ class Row:
     """A row of a table.
 
     Attributes:
-        name: What it is called.
-        options: Of the edit.
-        notebook: What the notebooks' outputs say: two accuracies in percent, and F1.
+        name: The name of the row.
+        options: The arguments of the edit.
+        notebook: The values in the notebooks' outputs: two accuracies in percent, and F1.
     """
 
     name: str
@@ -52,7 +55,7 @@ class Row:
 
 
 def _selectors() -> Iterator[Row]:
-    """CIFAR-10, VGG-11, means of the 30 runs that are printed."""
+    """The rows of table 1: VGG-11 on CIFAR-10, means of the 30 runs in the notebook."""
     for selector, by_ratio in {
         "highest_k_outputs": (
             (89.56, 0.13, 0.9443),
@@ -86,7 +89,7 @@ def _selectors() -> Iterator[Row]:
 
 
 def _methods() -> Iterator[Row]:
-    """MNIST, ResNet-18, means of ten runs."""
+    """The rows of table 2: ResNet-18 on MNIST, means of ten runs."""
     for ratio, by_method in {
         0.1: ((99.17, 0.03, 0.9957), (99.13, 0.05, 0.9954), (98.85, 0.04, 0.9940)),
         0.3: ((98.98, 0.11, 0.9943), (98.93, 0.04, 0.9944), (98.61, 0.14, 0.9923)),
@@ -98,7 +101,7 @@ def _methods() -> Iterator[Row]:
 
 
 def _relabelling() -> Iterator[Row]:
-    """MNIST, TinyNet, means of ten runs: clean and corrected training images that are classified right."""
+    """The rows of table 3: TinyNet on MNIST, means of ten runs, accuracies on clean and corrected training images."""
     common = {"selector": "highest_k_outputs", "ratio": 0.05}
     yield Row("gif, 5 %", {"method": "gif", **common}, (98.26, 95.38, 0.9680))
     yield Row("fif, 5 %", {"method": "fif", **common}, (91.05, 88.76, 0.8989))
@@ -109,20 +112,21 @@ def _relabelling() -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a table is about.
+    """The data and the protocol of a table.
 
     Attributes:
-        rows: Its rows.
-        data: The training images, with the labels that are trained on.
-        sample: From a seed to the arguments of the edit in the paper's protocol.
-        whole: The arguments of ours.
-        steps: How many of its recursion the paper makes at most.
-        length: To which the paper scales a change.
-        slows: Whether it makes a third of that while F1 is above 0.85.
-        patience: After how many repetitions without a better F1 it stops; ``None``: where the class is gone.
-        watched: What the paper looks at, by two names.
-        judged: What is reported, by the same names.
-        score: F1 of the two shares.
+        rows: The rows of the table.
+        data: The training images, with the labels that the network is trained with.
+        sample: A function from a seed to the arguments of the edit in the paper's protocol.
+        whole: The arguments of our edit.
+        steps: The maximal number of iterations of the paper's recursion.
+        length: The length to which the paper scales a change.
+        slows: Whether the paper applies a third of the change while F1 is at least 0.85.
+        patience: The number of repetitions without a better F1 after which the paper stops. ``None``: it stops when the
+            accuracy on the class is below 0.1 %.
+        watched: The two sets that the paper's protocol evaluates on.
+        judged: The two sets that the report evaluates on, with the same names.
+        score: The F1 of the two accuracies.
     """
 
     rows: list[Row]
@@ -139,10 +143,10 @@ class Problem:
 
 
 def removal(number: int, folder: Path) -> Problem:
-    """Tables 1 and 2: class 0 removed."""
+    """Tables 1 and 2: class 0 is removed."""
     train, test = load(folder)
     images, labels = test.tensors
-    source = train if number == 1 else test  # where the paper takes the images to be forgotten from
+    source = train if number == 1 else test  # the paper takes its forget images from here
     theirs = (source.tensors[1] == _REMOVED).nonzero().squeeze(1)
     first = labels[:512] != _REMOVED
     keep = DataLoader(TensorDataset(images[:512][first], labels[:512][first]), 256)
@@ -169,7 +173,7 @@ def removal(number: int, folder: Path) -> Problem:
 
 
 def relabelling(folder: Path) -> Problem:
-    """Table 3: the checkerboard on a tenth of the training images, corrected. Reported on test images."""
+    """Table 3: labels are corrected on the tenth of the images that has the checkerboard. Reports use test images."""
     clean, test = load(folder)
     put, share = TRIGGERS["checkerboard"]
     chosen = torch.randperm(len(clean), generator=torch.Generator().manual_seed(0))[: round(share * len(clean))]
@@ -217,15 +221,15 @@ def _shares(model: TinyNet, sets: dict[str, TensorDataset]) -> tuple[float, floa
 
 
 def repeated(trainer: Any, model: TinyNet, problem: Problem, row: Row, seed: int, steps: int) -> tuple[float, float]:
-    """The paper's protocol: the shares of the model with the best F1 on what is watched.
+    """The paper's protocol: two accuracies of the model with the best F1 on the watched sets.
 
     Args:
-        trainer: With the two methods.
-        model: The trained net; it stays as it is.
-        problem: Of the table.
-        row: Of the table.
-        seed: Of the sample to be forgotten.
-        steps: Of the paper's recursion.
+        trainer: The trainer that the callback is bound to.
+        model: The trained network. It is not changed.
+        problem: The data and the protocol of the table.
+        row: The row of the table.
+        seed: The seed that draws the forget images.
+        steps: The iterations of the paper's recursion.
     """
     before = [weight.detach().clone() for weight in model.parameters()]
     edit = trainer.unlearn(
@@ -266,13 +270,13 @@ def _put(model: TinyNet, weights: list[Tensor]) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=int, choices=[1, 2, 3], required=True)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
-    parser.add_argument("--net", default="tinynet", choices=list(NETS))
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--runs", type=int, default=3, help="samples of what is forgotten, in the paper's protocol")
-    parser.add_argument("--solve_steps", type=int, help="of the paper's recursion; by default as many as there")
-    parser.add_argument("--rows", type=int, help="only so many rows of the table, from its first")
+    parser.add_argument("--table", type=int, choices=[1, 2, 3], required=True, help="the table of the paper")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four gzipped idx files")
+    parser.add_argument("--net", default="tinynet", choices=list(NETS), help="the network")
+    parser.add_argument("--epochs", type=int, default=10, help="training epochs")
+    parser.add_argument("--runs", type=int, default=3, help="draws of forget images, in the paper's protocol")
+    parser.add_argument("--solve_steps", type=int, help="iterations of the paper's recursion; default: as in the paper")
+    parser.add_argument("--rows", type=int, help="number of rows to compute, from the first; default: all")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*still predicted as it.*|.*not found in the training data.*")
 
@@ -296,7 +300,11 @@ def main() -> None:
         found.append([*cells, f"{seconds:.0f}"])
         say(*found[-1])
     columns = " / ".join([*names, "F1"])
-    print(table(["", f"notebooks: {columns}", f"paper's protocol: {columns}", f"ours: {columns}", "seconds"], found))
+    print(
+        table(
+            ["setting", f"notebooks: {columns}", f"paper's protocol: {columns}", f"ours: {columns}", "seconds"], found
+        )
+    )
 
 
 if __name__ == "__main__":

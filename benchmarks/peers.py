@@ -1,16 +1,15 @@
-"""Training-data attribution by other libraries, each with the settings that its own documents or examples use.
+"""Training-data attribution by other libraries, each with the settings of its own documentation or examples.
 
     scores = PEERS["kronfluence EK-FAC"](model, train, queries)
 
-``model(x)`` returns logits and the loss is the cross-entropy, so that one signature serves all. The scores are
-``(n_queries, n_train)`` with our sign: positive where removing the training example raises the query's loss. All peers
-report the inner product of a query's and an example's gradients in some metric, which has this sign already; each
-function says what its library calls it. The scale is left as the library has it: it is good for ranks only. Scores that
-are not finite raise a RuntimeError.
+All libraries have the same signature: ``model(x)`` returns logits, and the loss is the cross-entropy. The scores are
+``(n_queries, n_train)`` with our sign: positive if removing the training example raises the query's loss. Each library
+reports the inner product of a query's and an example's gradients in some metric. This has our sign already. The scale
+is the library's own, so only ranks can be compared. Scores that are not finite raise a RuntimeError.
 
-The model is copied, put into evaluation mode and never changed; BatchNorm then is a fixed affine map, and its buffers
-belong to the net. Data and model are expected on one device, where all is computed. The libraries are no dependencies
-of this project: a peer imports its own when it is called.
+The model is copied and never changed. The copy is in evaluation mode, so BatchNorm is a fixed affine map. Data and
+model must be on one device. The libraries are not dependencies of this project: each function imports its library when
+it is called.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ __all__ = ["PEERS"]
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode: libraries wrap modules, load weights and leave gradients behind."""
+    """A copy in evaluation mode, since libraries wrap modules, load weights and leave gradients behind."""
     return copy.deepcopy(model).eval()
 
 
 def usable(scores: Tensor) -> Tensor:
-    """The scores, if ranks can be taken of them.
+    """The scores in float32 on the CPU.
 
     Raises:
-        RuntimeError: Some are not finite.
+        RuntimeError: Some scores are not finite, so they have no ranks.
     """
     lost = int((~scores.isfinite().all(1)).sum())
     if lost:
@@ -55,12 +54,14 @@ def device_of(model: nn.Module) -> str:
 
 
 def blocks(data: TensorDataset, size: int) -> DataLoader[Any]:
-    return DataLoader(data, size, shuffle=False, generator=torch.Generator())  # or each pass draws from the global one
+    return DataLoader(
+        data, size, shuffle=False, generator=torch.Generator()
+    )  # else each pass draws from the global generator
 
 
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
-    """What is drawn inside is the same each time, and the caller's generator goes on as if nothing had been drawn."""
+    """Seeds PyTorch's CPU generator and ignores warnings inside the block, and restores both afterwards."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
@@ -75,10 +76,11 @@ def gradient_dot_product(
     checkpoints: Sequence[dict[str, Tensor]] = (),
     batch_size: int = 256,
 ) -> Tensor:
-    """Inner products of the gradients at the final weights: influence with the identity for the Hessian.
+    """Inner products of the gradients at the final weights: influence with the identity as the Hessian.
 
-    Memory holds the gradients of two batches, one of queries and one of examples. Sign: a gradient step on an example
-    lowers the losses of queries whose gradients point along its own.
+    Memory holds the gradients of one batch of queries and of one batch of examples.
+
+    Sign: a gradient step on an example lowers the loss of a query if their gradients have a positive inner product.
     """
     model = frozen(model)
     weights = {name: value.detach() for name, value in model.named_parameters()}
@@ -100,7 +102,7 @@ def gradient_dot_product(
 
 
 def classification() -> Any:
-    """The task that kronfluence needs for a model: its cross-entropy, also of labels drawn from its own predictions."""
+    """The task that kronfluence needs: the cross-entropy, also for labels drawn from the model's predictions."""
     from kronfluence.task import Task
 
     class Classification(Task):  # type: ignore[misc]
@@ -126,26 +128,26 @@ def kronfluence_ekfac(
     batch_size: int = 256,
     damping: float | None = None,
 ) -> Tensor:
-    """EK-FAC of the true Fisher, with one label an example drawn from the model (Grosse et al. 2023).
+    """EK-FAC of the true Fisher matrix, with one label drawn from the model for each example (Grosse et al. 2023).
 
-    All but the damping is as it comes. Only ``Linear`` and ``Conv2d`` modules are tracked: the weights and biases of
-    BatchNorm have no part in the scores, neither in the curvature nor in the inner products.
+    All settings except the damping are the library's defaults. It tracks ``Linear`` and ``Conv2d`` modules only, so
+    curvature and inner products leave out the weights and biases of BatchNorm.
 
-    Sign: the measurement is the query's loss, and its positive scores are examples that lower it. That is ours.
+    Sign: the measurement is the query's loss, and examples with positive scores lower it, as ours do.
 
     Args:
-        model: The net.
-        train: The examples.
+        model: The network.
+        train: The training examples.
         queries: The queries.
         checkpoints: Not used.
-        batch_size: Of all passes.
+        batch_size: The batch size of all passes.
         damping: Added to the eigenvalues. ``None`` is the heuristic of the paper, a tenth of their mean in each layer.
-            The library's default is 1e-8; its manual calls both reasonable.
+            The library's default is 1e-8. Its manual calls both reasonable.
     """
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
 
-    logging.getLogger("kronfluence").setLevel(logging.ERROR)  # its own argument would set that of the root logger
+    logging.getLogger("kronfluence").setLevel(logging.ERROR)  # the library's argument would set the root logger's level
     task = classification()
     with tempfile.TemporaryDirectory() as folder, seeded():
         prepared = prepare_model(frozen(model), task)
@@ -165,13 +167,13 @@ def kronfluence_ekfac(
 
 
 def dattri_task(model: nn.Module) -> Any:
-    """The loss at the weights of the model, as dattri's README has it."""
+    """The task of dattri's README: the loss at the weights of the model."""
     from dattri.task import AttributionTask
 
     model = frozen(model)
 
     def loss(weights: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = batch  # LiSSA turns the labels into floating-point numbers
+        x, y = batch  # LiSSA converts the labels to floating-point numbers
         return F.cross_entropy(functional_call(model, weights, (x,)), y.long())
 
     return AttributionTask(loss, model, model.state_dict())
@@ -180,18 +182,18 @@ def dattri_task(model: nn.Module) -> Any:
 def dattri_scores(
     attributor: Any, train: TensorDataset, queries: TensorDataset, *, batch_size: int, whole: bool = True
 ) -> Tensor:
-    """What ``attributor.attribute`` returns, transposed, in bounded memory.
+    """The transposed result of ``attributor.attribute``, computed in bounded memory.
 
-    The library's own loop solves for the queries anew at each batch of examples, or holds the gradients of all of them.
-    So the representations of queries and of examples are computed here by the calls that it makes, each once. Queries
-    are taken one by one: each that is solved for at once needs the memory of a backward pass over all data.
+    The library's own loop solves for the queries again at each batch of examples, or holds the gradients of all
+    examples. This function makes the same calls, but computes each representation of a query or an example once.
+    Queries are solved one by one, since each needs the memory of a backward pass over all data.
 
     Args:
-        attributor: One that is an inner product.
-        train: The examples.
+        attributor: An attributor whose scores are inner products.
+        train: The training examples.
         queries: The queries.
-        batch_size: How many gradients of examples are in memory at once.
-        whole: Whether the curvature gets the training data in one batch, as the library asks for: of several batches
+        batch_size: The number of example gradients in memory at once.
+        whole: Whether the curvature gets the training data in one batch, as the library requires. With several batches,
             CG, LiSSA and the explicit inverse add up the *inverses*.
     """
 
@@ -217,11 +219,11 @@ def dattri_cg(
 ) -> Tensor:
     """Conjugate gradients on the full Hessian, with the settings of the library's example for an MLP on MNIST.
 
-    Ten iterations, its default, from the gradient itself as the first guess, and 0.005 added to the Hessian. The
-    tolerance is not looked at. The Hessian of a ReLU net has negative eigenvalues below -0.005, for which conjugate
-    gradients are not made, so that ten iterations end far from a solution and where they end depends on rounding.
+    It makes ten iterations (its default), starts from the gradient, and adds 0.005 to the Hessian. It ignores the
+    tolerance. The Hessian of a ReLU network has eigenvalues below -0.005. Conjugate gradients are not meant for these,
+    so ten iterations end far from a solution, and their end depends on rounding.
 
-    Sign: inner products as they are; positive ones are ours.
+    Sign: the inner products have our sign.
     """
     from dattri.algorithm.influence_function import IFAttributorCG
 
@@ -239,10 +241,10 @@ def dattri_lissa(
 ) -> Tensor:
     """LiSSA on the full Hessian, with the first settings of the library's benchmark of MLPs on MNIST.
 
-    A hundred steps on batches of 100 examples that are drawn anew for each query, scale 50 and no damping, both
-    defaults. So few steps of that scale act like a damping of about one half.
+    It makes a hundred steps on batches of 100 examples, drawn anew for each query. Scale 50 and no damping are its
+    defaults. So few steps with this scale act like a damping of about one half.
 
-    Sign: inner products as they are; positive ones are ours.
+    Sign: the inner products have our sign.
     """
     from dattri.algorithm.influence_function import IFAttributorLiSSA
 
@@ -261,11 +263,11 @@ def dattri_arnoldi(
 ) -> Tensor:
     """The inverse of the full Hessian on a Krylov space of 50 dimensions, with 0.01 added to the Hessian.
 
-    Both are in the grid of the library's benchmark of MLPs on MNIST. It takes the roots of all eigenvalues, and its
-    scores are NaN where one is negative, as it is in every ReLU net; at that it warns that such eigenvalues are left
-    out, so they are left out here. What is left can be near zero, and its inverse then outweighs all else.
+    Both are in the grid of the library's benchmark of MLPs on MNIST. The library takes the square roots of all
+    eigenvalues. Its scores are NaN if one is negative, as in every ReLU network. Its warning says that it leaves out
+    such eigenvalues, so this function does. A remaining eigenvalue can be near zero, and its inverse then dominates.
 
-    Sign: inner products as they are; positive ones are ours.
+    Sign: the inner products have our sign.
     """
     from dattri.algorithm.influence_function import IFAttributorArnoldi
 
@@ -288,13 +290,13 @@ def dattri_ekfac(
     checkpoints: Sequence[dict[str, Tensor]] = (),
     batch_size: int = 256,
 ) -> Tensor:
-    """EK-FAC of the empirical Fisher, of ``Linear`` modules only, damped by 0.1 as in the library's tests.
+    """EK-FAC of the empirical Fisher matrix, for ``Linear`` modules only, damped by 0.1 as in the library's tests.
 
-    All other modules have no part in the scores; a convolutional net is judged by its last layer. In version 0.3.0 the
-    eigenvectors are used transposed (``eigh`` returns columns, rows are taken), and weights and biases of a layer are
-    joined so that they do not stand where the factors have them. So this is what the library does, and not EK-FAC.
+    Scores leave out all other modules, so those of a convolutional network come from its last layer. Version 0.3.0 uses
+    the eigenvectors transposed: ``eigh`` returns columns, and it takes rows. It also joins the weights and biases of a
+    layer in another order than the factors have. So the result is that of the library, but not that of EK-FAC.
 
-    Sign: inner products as they are; positive ones are ours.
+    Sign: the inner products have our sign.
     """
     from dattri.algorithm.influence_function import IFAttributorEKFAC
 
@@ -303,9 +305,10 @@ def dattri_ekfac(
 
 
 def captum_gradients(model: nn.Module, batch_size: int) -> tuple[dict[str, Any], int]:
-    """Gradients of a batch at once where captum has them, for ``Linear`` and ``Conv2d``; else example by example.
+    """Options for captum's per-example gradients, and the batch size.
 
-    In the latter case each example costs a backward pass over its batch, so that batches are small.
+    For ``Linear`` and ``Conv2d`` modules, captum computes the gradients of a batch at once. With other modules, each
+    example costs a backward pass over its batch, so batches are small.
     """
     owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     batched = all(isinstance(module, nn.Linear | nn.Conv2d) for module in owners)
@@ -321,11 +324,11 @@ def captum_tracincp(
     checkpoints: Sequence[dict[str, Tensor]] = (),
     batch_size: int = 256,
 ) -> Tensor:
-    """Inner products of gradients, added up over checkpoints of the training (Pruthi et al. 2020).
+    """Inner products of gradients, summed over checkpoints of the training (Pruthi et al. 2020).
 
-    Each checkpoint, a state dict, has the learning rate 1; without any, the final weights are the only one.
+    Each checkpoint is a state dict with learning rate 1. Without checkpoints, the final weights are the only one.
 
-    Sign: positive ones are the library's *proponents*, which lower the query's loss. That is ours.
+    Sign: the library's *proponents* have positive scores and lower the query's loss, as ours do.
     """
     from captum.influence import TracInCP
 
@@ -351,11 +354,11 @@ def captum_arnoldi(
     checkpoints: Sequence[dict[str, Tensor]] = (),
     batch_size: int = 256,
 ) -> Tensor:
-    """The inverse of the full Hessian on its 50 largest eigenvalues (Schioppa et al. 2022), all as it comes.
+    """The inverse of the full Hessian on its 50 largest eigenvalues (Schioppa et al. 2022), with default settings.
 
-    They are found in a Krylov space of 200 dimensions, with the Hessian summed over all training examples.
+    The eigenvalues come from a Krylov space of 200 dimensions. The Hessian is summed over all training examples.
 
-    Sign: positive ones are the library's *proponents*, which lower the query's loss. That is ours.
+    Sign: the library's *proponents* have positive scores and lower the query's loss, as ours do.
     """
     from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction
 
@@ -384,4 +387,4 @@ PEERS: dict[str, Callable[..., Tensor]] = {
     "captum TracInCP": captum_tracincp,
     "captum Arnoldi": captum_arnoldi,
 }
-"""``(model, train, queries, *, checkpoints=(), batch_size=256) ↦`` scores ``(n_queries, n_train)``, by name."""
+"""By name: ``(model, train, queries, *, checkpoints=(), batch_size=256) ↦`` scores ``(n_queries, n_train)``."""

@@ -1,4 +1,4 @@
-"""The least-squares problem of forgetting a class from TinyNet, and the paper's scripts to solve it beside ours."""
+"""The least-squares problem of removing a class from TinyNet, and a loader of the paper's scripts for comparison."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ __all__ = ["Problem", "load_reference", "opened", "timed"]
 
 @dataclass
 class Problem:
-    """``min_x ‖H[:, S] x − g‖``: see the package's `curvature.py`.
+    """``min_x ‖H[:, S] x − g‖``: the system of the method `gif`, see `lightning_gif.curvature`.
 
     Attributes:
         objective: The open objective.
-        net: The bare net, for the paper's scripts.
-        retained: The examples that the Hessian is taken over.
-        positions: ``S``, ``(k,)``.
-        gradient: ``g``, ``(p,)``: of the class to be forgotten, weighted.
+        net: The network as a plain module, for the paper's scripts.
+        retained: The retained examples that the Hessian is taken over.
+        positions: The target parameters ``S``, ``(k,)``.
+        gradient: The gradient ``g`` of the weighted mean loss of the class to remove, ``(p,)``.
         forget: The images and labels of that class.
-        share: What their mean loss is weighted by.
+        share: The weight of their mean loss.
     """
 
     objective: Objective
@@ -67,7 +67,7 @@ class Problem:
         return torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
 
     def loss(self) -> Tensor:
-        """Their mean loss as the paper's scripts want it: a number with its graph."""
+        """The mean loss of the retained examples with its graph, as the paper's scripts need it."""
         x, y = self.batch()
         return F.cross_entropy(self.net(x), y)
 
@@ -83,7 +83,7 @@ def opened(
     label: int = 0,
     micro_batch: int = 256,
 ) -> Iterator[Problem]:
-    """The problem for a trained model, over so many retained examples drawn at random."""
+    """The problem for a trained model, with a random sample of retained examples."""
     labels = train.tensors[1]
     members = (labels == label).nonzero().squeeze(1)
     others = (labels != label).nonzero().squeeze(1)
@@ -123,17 +123,17 @@ def load_reference(checkout: Path) -> ModuleType:
     """The Hessian routines of a checkout of the paper's scripts (hslyu/GIF)."""
     spec = importlib.util.spec_from_file_location("reference_hessians", checkout / "src" / "hessians.py")
     if spec is None or spec.loader is None or not (checkout / "src" / "hessians.py").is_file():
-        raise SystemExit(f"{checkout} is no checkout of the paper's scripts: it has no src/hessians.py")
+        raise SystemExit(f"{checkout} is not a checkout of the paper's scripts (hslyu/GIF): src/hessians.py is missing")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def timed(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each of several functions, run in turns so that noise of the machine meets all of them."""
+    """The median seconds of each function. Functions take turns, so that other work on the machine affects all."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
-        function()  # caches, graphs
+        function()  # fills caches and builds graphs
     for _ in range(repeats):
         for name, function in functions.items():
             start = time.perf_counter()

@@ -1,12 +1,11 @@
-"""Random examples removed: an edit, the baselines at the same cost, and models retrained without these examples.
+"""Removes random examples, and compares the edit with baselines at the same cost and with retrained models.
 
     python benchmarks/random_removal.py --data path/to/MNIST/raw --shares 0.01 0.1 [--cache folder] [--baselines all]
 
-A twelfth of the training images is held out: the edit goes on until the removed examples look like these. Seconds are
-those of the processor. A baseline gets as many as the edit took, for each of its trials; `tuned` is the best of its
-grid by how close the losses of the removed examples come to those of the held-out ones, and the accuracy on retained
-ones stays: `|2·AUROC − 1|` and the lost accuracy, both small. Test images are only looked at to report. Prints a
-Markdown table.
+A twelfth of the training images is held out as unseen examples. Seconds are processor time. Each run of a baseline may
+take as many seconds as the edit did. `tuned` is the best of a baseline's settings by two criteria: forget examples
+should have the losses of unseen ones, and retained examples should keep their accuracy. It minimises `|2·AUROC − 1|`
+plus the loss of accuracy. Test images are used in the report only. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -41,7 +40,9 @@ from lightning_gif import GIFCallback
 
 def main() -> None:
     parser = make_parser(__doc__, ["relinearise", "natural"])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.1])
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.01, 0.1], help="shares of the training images to remove"
+    )
     options = parser.parse_args()
 
     whole, test = load(options.data)
@@ -53,8 +54,8 @@ def main() -> None:
     everything = torch.ones(len(test), dtype=torch.bool)
 
     print(
-        "| removed | | forget (%) | retain (%) | test (%) | gaps to retraining | membership | JSD, forget |"
-        " agreement (%) | seconds |"
+        "| removed | | forget (%) | retain (%) | test (%) | gaps to retraining (points) | membership AUROC |"
+        " JSD, forget | agreement (%) | seconds |"
     )
     print("| --- |" + " --- |" * 9)
     for share in options.shares:

@@ -1,15 +1,15 @@
-"""Cost of a product and of a solve against the number of parameters and of targets, with the machine's limit beside it.
+"""Measures the cost of a product and of a solve for growing numbers of parameters and of target parameters.
 
     python benchmarks/scaling.py [--plot scaling.png]
 
-Perceptrons on random data in the shape of MNIST, 256 examples. The limit is one forward and backward pass, of which a
-product of an exact Hessian is at least two: PyTorch runs it at about that multiple. Prints Markdown tables.
+The networks are multilayer perceptrons on 256 random examples of MNIST's shape. Products are compared with one forward
+and backward pass, since an exact Hessian-vector product costs at least two of these. Prints two Markdown tables.
 """
 
 from __future__ import annotations
 
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,11 @@ def data(examples: int) -> TensorDataset:
 
 
 def measure(width: int, ratio: float, examples: int, repeats: int) -> dict[str, float]:
-    """Seconds of a pass, a product and a solve, its products, and the sizes."""
+    """The seconds of a pass, of a product and of a solve, the products of the solve, and the numbers of parameters."""
     torch.manual_seed(0)
     model, dataset = Perceptron(width), data(examples)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    for _ in range(10):  # away from the symmetric start
+    for _ in range(10):  # away from the initial weights
         optimizer.zero_grad()
         model.training_step(dataset.tensors, 0).backward()
         optimizer.step()
@@ -82,13 +82,17 @@ def measure(width: int, ratio: float, examples: int, repeats: int) -> dict[str, 
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--widths", type=int, nargs="+", default=[12, 64, 300, 1000, 2800])
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.001, 0.01, 0.05, 0.1, 0.3, 1.0])
-    parser.add_argument("--width", type=int, default=300, help="of the net in the table over ratios")
-    parser.add_argument("--examples", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--plot", type=Path, help="where to put a picture of both tables")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[12, 64, 300, 1000, 2800], help="hidden widths, one network each"
+    )
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=[0.001, 0.01, 0.05, 0.1, 0.3, 1.0], help="shares of targets"
+    )
+    parser.add_argument("--width", type=int, default=300, help="hidden width of the network in the table of ratios")
+    parser.add_argument("--examples", type=int, default=256, help="examples of a product")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each product")
+    parser.add_argument("--plot", type=Path, help="file for a plot of both tables")
     options = parser.parse_args()
 
     by_size = [measure(width, 0.05, options.examples, options.repeats) for width in options.widths]
@@ -116,7 +120,7 @@ def plot(by_size: list[dict[str, float]], by_ratio: list[dict[str, float]], path
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for key, name in (("unkept", "product, nothing kept"), ("kept", "product, first passes kept")):
+    for key, name in (("unkept", "product, nothing kept"), ("kept", "product, first pass kept")):
         left.loglog([row["p"] for row in by_size], [row[key] for row in by_size], "o-", label=name)
     limit = [row["pass"] for row in by_size]
     left.loglog([row["p"] for row in by_size], limit, "k--", label="limit: one forward and backward pass")

@@ -1,16 +1,21 @@
-"""What the tuned numbers of an edit move: each is halved and doubled, one at a time, on three goals and two nets.
+"""Measures what the tuned numbers of an edit change: each is halved and doubled, one at a time, for each goal.
 
     python benchmarks/sensitivity.py --data path/to/MNIST/raw --nets mlp cnn
     python benchmarks/sensitivity.py --smallest
 
-A net is trained on a part of the training images, some of them with wrong labels for the goal of correcting these. The
-edit is judged on other training images; no test image is looked at. Without `--data` the images are scikit-learn's
-digits, enlarged. `--smallest` does a few numbers on a few digits, to see that all of it works.
+A network is trained on a part of the training images. For label correction, some of them have wrong labels. The edit is
+evaluated on other training images; test images are not used. Without `--data` the images are scikit-learn's digits,
+enlarged. `--smallest` varies a few numbers on a few digits, as a check that the script works.
 
-Prints one Markdown table: for each number, goal and net the loss and the accuracy on the images that it is judged on
-(those of the forgotten class are left out), what is left of the forgotten (see `Trial.memorization`) and the number of
-solves, all of these less those with the default, and the share of the draws in which any weight differs. Values are
-means over `--draws`. The first rows of a goal have what the defaults do.
+Prints one Markdown table. The first rows of a goal have the values with the defaults. All other rows have differences
+from these values:
+
+- loss and accuracy (in points) on the evaluation images, without those of a removed class;
+- memorization, see `Trial.memorization`;
+- the number of solves;
+- the share of draws in which any weight differs from the edit with the defaults.
+
+Values are means over `--draws`.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from pathlib import Path
@@ -40,14 +45,14 @@ _FORGOTTEN_CLASSES = (3, 8, 5, 1)
 
 @dataclass(frozen=True)
 class Problem:
-    """An edit of a trained net.
+    """An edit of a trained network.
 
     Attributes:
-        trainer: The trainer of the net.
-        model: The net.
+        trainer: The trainer of the network.
+        model: The network.
         forget: The dataset indices of the forget examples.
-        options: Of `trainer.unlearn`.
-        judged: The images that the edited net is judged on.
+        options: Further arguments of `trainer.unlearn`.
+        judged: The images that the edited network is evaluated on.
     """
 
     trainer: pl.Trainer
@@ -59,13 +64,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Variation:
-    """One number with another value.
+    """One tuned number with another value.
 
     Attributes:
         part: The field of `Tuning`, or ``"goal"``.
-        name: The number.
-        value: Its value.
-        factor: A half or two, where that is in range.
+        name: The name of the number.
+        value: The value.
+        factor: The factor to the default: 0.5 or 2, before the value is limited to its range.
     """
 
     part: str
@@ -81,7 +86,7 @@ class Variation:
 
 
 def digits() -> TensorDataset:
-    """Scikit-learn's digits as MNIST has them: ``(n, 1, 28, 28)`` in [0, 1]."""
+    """Scikit-learn's digits in the format of MNIST: ``(n, 1, 28, 28)`` in [0, 1]."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -97,7 +102,7 @@ def part(data: TensorDataset, start: int, stop: int) -> TensorDataset:
 
 
 def problems(options: Namespace, net: str) -> Iterator[tuple[str, list[Problem]]]:
-    """The name of each goal, and its problem for each draw."""
+    """The name of each goal, and its problems, one for each draw."""
     data = load(options.data)[0] if options.data else digits()
     n = options.examples
     train, unseen, judged = part(data, 0, n), part(data, n, n + n // 2), part(data, n + n // 2, 2 * n)
@@ -140,7 +145,7 @@ def without(data: TensorDataset, label: int) -> TensorDataset:
 
 
 def variations(goal: str) -> Iterator[Variation]:
-    """Each tuned number of an edit with a goal, halved and doubled as far as its range allows."""
+    """Each tuned number of an edit with this goal, halved and doubled as far as its range allows."""
     default = Tuning()
     groups = {"goal": GOALS[goal](), **{entry.name: getattr(default, entry.name) for entry in fields(Tuning)[1:]}}
     for name, group in groups.items():
@@ -153,7 +158,7 @@ def variations(goal: str) -> Iterator[Variation]:
 
 
 def within(entry: Field[Any], value: float) -> float:
-    """The nearest value that a number may have."""
+    """The nearest value in the range of a field."""
     assert entry.default is not MISSING
     value = min(max(value, entry.metadata["low"]), entry.metadata["high"])
     if not isinstance(entry.default, int):
@@ -162,7 +167,7 @@ def within(entry: Field[Any], value: float) -> float:
 
 
 def outcome(problem: Problem, step: str, tuning: Tuning) -> tuple[float, float, float, int, str]:
-    """Loss and accuracy in percent on what is judged, memorization, number of solves, and a digest of the weights."""
+    """Loss and accuracy (%) on the evaluation images, memorization, number of solves, and the digest of the weights."""
     report: UnlearnReport = problem.trainer.unlearn(problem.forget, step=step, tuning=tuning, **problem.options)
     predicted, labels = logits(problem.model, problem.judged), problem.judged.tensors[1]
     report.undo()
@@ -188,7 +193,7 @@ def compare(net: str, goal: str, found: list[Problem], options: Namespace) -> No
         loss, right, left, solves = (mean(values) for values in list(zip(*defaults[step], strict=True))[:4])
         row(f"`{step}`", "defaults", goal, net, f"{loss:.4f}", f"{right:.2f}", f"{left:.3f}", f"{solves:.1f}", "")
     for variation in list(variations(goal))[:: options.every]:
-        # Only "search" looks along the influence direction for every goal.
+        # "search" is the only strategy that runs a line search for every goal.
         step = "search" if variation.part == "line_search" else "relinearise"
         start = time.perf_counter()
         results = [outcome(problem, step, variation.tuning(goal)) for problem in found]
@@ -202,22 +207,24 @@ def compare(net: str, goal: str, found: list[Problem], options: Namespace) -> No
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="folder with the four idx files")
-    parser.add_argument("--nets", nargs="+", default=["mlp", "cnn"], choices=list(NETS))
-    parser.add_argument("--goals", nargs="+", default=["class", "examples", "labels"], choices=list(GOALS))
-    parser.add_argument("--examples", type=int, default=3000, help="training images; as many others are held out")
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--draws", type=int, default=2, help="trained nets and forget examples for each row")
-    parser.add_argument("--every", type=int, default=1, help="only every so many-th variation")
-    parser.add_argument("--smallest", action="store_true", help="a run of seconds")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with the four gzipped idx files")
+    parser.add_argument("--nets", nargs="+", default=["mlp", "cnn"], choices=list(NETS), help="the networks")
+    parser.add_argument(
+        "--goals", nargs="+", default=["class", "examples", "labels"], choices=list(GOALS), help="the goals"
+    )
+    parser.add_argument("--examples", type=int, default=3000, help="training images; as many more are held out")
+    parser.add_argument("--epochs", type=int, default=15, help="training epochs")
+    parser.add_argument("--draws", type=int, default=2, help="trained networks, each with its draw of forget examples")
+    parser.add_argument("--every", type=int, default=1, help="compute only every n-th row")
+    parser.add_argument("--smallest", action="store_true", help="a check that takes seconds")
     options = parser.parse_args()
     if options.smallest:
         options.nets, options.examples, options.epochs, options.draws, options.every = ["mlp"], 400, 5, 1, 20
     elif not options.data:
         options.examples = min(options.examples, 898)  # half of the digits
     warnings.simplefilter("ignore", GIFWarning)
-    row("number", "value", "goal", "net", "loss", "accuracy", "left", "solves", "other weights")
+    row("number", "value", "goal", "network", "loss", "accuracy (%)", "memorization", "solves", "weights changed")
     row(*["---"] * 9)
     for net in options.nets:
         for goal, found in problems(options, net):

@@ -1,22 +1,23 @@
-"""Synthetic indefinite Hessians: the cost and the accuracy of each solver on matrices of known spectrum.
+"""Measures the cost and the accuracy of each solver on synthetic indefinite Hessians with a known spectrum.
 
     python benchmarks/synthetic.py [--reference path/to/GIF]
 
-`H` is symmetric, 600 x 600, in float64, with eigenvalues of both signs whose magnitudes are spaced evenly on a log
-scale from sigma_max down to sigma_max / condition. Two least-squares problems are made of each: one of 60 of its
-columns drawn at random, `A`, whose own condition number is computed, and one of all of `H`. The right-hand side is
-`A x` for a normal `x`, plus noise of 1 % of its length outside the range of `A` (all of `H` has no outside).
+`H` is symmetric, 600 x 600, in float64. It has eigenvalues of both signs. Their magnitudes are spaced evenly on a
+logarithmic scale from σ_max down to σ_max / condition. Each `H` gives two least-squares problems: `A` is 60 random
+columns of `H`, or all of `H`. The right-hand side is `A x` for a normally distributed `x`. With 60 columns it also has
+noise outside the range of `A`, of 1 % of its norm.
 
-The first table counts Hessian products until the normal-equation residual is `--rtol` of what it is at zero; where the
-steps run out before, it gives the residual of the best iterate and the status instead. The second table has the
-relative error against the least-squares solution after at most so many products, those for the scale and for the check
-of the answer included. `dense` has no answer before all its products are spent. Directions of small curvature hardly
-show in a residual, so on an ill-conditioned problem the error is far above it.
+The first table counts Hessian-vector products until the relative normal-equation residual is `--rtol`. If the
+iterations run out before, the cell has the residual and the status.
 
-With `--reference`, the script of the paper runs as it is on the same problems, with its default `tol` and `step` and
-our number of steps. Its scale `c` starts at 1, and it starts over from nothing with `c + 0.5` each time that its steps
-grow, so what it costs grows with sigma_max: they stop growing for `c` above 1/√2 of the largest singular value of `A`.
-It ends by a rule of its own, so its residual is given as well; a run is cut off after `--most-products`.
+The second table has the relative error of the solution after a number of products. This number includes the products
+for the scale and for the check of the solution. `dense` has no solution before all of its products. Directions of small
+curvature hardly show in the residual, so the error is far larger on an ill-conditioned problem.
+
+With `--reference`, the paper's script runs unchanged on the same problems, with its default `tol` and `step` and our
+number of iterations. It begins with a scale `c` of 1, and restarts with `c + 0.5` whenever its iterates grow. They stop
+growing for `c` above 1/√2 of the largest singular value of `A`, so its cost grows with σ_max. The script has its own
+stopping rule, so its residual is printed as well. A run is stopped after `--most-products` products.
 
 Prints two Markdown tables, and then all numbers as one line of JSON.
 """
@@ -42,7 +43,7 @@ _NOISE = 0.01
 
 
 class Matrix:
-    """A symmetric matrix that is only known by its products."""
+    """A symmetric matrix as an operator that counts its products."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -64,11 +65,11 @@ class Problem:
     Attributes:
         name: ``"columns"`` or ``"full"``.
         sigma_max: The largest magnitude of an eigenvalue of ``H``.
-        stated: The condition number of ``H``.
-        condition: That of ``A = H[:, S]``, computed.
-        hessian: ``H``, ``(p, p)``.
-        positions: ``S``, sorted, ``(k,)``.
-        gradient: ``g``, ``(p,)``.
+        stated: The condition number of ``H``, by construction.
+        condition: The condition number of ``A = H[:, S]``, computed.
+        hessian: The matrix ``H``, ``(p, p)``.
+        positions: The columns ``S``, sorted, ``(k,)``.
+        gradient: The right-hand side ``g``, ``(p,)``.
         exact: The least-squares solution, ``(k,)``.
     """
 
@@ -94,7 +95,7 @@ class Problem:
 
 
 def problems(sigma_max: float, condition: float, size: int, columns: int, seed: int) -> Iterator[Problem]:
-    """Both problems of one spectrum; the random numbers are the same for every spectrum."""
+    """The two problems of one spectrum. All spectra use the same random numbers."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -127,7 +128,7 @@ def solve(solver: str, problem: Problem, **options: Any) -> Solution:
 
 
 def within(solver: str, problem: Problem, budget: int) -> Solution | None:
-    """As far as a solver gets with so many products; ``None`` if it has no answer by then."""
+    """The solution of a solver after at most ``budget`` products; ``None`` if it has none by then."""
     if solver == "dense" and len(problem.positions) > budget:
         return None
     steps = budget // 2
@@ -140,7 +141,7 @@ def within(solver: str, problem: Problem, budget: int) -> Solution | None:
 
 
 class QuadraticNet(nn.Module):
-    """Parameters, and a loss whose Hessian is a given matrix: what the paper's script takes."""
+    """A network whose loss has a given Hessian, as the paper's script needs one."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -151,11 +152,11 @@ class QuadraticNet(nn.Module):
 
 
 class TooManyProducts(Exception):
-    """Ends a run of the paper's script."""
+    """Raised to stop a run of the paper's script."""
 
 
 def run_reference(reference: Any, problem: Problem, max_iter: int, most: int) -> dict[str, Any]:
-    """Products, restarts and accuracy of the paper's script."""
+    """The products, restarts and errors of the paper's script."""
     products = starts = 0
     product, gradient = reference.hvp, reference.compute_gradient
 
@@ -168,7 +169,7 @@ def run_reference(reference: Any, problem: Problem, max_iter: int, most: int) ->
 
     def counted_gradient(*arguments: Any, **options: Any) -> Any:
         nonlocal starts
-        starts += 1  # it asks for the target's gradient once at each start
+        starts += 1  # it computes the target's gradient once at each start
         return gradient(*arguments, **options)
 
     net = QuadraticNet(len(problem.gradient))
@@ -232,7 +233,7 @@ def errors(found: dict[str, Any]) -> str:
 
 
 def table(title: str, heads: list[str], rows: list[list[str]]) -> None:
-    first = ["problem", "sigma_max", "condition of H", "of A"]
+    first = ["columns", "σ_max", "condition of `H`", "condition of `A`"]
     print(f"{title}\n\n| " + " | ".join(first + heads) + " |")
     print("|" + " --- |" * len(first + heads))
     for row in rows:
@@ -242,17 +243,23 @@ def table(title: str, heads: list[str], rows: list[list[str]]) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--reference", type=Path, help="checkout of the paper's scripts")
-    parser.add_argument("--size", type=int, default=600)
-    parser.add_argument("--columns", type=int, default=60)
-    parser.add_argument("--sigma", type=float, nargs="+", default=[1.0, 1e2, 1e4])
-    parser.add_argument("--condition", type=float, nargs="+", default=[1e2, 1e4, 1e6])
-    parser.add_argument("--solvers", nargs="+", default=["lissa", "plain_lissa", "cgls", "lsmr", "dense"])
-    parser.add_argument("--rtol", type=float, default=1e-2)
-    parser.add_argument("--max-iter", type=int, default=500, help="most steps, of the paper's script as well")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[50, 200], help="products for the second table")
-    parser.add_argument("--most-products", type=int, default=20_000, help="where the paper's script is ended")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reference", type=Path, help="checkout of the paper's scripts (hslyu/GIF)")
+    parser.add_argument("--size", type=int, default=600, help="size of `H`")
+    parser.add_argument("--columns", type=int, default=60, help="columns of the smaller problem")
+    parser.add_argument("--sigma", type=float, nargs="+", default=[1.0, 1e2, 1e4], help="values of σ_max")
+    parser.add_argument("--condition", type=float, nargs="+", default=[1e2, 1e4, 1e6], help="condition numbers of `H`")
+    parser.add_argument(
+        "--solvers", nargs="+", default=["lsmr", "cgls", "lissa", "plain_lissa", "dense"], help="our solvers"
+    )
+    parser.add_argument("--rtol", type=float, default=1e-2, help="relative residual to reach")
+    parser.add_argument("--max-iter", type=int, default=500, help="maximal iterations, also of the paper's script")
+    parser.add_argument(
+        "--budgets", type=int, nargs="+", default=[50, 200], help="numbers of products in the second table"
+    )
+    parser.add_argument(
+        "--most-products", type=int, default=20_000, help="number of products after which the paper's script is stopped"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the problems")
     options = parser.parse_args()
     reference = load_reference(options.reference) if options.reference else None
 
@@ -266,11 +273,15 @@ def main() -> None:
 
     def rows(cells: Any) -> list[list[str]]:
         names = ("sigma_max", "condition_of_hessian", "condition")
-        return [[record["problem"], *(f"{record[name]:.3g}" for name in names), *cells(record)] for record in records]
+        columns = {"columns": f"{options.columns} of {options.size}", "full": "all"}
+        return [
+            [columns[record["problem"]], *(f"{record[name]:.3g}" for name in names), *cells(record)]
+            for record in records
+        ]
 
     script = [] if reference is None else ["the paper's script"]
     table(
-        f"Hessian products to a residual of {options.rtol:g}",
+        f"Hessian-vector products to a residual of {options.rtol:g}",
         options.solvers + script,
         rows(
             lambda record: [
@@ -281,7 +292,7 @@ def main() -> None:
     )
     table(
         "Relative error after " + " / ".join(map(str, options.budgets)) + " products",
-        options.solvers + (["the paper's script, when it returns"] if script else []),
+        options.solvers + (["the paper's script, at its end"] if script else []),
         rows(
             lambda record: [
                 *map(errors, record["solvers"].values()),

@@ -1,8 +1,9 @@
-"""End to end on MNIST: fit TinyNet, ask which data moved a batch, forget a class. Seconds, accuracy, peak memory.
+"""Runs end to end on MNIST: trains TinyNet, answers an influence query, removes a class, and retrains without it.
 
     python benchmarks/tinynet_forget.py --data path/to/MNIST/raw
 
-Prints one JSON object. Peak memory is the largest resident set of the process up to the end of each phase.
+Prints one JSON object with the seconds, peak memory (MiB) and test accuracies (%) of each phase. Peak memory is the
+largest resident set of the process up to the end of the phase.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from lightning_gif import GIFCallback
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the four idx files")
-    parser.add_argument("--digit", type=int, default=8, help="the class to forget")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the four gzipped idx files")
+    parser.add_argument("--digit", type=int, default=8, help="the class to remove")
+    parser.add_argument("--epochs", type=int, default=3, help="training epochs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training")
     parser.add_argument("--retrain", action="store_true", help="also retrain without the class")
     options = parser.parse_args()
     train, test = load(options.data)

@@ -37,7 +37,7 @@ def test_the_table_has_the_defaults_and_what_each_number_moves(
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     header, _, *rows = rows
-    assert header[:4] == ["number", "value", "goal", "net"]
+    assert header[:4] == ["number", "value", "goal", "network"]
     assert {len(row) for row in rows} == {len(header)}
     for goal in ("class", "examples", "labels"):
         of_goal = [row for row in rows if row[2] == goal]
