@@ -141,8 +141,14 @@ class Session:
                 given, self.objective.prepare, batch_size=size, seed=self.settings.seed, processes=processes
             )
         else:
-            found = Examples.from_batch(given, self.objective.prepare, batch_size=size, processes=processes)
-        return check_same_everywhere(found, "batch or loader")
+            found = Examples.from_batch(
+                given,
+                self.objective.prepare,
+                batch_size=size,
+                processes=processes,
+                divisible=self.train.divisible,
+            )
+        return check_same_everywhere(self.objective.readable(found), "batch or loader")
 
     def training_subset(self, given: Any) -> Examples | None:
         """The training examples that indices or a predicate name; ``None`` if ``given`` is neither."""
@@ -200,6 +206,7 @@ class Session:
         found, objective, settings = None, self.objective, self.settings
         try:
             found = Examples.from_loader(loader, objective.prepare, batch_size=settings.batch_size, seed=settings.seed)
+            found = objective.readable(found)
             objective.check(found.subset(torch.arange(1)), "unseen")
         except Exception:
             if given is not None:
@@ -320,8 +327,7 @@ def _training_examples(trainer: Trainer, loader: Any, objective: Objective, sett
     )
     check_same_everywhere(train, "training data")
     warn_if_random(train)
-    objective.learn_structure(train)
-    return train
+    return objective.learn_structure(train)
 
 
 def _are_indices(given: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from .structure import batch_size, join, same_form, slice_batch, take, tensors
+from ..errors import BatchError
+from .structure import batch_size, describe, join, same_form, slice_batch, take, tensors
 from .targets import class_targets
 
 __all__ = ["Batch", "joined"]
@@ -27,11 +28,14 @@ class Batch:
         data: What the collate function returned, prepared for the model.
         ids: The dataset indices of the examples, ``(B,)``.
         size: The number of examples, ``B``.
+        divisible: Whether the data have one row for each example. Graphs in one object, lists of images of different
+            sizes and batches with time first have not: such a batch is used as a whole.
     """
 
     data: Any
     ids: Tensor
     size: int
+    divisible: bool = field(default=True, kw_only=True)
 
     @classmethod
     def of(cls, data: Any) -> Batch:
@@ -72,31 +76,53 @@ class Batch:
         Raises:
             BatchError: If the tensors disagree on the number of examples, or if none has a dimension.
         """
-        batch_size(self.data)
+        if not self.divisible or batch_size(self.data) != self.size:
+            raise BatchError(
+                f"This batch of {self.size} examples cannot be divided into them, because its tensors do not have one"
+                f" row for each example: {describe(self.data)}. Give its examples as a DataLoader over a map-style"
+                " dataset, with the collate function of the training loader: DataLoader(Subset(dataset, indices),"
+                " batch_size, collate_fn=…)."
+            )
 
     def slice(self, start: int, stop: int) -> Self:
-        """Examples ``start:stop``; the batch itself if these are all of its examples."""
+        """Examples ``start:stop``; the batch itself if these are all of its examples.
+
+        Raises:
+            BatchError: If the batch has more examples and is not divisible.
+        """
         if start <= 0 and stop >= self.size:
             return self
+        self.require_rows()
         ids = self.ids[start:stop]
         parts = {name: slice_batch(value, start, stop) for name, value in self._columns().items()}
         return replace(self, ids=ids, size=len(ids), **parts)
 
     def take(self, rows: Tensor) -> Self:
-        """The examples at positions ``rows`` ``(m,)``, in that order."""
+        """The examples at positions ``rows`` ``(m,)``, in that order; the batch itself if these are all, in order.
+
+        Raises:
+            BatchError: If they are not, and the batch is not divisible.
+        """
+        if torch.equal(rows, torch.arange(self.size)):
+            return self
+        self.require_rows()
         parts = {name: take(value, rows) for name, value in self._columns().items()}
         return replace(self, ids=self.ids[rows], size=len(rows), **parts)
 
     def same_form(self, other: Batch) -> bool:
         """Whether two batches can be joined. They cannot if, for example, they are padded to different lengths."""
         mine, others = self._columns(), other._columns()
-        return mine.keys() == others.keys() and all(
-            same_form(mine[name], self.size, others[name], other.size) for name in mine
+        return (
+            self.divisible
+            and other.divisible
+            and mine.keys() == others.keys()
+            and all(same_form(mine[name], self.size, others[name], other.size) for name in mine)
         )
 
     def _columns(self) -> dict[str, Any]:
         """All fields with one row for each example, except the ids."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("ids", "size")}
+        names = [each.name for each in fields(self) if each.name not in ("ids", "size", "divisible")]
+        return {name: getattr(self, name) for name in names}
 
 
 def joined(batches: Iterable[Batch], most: int) -> Iterator[Batch]:

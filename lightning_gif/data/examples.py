@@ -48,6 +48,7 @@ class Examples:
         processes: The process group.
         in_memory_shard: The positions at which ``in_memory`` starts and stops, if it holds this process's shard only.
         transform: Applied to each prepared batch that is read, see :meth:`map`.
+        divisible: Whether a batch has one row for each example, see :class:`~.batch.Batch`.
     """
 
     dataset: Any
@@ -61,6 +62,7 @@ class Examples:
     processes: ProcessGroup = SINGLE_PROCESS
     in_memory_shard: tuple[int, int] | None = None
     transform: Callable[[Batch], Batch] = _unchanged
+    divisible: bool = True
 
     @classmethod
     def from_loader(
@@ -98,13 +100,28 @@ class Examples:
 
     @classmethod
     def from_batch(
-        cls, data: Any, prepare: Callable[[Any], Any], *, batch_size: int, processes: ProcessGroup = SINGLE_PROCESS
+        cls,
+        data: Any,
+        prepare: Callable[[Any], Any],
+        *,
+        batch_size: int,
+        processes: ProcessGroup = SINGLE_PROCESS,
+        divisible: bool = True,
     ) -> Examples:
         """The examples of one batch, which is the same on all processes. Their ids are their positions in the batch."""
-        whole = Batch.of(prepare(data))
-        pieces = [whole.slice(start, start + batch_size) for start in range(0, whole.size, batch_size)]
+        whole = replace(Batch.of(prepare(data)), divisible=divisible)
+        size = batch_size if divisible else whole.size
+        pieces = [whole.slice(start, start + size) for start in range(0, whole.size, size)]
         return cls(
-            None, whole.ids, batch_size, list, lambda data: data, {}, in_memory=tuple(pieces), processes=processes
+            None,
+            whole.ids,
+            batch_size,
+            list,
+            lambda data: data,
+            {},
+            in_memory=tuple(pieces),
+            processes=processes,
+            divisible=divisible,
         )
 
     def __len__(self) -> int:
@@ -250,7 +267,7 @@ class Examples:
             **self.loader_options,
         )
         for ids, data in zip(groups, loader, strict=True):
-            yield self.transform(Batch(self.prepare(data), ids, len(ids)))
+            yield self.transform(Batch(self.prepare(data), ids, len(ids), divisible=self.divisible))
 
     # ----------------------------------------------------------------------------------------------------------------
     # Other examples from these
@@ -340,7 +357,8 @@ class Examples:
 
     def _select(self, positions: Tensor) -> Examples:
         """The examples at sorted positions ``(m,)``, from memory if they are held there."""
-        return self.subset(positions) if self.in_memory is None else self._subset_in_memory(positions)
+        from_memory = self.in_memory is not None and (self.divisible or self.dataset is None)
+        return self._subset_in_memory(positions) if from_memory else self.subset(positions)
 
     def map(self, function: Callable[[Batch], Batch]) -> Examples:
         """The same examples with each prepared batch passed through a function.

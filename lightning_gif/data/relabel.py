@@ -36,6 +36,8 @@ def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tenso
             " the order of the batch or the indices, or in dataset order if `forget` is a loader or a function."
         )
     changed, start = [], 0
+    if not examples.divisible:  # one example in each batch, so that parts of them can be taken from memory
+        examples = replace(examples, batch_size=1)
     for batch in examples.batches():
         if isinstance(targets, Tensor):
             new: Tensor | int = targets[start : start + batch.size] if targets.ndim else targets

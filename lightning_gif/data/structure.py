@@ -19,6 +19,7 @@ __all__ = [
     "batch_size",
     "describe",
     "join",
+    "leaves",
     "map_tensors",
     "same_form",
     "same_structure",
@@ -93,6 +94,13 @@ def _has_tensor(data: Any) -> bool:
 def tensors(data: Any) -> list[Tensor]:
     """The tensors of a batch in the order of :func:`map_tensors`."""
     return [data] if isinstance(data, Tensor) else [tensor for item in _items(data) for tensor in tensors(item)]
+
+
+def leaves(data: Any) -> list[Any]:
+    """Everything in a batch that is no container."""
+    items = list(_items(data))
+    is_container = isinstance(data, (Mapping, list, tuple)) or (is_dataclass(data) and not isinstance(data, type))
+    return [leaf for item in items for leaf in leaves(item)] if is_container else [data]
 
 
 def sequences(data: Any, size: int) -> list[Sequence[Any]]:

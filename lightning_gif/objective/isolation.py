@@ -15,6 +15,7 @@ from ..distributed import ProcessGroup
 from ..errors import GIFWarning
 from ..storage.interrupts import uninterrupted
 from .attributes import Attributes, attributes_restored
+from .equivalents import TwiceDifferentiable
 from .silence import Metrics, silenced
 
 __all__ = ["Isolation", "fails_for_good", "isolated", "restore_members"]
@@ -77,6 +78,7 @@ def isolated(
             torch.set_float32_matmul_precision("highest")
             stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
             torch.backends.mha.set_fastpath_enabled(False)
+            stack.enter_context(TwiceDifferentiable())
             # Tensors that a step creates should have the dtype of the computation.
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)

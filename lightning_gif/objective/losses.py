@@ -6,19 +6,21 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..data.batch import Batch
+from ..data.probe import Probe
 from ..data.structure import map_tensors, tensors
 from ..errors import GIFWarning, ObjectiveError
 from ..mixin import overrides
 from .autograd import close, differs, distance, gradient_of
+from .reductions import OneExample
 from .shadow import Shadow
 
-__all__ = ["LossFunction", "OneByOneLoss", "OwnLoss", "VectorisedLoss", "choose_loss"]
+__all__ = ["BatchedLoss", "LossFunction", "OneByOneLoss", "OwnLoss", "VectorisedLoss", "choose_loss"]
 
 
 # Gradients of single examples are computed for so many examples at a time that they take at most these bytes.
@@ -58,6 +60,10 @@ class LossFunction(ABC):
             batch: The batch.
             buffers: Buffers by name that the pass may change, see :meth:`~.shadow.Shadow.call`.
         """
+
+    def whole(self, batch: Batch) -> Batch:
+        """The batch, with examples added if :meth:`evaluate` could not give the loss ``()`` of the whole otherwise."""
+        return batch
 
     @abstractmethod
     def sum_of(self, evaluated: Tensor, batch: Batch) -> Tensor | None:
@@ -176,11 +182,12 @@ class OneByOneLoss(StepLoss):
     forward_mode = False  # code that fails under vmap tends to fail under jvp, too
 
     def losses(self, theta: Tensor, batch: Batch) -> Tensor:
-        batch.require_rows()
         singles = (batch.slice(position, position + 1) for position in range(batch.size))
         return torch.stack([self.evaluate(theta, single) for single in singles])
 
     def loss_sum(self, theta: Tensor, batch: Batch) -> Tensor:
+        if batch.size == 1:
+            return self.evaluate(theta, batch)
         if self.reduction is None:
             return super().loss_sum(theta, batch)
         loss = self.sum_of(self.evaluate(theta, batch), batch)
@@ -188,7 +195,7 @@ class OneByOneLoss(StepLoss):
         return loss
 
     def map(self, function: Callable[..., Tensor], theta: Tensor, batch: Batch, *rows: Tensor) -> Tensor:
-        if self.reduction is None:
+        if self.reduction is None and batch.size > 1:
             raise ObjectiveError(
                 f"curvature='ggn' needs the losses of {type(self.shadow.module).__name__} for a whole batch at once."
                 " But its training_step cannot be vectorised, and its loss for a batch is neither the mean nor the sum"
@@ -197,75 +204,225 @@ class OneByOneLoss(StepLoss):
         return super().map(function, theta, batch, *rows)
 
 
-def choose_loss(shadow: Shadow, few: Batch) -> LossFunction:
+class BatchedLoss(StepLoss):
+    """``training_step`` for a whole batch, with the losses of its examples taken from where it reduces them.
+
+    The module runs once for a batch, as in training, see :class:`~.reductions.OneExample`.
+
+    Args:
+        shadow: See the class above.
+        reduction: See the class above.
+        last: See :class:`~.reductions.OneExample`.
+        divided: Whether the step divides a sum by the number of examples itself.
+        even: Whether an odd batch is evaluated with its last example twice, because the step fails for a single one.
+    """
+
+    def __init__(
+        self,
+        shadow: Shadow,
+        reduction: Reduction | None = None,
+        *,
+        last: bool = False,
+        divided: bool = False,
+        even: bool = False,
+    ) -> None:
+        super().__init__(shadow, reduction)
+        self.last = last
+        self.divided = divided
+        self.even = even
+
+    def whole(self, batch: Batch) -> Batch:
+        if self.even and batch.size % 2:
+            return Batch.join([batch, batch.slice(batch.size - 1, batch.size)])
+        return batch
+
+    def evaluate(self, theta: Tensor, batch: Batch, *, buffers: dict[str, Tensor] | None = None) -> Tensor:
+        if self.even and batch.size % 2:
+            return self.losses(theta, batch)
+        return super().evaluate(theta, batch, buffers=buffers)
+
+    def sum_of(self, evaluated: Tensor, batch: Batch) -> Tensor | None:
+        return evaluated.sum() if evaluated.ndim else super().sum_of(evaluated, batch)
+
+    def losses(self, theta: Tensor, batch: Batch) -> Tensor:
+        whole = self.whole(batch)
+
+        def of_one(index: Tensor) -> Tensor:
+            with OneExample(self.shadow.module, whole.size, index, last=self.last):
+                return self.shadow.training_step(theta, whole.data)
+
+        indices = torch.arange(batch.size, device=self.shadow.device)
+        losses = torch.func.vmap(of_one, randomness="same")(indices)
+        losses = losses * whole.size if self.divided else losses
+        if not batch.divisible and self.reduction is not None:
+            self._check(theta, batch, losses)
+        return losses
+
+    def _check(self, theta: Tensor, batch: Batch, losses: Tensor) -> None:
+        """Compares losses ``(B,)`` with the loss of the batch: objects in it may hold tensors of any size."""
+        with torch.no_grad():
+            together = self.evaluate(theta, batch)
+        reduced = losses.detach().mean() if self.reduction == "mean" else losses.detach().sum()
+        if not close(together, reduced):
+            raise ObjectiveError(
+                f"The losses of {batch.size} examples could not be taken from {type(self.shadow.module).__name__}"
+                f".training_step: their {self.reduction} is not the loss of the batch. {_DEFINE}"
+            )
+
+    def loss_sum(self, theta: Tensor, batch: Batch) -> Tensor:
+        total = None if self.reduction is None else self.sum_of(self.evaluate(theta, batch), batch)
+        return super().loss_sum(theta, batch) if total is None else total
+
+    def gradients(self, theta: Tensor, batch: Batch) -> Iterator[Tensor]:
+        at = theta.detach().requires_grad_()
+        for loss in self.losses(at, batch):
+            yield gradient_of(loss, at, retain_graph=True)[None]
+
+
+def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
     """Chooses the loss function of a module after trying ``training_step`` on a few examples.
 
-    The choice is ``influence_loss`` if the module defines it, else ``training_step`` vectorised, else ``training_step``
-    for one example at a time, with a warning.
+    The choice is ``influence_loss`` if the module defines it, else the first of these that gives the losses and the
+    gradients of one example at a time: ``training_step`` vectorised over examples, ``training_step`` for whole batches.
+    Else it is one example at a time, with a warning.
 
     Args:
         shadow: The module.
-        few: Two or three training examples. A single one does not show whether a loss is a mean or a sum.
+        probe: A few training examples. A single one does not show whether a loss is a mean or a sum.
+
+    Raises:
+        ObjectiveError: If ``training_step`` gives no losses of single examples.
     """
     if overrides(shadow.module, "influence_loss"):
         return OwnLoss(shadow)
-    singly = OneByOneLoss(shadow)
-    with torch.no_grad():
-        expected = singly.losses(shadow.theta, few)
-        if shadow.metrics.all and not torch.isfinite(expected).all():  # a metric may be the loss
-            shadow.metrics.give_values = True
-            expected = singly.losses(shadow.theta, few)
-        together = singly.evaluate(shadow.theta, few)
-    obstacle = _obstacle(VectorisedLoss(shadow), singly, few, expected)
-    reduction = _reduction(shadow.module, together, expected)
-    if obstacle is None:
-        return VectorisedLoss(shadow, reduction)
+    alone = _losses_alone(shadow, probe)
+    expected = None if isinstance(alone, Exception) else alone
+    obstacles = []
+    if expected is not None and probe.divisible:
+        vectorised = VectorisedLoss(shadow)
+        obstacles.append(_obstacle(vectorised, probe, expected))
+        if obstacles[0] is None:
+            return VectorisedLoss(shadow, _reduction(shadow, probe.together, expected))
+    layouts = [] if probe.is_ragged else [False, True]
+    for last in layouts:
+        for divided in (False, True):
+            batched = partial(BatchedLoss, shadow, last=last, divided=divided, even=expected is None)
+            obstacles.append(_obstacle(batched(), probe, expected))
+            if obstacles[-1] is None:
+                with torch.no_grad():
+                    losses = batched().losses(shadow.theta, probe.fewer)
+                reduction = _reduction(shadow, probe.fewer, losses)
+                if probe.divisible or reduction is not None:
+                    return batched(reduction)
+    if isinstance(alone, Exception):
+        shadow.training_step(shadow.theta, probe.fewer.data)  # what fails for every batch is the user's own error
+        raise ObjectiveError(
+            f"{type(shadow.module).__name__}.training_step gives no losses of single examples. For a batch of one"
+            f" example it raises {type(alone).__name__}: {alone}. From a larger batch they could not be taken"
+            f" ({obstacles[0]}). {_DEFINE}"
+        ) from alone
     warnings.warn(
         f"The losses of single examples are computed one after the other, which is slow: training_step could not be"
-        f" vectorised ({obstacle}). Define `influence_loss` (see GIFMixin) to compute them at once.",
+        f" vectorised ({obstacles[0] if probe.divisible else 'its batches have no rows'}). Define `influence_loss` (see"
+        " GIFMixin) to compute them at once.",
         GIFWarning,
         stacklevel=3,
     )
-    return OneByOneLoss(shadow, reduction)
+    return OneByOneLoss(shadow, _reduction(shadow, probe.together, alone))
 
 
-def _obstacle(vectorised: VectorisedLoss, singly: OneByOneLoss, few: Batch, expected: Tensor) -> str | None:
-    """Why ``training_step`` cannot be vectorised; ``None`` if vectorised losses and gradients are right."""
-    shadow = singly.shadow
+_DEFINE = """Define the losses on the module, for example:
+
+    def influence_loss(self, batch):
+        x, y = batch
+        return F.cross_entropy(self(x), y, reduction="none")  # one loss for each example, (B,)
+"""
+
+
+def _losses_alone(shadow: Shadow, probe: Probe) -> Tensor | Exception:
+    """The loss of each example ``(k,)`` as that of a batch of one; the error if such a batch has none."""
+    singly = OneByOneLoss(shadow)
+
+    def evaluated() -> Tensor:
+        if probe.divisible:
+            return singly.losses(shadow.theta, probe.together)
+        return torch.stack([singly.evaluate(shadow.theta, single) for single in probe.singles])
+
+    with torch.no_grad():
+        try:
+            losses = evaluated()
+            if shadow.metrics.all and not torch.isfinite(losses).all():  # a metric may be the loss
+                shadow.metrics.give_values = True
+                losses = evaluated()
+        except Exception as error:
+            return error
+    return losses
+
+
+def _obstacle(loss: LossFunction, probe: Probe, expected: Tensor | None) -> str | None:
+    """Why losses cannot be computed in some way; ``None`` if it gives right losses and gradients.
+
+    Args:
+        loss: The way.
+        probe: A few examples.
+        expected: Their losses ``(k,)`` as batches of one; ``None`` if there are none. Then losses are right if they do
+            not depend on which other examples are in the batch, and the loss of the batch is their mean or sum.
+    """
+    shadow = loss.shadow
+    singly = OneByOneLoss(shadow)
 
     def unlike(batch: Batch) -> float:
-        """The difference between the gradients of the vectorised losses and of one example at a time."""
+        """The difference between the gradients of the losses and of one example at a time."""
         theta = shadow.theta.detach().requires_grad_()
-        gradient = gradient_of(vectorised.losses(theta, batch).sum(), theta)
-        losses = singly.losses(theta, batch)
-        rows = torch.stack([gradient_of(loss, theta, retain_graph=True) for loss in losses])
+        gradient = gradient_of(loss.losses(theta, batch).sum(), theta)
+        positions = range(batch.size)
+        slices = [batch.slice(row, row + 1) for row in positions] if probe.divisible else probe.singles
+        alone = [shadow.widened(one) for one in slices]
+        rows = torch.stack([gradient_of(singly.evaluate(theta, single), theta) for single in alone])
         return distance((gradient - rows.sum(0)).norm()[None], rows.norm(dim=1).sum()[None])
 
     try:
         theta = shadow.theta.detach().requires_grad_()
-        losses = vectorised.losses(theta, few)
+        losses = loss.losses(theta, probe.together)
         gradient_of(losses.sum(), theta)  # activation checkpointing fails in the backward pass only
-        if not close(losses, expected):
+        next(loss.gradients(shadow.theta, probe.together))  # vmap of a gradient allows less than vmap of a loss
+        if expected is None:
+            with torch.no_grad():
+                fewer = loss.losses(theta, probe.fewer)
+                whole = shadow.training_step(theta, probe.fewer.data)
+            if not close(losses[: len(fewer)], fewer) or _as_reduction(whole, fewer) is None:
+                return "the loss of an example depends on the others in its batch"
+        elif not close(losses, expected):
             return "it gave other losses than one example at a time"
-        if differs(shadow, unlike, few):  # vmap ignores hooks on tensors
+        elif differs(shadow, unlike, probe.together):  # vmap ignores hooks on tensors
             return "it gave other gradients, as with a hook on a tensor"
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None
 
 
-def _reduction(module: Any, together: Tensor, expected: Tensor) -> Reduction | None:
-    """Whether the loss ``()`` of a batch is the mean or the sum of the losses ``(B,)``; warns if it is neither."""
-    if close(together, expected.mean()):
+def _as_reduction(together: Tensor, losses: Tensor) -> Reduction | None:
+    """Whether the loss ``()`` of a batch is the mean or the sum of the losses ``(B,)``."""
+    if close(together, losses.mean()):
         return "mean"
-    if close(together, expected.sum()):
-        return "sum"
-    if torch.isfinite(expected).all() and torch.isfinite(together):
-        warnings.warn(
-            f"The loss that {type(module).__name__}.training_step gives for a batch is neither the mean nor the sum of"
-            " its losses for the single examples (they are coupled, or weighted). Influence and unlearning refer to the"
-            " losses of single examples. Define `influence_loss` (see GIFMixin) to set them.",
-            GIFWarning,
-            stacklevel=4,
-        )
+    return "sum" if close(together, losses.sum()) else None
+
+
+def _reduction(shadow: Shadow, batch: Batch, losses: Tensor) -> Reduction | None:
+    """Whether the loss of a batch is the mean or the sum of its losses ``(B,)``; warns with the cause if it is not."""
+    with torch.no_grad():
+        together = shadow.training_step(shadow.theta, batch.data)
+        reduction = _as_reduction(together, losses)
+        if reduction is not None or not torch.isfinite(losses).all() or not torch.isfinite(together):
+            return reduction
+        with shadow.seeded(shadow.seed + 1):
+            other = shadow.training_step(shadow.theta, batch.data)
+    cause = "they are coupled, or weighted" if close(together, other) else "they are random"
+    warnings.warn(
+        f"The loss that {type(shadow.module).__name__}.training_step gives for a batch is neither the mean nor the sum"
+        f" of its losses for the single examples ({cause}). Influence and unlearning refer to the losses of single"
+        " examples. Define `influence_loss` (see GIFMixin) to choose them.",
+        GIFWarning,
+        stacklevel=4,
+    )
     return None

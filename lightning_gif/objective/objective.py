@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from .._compat import LightningModule, Trainer
 from ..data.batch import Batch
 from ..data.examples import Examples
+from ..data.probe import Probe
 from ..data.structure import describe, map_tensors, same_structure, tensors
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import BatchError, ConfigurationError, NonFiniteError, ObjectiveError
@@ -21,7 +23,7 @@ from ..mixin import overrides
 from ..selection import GradientStatistics, NeuronStatistics
 from . import derivatives, outputs
 from .batchnorm import refreshed_statistics
-from .losses import LossFunction, OwnLoss, choose_loss
+from .losses import LossFunction, OneByOneLoss, OwnLoss, choose_loss
 from .observation import observe
 from .predictions import IndicesInBounds
 from .shadow import ModelState, Shadow, widen
@@ -30,7 +32,7 @@ __all__ = ["Objective"]
 
 
 # How many examples ``training_step`` is tried with: two or more, to distinguish a mean from a sum.
-_PROBE = 3
+_PROBE = 5
 
 # With more directions than these, gradients of single examples are formed once. For a convolutional network this costs
 # as much as about fourteen forward-mode passes (benchmarks/attribution_time.py), for a perceptron less.
@@ -74,6 +76,8 @@ class Objective:
         self._own_measurement = overrides(shadow.module, "influence_measurement")
         self._loss: LossFunction | None = OwnLoss(shadow) if overrides(shadow.module, "influence_loss") else None
         self._directional: derivatives.DirectionalDerivatives = derivatives.forward_mode
+        self._divisible = True
+        self._counts_rows = True  # whether the size of a batch shows in the first dimension of its tensors
         self._reference: Any = None  # the structure of training batches
 
     @property
@@ -176,15 +180,36 @@ class Objective:
         data = strategy.batch_to_device(data, device=self.device, dataloader_idx=0)
         return map_tensors(data, lambda tensor: widen(tensor, self.theta.dtype))
 
-    def learn_structure(self, train: Examples) -> None:
-        """Learns from the first training examples how batches are structured and how losses are computed.
+    def learn_structure(self, train: Examples) -> Examples:
+        """Learns from a few training examples how batches are structured and how losses are computed.
 
         A query cannot replace them: a single example does not show whether a loss is a mean or a sum.
+
+        Returns:
+            The training examples, to be read in batches that the losses can be computed for.
         """
-        few = train.subset(torch.arange(min(_PROBE, len(train))))
-        batch = next(few.batches())
-        self._reference = batch.data
-        self._loss = choose_loss(self.shadow, batch)
+        probe = Probe.of(train, _PROBE)
+        self._reference = probe.together.data
+        self._divisible = probe.divisible
+        self._counts_rows = probe.counts_rows
+        self._loss = choose_loss(self.shadow, probe)
+        return self.readable(train)
+
+    def readable(self, examples: Examples) -> Examples:
+        """The examples, to be read in batches that the losses can be computed for, as :meth:`learn_structure` found.
+
+        These are batches of one example where batches cannot be divided and losses are computed one by one.
+
+        Raises:
+            BatchError: If the examples are a single batch that would have to be divided.
+        """
+        if self._divisible:
+            return examples
+        one_by_one = isinstance(self._loss, OneByOneLoss)
+        if examples.dataset is None and not (self._counts_rows and (len(examples) == 1 or not one_by_one)):
+            for batch in examples.in_memory or ():
+                batch.require_rows()
+        return replace(examples, divisible=False, batch_size=1 if one_by_one else examples.batch_size)
 
     def learn_derivatives(self, train: Examples) -> None:
         """Chooses how :meth:`directional_derivatives` are computed, by a comparison on a few training examples."""
@@ -206,7 +231,7 @@ class Objective:
         name = "measurements" if measured else "losses"
         values_of = self.measurements if measured else self.losses
         for batch in examples.local_batches():
-            if not (measured or self.loss.any_structure):
+            if self._divisible and not (measured or self.loss.any_structure):
                 self._check_structure(batch, what)
             try:
                 with torch.no_grad():

@@ -23,6 +23,7 @@ def observe(loss: LossFunction, examples: Examples) -> tuple[NeuronStatistics, G
             neurons.attach(shadow.module)
         for batch in examples.strided_batches():
             theta = shadow.theta.detach().requires_grad_()
+            batch = loss.whole(batch)
             neurons.record(batch.classes, batch.size)
             gradient = gradient_of(loss.evaluate(theta, batch).mean(), theta)
             gradients.add(shadow.space.unflatten(gradient).items())

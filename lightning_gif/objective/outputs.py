@@ -108,17 +108,17 @@ def features(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:
                     hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
                     hooks.append(hook)
         with torch.no_grad():
-            loss.evaluate(theta, batch)
+            loss.evaluate(theta, loss.whole(batch))
     finally:
         with uninterrupted():
             for hook in hooks:
                 hook.remove()
-    if not inputs or len(inputs[-1]) != batch.size:
+    if not inputs or len(inputs[-1]) != loss.whole(batch).size:
         raise ConfigurationError(
             f"curvature_sampling='features' needs a last Linear layer whose input has one row for each example, but"
             f" {type(module).__name__} has none. Use 'logits' or 'random'."
         )
-    last = inputs[-1]
+    last = inputs[-1][: batch.size]
     return last.reshape(len(last), -1, last.shape[-1]).mean(1).cpu()
 
 

@@ -20,7 +20,6 @@ from ..parameters import ParameterSpace
 from ..storage.digests import digest
 from ..storage.interrupts import uninterrupted
 from . import isolation
-from .equivalents import TwiceDifferentiable
 from .isolation import Isolation
 
 __all__ = ["ModelState", "Shadow", "replaced", "widen"]
@@ -132,6 +131,16 @@ class Shadow:
             self.state = own
 
     @contextlib.contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Inside of it, calls draw other random numbers."""
+        own = self.seed
+        self.seed = seed
+        try:
+            yield
+        finally:
+            self.seed = own
+
+    @contextlib.contextmanager
     def in_double(self) -> Iterator[None]:
         """Inside the block, everything is computed in float64; see :meth:`widened` for batches."""
         default = torch.get_default_dtype()
@@ -176,7 +185,7 @@ class Shadow:
         torch.default_generator.manual_seed(self.seed)
         if self.device.type != "cpu":
             torch.manual_seed(self.seed)
-        with replaced(self.module, {**values, **frozen, **trainable}), TwiceDifferentiable():
+        with replaced(self.module, {**values, **frozen, **trainable}):
             try:
                 return getattr(self.module, method)(*args)
             finally:

@@ -1,0 +1,104 @@
+"""A few training examples, together in one batch and each in a batch of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import BatchError
+from .batch import Batch
+from .examples import Examples
+from .structure import leaves, same_structure, slice_batch, tensors
+
+__all__ = ["Probe"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few training examples, spread over the data, in batches of different sizes.
+
+    Attributes:
+        together: All of them.
+        fewer: The first of them, an even number of about half, if there are two.
+        singles: Each of them, as the collate function makes a batch of one example.
+        divisible: Whether the rows of a batch are its examples.
+    """
+
+    together: Batch
+    fewer: Batch
+    singles: tuple[Batch, ...]
+    divisible: bool
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether a batch holds tensors for each of its examples, as a list of images of different sizes does."""
+        return len(tensors(self.together.data)) != len(tensors(self.singles[0].data))
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether the first dimension of the tensors of a batch is its number of examples."""
+        sizes = {tensor.shape[0] for tensor in tensors(self.together.data) if tensor.ndim}
+        return sizes == {self.together.size}
+
+    @classmethod
+    def of(cls, train: Examples, count: int) -> Probe:
+        """Reads the examples once, and collates them in several ways.
+
+        Args:
+            train: The training examples.
+            count: How many to read.
+        """
+        positions = torch.linspace(0, len(train) - 1, min(count, len(train))).long().unique()
+        half = min(2 * ((len(positions) + 2) // 4), len(positions)) or 1
+        if train.dataset is None:
+            together = Batch.join(list(train.subset(positions).batches()))
+            singles = tuple(together.slice(row, row + 1) for row in range(together.size))
+            return cls(together, together.slice(0, half), singles, True)
+        ids = train.ids[positions]
+        items = [train.dataset[int(index)] for index in ids]
+
+        def batch(start: int, stop: int) -> Batch:
+            data = train.prepare(train.collate(items[start:stop]))
+            return Batch(data, ids[start:stop], stop - start, divisible=False)
+
+        together, fewer = batch(0, len(items)), batch(0, half)
+        singles = tuple(batch(row, row + 1) for row in range(len(items)))
+        divisible = _rows_are_examples(together, singles)
+        together, fewer = (replace(one, divisible=divisible) for one in (together, fewer))
+        return cls(together, fewer, tuple(replace(one, divisible=divisible) for one in singles), divisible)
+
+
+def _rows_are_examples(together: Batch, singles: tuple[Batch, ...]) -> bool:
+    """Whether each row of a batch is what the collate function makes of one example, except for padding."""
+    if not all(_is_plain(leaf) for leaf in leaves(together.data)):
+        return False
+    try:
+        replace(together, divisible=True).require_rows()
+        parts = [slice_batch(together.data, row, row + 1) for row in range(together.size)]
+    except BatchError:
+        return False
+    return all(_is_padded(part, single.data) for part, single in zip(parts, singles, strict=True))
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether a part of a batch has rows, or is a value that all examples share."""
+    return leaf is None or isinstance(leaf, (Tensor, str, bytes, bool, int, float, complex, np.generic))
+
+
+def _is_padded(part: Any, single: Any) -> bool:
+    """Whether the tensors of one structure begin with those of another."""
+    if not same_structure(part, single):
+        return False
+    pairs = list(zip(tensors(part), tensors(single), strict=True))
+    if any(one.shape[i] < size for one, other in pairs for i, size in enumerate(other.shape)):
+        return False
+    return all(
+        torch.equal(one[tuple(slice(size) for size in other.shape)].nan_to_num(), other.nan_to_num())
+        if one.is_floating_point()
+        else torch.equal(one[tuple(slice(size) for size in other.shape)], other)
+        for one, other in pairs
+    )

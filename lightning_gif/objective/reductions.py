@@ -1,0 +1,178 @@
+"""The losses of single examples, taken from where a step reduces the losses of a batch to one number."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn._reduction import legacy_get_string
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..errors import ObjectiveError
+
+__all__ = ["OneExample"]
+
+
+_REDUCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    torch.mean: torch.mean,
+    Tensor.mean: torch.mean,
+    torch.sum: torch.sum,
+    Tensor.sum: torch.sum,
+}
+
+
+class OneExample(TorchFunctionMode):
+    """Inside of it, every reduction over the examples of a batch is that over one of them.
+
+    A step computes the outputs of the whole batch, and then means or sums of losses over its examples. Here each of
+    these means and sums is taken over the terms of one example alone, so that the step returns this example's loss. Run
+    under ``torch.func.vmap`` over ``index``, it returns the losses of all examples, and the module runs once.
+
+    Reductions are ``mean`` and ``sum`` over all dimensions, and the loss functions of PyTorch with
+    ``reduction="mean"`` or ``"sum"``. Those of parameters alone, such as a penalty on weights, are left as they are. So
+    are those of tensors that are of one example already, and those over some dimensions: the dimension of the examples
+    could only be recognised by its size, which others may have.
+
+    Args:
+        module: The module; what is computed from its parameters and buffers alone does not depend on examples.
+        size: The number of examples of the batch, ``B``.
+        index: The position of the example, ``()``.
+        last: Whether the second dimension of terms counts the examples, as in batches with time first, and not the
+            first. Terms ``(n,)`` are flattened from such.
+
+    Raises:
+        ObjectiveError: From a reduction inside, if its terms are not equally many for each example.
+    """
+
+    def __init__(self, module: nn.Module, size: int, index: Tensor, *, last: bool = False) -> None:
+        super().__init__()
+        self._module = module
+        self._size = size
+        self._index = index
+        self._last = last
+        self._constant: WeakIdKeyDictionary | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = _tensors([args, kwargs])
+        constant = self._are_constant(given)
+        if not constant and not any(_is_of_one_example(tensor) for tensor in given):
+            if func in _REDUCTIONS:
+                return self._reduce(func, args, kwargs)
+            if func is F.ctc_loss or _has_reduction(func):
+                return self._loss(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if constant:
+            assert self._constant is not None
+            for tensor in _tensors([result]):
+                self._constant[tensor] = True
+        return result
+
+    def _are_constant(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors are computed from parameters, buffers and numbers alone."""
+        if self._constant is None:  # the module has its replacements by now
+            self._constant = WeakIdKeyDictionary()
+            for tensor in (*self._module.parameters(), *self._module.buffers()):
+                self._constant[tensor] = True
+        return all(tensor in self._constant for tensor in tensors)
+
+    def _rows(self, terms: Tensor) -> Tensor:
+        """Terms ``(n,)`` or ``(…)`` of all examples as ``(B, …)``, one row for each example."""
+        count = terms.numel() // self._size
+        if not terms.numel() or count * self._size != terms.numel():
+            raise ObjectiveError(f"{list(terms.shape)} terms of a loss do not belong to {self._size} examples")
+        if not self._last:
+            return terms.reshape(self._size, count)
+        if terms.ndim < 2:
+            return terms.reshape(count, self._size).T
+        return terms.transpose(0, 1).reshape(self._size, count)
+
+    def _pick(self, rows: Tensor) -> Tensor:
+        """The row of this example."""
+        return rows.index_select(0, self._index.reshape(1)).squeeze(0)
+
+    def _reduce(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``mean`` or ``sum`` over the terms of this example, if it is one over all terms."""
+        terms = args[0] if args else kwargs["input"]
+        dims = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
+        if not terms.ndim or not _are_all(dims, terms.ndim):
+            return func(*args, **kwargs)
+        keepdim = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
+        one = _REDUCTIONS[func](self._pick(self._rows(terms)), dtype=kwargs.get("dtype"))
+        return one.reshape([1] * terms.ndim) if keepdim else one
+
+    def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A loss function of PyTorch, reduced over the terms of this example."""
+        bound = _signature(func).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        reduction = given["reduction"]
+        if given.get("size_average") is not None or given.get("reduce") is not None:
+            reduction = legacy_get_string(given["size_average"], given["reduce"])
+            given["size_average"] = given["reduce"] = None
+        if reduction == "none":
+            return func(*args, **kwargs)
+        given["reduction"] = "none"
+        terms = func(*bound.args, **bound.kwargs)
+        total = self._pick(self._rows(terms)).sum()
+        if reduction in ("sum", "batchmean"):
+            return total
+        return total / self._pick(self._rows(_weights(func, given, terms))).sum()
+
+
+def _weights(func: Any, given: dict[str, Any], terms: Tensor) -> Tensor:
+    """By what a mean divides: the weight of each term, in the shape of the terms."""
+    if func is F.ctc_loss:
+        lengths = torch.as_tensor(given["target_lengths"], device=terms.device).reshape(terms.shape)
+        return lengths.clamp(min=1).to(terms)
+    if func not in (F.cross_entropy, F.nll_loss) or given["target"].is_floating_point():
+        return torch.ones_like(terms)
+    target = given["target"]
+    counted = target != given["ignore_index"]
+    if given["weight"] is None:
+        return counted.to(terms)
+    return given["weight"][torch.where(counted, target, 0)] * counted
+
+
+def _are_all(dims: Any, ndim: int) -> bool:
+    """Whether the dimensions that a reduction is called with are all ``ndim`` of a tensor."""
+    if dims is None or isinstance(dims, torch.dtype) or (isinstance(dims, (list, tuple)) and not dims):
+        return True
+    each = [dims] if isinstance(dims, int) else dims
+    return isinstance(each, (list, tuple)) and len({dim % ndim for dim in each}) == ndim
+
+
+def _is_of_one_example(tensor: Tensor) -> bool:
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
+@cache
+def _signature(func: Any) -> inspect.Signature:
+    return inspect.signature(func)
+
+
+@cache
+def _has_reduction(func: Any) -> bool:
+    """Whether a function is a loss function of ``torch.nn.functional``."""
+    if getattr(F, getattr(func, "__name__", ""), None) is not func:
+        return False
+    try:
+        return "reduction" in _signature(func).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    if isinstance(given, Tensor):
+        return [given]
+    if isinstance(given, dict):
+        given = list(given.values())
+    return [tensor for item in given for tensor in _tensors(item)] if isinstance(given, (list, tuple)) else []
