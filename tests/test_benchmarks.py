@@ -76,12 +76,14 @@ def run(file: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> No
             logging.getLogger(name).setLevel(level)
 
 
-def test_a_smallest_run_is_known_of_each() -> None:
+def test_each_benchmark_has_a_smallest_run() -> None:
     assert [file.stem for file in commands()] == sorted(SMALLEST)
 
 
 @pytest.mark.parametrize("file", commands(), ids=lambda file: file.stem)
-def test_it_says_what_it_does(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_benchmark_has_a_help_text(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         run(file, ["--help"], monkeypatch)
     assert ended.value.code == 0
@@ -90,7 +92,7 @@ def test_it_says_what_it_does(file: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", commands(), ids=lambda file: file.stem)
-def test_a_smallest_run_ends_with_a_table(
+def test_a_smallest_run_prints_a_table(
     file: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -88,7 +88,7 @@ SEVERAL = pytest.mark.parametrize("several", [2, pytest.param(4, marks=pytest.ma
 
 
 @SEVERAL
-def test_several_processes_find_what_one_finds(one: Launched, several: Launched) -> None:
+def test_several_processes_give_the_results_of_one(one: Launched, several: Launched) -> None:
     [single], found = one.answers("results"), several.answers("results")
     assert single["entries"].tolist() == [1, 2, 3, 4, 2]  # one process writes them, and undoing is one too
     assert single["written"] == 2  # likewise
@@ -110,7 +110,7 @@ def test_several_processes_find_what_one_finds(one: Launched, several: Launched)
 
 
 @SEVERAL
-def test_a_checkpoint_of_several_processes_holds_what_all_have_seen(one: Launched, several: Launched) -> None:
+def test_a_checkpoint_of_several_processes_has_the_statistics_of_all(one: Launched, several: Launched) -> None:
     files = [run.folder / f"{run.world}.ckpt" for run in (one, several)]
     states = [torch.load(file, weights_only=True)["lightning_gif"] for file in files]
     for kind in ("outputs", "gradients", "output_counts", "gradient_counts"):
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_several_processes_holds_what_all_have_seen(one: Launche
 
 
 @SEVERAL
-def test_what_stops_one_process_stops_all_with_its_reason(several: Launched) -> None:
+def test_an_error_in_one_process_stops_all_with_the_same_reason(several: Launched) -> None:
     found = several.answers("failures")
     last = found[-1]
     for name in [name for name in last if name.startswith("missing")]:
@@ -154,7 +154,7 @@ def test_what_stops_one_process_stops_all_with_its_reason(several: Launched) -> 
 
 
 @SEVERAL
-def test_where_one_process_cannot_gather_all_train_on_and_stay_in_step(several: Launched) -> None:
+def test_if_one_process_cannot_gather_statistics_all_continue_training_in_sync(several: Launched) -> None:
     found = several.answers("unreadable")
     assert [one["warned"] for one in found] == [0] * (several.world - 1) + [1]
     for one in found:
@@ -163,7 +163,7 @@ def test_where_one_process_cannot_gather_all_train_on_and_stay_in_step(several: 
 
 
 @SEVERAL
-def test_a_report_that_fails_in_one_process_fails_in_all_and_all_train_on(several: Launched) -> None:
+def test_a_report_that_fails_in_one_process_fails_in_all_and_training_continues(several: Launched) -> None:
     answers = several.answers("unreported")
     for answer in answers:
         assert answer["FileNotFoundError epochs"] == answer["LookupError epochs"] == 2

@@ -157,7 +157,7 @@ def test_toxic_samples(run: Run, tmp_path: Path) -> None:
     ("name", "epochs"),
     [("forget_a_digit.py", 15), ("find_mislabeled.py", 30), ("why_misread.py", 15), ("wandb_report.py", 10)],
 )
-def test_help_tells_the_story_and_the_defaults(
+def test_help_describes_the_example_and_has_the_defaults(
     name: str, epochs: int, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

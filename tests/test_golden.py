@@ -39,7 +39,7 @@ def computed() -> Callable[[str, int], Values]:
 
 
 @pytest.mark.parametrize(("name", "world"), RUNS)
-def test_edits_and_scores_are_those_that_were_recorded(
+def test_edits_and_scores_equal_the_recorded_ones(
     name: str, world: int, computed: Callable[[str, int], Values]
 ) -> None:
     expected = {call: tuple(value) for call, value in STORED["values"][f"{name}, {world}"].items()}

@@ -144,7 +144,7 @@ SHARING: dict[str, Callable[[], pl.LightningModule]] = {
 
 
 @pytest.mark.parametrize("name", list(SHARING))
-def test_a_module_that_holds_tensors_in_several_places_keeps_each_of_them(name: str) -> None:
+def test_a_module_with_tensors_in_several_places_keeps_each_of_them(name: str) -> None:
     trainer, module, data = fitted(SHARING[name](), callback=GIFCallback(ratio=0.5, unconverged="ignore"))
     values, state = weights(module), state_of(module, trainer)
     assert state[-1]
@@ -172,7 +172,7 @@ def test_a_module_that_holds_tensors_in_several_places_keeps_each_of_them(name: 
 
 
 @pytest.mark.parametrize("name", ["OneLayerTwice", "AliasFirst", "Nested", "Listed", "Thrice"])
-def test_a_second_name_for_a_layer_changes_no_score_and_no_edit(name: str) -> None:
+def test_a_second_name_for_a_layer_does_not_change_scores_or_edits(name: str) -> None:
     found = []
     for kind in (lambda: Classifier(net()), SHARING[name]):
         torch.manual_seed(0)
@@ -197,7 +197,7 @@ def test_reports_in_training_leave_a_layer_under_two_names_trainable() -> None:
     assert same_weights(*trained)
 
 
-def test_what_a_step_registers_and_replaces_is_gone_after_a_call() -> None:
+def test_changes_that_a_training_step_makes_to_the_module_are_undone_after_a_call() -> None:
     class Restless(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx)
@@ -331,7 +331,7 @@ def values_of(module: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", list(WRITING))
 @pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")
-def test_a_step_that_writes_to_parameters_writes_to_none_of_the_users(name: str) -> None:
+def test_a_training_step_that_writes_to_parameters_does_not_change_the_users(name: str) -> None:
     trainer, module, data = fitted(WRITING[name]())
     with torch.no_grad():
         module.net[0].weight.mul_(3.0)  # so that clipping has something to do
@@ -349,7 +349,7 @@ def test_a_step_that_writes_to_parameters_writes_to_none_of_the_users(name: str)
 
 @pytest.mark.parametrize("name", ["MomentumByData", "MomentumInPlace", "ClippedByData", "ClippedInPlace"])
 @pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")
-def test_each_evaluation_of_a_step_that_writes_starts_from_the_same_parameters(name: str) -> None:
+def test_each_evaluation_of_a_writing_training_step_starts_from_the_same_parameters(name: str) -> None:
     trainer, module, data = fitted(WRITING[name]())
     with torch.no_grad():
         module.net[0].weight.mul_(3.0)
@@ -421,14 +421,14 @@ def graphs() -> DataLoader[Any]:
     return DataLoader(blobs(), 16, shuffle=True, collate_fn=Graphs)
 
 
-def test_a_batch_that_cannot_be_made_anew_trains_without_a_word() -> None:
+def test_a_batch_that_cannot_be_rebuilt_causes_no_warning_in_training() -> None:
     callback = GIFCallback()
     check_trained_alike(callback, None, OfGraphs, graphs)
     assert callback.targets is not None
     assert all(int(counts.sum()) == 48 for counts in callback.neurons.output_counts.values())
 
 
-def test_a_batch_that_cannot_be_made_anew_is_read_sliced_and_mapped() -> None:
+def test_a_batch_that_cannot_be_rebuilt_can_be_read_sliced_and_mapped() -> None:
     batch = Graphs(list(blobs(6)))
     x, y = batch.x.clone(), batch.y
     assert batch_size(batch) == 6
@@ -485,14 +485,16 @@ PLACES: dict[str, tuple[Any, str, str]] = {
 
 
 @pytest.mark.parametrize("name", list(PLACES))
-def test_an_error_in_gathering_ends_the_gathering_and_not_the_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_gathering_statistics_stops_the_gathering_and_not_the_fit(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     owner, attribute, words = PLACES[name]
     monkeypatch.setattr(owner, attribute, failing)
     callback = GIFCallback(snapshots=1)
     check_trained_alike(callback, f"no more statistics in this fit: {words} LookupError: on purpose. Training goes on")
 
 
-def test_an_error_in_a_backward_pass_ends_the_gathering_and_not_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_backward_hook_stops_the_gathering_and_not_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     add = NeuronStatistics._add
 
     def once_in_backward(self: NeuronStatistics, kind: str, *args: Any) -> None:
@@ -505,7 +507,7 @@ def test_an_error_in_a_backward_pass_ends_the_gathering_and_not_the_fit(monkeypa
     assert not callback.gradients
 
 
-def test_targets_stay_or_are_picked_on_demand_where_gathering_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_stay_or_are_picked_on_demand_after_gathering_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     data = blobs()
     callback = GIFCallback(ratio=0.5, unconverged="ignore")
     trainer = make_trainer(callback, max_epochs=2)
@@ -547,7 +549,7 @@ def test_an_interrupt_in_a_hook_still_ends_the_fit(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_an_unforeseen_error_in_a_report_ends_the_reports_and_not_the_fit(late: bool) -> None:
+def test_an_unexpected_error_in_a_report_stops_the_reports_and_not_the_fit(late: bool) -> None:
     class Choosy(Classifier):
         """Cannot be asked outside of training, or not after its first epoch."""
 
@@ -564,7 +566,9 @@ def test_an_unforeseen_error_in_a_report_ends_the_reports_and_not_the_fit(late: 
     assert (callback.last_report is not None) == late
 
 
-def test_a_checkpoint_is_written_without_what_cannot_be_added(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_written_without_state_that_cannot_be_saved(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer, module, _ = fitted()
     monkeypatch.setattr(NeuronStatistics, "state", failing)
     with pytest.warns(GIFWarning, match="adding the state of GIFCallback to a checkpoint failed"):
@@ -595,7 +599,7 @@ class Fourier(Classifier):
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_complex_parameters_are_refused_by_name_with_the_remedy(first: bool) -> None:
+def test_complex_parameters_are_refused_by_name_with_a_remedy(first: bool) -> None:
     trainer = make_trainer(GIFCallback())
     module, data = Fourier(first), blobs()
     trainer.fit(module, loader(data))
@@ -611,13 +615,13 @@ def test_complex_parameters_are_refused_by_name_with_the_remedy(first: bool) -> 
     assert same_weights(weights(module), values)
 
 
-def test_training_with_complex_parameters_has_the_same_bits_and_one_warning() -> None:
+def test_training_with_complex_parameters_is_unchanged_bit_for_bit_with_one_warning() -> None:
     check_trained_alike(
         GIFCallback(), "these are complex: spectral.weight, spectral.bias. Store each as a real parameter", Fourier
     )
 
 
-def test_frozen_complex_parameters_are_computed_with_as_they_are() -> None:
+def test_frozen_complex_parameters_are_supported() -> None:
     module = Fourier()
     module.spectral.requires_grad_(False)
     trainer, _, data = fitted(module)
@@ -638,7 +642,7 @@ def test_frozen_complex_parameters_are_computed_with_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("rtol", [None, 1e-6])
-def test_a_solve_that_met_negative_curvature_is_not_taken_for_converged(rtol: float | None) -> None:
+def test_a_solve_that_met_negative_curvature_is_not_converged(rtol: float | None) -> None:
     rhs = torch.ones(INDEFINITE.shape[0], dtype=torch.float64)
     settings = GIFCallback(solver="cg", rtol=rtol, max_iter=50, unconverged="raise").settings
     assert cg(Matrix(INDEFINITE), rhs, rtol=1e-6, max_iter=50).status is Status.INDEFINITE
@@ -652,7 +656,7 @@ def test_a_solve_that_met_negative_curvature_is_not_taken_for_converged(rtol: fl
         solve(dataclasses.replace(settings, unconverged="ignore"), Matrix(INDEFINITE), rhs)
 
 
-def test_a_newton_step_may_end_where_curvature_is_negative() -> None:
+def test_a_newton_step_may_end_at_negative_curvature() -> None:
     rhs = torch.ones(INDEFINITE.shape[0], dtype=torch.float64)
     settings = GIFCallback(rtol=1e-6, max_iter=50, unconverged="raise").settings
     solution, _ = newton(settings, Matrix(INDEFINITE), rhs, 0.0)
@@ -661,7 +665,7 @@ def test_a_newton_step_may_end_where_curvature_is_negative() -> None:
     assert torch.equal(solution.x, expected.x)
 
 
-def test_influence_by_conjugate_gradients_on_an_indefinite_hessian_is_refused_if_asked() -> None:
+def test_influence_by_conjugate_gradients_on_an_indefinite_hessian_raises_on_request() -> None:
     trainer, _, data = fitted(Classifier(net()), TensorDataset(*blobs().tensors), max_epochs=1)
     asked: dict[str, Any] = {"curvature": "hessian", "solver": "cg", "damping": 0.0, "rtol": 1e-6}
     with pytest.raises(ConvergenceError, match="'indefinite'"):

@@ -41,7 +41,7 @@ def imported(file: Path) -> list[tuple[ast.ImportFrom, list[str]]]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(module(file)))
-def test_imports_go_downward(file: Path) -> None:
+def test_modules_import_from_lower_layers_only(file: Path) -> None:
     room = FLOORS.index(module(file)[0])
     for node, target in imported(file):
         assert FLOORS.index(target[0]) <= room, f"line {node.lineno} imports {'.'.join(target)} from above"
@@ -61,7 +61,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(module(file)))
-def test_what_is_imported_is_seen_at_the_top(file: Path) -> None:
+def test_imports_are_at_the_top_of_modules(file: Path) -> None:
     tree = ast.parse(file.read_text())
     inside = [
         node
@@ -74,7 +74,7 @@ def test_what_is_imported_is_seen_at_the_top(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(module(file)))
-def test_classes_and_functions_fit_on_a_page(file: Path) -> None:
+def test_classes_and_functions_are_short(file: Path) -> None:
     text = file.read_text()
     lines = text.splitlines()
     tree = ast.parse(text)
@@ -90,6 +90,6 @@ def test_classes_and_functions_fit_on_a_page(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(module(file)))
-def test_few_modules_know_a_trainer(file: Path) -> None:
+def test_few_modules_use_a_trainer(file: Path) -> None:
     knows = [node for node, _ in imported(file) if any(alias.name == "Trainer" for alias in node.names)]
     assert not knows or module(file)[0] in TRAINER

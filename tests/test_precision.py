@@ -88,7 +88,9 @@ PRECISIONS = [("32-true", 1e-5), ("bf16-mixed", 1e-5), ("bf16-true", 1e-4), ("64
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), PRECISIONS)
-def test_scores_and_edits_are_those_of_float32(precision: Any, tolerance: float, tmp_path: Path) -> None:
+def test_scores_and_edits_in_mixed_precision_equal_those_of_float32(
+    precision: Any, tolerance: float, tmp_path: Path
+) -> None:
     trainer, module, data = fitted(Classifier(net()), callback=quick(), precision=precision)
     scores, theory, edit = story(trainer, module, data, tmp_path)
     if precision == "bf16-true":  # which rounds its inputs as well
@@ -176,7 +178,7 @@ class Replaced(Classifier):
         return self
 
 
-def test_the_tensors_of_before_are_held_again_and_none_of_those_that_were_added() -> None:
+def test_a_moved_module_gets_its_original_tensors_back_and_no_others() -> None:
     module = Replaced(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
     module.training_step(batch_of(blobs(), slice(4)), 0).backward()
     state = [*module.parameters(), *module.buffers(), *(p.grad for p in module.parameters() if p.grad is not None)]
@@ -196,7 +198,7 @@ def test_the_tensors_of_before_are_held_again_and_none_of_those_that_were_added(
 
 
 @pytest.mark.parametrize("how", ["read", "interrupted"])
-def test_a_device_that_fails_leaves_the_tensors_that_were_elsewhere(how: str) -> None:
+def test_a_device_that_fails_leaves_tensors_on_other_devices(how: str) -> None:
     """As of a GPU that has failed, nothing can be read back from PyTorch's device without memory."""
     module = Classifier(net())
     batch = batch_of(blobs(), slice(4))
@@ -223,7 +225,7 @@ def test_a_device_that_fails_leaves_the_tensors_that_were_elsewhere(how: str) ->
     module.training_step(batch, 0).backward()
 
 
-def test_why_a_device_has_failed_is_told_rather_than_that_it_cannot_be_tidied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_failed_device_is_reported_not_that_of_the_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, module, data = fitted(Classifier(net()), callback=quick())
     own, training = isolate_rng, {name: part.training for name, part in module.named_modules()}
 
@@ -252,7 +254,7 @@ def test_why_a_device_has_failed_is_told_rather_than_that_it_cannot_be_tidied(mo
     ("precision", "tolerance"),
     [("32-true", 1e-3), ("16-mixed", 1e-3), ("bf16-mixed", 1e-3), ("bf16-true", 1e-2), ("64-true", 1e-3)],
 )
-def test_scores_of_a_gpu_are_those_of_the_cpu(precision: Any, tolerance: float, tmp_path: Path) -> None:
+def test_scores_on_a_gpu_equal_those_on_the_cpu(precision: Any, tolerance: float, tmp_path: Path) -> None:
     trainer, module, data = fitted(
         Classifier(net()), callback=quick(), precision=precision, accelerator="gpu", devices=1
     )
@@ -266,14 +268,14 @@ def test_scores_of_a_gpu_are_those_of_the_cpu(precision: Any, tolerance: float, 
 
 @needs_gpu
 @pytest.mark.parametrize("where", ["cuda", "cpu"])
-def test_an_edit_is_made_and_taken_back_where_the_module_is(where: str, tmp_path: Path) -> None:
+def test_an_edit_is_made_and_undone_on_the_device_of_the_module(where: str, tmp_path: Path) -> None:
     trainer, module, data = fitted(Classifier(net()), callback=quick(), accelerator="gpu", devices=1)
     module.to(where)
     story(trainer, module, data, tmp_path)
 
 
 @needs_gpu
-def test_statistics_gathered_on_a_gpu_come_with_a_checkpoint_to_the_cpu(tmp_path: Path) -> None:
+def test_statistics_gathered_on_a_gpu_are_loaded_on_the_cpu(tmp_path: Path) -> None:
     trainer, module, data = fitted(Classifier(net()), callback=quick(), accelerator="gpu", devices=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     callback = quick()
@@ -290,7 +292,7 @@ class OwnLosses(Classifier):
         return torch.func.vmap(nn.functional.cross_entropy)(self(batch[0]), batch[1])
 
 
-def test_losses_by_a_vmap_of_the_users_own_work_where_indices_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_by_the_users_own_vmap_work_with_checks_of_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _, data = fitted(OwnLosses(net()), callback=quick())
     report = trainer.influence(batch_of(data, slice(4)))
     assert report.settings["curvature"] == "hessian"
@@ -306,7 +308,7 @@ def test_losses_by_a_vmap_of_the_users_own_work_where_indices_are_checked(monkey
 
 
 @needs_gpu
-def test_a_class_that_is_none_is_refused_before_the_gpu_fails_on_it() -> None:
+def test_an_invalid_label_is_refused_before_the_gpu_fails() -> None:
     trainer, _, data = fitted(Classifier(net()), callback=quick(), accelerator="gpu", devices=1)
     x, y = batch_of(data, slice(4))
     before = trainer.influence((x, y)).scores
@@ -318,7 +320,7 @@ def test_a_class_that_is_none_is_refused_before_the_gpu_fails_on_it() -> None:
     torch.testing.assert_close(trainer.influence((x, y)).scores, before)
 
 
-def test_what_a_gpu_tells_late_is_told_of_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_error_of_a_gpu_is_reported_for_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _, data = fitted(Classifier(net()), callback=quick())
 
     def late(values: Any) -> Any:

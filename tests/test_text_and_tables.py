@@ -179,7 +179,7 @@ def test_default_scores_are_those_of_the_damped_gauss_newton_matrix(name: str) -
 
 
 @pytest.mark.parametrize("name", list(STORIES))
-def test_the_story_of_every_kind_of_data(name: str, tmp_path: Any) -> None:
+def test_influence_and_unlearning_work_on_every_kind_of_data(name: str, tmp_path: Any) -> None:
     trainer, model, loader = trained(name)
     before = weights(model)
     report = trainer.influence(next(iter(loader)), k=3)
@@ -194,7 +194,7 @@ def test_the_story_of_every_kind_of_data(name: str, tmp_path: Any) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_the_words_are_shown_with_their_labels() -> None:
+def test_texts_are_shown_with_their_labels() -> None:
     trainer, _, loader = trained("text", epochs=1)
     report = trainer.influence(next(iter(loader)), k=2)
     top = int(report.proponents().indices[0, 0])
@@ -203,7 +203,7 @@ def test_the_words_are_shown_with_their_labels() -> None:
     assert any(row[3] == top and STORIES["text"][1][top]["text"] in str(row[-1]) for row in table)
 
 
-def test_a_text_like_the_query_with_the_same_label_is_its_first_proponent_and_with_another_its_first_opponent() -> None:
+def test_a_similar_text_is_the_first_proponent_or_opponent_by_its_label() -> None:
     texts = Texts(60)
     query = {**texts[10]}
     texts.items[20], texts.items[30] = {**query}, {**query, "label": 1 - query["label"]}
@@ -214,12 +214,12 @@ def test_a_text_like_the_query_with_the_same_label_is_its_first_proponent_and_wi
     assert int(report.opponents().indices[0, 0]) == 30
 
 
-def test_the_row_that_is_far_off_is_the_one_learned_by_heart() -> None:
+def test_an_outlier_is_the_most_memorized_row() -> None:
     trainer, _, _ = trained("table", epochs=40)
     assert int(trainer.self_influence().proponents().indices[0, 0]) == 0
 
 
-def test_a_loss_of_all_words_of_a_batch_is_told_to_be_coupled() -> None:
+def test_a_loss_over_all_words_of_a_batch_is_reported_as_coupled() -> None:
     """Longer sequences weigh more in it than in the mean of the losses of single sequences."""
     trainer, model = make_trainer(GIFCallback(unconverged="ignore"), max_epochs=1), Tagger()
     loader = DataLoader(Texts(20), 10, collate_fn=padded)

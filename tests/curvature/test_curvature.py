@@ -81,7 +81,7 @@ def dense_hessian(objective: Objective, examples: Examples) -> Tensor:
 
 @pytest.mark.parametrize("net", list(NETS))
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
-def test_a_product_is_that_of_the_dense_hessian_whatever_the_batches(net: str, batch_size: int) -> None:
+def test_products_equal_those_of_the_dense_hessian_for_any_batches(net: str, batch_size: int) -> None:
     with opened(net, batch_size=batch_size) as (objective, train):
         matrix = dense_hessian(objective, train)
         assert torch.linalg.eigvalsh(matrix).min() < -1e-3  # the case that matters
@@ -103,7 +103,7 @@ def test_a_loss_that_is_linear_in_the_parameters_has_no_curvature() -> None:
         assert not hessian_of(objective, train).matvec(objective.theta).any()
 
 
-def test_rows_and_columns_are_those_of_the_matrix() -> None:
+def test_rows_and_columns_equal_those_of_the_dense_matrix() -> None:
     with opened() as (objective, train):
         curvature = hessian_of(objective, train)
         matrix = to_matrix(curvature)
@@ -126,7 +126,7 @@ def test_every_product_is_counted() -> None:
         assert curvature.products == part.products == 3
 
 
-def test_the_gauss_newton_matrix_of_a_convex_loss_declares_to_be_positive_semidefinite() -> None:
+def test_the_gauss_newton_matrix_of_a_convex_loss_declares_itself_positive_semidefinite() -> None:
     with opened() as (objective, train):
         s = some_targets(objective)
         ggn = Curvature(CURVATURES["ggn"](objective), objective.theta, train, weight_decay=0.1)
@@ -141,7 +141,7 @@ def test_the_gauss_newton_matrix_of_a_convex_loss_declares_to_be_positive_semide
 
 
 @pytest.mark.parametrize("method", ["if", "fif", "pif"])
-def test_solvers_answer_the_same_damped_system_of_the_gauss_newton_matrix(method: str) -> None:
+def test_solvers_solve_the_same_damped_system_of_the_gauss_newton_matrix(method: str) -> None:
     with opened() as (objective, train):
         ggn = Curvature(CURVATURES["ggn"](objective), objective.theta, train, weight_decay=0.01)
         matrix, size = to_matrix(ggn), objective.space.size
@@ -159,7 +159,7 @@ def test_solvers_answer_the_same_damped_system_of_the_gauss_newton_matrix(method
             assert float((found - expected).norm() / expected.norm()) < 1e-6, solver
 
 
-def test_units_keep_a_positive_semidefinite_system_symmetric() -> None:
+def test_a_preconditioner_keeps_a_positive_semidefinite_system_symmetric() -> None:
     with opened() as (objective, train):
         ggn = Curvature(CURVATURES["ggn"](objective), objective.theta, train, weight_decay=0.1)
         targets, size = some_targets(objective), objective.space.size
@@ -221,7 +221,7 @@ def test_methods_agree_with_dense_algebra_on_an_indefinite_hessian(method: str, 
 
 
 @pytest.mark.parametrize("method", ["gif", "fif"])
-def test_other_units_lead_to_the_same_minimiser_and_weigh_damping(method: str) -> None:
+def test_a_preconditioner_keeps_the_minimiser_and_weights_the_damping(method: str) -> None:
     with opened() as (objective, train):
         curvature, matrix = hessian_of(objective, train), dense_hessian(objective, train)
         targets, size = some_targets(objective), objective.space.size
@@ -273,7 +273,7 @@ def test_a_query_is_the_adjoint_of_the_edit(method: str, damping: float) -> None
             assert float(direction @ gradient) == pytest.approx(float(query[targets] @ change), rel=1e-6)
 
 
-def test_a_query_that_does_not_depend_on_the_targets_says_so() -> None:
+def test_a_query_that_does_not_depend_on_the_targets_is_refused() -> None:
     with opened() as (objective, train):
         curvature = hessian_of(objective, train)
         query = torch.zeros(objective.space.size, dtype=torch.float64)
@@ -298,7 +298,7 @@ def test_the_settings_reach_the_solver() -> None:
 
 
 @pytest.mark.parametrize(("scale", "dtype"), [(1.0, torch.float64), (1e-6, torch.float64), (1e-24, torch.float32)])
-def test_damping_that_is_left_open_is_a_share_of_what_the_curvature_makes_of_the_right_hand_side(
+def test_default_damping_is_relative_to_the_curvature_along_the_right_hand_side(
     scale: float, dtype: torch.dtype
 ) -> None:
     settings = GIFCallback(solver="dense").settings
@@ -350,7 +350,7 @@ def logits(objective: Objective, train: Examples) -> tuple[Any, Tensor]:
 
 
 @pytest.mark.parametrize("name", list(NETS_OF_ALL_KINDS))
-def test_hessian_and_gauss_newton_are_the_dense_ones_on_every_kind_of_net(name: str) -> None:
+def test_hessian_and_gauss_newton_products_equal_dense_ones_on_every_kind_of_network(name: str) -> None:
     with opened_net(name) as (objective, train):
         outputs, y = logits(objective, train)
         theta = objective.theta
@@ -414,7 +414,7 @@ class OwnReshaped(OwnLosses):
 
 
 @pytest.mark.parametrize("module", [LogSoftmax, Reshaped, Normalised, Teacher, Criterion, OwnLosses, OwnReshaped])
-def test_the_predictions_are_found_however_the_loss_is_written(module: type[Classifier]) -> None:
+def test_predictions_are_recognised_however_the_loss_is_written(module: type[Classifier]) -> None:
     def matrix(kind: type[Classifier]) -> Tensor:
         torch.manual_seed(3)
         with opened_net("perceptron", kind) as (objective, train):
@@ -438,7 +438,7 @@ class Linear(Classifier):
         return F.nll_loss(self(batch[0]), batch[1])
 
 
-def test_a_curvature_that_is_zero_is_told() -> None:
+def test_a_curvature_that_is_zero_causes_a_warning() -> None:
     with opened_net("perceptron", Linear) as (objective, train):
         curvature = Curvature(CURVATURES["ggn"](objective), objective.theta, train, weight_decay=0.1)
         vector = torch.randn_like(objective.theta)
@@ -455,7 +455,7 @@ def test_a_curvature_that_is_zero_is_told() -> None:
             curvature.warn_if_zero()
 
 
-def test_a_loss_that_does_not_go_through_its_predictions_is_refused_for_each_structure_of_a_batch() -> None:
+def test_a_loss_that_bypasses_its_predictions_is_refused_for_each_batch_structure() -> None:
     """A penalty on batches of sequences alone, after a batch of single positions that has none."""
     calls = 0
 
@@ -496,7 +496,7 @@ def test_gauss_newton_without_a_loss_function_of_pytorch_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", list(CURVATURES))
-def test_kept_passes_give_the_same_products_and_are_not_done_again(kind: str) -> None:
+def test_kept_passes_give_the_same_products_and_are_not_repeated(kind: str) -> None:
     with opened(batch_size=5) as (objective, train):
         calls = 0
         linearise = CURVATURES[kind](objective)
@@ -520,7 +520,7 @@ def test_kept_passes_give_the_same_products_and_are_not_done_again(kind: str) ->
         assert curvature.summary()["batches_kept"] == curvature.summary()["batches"] == 5
 
 
-def test_a_budget_keeps_some_passes_and_does_the_others_anew() -> None:
+def test_a_budget_keeps_some_passes_and_repeats_the_others() -> None:
     for held in (False, True):
         with opened(batch_size=5) as (objective, train):
             examples = train.cached() if held else train
@@ -534,7 +534,7 @@ def test_a_budget_keeps_some_passes_and_does_the_others_anew() -> None:
             assert curvature.examples == 3 * 23
 
 
-def test_the_memory_of_a_graph_is_what_it_saved() -> None:
+def test_the_memory_of_a_graph_is_that_of_its_saved_tensors() -> None:
     x = torch.randn(100, requires_grad=True)
     y = x.tanh()  # saves its result
     assert graph_bytes(y) == 400
@@ -544,7 +544,7 @@ def test_the_memory_of_a_graph_is_what_it_saved() -> None:
     assert graph_bytes((x * weight).sum()) == 400
 
 
-def test_several_vectors_are_multiplied_as_each_alone() -> None:
+def test_several_vectors_give_the_products_of_each_alone() -> None:
     with opened(batch_size=7) as (objective, train):
         vectors = torch.randn(objective.space.size, 4, dtype=torch.float64)
         curvature = hessian_of(objective, train, weight_decay=0.3)
@@ -651,7 +651,7 @@ def test_there_is_no_second_order_score_of_single_examples() -> None:
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_an_operator_in_other_units_is_the_matrix_in_them(rows: bool) -> None:
+def test_an_operator_with_a_preconditioner_is_the_scaled_matrix(rows: bool) -> None:
     units = torch.tensor([1.0, 3.0, 0.5, 7.0], dtype=torch.float64)
     with opened() as (objective, train):
         some = torch.tensor([0, 2, 5, 9])

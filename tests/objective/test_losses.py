@@ -83,7 +83,7 @@ def expected(objective: Objective, theta: Tensor, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", list(WAYS))
-def test_the_way_to_the_losses_is_chosen_with_the_structure(kind: type[Counted]) -> None:
+def test_the_loss_function_is_chosen_for_the_batch_structure(kind: type[Counted]) -> None:
     way, reduction = WAYS[kind]
     with opened(kind) as (objective, _):
         assert type(objective.loss) is way
@@ -91,7 +91,7 @@ def test_the_way_to_the_losses_is_chosen_with_the_structure(kind: type[Counted])
 
 
 @pytest.mark.parametrize("kind", list(WAYS))
-def test_all_ways_give_the_same_losses_and_derivatives(kind: type[Counted]) -> None:
+def test_all_loss_functions_give_the_same_losses_and_derivatives(kind: type[Counted]) -> None:
     with opened(kind) as (objective, batch):
         loss, theta = objective.loss, objective.theta
         losses = expected(objective, theta, batch)
@@ -108,7 +108,7 @@ def test_all_ways_give_the_same_losses_and_derivatives(kind: type[Counted]) -> N
 
 
 @pytest.mark.parametrize(("kind", "once", "each"), [(Counted, 1, 1), (Summed, 1, N), (Coupled, N, N)])
-def test_sums_take_one_pass_where_the_reduction_is_known(kind: type[Counted], once: int, each: int) -> None:
+def test_sums_take_one_pass_if_the_reduction_is_known(kind: type[Counted], once: int, each: int) -> None:
     with opened(kind) as (objective, batch):
         objective.loss_sum(objective.theta, batch)
         assert objective.module.calls == once
@@ -116,7 +116,7 @@ def test_sums_take_one_pass_where_the_reduction_is_known(kind: type[Counted], on
         assert objective.module.calls == once + each
 
 
-def test_a_step_is_probed_before_its_losses_are_asked_for() -> None:
+def test_a_training_step_is_probed_before_its_losses_are_computed() -> None:
     trainer, module = make_trainer(), Counted()
     attach(trainer, module, train_dataloaders=loader(blobs(N)))
     with Objective.open(trainer, module) as objective:
@@ -140,7 +140,7 @@ class Whole(LossFunction):
         return self.evaluate(theta, batch)
 
 
-def test_a_further_way_is_a_further_class() -> None:
+def test_another_loss_function_is_another_class() -> None:
     with opened(Own) as (objective, batch):
         own, further, theta = objective.loss, Whole(objective.shadow), objective.theta
         predicted = outputs(own, theta, batch)

@@ -138,7 +138,7 @@ def test_the_hessians_of_these_nets_are_indefinite(name: str, long: bool) -> Non
 
 
 @pytest.mark.parametrize("name", ["perceptron", "attention", "embedding", "gru"])
-def test_all_solvers_find_what_dense_algebra_finds(name: str) -> None:
+def test_all_solvers_agree_with_dense_algebra(name: str) -> None:
     net, dataset = make(name, 12)
     trainer = make_trainer(GIFCallback(ratio=0.5, unconverged="raise"))
     trainer.fit(Classifier(net), loader(dataset))

@@ -19,7 +19,7 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 from digits import DigitsModel, digits, logits
 
 
-def test_each_digit_is_forgotten_and_the_others_stay() -> None:
+def test_each_digit_can_be_forgotten_without_the_others() -> None:
     train, test = digits()
     pl.seed_everything(0)
     module = DigitsModel()

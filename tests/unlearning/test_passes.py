@@ -56,7 +56,7 @@ def counted() -> tuple[pl.Trainer, Counting]:
     return trainer, dataset
 
 
-def test_a_class_is_found_and_removed_by_one_pass_over_the_retained_data(
+def test_class_removal_takes_one_pass_over_the_retained_data(
     counted: tuple[pl.Trainer, Counting],
 ) -> None:
     trainer, dataset = counted
@@ -75,7 +75,7 @@ def test_examples_given_by_index_are_removed_without_a_pass_over_the_retained_da
     assert sum(count > 0 for index, count in dataset.reads.items() if index >= 9) < N // 2
 
 
-def test_a_class_given_by_index_takes_one_pass_to_make_sure_that_it_is_all_of_it(
+def test_a_class_given_by_index_takes_one_pass_to_check_that_it_is_complete(
     counted: tuple[pl.Trainer, Counting],
 ) -> None:
     trainer, dataset = counted
