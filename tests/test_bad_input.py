@@ -1,4 +1,4 @@
-"""Every bad input: the right error, in words that help, and nothing changed."""
+"""Every invalid input raises the right error with a helpful message, and changes nothing."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def equal(one: Any, other: Any) -> bool:
 
 @contextlib.contextmanager
 def refused(module: nn.Module, error: type[Exception], *words: str) -> Iterator[None]:
-    """The block raises that very error with these words, and the module and the random state are as before."""
+    """The block raises this error with these words, and the module and the random state are as before."""
     before = state(module)
     with pytest.raises(error) as caught:
         yield
@@ -322,7 +322,7 @@ def test_training_data_that_are_not_finite_are_refused() -> None:
 def test_a_single_bad_training_example_outside_of_the_curvature_sample_is_refused_too() -> None:
     trainer, module, batch = ready()
     data = blobs()
-    for position in range(24):  # at least one of these is outside of any sample of 8
+    for position in range(24):  # any sample of 8 misses at least one of these
         data.tensors[0][2 * position, 0] = torch.nan
     with refused(module, NonFiniteError, "finite"):
         trainer.influence(batch, dataloader=loader(data), curvature_examples=8)

@@ -1,4 +1,4 @@
-"""The command line: the story of a deletion from a checkpoint to its record and back, and errors in one line."""
+"""The command line: an edit from a checkpoint to the audit log and back, and errors in one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def trained() -> dict[str, Any]:
-    """A checkpoint of a run, ``a.ckpt``."""
+    """A training run with its checkpoint ``a.ckpt``."""
     trainer = make_trainer(GIFCallback(), max_epochs=2)
     trainer.fit(Net(width=5), datamodule=Blobs())
     trainer.save_checkpoint("a.ckpt")
@@ -56,7 +56,7 @@ def content(path: str) -> dict[str, Any]:
 
 
 def flip(path: str, position: int) -> bytes:
-    """Changes one bit of a file, and gives what it was."""
+    """Changes one bit of a file, and returns the old contents."""
     whole = Path(path).read_bytes()
     changed = bytearray(whole)
     changed[position] ^= 1
@@ -280,7 +280,7 @@ def test_hyperparameters_come_from_the_checkpoint_unless_they_are_given(
     trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert unlearn("--model.folder", "elsewhere") == 0  # of width 5, where the default is 8
-    for width in ("6", "8"):  # also where it is what the class would take by itself
+    for width in ("6", "8"):  # also if it is the default of the class
         assert unlearn("--model.width", width, edit="other") == 2
     Path("model.yaml").write_text(
         yaml.safe_dump({"model": {"class_path": "tests.line.Net", "init_args": {"width": 8}}})
@@ -350,7 +350,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_no_trace(
     resource = pytest.importorskip("resource", reason="the size of files cannot be limited here")
     Path("b.ckpt").write_text("old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))  # enough for the edit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))  # this is enough for the edit
     try:
         assert unlearn("--record", "deletions.jsonl") == 2
     finally:
@@ -467,7 +467,7 @@ def test_without_jsonargparse_the_error_says_what_to_install(
 
 
 def test_the_command_runs_as_a_process(trained: dict[str, Any]) -> None:
-    """Its exit code and what it prints are those of the function. One process is started; each takes seconds."""
+    """Exit code and output are those of the function. The test starts one process only, since each takes seconds."""
     root = Path(__file__).parent.parent
     assert unlearn("--record", "deletions.jsonl") == 0
     assert main(["verify", "--record", "deletions.jsonl", "--ckpt_path", "b.ckpt"]) == 0

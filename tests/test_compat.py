@@ -1,4 +1,4 @@
-"""Lightning under both of its names: each story runs in a process of its own, since what was imported first stays."""
+"""Lightning under both of its names: each runs in a process of its own, since a process keeps its first import."""
 
 from __future__ import annotations
 

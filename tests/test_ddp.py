@@ -1,4 +1,4 @@
-"""Several processes compute what one does, and none of them waits for one that has failed."""
+"""Several processes give the results of one, and none waits for a process that has failed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import torch
 
 from .ddp_worker import results
 
-pytestmark = pytest.mark.xdist_group("ddp")  # these tests share what a few launches left
+pytestmark = pytest.mark.xdist_group("ddp")  # these tests share the results of a few launches
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
-# Solves of twenty steps, and some solves in a row, amplify rounding, as another batch size does too.
+# Solves of twenty iterations, and several solves in a row, amplify rounding, as another batch size does.
 LOOSE, AMPLIFIED = 1e-2, ("by default", "unseen")
 
 
 class Launched(NamedTuple):
-    """What processes that ran some stories left."""
+    """The results of a launch of several processes."""
 
     world: int
     folder: Path
@@ -40,7 +40,7 @@ class Launched(NamedTuple):
 
 
 def launch(world: int, folder: Path, *stories: str) -> Launched:
-    """Runs stories, one after the other, in so many processes."""
+    """Runs scenarios, one after the other, in a number of processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)

@@ -1,4 +1,4 @@
-"""Whatever goes wrong, weights and files are the old ones or the new ones, and the error says what it was."""
+"""After any fault, weights and files are the old ones or the new ones, and the error has the reason."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     faults.Net.fails = float("inf")
 
 
-# Of each kind of fault some, in the calls that it can be in.
+# Some faults of each kind, in each call that can have them.
 INJECTIONS = [
     (kind, call)
     for kind in FAULTS
@@ -194,7 +194,7 @@ def test_an_interrupt_while_a_report_is_logged_leaves_the_weights() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Numbers that are none
+# Values that are NaN
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +257,7 @@ def test_a_training_example_that_is_not_finite_is_named(ask: str, bad: float, tm
     trainer, _, data = fitted()
     data.tensors[0][17, 2] = bad
     batch = batch_of(data, slice(4))
-    # The curvature is taken over examples that do not have it.
+    # The curvature examples do not include it.
     seed = next(s for s in range(99) if 17 not in torch.randperm(48, generator=torch.Generator().manual_seed(s))[:4])
     options: dict[str, Any] = {"curvature_examples": 4, "seed": seed}
     calls: dict[str, Callable[[], Any]] = {
@@ -427,7 +427,7 @@ def test_a_damaged_state_in_a_checkpoint_is_ignored_with_a_warning(kind: str, tm
     with pytest.raises(SelectionError, match="no cached targets"):
         fresh.influence(batch_of(data, slice(2)), targets="cached", dataloader=loader(data))
     with pytest.warns(GIFWarning, match="does not fit"):
-        fresh.fit(Classifier(), loader(data), **options)  # the run goes on all the same
+        fresh.fit(Classifier(), loader(data), **options)  # the run continues
     assert callback.targets is not None
 
 

@@ -1,4 +1,4 @@
-"""Edits and scores keep their bits: what a commit changes of them, it says so and records anew."""
+"""Edits and scores keep their bits. A commit that changes them says so, and records them again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RUNS = [
 
 @pytest.fixture(scope="session")
 def computed() -> Callable[[str, int], Values]:
-    """The values of one net, which the first net of as many processes computes for the others too."""
+    """The values of one network. The first test of a number of processes computes them for all networks."""
     launch = cache(compute)
 
     def computed(name: str, world: int) -> Values:

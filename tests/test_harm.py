@@ -1,4 +1,4 @@
-"""What a user's module, data and training keep, whatever these are: the very same tensors, values and bits."""
+"""Any user's module, data and training keep their tensors, values and bits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .solvers.test_solvers import INDEFINITE, Matrix
 
 
 def state_of(module: nn.Module, trainer: pl.Trainer) -> list[Any]:
-    """Which tensors a module has, in which places, and what is to happen to them."""
+    """The tensors of a module in all their places, and the expected effect of a call on them."""
     places = [
         (id(one), kind, name, id(member))
         for one in module.modules()
@@ -47,7 +47,7 @@ def state_of(module: nn.Module, trainer: pl.Trainer) -> list[Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One tensor in several places
+# One tensor in several places of a module
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -62,7 +62,7 @@ class OneLayerTwice(Classifier):
 
 
 class AliasFirst(pl.LightningModule):
-    """The name that ``named_parameters`` has for a layer is not that which it is called by."""
+    """A layer is called by another name than in ``named_parameters``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,12 +217,12 @@ def test_changes_that_a_training_step_makes_to_the_module_are_undone_after_a_cal
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Steps that write
+# Training steps that write to parameters
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class Writes(Classifier):
-    """Its loss compares with a second net, to which each step writes."""
+    """The loss compares with a second network, to which each step writes."""
 
     def __init__(self) -> None:
         super().__init__(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
@@ -261,7 +261,7 @@ class Reassigned(Writes):
 
 
 class Hidden(MomentumByData):
-    """The second net is in a plain list, so that nothing finds its parameters."""
+    """The second network is in a plain list, so `parameters()` does not include it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class Hidden(MomentumByData):
 
 
 class Referred(Writes):
-    """Writes to parameters that it keeps in a list of its own, not to those that its layers have."""
+    """Writes to parameters in a list of its own, not to those of its layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -334,7 +334,7 @@ def values_of(module: nn.Module) -> dict[str, Tensor]:
 def test_a_training_step_that_writes_to_parameters_does_not_change_the_users(name: str) -> None:
     trainer, module, data = fitted(WRITING[name]())
     with torch.no_grad():
-        module.net[0].weight.mul_(3.0)  # so that clipping has something to do
+        module.net[0].weight.mul_(3.0)  # so that weights are clipped
     values, state = values_of(module), state_of(module, trainer)
     batch = batch_of(data, slice(4))
     scores = trainer.influence(batch).scores
@@ -367,13 +367,13 @@ def test_each_evaluation_of_a_writing_training_step_starts_from_the_same_paramet
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training goes on
+# Training continues
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Graphs:
-    """A batch whose constructor takes what it does not keep."""
+    """A batch whose constructor has an argument that it does not store."""
 
     items: InitVar[list[tuple[Tensor, Tensor]]]
     x: Tensor = field(init=False)
@@ -391,7 +391,7 @@ class OfGraphs(Classifier):
 def trained(
     module: Callable[[], pl.LightningModule], data: Callable[[], DataLoader[Any]], callback: GIFCallback | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The weights after a fit, and what is drawn next at random."""
+    """The weights after a fit, and the next random numbers."""
     torch.manual_seed(0)
     fit = module()
     make_trainer(callback, max_epochs=3).fit(fit, data())
@@ -405,7 +405,7 @@ def check_trained_alike(
     module: Callable[[], pl.LightningModule] = Classifier,
     data: Callable[[], DataLoader[Any]] = lambda: loader(blobs()),
 ) -> None:
-    """Training with the callback has the bits of training without it, and there is one warning, or none."""
+    """Training with the callback equals training without it bit for bit, with one warning or none."""
     expected = trained(module, data)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -466,7 +466,7 @@ def test_reading_a_batch_does_not_rebuild_it() -> None:
     assert batch_size(batch) == 3
     assert len(made) == 1
     assert slice_batch(batch, 1, 3).names == ["b", "c"]
-    assert len(made) == 2  # the pieces are made by the constructor where that takes the fields
+    assert len(made) == 2  # the constructor makes the parts if it takes the fields
 
 
 def failing(*args: Any, **kwargs: Any) -> Any:
@@ -532,7 +532,7 @@ def test_targets_stay_or_are_picked_on_demand_after_gathering_has_stopped(monkey
     assert callback.targets_epoch == 0
     monkeypatch.undo()
     assert trainer.influence(batch_of(data, slice(4)), targets="cached").scores.shape == (1, 48)
-    trainer.fit_loop.max_epochs = 3  # another fit gathers again
+    trainer.fit_loop.max_epochs = 3  # a new fit gathers statistics again
     trainer.fit(trainer.lightning_module, loader(data))
     assert callback.targets_epoch == 2
 
@@ -551,7 +551,7 @@ def test_an_interrupt_in_a_hook_still_ends_the_fit(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("late", [False, True])
 def test_an_unexpected_error_in_a_report_stops_the_reports_and_not_the_fit(late: bool) -> None:
     class Choosy(Classifier):
-        """Cannot be asked outside of training, or not after its first epoch."""
+        """Fails outside of training, or after the first epoch."""
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             if not self.training and (self.current_epoch or not late):
@@ -583,7 +583,7 @@ def test_a_checkpoint_is_written_without_state_that_cannot_be_saved(
 
 
 class Fourier(Classifier):
-    """A layer whose weights are complex, in front of or behind those that are not."""
+    """A layer with complex weights, before or after layers with real weights."""
 
     def __init__(self, first: bool = False) -> None:
         super().__init__(nn.Identity())
@@ -637,7 +637,7 @@ def test_frozen_complex_parameters_are_supported() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Solves that end where curvature is negative
+# Solves that end at negative curvature
 # ----------------------------------------------------------------------------------------------------------------------
 
 

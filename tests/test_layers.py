@@ -1,4 +1,4 @@
-"""The package is built in floors: imports go downward only, and no class or function outgrows its page."""
+"""The package has layers: modules import from lower layers only, and classes and functions are short."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_gif"
 
-# The rooms from the ground up; a module may import from those before its own, and from its own.
+# The layers from the bottom up. A module may import from its own layer and from lower ones.
 FLOORS = (
     *("_version", "_moved", "_compat", "errors", "mixin", "registry"),
     *("storage", "distributed", "config", "parameters", "solvers", "data", "edit", "selection", "reporting"),
@@ -17,7 +17,7 @@ FLOORS = (
     *("callback", "verification", "cli", "__init__", "__main__"),
 )
 
-# Only these know that a Trainer exists.
+# Only these modules use a Trainer.
 TRAINER = {"_compat", "distributed", "objective", "selection", "attribution", "session", "callback", "cli"}
 
 # Lines of code, without docstrings, comments and blank lines.

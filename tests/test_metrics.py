@@ -45,7 +45,7 @@ def _whole(seed: int, below: int, n: int = N) -> Tensor:
 
 PREDS, REFERENCE, TARGET, MASK = _logits(1), _logits(2), _whole(3, C), _whole(4, 2).bool()
 
-# How each is made, and one set of inputs; the order of examples means nothing to them.
+# The constructor and one set of inputs of each metric. The order of examples has no effect on these.
 METRICS: dict[str, tuple[Callable[[], Metric], Batch]] = {
     "removal": (lambda: RemovalF1([0, 3]), {"preds": PREDS, "target": TARGET}),
     "relabel": (RelabelF1, {"preds": PREDS, "target": TARGET, "relabelled": MASK}),
@@ -77,7 +77,7 @@ def _rows(batch: Batch, rows: Any) -> Batch:
 
 
 def _of_all_ranks(*ranks: Metric) -> Tensor:
-    """What the first of several processes computes, its exchange of states replaced by a look at the others'."""
+    """The value in the first of several processes. Reading the others' states replaces the exchange."""
 
     def sent(metric: Metric) -> list[Tensor]:
         states = metric.metric_state.values()
@@ -88,7 +88,7 @@ def _of_all_ranks(*ranks: Metric) -> Tensor:
     def gather(state: Tensor, group: Any = None) -> list[Tensor]:
         states = list(next(exchanged))
         assert torch.equal(state, states[0])
-        assert len({state.dtype for state in states}) == 1  # processes can exchange nothing else
+        assert len({state.dtype for state in states}) == 1  # processes can exchange tensors only
         return states
 
     metric = ranks[0].clone()
@@ -286,7 +286,7 @@ def test_removal_f1_is_the_harmonic_mean_of_its_definition(classes: Any) -> None
 @pytest.mark.parametrize(
     ("preds", "expected"),
     [
-        ([1, 2, 1, 2], 1.0),  # forgotten, all else is right
+        ([1, 2, 1, 2], 1.0),  # forgotten, all others are correct
         ([0, 0, 1, 2], 0.0),  # nothing forgotten
         ([1, 1, 2, 1], 0.0),  # everything forgotten
         ([0, 0, 2, 1], 0.0),  # both shares are 0: their harmonic mean is taken as its limit
@@ -387,7 +387,7 @@ def test_logits_log_probabilities_and_probabilities_are_the_same_distributions()
 
 
 def test_the_sum_of_many_small_divergences_is_not_rounded_away() -> None:
-    """A sum in float32 would stop to grow where the next term is below its rounding."""
+    """A sum in float32 would stop growing once the next term is below its rounding."""
     metric, near = JensenShannonDivergence(), PREDS + 1e-3 * REFERENCE
     small = _value(JensenShannonDivergence(), {"preds": PREDS, "reference": near})
     metric.update(torch.tensor([[40.0, -40.0]]).repeat(4096, 1), torch.tensor([[-40.0, 40.0]]).repeat(4096, 1))
@@ -412,7 +412,7 @@ def test_the_divergence_is_differentiable(scale: float) -> None:
 
 
 def _by_pairs(scores: Tensor, member: Tensor) -> float:
-    """The area under the ROC curve as the share of pairs in order, ties counted half."""
+    """The area under the ROC curve: the share of ordered pairs, where ties count half."""
     difference = scores[member].double()[:, None] - scores[~member].double()
     return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean().item()
 
@@ -429,7 +429,7 @@ def test_membership_counts_pairs_in_order() -> None:
 @pytest.mark.parametrize("score", ["loss", "confidence"])
 @pytest.mark.parametrize("margin", [0.01, 1.0, 12.0, 16.0])
 def test_a_separating_attack_has_auroc_one_and_a_reversed_one_zero(score: Any, margin: float) -> None:
-    """Also where losses are as small as those of a well-fitted net, 1e-6 and below, and a sigmoid would make ties."""
+    """Also for losses of 1e-6 and below, as in a well-fitted network, where a sigmoid would cause ties."""
     size = torch.cat([margin + torch.rand(20), margin - 0.01 * torch.rand(30) - 1e-3])
     preds, target = torch.stack([size, -size], 1), torch.zeros(50, dtype=torch.long)
     member = torch.arange(50) < 20

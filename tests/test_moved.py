@@ -1,4 +1,4 @@
-"""Old import paths work for one more version, and say where a name is now."""
+"""Old import paths work for one more version, and warn with the new path."""
 
 from __future__ import annotations
 

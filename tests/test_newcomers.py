@@ -1,4 +1,4 @@
-"""What a newcomer tries on the first day, from the documentation alone."""
+"""First uses of the package that follow the documentation only."""
 
 from __future__ import annotations
 

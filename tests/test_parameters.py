@@ -1,4 +1,4 @@
-"""The flat vector, the targets in it, and edits that go back to the very same bits."""
+"""The flat vector, the targets in it, and edits that are undone bit for bit."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_edits_in_any_order_are_refused_or_correct() -> None:
     space = ParameterSpace(module)
     start = {name: value.detach().clone() for name, value in module.named_parameters()}
     generator = random.Random(0)
-    made: list[Edit] = []  # those in the weights, in their order
+    made: list[Edit] = []  # the edits in the weights, in their order
     undone: list[Edit] = []
     outcomes = Counter[str]()
     for _ in range(1000):

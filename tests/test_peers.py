@@ -1,4 +1,4 @@
-"""Attribution by other libraries has our shape and sign, and leaves the model and the random numbers as they were."""
+"""Attribution by other libraries has our shape and sign, and does not change the model or random generators."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def make(net: str) -> Problem:
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> Tensor:
-    """Skips where the library, the first word of the name, is missing."""
+    """Skips the test if the library, the first word of the name, is missing."""
     library = name.partition(" ")[0]
     if library != "gradient":
         pytest.importorskip(library)

@@ -1,4 +1,4 @@
-"""The benchmark of the tuned numbers varies all of them, within their ranges, and prints what each moves."""
+"""The benchmark of the tuned numbers varies each of them within its range, and prints the effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores: what they equal, what they do not depend on, and what happens when an example really is removed."""
+"""Scores against closed forms and retraining, and their independence of batches, order and folders."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from ..conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 
 
 def asked(module: Any, dataset: Any, **settings: Any) -> Any:
-    """A trainer for a model as it is, in double precision; undamped least squares over all data by default."""
+    """A trainer for an untrained model in double precision; undamped least squares over all data by default."""
     trainer = make_trainer(precision="64-true")
     plain = {"method": "gif", "curvature": "hessian", "solver": "dense", "damping": 0.0, "curvature_examples": None}
     callback = GIFCallback(**{"ratio": 0.5, **plain, **settings})
@@ -209,7 +209,7 @@ def test_sums_over_groups_predict_the_removal_of_small_groups_and_underestimate_
         groups = report.by_group(column)
         changes = torch.tensor([without(column == name) for name in groups.names], dtype=torch.float64)
         assert float(torch.corrcoef(torch.stack([groups.totals, changes]))[0, 1]) > 0.99
-        # How many times the sum the change is: (n-1)/(n-m), which is 1.02 for ten examples, 2 for half of them.
+        # The change divided by the sum: (n-1)/(n-m), which is 1.02 for ten examples and 2 for half of them.
         assert low < float(changes @ groups.totals / groups.totals.square().sum()) < high
 
 
@@ -235,7 +235,7 @@ def test_scores_predict_leave_one_out_retraining(model: Any, method: str) -> Non
         changes.append(retrained.influence_loss(query).mean().item() - base)
     truth, scores = torch.tensor(changes, dtype=torch.float64), report.scores[0, ::4]
     assert float(torch.corrcoef(torch.stack([truth, scores]))[0, 1]) > 0.99
-    # The sign and the unit are right too: positive means that the query's loss rises.
+    # The sign and the unit are correct too: positive means that the query's loss rises.
     slope = float((truth @ scores) / (scores @ scores))
     assert slope == pytest.approx(1.0, abs=0.05)
 
@@ -362,14 +362,14 @@ def test_cached_targets_are_used_unchanged() -> None:
     query = batch_of(dataset, slice(0, 2))
     assert trainer.influence(query, targets="cached").targets is callback.targets
     assert trainer.influence(query, method="gif").targets is callback.targets
-    assert trainer.influence(query).targets.count == 83  # all parameters, where nothing asks for targets
+    assert trainer.influence(query).targets.count == 83  # all parameters, unless targets are requested
 
 
 def test_a_summed_loss_counts_each_example_once_also_for_a_query_of_one_example() -> None:
     class Summed(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = F.cross_entropy(self(batch[0]), batch[1], reduction="sum")
-            return loss if float(loss) > -1 else 2 * loss  # a decision on a value, which vmap cannot take
+            return loss if float(loss) > -1 else 2 * loss  # a condition on a value, which vmap does not support
 
     dataset = blobs(30)
     query = batch_of(dataset, slice(0, 1))
@@ -416,7 +416,7 @@ def test_a_callback_attached_to_another_model_ranks_neurons_again() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is chosen for the one who does not choose
+# Defaults
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -439,7 +439,7 @@ def damped(module: Classifier, dataset: TensorDataset, damping: float) -> tuple[
 
 
 def open_trainer(module: Any, dataset: Any, **settings: Any) -> Any:
-    """In double precision, with everything that can be left open left open."""
+    """A trainer in double precision with all arguments at their defaults."""
     trainer = make_trainer(precision="64-true")
     callback = GIFCallback(curvature_examples=None, **settings)
     attach(trainer, module.double(), train_dataloaders=loader(dataset), callback=callback)
@@ -546,7 +546,7 @@ def test_the_sketch_for_self_influence_has_rank_64_by_default(monkeypatch: pytes
     assert trainer.self_influence(max_iter=80).settings["max_iter"] == 80
     assert trainer.self_influence(solver="cg").settings["max_iter"] == 64
     assert trainer.self_influence(rtol=1e-3).settings["max_iter"] == 64
-    assert trainer.self_influence(memory=0).settings["max_iter"] == 64  # the least that is worth it
+    assert trainer.self_influence(memory=0).settings["max_iter"] == 64  # the smallest rank of a sketch
     assert fitted(dataset=blobs(10))[0].self_influence().settings["max_iter"] == 64
     assert trainer.influence(blobs(20).tensors, per_example=True).settings["max_iter"] > 64
 
@@ -573,7 +573,7 @@ def test_wrong_labels_have_high_self_influence() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Some of the examples, and scores in a file
+# Scores of some examples, and scores in a folder
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -632,7 +632,7 @@ def test_scores_in_a_folder_resume_after_an_interruption(tmp_path: Any, monkeypa
     names = sorted(path.name for path in (tmp_path / "scores").iterdir())
     assert names == ["directions-0.safetensors", "done.bin", "manifest.json", "scores.bin"]
     with safe_open(tmp_path / "scores" / "directions-0.safetensors", "pt") as file:
-        assert len(file.get_tensor("directions")) == 0  # what is told of the solves is still there
+        assert len(file.get_tensor("directions")) == 0  # the diagnostics of the solves are still there
 
     with monkeypatch.context() as patch:
         patch.setattr(SolverInverse, "fit", no_solve)
@@ -862,12 +862,12 @@ def test_scores_that_need_much_memory_go_to_a_folder_from_which_the_call_resumes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where forward mode is not the derivative that training follows
+# Forward mode is not always the derivative of training
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class TemporalDifferences(Classifier):
-    """Targets by the same net, which are constants to training."""
+    """Targets computed by the same network, which are constants in training."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -885,7 +885,7 @@ class OwnTemporalDifferences(GIFMixin, TemporalDifferences):
 
 
 class Hooked(Classifier):
-    """Gradients that are scaled on their way."""
+    """A hook that scales gradients."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         hidden = self.net[1](self.net[0](batch[0]))
@@ -898,7 +898,7 @@ class Hooked(Classifier):
 
 
 class Clipped(Hooked):
-    """A hook that is not linear: of a sum of losses the gradient is not that of the gradients."""
+    """A hook that is not linear, so the gradient of a sum of losses is not the sum of the gradients."""
 
     def changed(self, gradient: Tensor) -> Tensor:
         return gradient.clamp(-0.02, 0.02)
@@ -936,7 +936,7 @@ REVERSE_ONLY = [TemporalDifferences, OwnTemporalDifferences, Hooked, Clipped, Re
 
 
 def reverse_gradients(module: Classifier, dataset: TensorDataset) -> Tensor:
-    """What training would follow for each example alone, ``(n, p)``."""
+    """The gradients of training for each example alone, ``(n, p)``."""
     rows = []
     for x, y in dataset:
         loss = module.training_step((x[None], y[None]), 0)
@@ -963,7 +963,7 @@ def test_scores_agree_with_training_gradients_if_forward_mode_does_not(kind: typ
     many = trainer.influence(batch_of(dataset, slice(None)), damping=0.1, per_example=True)
     assert torch.equal(torch.random.get_rng_state(), drawn)
 
-    # The matrix by gradients of gradients of the whole batch, as training has them.
+    # The matrix from second derivatives of the whole batch, as training computes them.
     parameters = list(module.parameters())
     hidden = module.net[1](module.net[0](x.double()))
     logits = module.net[2](hidden)
@@ -979,7 +979,7 @@ def test_scores_agree_with_training_gradients_if_forward_mode_does_not(kind: typ
     else:
         inner = torch.diag_embed(torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64).expand(20, 3))
     matrix = torch.einsum("ncp,ncd,ndq->pq", jacobian, inner, jacobian) / 20
-    if kind is Clipped:  # whose products depend on the vector's size: any symmetric matrix will do for the scores
+    if kind is Clipped:  # its products depend on the vector's norm, so the test takes any symmetric matrix
         for report, queries in ((single, rows[:4].mean(0)[None]), (few, rows[:4]), (many, rows)):
             assert report.scores.shape == (len(queries), 20)
         torch.testing.assert_close(few.scores.mean(0), single.scores[0], rtol=1e-9, atol=1e-12)
@@ -1033,7 +1033,7 @@ def test_hessian_products_treat_targets_computed_by_the_network_as_constants() -
 
 
 def test_a_few_examples_late_in_the_data_are_enough_to_detect_the_difference() -> None:
-    """The first half of the data has terminal states alone, whose targets are no predictions."""
+    """The first half of the data has terminal states only, whose targets are not predictions."""
 
     class Terminal(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -1057,7 +1057,7 @@ def test_a_few_examples_late_in_the_data_are_enough_to_detect_the_difference() -
 def test_ordinary_modules_use_forward_mode_also_for_perfectly_fitted_examples(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Gradients of such examples are rounding alone in float32, by whatever way they are had."""
+    """In float32, gradients of such examples consist of rounding errors, with any method."""
     module, dataset = Classifier(), blobs(24)
     trainer, calls = make_trainer(max_epochs=1), 0
     with torch.no_grad():
@@ -1085,7 +1085,7 @@ def test_ordinary_modules_use_forward_mode_also_for_perfectly_fitted_examples(
 
 
 def test_gradients_that_are_all_zero_cause_a_warning() -> None:
-    """A unit that no training example activates, and the query does."""
+    """A unit that the query activates, but no training example does."""
 
     class Dead(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ends of a ranking do not depend on how the scores come."""
+"""The ends of a ranking do not depend on the blocks in which scores are computed."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def hessian_of(objective: Objective, examples: Examples, **options: Any) -> Curv
 
 
 def dense_hessian(objective: Objective, examples: Examples) -> Tensor:
-    """By autograd on a loss that is written out here, not derived by the objective."""
+    """The Hessian by autograd, of a loss that is written here and not derived by the objective."""
     data = [batch.data for batch in examples.batches()]
     x, y = torch.cat([d[0] for d in data]), torch.cat([d[1] for d in data])
 
@@ -84,7 +84,7 @@ def dense_hessian(objective: Objective, examples: Examples) -> Tensor:
 def test_products_equal_those_of_the_dense_hessian_for_any_batches(net: str, batch_size: int) -> None:
     with opened(net, batch_size=batch_size) as (objective, train):
         matrix = dense_hessian(objective, train)
-        assert torch.linalg.eigvalsh(matrix).min() < -1e-3  # the case that matters
+        assert torch.linalg.eigvalsh(matrix).min() < -1e-3  # the Hessian is indefinite
         found = to_matrix(hessian_of(objective, train))
         torch.testing.assert_close(found, matrix, rtol=1e-10, atol=1e-12)
 
@@ -188,7 +188,7 @@ def some_targets(objective: Objective) -> Tensor:
 
 
 def dense_edit(method: str, matrix: Tensor, s: Tensor, g: Tensor) -> Tensor:
-    """The table of methods, written out."""
+    """The formulas of the methods, with dense matrices."""
     if method == "gif":
         a = matrix[:, s]
         return torch.linalg.solve(a.T @ a, a.T @ g)
@@ -257,7 +257,7 @@ def test_lissa_inverts_a_damped_full_hessian(method: str) -> None:
 @pytest.mark.parametrize("method", ["gif", "fif", "pif", "if"])
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 def test_a_query_is_the_adjoint_of_the_edit(method: str, damping: float) -> None:
-    """``wᵀg = q[S]ᵀx(g)`` for every ``g``: what makes one solve a query enough."""
+    """``wᵀg = q[S]ᵀx(g)`` for every ``g``, so one solve for each query is enough."""
     with opened() as (objective, train):
         curvature = hessian_of(objective, train)
         targets = some_targets(objective) if METHODS[method].selects else torch.arange(objective.space.size)
@@ -292,7 +292,7 @@ def test_the_settings_reach_the_solver() -> None:
         expected = lissa(curvature, rhs, damping=0.25, rtol=1e-9, max_iter=3)
         assert torch.equal(found.x, expected.x)
         assert found.iterations == 3
-        (again,) = solve_with_relative_damping(settings, 0.5, curvature, rhs)  # which is for where it was left open
+        (again,) = solve_with_relative_damping(settings, 0.5, curvature, rhs)  # the share is for open damping
         assert torch.equal(again.x, found.x)
         assert (again.damping, again.hvps) == (0.25, found.hvps)
 
@@ -320,7 +320,7 @@ def test_default_damping_is_relative_to_the_curvature_along_the_right_hand_side(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Every kind of net
+# Every kind of network
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -374,7 +374,7 @@ class LogSoftmax(Classifier):
 
 
 class Reshaped(Classifier):
-    """As language models have it: the log-probabilities of all positions in one table."""
+    """As in language models: the log-probabilities of all positions in one table."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         logits = self(batch[0])[:, None]
@@ -432,7 +432,7 @@ def test_gauss_newton_of_a_regression_is_that_of_least_squares() -> None:
 
 
 class Linear(Classifier):
-    """The scores themselves in the place of log-probabilities."""
+    """Logits in place of log-probabilities."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.nll_loss(self(batch[0]), batch[1])
@@ -456,7 +456,7 @@ def test_a_curvature_that_is_zero_causes_a_warning() -> None:
 
 
 def test_a_loss_that_bypasses_its_predictions_is_refused_for_each_batch_structure() -> None:
-    """A penalty on batches of sequences alone, after a batch of single positions that has none."""
+    """A penalty on batches of sequences only, after a batch of single positions without one."""
     calls = 0
 
     def loss_sum(theta: Tensor, batch: Batch) -> Tensor:
@@ -473,7 +473,7 @@ def test_a_loss_that_bypasses_its_predictions_is_refused_for_each_batch_structur
     theta = torch.randn(3, dtype=torch.float64)
     for size in (4, 4, 2, 1):
         linearise(theta, Batch.of(torch.randn(size, 3, dtype=torch.float64)))
-    assert calls == 1  # once for a structure
+    assert calls == 1  # once for each structure
     for _ in range(2):
         with pytest.raises(ObjectiveError, match="the gradient through them is not the loss's"):
             linearise(theta, Batch.of(torch.randn(4, 2, 3, dtype=torch.float64)))
@@ -485,13 +485,13 @@ def test_gauss_newton_without_a_loss_function_of_pytorch_is_refused() -> None:
             return (torch.logsumexp(self(batch[0]), 1) - self(batch[0]).gather(1, batch[1][:, None])[:, 0]).mean()
 
     with opened_net("perceptron", ByHand) as (objective, train):
-        to_matrix(hessian_of(objective, train))  # which is fine
+        to_matrix(hessian_of(objective, train))  # this is allowed
         with pytest.raises(ObjectiveError, match="curvature='hessian'"):
             Curvature(CURVATURES["ggn"](objective), objective.theta, train).matvec(objective.theta)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a product costs
+# The cost of a product
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -538,9 +538,9 @@ def test_the_memory_of_a_graph_is_that_of_its_saved_tensors() -> None:
     x = torch.randn(100, requires_grad=True)
     y = x.tanh()  # saves its result
     assert graph_bytes(y) == 400
-    assert graph_bytes(y * y) == 400  # the same tensor, once
+    assert graph_bytes(y * y) == 400  # the same tensor counts once
     assert graph_bytes(y.exp()) == 800
-    weight = torch.randn(1_000_000)[:100]  # a view does not pay for all that it is a view of
+    weight = torch.randn(1_000_000)[:100]  # a view does not count its whole base
     assert graph_bytes((x * weight).sum()) == 400
 
 
@@ -585,7 +585,7 @@ def test_the_second_order_is_closer_to_retraining_than_the_first_on_least_square
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 5, generator=generator, dtype=torch.float64)
     y = x @ torch.randn(5, generator=generator, dtype=torch.float64) + torch.randn(400, dtype=torch.float64)
-    x[:80] *= 1.5  # the group is not like the others
+    x[:80] *= 1.5  # the group differs from the other examples
 
     def moments(rows: slice) -> tuple[Tensor, Tensor]:
         return x[rows].T @ x[rows] / len(x[rows]), x[rows].T @ y[rows] / len(x[rows])
@@ -620,7 +620,7 @@ def test_the_second_order_is_closer_to_retraining_than_the_first_on_least_square
         errors[share] = float((second - truth).norm())
         assert len(solutions) == 2
         assert errors[share] < 0.5 * float((first - truth).norm())
-        # Over the retained data, as the others take it, the first order is exact where the risk is quadratic.
+        # With the curvature of the retained data, the first order is exact for a quadratic risk.
         exact, _ = METHODS["if"].edit(Dense(rest[0]), everything, gradient, solve)
         torch.testing.assert_close(exact, truth)
     assert errors[0.08] / errors[0.04] > 6

@@ -1,4 +1,4 @@
-"""The damped inverse of the curvature: each implementation gives what the dense matrix gives, and any can be added."""
+"""The damped inverse of the curvature: implementations agree with the dense matrix, and users can add their own."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def test_each_inverse_equals_that_of_the_damped_matrix(kind: type[SolverInverse]
         positions = torch.arange(size) if method == "if" else torch.arange(0, size, 3)
         asked = settings(solver=solver, method=method)
         gradients = objective.query_gradients(train.subset(torch.arange(5)), per_example=True)
-        matrix = to_matrix(open_curvature(asked, objective, train))[positions][:, positions]  # with the weight decay
+        matrix = to_matrix(open_curvature(asked, objective, train))[positions][
+            :, positions
+        ]  # includes the weight decay
         matrix = torch.linalg.inv(matrix + DAMPING * torch.eye(len(positions), dtype=matrix.dtype))
         expected = torch.zeros_like(gradients)
         expected[:, positions] = gradients[:, positions] @ matrix
@@ -156,7 +158,7 @@ def test_a_custom_inverse_needs_one_class_and_one_name(monkeypatch: pytest.Monke
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Memory decides how fast results are there, never what they are
+# Memory decides how fast results are computed, but never changes them
 # ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Which examples the curvature sees: in what shares, how often each, and whether the draws scatter less."""
+"""Curvature examples: class shares, probabilities, and the variance of the draws."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_each_example_is_drawn_with_the_same_probability(how: str) -> None:
 
 
 def test_representative_samples_have_less_variance_than_random_ones() -> None:
-    """Measured on what they are for: the product of the Hessian with a vector."""
+    """The variance is measured on products of the Hessian with a vector."""
     dataset = blobs(400)
     _, module, _ = fitted(Classifier(), dataset, max_epochs=8)
     with opened(dataset, module) as (objective, train):
@@ -128,7 +128,7 @@ def test_features_need_a_linear_layer_at_the_end() -> None:
 
 
 def test_forget_examples_are_not_curvature_examples() -> None:
-    """They are found in the training data and left out, however the sample is drawn."""
+    """Forget examples are looked up in the training data and excluded from every sample."""
     trainer, _, dataset = fitted()
     seen: list[Tensor] = []
 

@@ -125,7 +125,7 @@ def test_structures_are_compared_and_described() -> None:
         (X, None),
         ({"x": X}, None),
         ((X, Y > 0), None),
-        ((X, Y + 10_000), None),  # ids or counts rather than classes
+        ((X, Y + 10_000), None),  # ids or counts rather than labels
     ],
 )
 def test_targets_that_are_whole_numbers_are_labels(batch: Any, expected: Tensor | None) -> None:
@@ -375,7 +375,7 @@ def test_the_digest_of_data_depends_on_ids_and_on_the_contents_of_a_spread_sampl
     x = torch.zeros(1000, 2)
     train = Examples.from_loader(DataLoader(TensorDataset(x)), lambda data: data, batch_size=100)
     seen = {data_digest(train), data_digest(train.subset(torch.arange(999)))}
-    for first in (0, 300, 600, 900):  # any 16 in a row have one of the 64 that are looked at
+    for first in (0, 300, 600, 900):  # any 16 in a row include one of the 64 that are hashed
         x[first : first + 16] += 1
         seen.add(data_digest(train))
     assert len(seen) == 6
@@ -383,7 +383,7 @@ def test_the_digest_of_data_depends_on_ids_and_on_the_contents_of_a_spread_sampl
 
 
 def test_examples_whose_tensors_are_not_one_row_each_are_recognised_too() -> None:
-    """A graph has as many nodes as it likes: a batch of several does not tell which are whose."""
+    """Graphs have different numbers of nodes: a batch of graphs does not say which node belongs to which graph."""
     graphs = [
         (torch.ones(nodes, 2) * value, torch.tensor([value])) for nodes, value in ((2, 1), (3, 1), (2, 2), (2, 1))
     ]
@@ -407,7 +407,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32
 
 @st.composite
 def column(draw: st.DrawFn, size: int) -> Any:
-    """What holds something for each of ``size`` examples: a tensor or strings; or something else."""
+    """A value with an entry for each of ``size`` examples (a tensor or strings), or another value."""
     kind = draw(st.sampled_from(["tensor", "tensor", "texts", "words", "scalar", "number", "other texts", "none"]))
     texts = st.text("ab", max_size=2)
     if kind == "tensor":
@@ -433,7 +433,7 @@ def structure(draw: st.DrawFn, size: int, depth: int = 2) -> Any:
         return draw(column(size))
     if kind is Pair:
         return Pair(draw(inner), draw(inner))
-    # Two columns of texts for two examples, or texts of one of one, could be meant as either.
+    # Two columns of texts for two examples, or one for one example, are ambiguous.
     items = draw(st.lists(inner, min_size=size + 1, max_size=size + 2))
     return {str(i): item for i, item in enumerate(items)} if kind is dict else kind(items)
 

@@ -1,4 +1,4 @@
-"""How the losses of single examples come from a module is chosen once, and all ways give the same numbers."""
+"""Per-example losses: the loss function is chosen once, and all of them give the same values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ N = 7
 
 
 class Counted(Classifier):
-    """Counts the calls of its step."""
+    """Counts the calls of its training step."""
 
     calls = 0
 
@@ -36,7 +36,7 @@ class Counted(Classifier):
 
 
 class Summed(Counted):
-    """Decides on a value, which a vmap cannot."""
+    """Has a condition on a value, which vmap does not support."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = len(batch[1]) * super().training_step(batch, batch_idx)
@@ -44,7 +44,7 @@ class Summed(Counted):
 
 
 class Coupled(Summed):
-    """Its loss of a batch is more than that of its examples."""
+    """The loss of a batch is not the mean of its examples' losses."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx) * len(batch[1])
@@ -127,7 +127,7 @@ def test_a_training_step_is_probed_before_its_losses_are_computed() -> None:
 
 
 class Whole(LossFunction):
-    """A further way, which defines what it has to and nothing more."""
+    """Another loss function, with the required methods only."""
 
     def evaluate(self, theta: Tensor, batch: Batch, *, buffers: dict[str, Tensor] | None = None) -> Tensor:
         logits = self.shadow.call(theta, "forward", batch.data[0], buffers=buffers)

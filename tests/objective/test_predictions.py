@@ -1,4 +1,4 @@
-"""The predictions that go into PyTorch's loss functions are found, and can be replaced, however the loss is called."""
+"""The predictions passed to PyTorch's loss functions are recorded and can be replaced, however the loss is called."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ WEIGHTS = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
 TEACHER = torch.softmax(torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(2)).double(), -1)
 SEEN = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
 
-# Losses of log-probabilities that are no longer, or never were, the result of a log-softmax; of logits (4, 2, 3).
+# Losses of log-probabilities that are not a direct result of a log-softmax, as functions of logits (4, 2, 3).
 OF_LOG_PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "as it is": lambda z: F.nll_loss(F.log_softmax(z[:, 0], 1), STEPS[:, 0]),
     "view": lambda z: F.nll_loss(F.log_softmax(z, -1).view(-1, 3), STEPS.view(-1)),
@@ -92,7 +92,7 @@ OF_LOG_PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", list(OF_LOG_PROBABILITIES))
 @pytest.mark.parametrize("mapped", [False, True])
 def test_log_probabilities_have_the_gauss_newton_matrix_of_the_logits(name: str, mapped: bool) -> None:
-    """Of the logits it is the Hessian: the loss is convex in them, and nothing comes before."""
+    """For the logits it equals the Hessian: the loss is convex in them, and no model precedes them."""
     loss = OF_LOG_PROBABILITIES[name]
     logits = torch.randn(4, 2, 3, dtype=torch.float64)
 
@@ -228,7 +228,7 @@ def test_other_losses_do_not_classify_examples(loss: Callable[[], object]) -> No
     assert noted.classified() is None
 
 
-OTHER = torch.tensor([0, 2, 3, 1])  # a class more than are predicted
+OTHER = torch.tensor([0, 2, 3, 1])  # one more class than predicted
 
 OUT_OF_BOUNDS: dict[str, Callable[[], Tensor]] = {
     "cross_entropy": lambda: F.cross_entropy(LOGITS, OTHER),

@@ -43,7 +43,7 @@ def test_every_selector_picks_the_given_share(name: str, kind: str, ratio: float
     layer = layer_of(LAYERS[kind]())
     entries = SELECTORS[name](layer, ratio, torch.Generator().manual_seed(0))
     budget = int(ratio * layer.size)
-    # Weights and biases are counted apart by the two that draw them apart.
+    # The two selectors that draw weights and biases separately count them separately.
     least = budget - 1 if name in ("random", "threshold") else budget
     assert least <= len(entries) <= budget
     assert len(entries.unique()) == len(entries)
@@ -90,11 +90,11 @@ def test_exclusive_selectors_stay_outside_of_the_top(kind: str) -> None:
 def test_threshold_draws_from_the_neurons_with_the_largest_outputs() -> None:
     layer = layer_of(nn.Linear(6, 10))
     entries = SELECTORS["threshold"](layer, 0.2, torch.Generator().manual_seed(0))
-    # All outputs but those of neurons 2 and 4 are above 1, where the threshold starts.
+    # All outputs except those of neurons 2 and 4 are above 1, the first threshold.
     assert neurons_of(layer, entries) <= set(range(10)) - {2, 4}
     small = Layer("", 10, 6, True, layer.outputs / 100 if layer.outputs is not None else None)
     entries = SELECTORS["threshold"](small, 0.2, torch.Generator().manual_seed(0))
-    # It is lowered until two neurons (0.09 and 0.08) own enough: a step of 0.01 lets no third one in.
+    # It is lowered until two neurons (0.09 and 0.08) have enough weights. Steps of 0.01 admit no third neuron.
     assert neurons_of(small, entries) <= {1, 6}
 
 
@@ -148,7 +148,7 @@ def test_the_user_can_register_a_selector() -> None:
 
 
 class Mixed(nn.Module):
-    """Every kind of layer that the choice must cope with."""
+    """Every kind of layer that selectors must support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def test_the_same_seed_picks_the_same_parameters(selector: str) -> None:
     # MultiheadAttention calls its output projection by its weight, not as a layer: it has no statistics.
     options: dict[str, Any] = {"neurons": neurons, "gradients": gradients, "allowed": ["conv.*", "head.*"]}
     first = select(module, selector, 0.45, seed=1, **options)
-    torch.rand(3)  # the global generator has no say
+    torch.rand(3)  # the global generator has no effect
     again = select(module, selector, 0.45, seed=1, **options)
     assert first.jaccard(again) == 1
     assert {"conv.weight", "head.weight"} <= set(first) <= {"conv.weight", "conv.bias", "head.weight", "head.bias"}

@@ -1,4 +1,4 @@
-"""Which states of the weights are kept, and scores that are averaged over them."""
+"""The choice of snapshots, and scores that are averaged over them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_invalid_numbers_of_snapshots_are_refused(count: Any) -> None:
 
 
 class Normal(Classifier):
-    """With buffers that training moves."""
+    """A module with buffers that training changes."""
 
     def __init__(self) -> None:
         super().__init__(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)))
@@ -81,7 +81,7 @@ def test_scores_over_snapshots_are_the_mean_of_the_scores_of_each_state(tmp_path
         attach(other, earlier, train_dataloaders=loader(dataset), callback=GIFCallback())
         parts.append(other.influence(query, per_example=True).scores)
     torch.testing.assert_close(report.scores, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-7)
-    assert (parts[1] - parts[0]).abs().max() > 1e-5  # buffers and weights of another time
+    assert (parts[1] - parts[0]).abs().max() > 1e-5  # buffers and weights of another epoch
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
     filed = trainer.influence(query, per_example=True, snapshots=True, scores_to=tmp_path / "scores")

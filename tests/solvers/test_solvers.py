@@ -1,4 +1,4 @@
-"""Solvers against dense linear algebra in float64, and what they say when they cannot succeed."""
+"""Solvers against dense linear algebra in float64, and their reports if they cannot converge."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lightning_gif.solvers.solution import Solution, Status
 
 
 class Matrix:
-    """A dense matrix that is only known by its products; each goes through ten examples."""
+    """A dense matrix as an operator that counts its products. Each uses ten examples."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -55,7 +55,7 @@ class Matrix:
 
 
 class Mean(Matrix):
-    """The mean of several matrices, of which a draw shows one."""
+    """The mean of several matrices. A draw is one of them."""
 
     def __init__(self, parts: Tensor) -> None:
         super().__init__(parts.mean(0))
@@ -66,7 +66,7 @@ class Mean(Matrix):
         return Matrix(self.parts[part])
 
 
-# Those that need only products, and take many or few steps.
+# Solvers that need only products, with many or few iterations.
 ITERATIVE = ["lissa", "plain_lissa", "cgls", "lsmr"]
 DETERMINISTIC = [*ITERATIVE, "dense"]
 BUILT_IN = [*DETERMINISTIC, "stochastic_lissa", "cg", "nystrom"]
@@ -144,7 +144,7 @@ def test_the_diagnostics_are_those_of_the_returned_solution(solver: str) -> None
     assert isinstance(found, Solution)
     normal = TALL.T @ rhs
     residual = normal - TALL.T @ (TALL @ found.x) - 0.3**2 * found.x
-    # The iterate's own residual; rounding decides where it is at the level of rounding itself.
+    # The true residual of the iterate. At the level of rounding it depends on rounding.
     assert found.residual == pytest.approx(float(residual.norm() / normal.norm()), rel=1e-6, abs=1e-12)
     assert found.unexplained == pytest.approx(float((TALL @ found.x - rhs).norm() / rhs.norm()))
     assert found.sigma_max == pytest.approx(float(torch.linalg.matrix_norm(TALL, 2)), rel=0.05)
@@ -171,7 +171,7 @@ def test_columns_are_solved_as_if_each_were_alone(solver: str) -> None:
         found = SOLVERS[solver](operator, rhs, damping=0.1, rtol=1e-6, max_iter=400)
         assert isinstance(found, list)
         assert sum(solution.hvps for solution in found) == operator.products
-        assert found[2].iterations == 0  # nothing to do, and nothing spent on it while the others went on
+        assert found[2].iterations == 0  # nothing to solve, and no products while the other columns continue
 
 
 @pytest.mark.parametrize("solver", ITERATIVE)
@@ -233,7 +233,7 @@ def test_a_residual_below_float32_is_reported_as_stalled(solver: str) -> None:
 @pytest.mark.parametrize("condition", [1e1, 1e3])
 @pytest.mark.parametrize("rtol", [1e-2, 1e-4, 1e-6, 1e-12])
 def test_a_solve_in_float32_reports_its_true_residual(solver: str, condition: float, rtol: float) -> None:
-    """Where the right-hand side can be met, a carried residual goes to zero while that of the iterate does not."""
+    """For a consistent system, the recursive residual goes to zero, while the true one does not."""
     values = torch.logspace(0, -1, 40, base=condition, dtype=torch.float64) * torch.tensor([1.0, -1.0]).repeat(20)
     matrix = symmetric_indefinite(values)
     rhs = matrix @ torch.randn(40, dtype=torch.float64)
@@ -247,7 +247,7 @@ def test_a_solve_in_float32_reports_its_true_residual(solver: str, condition: fl
 @pytest.mark.parametrize("solver", DETERMINISTIC)
 @pytest.mark.parametrize(("sigma", "size"), [(1e-5, 1.0), (1e-4, 1e-11), (1.0, 1e-24), (1e4, 1e20)])
 def test_tiny_and_huge_numbers_do_not_vanish_in_float32(solver: str, sigma: float, size: float) -> None:
-    """The squares of either are no float32 numbers; gradients of a net that interpolates its data are that small."""
+    """Their squares overflow or underflow in float32. A network that interpolates its data has such small gradients."""
     matrix = sigma * TALL.float()
     rhs = size * torch.randn(60, generator=torch.Generator().manual_seed(1))
     found = solve(solver, matrix, rhs, rtol=1e-4, max_iter=2000)
@@ -259,7 +259,7 @@ def test_tiny_and_huge_numbers_do_not_vanish_in_float32(solver: str, sigma: floa
 @pytest.mark.parametrize("solver", ["cgls", "lsmr"])
 @pytest.mark.parametrize("rank", [1, 3, 20])
 def test_krylov_stops_past_convergence_and_does_not_turn_to_nan(solver: str, rank: int) -> None:
-    """After as many steps as there are singular values nothing is left; the public versions divide by it."""
+    """After as many iterations as singular values, the remainder is zero. Common implementations divide by it."""
     values = torch.cat([torch.logspace(0, -1, rank), torch.zeros(20 - rank)])
     matrix = with_singular_values(60, values.double()).float()
     rhs = torch.randn(60)
@@ -291,7 +291,7 @@ def test_lsmr_has_the_smallest_residual_at_every_number_of_products() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_lissa_converges_if_the_right_hand_side_hardly_contains_the_leading_direction(seed: int) -> None:
-    """The Lanczos start misses a singular value that the right-hand side hardly has; the steps themselves find it."""
+    """The first Lanczos estimate misses a singular value that is hardly in the right-hand side. The iterations find it."""
     generator = torch.Generator().manual_seed(seed)
     right = torch.linalg.qr(torch.randn(31, 31, generator=generator, dtype=torch.float64)).Q
     values = torch.cat([torch.tensor([1.6], dtype=torch.float64), torch.linspace(0.3, 1, 30, dtype=torch.float64)])
@@ -309,7 +309,7 @@ def test_lissa_converges_if_the_right_hand_side_hardly_contains_the_leading_dire
 @pytest.mark.parametrize("solver", ITERATIVE)
 @pytest.mark.parametrize("sigma", [1.0, 1e2, 1e4])
 def test_the_size_of_the_hessian_does_not_matter(solver: str, sigma: float) -> None:
-    """The paper's script starts with scale 1 and starts over with a larger one until it stops diverging."""
+    """The paper's script starts with scale 1, and restarts with a larger one until it no longer diverges."""
     rhs = torch.randn(60, dtype=torch.float64)
     small, large = (solve(solver, scale * TALL, rhs, rtol=1e-9, max_iter=5000) for scale in (1.0, sigma))
     assert small.converged
@@ -365,12 +365,12 @@ def test_an_operator_that_changes_between_products_is_reported(solver: str) -> N
             return super().matvec(vectors) + 0.2 * torch.randn_like(self.matrix) @ vectors
 
     class Shuffled(Matrix):
-        """Nothing of one product is left in the next."""
+        """Each product is independent of the previous one."""
 
         def matvec(self, vectors: Tensor) -> Tensor:
             return super().matvec(vectors)[torch.randperm(len(self.matrix))]
 
-    try:  # it changes once, and then stays: all that can be asked is that nothing is called converged
+    try:  # it changes once and then stays: the test requires only that no result is called converged
         found = SOLVERS[solver](Restless(TALL), torch.randn(60, dtype=torch.float64), rtol=1e-12, max_iter=1000)
     except ConvergenceError:
         pass
@@ -409,7 +409,7 @@ def parts(noise: float) -> Tensor:
 
 
 def test_stochastic_lissa_finds_the_solution_of_the_mean() -> None:
-    """With the same batch for both factors the answer would be that of ``E[BᵢᵀBᵢ]``, a ridge of the noise."""
+    """With the same batch for both factors, the solution would be that of ``E[BᵢᵀBᵢ]``, with a ridge from the noise."""
     operator = Mean(parts(0.2))
     rhs = torch.randn(30, dtype=torch.float64)
     found = stochastic_lissa(operator, rhs, rtol=0.05, max_iter=4000)
@@ -418,7 +418,7 @@ def test_stochastic_lissa_finds_the_solution_of_the_mean() -> None:
     second_moment = torch.stack([part.T @ part for part in operator.parts]).mean(0)
     biased = torch.linalg.solve(second_moment, operator.matrix.T @ rhs)
     assert relative(found.x, exact) < 0.05
-    assert relative(biased, exact) > 0.2  # what the test is about
+    assert relative(biased, exact) > 0.2  # the condition of this test
     assert found.converged
     assert found.iterations == 4000
 
@@ -463,7 +463,7 @@ def test_stochastic_lissa_with_one_batch_is_deterministic_and_repeats_by_its_see
 
 
 def test_a_stochastic_solve_that_diverges_raises() -> None:
-    """One batch in forty bends two hundred times as much: the few draws that the scale is taken from miss it."""
+    """One batch in forty has two hundred times the curvature. The few draws that set the scale miss it."""
     every = parts(0.0)[:1].repeat(40, 1, 1)
     every[7] *= 200
     with pytest.raises(ConvergenceError, match="larger `batch_size`"):
@@ -525,7 +525,7 @@ def test_a_newton_step_minimises_the_damped_quadratic(damping: float, share: flo
     assert relative(solution.x, truth) < 1e-8
     assert bend == pytest.approx(float(truth @ DEFINITE @ truth), rel=1e-8)
     assert solution.status is Status.CONVERGED
-    assert solution.hvps == solution.iterations + 1 == operator.products <= 16  # one checks the residual
+    assert solution.hvps == solution.iterations + 1 == operator.products <= 16  # one product checks the residual
     assert solution.examples == 10 * solution.hvps
     assert 30.0 < solution.sigma_max <= 100.0  # an estimate from below
 
@@ -587,7 +587,7 @@ def test_a_newton_step_reports_the_size_of_negative_curvature() -> None:
 
 
 def test_a_newton_step_reports_its_true_residual() -> None:
-    """In float32, at a condition of 1e5: what the recurrence carries along has long left what is true."""
+    """In float32, with a condition number of 1e5, the recursive residual is far from the true one."""
     matrix = symmetric_indefinite(torch.logspace(0, 5, 40, dtype=torch.float64)).float()
     rhs = torch.randn(40, generator=torch.Generator().manual_seed(0))
     solution, _ = truncated_newton(Matrix(matrix), rhs, **{**NEWTON, "rtol": 1e-6, "max_iter": 2000})
@@ -612,9 +612,9 @@ def test_conjugate_gradients_solve_each_column_to_its_own_convergence(damping: f
         torch.testing.assert_close(solution.x, truth[:, column], rtol=1e-7, atol=1e-10)
         assert solution.converged
         assert len(solution.residuals) == solution.iterations + 1
-    assert found[1].iterations == 1  # an eigenvector needs one step,
-    assert found[2].iterations == 0  # and nothing none
-    assert operator.products <= found[0].iterations + 1 + 3  # columns that are done cost nothing more
+    assert found[1].iterations == 1  # an eigenvector needs one iteration,
+    assert found[2].iterations == 0  # and a zero column none
+    assert operator.products <= found[0].iterations + 1 + 3  # converged columns cost no more products
 
 
 def test_conjugate_gradients_end_at_negative_curvature_and_need_a_square_matrix() -> None:
@@ -656,7 +656,7 @@ def test_a_sketch_costs_its_rank_and_one_product_for_any_number_of_columns() -> 
     assert max(errors) < 0.05
     assert all(abs(value) < 0.05 for value in (solution.residual for solution in found))
     (rough,) = [SOLVERS["nystrom"](Matrix(matrix), rhs[:, 0], damping=1e-2, rtol=1e-3, max_iter=5, seed=0)]
-    assert rough.residual > 0.1  # and says so where the rank does not reach down to the damping
+    assert rough.residual > 0.1  # and is not converged if the rank does not reach down to the damping
     assert not rough.converged
 
 
@@ -726,7 +726,7 @@ def test_a_plain_function_can_be_registered_and_declares_nothing() -> None:
 
     found = solvers["mine"](Matrix(TALL), torch.ones(60, dtype=torch.float64), damping=0.5, max_iter=7)
     assert relative(found.x, dense(Matrix(TALL), torch.ones(60, dtype=torch.float64), damping=0.5).x) == 0
-    assert calls == [{"max_iter": 7, "seed": 0, "discrepancy": 0.0}]  # and a start only where there is one
+    assert calls == [{"max_iter": 7, "seed": 0, "discrepancy": 0.0}]  # and a warm start only if there is one
     assert callable(mine)  # it stays the function that it was
     assert not isinstance(mine, Solver)
     assert not solvers["mine"].requires_symmetric_psd
@@ -754,12 +754,12 @@ def test_a_registered_solver_keeps_its_declarations() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One unit of damping
+# One meaning of damping
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class Declared(Mean):
-    """A matrix that declares to be positive semi-definite; every draw shows all of it."""
+    """A matrix that declares itself positive semi-definite. Every draw is the whole matrix."""
 
     positive_semidefinite = True
 
@@ -790,18 +790,18 @@ def test_every_solver_adds_the_damping_to_the_eigenvalues(matrix: Tensor, weight
     for column, solution in enumerate(found):
         assert relative(solution.x, expected[:, column]) < 1e-6
         assert solution.damping == 0.1
-        # Of the matrix itself; conjugate gradients see it along their directions only, of which g is the first.
+        # The value of the matrix. Conjugate gradients estimate it along their directions only, the first of which is g.
         g = rhs[:, column]
         least = float(g @ operator.matrix @ g / (g @ g)) if solver == "cg" else 0.9 * (1.0 + weight_decay)
         assert least * (1 - 1e-9) < solution.sigma_max < 1.1 * (1.0 + weight_decay)
         assert solution.unexplained < 1e-6
-    if solver != "stochastic_lissa":  # whose draws count for themselves
+    if solver != "stochastic_lissa":  # which counts its own draws
         assert sum(solution.hvps for solution in found) == pytest.approx(operator.products, abs=2)
 
 
 @pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_an_eigenvalue_of_an_indefinite_matrix_counts_by_its_magnitude(solver: str) -> None:
-    """What is added to −1 would be 0 at a damping of 1, and the system singular."""
+    """With a shift, a damping of 1 would turn the eigenvalue −1 into 0, and the system would be singular."""
     rhs = torch.ones(7, dtype=torch.float64)
     values, basis = torch.linalg.eigh(INDEFINITE)
     found = solve(solver, INDEFINITE, rhs, damping=1.0, rtol=1e-10, max_iter=5000)

@@ -1,4 +1,4 @@
-"""Files that anybody may have written or damaged: they are read right, or refused by an error that says so."""
+"""Files from untrusted sources or with damage: they are read correctly, or refused with a clear error."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_invalid_records_raise_a_value_error(text: Any, message: str) -> None:
 
 def test_a_record_that_would_not_fit_into_memory_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "large.json", "wb") as file:
-        file.truncate(MOST_BYTES + 1)  # takes no room on the disk
+        file.truncate(MOST_BYTES + 1)  # takes no space on the disk
     with pytest.raises(ValueError, match=r"but at most \d+ are read"):
         read(tmp_path / "large.json")
     with pytest.raises(ConfigurationError, match=r"but at most \d+ can be read"):
@@ -229,7 +229,7 @@ def parts_of(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def forge(path: Path, record: Any, tensors: dict[str, Tensor]) -> None:
-    """An edit file of anything, whose sum is right."""
+    """An edit file with arbitrary contents and a correct checksum."""
     metadata = {"format": "lightning-gif edit 4", "report": json.dumps(record), "digest": digest(tensors, record)}
     path.write_bytes(save({name: value.clone() for name, value in tensors.items()}, metadata=metadata))
 
@@ -481,7 +481,7 @@ def test_replacing_files_follows_no_links(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Scores in a file
+# Score stores
 # --------------------------------------------------------------------------------------------------------------------
 
 

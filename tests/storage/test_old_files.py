@@ -1,4 +1,4 @@
-"""Files of earlier versions are read as they were meant: ``old_files`` has one of each kind, named by its format."""
+"""Files of earlier versions are read correctly. ``old_files`` has one of each kind, named by its format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit log: what it tells, that every change of it is noticed, and that it is never written in part."""
+"""The audit log: its contents, the detection of every change, and complete writes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def recorded(path: Path, **settings: Any) -> tuple[Any, nn.Module, Any]:
 
 
 def told(number: int = 0) -> dict[str, Any]:
-    """What an entry may be about."""
+    """The contents of an entry, with made-up digests and numbers."""
     digests = {name: hashlib.sha256(f"{name}{number}".encode()).hexdigest() for name in ("values", "report")}
     before, after = (hashlib.sha256(f"{n}".encode()).hexdigest() for n in (number, number + 1))
     change = {"before": before, "after": after}
@@ -65,7 +65,7 @@ def failed(found: Verification) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What an entry tells
+# The contents of an entry
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +111,7 @@ def test_the_digests_of_new_labels_and_of_the_training_data_differ(tmp_path: Pat
     trainer, _, dataset = recorded(path)
     trainer.unlearn([1, 5], relabel=0).undo()
     trainer.unlearn([1, 5], relabel=2).undo()
-    dataset.tensors[0][0] += 1.0  # spread over 48 examples, all 48 are looked at
+    dataset.tensors[0][0] += 1.0  # spread over 48 examples, all of which are hashed
     trainer.unlearn([1, 5], relabel=2).undo()
     one, two, three = (entry for entry in read(path).entries if entry["event"] == "unlearn")
     assert one["asked"]["goal"] == "labels"
@@ -310,7 +310,7 @@ def test_an_empty_audit_log_verifies_no_edit(tmp_path: Path) -> None:
     assert failed(verify(path)) == ["chain"]
     assert "Last hash: none" in str(verify(path))
     assert verify(path).last_hash == FIRST
-    append(path, "undo", told())  # it may be begun
+    append(path, "undo", told())  # an empty log may be started
     assert verify(path).ok
     path.write_bytes(b"")
     assert failed(verify(path, module=nn.Linear(2, 2))) == ["chain"]
@@ -339,7 +339,7 @@ def test_a_file_that_cannot_be_read_is_not_reported_as_missing(tmp_path: Path) -
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Whole or not at all
+# Complete or not at all
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -374,7 +374,7 @@ def test_a_killed_process_leaves_whole_entries(tmp_path: Path, moment: str) -> N
 
 
 def appending(path: Path, count: int) -> int:
-    """A process of its own that adds so many entries."""
+    """A process that adds a number of entries."""
     child = os.fork()
     if not child:
         for number in range(count):
@@ -418,7 +418,7 @@ def test_an_edit_that_cannot_be_recorded_is_not_made(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (len(content) + 100, limits[1])
-    )  # a part can be written, as on a full disk
+    )  # only a part can be written, as on a full disk
     try:
         with pytest.raises(RecordError, match="cannot be written"):
             trainer.unlearn([3, 4])
@@ -605,7 +605,7 @@ def test_hostile_checkpoints_fail_the_check_and_run_no_code(tmp_path: Path) -> N
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Edits that are taken back out of order
+# Edits that are undone out of order
 # --------------------------------------------------------------------------------------------------------------------
 
 

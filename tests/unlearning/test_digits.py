@@ -1,4 +1,4 @@
-"""The main promise on real data: each of the ten digits is forgotten in turn from one trained net."""
+"""Class removal on real data: a trained network forgets each of the ten digits in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An edit that was interrupted goes on where it was, to the same bits; from anything else it does not."""
+"""An interrupted edit resumes and ends bit for bit the same. It does not resume from solves of another call."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[str]:
-    """The solves that are made from now on; instead of one of them the user interrupts."""
+    """A list of the solves from now on. One of them is replaced by an interrupt."""
     made: list[str] = []
     for name in ("_solve_influence", "_solve_descent"):
         original = getattr(EditProblem, name)
@@ -152,7 +152,7 @@ def test_a_change_after_a_different_change_is_not_resumed(tmp_path: Path, monkey
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any], torch.Tensor], torch.Tensor], *, signed: bool) -> None:
-    """The file with something else in its record or tensor, with a digest that fits or not."""
+    """Changes the record or the tensor of a file, with or without a new digest."""
     with safe_open(path, "pt") as file:
         metadata, tensor = dict(file.metadata()), file.get_tensor("change")
     record = json.loads(metadata["report"])
@@ -164,7 +164,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], torch.Tensor], torch
 
 
 def with_text(path: Path, name: str, text: str) -> None:
-    """The file with another text in its metadata."""
+    """Changes the metadata of a file."""
     with safe_open(path, "pt") as file:
         metadata, tensor = dict(file.metadata()), file.get_tensor("change")
     save_file({"change": tensor}, path, metadata={**metadata, name: text})
@@ -330,7 +330,7 @@ def test_other_labels_order_or_loss_are_recognised_as_another_call(
     with pytest.raises(ConfigurationError, match="differs in: the examples to be forgotten, in their order"):
         trainer.unlearn(forget[::-1], **asked)
     changed = dataset.tensors[1].clone()
-    dataset.tensors[1][150:160] = (dataset.tensors[1][150:160] + 1) % 3  # of 300, which are all looked at
+    dataset.tensors[1][150:160] = (dataset.tensors[1][150:160] + 1) % 3  # of 300 examples, all of which are hashed
     with pytest.raises(ConfigurationError, match=r"differs in: .*training data"):
         trainer.unlearn(forget, **asked)
     dataset.tensors[1].copy_(changed)

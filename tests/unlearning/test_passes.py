@@ -1,4 +1,4 @@
-"""How often an edit reads the training data: not for what is known already."""
+"""The number of passes of an edit over the training data: none for what is known already."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Counting(Dataset[Any]):
         return self.points.tensors[1]
 
     def passes(self, indices: Tensor) -> int:
-        """How often all of these were read, whatever was read of some of them besides."""
+        """The number of times that all of these examples were read."""
         return min(self.reads[index] for index in indices.tolist())
 
 
 @pytest.fixture
 def counted() -> tuple[pl.Trainer, Counting]:
-    """A trainer with a model that was trained elsewhere, of which nothing has been asked yet."""
+    """A trainer with a model that was trained elsewhere, before its first call."""
     dataset, module = Counting(), Classifier()
     optimizer = torch.optim.Adam(module.parameters(), 0.05)
     x, y = dataset.points.tensors
