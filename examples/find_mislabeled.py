@@ -33,8 +33,8 @@ from lightning_gif import GIFCallback
 
 SHOWN = (0.1, 0.2)
 
-# The rank of the sketch of the curvature. A rank of 512 takes four times as long. Its scores are closer to those without
-# a sketch (the largest are half as large), but rank the wrong labels no better.
+# The rank of the sketch of the curvature. A rank of 512 takes four times as long. Its scores are closer to those
+# without a sketch (the largest are half as large), but rank the wrong labels no better.
 RANK = 128
 
 

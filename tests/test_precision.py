@@ -49,7 +49,7 @@ def quick(**options: Any) -> GIFCallback:
 def story(
     trainer: pl.Trainer, module: pl.LightningModule, data: TensorDataset, path: Path
 ) -> tuple[Tensor, Tensor, UnlearnReport]:
-    """Scores, the influence direction and the edit, after which the module is bit for bit as before."""
+    """Scores by default and by `gif`, and an edit. At the end the module is bit for bit as before."""
     before, dtypes = weights(module), {name: value.dtype for name, value in module.state_dict().items()}
     devices = {name: value.device for name, value in module.state_dict().items()}
     batch = batch_of(data, slice(4))

@@ -291,7 +291,7 @@ def test_lsmr_has_the_smallest_residual_at_every_number_of_products() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_lissa_converges_if_the_right_hand_side_hardly_contains_the_leading_direction(seed: int) -> None:
-    """The first Lanczos estimate misses a singular value that is hardly in the right-hand side. The iterations find it."""
+    """The first estimate misses a singular value that is hardly in the right-hand side. The iterations find it."""
     generator = torch.Generator().manual_seed(seed)
     right = torch.linalg.qr(torch.randn(31, 31, generator=generator, dtype=torch.float64)).Q
     values = torch.cat([torch.tensor([1.6], dtype=torch.float64), torch.linspace(0.3, 1, 30, dtype=torch.float64)])
