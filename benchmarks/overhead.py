@@ -103,7 +103,7 @@ def main() -> None:
     count = 128 * options.steps
     data = TensorDataset(torch.rand(count, 1, 28, 28), torch.arange(count) % 10)
     kinds: dict[str, dict[str, Any]] = {
-        "default": {},
+        "defaults": {},
         "`cache_neurons=False`": {"cache_neurons": False},
         "`cache_gradients=False`": {"cache_gradients": False},
     }

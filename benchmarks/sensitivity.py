@@ -186,7 +186,7 @@ def row(*cells: object) -> None:
 
 
 def compare(net: str, goal: str, found: list[Problem], options: Namespace) -> None:
-    """The rows of one goal and one net."""
+    """The rows of one goal and one network."""
     defaults: dict[str, list[tuple[float, float, float, int, str]]] = {}
     for step in ("relinearise", "search"):
         defaults[step] = [outcome(problem, step, Tuning()) for problem in found]

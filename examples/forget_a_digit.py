@@ -1,4 +1,10 @@
-"""Trains a classifier of handwritten digits, forgets one digit, and compares with a model trained without it."""
+"""Trains a classifier of handwritten digits, forgets one digit, and compares with a model trained without it.
+
+    python examples/forget_a_digit.py
+
+The edit uses training examples only. The script then saves the edit, undoes it, and explains the test digit with the
+largest loss.
+"""
 
 from __future__ import annotations
 

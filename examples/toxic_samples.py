@@ -156,7 +156,7 @@ def surfaces(grid: Tensor, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tenso
 
 
 def window(*paths: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower left and upper right corner around all of some paths ``(…, 5)``, with a margin."""
+    """The lower left and upper right corner of a window around paths ``(…, 5)``, with a margin."""
     shown = torch.cat(paths)[:, :MOVED]
     low, high = shown.amin(0), shown.amax(0)
     return low - 0.15 * (high - low), high + 0.15 * (high - low)

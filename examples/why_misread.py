@@ -1,4 +1,4 @@
-"""Asks which training examples made a model misread a handwritten digit, and which of them speak for the true label.
+"""Finds the training examples that made a model misread a handwritten digit, and those that support the true label.
 
     python examples/why_misread.py
 

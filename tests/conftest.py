@@ -1,4 +1,4 @@
-"""What the tests share: small models with every kind of layer, and trainers that print and write nothing."""
+"""Code that the tests share: small models with every kind of layer, and trainers that print and write nothing."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .cpu_times import CpuTimes
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning's launchers give torch all cores, which other workers use
+os.environ["OMP_NUM_THREADS"] = "1"  # else Lightning's launchers give torch all cores, which other workers use
 
-# Checkpoints are to be read without unpickling anything; from 2.6 on Lightning can be told so.
+# Checkpoints must be read without unpickling. Lightning has an option for this from version 2.6 on.
 _told = "weights_only" in inspect.signature(pl.Trainer.fit).parameters
 WEIGHTS_ONLY: dict[str, Any] = {"weights_only": True} if _told else {}
 
@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible() -> None:
-    """Also in a shell's background, where interrupts are ignored."""
+    """Enables interrupts, which a shell ignores in background jobs."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -50,7 +50,7 @@ def _seeded() -> Iterator[None]:
 
 
 class Classifier(pl.LightningModule):
-    """A module as its user wrote it: nothing in it knows of this package."""
+    """A module of a user, without any code for this package."""
 
     def __init__(self, net: nn.Module | None = None, lr: float = 0.1) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def batch_of(dataset: TensorDataset, indices: Any) -> tuple[Tensor, ...]:
 
 
 def make_trainer(callback: GIFCallback | None = None, **options: Any) -> pl.Trainer:
-    """A trainer that prints nothing and writes nothing unless asked to."""
+    """A trainer that prints and writes nothing by default."""
     defaults: dict[str, Any] = {
         "max_epochs": 2,
         "accelerator": "cpu",

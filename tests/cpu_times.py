@@ -1,4 +1,4 @@
-"""What each test costs, in seconds of CPU, its child processes included: the clock tells more of what else runs."""
+"""Measures the CPU time of each test with its child processes, since wall time depends on other work on the machine."""
 
 from __future__ import annotations
 

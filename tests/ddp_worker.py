@@ -1,4 +1,4 @@
-"""What each process of ``tests/test_ddp.py`` runs: a script of a user, started once and multiplied by Lightning."""
+"""The script of each process of ``tests/test_ddp.py``. Lightning starts its copies, as those of a user's script."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ N, CLASSES = 52, 3  # as many for each process, so that training repeats none; p
 
 
 def points(n: int = 48, seed: int = 0) -> TensorDataset:
-    """In float64, since what is asked is whether sums differ by more than their order."""
+    """In float64, since the tests check that sums differ by their order only."""
     x, y = blobs(n, seed=seed).tensors
     return TensorDataset(x.double(), y)
 
 
 def trained(normal: bool = False) -> Classifier:
-    """Weights that fit the data somewhat, the same in every process; fits leave them as they are."""
+    """Weights that fit the data roughly, the same in every process. Fits do not change them."""
     torch.manual_seed(1)
     net = nn.Sequential(
         nn.Linear(6, 12), nn.BatchNorm1d(12) if normal else nn.Tanh(), nn.Tanh(), nn.Linear(12, CLASSES)
@@ -46,7 +46,7 @@ def trained(normal: bool = False) -> Classifier:
     module = Classifier(net, lr=0.0).double()
     x, y = points(N).tensors
     optimizer = torch.optim.Adam(module.parameters(), 0.05)
-    for _ in range(8):  # not so far that what is left is rounding
+    for _ in range(8):  # stops before the remaining gradient is only rounding
         optimizer.zero_grad()
         nn.functional.cross_entropy(module(x), y).backward()
         optimizer.step()
@@ -71,12 +71,14 @@ def after_fit(world: int, dataset: TensorDataset, **options: Any) -> tuple[pl.Tr
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         trainer.fit(module, loader, DataLoader(points(40, seed=5), 16))
-    assert not [warning for warning in told if "gif/" in str(warning.message)]  # of what is not the same everywhere
+    assert not [
+        warning for warning in told if "gif/" in str(warning.message)
+    ]  # for values that differ between processes
     return trainer, module
 
 
 def results(world: int, folder: Path) -> dict[str, Any]:
-    """Everything that must not depend on how many processes there are."""
+    """All results that must not depend on the number of processes."""
     data = points(N)
     trainer, module = after_fit(world, data)
     found: dict[str, Any] = {}
@@ -125,7 +127,7 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     kept = {"solves_to": folder / f"solves {world}"}
     trainer.unlearn(lambda batch: batch[1] == 1, **kept, dry_run=True)
     edit("class again", lambda batch: batch[1] == 1, **kept)
-    # By default the damping is less, and how often a late step is halved can depend on rounding.
+    # With the default damping, the number of halvings of a late step can depend on rounding.
     edit("relabel", [3, 17, 30], relabel=torch.tensor([1, 0, 2]), damping=0.5)
     edit("unseen", list(range(25)), unseen=DataLoader(points(40, seed=5), 16))
     edit("if", [3, 17], method="if", step=0.5, solver="dense")
@@ -154,7 +156,7 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     found |= {f"targets of {name}": entries for name, entries in callback.targets.items()}
     trainer.save_checkpoint(folder / f"{world}.ckpt")
 
-    # Running statistics that have drifted apart: those of the first process count.
+    # Running statistics differ between processes: those of the first process count.
     module, trainer = trained(normal=True), trainer_of(world)
     trainer.validate(module, DataLoader(data, 16), verbose=False)
     module.net[1].running_mean += trainer.global_rank
@@ -167,12 +169,12 @@ def results(world: int, folder: Path) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What must not hang
+# Failures that must not hang
 # --------------------------------------------------------------------------------------------------------------------
 
 
 class Breaking(Dataset[Any]):
-    """Data that does something at its ``at``-th reading, in one process."""
+    """A dataset that runs a function at its ``at``-th reading, in one process."""
 
     def __init__(self, what: Callable[[], Any]) -> None:
         self.data, self.what, self.left = points(N), what, -1
@@ -196,7 +198,7 @@ def told(action: Callable[[], Any]) -> str:
 
 
 def failures(world: int, folder: Path) -> dict[str, Any]:
-    """What each process is told when one fails; afterwards all go on working together."""
+    """The error in each process when one fails. Afterwards all continue to work together."""
 
     def missing() -> None:
         raise FileNotFoundError("image 7 is missing")
@@ -277,7 +279,7 @@ def unreadable(world: int, folder: Path) -> dict[str, Any]:
 
 
 def unreported(world: int, folder: Path) -> dict[str, Any]:
-    """Fits whose first report fails in one process, by an error to expect and by one that nobody expects."""
+    """Fits whose first report fails in one process, by an expected and by an unexpected error."""
     found: dict[str, Any] = {}
     for error in (FileNotFoundError("image 7 is missing"), LookupError("no such image")):
 
@@ -309,8 +311,8 @@ def unreported(world: int, folder: Path) -> dict[str, Any]:
 
 
 def death(world: int, folder: Path) -> dict[str, Any]:
-    """What the others are told when a process is killed in the middle of a pass."""
-    # Lightning looks every few seconds whether a process has died, and then kills the others before they can tell.
+    """The error in the other processes when one is killed in the middle of a pass."""
+    # Lightning checks every few seconds whether a process has died, and kills the others before they can report it.
     _ChildProcessObserver._run = lambda self: True  # type: ignore[method-assign]
     dataset = Breaking(lambda: os.kill(os.getpid(), signal.SIGKILL))
     trainer, _ = after_fit(world, dataset)  # type: ignore[arg-type]
@@ -330,10 +332,10 @@ if __name__ == "__main__":
     for story in stories:
         answer = known[story](world, folder)
         torch.save(answer, folder / f"{story} {world} {os.environ.get('LOCAL_RANK', 0)}.pt")
-    with suppress(ChildProcessError):  # until all processes have written their answers, and none is left
+    with suppress(ChildProcessError):  # until all processes have written their results and ended
         while True:
             os.wait()
-    # Here the story ends: what is asked is in the file. Threads of gloo and of the launcher that wake while an
-    # interpreter is torn down can abort it, which says nothing of this package; it starts none.
+    # The results are in the file now. Threads of gloo and of the launcher that wake while an
+    # interpreter is torn down can abort it. This package starts no threads.
     sys.stderr.flush()
     os._exit(0)

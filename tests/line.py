@@ -1,4 +1,4 @@
-"""A model and its data as a user of the command line has them in a module of their own."""
+"""A model and its data in a module, as a user of the command line has them."""
 
 from __future__ import annotations
 

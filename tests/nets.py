@@ -1,4 +1,4 @@
-"""A small and a larger net of every kind that users bring, with data for each: the grid that solves are tested on."""
+"""A small and a larger network of each common kind, with data: solves are tested on all of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def points(n: int) -> TensorDataset:
 
 
 def sequences(n: int) -> TensorDataset:
-    """Sequences of tokens whose class is how often the most frequent one comes, modulo 3."""
+    """Sequences of tokens. The class is the count of the most frequent token, modulo 3."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(TOKENS, (n, LENGTH), generator=generator)
     return TensorDataset(x, (x < 4).sum(1) % 3)

@@ -1,4 +1,4 @@
-"""Every bad input: the right error, in words that help, and nothing changed."""
+"""Every invalid input raises the right error with a helpful message, and changes nothing."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def equal(one: Any, other: Any) -> bool:
 
 @contextlib.contextmanager
 def refused(module: nn.Module, error: type[Exception], *words: str) -> Iterator[None]:
-    """The block raises that very error with these words, and the module and the random state are as before."""
+    """The block raises this error with these words, and the module and the random state are as before."""
     before = state(module)
     with pytest.raises(error) as caught:
         yield
@@ -171,7 +171,7 @@ def test_a_call_refuses_bad_overrides_and_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("call", ["influence", "unlearn"])
-def test_unknown_arguments_of_a_call_name_the_nearest(call: str) -> None:
+def test_unknown_arguments_of_a_call_suggest_the_nearest_name(call: str) -> None:
     trainer, module, batch = ready()
     with refused(module, ConfigurationError, "'dampening'", "Did you mean 'damping'"):
         getattr(trainer, call)(batch, dampening=0.1)
@@ -180,7 +180,7 @@ def test_unknown_arguments_of_a_call_name_the_nearest(call: str) -> None:
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.0, "3", True, None])
-def test_bad_k(k: Any) -> None:
+def test_invalid_values_of_k_are_refused(k: Any) -> None:
     trainer, module, batch = ready()
     with refused(module, ConfigurationError, "`k`", "at least 1", f"got {k!r}"):
         trainer.influence(batch, k=k)
@@ -195,7 +195,7 @@ def test_bad_k(k: Any) -> None:
         *((bad, ["a finite number, or a function", f"got {bad!r}"]) for bad in (True, math.nan, math.inf, None, [1.0])),
     ],
 )
-def test_bad_step(step: Any, expected: list[str]) -> None:
+def test_invalid_steps_are_refused(step: Any, expected: list[str]) -> None:
     trainer, module, batch = ready()
     with refused(module, ConfigurationError, "step", *expected):
         trainer.unlearn(batch, step=step)
@@ -203,7 +203,7 @@ def test_bad_step(step: Any, expected: list[str]) -> None:
 
 @pytest.mark.parametrize("call", ["influence", "unlearn"])
 @pytest.mark.parametrize("targets", ["cache", False, 1, ["cached"]])
-def test_bad_choice_of_targets(call: str, targets: Any) -> None:
+def test_invalid_targets_are_refused(call: str, targets: Any) -> None:
     trainer, module, batch = ready()
     with refused(module, ConfigurationError, "`targets`", "'cached', 'class' or 'batch'", f"got {targets!r}"):
         getattr(trainer, call)(batch, targets=targets)
@@ -220,7 +220,7 @@ def test_targets_by_class_need_classes() -> None:
         trainer.influence((x, y.float()), targets="class", dataloader=data)
 
 
-def test_a_solve_that_does_not_converge_can_be_made_to_raise() -> None:
+def test_a_solve_that_does_not_converge_raises_on_request() -> None:
     trainer, module, batch = ready()
     for call in (trainer.influence, trainer.unlearn):
         with refused(module, ConvergenceError, "max_iter", "rtol", "Raise `max_iter` or `damping`"):
@@ -238,7 +238,7 @@ NO_BATCH = "said by each call in its own words"
 
 
 @pytest.mark.parametrize("none", [[], (), range(0), numpy.array([], int), torch.tensor([], dtype=torch.long)])
-def test_no_examples_at_all(none: Any) -> None:
+def test_empty_data_are_refused(none: Any) -> None:
     trainer, module, _ = ready()
     with refused(module, TrainingDataError, "No dataset index was given"):
         trainer.unlearn(none)
@@ -246,7 +246,7 @@ def test_no_examples_at_all(none: Any) -> None:
         trainer.influence((X, Y), among=none)
 
 
-def test_an_empty_list_is_no_query() -> None:
+def test_an_empty_list_is_not_a_query() -> None:
     trainer, module, _ = ready()
     with refused(module, BatchError, "list of 0"):
         trainer.influence([])
@@ -274,14 +274,14 @@ def test_an_empty_list_is_no_query() -> None:
         *("none", "string", "arrays", "scalar"),
     ],
 )
-def test_batches_of_another_structure(call: str, batch: Any, words: list[str]) -> None:
+def test_batches_of_another_structure_are_refused(call: str, batch: Any, words: list[str]) -> None:
     trainer, module, _ = ready()
     no_batch = {"influence": "at least one tensor", "unlearn": "a list of indices of the training dataset"}[call]
     with refused(module, BatchError, *(no_batch if word == NO_BATCH else word for word in words)):
         getattr(trainer, call)(batch)
 
 
-def test_self_influence_says_that_it_takes_no_batch() -> None:
+def test_self_influence_refuses_a_batch() -> None:
     trainer, module, batch = ready()
     for given in (batch, [3, 4]):
         with refused(
@@ -291,7 +291,7 @@ def test_self_influence_says_that_it_takes_no_batch() -> None:
 
 
 @pytest.mark.parametrize("given", [[3], (3, 4, 5, 6), range(2), 3])
-def test_indices_are_no_query(given: Any) -> None:
+def test_indices_are_not_a_query(given: Any) -> None:
     trainer, module, _ = ready()
     with refused(module, BatchError, "DataLoader(Subset(", describe(given)):
         trainer.influence(given)
@@ -299,7 +299,7 @@ def test_indices_are_no_query(given: Any) -> None:
 
 @pytest.mark.parametrize("call", ["influence", "unlearn"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_batches_that_are_not_finite(call: str, value: float) -> None:
+def test_batches_that_are_not_finite_are_refused(call: str, value: float) -> None:
     trainer, module, (x, y) = ready()
     x = x.clone()
     x[1, 2] = value
@@ -307,7 +307,7 @@ def test_batches_that_are_not_finite(call: str, value: float) -> None:
         getattr(trainer, call)((x, y))
 
 
-def test_training_data_that_is_not_finite() -> None:
+def test_training_data_that_are_not_finite_are_refused() -> None:
     trainer, module, batch = ready()
     data = blobs()
     data.tensors[0][7, 0] = torch.nan
@@ -316,10 +316,10 @@ def test_training_data_that_is_not_finite() -> None:
             call(batch, dataloader=loader(data))
 
 
-def test_a_single_bad_training_example_outside_of_the_curvature_sample_is_found_too() -> None:
+def test_a_single_bad_training_example_outside_of_the_curvature_sample_is_refused_too() -> None:
     trainer, module, batch = ready()
     data = blobs()
-    for position in range(24):  # at least one of these is outside of any sample of 8
+    for position in range(24):  # any sample of 8 misses at least one of these
         data.tensors[0][2 * position, 0] = torch.nan
     with refused(module, NonFiniteError, "finite"):
         trainer.influence(batch, dataloader=loader(data), curvature_examples=8)
@@ -360,7 +360,7 @@ class Table(nn.Module):
         return self.part(x) @ self.table
 
 
-def test_a_model_without_selectable_layers_trains_with_a_warning_and_says_what_to_do() -> None:
+def test_a_model_without_selectable_layers_trains_with_a_warning_that_has_a_remedy() -> None:
     with pytest.warns(GIFWarning, match=r"No targets were picked.*no Linear or Conv"):
         trainer, module, batch = ready(Classifier(Table()))
     with refused(module, SelectionError, "Classifier", "no Linear or Conv", "Name parameters"):
@@ -368,7 +368,7 @@ def test_a_model_without_selectable_layers_trains_with_a_warning_and_says_what_t
     assert trainer.influence(batch, selector=["net.table"]).targets.count == 18
 
 
-def test_names_that_match_nothing_or_frozen_parameters() -> None:
+def test_names_that_match_nothing_or_frozen_parameters_are_refused() -> None:
     module = Normalised()
     module.net[0].requires_grad_(False)
     trainer, module, batch = ready(module)
@@ -379,7 +379,7 @@ def test_names_that_match_nothing_or_frozen_parameters() -> None:
             call(batch, selector=["net.0.weight"])
 
 
-def test_names_that_the_module_does_not_allow() -> None:
+def test_names_that_the_module_does_not_allow_are_refused() -> None:
     class HeadOnly(GIFMixin, Normalised):
         def influence_parameters(self) -> list[str]:
             return ["net.3.*"]
@@ -389,7 +389,7 @@ def test_names_that_the_module_does_not_allow() -> None:
         trainer.unlearn(batch, selector=["net.0.weight"])
 
 
-def test_a_model_with_everything_frozen() -> None:
+def test_a_model_without_trainable_parameters_is_refused() -> None:
     trainer, module, batch = ready()
     module.requires_grad_(False)
     for call in (trainer.influence, trainer.unlearn):
@@ -397,21 +397,21 @@ def test_a_model_with_everything_frozen() -> None:
             call(batch)
 
 
-def test_parameters_that_were_frozen_after_training() -> None:
+def test_parameters_that_were_frozen_after_training_are_refused() -> None:
     trainer, module, batch = ready()
     module.net[0].requires_grad_(False)
     with refused(module, SelectionError, "'net.0.weight'", "frozen"):
         trainer.influence(batch, targets="cached")
 
 
-def test_a_ratio_with_room_for_nothing() -> None:
+def test_a_ratio_that_selects_nothing_is_refused() -> None:
     trainer, module, batch = ready()
     with refused(module, SelectionError, "empty", "Raise `ratio`"):
         trainer.unlearn(batch, ratio=0.001)
 
 
 @pytest.mark.parametrize("call", ["influence", "unlearn"])
-def test_a_loss_that_does_not_depend_on_the_targets(call: str) -> None:
+def test_a_loss_that_does_not_depend_on_the_targets_is_refused(call: str) -> None:
     class Detached(Normalised):
         def forward(self, x: Tensor) -> Tensor:
             return self.net[1:](self.net[0](x).detach())
@@ -421,7 +421,7 @@ def test_a_loss_that_does_not_depend_on_the_targets(call: str) -> None:
         getattr(trainer, call)(batch, selector=["net.0.*"])
 
 
-def test_a_measurement_that_is_not_finite_or_of_another_shape() -> None:
+def test_measurements_that_are_not_finite_or_have_another_shape_are_refused() -> None:
     class Measuring(GIFMixin, Normalised):
         def influence_loss(self, batch: Any) -> Tensor:
             return F.cross_entropy(self(batch[0]), batch[1], reduction="none")
@@ -450,7 +450,7 @@ def test_a_measurement_that_is_not_finite_or_of_another_shape() -> None:
     ],
     ids=["scalar", "column", "too few", "none"],
 )
-def test_a_loss_of_the_wrong_shape(call: str, loss: Any, words: list[str]) -> None:
+def test_a_loss_of_the_wrong_shape_is_refused(call: str, loss: Any, words: list[str]) -> None:
     class Wrong(GIFMixin, Normalised):
         def influence_loss(self, batch: Any) -> Any:
             return loss(F.cross_entropy(self(batch[0]), batch[1], reduction="none"))
@@ -465,12 +465,12 @@ def test_a_loss_of_the_wrong_shape(call: str, loss: Any, words: list[str]) -> No
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_call_before_any_run_is_plain_python() -> None:
+def test_a_call_before_any_run_raises_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="influence"):
         make_trainer(quick()).influence((X, Y))
 
 
-def test_a_call_before_fit_says_what_is_missing() -> None:
+def test_a_call_before_fit_reports_what_is_missing() -> None:
     module, trainer = Normalised(), make_trainer(quick())
     trainer.validate(module, loader(blobs(), shuffle=False), verbose=False)
     with refused(module, TrainingDataError, "no training data", "dataloader="):
@@ -491,14 +491,14 @@ def test_a_call_before_fit_says_what_is_missing() -> None:
     ],
     ids=["list", "dataset", "no batches", "empty"],
 )
-def test_training_data_that_cannot_be_numbered(data: Any, words: list[str]) -> None:
+def test_training_data_without_dataset_indices_are_refused(data: Any, words: list[str]) -> None:
     trainer, module, batch = ready()
     for call in (trainer.influence, trainer.unlearn):
         with refused(module, TrainingDataError, *words):
             call(batch, dataloader=data)
 
 
-def test_unlearning_everything() -> None:
+def test_unlearning_all_examples_is_refused() -> None:
     trainer, module, _ = ready()
     with refused(module, TrainingDataError, "All training examples", "nothing would be retained", "Train a new model"):
         trainer.unlearn(tuple(blobs().tensors))
@@ -544,13 +544,13 @@ def test_unlearning_everything() -> None:
         "floats",
     ],
 )
-def test_relabelling_with_targets_that_do_not_fit(relabel: Any, words: list[str]) -> None:
+def test_new_targets_that_do_not_fit_are_refused(relabel: Any, words: list[str]) -> None:
     trainer, module, batch = ready()
     with refused(module, BatchError, *words):
         trainer.unlearn(batch, relabel=relabel)
 
 
-def test_relabelling_a_batch_without_recognisable_targets() -> None:
+def test_relabelling_a_batch_without_recognisable_targets_is_refused() -> None:
     class Keyed(Normalised):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return F.cross_entropy(self(batch["input"]), batch["answer"])
@@ -575,7 +575,7 @@ def saved(tmp_path: Path) -> tuple[Path, pl.Trainer, pl.LightningModule, Unlearn
 
 
 @pytest.mark.parametrize("kind", ["garbage", "empty", "truncated", "flipped header", "a model's file"])
-def test_files_that_are_no_edits(tmp_path: Path, kind: str) -> None:
+def test_files_that_are_not_edits_are_refused(tmp_path: Path, kind: str) -> None:
     path, _, module, _ = saved(tmp_path)
     content = path.read_bytes()
     if kind == "a model's file":
@@ -594,7 +594,7 @@ def test_files_that_are_no_edits(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("missing", ["new/net.0.weight", "indices/net.0.weight"])
-def test_an_edit_file_with_a_part_missing(tmp_path: Path, missing: str) -> None:
+def test_an_edit_file_with_a_missing_part_is_refused(tmp_path: Path, missing: str) -> None:
     from safetensors import safe_open
 
     path, _, module, _ = saved(tmp_path)
@@ -607,12 +607,12 @@ def test_an_edit_file_with_a_part_missing(tmp_path: Path, missing: str) -> None:
         UnlearnReport.load(path, module)
 
 
-def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_raises_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         UnlearnReport.load(tmp_path / "none.safetensors")
 
 
-def test_an_edit_of_another_model(tmp_path: Path) -> None:
+def test_an_edit_of_another_model_is_refused(tmp_path: Path) -> None:
     path, _, module, report = saved(tmp_path)
     renamed, wider = Classifier(nn.Sequential(nn.Identity(), nn.Linear(6, 3))), Normalised()
     wider.net[0], wider.net[1] = nn.Linear(6, 9), nn.BatchNorm1d(9)
@@ -635,7 +635,7 @@ def test_an_edit_of_another_model(tmp_path: Path) -> None:
         loaded.apply(same_shape)
 
 
-def test_undo_twice_and_apply_twice(tmp_path: Path) -> None:
+def test_a_second_undo_or_apply_is_refused(tmp_path: Path) -> None:
     _, _, module, report = saved(tmp_path)
     with refused(module, EditError, "Cannot apply", "in the weights already"):
         report.apply()
@@ -644,7 +644,7 @@ def test_undo_twice_and_apply_twice(tmp_path: Path) -> None:
         report.undo()
 
 
-def test_undo_after_the_weights_have_changed(tmp_path: Path) -> None:
+def test_undo_after_the_weights_have_changed_is_refused(tmp_path: Path) -> None:
     _, trainer, module, report = saved(tmp_path)
     with torch.no_grad():
         module.net[0].weight[0, 0] += 1

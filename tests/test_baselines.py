@@ -1,4 +1,4 @@
-"""The unlearning baselines of the benchmarks do what their papers say, on modules of any kind, and nothing else."""
+"""The unlearning baselines of the benchmarks follow their papers on modules of any kind, without side effects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SGD = {"optimizer": "sgd", "momentum": 0.0}
 
 
 class Norms(nn.Module):
-    """BatchNorm and dropout, between which a method can do much wrong."""
+    """A module with BatchNorm and dropout, which methods can easily mishandle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Norms(nn.Module):
 
 
 class Counting(Classifier):
-    """Notes the batches that it is given, and what they hold."""
+    """Records the batches and their contents."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -69,7 +69,7 @@ def trained() -> tuple[Classifier, TensorDataset]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What all have in common
+# All baselines
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +85,7 @@ def test_changes_the_weights_and_nothing_else(name: str, trained: tuple[Classifi
         BASELINES[name].function(module, *split(dataset), seed=0, steps=6, **BASELINES[name].grid[1])
     assert not same_weights(before, weights(module))
     assert [submodule.training for submodule in module.modules()] == flags
-    assert vars(module).keys() == attributes  # the methods that log are its own again
+    assert vars(module).keys() == attributes  # the methods that log are restored
     assert all(parameter.grad is None for parameter in module.parameters())
     assert torch.equal(state, torch.get_rng_state())
     assert numbers == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
@@ -111,7 +111,7 @@ def test_takes_no_more_steps_than_given(name: str, steps: int, trained: tuple[Cl
     module, dataset = copy.deepcopy(trained[0]), trained[1]
     module.seen.clear()
     BASELINES[name].function(module, *split(dataset), seed=0, steps=steps, **BASELINES[name].published)
-    assert steps - 1 <= len(module.seen) <= steps  # NegGrad+ takes two at a time
+    assert steps - 1 <= len(module.seen) <= steps  # NegGrad+ takes two batches at a time
 
 
 @ALL
@@ -164,7 +164,7 @@ def test_manual_optimisation_is_refused(trained: tuple[Classifier, TensorDataset
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Each for itself
+# Each baseline
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +200,7 @@ def test_a_step_over_all_data_is_the_one_of_the_formula(
 def test_l1_penalty_decreases_from_what_is_given_to_zero() -> None:
     module, dataset = Classifier(), blobs()
     for weight in module.parameters():
-        weight.data = weight.data.sign() + weight.data  # far from zero, where the penalty has a constant slope
+        weight.data = weight.data.sign() + weight.data  # far from zero, the penalty has a constant gradient
     plain, before = copy.deepcopy(module), [weight.detach().clone() for weight in module.parameters()]
     loaders = split(dataset, size=99)
     tiny = {"epochs": 4, "lr": 1e-6, **SGD}
@@ -249,7 +249,7 @@ def test_salun_draws_labels_among_the_other_classes() -> None:
     forget, retain = split(dataset)
     baselines.salun(module, forget, retain, seed=0, **BASELINES["salun"].published)
     truth = {tuple(x.tolist()): int(y) for x, y in dataset}
-    passed = module.seen[len(forget) :]  # the first are for the saliency
+    passed = module.seen[len(forget) :]  # the first ones compute the saliency
     pairs = [(truth[tuple(x.tolist())], int(y)) for xs, ys in passed for x, y in zip(xs, ys, strict=True)]
     assert {given for true, given in pairs if true == 0} == {1, 2}
     assert all(given == true for true, given in pairs if true != 0)
@@ -277,7 +277,7 @@ def test_running_statistics_move_with_mixed_batches_only(name: str, trained: tup
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Their settings
+# Settings
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -350,7 +350,7 @@ def test_an_edit_and_baselines_are_compared_on_a_module_given_by_its_import_path
     assert float(value["before"]["forget accuracy (%)"]) > 80
     assert float(value["edit"]["forget accuracy (%)"]) < 2
     assert float(value["edit"]["retain accuracy (%)"]) > float(value["before"]["retain accuracy (%)"]) - 3
-    assert float(value["retrained"]["retain accuracy (%)"]) < 60  # it was not trained at all
+    assert float(value["retrained"]["retain accuracy (%)"]) < 60  # it is untrained
     assert float(value["edit"]["gap to retraining (points)"]) > 20
     with pytest.raises(SystemExit, match="either --forget_class or --forget"):
         compare.main([*arguments, "--forget", "[1]"])

@@ -1,4 +1,4 @@
-"""Every benchmark is a command that says what it does, and that runs to its end on next to nothing."""
+"""Every benchmark is a command with a help text, and runs to its end on very little data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
-# Arguments of a smallest run; DATA stands for a folder of few images, in the layout of MNIST.
+# The arguments of a smallest run. DATA stands for a folder with a few images in the format of MNIST.
 SMALLEST: dict[str, str] = {
     "attribution_time": "--data DATA --examples 60 --queries 1 --peers",
     "backdoor": "--data DATA --net resnet --epochs 1 --seeds 1 --steps natural",
@@ -45,7 +45,7 @@ def commands() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of ten classes, each a bright square at a place of its own, in noise."""
+    """Images of ten classes in noise. Each class is a bright square at its own place."""
     folder = tmp_path_factory.mktemp("images")
     generator = torch.Generator().manual_seed(0)
     for name, count in (("train", 240), ("t10k", 60)):
@@ -62,7 +62,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(file: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As its command would, in this process: to start another takes longer than most of these runs."""
+    """Runs a benchmark as its command would, but in this process: starting another takes longer than most runs."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(sys, "argv", [str(file), *arguments])
     levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
@@ -76,12 +76,14 @@ def run(file: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> No
             logging.getLogger(name).setLevel(level)
 
 
-def test_a_smallest_run_is_known_of_each() -> None:
+def test_each_benchmark_has_a_smallest_run() -> None:
     assert [file.stem for file in commands()] == sorted(SMALLEST)
 
 
 @pytest.mark.parametrize("file", commands(), ids=lambda file: file.stem)
-def test_it_says_what_it_does(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_benchmark_has_a_help_text(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         run(file, ["--help"], monkeypatch)
     assert ended.value.code == 0
@@ -90,7 +92,7 @@ def test_it_says_what_it_does(file: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", commands(), ids=lambda file: file.stem)
-def test_a_smallest_run_ends_with_a_table(
+def test_a_smallest_run_prints_a_table(
     file: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The command line: the story of a deletion from a checkpoint to its record and back, and errors in one line."""
+"""The command line: an edit from a checkpoint to the audit log and back, and errors in one line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def trained() -> dict[str, Any]:
-    """A checkpoint of a run, ``a.ckpt``."""
+    """A training run with its checkpoint ``a.ckpt``."""
     trainer = make_trainer(GIFCallback(), max_epochs=2)
     trainer.fit(Net(width=5), datamodule=Blobs())
     trainer.save_checkpoint("a.ckpt")
@@ -57,7 +57,7 @@ def content(path: str) -> dict[str, Any]:
 
 
 def flip(path: str, position: int) -> bytes:
-    """Changes one bit of a file, and gives what it was."""
+    """Changes one bit of a file, and returns the old contents."""
     whole = Path(path).read_bytes()
     changed = bytearray(whole)
     changed[position] ^= 1
@@ -65,7 +65,7 @@ def flip(path: str, position: int) -> bytes:
     return whole
 
 
-def test_a_deletion_is_made_recorded_verified_and_taken_back(
+def test_an_edit_is_made_recorded_verified_and_undone(
     trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {name: value.clone() for name, value in trained["state_dict"].items()}
@@ -111,7 +111,7 @@ def test_a_deletion_is_made_recorded_verified_and_taken_back(
     assert main(["verify", "--record", "deletions.jsonl", "--ckpt_path", "b.ckpt"]) == 1
 
 
-def test_an_edited_checkpoint_takes_the_place_of_the_old_one(trained: dict[str, Any]) -> None:
+def test_an_edited_checkpoint_replaces_the_old_one(trained: dict[str, Any]) -> None:
     before = {name: value.clone() for name, value in trained["state_dict"].items()}
     assert unlearn(output="a.ckpt") == 0
     assert not same_weights(before, content("a.ckpt")["state_dict"])
@@ -120,7 +120,7 @@ def test_an_edited_checkpoint_takes_the_place_of_the_old_one(trained: dict[str, 
     assert Path("a.ckpt").stat().st_size < 2 * Path("edit.safetensors").stat().st_size + 20_000
 
 
-def test_the_command_does_what_the_trainer_does(trained: dict[str, Any]) -> None:
+def test_the_command_gives_the_results_of_the_trainer(trained: dict[str, Any]) -> None:
     assert unlearn("--relabel", "[0,2]", "--step", "natural", "--unseen", "false", "--gif.ratio", "0.4") == 0
     data = Blobs()
     trainer = make_trainer(GIFCallback(ratio=0.4))
@@ -131,7 +131,7 @@ def test_the_command_does_what_the_trainer_does(trained: dict[str, Any]) -> None
     assert same_weights(trainer.lightning_module.state_dict(), content("b.ckpt")["state_dict"])
 
 
-def test_an_interrupted_command_goes_on(
+def test_an_interrupted_command_resumes(
     trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
@@ -153,7 +153,7 @@ def test_an_interrupted_command_goes_on(
     assert not Path("solves").exists()
 
 
-def test_ctrl_c_does_not_come_between_the_record_and_the_checkpoint(
+def test_ctrl_c_cannot_separate_the_log_entry_from_the_checkpoint(
     trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = UnlearnReport.write_down
@@ -172,7 +172,7 @@ def test_ctrl_c_does_not_come_between_the_record_and_the_checkpoint(
 
 
 @pytest.mark.parametrize("command", ["unlearn", "undo"])
-def test_a_checkpoint_that_cannot_take_its_place_is_told_to_the_record(
+def test_a_checkpoint_that_cannot_be_replaced_is_logged(
     command: str, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = os.replace
@@ -200,7 +200,7 @@ def test_a_checkpoint_that_cannot_take_its_place_is_told_to_the_record(
     assert verify("deletions.jsonl", edits="edit.safetensors").ok
 
 
-def test_a_checkpoint_in_its_place_is_kept_where_its_folder_is_not_told_to_be_on_the_disk(
+def test_a_replaced_checkpoint_is_kept_if_its_folder_cannot_be_synchronised(
     trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing(path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_checkpoint_in_its_place_is_kept_where_its_folder_is_not_told_to_be_on
     assert verify("deletions.jsonl", edits="edit.safetensors", checkpoint="b.ckpt").ok
 
 
-def test_a_file_that_is_no_record_is_named(trained: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_an_audit_log_is_named(trained: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--record", "a.ckpt"]) == 1
     told = capsys.readouterr().out
     assert "FAIL  chain: line 1" in told
@@ -242,7 +242,7 @@ def test_indices_come_from_a_file(trained: dict[str, Any], capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(("split", "held_out"), [("train", False), ("test", True), ("val", True)])
-def test_influence_asks_about_examples_of_a_split(
+def test_influence_takes_queries_from_a_split(
     trained: dict[str, Any], split: str, held_out: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["influence", *OPTIONS, "--ckpt_path", "a.ckpt", "--output", "answer", "--split", split]
@@ -277,11 +277,11 @@ def test_the_config_file_of_a_fit_is_enough(capsys: pytest.CaptureFixture[str]) 
     assert "in one place" in capsys.readouterr().err
 
 
-def test_what_the_model_was_made_with_comes_from_the_checkpoint_unless_it_is_given(
+def test_hyperparameters_come_from_the_checkpoint_unless_they_are_given(
     trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert unlearn("--model.folder", "elsewhere") == 0  # of width 5, where the default is 8
-    for width in ("6", "8"):  # also where it is what the class would take by itself
+    for width in ("6", "8"):  # also if it is the default of the class
         assert unlearn("--model.width", width, edit="other") == 2
     Path("model.yaml").write_text(
         yaml.safe_dump({"model": {"class_path": "tests.line.Net", "init_args": {"width": 8}}})
@@ -304,7 +304,7 @@ def test_every_command_prints_its_config(command: str, capsys: pytest.CaptureFix
     assert "ckpt_path" in yaml.safe_load(printed)
 
 
-def test_every_command_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("influence", "unlearn", "undo", "verify"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
@@ -351,7 +351,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_no_trace(
     resource = pytest.importorskip("resource", reason="the size of files cannot be limited here")
     Path("b.ckpt").write_text("old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))  # enough for the edit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))  # this is enough for the edit
     try:
         assert unlearn("--record", "deletions.jsonl") == 2
     finally:
@@ -374,7 +374,7 @@ def test_an_edit_of_another_model_is_refused(trained: dict[str, Any], capsys: py
     assert not Path("c.ckpt").exists()
 
 
-def test_tied_weights_stay_tied_and_are_refused_where_they_are_there_twice(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tied_weights_stay_tied_and_duplicates_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer(max_epochs=1)
     trainer.fit(Tied(), datamodule=Blobs())
     trainer.save_checkpoint("a.ckpt")
@@ -422,14 +422,14 @@ def test_a_checkpoint_that_would_run_code_is_refused(
     assert not Path("ran").exists()
 
 
-def test_what_the_callback_kept_is_used_and_damage_to_it_is_told(trained: dict[str, Any]) -> None:
+def test_saved_statistics_are_used_and_damage_to_them_is_reported(trained: dict[str, Any]) -> None:
     assert unlearn("--targets", "cached") == 0
     torch.save({**content("a.ckpt"), "lightning_gif": {"neurons": 3}}, "a.ckpt")
     with pytest.warns(GIFWarning, match="state of GIFCallback is damaged or does not fit the model, and is ignored"):
         assert unlearn("--targets", "cached", edit="other") == 0
 
 
-def test_snapshots_of_a_checkpoint_are_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_snapshots_of_a_checkpoint_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer(GIFCallback(snapshots=2), max_epochs=6)
     trainer.fit(Net(width=5), datamodule=Blobs())
     trainer.save_checkpoint("long.ckpt")
@@ -459,7 +459,7 @@ def test_a_hook_changes_what_is_loaded_but_not_what_is_written(
     assert not Path("other").exists()
 
 
-def test_without_jsonargparse_it_says_what_to_install(
+def test_without_jsonargparse_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
@@ -468,7 +468,7 @@ def test_without_jsonargparse_it_says_what_to_install(
 
 
 def test_the_command_runs_as_a_process(trained: dict[str, Any]) -> None:
-    """Its exit code and what it prints are those of the function. One process is started; each takes seconds."""
+    """Exit code and output are those of the function. The test starts one process only, since each takes seconds."""
     root = Path(__file__).parent.parent
     assert unlearn("--record", "deletions.jsonl") == 0
     assert main(["verify", "--record", "deletions.jsonl", "--ckpt_path", "b.ckpt"]) == 0
@@ -484,7 +484,7 @@ def test_the_command_runs_as_a_process(trained: dict[str, Any]) -> None:
     assert "before entry 1" in done.stdout
 
 
-def test_saved_arguments_that_do_not_fit_the_model_are_told(
+def test_saved_arguments_that_do_not_fit_the_model_are_reported(
     trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({**content("a.ckpt"), "hyper_parameters": {"width": "wide"}}, "other.ckpt")
@@ -492,7 +492,7 @@ def test_saved_arguments_that_do_not_fit_the_model_are_told(
     assert "width" in capsys.readouterr().err
 
 
-def test_words_of_older_parsers_are_understood() -> None:
+def test_error_messages_of_older_parsers_are_understood() -> None:
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--ratio")
     assert "--output must be given" in _remedy('Key "output" is required but not included in config object', parser)
@@ -517,7 +517,7 @@ def test_words_of_older_parsers_are_understood() -> None:
         (["influence", *OPTIONS, "--ckpt_path", "folder", "--output", "a"], ["'folder' is a folder", "consolidate"]),
     ],
 )
-def test_arguments_that_cannot_be_used_are_told_with_what_to_do(
+def test_invalid_arguments_are_reported_with_a_remedy(
     arguments: list[str], words: list[str], trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("short.yaml").write_text("model:\n  width: 5\n")

@@ -1,4 +1,4 @@
-"""Lightning under both of its names: each story runs in a process of its own, since what was imported first stays."""
+"""Lightning under both of its names: each runs in a process of its own, since a process keeps its first import."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ else:
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["pytorch-lightning alone", "beside lightning"])
-def test_the_story_runs_in_a_trainer_of_pytorch_lightning(alone: bool) -> None:
+def test_the_package_works_with_pytorch_lightning(alone: bool) -> None:
     pytest.importorskip("pytorch_lightning", reason="the other package name is not installed")
     hide = "import sys; sys.modules['lightning'] = None\n" if alone else ""
     done = subprocess.run([sys.executable, "-c", hide + STORY], capture_output=True, text=True, check=False)

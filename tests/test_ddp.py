@@ -1,4 +1,4 @@
-"""Several processes compute what one does, and none of them waits for one that has failed."""
+"""Several processes give the results of one, and none waits for a process that has failed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import torch
 
 from .ddp_worker import results
 
-pytestmark = pytest.mark.xdist_group("ddp")  # these tests share what a few launches left
+pytestmark = pytest.mark.xdist_group("ddp")  # these tests share the results of a few launches
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
-# Solves of twenty steps, and some solves in a row, amplify rounding, as another batch size does too.
+# Solves of twenty iterations, and several solves in a row, amplify rounding, as another batch size does.
 LOOSE, AMPLIFIED = 1e-2, ("by default", "unseen")
 
 
 class Launched(NamedTuple):
-    """What processes that ran some stories left."""
+    """The results of a launch of several processes."""
 
     world: int
     folder: Path
@@ -40,7 +40,7 @@ class Launched(NamedTuple):
 
 
 def launch(world: int, folder: Path, *stories: str) -> Launched:
-    """Runs stories, one after the other, in so many processes."""
+    """Runs scenarios, one after the other, in a number of processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
@@ -88,7 +88,7 @@ SEVERAL = pytest.mark.parametrize("several", [2, pytest.param(4, marks=pytest.ma
 
 
 @SEVERAL
-def test_several_processes_find_what_one_finds(one: Launched, several: Launched) -> None:
+def test_several_processes_give_the_results_of_one(one: Launched, several: Launched) -> None:
     [single], found = one.answers("results"), several.answers("results")
     assert single["entries"].tolist() == [1, 2, 3, 4, 2]  # one process writes them, and undoing is one too
     assert single["written"] == 2  # likewise
@@ -110,7 +110,7 @@ def test_several_processes_find_what_one_finds(one: Launched, several: Launched)
 
 
 @SEVERAL
-def test_a_checkpoint_of_several_processes_holds_what_all_have_seen(one: Launched, several: Launched) -> None:
+def test_a_checkpoint_of_several_processes_has_the_statistics_of_all(one: Launched, several: Launched) -> None:
     files = [run.folder / f"{run.world}.ckpt" for run in (one, several)]
     states = [torch.load(file, weights_only=True)["lightning_gif"] for file in files]
     for kind in ("outputs", "gradients", "output_counts", "gradient_counts"):
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_several_processes_holds_what_all_have_seen(one: Launche
 
 
 @SEVERAL
-def test_what_stops_one_process_stops_all_with_its_reason(several: Launched) -> None:
+def test_an_error_in_one_process_stops_all_with_the_same_reason(several: Launched) -> None:
     found = several.answers("failures")
     last = found[-1]
     for name in [name for name in last if name.startswith("missing")]:
@@ -154,7 +154,7 @@ def test_what_stops_one_process_stops_all_with_its_reason(several: Launched) -> 
 
 
 @SEVERAL
-def test_where_one_process_cannot_gather_all_train_on_and_stay_in_step(several: Launched) -> None:
+def test_if_one_process_cannot_gather_statistics_all_continue_training_in_sync(several: Launched) -> None:
     found = several.answers("unreadable")
     assert [one["warned"] for one in found] == [0] * (several.world - 1) + [1]
     for one in found:
@@ -163,7 +163,7 @@ def test_where_one_process_cannot_gather_all_train_on_and_stay_in_step(several: 
 
 
 @SEVERAL
-def test_a_report_that_fails_in_one_process_fails_in_all_and_all_train_on(several: Launched) -> None:
+def test_a_report_that_fails_in_one_process_fails_in_all_and_training_continues(several: Launched) -> None:
     answers = several.answers("unreported")
     for answer in answers:
         assert answer["FileNotFoundError epochs"] == answer["LookupError epochs"] == 2

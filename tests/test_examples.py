@@ -1,4 +1,4 @@
-"""The examples run as commands do, and what they print and write is what they promise."""
+"""The examples run as commands, and print and write what their docstrings promise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs an example as its command would, and gives what it prints; colours and progress do not matter here.
+    """Runs an example as its command would, and returns its output without colours.
 
     It runs in this process, because starting another takes seconds. Afterwards its settings of the process are undone.
     """
@@ -140,11 +140,11 @@ def test_toxic_samples(run: Run, tmp_path: Path) -> None:
     moved = {name: cells[:2] for name, cells in values.items()}
     loss, norm = ({name: cells[i] for name, cells in values.items()} for i in (2, 3))
 
-    assert moved["retrained"] == pytest.approx([-12, 9], abs=1e-3)  # the inverse of the mixture, times ones
+    assert moved["retrained"] == pytest.approx([-12, 9], abs=1e-3)  # the inverse of the mixing matrix, times ones
     assert loss["retrained"] == norm["retrained"] == 0
     assert values["fif"] == pytest.approx(values["least loss"], abs=2e-4)
     assert values["gif"] == pytest.approx(values["least gradient"], abs=2e-3)
-    assert math.dist(moved["least gradient"], moved["least loss"]) > 0.1  # so that the two lines above say something
+    assert math.dist(moved["least gradient"], moved["least loss"]) > 0.1  # otherwise the two checks above are trivial
     assert 0 < loss["fif"] < loss["gif"] < loss["trained"] / 5
     assert 0 < norm["gif"] < norm["fif"] / 2
     assert math.dist(moved["pif"], moved["retrained"]) < 0.3
@@ -157,7 +157,7 @@ def test_toxic_samples(run: Run, tmp_path: Path) -> None:
     ("name", "epochs"),
     [("forget_a_digit.py", 15), ("find_mislabeled.py", 30), ("why_misread.py", 15), ("wandb_report.py", 10)],
 )
-def test_help_tells_the_story_and_the_defaults(
+def test_help_describes_the_example_and_has_the_defaults(
     name: str, epochs: int, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -170,7 +170,7 @@ def test_help_tells_the_story_and_the_defaults(
 
 
 def benchmarks() -> list[Path]:
-    """Those that are commands."""
+    """The benchmarks that are commands."""
     found = sorted((EXAMPLES.parent / "benchmarks").glob("*.py"))
     return [file for file in found if '__name__ == "__main__"' in file.read_text()]
 

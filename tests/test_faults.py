@@ -1,4 +1,4 @@
-"""Whatever goes wrong, weights and files are the old ones or the new ones, and the error says what it was."""
+"""After any fault, weights and files are the old ones or the new ones, and the error has the reason."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     faults.Net.fails = float("inf")
 
 
-# Of each kind of fault some, in the calls that it can be in.
+# Some faults of each kind, in each call that can have them.
 INJECTIONS = [
     (kind, call)
     for kind in FAULTS
@@ -63,21 +63,19 @@ INJECTIONS = [
 
 
 @pytest.mark.parametrize(("kind", "call"), INJECTIONS, ids=lambda value: getattr(value, "name", value))
-def test_nothing_is_half_done(kind: str, call: faults.Call, campaign: Campaign) -> None:
+def test_a_fault_leaves_no_partial_result(kind: str, call: faults.Call, campaign: Campaign) -> None:
     for _ in range(2):
         assert campaign.inject(kind, call) in (*GOOD, "not applicable")
 
 
-def test_damage_to_files_is_noticed(campaign: Campaign) -> None:
+def test_damage_to_files_is_detected(campaign: Campaign) -> None:
     for _ in range(12):
         what, outcome = faults.damage(campaign.world, campaign.generator)
         assert outcome in GOOD, what
 
 
 @pytest.mark.parametrize("call", [call for call in CALLS if call.name in ("undo", "apply")], ids=lambda call: call.name)
-def test_an_interrupt_before_any_line_of_an_edit_leaves_all_of_it_or_nothing(
-    call: faults.Call, campaign: Campaign
-) -> None:
+def test_an_interrupt_before_any_line_leaves_the_whole_edit_or_none(call: faults.Call, campaign: Campaign) -> None:
     world = campaign.world
     lines = len(campaign.measure(call)["lines"])
     assert lines > 20
@@ -93,7 +91,7 @@ def test_an_interrupt_before_any_line_of_an_edit_leaves_all_of_it_or_nothing(
         assert torch.is_grad_enabled()
 
 
-def test_the_campaign_sees_half_an_edit(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_campaign_detects_half_an_edit(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(*args: Any) -> None:
         with torch.no_grad():
             campaign.world.module.net[0].weight[0, 0] += 1
@@ -129,7 +127,7 @@ def test_an_interrupt_waits_for_the_end_of_a_section() -> None:
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_sections_in_other_threads_and_without_interrupts_are_left_alone() -> None:
+def test_sections_in_other_threads_and_without_interrupts_are_unaffected() -> None:
     found: list[bool] = []
 
     def work() -> None:
@@ -148,7 +146,7 @@ def test_sections_in_other_threads_and_without_interrupts_are_left_alone() -> No
     assert found == [True]
 
 
-def test_an_edit_whose_report_does_not_arrive_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edit_is_undone_if_its_report_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, module, data = fitted()
     before = weights(module)
     original = Edit.apply
@@ -196,7 +194,7 @@ def test_an_interrupt_while_a_report_is_logged_leaves_the_weights() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Numbers that are none
+# Values that are NaN
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -235,7 +233,7 @@ def poisoned() -> Classifier:
 
 @pytest.mark.parametrize("order", [1, 2], ids=["gradients", "Hessian products"])
 @pytest.mark.parametrize("ask", ["influence", "gif", "self_influence", "unlearn", "relinearise"])
-def test_derivatives_that_are_nan_are_told_and_change_nothing(ask: str, order: int) -> None:
+def test_derivatives_that_are_nan_raise_and_change_nothing(ask: str, order: int) -> None:
     trainer, module, data = fitted(poisoned())
     batch = batch_of(data, slice(4))
     calls: dict[str, Callable[[], Any]] = {
@@ -259,7 +257,7 @@ def test_a_training_example_that_is_not_finite_is_named(ask: str, bad: float, tm
     trainer, _, data = fitted()
     data.tensors[0][17, 2] = bad
     batch = batch_of(data, slice(4))
-    # The curvature is taken over examples that do not have it.
+    # The curvature examples do not include it.
     seed = next(s for s in range(99) if 17 not in torch.randperm(48, generator=torch.Generator().manual_seed(s))[:4])
     options: dict[str, Any] = {"curvature_examples": 4, "seed": seed}
     calls: dict[str, Callable[[], Any]] = {
@@ -284,7 +282,7 @@ def scores_of(folder: Path) -> ScoreStore:
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room cannot be reserved here")
-def test_scores_for_which_there_is_no_room_are_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_that_do_not_fit_on_the_disk_are_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(handle: int, start: int, size: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -297,7 +295,7 @@ def test_scores_for_which_there_is_no_room_are_not_begun(tmp_path: Path, monkeyp
     assert scores_of(tmp_path / "scores").done.all()
 
 
-def test_a_file_system_that_cannot_reserve_room_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_cannot_reserve_space_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(handle: int, start: int, size: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
@@ -308,7 +306,7 @@ def test_a_file_system_that_cannot_reserve_room_will_do(tmp_path: Path, monkeypa
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process to limit")
 @pytest.mark.parametrize("what", ["edit", "report", "scores"])
-def test_files_that_may_not_grow_are_not_begun(what: str, campaign: Campaign) -> None:
+def test_files_that_exceed_the_size_limit_are_not_started(what: str, campaign: Campaign) -> None:
     import resource
 
     world = campaign.world
@@ -336,7 +334,7 @@ def test_files_that_may_not_grow_are_not_begun(what: str, campaign: Campaign) ->
     assert faults.saved_scores(world)
 
 
-def test_a_place_that_cannot_be_is_named(tmp_path: Path, campaign: Campaign) -> None:
+def test_an_impossible_path_is_named_in_the_error(tmp_path: Path, campaign: Campaign) -> None:
     world = campaign.world
     world.reset(edited=False)
     (tmp_path / "file").write_text("mine")
@@ -357,7 +355,7 @@ def test_a_place_that_cannot_be_is_named(tmp_path: Path, campaign: Campaign) -> 
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_edits_by_the_trainer_come_back_in_any_order_that_is_allowed(tmp_path: Path) -> None:
+def test_edits_by_the_trainer_are_undone_in_any_allowed_order(tmp_path: Path) -> None:
     trainer, module, data = fitted(callback=GIFCallback(ratio=0.5, unconverged="ignore", max_iter=2))
     before = weights(module)
     edits: list[UnlearnReport] = []
@@ -376,7 +374,7 @@ def test_edits_by_the_trainer_come_back_in_any_order_that_is_allowed(tmp_path: P
     assert same_weights(before, weights(module))
 
 
-def test_a_report_that_was_cut_off_in_training_does_not_cost_the_statistics() -> None:
+def test_a_report_interrupted_in_training_does_not_lose_the_statistics() -> None:
     class Stopped(GIFCallback):
         def influence(self, *args: Any, **kwargs: Any) -> InfluenceReport:
             signal.raise_signal(signal.SIGINT)
@@ -412,7 +410,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_state_in_a_checkpoint_is_left_out_with_a_warning(kind: str, tmp_path: Path) -> None:
+def test_a_damaged_state_in_a_checkpoint_is_ignored_with_a_warning(kind: str, tmp_path: Path) -> None:
     trainer, _, data = fitted(callback=GIFCallback(snapshots=1), max_epochs=2)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
@@ -429,10 +427,10 @@ def test_a_damaged_state_in_a_checkpoint_is_left_out_with_a_warning(kind: str, t
     with pytest.raises(SelectionError, match="no cached targets"):
         fresh.influence(batch_of(data, slice(2)), targets="cached", dataloader=loader(data))
     with pytest.warns(GIFWarning, match="does not fit"):
-        fresh.fit(Classifier(), loader(data), **options)  # the run goes on all the same
+        fresh.fit(Classifier(), loader(data), **options)  # the run continues
     assert callback.targets is not None
 
 
-def test_nets_are_as_any_other_without_poison() -> None:
+def test_networks_without_poison_behave_normally() -> None:
     trainer, _, data = fitted(poisoned())
     assert trainer.influence(batch_of(data, slice(4))).scores.isfinite().all()

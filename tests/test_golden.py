@@ -1,4 +1,4 @@
-"""Edits and scores keep their bits: what a commit changes of them, it says so and records anew."""
+"""Edits and scores keep their bits. A commit that changes them says so, and records them again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RUNS = [
 
 @pytest.fixture(scope="session")
 def computed() -> Callable[[str, int], Values]:
-    """The values of one net, which the first net of as many processes computes for the others too."""
+    """The values of one network. The first test of a number of processes computes them for all networks."""
     launch = cache(compute)
 
     def computed(name: str, world: int) -> Values:
@@ -39,7 +39,7 @@ def computed() -> Callable[[str, int], Values]:
 
 
 @pytest.mark.parametrize(("name", "world"), RUNS)
-def test_edits_and_scores_are_those_that_were_recorded(
+def test_edits_and_scores_equal_the_recorded_ones(
     name: str, world: int, computed: Callable[[str, int], Values]
 ) -> None:
     expected = {call: tuple(value) for call, value in STORED["values"][f"{name}, {world}"].items()}

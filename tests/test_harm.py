@@ -1,4 +1,4 @@
-"""What a user's module, data and training keep, whatever these are: the very same tensors, values and bits."""
+"""Any user's module, data and training keep their tensors, values and bits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .solvers.test_solvers import INDEFINITE, Matrix
 
 
 def state_of(module: nn.Module, trainer: pl.Trainer) -> list[Any]:
-    """Which tensors a module has, in which places, and what is to happen to them."""
+    """The tensors of a module in all their places, and the expected effect of a call on them."""
     places = [
         (id(one), kind, name, id(member))
         for one in module.modules()
@@ -47,7 +47,7 @@ def state_of(module: nn.Module, trainer: pl.Trainer) -> list[Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One tensor in several places
+# One tensor in several places of a module
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -62,7 +62,7 @@ class OneLayerTwice(Classifier):
 
 
 class AliasFirst(pl.LightningModule):
-    """The name that ``named_parameters`` has for a layer is not that which it is called by."""
+    """A layer is called by another name than in ``named_parameters``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ SHARING: dict[str, Callable[[], pl.LightningModule]] = {
 
 
 @pytest.mark.parametrize("name", list(SHARING))
-def test_a_module_that_holds_tensors_in_several_places_keeps_each_of_them(name: str) -> None:
+def test_a_module_with_tensors_in_several_places_keeps_each_of_them(name: str) -> None:
     trainer, module, data = fitted(SHARING[name](), callback=GIFCallback(ratio=0.5, unconverged="ignore"))
     values, state = weights(module), state_of(module, trainer)
     assert state[-1]
@@ -172,7 +172,7 @@ def test_a_module_that_holds_tensors_in_several_places_keeps_each_of_them(name: 
 
 
 @pytest.mark.parametrize("name", ["OneLayerTwice", "AliasFirst", "Nested", "Listed", "Thrice"])
-def test_a_second_name_for_a_layer_changes_no_score_and_no_edit(name: str) -> None:
+def test_a_second_name_for_a_layer_does_not_change_scores_or_edits(name: str) -> None:
     found = []
     for kind in (lambda: Classifier(net()), SHARING[name]):
         torch.manual_seed(0)
@@ -197,7 +197,7 @@ def test_reports_in_training_leave_a_layer_under_two_names_trainable() -> None:
     assert same_weights(*trained)
 
 
-def test_what_a_step_registers_and_replaces_is_gone_after_a_call() -> None:
+def test_changes_that_a_training_step_makes_to_the_module_are_undone_after_a_call() -> None:
     class Restless(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx)
@@ -217,12 +217,12 @@ def test_what_a_step_registers_and_replaces_is_gone_after_a_call() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Steps that write
+# Training steps that write to parameters
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class Writes(Classifier):
-    """Its loss compares with a second net, to which each step writes."""
+    """The loss compares with a second network, to which each step writes."""
 
     def __init__(self) -> None:
         super().__init__(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
@@ -261,7 +261,7 @@ class Reassigned(Writes):
 
 
 class Hidden(MomentumByData):
-    """The second net is in a plain list, so that nothing finds its parameters."""
+    """The second network is in a plain list, so `parameters()` does not include it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class Hidden(MomentumByData):
 
 
 class Referred(Writes):
-    """Writes to parameters that it keeps in a list of its own, not to those that its layers have."""
+    """Writes to parameters in a list of its own, not to those of its layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -331,10 +331,10 @@ def values_of(module: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", list(WRITING))
 @pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")
-def test_a_step_that_writes_to_parameters_writes_to_none_of_the_users(name: str) -> None:
+def test_a_training_step_that_writes_to_parameters_does_not_change_the_users(name: str) -> None:
     trainer, module, data = fitted(WRITING[name]())
     with torch.no_grad():
-        module.net[0].weight.mul_(3.0)  # so that clipping has something to do
+        module.net[0].weight.mul_(3.0)  # so that weights are clipped
     values, state = values_of(module), state_of(module, trainer)
     batch = batch_of(data, slice(4))
     scores = trainer.influence(batch).scores
@@ -349,7 +349,7 @@ def test_a_step_that_writes_to_parameters_writes_to_none_of_the_users(name: str)
 
 @pytest.mark.parametrize("name", ["MomentumByData", "MomentumInPlace", "ClippedByData", "ClippedInPlace"])
 @pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")
-def test_each_evaluation_of_a_step_that_writes_starts_from_the_same_parameters(name: str) -> None:
+def test_each_evaluation_of_a_writing_training_step_starts_from_the_same_parameters(name: str) -> None:
     trainer, module, data = fitted(WRITING[name]())
     with torch.no_grad():
         module.net[0].weight.mul_(3.0)
@@ -367,13 +367,13 @@ def test_each_evaluation_of_a_step_that_writes_starts_from_the_same_parameters(n
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training goes on
+# Training continues
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Graphs:
-    """A batch whose constructor takes what it does not keep."""
+    """A batch whose constructor has an argument that it does not store."""
 
     items: InitVar[list[tuple[Tensor, Tensor]]]
     x: Tensor = field(init=False)
@@ -391,7 +391,7 @@ class OfGraphs(Classifier):
 def trained(
     module: Callable[[], pl.LightningModule], data: Callable[[], DataLoader[Any]], callback: GIFCallback | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The weights after a fit, and what is drawn next at random."""
+    """The weights after a fit, and the next random numbers."""
     torch.manual_seed(0)
     fit = module()
     make_trainer(callback, max_epochs=3).fit(fit, data())
@@ -405,7 +405,7 @@ def check_trained_alike(
     module: Callable[[], pl.LightningModule] = Classifier,
     data: Callable[[], DataLoader[Any]] = lambda: loader(blobs()),
 ) -> None:
-    """Training with the callback has the bits of training without it, and there is one warning, or none."""
+    """Training with the callback equals training without it bit for bit, with one warning or none."""
     expected = trained(module, data)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -421,14 +421,14 @@ def graphs() -> DataLoader[Any]:
     return DataLoader(blobs(), 16, shuffle=True, collate_fn=Graphs)
 
 
-def test_a_batch_that_cannot_be_made_anew_trains_without_a_word() -> None:
+def test_a_batch_that_cannot_be_rebuilt_causes_no_warning_in_training() -> None:
     callback = GIFCallback()
     check_trained_alike(callback, None, OfGraphs, graphs)
     assert callback.targets is not None
     assert all(int(counts.sum()) == 48 for counts in callback.neurons.output_counts.values())
 
 
-def test_a_batch_that_cannot_be_made_anew_is_read_sliced_and_mapped() -> None:
+def test_a_batch_that_cannot_be_rebuilt_can_be_read_sliced_and_mapped() -> None:
     batch = Graphs(list(blobs(6)))
     x, y = batch.x.clone(), batch.y
     assert batch_size(batch) == 6
@@ -466,7 +466,7 @@ def test_reading_a_batch_does_not_rebuild_it() -> None:
     assert batch_size(batch) == 3
     assert len(made) == 1
     assert slice_batch(batch, 1, 3).names == ["b", "c"]
-    assert len(made) == 2  # the pieces are made by the constructor where that takes the fields
+    assert len(made) == 2  # the constructor makes the parts if it takes the fields
 
 
 def failing(*args: Any, **kwargs: Any) -> Any:
@@ -485,14 +485,16 @@ PLACES: dict[str, tuple[Any, str, str]] = {
 
 
 @pytest.mark.parametrize("name", list(PLACES))
-def test_an_error_in_gathering_ends_the_gathering_and_not_the_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_gathering_statistics_stops_the_gathering_and_not_the_fit(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     owner, attribute, words = PLACES[name]
     monkeypatch.setattr(owner, attribute, failing)
     callback = GIFCallback(snapshots=1)
     check_trained_alike(callback, f"no more statistics in this fit: {words} LookupError: on purpose. Training goes on")
 
 
-def test_an_error_in_a_backward_pass_ends_the_gathering_and_not_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_backward_hook_stops_the_gathering_and_not_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     add = NeuronStatistics._add
 
     def once_in_backward(self: NeuronStatistics, kind: str, *args: Any) -> None:
@@ -505,7 +507,7 @@ def test_an_error_in_a_backward_pass_ends_the_gathering_and_not_the_fit(monkeypa
     assert not callback.gradients
 
 
-def test_targets_stay_or_are_picked_on_demand_where_gathering_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_stay_or_are_picked_on_demand_after_gathering_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     data = blobs()
     callback = GIFCallback(ratio=0.5, unconverged="ignore")
     trainer = make_trainer(callback, max_epochs=2)
@@ -530,7 +532,7 @@ def test_targets_stay_or_are_picked_on_demand_where_gathering_has_ended(monkeypa
     assert callback.targets_epoch == 0
     monkeypatch.undo()
     assert trainer.influence(batch_of(data, slice(4)), targets="cached").scores.shape == (1, 48)
-    trainer.fit_loop.max_epochs = 3  # another fit gathers again
+    trainer.fit_loop.max_epochs = 3  # a new fit gathers statistics again
     trainer.fit(trainer.lightning_module, loader(data))
     assert callback.targets_epoch == 2
 
@@ -547,9 +549,9 @@ def test_an_interrupt_in_a_hook_still_ends_the_fit(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_an_unforeseen_error_in_a_report_ends_the_reports_and_not_the_fit(late: bool) -> None:
+def test_an_unexpected_error_in_a_report_stops_the_reports_and_not_the_fit(late: bool) -> None:
     class Choosy(Classifier):
-        """Cannot be asked outside of training, or not after its first epoch."""
+        """Fails outside of training, or after the first epoch."""
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             if not self.training and (self.current_epoch or not late):
@@ -564,7 +566,9 @@ def test_an_unforeseen_error_in_a_report_ends_the_reports_and_not_the_fit(late: 
     assert (callback.last_report is not None) == late
 
 
-def test_a_checkpoint_is_written_without_what_cannot_be_added(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_written_without_state_that_cannot_be_saved(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer, module, _ = fitted()
     monkeypatch.setattr(NeuronStatistics, "state", failing)
     with pytest.warns(GIFWarning, match="adding the state of GIFCallback to a checkpoint failed"):
@@ -579,7 +583,7 @@ def test_a_checkpoint_is_written_without_what_cannot_be_added(tmp_path: Any, mon
 
 
 class Fourier(Classifier):
-    """A layer whose weights are complex, in front of or behind those that are not."""
+    """A layer with complex weights, before or after layers with real weights."""
 
     def __init__(self, first: bool = False) -> None:
         super().__init__(nn.Identity())
@@ -595,7 +599,7 @@ class Fourier(Classifier):
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_complex_parameters_are_refused_by_name_with_the_remedy(first: bool) -> None:
+def test_complex_parameters_are_refused_by_name_with_a_remedy(first: bool) -> None:
     trainer = make_trainer(GIFCallback())
     module, data = Fourier(first), blobs()
     trainer.fit(module, loader(data))
@@ -611,13 +615,13 @@ def test_complex_parameters_are_refused_by_name_with_the_remedy(first: bool) -> 
     assert same_weights(weights(module), values)
 
 
-def test_training_with_complex_parameters_has_the_same_bits_and_one_warning() -> None:
+def test_training_with_complex_parameters_is_unchanged_bit_for_bit_with_one_warning() -> None:
     check_trained_alike(
         GIFCallback(), "these are complex: spectral.weight, spectral.bias. Store each as a real parameter", Fourier
     )
 
 
-def test_frozen_complex_parameters_are_computed_with_as_they_are() -> None:
+def test_frozen_complex_parameters_are_supported() -> None:
     module = Fourier()
     module.spectral.requires_grad_(False)
     trainer, _, data = fitted(module)
@@ -633,12 +637,12 @@ def test_frozen_complex_parameters_are_computed_with_as_they_are() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Solves that end where curvature is negative
+# Solves that end at negative curvature
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rtol", [None, 1e-6])
-def test_a_solve_that_met_negative_curvature_is_not_taken_for_converged(rtol: float | None) -> None:
+def test_a_solve_that_met_negative_curvature_is_not_converged(rtol: float | None) -> None:
     rhs = torch.ones(INDEFINITE.shape[0], dtype=torch.float64)
     settings = GIFCallback(solver="cg", rtol=rtol, max_iter=50, unconverged="raise").settings
     assert cg(Matrix(INDEFINITE), rhs, rtol=1e-6, max_iter=50).status is Status.INDEFINITE
@@ -652,7 +656,7 @@ def test_a_solve_that_met_negative_curvature_is_not_taken_for_converged(rtol: fl
         solve(dataclasses.replace(settings, unconverged="ignore"), Matrix(INDEFINITE), rhs)
 
 
-def test_a_newton_step_may_end_where_curvature_is_negative() -> None:
+def test_a_newton_step_may_end_at_negative_curvature() -> None:
     rhs = torch.ones(INDEFINITE.shape[0], dtype=torch.float64)
     settings = GIFCallback(rtol=1e-6, max_iter=50, unconverged="raise").settings
     solution, _ = newton(settings, Matrix(INDEFINITE), rhs, 0.0)
@@ -661,7 +665,7 @@ def test_a_newton_step_may_end_where_curvature_is_negative() -> None:
     assert torch.equal(solution.x, expected.x)
 
 
-def test_influence_by_conjugate_gradients_on_an_indefinite_hessian_is_refused_if_asked() -> None:
+def test_influence_by_conjugate_gradients_on_an_indefinite_hessian_raises_on_request() -> None:
     trainer, _, data = fitted(Classifier(net()), TensorDataset(*blobs().tensors), max_epochs=1)
     asked: dict[str, Any] = {"curvature": "hessian", "solver": "cg", "damping": 0.0, "rtol": 1e-6}
     with pytest.raises(ConvergenceError, match="'indefinite'"):

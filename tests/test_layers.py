@@ -1,4 +1,4 @@
-"""The package is built in floors: imports go downward only, and no class or function outgrows its page."""
+"""The package has layers: modules import from lower layers only, and classes and functions are short."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_gif import GIFMixin
 
 PACKAGE = Path(__file__).parents[1] / "lightning_gif"
 
-# The rooms from the ground up; a module may import from those before its own, and from its own.
+# The layers from the bottom up. A module may import from its own layer and from lower ones.
 FLOORS = (
     *("_version", "_moved", "_compat", "errors", "mixin", "registry"),
     *("storage", "distributed", "config", "parameters", "solvers", "data", "edit", "selection", "reporting"),
@@ -21,7 +21,7 @@ FLOORS = (
     *("callback", "verification", "cli", "__init__", "__main__"),
 )
 
-# Only these know that a Trainer exists.
+# Only these modules use a Trainer.
 TRAINER = {"_compat", "distributed", "objective", "selection", "attribution", "session", "callback", "cli"}
 
 # Lines of code, without docstrings, comments and blank lines.
@@ -45,7 +45,7 @@ def imported(file: Path) -> list[tuple[ast.ImportFrom, list[str]]]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(module(file)))
-def test_imports_go_downward(file: Path) -> None:
+def test_modules_import_from_lower_layers_only(file: Path) -> None:
     room = FLOORS.index(module(file)[0])
     for node, target in imported(file):
         assert FLOORS.index(target[0]) <= room, f"line {node.lineno} imports {'.'.join(target)} from above"
@@ -65,7 +65,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(module(file)))
-def test_what_is_imported_is_seen_at_the_top(file: Path) -> None:
+def test_imports_are_at_the_top_of_modules(file: Path) -> None:
     tree = ast.parse(file.read_text())
     inside = [
         node
@@ -78,7 +78,7 @@ def test_what_is_imported_is_seen_at_the_top(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(module(file)))
-def test_classes_and_functions_fit_on_a_page(file: Path) -> None:
+def test_classes_and_functions_are_short(file: Path) -> None:
     text = file.read_text()
     lines = text.splitlines()
     tree = ast.parse(text)
@@ -94,7 +94,7 @@ def test_classes_and_functions_fit_on_a_page(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(module(file)))
-def test_few_modules_know_a_trainer(file: Path) -> None:
+def test_few_modules_use_a_trainer(file: Path) -> None:
     knows = [node for node, _ in imported(file) if any(alias.name == "Trainer" for alias in node.names)]
     assert not knows or module(file)[0] in TRAINER
 

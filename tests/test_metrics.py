@@ -45,7 +45,7 @@ def _whole(seed: int, below: int, n: int = N) -> Tensor:
 
 PREDS, REFERENCE, TARGET, MASK = _logits(1), _logits(2), _whole(3, C), _whole(4, 2).bool()
 
-# How each is made, and one set of inputs; the order of examples means nothing to them.
+# The constructor and one set of inputs of each metric. The order of examples has no effect on these.
 METRICS: dict[str, tuple[Callable[[], Metric], Batch]] = {
     "removal": (lambda: RemovalF1([0, 3]), {"preds": PREDS, "target": TARGET}),
     "relabel": (RelabelF1, {"preds": PREDS, "target": TARGET, "relabelled": MASK}),
@@ -77,7 +77,7 @@ def _rows(batch: Batch, rows: Any) -> Batch:
 
 
 def _of_all_ranks(*ranks: Metric) -> Tensor:
-    """What the first of several processes computes, its exchange of states replaced by a look at the others'."""
+    """The value in the first of several processes. Reading the others' states replaces the exchange."""
 
     def sent(metric: Metric) -> list[Tensor]:
         states = metric.metric_state.values()
@@ -88,7 +88,7 @@ def _of_all_ranks(*ranks: Metric) -> Tensor:
     def gather(state: Tensor, group: Any = None) -> list[Tensor]:
         states = list(next(exchanged))
         assert torch.equal(state, states[0])
-        assert len({state.dtype for state in states}) == 1  # processes can exchange nothing else
+        assert len({state.dtype for state in states}) == 1  # processes can exchange tensors only
         return states
 
     metric = ranks[0].clone()
@@ -117,7 +117,7 @@ def test_an_empty_batch_adds_nothing(name: str) -> None:
 
 
 @every_metric
-def test_processes_together_give_the_value_of_one(name: str) -> None:
+def test_several_processes_give_the_value_of_one(name: str) -> None:
     make, batch = METRICS[name]
     ranks = [make() for _ in range(3)]
     for rank, rows in zip(ranks, torch.arange(N).split([30, 10, 1]), strict=True):
@@ -130,7 +130,7 @@ def test_processes_together_give_the_value_of_one(name: str) -> None:
 
 
 @every_metric
-def test_a_process_without_examples_is_no_difficulty(name: str) -> None:
+def test_a_process_may_have_no_examples(name: str) -> None:
     make, batch = METRICS[name]
     used = make()
     whole = _value(used, batch)
@@ -168,7 +168,7 @@ def test_reset_copies_and_pickles(name: str) -> None:
 
 @every_metric
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_any_precision_is_computed_as_the_values_it_holds(name: str, dtype: torch.dtype) -> None:
+def test_low_precision_inputs_are_computed_without_further_rounding(name: str, dtype: torch.dtype) -> None:
     make, batch = METRICS[name]
     rounded = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in batch.items()}
     exact = {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in rounded.items()}
@@ -208,7 +208,7 @@ def test_values_keep_their_precision_in_a_half_precision_model(
     assert torch.equal(value, _value(make(), batch, batch))
 
 
-def test_steps_keep_their_precision_in_a_half_precision_model(half_precision: None) -> None:
+def test_relearn_steps_keep_their_precision_in_a_half_precision_model(half_precision: None) -> None:
     metric = RelearnTime(target=0.0).to(torch.bfloat16)
     for step in range(260):
         metric.update(259.0 - step)
@@ -216,7 +216,7 @@ def test_steps_keep_their_precision_in_a_half_precision_model(half_precision: No
 
 
 @every_metric
-def test_examples_leave_no_graph_behind(name: str) -> None:
+def test_updates_keep_no_graph(name: str) -> None:
     make, batch = METRICS[name]
     metric = make()
     for _ in range(2):
@@ -276,7 +276,7 @@ def _f1(first: float, second: float) -> float:
 
 
 @pytest.mark.parametrize("classes", [0, [0, 3], {4}, (1, 2, 1), range(1, 5), torch.tensor([2, 0]), np.array([1])])
-def test_removal_is_the_harmonic_mean_of_its_definition(classes: Any) -> None:
+def test_removal_f1_is_the_harmonic_mean_of_its_definition(classes: Any) -> None:
     forgotten = torch.isin(TARGET, torch.tensor([classes] if isinstance(classes, int) else [int(c) for c in classes]))
     right = PREDS.argmax(1) == TARGET
     expected = _f1(1 - right[forgotten].double().mean().item(), right[~forgotten].double().mean().item())
@@ -286,30 +286,30 @@ def test_removal_is_the_harmonic_mean_of_its_definition(classes: Any) -> None:
 @pytest.mark.parametrize(
     ("preds", "expected"),
     [
-        ([1, 2, 1, 2], 1.0),  # forgotten, all else is right
+        ([1, 2, 1, 2], 1.0),  # forgotten, all others are correct
         ([0, 0, 1, 2], 0.0),  # nothing forgotten
         ([1, 1, 2, 1], 0.0),  # everything forgotten
         ([0, 0, 2, 1], 0.0),  # both shares are 0: their harmonic mean is taken as its limit
         ([1, 0, 1, 2], 2 / 3),
     ],
 )
-def test_removal_of_a_class(preds: list[int], expected: float) -> None:
+def test_removal_f1_takes_a_single_class(preds: list[int], expected: float) -> None:
     assert RemovalF1(0)(torch.tensor(preds), torch.tensor([0, 0, 1, 2])).item() == pytest.approx(expected)
 
 
-def test_one_forgotten_class_taken_for_another_is_forgotten() -> None:
+def test_a_forgotten_class_predicted_as_another_forgotten_class_is_forgotten() -> None:
     assert RemovalF1([0, 1])(torch.tensor([1, 0, 2]), torch.tensor([0, 1, 2])) == 1
 
 
 @pytest.mark.parametrize("target", [[1, 2, 1], [0, 0, 0]])
-def test_removal_is_nan_while_a_group_is_missing(target: list[int]) -> None:
+def test_removal_f1_is_nan_while_a_group_is_missing(target: list[int]) -> None:
     metric = RemovalF1(0)
     assert metric(torch.tensor([1, 2, 0]), torch.tensor(target)).isnan()
     metric.update(torch.tensor([1, 1]), torch.tensor([0, 1]))
     assert metric.compute().isfinite()
 
 
-def test_relabelling_is_the_harmonic_mean_of_its_definition() -> None:
+def test_relabel_f1_is_the_harmonic_mean_of_its_definition() -> None:
     right = (PREDS.argmax(1) == TARGET).double()
     expected = _f1(right[MASK].mean().item(), right[~MASK].mean().item())
     assert _value(*_fresh("relabel")).item() == pytest.approx(expected)
@@ -345,7 +345,7 @@ def test_the_divergence_is_the_square_of_scipys_distance(scale: float, base: flo
     assert found.item() == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-def test_the_divergence_of_two_coins() -> None:
+def test_the_divergence_of_two_coins_has_its_closed_form() -> None:
     """Of (1, 0) and (1 - a, a): ½ [(2 - a) ln(2 / (2 - a)) + (1 - a) ln(1 - a) + a ln 2], with 0 ln 0 = 0."""
     for a in (0.0, 1e-6, 0.25, 0.5, 1.0):
         of_zero = (1 - a) * math.log(1 - a) if a < 1 else 0.0
@@ -387,7 +387,7 @@ def test_logits_log_probabilities_and_probabilities_are_the_same_distributions()
 
 
 def test_the_sum_of_many_small_divergences_is_not_rounded_away() -> None:
-    """A sum in float32 would stop to grow where the next term is below its rounding."""
+    """A sum in float32 would stop growing once the next term is below its rounding."""
     metric, near = JensenShannonDivergence(), PREDS + 1e-3 * REFERENCE
     small = _value(JensenShannonDivergence(), {"preds": PREDS, "reference": near})
     metric.update(torch.tensor([[40.0, -40.0]]).repeat(4096, 1), torch.tensor([[-40.0, 40.0]]).repeat(4096, 1))
@@ -412,7 +412,7 @@ def test_the_divergence_is_differentiable(scale: float) -> None:
 
 
 def _by_pairs(scores: Tensor, member: Tensor) -> float:
-    """The area under the ROC curve as the share of pairs in order, ties counted half."""
+    """The area under the ROC curve: the share of ordered pairs, where ties count half."""
     difference = scores[member].double()[:, None] - scores[~member].double()
     return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean().item()
 
@@ -428,8 +428,8 @@ def test_membership_counts_pairs_in_order() -> None:
 
 @pytest.mark.parametrize("score", ["loss", "confidence"])
 @pytest.mark.parametrize("margin", [0.01, 1.0, 12.0, 16.0])
-def test_an_attack_that_separates_has_area_one_and_a_reversed_one_zero(score: Any, margin: float) -> None:
-    """Also where losses are as small as those of a well-fitted net, 1e-6 and below, and a sigmoid would make ties."""
+def test_a_separating_attack_has_auroc_one_and_a_reversed_one_zero(score: Any, margin: float) -> None:
+    """Also for losses of 1e-6 and below, as in a well-fitted network, where a sigmoid would cause ties."""
     size = torch.cat([margin + torch.rand(20), margin - 0.01 * torch.rand(30) - 1e-3])
     preds, target = torch.stack([size, -size], 1), torch.zeros(50, dtype=torch.long)
     member = torch.arange(50) < 20
@@ -438,13 +438,13 @@ def test_an_attack_that_separates_has_area_one_and_a_reversed_one_zero(score: An
 
 
 @pytest.mark.parametrize("score", ["loss", "confidence"])
-def test_equal_examples_cannot_be_told_apart(score: Any) -> None:
+def test_equal_losses_have_auroc_one_half(score: Any) -> None:
     preds, target = torch.cat([PREDS, PREDS]), torch.cat([TARGET, TARGET])
     assert MembershipInference(score)(preds, target, torch.arange(2 * N) < N) == 0.5
     assert MembershipInference(score)(torch.zeros(N, C), TARGET, MASK) == 0.5
 
 
-def test_swapping_the_groups_mirrors_the_area() -> None:
+def test_swapping_the_groups_mirrors_the_auroc() -> None:
     forth, back = MembershipInference()(PREDS, TARGET, MASK), MembershipInference()(PREDS, TARGET, ~MASK)
     assert (forth + back).item() == pytest.approx(1)
 
@@ -467,7 +467,7 @@ def test_membership_is_nan_while_a_group_is_missing() -> None:
     assert MembershipInference()(PREDS, TARGET, torch.zeros(N, dtype=torch.bool)).isnan()
 
 
-def test_a_model_that_memorised_is_caught_and_a_fresh_one_is_not() -> None:
+def test_a_memorizing_model_is_detected_and_an_untrained_one_is_not() -> None:
     x, y = torch.randn(400, 100), torch.randint(2, (400,))
     member, net = torch.arange(400) < 40, nn.Linear(100, 2)
     fresh = MembershipInference()(net(x), y, member)
@@ -504,18 +504,16 @@ def _relearn(values: list[float], **settings: Any) -> float:
         ([0.5, 0.5, 0.5], {"target": 1.0, "patience": 3}, 0),
     ],
 )
-def test_relearning_ends_where_the_target_is_reached(
-    values: list[float], settings: dict[str, Any], expected: float
-) -> None:
+def test_relearn_time_ends_at_the_target(values: list[float], settings: dict[str, Any], expected: float) -> None:
     assert _relearn(values, **settings) == expected
 
 
-def test_relearning_mirrors_with_the_sign() -> None:
+def test_relearn_time_mirrors_with_the_sign() -> None:
     values = torch.rand(50).tolist()
     assert _relearn(values, target=0.1) == _relearn([-value for value in values], target=-0.1, mode="max")
 
 
-def test_the_time_can_be_asked_for_at_every_step() -> None:
+def test_relearn_time_can_be_computed_at_every_step() -> None:
     metric = RelearnTime(target=1.0)
     with pytest.warns(UserWarning, match="before the ``update``"):
         assert metric.compute().isnan()
@@ -529,7 +527,7 @@ def test_the_time_can_be_asked_for_at_every_step() -> None:
     assert metric.compute() == 0
 
 
-def test_forward_keeps_the_time() -> None:
+def test_forward_returns_the_relearn_time() -> None:
     metric = RelearnTime(target=1.0)
     assert [metric(torch.tensor(value)).item() for value in (3.0, 2.0, 1.0)] == [math.inf, math.inf, 0]
     assert metric.compute() == 2
@@ -542,7 +540,7 @@ def test_a_value_in_half_precision_is_compared_unrounded() -> None:
     assert RelearnTime(target=torch.tensor(0.1)).target == torch.tensor(0.1).item()  # type: ignore[arg-type]
 
 
-def test_processes_of_the_same_values_have_one_time_and_else_the_last_one_counts() -> None:
+def test_processes_with_equal_values_have_one_relearn_time_and_otherwise_the_largest_counts() -> None:
     ranks = [RelearnTime(target=1.0) for _ in range(3)]
     for values in ((3, 3, 3), (2, 1, 2), (1, 1, 1)):
         for rank, value in zip(ranks, values, strict=True):
@@ -551,7 +549,7 @@ def test_processes_of_the_same_values_have_one_time_and_else_the_last_one_counts
     assert _of_all_ranks(ranks[1], ranks[0]) == 2
 
 
-def test_a_damped_descent_takes_the_steps_of_its_formula() -> None:
+def test_relearn_time_of_a_damped_descent_has_its_closed_form() -> None:
     """Gradient descent on a w²/2 multiplies w by 1 - rate · a."""
     rate, a, metric = 0.1, 0.7, RelearnTime(target=0.05)
     w = torch.tensor(1.0, requires_grad=True, dtype=torch.float64)
@@ -588,7 +586,7 @@ def test_classes_must_be_whole_numbers(classes: Any) -> None:
         (lambda: RelearnTime(1.0, patience=1.5), "at least 1"),  # type: ignore[arg-type]
     ],
 )
-def test_bad_arguments_are_refused(make: Callable[[], Metric], match: str) -> None:
+def test_invalid_arguments_are_refused(make: Callable[[], Metric], match: str) -> None:
     with pytest.raises(ConfigurationError, match=match):
         make()
 
@@ -627,7 +625,7 @@ NAN = PREDS.clone().index_fill(0, torch.tensor(3), math.nan)
         ("confidence", {"member": MASK[1:]}, "one entry for each"),
     ],
 )
-def test_bad_inputs_are_refused_and_leave_the_value_as_it_was(name: str, bad: dict[str, Any], match: str) -> None:
+def test_invalid_inputs_are_refused_and_do_not_change_the_value(name: str, bad: dict[str, Any], match: str) -> None:
     make, batch = METRICS[name]
     metric = make()
     value = _value(metric, batch)
@@ -637,7 +635,7 @@ def test_bad_inputs_are_refused_and_leave_the_value_as_it_was(name: str, bad: di
 
 
 @pytest.mark.parametrize("bad", [PREDS, PREDS.softmax(1) * 1.2, NAN, -PREDS.softmax(1), PREDS.sigmoid()])
-def test_what_are_no_probabilities_is_refused(bad: Tensor) -> None:
+def test_invalid_probabilities_are_refused(bad: Tensor) -> None:
     good = PREDS.softmax(1)
     with pytest.raises(ConfigurationError, match=r"`reference` should be probabilities.*from_logits=True"):
         JensenShannonDivergence(from_logits=False).update(good, bad)

@@ -1,4 +1,4 @@
-"""What a newcomer tries on the first day, from the documentation alone."""
+"""First uses of the package that follow the documentation only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_gif.solvers import Solution, lsmr
 from .conftest import Classifier, batch_of, fitted
 
 
-def test_groups_by_a_function_that_gives_tensors_are_those_of_their_values() -> None:
+def test_groups_by_a_function_that_returns_tensors_are_groups_of_their_values() -> None:
     trainer, _, dataset = fitted()
     report = trainer.influence(batch_of(dataset, [0, 1]))
     by_tensor = report.by_group(lambda item: item[1])
@@ -34,7 +34,7 @@ class Margin(GIFMixin, Classifier):
 
 
 @pytest.mark.parametrize(("module", "measured"), [(Classifier, "loss"), (Margin, "measurement")])
-def test_a_report_says_what_its_scores_are_changes_of(module: type[Classifier], measured: str) -> None:
+def test_a_report_names_the_measurement_of_its_scores(module: type[Classifier], measured: str) -> None:
     trainer, _, dataset = fitted(module())
     report = trainer.influence(batch_of(dataset, [0, 1]))
     assert f"predicted change of the query's {measured} if" in str(report)
@@ -70,7 +70,7 @@ def test_a_function_as_a_solver_gets_one_right_hand_side_at_a_time(registered: A
     torch.testing.assert_close(own.scores, trainer.influence(query, solver="lsmr", **options).scores)
 
 
-def test_a_solver_that_gives_a_tensor_is_told_what_to_give(registered: Any) -> None:
+def test_a_solver_that_returns_a_tensor_raises_with_a_remedy(registered: Any) -> None:
     registered("careless", lambda operator, rhs, **options: torch.zeros(operator.shape[1]))
     trainer, _, dataset = fitted()
     with pytest.raises(ConfigurationError, match=r"'careless' must give a lightning_gif.solvers.Solution.*got list"):

@@ -1,4 +1,4 @@
-"""The flat vector, the targets in it, and edits that go back to the very same bits."""
+"""The flat vector, the targets in it, and edits that are undone bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False))
 
 
-def test_flatten_and_unflatten_are_inverse_and_in_the_order_of_the_module() -> None:
+def test_flatten_and_unflatten_are_inverse_and_keep_the_order_of_the_module() -> None:
     module = net()
     space = ParameterSpace(module)
     theta = space.flatten(module, torch.float64)
@@ -31,7 +31,7 @@ def test_flatten_and_unflatten_are_inverse_and_in_the_order_of_the_module() -> N
     assert module[0].weight.any()  # a copy, not a view
 
 
-def test_frozen_parameters_are_no_part_of_the_space_and_tied_ones_count_once() -> None:
+def test_the_space_excludes_frozen_parameters_and_counts_tied_ones_once() -> None:
     module = net()
     module[0].weight.requires_grad_(False)
     module.append(nn.Linear(4, 2, bias=False))
@@ -78,7 +78,7 @@ def test_patterns_keep_the_order_of_the_names() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_an_edit_adds_once_rounded_and_goes_back_bit_by_bit(dtype: torch.dtype) -> None:
+def test_an_edit_rounds_once_and_is_undone_bit_by_bit(dtype: torch.dtype) -> None:
     module = net().to(dtype)
     space = ParameterSpace(module)
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -107,7 +107,7 @@ def test_a_parameter_that_is_not_contiguous_is_edited_too() -> None:
     assert torch.equal(module.weight, before)
 
 
-def test_many_edits_are_taken_back_in_reverse() -> None:
+def test_many_edits_are_undone_in_reverse_order() -> None:
     module = net()
     space = ParameterSpace(module)
     before = digest(dict(module.named_parameters()))
@@ -154,7 +154,7 @@ def damaged(edit: Edit, part: str) -> Edit:
 
 
 @pytest.mark.parametrize("part", ["indices", "old", "new"])
-def test_an_edit_ends_in_the_weights_that_it_recorded_or_changes_nothing(part: str) -> None:
+def test_an_edit_produces_the_recorded_weights_or_changes_nothing(part: str) -> None:
     module = net()
     space = ParameterSpace(module)
     targets = Targets({"0.weight": torch.tensor([0, 7]), "2.weight": torch.tensor([3])})
@@ -174,7 +174,7 @@ def test_an_edit_ends_in_the_weights_that_it_recorded_or_changes_nothing(part: s
     assert digest(dict(module.named_parameters())) == start
 
 
-def test_an_edit_of_nothing_can_be_made_and_taken_back() -> None:
+def test_an_edit_without_entries_can_be_made_and_undone() -> None:
     module = net()
     edit = Edit.plan(module, Targets({"2.weight": torch.tensor([0])}), ParameterSpace(module), torch.zeros(1))
     edit.apply(module)
@@ -183,7 +183,7 @@ def test_an_edit_of_nothing_can_be_made_and_taken_back() -> None:
 
 
 @pytest.mark.parametrize("entries", [torch.tensor([0.5]), torch.tensor([True, False])])
-def test_targets_that_are_no_indices_are_refused(entries: torch.Tensor) -> None:
+def test_targets_that_are_not_indices_are_refused(entries: torch.Tensor) -> None:
     with pytest.raises(SelectionError, match="must be flat indices, whole numbers; got torch"):
         Targets({"0.weight": entries})
 
@@ -193,12 +193,12 @@ def test_targets_below_zero_are_refused() -> None:
         Targets({"0.weight": torch.tensor([-1, 2])}).flat(ParameterSpace(net()))
 
 
-def test_edits_in_any_order_are_refused_or_right() -> None:
+def test_edits_in_any_order_are_refused_or_correct() -> None:
     module = net()
     space = ParameterSpace(module)
     start = {name: value.detach().clone() for name, value in module.named_parameters()}
     generator = random.Random(0)
-    made: list[Edit] = []  # those in the weights, in their order
+    made: list[Edit] = []  # the edits in the weights, in their order
     undone: list[Edit] = []
     outcomes = Counter[str]()
     for _ in range(1000):
@@ -246,7 +246,7 @@ def test_an_edit_that_overflows_is_refused() -> None:
         Edit.plan(module, Targets({"0.bias": torch.tensor([1])}), ParameterSpace(module), torch.tensor([1e6]))
 
 
-def test_the_digest_sees_every_bit() -> None:
+def test_the_digest_depends_on_every_bit() -> None:
     values = {"a": torch.zeros(3), "b": torch.ones(2, 2)}
     mark = digest(values)
     assert digest({"b": values["b"], "a": values["a"]}) == mark
@@ -262,7 +262,7 @@ def test_the_digest_sees_every_bit() -> None:
 @pytest.mark.parametrize(
     ("shape", "strides"), [((1, 1), (0, 0)), ((1,), (5,)), ((5, 1), (1, 0)), ((), ()), ((2, 3), (1, 2))]
 )
-def test_bytes_do_not_depend_on_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+def test_the_bytes_of_a_tensor_do_not_depend_on_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
     value = torch.arange(3, 20).as_strided(shape, strides)
     plain = torch.tensor(value.tolist())
     rows = shape[0] if shape else 1
@@ -272,7 +272,7 @@ def test_bytes_do_not_depend_on_strides(shape: tuple[int, ...], strides: tuple[i
     assert raw(torch.zeros(2, 0), 2).shape == (2, 0)
 
 
-def test_an_edit_is_made_in_the_state_of_a_checkpoint_as_in_a_module() -> None:
+def test_an_edit_applies_to_a_state_dict_as_to_a_module() -> None:
     module = net()
     space = ParameterSpace(module)
     targets = Targets({"0.weight": torch.tensor([1, 5]), "2.weight": torch.tensor([0])})

@@ -1,4 +1,4 @@
-"""Attribution by other libraries has our shape and sign, and leaves the model and the random numbers as they were."""
+"""Attribution by other libraries has our shape and sign, and does not change the model or random generators."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def make(net: str) -> Problem:
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> Tensor:
-    """Skips where the library, the first word of the name, is missing."""
+    """Skips the test if the library, the first word of the name, is missing."""
     library = name.partition(" ")[0]
     if library != "gradient":
         pytest.importorskip(library)
@@ -92,7 +92,7 @@ def agreement(scores: Tensor, truth: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_scores_have_shape_and_sign_of_exact_influence(name: str) -> None:
+def test_scores_have_the_shape_and_sign_of_exact_influence(name: str) -> None:
     model, train, unseen = make("mlp")
     both = zip(unseen.tensors, train.tensors, strict=True)
     queries = TensorDataset(*(torch.cat([query, example[:8]]) for query, example in both))
@@ -105,7 +105,7 @@ def test_scores_have_shape_and_sign_of_exact_influence(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_model_and_generator_are_left_alone(name: str) -> None:
+def test_model_and_generator_are_unchanged(name: str) -> None:
     model, train, queries = make("normed")
     kinds, state, random = list(map(type, model)), copy.deepcopy(model.state_dict()), torch.get_rng_state()
     scores = call(name, model, train, queries, checkpoints=[copy.deepcopy(state)], batch_size=25)
@@ -124,13 +124,13 @@ def test_model_and_generator_are_left_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gradient dot product", "captum TracInCP"])
 @pytest.mark.parametrize("net", ["mlp", "normed"])
-def test_inner_products_of_gradients_equal_a_loop(name: str, net: str) -> None:
+def test_inner_products_of_gradients_equal_those_of_a_loop(name: str, net: str) -> None:
     model, train, queries = make(net)
     loop = loss_gradients(model, queries) @ loss_gradients(model, train).mT
     torch.testing.assert_close(call(name, model, train, queries, batch_size=25), loop, rtol=1e-4, atol=1e-5)
 
 
-def test_steps_of_dattri_give_what_its_attribute_gives() -> None:
+def test_the_calls_to_dattri_give_the_result_of_its_attribute() -> None:
     pytest.importorskip("dattri")
     from dattri.algorithm.influence_function import IFAttributorCG
 
@@ -142,7 +142,7 @@ def test_steps_of_dattri_give_what_its_attribute_gives() -> None:
     torch.testing.assert_close(scores, theirs.mT, rtol=1e-4, atol=1e-5)
 
 
-def test_captum_takes_small_batches_of_nets_with_norms_without_change() -> None:
+def test_captum_gives_the_same_scores_for_small_batches_of_networks_with_batchnorm() -> None:
     model, train, queries = make("normed")
     one, two = (call("captum TracInCP", model, train, queries, batch_size=size) for size in (5, 100))
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
@@ -156,7 +156,7 @@ def test_scores_that_are_not_finite_raise() -> None:
         PEERS["gradient dot product"](model, train, queries)
 
 
-def test_tracincp_adds_up_checkpoints() -> None:
+def test_tracincp_sums_over_checkpoints() -> None:
     model, train, queries = make("mlp")
     other = copy.deepcopy(model)
     with torch.no_grad():

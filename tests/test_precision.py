@@ -1,4 +1,4 @@
-"""One story in every precision, compiled, and on a GPU: its numbers are near float32's, and its bits come back."""
+"""Scores and edits in every precision, compiled, and on a GPU: they are near float32, and undo restores all bits."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .conftest import WEIGHTS_ONLY, Classifier, batch_of, blobs, fitted, loader,
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-# A solve of the default 20 steps ends where rounding has led it: on these nets, some per cent from one of float64.
+# After the default 20 iterations, rounding errors are some per cent of the solution on these networks.
 CONVERGED: Any = {"damping": 1e-2, "max_iter": 200, "rtol": 1e-6}
-SOLVED = 5e-3  # as near as least squares are that are solved to a residual of 1e-3
+SOLVED = 5e-3  # the accuracy of least squares at a residual of 1e-3
 
 
 class Silent(Classifier):
-    """Compiled code cannot log."""
+    """A module without logging, which compiled code does not support."""
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -50,7 +50,7 @@ def quick(**options: Any) -> GIFCallback:
 def story(
     trainer: pl.Trainer, module: pl.LightningModule, data: TensorDataset, path: Path
 ) -> tuple[Tensor, Tensor, UnlearnReport]:
-    """Scores, the gradient's answer and the edit; the module is bit for bit what it was in the end."""
+    """Scores by default and by `gif`, and an edit. At the end the module is bit for bit as before."""
     before, dtypes = weights(module), {name: value.dtype for name, value in module.state_dict().items()}
     devices = {name: value.device for name, value in module.state_dict().items()}
     batch = batch_of(data, slice(4))
@@ -75,7 +75,7 @@ def alike(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def twin(module: pl.LightningModule, data: TensorDataset) -> tuple[pl.Trainer, Classifier]:
-    """The same weights in float32 in a trainer of its own."""
+    """The same weights in float32, in a new trainer."""
     other = Classifier(net())
     other.load_state_dict({name.replace("_orig_mod.", ""): value for name, value in module.state_dict().items()})
     trainer = make_trainer()
@@ -83,16 +83,18 @@ def twin(module: pl.LightningModule, data: TensorDataset) -> tuple[pl.Trainer, C
     return trainer, other
 
 
-# Mixed precision keeps weights in float32, and everything is computed in it: scores are those of float32.
-# Weights in bfloat16 are computed with in float32, those in float64 in float64.
+# Mixed precision keeps weights in float32. All computations use it, so scores are those of float32.
+# Computations with bfloat16 weights use float32, and those with float64 weights use float64.
 PRECISIONS = [("32-true", 1e-5), ("bf16-mixed", 1e-5), ("bf16-true", 1e-4), ("64-true", 1e-5)]
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), PRECISIONS)
-def test_scores_and_edits_are_those_of_float32(precision: Any, tolerance: float, tmp_path: Path) -> None:
+def test_scores_and_edits_in_mixed_precision_equal_those_of_float32(
+    precision: Any, tolerance: float, tmp_path: Path
+) -> None:
     trainer, module, data = fitted(Classifier(net()), callback=quick(), precision=precision)
     scores, theory, edit = story(trainer, module, data, tmp_path)
-    if precision == "bf16-true":  # which rounds its inputs as well
+    if precision == "bf16-true":  # it rounds its inputs as well
         data = TensorDataset(data.tensors[0].bfloat16().float(), data.tensors[1])
     other = twin(module, data)
     expected = story(*other, data, tmp_path)
@@ -117,7 +119,7 @@ def test_a_module_in_float64_is_computed_in_float64(tmp_path: Path) -> None:
 
 def test_a_module_of_mixed_dtypes_keeps_them(tmp_path: Path) -> None:
     class Narrow(nn.Module):
-        """A head in bfloat16 behind a body in float32."""
+        """A head in bfloat16 after a body in float32."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -164,7 +166,7 @@ def test_half_precision_on_a_cpu_works(tmp_path: Path) -> None:
 
 
 class Replaced(Classifier):
-    """Moves as from a CPU to a GPU: parameters stay, and hold another tensor."""
+    """Simulates a move from a CPU to a GPU: the parameters stay, and get another tensor."""
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -177,7 +179,7 @@ class Replaced(Classifier):
         return self
 
 
-def test_the_tensors_of_before_are_held_again_and_none_of_those_that_were_added() -> None:
+def test_a_moved_module_gets_its_original_tensors_back_and_no_others() -> None:
     module = Replaced(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
     module.training_step(batch_of(blobs(), slice(4)), 0).backward()
     state = [*module.parameters(), *module.buffers(), *(p.grad for p in module.parameters() if p.grad is not None)]
@@ -197,8 +199,8 @@ def test_the_tensors_of_before_are_held_again_and_none_of_those_that_were_added(
 
 
 @pytest.mark.parametrize("how", ["read", "interrupted"])
-def test_a_device_that_fails_leaves_the_tensors_that_were_elsewhere(how: str) -> None:
-    """As of a GPU that has failed, nothing can be read back from PyTorch's device without memory."""
+def test_a_device_that_fails_leaves_tensors_on_other_devices(how: str) -> None:
+    """Nothing can be read from PyTorch's meta device, as from a GPU that has failed."""
     module = Classifier(net())
     batch = batch_of(blobs(), slice(4))
     module.training_step(batch, 0).backward()
@@ -224,7 +226,7 @@ def test_a_device_that_fails_leaves_the_tensors_that_were_elsewhere(how: str) ->
     module.training_step(batch, 0).backward()
 
 
-def test_why_a_device_has_failed_is_told_rather_than_that_it_cannot_be_tidied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_failed_device_is_reported_not_that_of_the_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, module, data = fitted(Classifier(net()), callback=quick())
     own, training = isolate_rng, {name: part.training for name, part in module.named_modules()}
 
@@ -253,7 +255,7 @@ def test_why_a_device_has_failed_is_told_rather_than_that_it_cannot_be_tidied(mo
     ("precision", "tolerance"),
     [("32-true", 1e-3), ("16-mixed", 1e-3), ("bf16-mixed", 1e-3), ("bf16-true", 1e-2), ("64-true", 1e-3)],
 )
-def test_scores_of_a_gpu_are_those_of_the_cpu(precision: Any, tolerance: float, tmp_path: Path) -> None:
+def test_scores_on_a_gpu_equal_those_on_the_cpu(precision: Any, tolerance: float, tmp_path: Path) -> None:
     trainer, module, data = fitted(
         Classifier(net()), callback=quick(), precision=precision, accelerator="gpu", devices=1
     )
@@ -267,14 +269,14 @@ def test_scores_of_a_gpu_are_those_of_the_cpu(precision: Any, tolerance: float, 
 
 @needs_gpu
 @pytest.mark.parametrize("where", ["cuda", "cpu"])
-def test_an_edit_is_made_and_taken_back_where_the_module_is(where: str, tmp_path: Path) -> None:
+def test_an_edit_is_made_and_undone_on_the_device_of_the_module(where: str, tmp_path: Path) -> None:
     trainer, module, data = fitted(Classifier(net()), callback=quick(), accelerator="gpu", devices=1)
     module.to(where)
     story(trainer, module, data, tmp_path)
 
 
 @needs_gpu
-def test_statistics_gathered_on_a_gpu_come_with_a_checkpoint_to_the_cpu(tmp_path: Path) -> None:
+def test_statistics_gathered_on_a_gpu_are_loaded_on_the_cpu(tmp_path: Path) -> None:
     trainer, module, data = fitted(Classifier(net()), callback=quick(), accelerator="gpu", devices=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     callback = quick()
@@ -285,13 +287,13 @@ def test_statistics_gathered_on_a_gpu_come_with_a_checkpoint_to_the_cpu(tmp_path
 
 
 class OwnLosses(Classifier):
-    """By a ``vmap`` of its own."""
+    """Per-example losses by the module's own ``vmap``."""
 
     def influence_loss(self, batch: Any) -> Tensor:
         return torch.func.vmap(nn.functional.cross_entropy)(self(batch[0]), batch[1])
 
 
-def test_losses_by_a_vmap_of_the_users_own_work_where_indices_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_by_the_users_own_vmap_work_with_checks_of_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _, data = fitted(OwnLosses(net()), callback=quick())
     report = trainer.influence(batch_of(data, slice(4)))
     assert report.settings["curvature"] == "hessian"
@@ -307,7 +309,7 @@ def test_losses_by_a_vmap_of_the_users_own_work_where_indices_are_checked(monkey
 
 
 @needs_gpu
-def test_a_class_that_is_none_is_refused_before_the_gpu_fails_on_it() -> None:
+def test_an_invalid_label_is_refused_before_the_gpu_fails() -> None:
     trainer, _, data = fitted(Classifier(net()), callback=quick(), accelerator="gpu", devices=1)
     x, y = batch_of(data, slice(4))
     before = trainer.influence((x, y)).scores
@@ -319,13 +321,13 @@ def test_a_class_that_is_none_is_refused_before_the_gpu_fails_on_it() -> None:
     torch.testing.assert_close(trainer.influence((x, y)).scores, before)
 
 
-def test_what_a_gpu_tells_late_is_told_of_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_error_of_a_gpu_is_reported_for_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _, data = fitted(Classifier(net()), callback=quick())
 
     def late(values: Any) -> Any:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr(torch, "isfinite", late)  # the first that asks for a value
+    monkeypatch.setattr(torch, "isfinite", late)  # the first operation that reads a value
     with pytest.raises(BatchError, match="losses of the query batch could not be computed: RuntimeError: CUDA error"):
         trainer.influence(batch_of(data, slice(4)))
 

@@ -1,4 +1,4 @@
-"""The benchmark of the tuned numbers varies all of them, within their ranges, and prints what each moves."""
+"""The benchmark of the tuned numbers varies each of them within its range, and prints the effects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_each_number_is_halved_and_doubled_as_far_as_its_range_allows(goal: str)
         assert variation.tuning(goal) != default  # which checks the range
 
 
-def test_the_table_has_the_defaults_and_what_each_number_moves(
+def test_the_table_has_the_defaults_and_the_effect_of_each_number(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["sensitivity.py", "--smallest"])

@@ -1,4 +1,4 @@
-"""Texts, tagged tokens and tables: batches that are dictionaries, nested tuples and padded, with other losses."""
+"""Texts, tagged tokens and tables: batches with dictionaries, nested tuples and padding, and other losses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PADDING = 0
 
 
 class Texts(Dataset[dict[str, Any]]):
-    """Sequences of 3 to 9 words, one of which says the label; the words themselves come along as strings."""
+    """Sequences of 3 to 9 words, one of which determines the label. The batch also has the words as strings."""
 
     def __init__(self, n: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ class Texts(Dataset[dict[str, Any]]):
 
 
 def padded(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """As long as the longest of a batch."""
+    """Pads each sequence to the longest of the batch."""
     tokens = pad_sequence([item["tokens"] for item in items], batch_first=True, padding_value=PADDING)
     return {
         "tokens": tokens,
@@ -80,7 +80,7 @@ class TextClassifier(pl.LightningModule):
 
 
 class Tagger(TextClassifier):
-    """Says of each word whether it is one that has a meaning: a loss of all words of a batch."""
+    """Predicts for each word whether it determines the label, with a loss over all words of a batch."""
 
     def losses(self, batch: dict[str, Any]) -> Tensor:
         targets = (batch["tokens"] <= POSITIVE).long().masked_fill(batch["mask"], -100)
@@ -92,7 +92,7 @@ class Tagger(TextClassifier):
 
 
 class SequenceTagger(Tagger):
-    """The same with the loss of a sequence: the mean of its words'."""
+    """The same with a loss for each sequence: the mean over its words."""
 
     def influence_loss(self, batch: dict[str, Any]) -> Tensor:
         return self.losses(batch).sum(1) / (~batch["mask"]).sum(1)
@@ -107,7 +107,7 @@ class Row(NamedTuple):
 
 
 class Table(Dataset[tuple[Row, Tensor]]):
-    """Numbers and a category to a number, of which the first row's is far off."""
+    """A regression from numbers and a category. The target of the first row is an outlier."""
 
     def __init__(self, n: int) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -154,10 +154,10 @@ def trained(name: str, epochs: int = 5) -> tuple[pl.Trainer, pl.LightningModule,
 
 @pytest.mark.parametrize("name", list(STORIES))
 def test_default_scores_are_those_of_the_damped_gauss_newton_matrix(name: str) -> None:
-    """``(1/(n−1))·qᵀ(G + λ)⁻¹gᵢ``, whatever other examples a batch is padded for."""
+    """``(1/(n−1))·qᵀ(G + λ)⁻¹gᵢ``, with any padding of the batches."""
     trainer, model, loader = trained(name)
     query, damping = next(iter(loader)), 0.1
-    with Objective.open(trainer, model, double=True) as objective:  # one text a batch: without padding
+    with Objective.open(trainer, model, double=True) as objective:  # one text in each batch: without padding
         singles = Examples.from_loader(loader, objective.prepare, batch_size=1)
         together = Examples.from_loader(loader, objective.prepare, batch_size=60)
         objective.learn_structure(singles)
@@ -179,7 +179,7 @@ def test_default_scores_are_those_of_the_damped_gauss_newton_matrix(name: str) -
 
 
 @pytest.mark.parametrize("name", list(STORIES))
-def test_the_story_of_every_kind_of_data(name: str, tmp_path: Any) -> None:
+def test_influence_and_unlearning_work_on_every_kind_of_data(name: str, tmp_path: Any) -> None:
     trainer, model, loader = trained(name)
     before = weights(model)
     report = trainer.influence(next(iter(loader)), k=3)
@@ -194,7 +194,7 @@ def test_the_story_of_every_kind_of_data(name: str, tmp_path: Any) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_the_words_are_shown_with_their_labels() -> None:
+def test_texts_are_shown_with_their_labels() -> None:
     trainer, _, loader = trained("text", epochs=1)
     report = trainer.influence(next(iter(loader)), k=2)
     top = int(report.proponents().indices[0, 0])
@@ -203,7 +203,7 @@ def test_the_words_are_shown_with_their_labels() -> None:
     assert any(row[3] == top and STORIES["text"][1][top]["text"] in str(row[-1]) for row in table)
 
 
-def test_a_text_like_the_query_with_the_same_label_is_its_first_proponent_and_with_another_its_first_opponent() -> None:
+def test_a_similar_text_is_the_first_proponent_or_opponent_by_its_label() -> None:
     texts = Texts(60)
     query = {**texts[10]}
     texts.items[20], texts.items[30] = {**query}, {**query, "label": 1 - query["label"]}
@@ -214,13 +214,13 @@ def test_a_text_like_the_query_with_the_same_label_is_its_first_proponent_and_wi
     assert int(report.opponents().indices[0, 0]) == 30
 
 
-def test_the_row_that_is_far_off_is_the_one_learned_by_heart() -> None:
+def test_an_outlier_is_the_most_memorized_row() -> None:
     trainer, _, _ = trained("table", epochs=40)
     assert int(trainer.self_influence().proponents().indices[0, 0]) == 0
 
 
-def test_a_loss_of_all_words_of_a_batch_is_told_to_be_coupled() -> None:
-    """Longer sequences weigh more in it than in the mean of the losses of single sequences."""
+def test_a_loss_over_all_words_of_a_batch_is_reported_as_coupled() -> None:
+    """Longer sequences have more weight than in the mean of per-sequence losses."""
     trainer, model = make_trainer(GIFCallback(unconverged="ignore"), max_epochs=1), Tagger()
     loader = DataLoader(Texts(20), 10, collate_fn=padded)
     trainer.fit(model, loader)

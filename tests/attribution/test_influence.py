@@ -1,4 +1,4 @@
-"""Scores: what they equal, what they do not depend on, and what happens when an example really is removed."""
+"""Scores against closed forms and retraining, and their independence of batches, order and folders."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from ..conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 
 
 def asked(module: Any, dataset: Any, **settings: Any) -> Any:
-    """A trainer for a model as it is, in double precision; undamped least squares over all data by default."""
+    """A trainer for an untrained model in double precision; undamped least squares over all data by default."""
     trainer = make_trainer(precision="64-true")
     plain = {"method": "gif", "curvature": "hessian", "solver": "dense", "damping": 0.0, "curvature_examples": None}
     callback = GIFCallback(**{"ratio": 0.5, **plain, **settings})
@@ -135,7 +135,7 @@ def test_the_aggregated_query_is_the_mean_of_the_queries_for_each_example() -> N
     torch.testing.assert_close(loaded.scores, single.scores, rtol=1e-8, atol=1e-12)
 
 
-def test_indices_are_those_of_the_dataset_although_the_loader_shuffles() -> None:
+def test_indices_are_dataset_indices_although_the_loader_shuffles() -> None:
     trainer, _, dataset = fitted()
     report = trainer.influence(batch_of(dataset, slice(0, 1)), solver="dense")
     assert torch.equal(report.indices, torch.arange(len(dataset)))
@@ -190,7 +190,7 @@ def train_to_optimum(module: Regression, x: Tensor, y: Tensor) -> None:
     optimizer.step(closure)
 
 
-def test_sums_over_groups_predict_what_happens_without_small_ones_and_too_little_for_large_ones() -> None:
+def test_sums_over_groups_predict_the_removal_of_small_groups_and_underestimate_large_ones() -> None:
     n = 400
     x = torch.randn(n + 10, 5, dtype=torch.float64)
     y = (x @ torch.randn(5, dtype=torch.float64) + 0.7 * torch.randn(n + 10, dtype=torch.float64) > 0).double()
@@ -209,13 +209,13 @@ def test_sums_over_groups_predict_what_happens_without_small_ones_and_too_little
         groups = report.by_group(column)
         changes = torch.tensor([without(column == name) for name in groups.names], dtype=torch.float64)
         assert float(torch.corrcoef(torch.stack([groups.totals, changes]))[0, 1]) > 0.99
-        # How many times the sum the change is: (n-1)/(n-m), which is 1.02 for ten examples, 2 for half of them.
+        # The change divided by the sum: (n-1)/(n-m), which is 1.02 for ten examples and 2 for half of them.
         assert low < float(changes @ groups.totals / groups.totals.square().sum()) < high
 
 
 @pytest.mark.parametrize("model", [Regression, Logistic], ids=["linear", "logistic"])
 @pytest.mark.parametrize("method", ["gif", "if"])
-def test_scores_predict_what_really_happens_when_an_example_is_left_out(model: Any, method: str) -> None:
+def test_scores_predict_leave_one_out_retraining(model: Any, method: str) -> None:
     n = 400
     x = torch.randn(n + 10, 5, dtype=torch.float64)
     signal = x @ torch.randn(5, dtype=torch.float64) + 0.7 * torch.randn(n + 10, dtype=torch.float64)
@@ -235,7 +235,7 @@ def test_scores_predict_what_really_happens_when_an_example_is_left_out(model: A
         changes.append(retrained.influence_loss(query).mean().item() - base)
     truth, scores = torch.tensor(changes, dtype=torch.float64), report.scores[0, ::4]
     assert float(torch.corrcoef(torch.stack([truth, scores]))[0, 1]) > 0.99
-    # The sign and the unit are right too: positive means that the query's loss rises.
+    # The sign and the unit are correct too: positive means that the query's loss rises.
     slope = float((truth @ scores) / (scores @ scores))
     assert slope == pytest.approx(1.0, abs=0.05)
 
@@ -278,7 +278,7 @@ def test_weight_decay_of_the_optimizer_is_part_of_the_objective(weight_decay: fl
     assert float((scores - truth).norm() / truth.norm()) < 0.15
 
 
-def test_the_extreme_eigenvalues_come_on_request() -> None:
+def test_extreme_eigenvalues_are_computed_on_request() -> None:
     trainer, _, dataset = fitted()
     query = batch_of(dataset, slice(0, 2))
     assert "largest" not in trainer.influence(query).curvature
@@ -287,7 +287,7 @@ def test_the_extreme_eigenvalues_come_on_request() -> None:
     assert report.curvature["kind"] == "hessian"
 
 
-def test_float64_is_computed_in_on_request() -> None:
+def test_computation_is_in_float64_on_request() -> None:
     trainer, module, dataset = fitted()
     query = batch_of(dataset, slice(0, 2))
     single, double = (trainer.influence(query, solver="dense", damping=0.1, double=d) for d in (False, True))
@@ -303,7 +303,7 @@ def test_there_are_no_second_order_scores() -> None:
         trainer.influence(batch_of(dataset, slice(0, 2)), method="sif")
 
 
-def test_a_query_may_measure_something_else_than_the_loss() -> None:
+def test_a_query_may_have_another_measurement_than_the_loss() -> None:
     class Margin(GIFMixin, Classifier):
         def influence_loss(self, batch: Any) -> Tensor:
             return F.cross_entropy(self(batch[0]), batch[1], reduction="none")
@@ -332,7 +332,7 @@ def test_only_the_parameters_that_may_change_become_targets() -> None:
     assert set(trainer.unlearn(batch_of(dataset, slice(0, 2))).edit.indices) <= {"net.2.weight", "net.2.bias"}
 
 
-def test_a_solve_that_does_not_converge_warns_or_raises_as_asked() -> None:
+def test_a_solve_that_does_not_converge_warns_or_raises_as_configured() -> None:
     trainer, _, dataset = fitted()
     query = batch_of(dataset, slice(0, 2))
     with pytest.warns(ConvergenceWarning, match="Raise `max_iter` or `damping`"):
@@ -346,7 +346,7 @@ def test_a_solve_that_does_not_converge_warns_or_raises_as_asked() -> None:
 
 
 @pytest.mark.parametrize("targets", ["cached", "class", "batch"])
-def test_targets_come_from_where_they_were_asked_for(targets: str) -> None:
+def test_targets_come_from_the_requested_source(targets: str) -> None:
     trainer, _, dataset = fitted()
     query = batch_of(dataset, dataset.tensors[1] == 1)
     report = trainer.influence(query, targets=targets, ratio=0.2)
@@ -356,20 +356,20 @@ def test_targets_come_from_where_they_were_asked_for(targets: str) -> None:
         assert report.targets.jaccard(cached.targets) < 1
 
 
-def test_the_cached_choice_is_used_as_it_is() -> None:
+def test_cached_targets_are_used_unchanged() -> None:
     trainer, _, dataset = fitted()
     callback = trainer.callbacks[0]
     query = batch_of(dataset, slice(0, 2))
     assert trainer.influence(query, targets="cached").targets is callback.targets
     assert trainer.influence(query, method="gif").targets is callback.targets
-    assert trainer.influence(query).targets.count == 83  # all parameters, where nothing asks for targets
+    assert trainer.influence(query).targets.count == 83  # all parameters, unless targets are requested
 
 
-def test_a_summed_loss_counts_each_example_once_also_for_a_query_of_one() -> None:
+def test_a_summed_loss_counts_each_example_once_also_for_a_query_of_one_example() -> None:
     class Summed(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = F.cross_entropy(self(batch[0]), batch[1], reduction="sum")
-            return loss if float(loss) > -1 else 2 * loss  # a decision on a value, which vmap cannot take
+            return loss if float(loss) > -1 else 2 * loss  # a condition on a value, which vmap does not support
 
     dataset = blobs(30)
     query = batch_of(dataset, slice(0, 1))
@@ -380,7 +380,7 @@ def test_a_summed_loss_counts_each_example_once_also_for_a_query_of_one() -> Non
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
 
 
-def test_coupled_losses_are_pointed_out_also_for_a_query_of_one() -> None:
+def test_coupled_losses_are_reported_also_for_a_query_of_one_example() -> None:
     class Coupled(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             logits = self(batch[0])
@@ -391,7 +391,7 @@ def test_coupled_losses_are_pointed_out_also_for_a_query_of_one() -> None:
         asked(Coupled(), dataset).influence(batch_of(dataset, slice(0, 1)), damping=0.1)
 
 
-def test_a_measurement_without_labels_needs_none() -> None:
+def test_a_measurement_that_uses_no_labels_needs_none() -> None:
     class Entropy(GIFMixin, Classifier):
         def influence_loss(self, batch: Any) -> Tensor:
             return F.cross_entropy(self(batch[0]), batch[1], reduction="none")
@@ -404,7 +404,7 @@ def test_a_measurement_without_labels_needs_none() -> None:
     assert report.scores.shape == (1, 30)
 
 
-def test_a_callback_attached_to_another_model_ranks_anew() -> None:
+def test_a_callback_attached_to_another_model_ranks_neurons_again() -> None:
     trainer, first, dataset = fitted()
     chosen = trainer.callbacks[0].targets
     other = Classifier(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)))
@@ -416,7 +416,7 @@ def test_a_callback_attached_to_another_model_ranks_anew() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is chosen for the one who does not choose
+# Defaults
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -439,14 +439,14 @@ def damped(module: Classifier, dataset: TensorDataset, damping: float) -> tuple[
 
 
 def open_trainer(module: Any, dataset: Any, **settings: Any) -> Any:
-    """In double precision, with everything that can be left open left open."""
+    """A trainer in double precision with all arguments at their defaults."""
     trainer = make_trainer(precision="64-true")
     callback = GIFCallback(curvature_examples=None, **settings)
     attach(trainer, module.double(), train_dataloaders=loader(dataset), callback=callback)
     return trainer
 
 
-def test_by_default_scores_are_of_the_damped_gauss_newton_matrix_of_all_parameters() -> None:
+def test_default_scores_use_the_damped_gauss_newton_matrix_of_all_parameters() -> None:
     module, dataset = Classifier().double(), blobs(30)
     report = open_trainer(module, dataset).influence(batch_of(dataset, slice(0, 4)), rtol=1e-10)
     assert (report.settings["method"], report.settings["curvature"], report.settings["solver"]) == ("if", "ggn", "cg")
@@ -468,7 +468,7 @@ def test_measured_damping_is_in_the_unit_of_the_loss() -> None:
     torch.testing.assert_close(ten.scores, 10 * one.scores, rtol=1e-6, atol=0)
 
 
-def test_a_loss_of_ones_own_making_has_scores_by_default_too() -> None:
+def test_a_custom_loss_function_has_default_scores_too() -> None:
     class Own(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return (self(batch[0]).logsumexp(1) - self(batch[0]).gather(1, batch[1][:, None])[:, 0]).mean()
@@ -482,7 +482,7 @@ def test_a_loss_of_ones_own_making_has_scores_by_default_too() -> None:
     )
 
 
-def test_the_plain_least_squares_of_the_paper_stay_there_by_name() -> None:
+def test_the_plain_least_squares_of_the_paper_are_available_by_name() -> None:
     trainer, _, dataset = fitted()
     settings = trainer.influence(batch_of(dataset, slice(0, 4)), method="gif").settings
     names = ("method", "curvature", "solver", "damping", "rtol")
@@ -501,7 +501,7 @@ def test_many_queries_share_a_sketch_and_are_scored_by_gradients() -> None:
     torch.testing.assert_close(few.scores, report.scores[:3], rtol=1e-3, atol=1e-6)  # by forward mode
 
 
-def test_many_queries_with_a_discrepancy_are_solved_by_a_solver_that_stops_there() -> None:
+def test_many_queries_with_a_discrepancy_use_a_solver_that_supports_it() -> None:
     trainer = open_trainer(Classifier().double(), dataset := blobs(200))
     report = trainer.influence(batch_of(dataset, slice(0, 40)), per_example=True, max_iter=83, discrepancy=0.5)
     assert report.settings["solver"] == "cg"
@@ -515,7 +515,9 @@ def test_many_queries_with_a_discrepancy_are_solved_by_a_solver_that_stops_there
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_self_influence_is_each_gradient_in_the_inverse_curvature(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_influence_is_the_inverse_curvature_norm_of_each_gradient(
+    exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(by_solver, "DENSE_PARAMETERS", 1024 if exact else 1)
     module, dataset = Classifier().double(), blobs(60)
     report = open_trainer(module, dataset, max_iter=83, batch_size=7).self_influence()
@@ -535,7 +537,7 @@ def test_a_sketch_of_small_rank_overestimates_self_influence_and_keeps_its_order
     assert torch.corrcoef(torch.stack([rough.argsort().argsort(), exact.argsort().argsort()]).double())[0, 1] > 0.9
 
 
-def test_the_sketch_for_self_influence_has_rank_64_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sketch_for_self_influence_has_rank_64_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(by_solver, "DENSE_PARAMETERS", 1)
     trainer, _, _ = fitted()
     report = trainer.self_influence()
@@ -544,12 +546,12 @@ def test_the_sketch_for_self_influence_has_rank_64_unless_told_otherwise(monkeyp
     assert trainer.self_influence(max_iter=80).settings["max_iter"] == 80
     assert trainer.self_influence(solver="cg").settings["max_iter"] == 64
     assert trainer.self_influence(rtol=1e-3).settings["max_iter"] == 64
-    assert trainer.self_influence(memory=0).settings["max_iter"] == 64  # the least that is worth it
+    assert trainer.self_influence(memory=0).settings["max_iter"] == 64  # the smallest rank of a sketch
     assert fitted(dataset=blobs(10))[0].self_influence().settings["max_iter"] == 64
     assert trainer.influence(blobs(20).tensors, per_example=True).settings["max_iter"] > 64
 
 
-def test_self_influence_of_the_cached_targets_and_of_some_examples() -> None:
+def test_self_influence_can_be_restricted_to_cached_targets_and_to_some_examples() -> None:
     trainer, _, _ = fitted()
     whole, part = trainer.self_influence(), trainer.self_influence(targets="cached")
     assert part.targets is trainer.callbacks[0].targets
@@ -571,12 +573,12 @@ def test_wrong_labels_have_high_self_influence() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Some of the examples, and scores in a file
+# Scores of some examples, and scores in a folder
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("among", [[5, 3, 11], lambda batch: batch[1] == 2])
-def test_scores_of_some_examples_are_those_they_have_among_all(among: Any) -> None:
+def test_scores_of_some_examples_equal_their_scores_among_all(among: Any) -> None:
     trainer, _, dataset = fitted()
     query = batch_of(dataset, slice(0, 3))
     whole, some = trainer.influence(query), trainer.influence(query, among=among)
@@ -585,13 +587,13 @@ def test_scores_of_some_examples_are_those_they_have_among_all(among: Any) -> No
     torch.testing.assert_close(some.scores, whole.scores[:, expected], rtol=1e-4, atol=1e-8)
 
 
-def test_bad_choice_of_examples_to_score() -> None:
+def test_invalid_choices_of_examples_to_score_are_refused() -> None:
     trainer, _, dataset = fitted()
     with pytest.raises(ConfigurationError, match="`among` must be indices"):
         trainer.influence(batch_of(dataset, slice(0, 3)), among="all")
 
 
-def test_scores_in_a_file_go_on_where_they_were_interrupted(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_in_a_folder_resume_after_an_interruption(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _, dataset = fitted()
     query = batch_of(dataset, slice(0, 3))
     options: dict[str, Any] = {"per_example": True, "batch_size": 16}
@@ -630,7 +632,7 @@ def test_scores_in_a_file_go_on_where_they_were_interrupted(tmp_path: Any, monke
     names = sorted(path.name for path in (tmp_path / "scores").iterdir())
     assert names == ["directions-0.safetensors", "done.bin", "manifest.json", "scores.bin"]
     with safe_open(tmp_path / "scores" / "directions-0.safetensors", "pt") as file:
-        assert len(file.get_tensor("directions")) == 0  # what is told of the solves is still there
+        assert len(file.get_tensor("directions")) == 0  # the diagnostics of the solves are still there
 
     with monkeypatch.context() as patch:
         patch.setattr(SolverInverse, "fit", no_solve)
@@ -639,7 +641,7 @@ def test_scores_in_a_file_go_on_where_they_were_interrupted(tmp_path: Any, monke
     assert finished.solution.summary()["hvps"] == expected.solution.hvps
 
 
-def test_damaged_scores_of_a_finished_call_are_solved_for_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_scores_of_a_finished_call_are_computed_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _, dataset = fitted()
     query = batch_of(dataset, slice(0, 3))
     expected = trainer.influence(query, scores_to=tmp_path / "scores").scores.clone()
@@ -660,7 +662,7 @@ def test_damaged_scores_of_a_finished_call_are_solved_for_again(tmp_path: Any, m
 
 
 @pytest.mark.parametrize("told", [5, None, [], {}, {"solutions": [1], "curvature": {}, "damping": 0.1}])
-def test_what_is_told_of_solves_is_read_back_or_refused(told: Any, tmp_path: Any) -> None:
+def test_stored_solve_diagnostics_are_read_or_refused(told: Any, tmp_path: Any) -> None:
     trainer, module, dataset = fitted()
     query = batch_of(dataset, slice(0, 3))
     trainer.influence(query, scores_to=tmp_path)
@@ -671,7 +673,7 @@ def test_what_is_told_of_solves_is_read_back_or_refused(told: Any, tmp_path: Any
         trainer.influence(query, scores_to=tmp_path)
 
 
-def test_states_that_were_solved_for_are_not_solved_for_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_states_with_stored_ihvps_are_not_solved_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _, dataset = fitted(callback=GIFCallback(snapshots=2), max_epochs=3)
     query = batch_of(dataset, slice(0, 3))
     options: dict[str, Any] = {"per_example": True, "snapshots": True}
@@ -700,7 +702,7 @@ def test_states_that_were_solved_for_are_not_solved_for_again(tmp_path: Any, mon
     assert torch.equal(report.scores, expected.scores)
 
 
-def test_scores_of_something_else_are_not_gone_on_with(tmp_path: Any) -> None:
+def test_scores_of_another_call_are_not_resumed(tmp_path: Any) -> None:
     trainer, module, dataset = fitted()
     query = batch_of(dataset, slice(0, 3))
     done = trainer.influence(query, scores_to=tmp_path / "scores")
@@ -743,7 +745,7 @@ def test_damaged_scores_are_refused(tmp_path: Any, name: str, content: bytes, me
     assert (tmp_path / name).read_bytes() == content
 
 
-def test_damaged_directions_are_refused(tmp_path: Any) -> None:
+def test_damaged_ihvps_are_refused(tmp_path: Any) -> None:
     trainer, _, dataset = fitted()
     query = batch_of(dataset, slice(0, 3))
     trainer.influence(query, scores_to=tmp_path)
@@ -752,7 +754,7 @@ def test_damaged_directions_are_refused(tmp_path: Any) -> None:
         trainer.influence(query, scores_to=tmp_path)
 
 
-def test_weight_decay_is_curvature_in_directions_that_a_sketch_misses() -> None:
+def test_weight_decay_adds_curvature_in_directions_outside_of_a_sketch() -> None:
     trainer, _, dataset = fitted(dataset=blobs(100))
     query = batch_of(dataset, slice(0, 40))
     options: dict[str, Any] = {"per_example": True, "weight_decay": 0.3, "damping": 1e-3}
@@ -770,7 +772,7 @@ def test_self_influence_refuses_methods_that_are_not_symmetric(method: str) -> N
     assert trainer.self_influence(method="if").scores.shape == (1, 48)
 
 
-def test_scores_of_other_frozen_weights_are_not_gone_on_with(tmp_path: Any) -> None:
+def test_scores_of_other_frozen_weights_are_not_resumed(tmp_path: Any) -> None:
     module = Classifier()
     module.net[0].requires_grad_(False)
     trainer, _, dataset = fitted(module)
@@ -783,7 +785,7 @@ def test_scores_of_other_frozen_weights_are_not_gone_on_with(tmp_path: Any) -> N
 
 
 @pytest.mark.parametrize("per_example", [False, True])
-def test_only_the_strongest_are_kept_and_rank_as_among_all(tmp_path: Any, per_example: bool) -> None:
+def test_only_the_strongest_scores_are_kept_with_their_ranks_among_all(tmp_path: Any, per_example: bool) -> None:
     trainer, _, dataset = fitted()
     query = batch_of(dataset, slice(0, 3))
     options: dict[str, Any] = {"per_example": per_example, "batch_size": 7, "k": 2}
@@ -810,7 +812,7 @@ def test_only_the_strongest_are_kept_and_rank_as_among_all(tmp_path: Any, per_ex
         report.by_group()
 
 
-def test_keeping_at_least_half_of_either_end_is_keeping_all() -> None:
+def test_keeping_half_of_the_scores_at_each_end_keeps_all() -> None:
     trainer, _, dataset = fitted()
     report = trainer.influence(batch_of(dataset, slice(0, 3)), keep=len(dataset) // 2)
     assert report.scores.shape == (1, len(dataset))
@@ -818,19 +820,19 @@ def test_keeping_at_least_half_of_either_end_is_keeping_all() -> None:
 
 
 @pytest.mark.parametrize("keep", [0, -1, True, 2.0, 9, "all"])
-def test_keep_is_checked(keep: Any) -> None:
+def test_invalid_values_of_keep_are_refused(keep: Any) -> None:
     trainer, _, dataset = fitted()
     with pytest.raises(ConfigurationError, match="`keep` must be None or a whole number of at least k=10"):
         trainer.influence(batch_of(dataset, slice(0, 3)), keep=keep)
 
 
-def test_a_file_of_all_scores_and_the_strongest_alone_exclude_each_other(tmp_path: Any) -> None:
+def test_scores_to_and_keep_exclude_each_other(tmp_path: Any) -> None:
     trainer, _, dataset = fitted()
     with pytest.raises(ConfigurationError, match="give one of them"):
         trainer.influence(batch_of(dataset, slice(0, 3)), keep=20, scores_to=tmp_path)
 
 
-def test_scores_go_to_a_folder_not_a_file(tmp_path: Path) -> None:
+def test_scores_to_refuses_a_file(tmp_path: Path) -> None:
     trainer, _, dataset = fitted()
     (tmp_path / "scores").write_text("mine")
     with pytest.raises(ConfigurationError, match=r"to a folder, but .* is a file"):
@@ -838,7 +840,7 @@ def test_scores_go_to_a_folder_not_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "scores").read_text() == "mine"
 
 
-def test_scores_that_take_much_of_the_memory_go_to_a_folder_that_is_gone_on_with(
+def test_scores_that_need_much_memory_go_to_a_folder_from_which_the_call_resumes(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, _, dataset = fitted()
@@ -860,12 +862,12 @@ def test_scores_that_take_much_of_the_memory_go_to_a_folder_that_is_gone_on_with
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where forward mode is not the derivative that training follows
+# Forward mode is not always the derivative of training
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class TemporalDifferences(Classifier):
-    """Targets by the same net, which are constants to training."""
+    """Targets computed by the same network, which are constants in training."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -883,7 +885,7 @@ class OwnTemporalDifferences(GIFMixin, TemporalDifferences):
 
 
 class Hooked(Classifier):
-    """Gradients that are scaled on their way."""
+    """A hook that scales gradients."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         hidden = self.net[1](self.net[0](batch[0]))
@@ -896,7 +898,7 @@ class Hooked(Classifier):
 
 
 class Clipped(Hooked):
-    """A hook that is not linear: of a sum of losses the gradient is not that of the gradients."""
+    """A hook that is not linear, so the gradient of a sum of losses is not the sum of the gradients."""
 
     def changed(self, gradient: Tensor) -> Tensor:
         return gradient.clamp(-0.02, 0.02)
@@ -934,7 +936,7 @@ REVERSE_ONLY = [TemporalDifferences, OwnTemporalDifferences, Hooked, Clipped, Re
 
 
 def reverse_gradients(module: Classifier, dataset: TensorDataset) -> Tensor:
-    """What training would follow for each example alone, ``(n, p)``."""
+    """The gradients of training for each example alone, ``(n, p)``."""
     rows = []
     for x, y in dataset:
         loss = module.training_step((x[None], y[None]), 0)
@@ -950,7 +952,7 @@ def quiet(kind: type[Classifier]) -> Classifier:
 
 @pytest.mark.filterwarnings("ignore:The losses of single examples are computed one after the other")
 @pytest.mark.parametrize("kind", REVERSE_ONLY)
-def test_scores_follow_the_gradients_of_training_where_forward_mode_does_not(kind: type[Classifier]) -> None:
+def test_scores_agree_with_training_gradients_if_forward_mode_does_not(kind: type[Classifier]) -> None:
     x, y = blobs(20).tensors
     module, dataset = quiet(kind), TensorDataset(x.double(), y)
     rows = reverse_gradients(module, dataset)
@@ -961,7 +963,7 @@ def test_scores_follow_the_gradients_of_training_where_forward_mode_does_not(kin
     many = trainer.influence(batch_of(dataset, slice(None)), damping=0.1, per_example=True)
     assert torch.equal(torch.random.get_rng_state(), drawn)
 
-    # The matrix by gradients of gradients of the whole batch, as training has them.
+    # The matrix from second derivatives of the whole batch, as training computes them.
     parameters = list(module.parameters())
     hidden = module.net[1](module.net[0](x.double()))
     logits = module.net[2](hidden)
@@ -977,7 +979,7 @@ def test_scores_follow_the_gradients_of_training_where_forward_mode_does_not(kin
     else:
         inner = torch.diag_embed(torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64).expand(20, 3))
     matrix = torch.einsum("ncp,ncd,ndq->pq", jacobian, inner, jacobian) / 20
-    if kind is Clipped:  # whose products depend on the vector's size: any symmetric matrix will do for the scores
+    if kind is Clipped:  # its products depend on the vector's norm, so the test takes any symmetric matrix
         for report, queries in ((single, rows[:4].mean(0)[None]), (few, rows[:4]), (many, rows)):
             assert report.scores.shape == (len(queries), 20)
         torch.testing.assert_close(few.scores.mean(0), single.scores[0], rtol=1e-9, atol=1e-12)
@@ -992,9 +994,7 @@ def test_scores_follow_the_gradients_of_training_where_forward_mode_does_not(kin
 @pytest.mark.filterwarnings("ignore:The losses of single examples are computed one after the other")
 @pytest.mark.parametrize("kind", REVERSE_ONLY)
 @pytest.mark.parametrize("count", [1, 20])
-def test_directional_derivatives_are_inner_products_with_the_gradients_of_training(
-    kind: type[Classifier], count: int
-) -> None:
+def test_directional_derivatives_are_inner_products_with_training_gradients(kind: type[Classifier], count: int) -> None:
     x, y = blobs(20).tensors
     module, dataset = quiet(kind), TensorDataset(x.double(), y)
     rows = reverse_gradients(module, dataset)
@@ -1011,7 +1011,7 @@ def test_directional_derivatives_are_inner_products_with_the_gradients_of_traini
     torch.testing.assert_close(explicit, rows, rtol=1e-9, atol=1e-11)
 
 
-def test_hessian_products_take_targets_by_the_net_for_constants() -> None:
+def test_hessian_products_treat_targets_computed_by_the_network_as_constants() -> None:
     x, y = blobs(20).tensors
     module, dataset = quiet(TemporalDifferences), TensorDataset(x.double(), y)
     with torch.no_grad():
@@ -1032,8 +1032,8 @@ def test_hessian_products_take_targets_by_the_net_for_constants() -> None:
     torch.testing.assert_close(report.scores[0], expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
-def test_a_few_examples_late_in_the_data_are_enough_to_see_it() -> None:
-    """The first half of the data has terminal states alone, whose targets are no predictions."""
+def test_a_few_examples_late_in_the_data_are_enough_to_detect_the_difference() -> None:
+    """The first half of the data has terminal states only, whose targets are not predictions."""
 
     class Terminal(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -1054,10 +1054,10 @@ def test_a_few_examples_late_in_the_data_are_enough_to_see_it() -> None:
     assert rows[20].norm() > 0.1
 
 
-def test_ordinary_modules_stay_in_forward_mode_also_where_examples_are_learned_to_the_last_digit(
+def test_ordinary_modules_use_forward_mode_also_for_perfectly_fitted_examples(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Gradients of such examples are rounding alone in float32, by whatever way they are had."""
+    """In float32, gradients of such examples consist of rounding errors, with any method."""
     module, dataset = Classifier(), blobs(24)
     trainer, calls = make_trainer(max_epochs=1), 0
     with torch.no_grad():
@@ -1084,8 +1084,8 @@ def test_ordinary_modules_stay_in_forward_mode_also_where_examples_are_learned_t
     assert calls == 1
 
 
-def test_gradients_that_are_all_zero_are_told() -> None:
-    """A unit that no training example activates, and the query does."""
+def test_gradients_that_are_all_zero_cause_a_warning() -> None:
+    """A unit that the query activates, but no training example does."""
 
     class Dead(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

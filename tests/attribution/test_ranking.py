@@ -1,4 +1,4 @@
-"""The ends of a ranking: by dataset index, ties in order, and the same however the scores come."""
+"""The ends of a ranking do not depend on the blocks in which scores are computed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ def scores_with_ties(queries: int, examples: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("block", [1, 7, 40, 2**16])
-def test_strongest_is_a_stable_sort_whatever_the_blocks(
-    monkeypatch: pytest.MonkeyPatch, block: int, largest: bool
-) -> None:
+def test_strongest_is_a_stable_sort_for_any_blocks(monkeypatch: pytest.MonkeyPatch, block: int, largest: bool) -> None:
     monkeypatch.setattr(ranking, "_BLOCK", block)
     scores, indices = scores_with_ties(3, 41), torch.randperm(41) + 100
     order = scores.sort(dim=1, descending=largest, stable=True).indices
@@ -37,7 +35,7 @@ def test_strongest_is_a_stable_sort_whatever_the_blocks(
 
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("sizes", [[41], [1] * 41, [3, 20, 18]])
-def test_blocks_of_any_size_and_order_leave_the_same_ends(sizes: list[int], backwards: bool) -> None:
+def test_blocks_of_any_size_and_order_give_the_same_ranking(sizes: list[int], backwards: bool) -> None:
     scores, indices = scores_with_ties(2, 41), torch.randperm(41) * 3
     kept, starts = Strongest(2, indices, 6), [sum(sizes[:i]) for i in range(len(sizes))]
     blocks = list(zip(starts, sizes, strict=True))

@@ -67,7 +67,7 @@ def hessian_of(objective: Objective, examples: Examples, **options: Any) -> Curv
 
 
 def dense_hessian(objective: Objective, examples: Examples) -> Tensor:
-    """By autograd on a loss that is written out here, not derived by the objective."""
+    """The Hessian by autograd, of a loss that is written here and not derived by the objective."""
     data = [batch.data for batch in examples.batches()]
     x, y = torch.cat([d[0] for d in data]), torch.cat([d[1] for d in data])
 
@@ -81,10 +81,10 @@ def dense_hessian(objective: Objective, examples: Examples) -> Tensor:
 
 @pytest.mark.parametrize("net", list(NETS))
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
-def test_a_product_is_that_of_the_dense_hessian_whatever_the_batches(net: str, batch_size: int) -> None:
+def test_products_equal_those_of_the_dense_hessian_for_any_batches(net: str, batch_size: int) -> None:
     with opened(net, batch_size=batch_size) as (objective, train):
         matrix = dense_hessian(objective, train)
-        assert torch.linalg.eigvalsh(matrix).min() < -1e-3  # the case that matters
+        assert torch.linalg.eigvalsh(matrix).min() < -1e-3  # the Hessian is indefinite
         found = to_matrix(hessian_of(objective, train))
         torch.testing.assert_close(found, matrix, rtol=1e-10, atol=1e-12)
 
@@ -103,7 +103,7 @@ def test_a_loss_that_is_linear_in_the_parameters_has_no_curvature() -> None:
         assert not hessian_of(objective, train).matvec(objective.theta).any()
 
 
-def test_rows_and_columns_are_those_of_the_matrix() -> None:
+def test_rows_and_columns_equal_those_of_the_dense_matrix() -> None:
     with opened() as (objective, train):
         curvature = hessian_of(objective, train)
         matrix = to_matrix(curvature)
@@ -126,7 +126,7 @@ def test_every_product_is_counted() -> None:
         assert curvature.products == part.products == 3
 
 
-def test_the_gauss_newton_matrix_of_a_convex_loss_declares_to_be_positive_semidefinite() -> None:
+def test_the_gauss_newton_matrix_of_a_convex_loss_declares_itself_positive_semidefinite() -> None:
     with opened() as (objective, train):
         s = some_targets(objective)
         ggn = Curvature(CURVATURES["ggn"](objective), objective.theta, train, weight_decay=0.1)
@@ -141,7 +141,7 @@ def test_the_gauss_newton_matrix_of_a_convex_loss_declares_to_be_positive_semide
 
 
 @pytest.mark.parametrize("method", ["if", "fif", "pif"])
-def test_solvers_answer_the_same_damped_system_of_the_gauss_newton_matrix(method: str) -> None:
+def test_solvers_solve_the_same_damped_system_of_the_gauss_newton_matrix(method: str) -> None:
     with opened() as (objective, train):
         ggn = Curvature(CURVATURES["ggn"](objective), objective.theta, train, weight_decay=0.01)
         matrix, size = to_matrix(ggn), objective.space.size
@@ -159,7 +159,7 @@ def test_solvers_answer_the_same_damped_system_of_the_gauss_newton_matrix(method
             assert float((found - expected).norm() / expected.norm()) < 1e-6, solver
 
 
-def test_units_keep_a_positive_semidefinite_system_symmetric() -> None:
+def test_a_preconditioner_keeps_a_positive_semidefinite_system_symmetric() -> None:
     with opened() as (objective, train):
         ggn = Curvature(CURVATURES["ggn"](objective), objective.theta, train, weight_decay=0.1)
         targets, size = some_targets(objective), objective.space.size
@@ -188,7 +188,7 @@ def some_targets(objective: Objective) -> Tensor:
 
 
 def dense_edit(method: str, matrix: Tensor, s: Tensor, g: Tensor) -> Tensor:
-    """The table of methods, written out."""
+    """The formulas of the methods, with dense matrices."""
     if method == "gif":
         a = matrix[:, s]
         return torch.linalg.solve(a.T @ a, a.T @ g)
@@ -221,7 +221,7 @@ def test_methods_agree_with_dense_algebra_on_an_indefinite_hessian(method: str, 
 
 
 @pytest.mark.parametrize("method", ["gif", "fif"])
-def test_other_units_lead_to_the_same_minimiser_and_weigh_damping(method: str) -> None:
+def test_a_preconditioner_keeps_the_minimiser_and_weights_the_damping(method: str) -> None:
     with opened() as (objective, train):
         curvature, matrix = hessian_of(objective, train), dense_hessian(objective, train)
         targets, size = some_targets(objective), objective.space.size
@@ -257,7 +257,7 @@ def test_lissa_inverts_a_damped_full_hessian(method: str) -> None:
 @pytest.mark.parametrize("method", ["gif", "fif", "pif", "if"])
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 def test_a_query_is_the_adjoint_of_the_edit(method: str, damping: float) -> None:
-    """``wᵀg = q[S]ᵀx(g)`` for every ``g``: what makes one solve a query enough."""
+    """``wᵀg = q[S]ᵀx(g)`` for every ``g``, so one solve for each query is enough."""
     with opened() as (objective, train):
         curvature = hessian_of(objective, train)
         targets = some_targets(objective) if METHODS[method].selects else torch.arange(objective.space.size)
@@ -273,7 +273,7 @@ def test_a_query_is_the_adjoint_of_the_edit(method: str, damping: float) -> None
             assert float(direction @ gradient) == pytest.approx(float(query[targets] @ change), rel=1e-6)
 
 
-def test_a_query_that_does_not_depend_on_the_targets_says_so() -> None:
+def test_a_query_that_does_not_depend_on_the_targets_is_refused() -> None:
     with opened() as (objective, train):
         curvature = hessian_of(objective, train)
         query = torch.zeros(objective.space.size, dtype=torch.float64)
@@ -292,13 +292,13 @@ def test_the_settings_reach_the_solver() -> None:
         expected = lissa(curvature, rhs, damping=0.25, rtol=1e-9, max_iter=3)
         assert torch.equal(found.x, expected.x)
         assert found.iterations == 3
-        (again,) = solve_with_relative_damping(settings, 0.5, curvature, rhs)  # which is for where it was left open
+        (again,) = solve_with_relative_damping(settings, 0.5, curvature, rhs)  # the share is for open damping
         assert torch.equal(again.x, found.x)
         assert (again.damping, again.hvps) == (0.25, found.hvps)
 
 
 @pytest.mark.parametrize(("scale", "dtype"), [(1.0, torch.float64), (1e-6, torch.float64), (1e-24, torch.float32)])
-def test_damping_that_is_left_open_is_a_share_of_what_the_curvature_makes_of_the_right_hand_side(
+def test_default_damping_is_relative_to_the_curvature_along_the_right_hand_side(
     scale: float, dtype: torch.dtype
 ) -> None:
     settings = GIFCallback(solver="dense").settings
@@ -320,7 +320,7 @@ def test_damping_that_is_left_open_is_a_share_of_what_the_curvature_makes_of_the
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Every kind of net
+# Every kind of network
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -350,7 +350,7 @@ def logits(objective: Objective, train: Examples) -> tuple[Any, Tensor]:
 
 
 @pytest.mark.parametrize("name", list(NETS_OF_ALL_KINDS))
-def test_hessian_and_gauss_newton_are_the_dense_ones_on_every_kind_of_net(name: str) -> None:
+def test_hessian_and_gauss_newton_products_equal_dense_ones_on_every_kind_of_network(name: str) -> None:
     with opened_net(name) as (objective, train):
         outputs, y = logits(objective, train)
         theta = objective.theta
@@ -374,7 +374,7 @@ class LogSoftmax(Classifier):
 
 
 class Reshaped(Classifier):
-    """As language models have it: the log-probabilities of all positions in one table."""
+    """As in language models: the log-probabilities of all positions in one table."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         logits = self(batch[0])[:, None]
@@ -414,7 +414,7 @@ class OwnReshaped(OwnLosses):
 
 
 @pytest.mark.parametrize("module", [LogSoftmax, Reshaped, Normalised, Teacher, Criterion, OwnLosses, OwnReshaped])
-def test_the_predictions_are_found_however_the_loss_is_written(module: type[Classifier]) -> None:
+def test_predictions_are_recognised_however_the_loss_is_written(module: type[Classifier]) -> None:
     def matrix(kind: type[Classifier]) -> Tensor:
         torch.manual_seed(3)
         with opened_net("perceptron", kind) as (objective, train):
@@ -432,13 +432,13 @@ def test_gauss_newton_of_a_regression_is_that_of_least_squares() -> None:
 
 
 class Linear(Classifier):
-    """The scores themselves in the place of log-probabilities."""
+    """Logits in place of log-probabilities."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.nll_loss(self(batch[0]), batch[1])
 
 
-def test_a_curvature_that_is_zero_is_told() -> None:
+def test_a_curvature_that_is_zero_causes_a_warning() -> None:
     with opened_net("perceptron", Linear) as (objective, train):
         curvature = Curvature(CURVATURES["ggn"](objective), objective.theta, train, weight_decay=0.1)
         vector = torch.randn_like(objective.theta)
@@ -455,8 +455,8 @@ def test_a_curvature_that_is_zero_is_told() -> None:
             curvature.warn_if_zero()
 
 
-def test_a_loss_that_does_not_go_through_its_predictions_is_refused_for_each_structure_of_a_batch() -> None:
-    """A penalty on batches of sequences alone, after a batch of single positions that has none."""
+def test_a_loss_that_bypasses_its_predictions_is_refused_for_each_batch_structure() -> None:
+    """A penalty on batches of sequences only, after a batch of single positions without one."""
     calls = 0
 
     def loss_sum(theta: Tensor, batch: Batch) -> Tensor:
@@ -473,7 +473,7 @@ def test_a_loss_that_does_not_go_through_its_predictions_is_refused_for_each_str
     theta = torch.randn(3, dtype=torch.float64)
     for size in (4, 4, 2, 1):
         linearise(theta, Batch.of(torch.randn(size, 3, dtype=torch.float64)))
-    assert calls == 1  # once for a structure
+    assert calls == 1  # once for each structure
     for _ in range(2):
         with pytest.raises(
             ObjectiveError, match="the gradient through the predictions is not the gradient of the loss"
@@ -487,18 +487,18 @@ def test_gauss_newton_without_a_loss_function_of_pytorch_is_refused() -> None:
             return (torch.logsumexp(self(batch[0]), 1) - self(batch[0]).gather(1, batch[1][:, None])[:, 0]).mean()
 
     with opened_net("perceptron", ByHand) as (objective, train):
-        to_matrix(hessian_of(objective, train))  # which is fine
+        to_matrix(hessian_of(objective, train))  # this is allowed
         with pytest.raises(ObjectiveError, match="curvature='hessian'"):
             Curvature(CURVATURES["ggn"](objective), objective.theta, train).matvec(objective.theta)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a product costs
+# The cost of a product
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", list(CURVATURES))
-def test_kept_passes_give_the_same_products_and_are_not_done_again(kind: str) -> None:
+def test_kept_passes_give_the_same_products_and_are_not_repeated(kind: str) -> None:
     with opened(batch_size=5) as (objective, train):
         calls = 0
         linearise = CURVATURES[kind](objective)
@@ -522,7 +522,7 @@ def test_kept_passes_give_the_same_products_and_are_not_done_again(kind: str) ->
         assert curvature.summary()["batches_kept"] == curvature.summary()["batches"] == 5
 
 
-def test_a_budget_keeps_some_passes_and_does_the_others_anew() -> None:
+def test_a_budget_keeps_some_passes_and_repeats_the_others() -> None:
     for held in (False, True):
         with opened(batch_size=5) as (objective, train):
             examples = train.cached() if held else train
@@ -536,17 +536,17 @@ def test_a_budget_keeps_some_passes_and_does_the_others_anew() -> None:
             assert curvature.examples == 3 * 23
 
 
-def test_the_memory_of_a_graph_is_what_it_saved() -> None:
+def test_the_memory_of_a_graph_is_that_of_its_saved_tensors() -> None:
     x = torch.randn(100, requires_grad=True)
     y = x.tanh()  # saves its result
     assert graph_bytes(y) == 400
-    assert graph_bytes(y * y) == 400  # the same tensor, once
+    assert graph_bytes(y * y) == 400  # the same tensor counts once
     assert graph_bytes(y.exp()) == 800
-    weight = torch.randn(1_000_000)[:100]  # a view does not pay for all that it is a view of
+    weight = torch.randn(1_000_000)[:100]  # a view does not count its whole base
     assert graph_bytes((x * weight).sum()) == 400
 
 
-def test_several_vectors_are_multiplied_as_each_alone() -> None:
+def test_several_vectors_give_the_products_of_each_alone() -> None:
     with opened(batch_size=7) as (objective, train):
         vectors = torch.randn(objective.space.size, 4, dtype=torch.float64)
         curvature = hessian_of(objective, train, weight_decay=0.3)
@@ -587,7 +587,7 @@ def test_the_second_order_is_closer_to_retraining_than_the_first_on_least_square
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 5, generator=generator, dtype=torch.float64)
     y = x @ torch.randn(5, generator=generator, dtype=torch.float64) + torch.randn(400, dtype=torch.float64)
-    x[:80] *= 1.5  # the group is not like the others
+    x[:80] *= 1.5  # the group differs from the other examples
 
     def moments(rows: slice) -> tuple[Tensor, Tensor]:
         return x[rows].T @ x[rows] / len(x[rows]), x[rows].T @ y[rows] / len(x[rows])
@@ -622,7 +622,7 @@ def test_the_second_order_is_closer_to_retraining_than_the_first_on_least_square
         errors[share] = float((second - truth).norm())
         assert len(solutions) == 2
         assert errors[share] < 0.5 * float((first - truth).norm())
-        # Over the retained data, as the others take it, the first order is exact where the risk is quadratic.
+        # With the curvature of the retained data, the first order is exact for a quadratic risk.
         exact, _ = METHODS["if"].edit(Dense(rest[0]), everything, gradient, solve)
         torch.testing.assert_close(exact, truth)
     assert errors[0.08] / errors[0.04] > 6
@@ -653,7 +653,7 @@ def test_there_is_no_second_order_score_of_single_examples() -> None:
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_an_operator_in_other_units_is_the_matrix_in_them(rows: bool) -> None:
+def test_an_operator_with_a_preconditioner_is_the_scaled_matrix(rows: bool) -> None:
     units = torch.tensor([1.0, 3.0, 0.5, 7.0], dtype=torch.float64)
     with opened() as (objective, train):
         some = torch.tensor([0, 2, 5, 9])

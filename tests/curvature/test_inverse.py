@@ -1,4 +1,4 @@
-"""The damped inverse of the curvature: each implementation gives what the dense matrix gives, and any can be added."""
+"""The damped inverse of the curvature: implementations agree with the dense matrix, and users can add their own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def settings(**given: Any) -> Settings:
     ("kind", "solver"),
     [(SolverInverse, "cg"), (SketchInverse, "nystrom"), (SketchInverse, "cg"), (DenseInverse, "cg")],
 )
-def test_each_inverse_is_that_of_the_damped_matrix(kind: type[SolverInverse], solver: str, method: str) -> None:
+def test_each_inverse_equals_that_of_the_damped_matrix(kind: type[SolverInverse], solver: str, method: str) -> None:
     dataset, trainer = blobs(40), make_trainer()
     module = Classifier()
     attach(trainer, module, train_dataloaders=loader(dataset))
@@ -53,7 +53,9 @@ def test_each_inverse_is_that_of_the_damped_matrix(kind: type[SolverInverse], so
         positions = torch.arange(size) if method == "if" else torch.arange(0, size, 3)
         asked = settings(solver=solver, method=method)
         gradients = objective.query_gradients(train.subset(torch.arange(5)), per_example=True)
-        matrix = to_matrix(open_curvature(asked, objective, train))[positions][:, positions]  # with the weight decay
+        matrix = to_matrix(open_curvature(asked, objective, train))[positions][
+            :, positions
+        ]  # includes the weight decay
         matrix = torch.linalg.inv(matrix + DAMPING * torch.eye(len(positions), dtype=matrix.dtype))
         expected = torch.zeros_like(gradients)
         expected[:, positions] = gradients[:, positions] @ matrix
@@ -72,7 +74,7 @@ def test_each_inverse_is_that_of_the_damped_matrix(kind: type[SolverInverse], so
             torch.testing.assert_close(inverse.quadratic()(gradients), expected, rtol=1e-5, atol=1e-8)
 
 
-def test_a_solver_whose_products_serve_all_right_hand_sides_gets_all_of_them_at_once() -> None:
+def test_a_solver_that_shares_products_gets_all_right_hand_sides_at_once() -> None:
     dataset, trainer = blobs(40), make_trainer()
     module = Classifier()
     attach(trainer, module, train_dataloaders=loader(dataset))
@@ -89,7 +91,7 @@ def test_a_solver_whose_products_serve_all_right_hand_sides_gets_all_of_them_at_
     assert sizes == {("cg", 0.0): 1, ("cg", 1.0): 16, ("nystrom", 0.0): None}
 
 
-def test_which_inverse_is_taken() -> None:
+def test_the_inverse_depends_on_the_solver_and_the_number_of_queries() -> None:
     queries = {name: inverse_for_queries(settings(solver=name)) for name in SOLVERS}
     assert queries == {**dict.fromkeys(SOLVERS, SolverInverse), "nystrom": SketchInverse}
     for name in SOLVERS:
@@ -126,7 +128,7 @@ class Identity(InverseCurvature):
         return {"kind": "identity"}
 
 
-def test_an_inverse_of_ones_own_is_one_class_and_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_inverse_needs_one_class_and_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset, trainer = blobs(30), make_trainer()
     module = Classifier()
     with pytest.raises(ConfigurationError, match="Unknown solver 'identity'"):
@@ -158,7 +160,7 @@ def test_an_inverse_of_ones_own_is_one_class_and_one_name(monkeypatch: pytest.Mo
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Memory decides how fast results are there, never what they are
+# Memory decides how fast results are computed, but never changes them
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -186,7 +188,7 @@ CALLS: dict[str, tuple[Callable[[Any, Any], Any], tuple[str, int]]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_free_memory_changes_no_score_solver_or_rank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_does_not_affect_scores_solver_or_rank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, dataset = wide()
     call, expected = CALLS[name]
     reports = []
@@ -201,7 +203,7 @@ def test_free_memory_changes_no_score_solver_or_rank(name: str, monkeypatch: pyt
         assert {one.solver for report in reports for one in report.solutions} == {expected[0]}
 
 
-def test_a_sketch_that_does_not_fit_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sketch_that_does_not_fit_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, dataset = wide()
     queries = batch_of(dataset, slice(0, 30))
     words = r"A sketch of rank 512 .* over 35203 parameters takes 0\.336 GiB, but"

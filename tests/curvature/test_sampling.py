@@ -1,4 +1,4 @@
-"""Which examples the curvature sees: in what shares, how often each, and whether the draws scatter less."""
+"""Curvature examples: class shares, probabilities, and the variance of the draws."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def drawn(objective: Objective, train: Examples, how: str, count: int, seed: int
 
 
 @pytest.mark.parametrize("how", list(SAMPLERS))
-def test_a_sample_has_the_size_asked_for_and_repeats_by_its_seed(how: str) -> None:
+def test_a_sample_has_the_requested_size_and_is_reproduced_by_its_seed(how: str) -> None:
     with opened(blobs(60)) as (objective, train):
         for count in (1, 7, 59):
             assert torch.equal(drawn(objective, train, how, count), drawn(objective, train, how, count))
@@ -67,7 +67,7 @@ def test_a_balanced_sample_has_as_many_of_each_class_and_all_of_small_ones() -> 
 
 
 @pytest.mark.parametrize("how", ["features", "logits"])
-def test_a_representative_sample_has_the_classes_in_their_true_shares(how: str) -> None:
+def test_a_representative_sample_has_the_true_class_shares(how: str) -> None:
     dataset = rare()
     with opened(dataset) as (objective, train):
         for seed in range(10):
@@ -78,7 +78,7 @@ def test_a_representative_sample_has_the_classes_in_their_true_shares(how: str) 
 
 
 @pytest.mark.parametrize("how", ["random", "features", "logits"])
-def test_each_example_is_as_likely_as_any_other(how: str) -> None:
+def test_each_example_is_drawn_with_the_same_probability(how: str) -> None:
     with opened(blobs(40)) as (objective, train):
         times = torch.zeros(40)
         for seed in range(300):
@@ -87,8 +87,8 @@ def test_each_example_is_as_likely_as_any_other(how: str) -> None:
     assert (times - 75).abs().max() < 4.5 * 7.5
 
 
-def test_representative_samples_scatter_less_than_random_ones() -> None:
-    """Measured on what they are for: the product of the Hessian with a vector."""
+def test_representative_samples_have_less_variance_than_random_ones() -> None:
+    """The variance is measured on products of the Hessian with a vector."""
     dataset = blobs(400)
     _, module, _ = fitted(Classifier(), dataset, max_epochs=8)
     with opened(dataset, module) as (objective, train):
@@ -109,7 +109,7 @@ def test_representative_samples_scatter_less_than_random_ones() -> None:
     assert error["features"] < error["random"]
 
 
-def test_without_classes_all_examples_are_one() -> None:
+def test_without_labels_all_examples_form_one_class() -> None:
     dataset = TensorDataset(torch.randn(30, 6), torch.randn(30))
     with opened(dataset, Regressor(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1)))) as (objective, train):
         for how in ("features", "logits"):
@@ -127,8 +127,8 @@ def test_features_need_a_linear_layer_at_the_end() -> None:
         drawn(objective, train, "features", 5)
 
 
-def test_the_forgotten_examples_are_not_among_the_curvature_examples() -> None:
-    """They are found in the training data and left out, however the sample is drawn."""
+def test_forget_examples_are_not_curvature_examples() -> None:
+    """Forget examples are looked up in the training data and excluded from every sample."""
     trainer, _, dataset = fitted()
     seen: list[Tensor] = []
 
@@ -145,7 +145,7 @@ def test_the_forgotten_examples_are_not_among_the_curvature_examples() -> None:
     assert set(ids.tolist()) == set(range(len(dataset))) - set(range(3, 9))
 
 
-def test_fewer_examples_give_the_curvature_where_a_class_is_forgotten_unless_a_number_is_given() -> None:
+def test_class_removal_uses_fewer_curvature_examples_unless_a_number_is_given() -> None:
     settings = GIFCallback().settings
     assert sample_size(settings) == 2048
     sizes = {goal: goal().sample_size(settings) for goal in (ExampleRemoval, LabelCorrection, ClassRemoval)}

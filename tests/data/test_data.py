@@ -85,7 +85,7 @@ def test_slicing_keeps_the_structure(name: str) -> None:
         assert piece[1] == ["b", "c"]
 
 
-def test_mapping_does_not_touch_the_original() -> None:
+def test_mapping_does_not_change_the_original() -> None:
     batch = {"x": X.clone(), "y": [Y.clone()]}
     mapped = map_tensors(batch, lambda tensor: tensor * 2)
     assert torch.equal(batch["x"], X)  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def test_mapping_does_not_touch_the_original() -> None:
         ((torch.tensor(1.0),), "at least one tensor"),
     ],
 )
-def test_a_batch_that_is_none_is_described(batch: Any, message: str) -> None:
+def test_an_object_that_is_not_a_batch_is_described(batch: Any, message: str) -> None:
     with pytest.raises(BatchError, match=message):
         batch_size(batch)
 
@@ -125,16 +125,16 @@ def test_structures_are_compared_and_described() -> None:
         (X, None),
         ({"x": X}, None),
         ((X, Y > 0), None),
-        ((X, Y + 10_000), None),  # ids or counts rather than classes
+        ((X, Y + 10_000), None),  # ids or counts rather than labels
     ],
 )
-def test_classes_are_known_where_targets_are_whole_numbers(batch: Any, expected: Tensor | None) -> None:
+def test_targets_that_are_whole_numbers_are_labels(batch: Any, expected: Tensor | None) -> None:
     found = class_targets(batch)
     assert found is None if expected is None else torch.equal(found, expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["tuple", "list", "namedtuple", "dict", "with strings"])
-def test_targets_are_replaced_in_place_of_the_old(name: str) -> None:
+def test_new_targets_replace_the_old_ones(name: str) -> None:
     batch = STRUCTURES[name]
     changed = replace_targets(batch, torch.tensor([3, 3, 0, 0]))
     assert type(changed) is type(batch)
@@ -144,7 +144,7 @@ def test_targets_are_replaced_in_place_of_the_old(name: str) -> None:
     assert find_targets(replace_targets(batch, 5)).tolist() == [5] * 4  # type: ignore[union-attr]
 
 
-def test_targets_that_cannot_be_replaced_say_why() -> None:
+def test_targets_that_cannot_be_replaced_raise_with_the_reason() -> None:
     with pytest.raises(BatchError, match=r"shape \[3\], but the targets of the batch have shape \[4\]"):
         replace_targets((X, Y), torch.tensor([1, 2, 3]))
     with pytest.raises(BatchError, match="The structure of this batch does not show which tensor has the targets"):
@@ -169,14 +169,14 @@ def read(found: Examples) -> list[float]:
 
 
 @pytest.mark.parametrize("options", [{"shuffle": True}, {"shuffle": False}, {"drop_last": True}, {"num_workers": 1}])
-def test_the_order_is_that_of_the_dataset_every_time(options: dict[str, Any]) -> None:
+def test_examples_always_have_the_order_of_the_dataset(options: dict[str, Any]) -> None:
     found = examples(DataLoader(numbered(), 3, **options))
     assert read(found) == read(found) == list(range(10))
     assert [batch.size for batch in found.batches()] == [4, 4, 2]
     assert torch.cat([batch.ids for batch in found.batches()]).tolist() == list(range(10))
 
 
-def test_the_loader_itself_is_never_iterated_and_its_generator_not_advanced() -> None:
+def test_reading_examples_does_not_iterate_the_loader_or_advance_its_generator() -> None:
     class Counting(DataLoader[Any]):
         iterations = 0
 
@@ -201,13 +201,13 @@ def test_the_loader_itself_is_never_iterated_and_its_generator_not_advanced() ->
     ],
     ids=["SubsetRandomSampler", "list", "batch sampler"],
 )
-def test_a_sampler_over_a_part_leaves_the_indices_of_the_dataset(options: dict[str, Any]) -> None:
+def test_a_sampler_over_a_subset_keeps_dataset_indices(options: dict[str, Any]) -> None:
     found = examples(DataLoader(numbered(), **options))
     assert found.ids.tolist() == [2, 5, 7]
     assert read(found) == [2, 5, 7]
 
 
-def test_weights_of_a_sampler_are_pointed_out() -> None:
+def test_weights_of_a_sampler_cause_a_warning() -> None:
     with pytest.warns(GIFWarning, match="WeightedRandomSampler"):
         found = examples(DataLoader(numbered(), 2, sampler=WeightedRandomSampler([0.1] * 10, 10)))
     assert len(found) == 10
@@ -238,7 +238,7 @@ def test_data_without_a_stable_order_is_refused(loader: Any, message: str) -> No
         examples(loader())
 
 
-def test_parts_and_samples_keep_ids() -> None:
+def test_subsets_and_samples_keep_ids() -> None:
     found = examples(DataLoader(numbered(), 3))
     assert read(found.subset(torch.tensor([8, 1]))) == [8, 1]
     sample = found.sample(4, seed=3)
@@ -251,7 +251,7 @@ def test_parts_and_samples_keep_ids() -> None:
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_examples_are_dealt_out_in_turn(held: bool) -> None:
+def test_examples_are_assigned_to_groups_in_turn(held: bool) -> None:
     found = examples(DataLoader(numbered(), 3))
     kept = found.cached() if held else found
     with pytest.MonkeyPatch.context() as patch:
@@ -262,7 +262,7 @@ def test_examples_are_dealt_out_in_turn(held: bool) -> None:
     assert [len(group) for group in kept.round_robin(99)] == [1] * 10
 
 
-def test_examples_are_held_within_a_budget_only() -> None:
+def test_examples_are_cached_within_a_memory_budget_only() -> None:
     found = examples(DataLoader(numbered(), 3))
     size = sum(tensor.nbytes for batch in found.batches() for tensor in tensors(batch.data))
     assert found.cached(size).in_memory is not None
@@ -276,7 +276,7 @@ class Doubled(Batch):
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_what_is_made_of_batches_goes_with_the_examples_and_is_made_once_of_those_in_memory(held: bool) -> None:
+def test_mapped_batches_of_cached_examples_are_computed_once(held: bool) -> None:
     made: list[int] = []
 
     def doubled(batch: Batch) -> Doubled:
@@ -295,7 +295,7 @@ def test_what_is_made_of_batches_goes_with_the_examples_and_is_made_once_of_thos
     assert made == ([4, 4, 2] if held else [4, 4, 2, 4, 4, 2, 4, 1])
 
 
-def test_some_of_a_batch_in_memory_are_taken_from_there() -> None:
+def test_a_subset_of_cached_examples_is_taken_from_the_cache() -> None:
     found = Examples.from_batch((X, Y), lambda batch: batch, batch_size=3)
     some = found.subset(torch.tensor([3, 1]))
     assert some.ids.tolist() == [1, 3]
@@ -309,7 +309,7 @@ class Noisy(TensorDataset):
         return x + torch.rand(1), y
 
 
-def test_random_augmentation_repeats_itself_and_is_pointed_out() -> None:
+def test_random_augmentation_is_reproduced_and_causes_a_warning() -> None:
     found = examples(DataLoader(Noisy(*numbered().tensors), 3))
     assert read(found) == read(found)
     with pytest.warns(GIFWarning, match="augmentation"):
@@ -323,7 +323,7 @@ def test_a_batch_in_memory_is_split_but_not_changed() -> None:
     assert torch.equal(torch.cat([batch.data[0] for batch in found.batches()]), X)
 
 
-def test_relabelling_holds_all_examples_with_new_targets() -> None:
+def test_relabelling_caches_all_examples_with_new_targets() -> None:
     found = examples(DataLoader(numbered(), 3))
     new = torch.arange(10) + 5
     for targets in (new, lambda batch: batch[0].squeeze(1).long() + 5):
@@ -371,11 +371,11 @@ def test_the_digest_of_contents_does_not_depend_on_order_or_batches() -> None:
     assert contents_digest(twice) != contents_digest(twice.subset(torch.tensor([0])))
 
 
-def test_the_digest_of_data_sees_ids_and_the_contents_of_some_spread_over_them() -> None:
+def test_the_digest_of_data_depends_on_ids_and_on_the_contents_of_a_spread_sample() -> None:
     x = torch.zeros(1000, 2)
     train = Examples.from_loader(DataLoader(TensorDataset(x)), lambda data: data, batch_size=100)
     seen = {data_digest(train), data_digest(train.subset(torch.arange(999)))}
-    for first in (0, 300, 600, 900):  # any 16 in a row have one of the 64 that are looked at
+    for first in (0, 300, 600, 900):  # any 16 in a row include one of the 64 that are hashed
         x[first : first + 16] += 1
         seen.add(data_digest(train))
     assert len(seen) == 6
@@ -383,7 +383,7 @@ def test_the_digest_of_data_sees_ids_and_the_contents_of_some_spread_over_them()
 
 
 def test_examples_whose_tensors_are_not_one_row_each_are_recognised_too() -> None:
-    """A graph has as many nodes as it likes: a batch of several does not tell which are whose."""
+    """Graphs have different numbers of nodes: a batch of graphs does not say which node belongs to which graph."""
     graphs = [
         (torch.ones(nodes, 2) * value, torch.tensor([value])) for nodes, value in ((2, 1), (3, 1), (2, 2), (2, 1))
     ]
@@ -407,7 +407,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32
 
 @st.composite
 def column(draw: st.DrawFn, size: int) -> Any:
-    """What holds something for each of ``size`` examples: a tensor or strings; or something else."""
+    """A value with an entry for each of ``size`` examples (a tensor or strings), or another value."""
     kind = draw(st.sampled_from(["tensor", "tensor", "texts", "words", "scalar", "number", "other texts", "none"]))
     texts = st.text("ab", max_size=2)
     if kind == "tensor":
@@ -433,7 +433,7 @@ def structure(draw: st.DrawFn, size: int, depth: int = 2) -> Any:
         return draw(column(size))
     if kind is Pair:
         return Pair(draw(inner), draw(inner))
-    # Two columns of texts for two examples, or texts of one of one, could be meant as either.
+    # Two columns of texts for two examples, or one for one example, are ambiguous.
     items = draw(st.lists(inner, min_size=size + 1, max_size=size + 2))
     return {str(i): item for i, item in enumerate(items)} if kind is dict else kind(items)
 
@@ -463,7 +463,7 @@ def rows_of(draw: Any, size: int) -> Tensor:
 
 @quick
 @given(batch=any_batch(), data=st.data())
-def test_taking_is_as_indexing_in_every_structure(batch: tuple[Any, int], data: st.DataObject) -> None:
+def test_taking_rows_equals_indexing_in_every_structure(batch: tuple[Any, int], data: st.DataObject) -> None:
     batch, size = batch
     assert batch_size(batch) == size
     assert same(map_tensors(batch, lambda tensor: tensor, lambda items: items, size), batch)
@@ -481,7 +481,7 @@ def test_taking_is_as_indexing_in_every_structure(batch: tuple[Any, int], data: 
 
 @quick
 @given(batch=any_batch(), data=st.data())
-def test_parts_of_a_batch_join_to_it_again(batch: tuple[Any, int], data: st.DataObject) -> None:
+def test_parts_of_a_batch_can_be_joined_again(batch: tuple[Any, int], data: st.DataObject) -> None:
     batch, size = batch
     cuts = sorted({0, size, *data.draw(st.lists(st.integers(1, size - 1), max_size=2))})
     ids = torch.arange(size)
@@ -497,7 +497,7 @@ def test_parts_of_a_batch_join_to_it_again(batch: tuple[Any, int], data: st.Data
 
 @quick
 @given(batch=any_batch(), data=st.data())
-def test_fingerprints_are_equal_where_examples_are(batch: tuple[Any, int], data: st.DataObject) -> None:
+def test_equal_examples_have_equal_fingerprints(batch: tuple[Any, int], data: st.DataObject) -> None:
     batch, size = batch
     marks = fingerprints(Examples.from_batch(batch, lambda given: given, batch_size=size))
     singles = [slice_batch(batch, i, i + 1) for i in range(size)]

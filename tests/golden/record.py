@@ -36,7 +36,7 @@ N = 60
 
 
 def environment() -> str:
-    """The machine as far as rounding depends on it. Bits are only comparable where this is the same."""
+    """The properties of the machine that affect rounding. Bits are comparable only if these are equal."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     kinds = ("vendor_id", "cpu family", "model\t", "model name")
@@ -77,7 +77,7 @@ def results(name: str, world: int) -> dict[str, tuple[str, float]]:
         whole = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
         found[call] = digest(*tensors), float(whole.nan_to_num().norm())
 
-    keep("weights", *module.parameters())  # running statistics differ from process to process
+    keep("weights", *module.parameters())  # running statistics differ between processes
     callback = trainer.callbacks[0]
     keep("targets", *callback.targets.values())
 
@@ -118,7 +118,7 @@ def results(name: str, world: int) -> dict[str, tuple[str, float]]:
 
 def compute(world: int, *names: str) -> dict[str, dict[str, tuple[str, float]]]:
     """What :func:`results` finds in processes of their own, by the name of the net. One launch serves all nets."""
-    left = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")  # by tests before this one
+    left = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")  # set by earlier tests
     clean = {key: value for key, value in os.environ.items() if key not in left}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(FOLDER / "record.py"), str(world), folder, *names]

@@ -1,4 +1,4 @@
-"""How the losses of single examples come from a module is chosen once, and all ways give the same numbers."""
+"""Per-example losses: the loss function is chosen once, and all of them give the same values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Counted(Classifier):
 
 
 class Summed(Counted):
-    """Decides on a value, which a vmap cannot."""
+    """Has a condition on a value, which vmap does not support."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = len(batch[1]) * super().training_step(batch, batch_idx)
@@ -44,7 +44,7 @@ class Summed(Counted):
 
 
 class Coupled(Summed):
-    """Its loss of a batch is more than that of its examples."""
+    """The loss of a batch is not the mean of its examples' losses."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx) * len(batch[1])
@@ -83,7 +83,7 @@ def expected(objective: Objective, theta: Tensor, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", list(WAYS))
-def test_the_way_to_the_losses_is_chosen_with_the_structure(kind: type[Counted]) -> None:
+def test_the_loss_function_is_chosen_for_the_batch_structure(kind: type[Counted]) -> None:
     way, reduction = WAYS[kind]
     with opened(kind) as (objective, _):
         assert type(objective.loss) is way
@@ -91,7 +91,7 @@ def test_the_way_to_the_losses_is_chosen_with_the_structure(kind: type[Counted])
 
 
 @pytest.mark.parametrize("kind", list(WAYS))
-def test_all_ways_give_the_same_losses_and_derivatives(kind: type[Counted]) -> None:
+def test_all_loss_functions_give_the_same_losses_and_derivatives(kind: type[Counted]) -> None:
     with opened(kind) as (objective, batch):
         loss, theta = objective.loss, objective.theta
         losses = expected(objective, theta, batch)
@@ -108,7 +108,7 @@ def test_all_ways_give_the_same_losses_and_derivatives(kind: type[Counted]) -> N
 
 
 @pytest.mark.parametrize(("kind", "once", "each"), [(Counted, 1, 1), (Summed, 1, N), (Coupled, N, N)])
-def test_sums_take_one_pass_where_the_reduction_is_known(kind: type[Counted], once: int, each: int) -> None:
+def test_sums_take_one_pass_if_the_reduction_is_known(kind: type[Counted], once: int, each: int) -> None:
     with opened(kind) as (objective, batch):
         objective.loss_sum(objective.theta, batch)
         assert Counted.calls == once
@@ -116,7 +116,7 @@ def test_sums_take_one_pass_where_the_reduction_is_known(kind: type[Counted], on
         assert Counted.calls == once + each
 
 
-def test_a_step_is_probed_before_its_losses_are_asked_for() -> None:
+def test_a_training_step_is_probed_before_its_losses_are_computed() -> None:
     trainer, module = make_trainer(), Counted()
     Counted.calls = 0
     attach(trainer, module, train_dataloaders=loader(blobs(N)))
@@ -128,7 +128,7 @@ def test_a_step_is_probed_before_its_losses_are_asked_for() -> None:
 
 
 class Whole(LossFunction):
-    """A further way, which defines what it has to and nothing more."""
+    """Another loss function, with the required methods only."""
 
     def evaluate(self, theta: Tensor, batch: Batch, *, buffers: dict[str, Tensor] | None = None) -> Tensor:
         logits = self.shadow.call(theta, "forward", batch.data[0], buffers=buffers)
@@ -141,7 +141,7 @@ class Whole(LossFunction):
         return self.evaluate(theta, batch)
 
 
-def test_a_further_way_is_a_further_class() -> None:
+def test_another_loss_function_is_another_class() -> None:
     with opened(Own) as (objective, batch):
         own, further, theta = objective.loss, Whole(objective.shadow), objective.theta
         predicted = outputs(own, theta, batch)

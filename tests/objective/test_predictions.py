@@ -1,4 +1,4 @@
-"""The predictions that go into PyTorch's loss functions are found, and can be replaced, however the loss is called."""
+"""The predictions passed to PyTorch's loss functions are recorded and can be replaced, however the loss is called."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
-def test_predictions_are_noted_and_replaced(name: str) -> None:
+def test_predictions_are_recorded_and_replaced(name: str) -> None:
     loss, other = LOSSES[name], torch.randn(4, 3)
     with Predictions() as noted:
         value = loss(LOGITS)
@@ -52,7 +52,7 @@ WEIGHTS = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
 TEACHER = torch.softmax(torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(2)).double(), -1)
 SEEN = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
 
-# Losses of log-probabilities that are no longer, or never were, the result of a log-softmax; of logits (4, 2, 3).
+# Losses of log-probabilities that are not a direct result of a log-softmax, as functions of logits (4, 2, 3).
 OF_LOG_PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "as it is": lambda z: F.nll_loss(F.log_softmax(z[:, 0], 1), STEPS[:, 0]),
     "view": lambda z: F.nll_loss(F.log_softmax(z, -1).view(-1, 3), STEPS.view(-1)),
@@ -92,7 +92,7 @@ OF_LOG_PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", list(OF_LOG_PROBABILITIES))
 @pytest.mark.parametrize("mapped", [False, True])
 def test_log_probabilities_have_the_gauss_newton_matrix_of_the_logits(name: str, mapped: bool) -> None:
-    """Of the logits it is the Hessian: the loss is convex in them, and nothing comes before."""
+    """For the logits it equals the Hessian: the loss is convex in them, and no model precedes them."""
     loss = OF_LOG_PROBABILITIES[name]
     logits = torch.randn(4, 2, 3, dtype=torch.float64)
 
@@ -124,7 +124,7 @@ def test_log_probabilities_have_the_gauss_newton_matrix_of_the_logits(name: str,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_log_probabilities_are_known_in_every_dtype(dtype: torch.dtype) -> None:
+def test_log_probabilities_are_recognised_in_every_dtype(dtype: torch.dtype) -> None:
     logits = torch.randn(5, 1000)
 
     def loss(z: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def test_log_probabilities_are_known_in_every_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("loss", [lambda z: F.nll_loss(z, LABELS), lambda z: F.kl_div(z, VALUES, reduction="sum")])
-def test_of_scores_that_are_not_normalised_the_loss_is_linear(loss: Callable[[Tensor], Tensor]) -> None:
+def test_losses_that_are_linear_in_their_inputs_have_no_curvature(loss: Callable[[Tensor], Tensor]) -> None:
     def through(predictions: Tensor) -> Tensor:
         with Predictions(predictions):
             return loss(LOGITS)
@@ -152,7 +152,7 @@ def test_of_scores_that_are_not_normalised_the_loss_is_linear(loss: Callable[[Te
     assert not torch.autograd.functional.hessian(through, LOGITS.flatten()).any()
 
 
-def test_of_probabilities_the_probabilities_are_the_predictions() -> None:
+def test_binary_cross_entropy_has_the_probabilities_as_predictions() -> None:
     with Predictions() as noted:
         F.binary_cross_entropy(torch.sigmoid(LOGITS), VALUES)
     found = noted.flat()
@@ -160,7 +160,7 @@ def test_of_probabilities_the_probabilities_are_the_predictions() -> None:
     assert torch.equal(found.view(4, 3), torch.sigmoid(LOGITS))
 
 
-def test_several_losses_are_noted_in_their_order() -> None:
+def test_several_losses_are_recorded_in_order() -> None:
     """Two heads, as in a model of classes and boxes."""
 
     def loss(one: Tensor, other: Tensor) -> Tensor:
@@ -187,14 +187,14 @@ def test_a_softmax_inside_of_the_model_is_not_a_prediction() -> None:
     assert torch.equal(found.view(4, 3), attention)
 
 
-def test_nothing_is_noted_where_no_loss_function_is_called() -> None:
+def test_nothing_is_recorded_if_no_loss_function_is_called() -> None:
     with Predictions() as noted:
         LOGITS.square().mean()
     assert noted.flat() is None
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "keyword", "module", "nll", "nll of a method"])
-def test_logits_and_targets_of_a_cross_entropy_are_found(name: str) -> None:
+def test_logits_and_targets_of_a_cross_entropy_are_recognised(name: str) -> None:
     with Predictions() as noted:
         LOSSES[name](LOGITS)
     found = noted.classified()
@@ -228,7 +228,7 @@ def test_other_losses_do_not_classify_examples(loss: Callable[[], object]) -> No
     assert noted.classified() is None
 
 
-OTHER = torch.tensor([0, 2, 3, 1])  # a class more than are predicted
+OTHER = torch.tensor([0, 2, 3, 1])  # one more class than predicted
 
 OUT_OF_BOUNDS: dict[str, Callable[[], Tensor]] = {
     "cross_entropy": lambda: F.cross_entropy(LOGITS, OTHER),
@@ -244,7 +244,7 @@ OUT_OF_BOUNDS: dict[str, Callable[[], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", list(OUT_OF_BOUNDS))
-def test_what_is_out_of_bounds_is_told_before_a_kernel_sees_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indices_out_of_bounds_are_reported_before_a_kernel_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in ("cross_entropy_loss", "nll_loss_nd"):
         monkeypatch.setattr(torch._C._nn, kernel, lambda *_: pytest.fail("the kernel was called"))
     for kernel in ("embedding", "embedding_bag"):
@@ -253,7 +253,7 @@ def test_what_is_out_of_bounds_is_told_before_a_kernel_sees_it(name: str, monkey
         OUT_OF_BOUNDS[name]()
 
 
-def test_what_vmap_maps_over_is_left_to_it() -> None:
+def test_indices_inside_of_vmap_are_not_checked() -> None:
     def loss(logits: Tensor, label: Tensor, word: Tensor) -> Tensor:
         return F.cross_entropy(logits, label) + F.embedding(word, VALUES).sum()
 
@@ -263,7 +263,7 @@ def test_what_vmap_maps_over_is_left_to_it() -> None:
     assert torch.equal(found, mapped(LOGITS, LABELS, LABELS))
 
 
-def test_what_is_in_bounds_or_ignored_passes() -> None:
+def test_indices_in_bounds_or_ignored_are_accepted() -> None:
     def losses() -> list[Tensor]:
         ignored = torch.tensor([0, -100, 2, -100])
         return [

@@ -39,11 +39,11 @@ def neurons_of(layer: Layer, entries: Tensor) -> set[int]:
 @pytest.mark.parametrize("name", list(SELECTORS))
 @pytest.mark.parametrize("kind", list(LAYERS))
 @pytest.mark.parametrize("ratio", [0.03, 0.25, 0.5])
-def test_every_selector_takes_the_share_it_is_given(name: str, kind: str, ratio: float) -> None:
+def test_every_selector_picks_the_given_share(name: str, kind: str, ratio: float) -> None:
     layer = layer_of(LAYERS[kind]())
     entries = SELECTORS[name](layer, ratio, torch.Generator().manual_seed(0))
     budget = int(ratio * layer.size)
-    # Weights and biases are counted apart by the two that draw them apart.
+    # The two selectors that draw weights and biases separately count them separately.
     least = budget - 1 if name in ("random", "threshold") else budget
     assert least <= len(entries) <= budget
     assert len(entries.unique()) == len(entries)
@@ -60,9 +60,7 @@ def test_every_selector_takes_the_share_it_is_given(name: str, kind: str, ratio:
     ],
 )
 @pytest.mark.parametrize("kind", list(LAYERS))
-def test_whole_neurons_are_taken_by_rank_with_leftovers_from_the_next(
-    name: str, expected: list[int], kind: str
-) -> None:
+def test_whole_neurons_are_picked_by_rank_and_the_next_one_in_part(name: str, expected: list[int], kind: str) -> None:
     layer = layer_of(LAYERS[kind]())
     each = layer.fan_in + layer.bias
     ratio = (2 * each + 3) / layer.size + 1e-9  # two neurons, and three weights of the third
@@ -92,11 +90,11 @@ def test_exclusive_selectors_stay_outside_of_the_top(kind: str) -> None:
 def test_threshold_draws_from_the_neurons_with_the_largest_outputs() -> None:
     layer = layer_of(nn.Linear(6, 10))
     entries = SELECTORS["threshold"](layer, 0.2, torch.Generator().manual_seed(0))
-    # All outputs but those of neurons 2 and 4 are above 1, where the threshold starts.
+    # All outputs except those of neurons 2 and 4 are above 1, the first threshold.
     assert neurons_of(layer, entries) <= set(range(10)) - {2, 4}
     small = Layer("", 10, 6, True, layer.outputs / 100 if layer.outputs is not None else None)
     entries = SELECTORS["threshold"](small, 0.2, torch.Generator().manual_seed(0))
-    # It is lowered until two neurons (0.09 and 0.08) own enough: a step of 0.01 lets no third one in.
+    # It is lowered until two neurons (0.09 and 0.08) have enough weights. Steps of 0.01 admit no third neuron.
     assert neurons_of(small, entries) <= {1, 6}
 
 
@@ -117,14 +115,14 @@ def test_random_draws_weights_one_by_one() -> None:
     assert neurons_of(layer, entries) == set(range(10))
 
 
-def test_largest_gradients_takes_the_largest_entries() -> None:
+def test_largest_gradients_picks_the_largest_entries() -> None:
     layer = layer_of(nn.Linear(6, 10))
     assert layer.entries is not None
     entries = SELECTORS["largest_gradients"](layer, 0.2, torch.Generator())
     assert set(entries.tolist()) == set(layer.entries.topk(14).indices.tolist())
 
 
-def test_dead_neurons_are_taken_in_the_order_of_their_numbers() -> None:
+def test_dead_neurons_are_picked_in_order() -> None:
     layer = Layer("", 5, 2, False, torch.zeros(5), torch.zeros(5))
     assert SELECTORS["highest_k_outputs"](layer, 0.4, torch.Generator()).tolist() == [0, 1, 2, 3]
 
@@ -150,7 +148,7 @@ def test_the_user_can_register_a_selector() -> None:
 
 
 class Mixed(nn.Module):
-    """Every kind of layer that the choice must cope with."""
+    """Every kind of layer that selectors must support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +182,7 @@ def test_the_same_seed_picks_the_same_parameters(selector: str) -> None:
     # MultiheadAttention calls its output projection by its weight, not as a layer: it has no statistics.
     options: dict[str, Any] = {"neurons": neurons, "gradients": gradients, "allowed": ["conv.*", "head.*"]}
     first = select(module, selector, 0.45, seed=1, **options)
-    torch.rand(3)  # the global generator has no say
+    torch.rand(3)  # the global generator has no effect
     again = select(module, selector, 0.45, seed=1, **options)
     assert first.jaccard(again) == 1
     assert {"conv.weight", "head.weight"} <= set(first) <= {"conv.weight", "conv.bias", "head.weight", "head.bias"}
@@ -210,12 +208,12 @@ def test_parameters_of_any_layer_can_be_named(patterns: Any, expected: set[str])
     assert all(len(entries) == parameters[name].numel() for name, entries in found.items())
 
 
-def test_a_name_that_matches_nothing_gets_the_nearest() -> None:
+def test_a_name_that_matches_nothing_suggests_the_nearest() -> None:
     with pytest.raises(SelectionError, match=r"'head\.wieght' matches no trainable parameter.*'head\.weight'"):
         select(Mixed(), ["head.wieght"], 0.1)
 
 
-def test_frozen_parts_of_a_layer_are_left_out() -> None:
+def test_frozen_parameters_of_a_layer_are_not_picked() -> None:
     module = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2))
     module[0].weight.requires_grad_(False)
     module[1].requires_grad_(False)
@@ -233,7 +231,7 @@ def test_a_shared_layer_and_a_tied_weight_count_once() -> None:
     assert set(select(tied, "random", 0.5)) == {"embedding.weight"}
 
 
-def test_a_missing_statistic_says_what_to_do() -> None:
+def test_a_missing_statistic_raises_with_a_remedy() -> None:
     with pytest.raises(SelectionError, match=r"gradients of layer '0'.*targets='batch'"):
         select(nn.Sequential(nn.Linear(3, 4)), "highest_k_gradients", 0.5)
     with pytest.raises(SelectionError, match="cache_gradients=False"):
@@ -255,7 +253,7 @@ NETS: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("net", list(NETS))
-def test_statistics_are_the_means_over_each_class_of_a_direct_computation(net: str) -> None:
+def test_statistics_equal_directly_computed_means_over_each_class(net: str) -> None:
     make, shape = NETS[net]
     module = make().double()
     x, y = torch.randn(11, *shape, dtype=torch.float64), torch.tensor([0, 2, 2, 1, 0, 2, 1, 1, 0, 0, 2])
@@ -300,7 +298,7 @@ def test_nothing_is_recorded_while_paused_or_without_gradients() -> None:
     assert not neurons
 
 
-def test_memory_is_that_of_neurons_times_classes() -> None:
+def test_memory_is_proportional_to_neurons_times_classes() -> None:
     module = NETS["mlp"][0]()
     neurons = NeuronStatistics()
     neurons.attach(module)
@@ -323,7 +321,7 @@ def test_gradient_statistics_are_root_mean_squares_over_steps() -> None:
     assert statistics.root_mean_square("b") is None
 
 
-def test_a_batch_with_outputs_that_are_not_finite_is_left_out_of_its_layers() -> None:
+def test_a_batch_with_outputs_that_are_not_finite_is_ignored_for_these_layers() -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     neurons = NeuronStatistics()
     neurons.attach(module)

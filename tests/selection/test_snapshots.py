@@ -1,4 +1,4 @@
-"""Which states of the weights are kept, and scores that are averaged over them."""
+"""The choice of snapshots, and scores that are averaged over them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..conftest import WEIGHTS_ONLY, Classifier, batch_of, fitted, loader, make_
 
 @pytest.mark.parametrize("epochs", [1, 2, 5, 8, 15, 40, 100])
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_snapshots_are_few_even_and_of_the_last_two_thirds(count: int, epochs: int) -> None:
+def test_snapshots_are_spread_evenly_over_the_last_two_thirds_of_epochs(count: int, epochs: int) -> None:
     snapshots, net = Snapshots(count), nn.Linear(2, 2)
     for epoch in range(epochs):
         snapshots.add(epoch, net)
@@ -34,7 +34,7 @@ def test_snapshots_are_few_even_and_of_the_last_two_thirds(count: int, epochs: i
         assert chosen[-1] - chosen[0] >= epochs / 3
 
 
-def test_snapshots_are_copies_and_begin_anew_with_a_fit() -> None:
+def test_snapshots_are_copies_and_a_new_fit_discards_them() -> None:
     snapshots, net = Snapshots(2), nn.Linear(2, 2)
     for epoch in range(3):
         with torch.no_grad():
@@ -51,19 +51,19 @@ def test_snapshots_are_copies_and_begin_anew_with_a_fit() -> None:
 
 
 @pytest.mark.parametrize("count", [-1, 1.5, True, None])
-def test_bad_number_of_snapshots(count: Any) -> None:
+def test_invalid_numbers_of_snapshots_are_refused(count: Any) -> None:
     with pytest.raises(ConfigurationError, match="`snapshots` must be a whole number"):
         GIFCallback(snapshots=count)
 
 
 class Normal(Classifier):
-    """With buffers that training moves."""
+    """A module with buffers that training changes."""
 
     def __init__(self) -> None:
         super().__init__(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)))
 
 
-def test_scores_over_snapshots_are_the_mean_of_those_with_each_state(tmp_path: Path) -> None:
+def test_scores_over_snapshots_are_the_mean_of_the_scores_of_each_state(tmp_path: Path) -> None:
     trainer, module, dataset = fitted(Normal(), callback=GIFCallback(snapshots=2), max_epochs=6)
     query = batch_of(dataset, slice(0, 3))
     before = copy.deepcopy(module.state_dict())
@@ -81,7 +81,7 @@ def test_scores_over_snapshots_are_the_mean_of_those_with_each_state(tmp_path: P
         attach(other, earlier, train_dataloaders=loader(dataset), callback=GIFCallback())
         parts.append(other.influence(query, per_example=True).scores)
     torch.testing.assert_close(report.scores, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-7)
-    assert (parts[1] - parts[0]).abs().max() > 1e-5  # buffers and weights of another time
+    assert (parts[1] - parts[0]).abs().max() > 1e-5  # buffers and weights of another epoch
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
     filed = trainer.influence(query, per_example=True, snapshots=True, scores_to=tmp_path / "scores")
@@ -90,7 +90,7 @@ def test_scores_over_snapshots_are_the_mean_of_those_with_each_state(tmp_path: P
         trainer.influence(query, per_example=True, scores_to=tmp_path / "scores")
 
 
-def test_self_influence_over_snapshots_is_the_mean_of_that_with_each_state() -> None:
+def test_self_influence_over_snapshots_is_the_mean_over_the_states() -> None:
     trainer, _, dataset = fitted(Normal(), callback=GIFCallback(snapshots=2), max_epochs=6)
     report = trainer.self_influence(snapshots=True, among=[3, 5, 8])
     parts = [trainer.self_influence(among=[3, 5, 8]).scores]
@@ -106,7 +106,7 @@ def test_self_influence_over_snapshots_is_the_mean_of_that_with_each_state() -> 
         fitted()[0].self_influence(snapshots=True)
 
 
-def test_snapshots_come_back_with_a_checkpoint(tmp_path: Path) -> None:
+def test_snapshots_are_restored_from_a_checkpoint(tmp_path: Path) -> None:
     trainer, _, dataset = fitted(callback=GIFCallback(snapshots=2), max_epochs=6)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     query = batch_of(dataset, slice(0, 3))
@@ -116,7 +116,7 @@ def test_snapshots_come_back_with_a_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(again.scores, trainer.influence(query, snapshots=True).scores)
 
 
-def test_snapshots_that_were_not_kept_cannot_be_asked_for() -> None:
+def test_averaging_without_snapshots_is_refused() -> None:
     trainer, _, dataset = fitted()
     with pytest.raises(ConfigurationError, match=r"GIFCallback\(snapshots=4\)"):
         trainer.influence(batch_of(dataset, slice(0, 3)), snapshots=True)

@@ -25,13 +25,13 @@ ALL_SOLVERS = pytest.mark.parametrize("solver", ["lissa", "lsmr", "cgls"])
 ALL_NETS = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in NETS])
 BOTH_FITS = pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
 
-# The losses of recurrent nets are computed one example after the other, or little faster.
+# The losses of recurrent networks are computed one example at a time, or little faster.
 EXAMPLES = dict.fromkeys(NETS, 96) | {"gru": 24, "lstm": 48, "cells": 9}
 
-# Unlearning asks for a number of steps unless it is given this.
+# Without an rtol, unlearning makes a fixed number of iterations.
 RTOL = 1e-2
 
-# What it takes to tell the classes by a mean of embeddings.
+# The training that separates the classes by a mean of embeddings.
 LEARNING_RATES = dict.fromkeys(NETS, 0.01) | {"embedding": 0.05}
 
 
@@ -81,7 +81,7 @@ def check_edit(report: UnlearnReport, solver: str) -> None:
         assert found["residual"] <= found["rtol"] == RTOL
     assert all(torch.isfinite(new).all() for new in report.edit.new.values())
     changed = any((report.edit.new[name] != old).any() for name, old in report.edit.old.items())
-    assert changed == any(report.step_sizes)  # no step, where none of those that can be afforded forgets anything
+    assert changed == any(report.step_sizes)  # no step, if no allowed step size forgets anything
     assert torch.isfinite(torch.tensor([report.forget.after, report.retain.after])).all()
 
 
@@ -116,7 +116,7 @@ def test_forgetting_a_class_converges_on_every_net(name: str, long: bool, solver
 @ALL_SOLVERS
 @BOTH_FITS
 def test_solves_for_all_weights_of_a_recurrent_net_converge(long: bool, solver: str) -> None:
-    """By default nine weights of its head are targets, which no solver finds hard."""
+    """By default the targets are nine weights of its head, which is easy for every solver."""
     net = trained("gru", long)
     check_influence(net.trainer.influence(net.query, method="gif", solver=solver, selector=["*"]), solver)
     check_edit(
@@ -138,7 +138,7 @@ def test_the_hessians_of_these_nets_are_indefinite(name: str, long: bool) -> Non
 
 
 @pytest.mark.parametrize("name", ["perceptron", "attention", "embedding", "gru"])
-def test_all_solvers_find_what_dense_algebra_finds(name: str) -> None:
+def test_all_solvers_agree_with_dense_algebra(name: str) -> None:
     net, dataset = make(name, 12)
     trainer = make_trainer(GIFCallback(ratio=0.5, unconverged="raise"))
     trainer.fit(Classifier(net), loader(dataset))

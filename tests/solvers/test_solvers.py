@@ -1,4 +1,4 @@
-"""Solvers against dense linear algebra in float64, and what they say when they cannot succeed."""
+"""Solvers against dense linear algebra in float64, and their reports if they cannot converge."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lightning_gif.solvers.solution import Solution, Status
 
 
 class Matrix:
-    """A dense matrix that is only known by its products; each goes through ten examples."""
+    """A dense matrix as an operator that counts its products. Each uses ten examples."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -55,7 +55,7 @@ class Matrix:
 
 
 class Mean(Matrix):
-    """The mean of several matrices, of which a draw shows one."""
+    """The mean of several matrices. A draw is one of them."""
 
     def __init__(self, parts: Tensor) -> None:
         super().__init__(parts.mean(0))
@@ -66,7 +66,7 @@ class Mean(Matrix):
         return Matrix(self.parts[part])
 
 
-# Those that need only products, and take many or few steps.
+# Solvers that need only products, with many or few iterations.
 ITERATIVE = ["lissa", "plain_lissa", "cgls", "lsmr"]
 DETERMINISTIC = [*ITERATIVE, "dense"]
 BUILT_IN = [*DETERMINISTIC, "stochastic_lissa", "cg", "nystrom"]
@@ -102,7 +102,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("solver", DETERMINISTIC)
 @pytest.mark.parametrize("matrix", [TALL, INDEFINITE, TALL.T], ids=["tall", "indefinite", "wide"])
-def test_the_solution_is_the_least_squares_one_of_least_norm(matrix: Tensor, solver: str) -> None:
+def test_the_solution_is_the_least_squares_solution_of_minimal_norm(matrix: Tensor, solver: str) -> None:
     rhs = torch.randn(matrix.shape[0], dtype=torch.float64)
     found = solve(solver, matrix, rhs, rtol=1e-10, max_iter=5000)
     assert found.converged
@@ -118,13 +118,13 @@ def test_damping_is_the_ridge_of_the_normal_equations(solver: str, matrix: Tenso
     assert relative(found.x, torch.linalg.solve(normal, matrix.T @ rhs)) < 1e-6
 
 
-def test_dense_drops_what_precision_cannot_tell_from_zero() -> None:
+def test_dense_drops_singular_values_at_rounding_level() -> None:
     matrix = with_singular_values(9, torch.tensor([2.0, 1.0, 1e-20, 0.0], dtype=torch.float64))
     rhs = torch.randn(9, dtype=torch.float64)
     assert relative(dense(Matrix(matrix), rhs).x, torch.linalg.pinv(matrix, rtol=1e-9) @ rhs) < 1e-9
 
 
-def test_acceleration_needs_far_fewer_steps_on_an_ill_conditioned_problem() -> None:
+def test_acceleration_needs_far_fewer_iterations_on_an_ill_conditioned_problem() -> None:
     matrix = with_singular_values(80, torch.logspace(0, -2, 40, dtype=torch.float64))
     rhs = torch.randn(80, dtype=torch.float64)
     fast = solve("lissa", matrix, rhs, rtol=1e-4, max_iter=1000)
@@ -144,7 +144,7 @@ def test_the_diagnostics_are_those_of_the_returned_solution(solver: str) -> None
     assert isinstance(found, Solution)
     normal = TALL.T @ rhs
     residual = normal - TALL.T @ (TALL @ found.x) - 0.3**2 * found.x
-    # The iterate's own residual; rounding decides where it is at the level of rounding itself.
+    # The true residual of the iterate. At the level of rounding it depends on rounding.
     assert found.residual == pytest.approx(float(residual.norm() / normal.norm()), rel=1e-6, abs=1e-12)
     assert found.unexplained == pytest.approx(float((TALL @ found.x - rhs).norm() / rhs.norm()))
     assert found.sigma_max == pytest.approx(float(torch.linalg.matrix_norm(TALL, 2)), rel=0.05)
@@ -171,11 +171,11 @@ def test_columns_are_solved_as_if_each_were_alone(solver: str) -> None:
         found = SOLVERS[solver](operator, rhs, damping=0.1, rtol=1e-6, max_iter=400)
         assert isinstance(found, list)
         assert sum(solution.hvps for solution in found) == operator.products
-        assert found[2].iterations == 0  # nothing to do, and nothing spent on it while the others went on
+        assert found[2].iterations == 0  # nothing to solve, and no products while the other columns continue
 
 
 @pytest.mark.parametrize("solver", ITERATIVE)
-def test_a_warm_start_goes_on_from_there(solver: str) -> None:
+def test_a_warm_start_continues_from_the_given_solution(solver: str) -> None:
     rhs = torch.randn(60, dtype=torch.float64)
     exact = torch.linalg.pinv(TALL) @ rhs
     cold = solve(solver, TALL, rhs, rtol=1e-6, max_iter=3000)
@@ -189,7 +189,7 @@ def test_a_warm_start_goes_on_from_there(solver: str) -> None:
 
 
 @pytest.mark.parametrize("solver", ITERATIVE)
-def test_a_start_that_is_worse_than_zero_is_not_taken(solver: str) -> None:
+def test_a_start_that_is_worse_than_zero_is_ignored(solver: str) -> None:
     rhs = torch.randn(60, dtype=torch.float64)
     found = solve(solver, TALL, rhs, rtol=1e-6, max_iter=3000, start=torch.full((20,), 1e6, dtype=torch.float64))
     assert found.residuals[0] == 1.0
@@ -197,7 +197,7 @@ def test_a_start_that_is_worse_than_zero_is_not_taken(solver: str) -> None:
 
 
 @pytest.mark.parametrize("solver", ITERATIVE)
-def test_the_solve_stops_where_the_right_hand_side_is_known_no_better(solver: str) -> None:
+def test_a_solve_stops_at_its_discrepancy(solver: str) -> None:
     matrix = with_singular_values(80, torch.logspace(0, -3, 40, dtype=torch.float64))
     truth = torch.randn(40, dtype=torch.float64)
     noise = torch.randn(80, dtype=torch.float64)
@@ -210,7 +210,7 @@ def test_the_solve_stops_where_the_right_hand_side_is_known_no_better(solver: st
     assert found.residual > 1e-12
 
 
-def test_running_out_of_steps_is_not_called_convergence() -> None:
+def test_a_solve_that_runs_out_of_iterations_is_not_converged() -> None:
     rhs = torch.randn(60, dtype=torch.float64)
     for solver in ITERATIVE:
         found = solve(solver, TALL, rhs, rtol=1e-12, max_iter=3)
@@ -232,10 +232,8 @@ def test_a_residual_below_float32_is_reported_as_stalled(solver: str) -> None:
 @pytest.mark.parametrize("solver", ITERATIVE)
 @pytest.mark.parametrize("condition", [1e1, 1e3])
 @pytest.mark.parametrize("rtol", [1e-2, 1e-4, 1e-6, 1e-12])
-def test_a_solve_in_float32_claims_no_residual_that_it_does_not_have(
-    solver: str, condition: float, rtol: float
-) -> None:
-    """Where the right-hand side can be met, a carried residual goes to zero while that of the iterate does not."""
+def test_a_solve_in_float32_reports_its_true_residual(solver: str, condition: float, rtol: float) -> None:
+    """For a consistent system, the recursive residual goes to zero, while the true one does not."""
     values = torch.logspace(0, -1, 40, base=condition, dtype=torch.float64) * torch.tensor([1.0, -1.0]).repeat(20)
     matrix = symmetric_indefinite(values)
     rhs = matrix @ torch.randn(40, dtype=torch.float64)
@@ -249,7 +247,7 @@ def test_a_solve_in_float32_claims_no_residual_that_it_does_not_have(
 @pytest.mark.parametrize("solver", DETERMINISTIC)
 @pytest.mark.parametrize(("sigma", "size"), [(1e-5, 1.0), (1e-4, 1e-11), (1.0, 1e-24), (1e4, 1e20)])
 def test_tiny_and_huge_numbers_do_not_vanish_in_float32(solver: str, sigma: float, size: float) -> None:
-    """The squares of either are no float32 numbers; gradients of a net that interpolates its data are that small."""
+    """Their squares overflow or underflow in float32. A network that interpolates its data has such small gradients."""
     matrix = sigma * TALL.float()
     rhs = size * torch.randn(60, generator=torch.Generator().manual_seed(1))
     found = solve(solver, matrix, rhs, rtol=1e-4, max_iter=2000)
@@ -261,7 +259,7 @@ def test_tiny_and_huge_numbers_do_not_vanish_in_float32(solver: str, sigma: floa
 @pytest.mark.parametrize("solver", ["cgls", "lsmr"])
 @pytest.mark.parametrize("rank", [1, 3, 20])
 def test_krylov_stops_past_convergence_and_does_not_turn_to_nan(solver: str, rank: int) -> None:
-    """After as many steps as there are singular values nothing is left; the public versions divide by it."""
+    """After as many iterations as singular values, the remainder is zero. Common implementations divide by it."""
     values = torch.cat([torch.logspace(0, -1, rank), torch.zeros(20 - rank)])
     matrix = with_singular_values(60, values.double()).float()
     rhs = torch.randn(60)
@@ -271,7 +269,7 @@ def test_krylov_stops_past_convergence_and_does_not_turn_to_nan(solver: str, ran
     assert relative(found.x, torch.linalg.pinv(matrix.double(), rtol=1e-5).float() @ rhs) < 1e-3
 
 
-def test_lsmr_gives_the_iterates_of_lsmr() -> None:
+def test_lsmr_gives_the_iterates_of_scipys_lsmr() -> None:
     sparse = pytest.importorskip("scipy.sparse.linalg")
     matrix = with_singular_values(80, torch.logspace(0, -2, 40, dtype=torch.float64))
     rhs = torch.randn(80, dtype=torch.float64)
@@ -282,7 +280,7 @@ def test_lsmr_gives_the_iterates_of_lsmr() -> None:
         assert found.residuals == sorted(found.residuals, reverse=True)
 
 
-def test_lsmr_has_the_smallest_residual_of_all_at_every_count() -> None:
+def test_lsmr_has_the_smallest_residual_at_every_number_of_products() -> None:
     matrix = with_singular_values(80, torch.logspace(0, -2, 40, dtype=torch.float64))
     rhs = matrix @ torch.randn(40, dtype=torch.float64)
     for steps in (3, 8, 15):
@@ -292,8 +290,8 @@ def test_lsmr_has_the_smallest_residual_of_all_at_every_count() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_lissa_converges_when_the_leading_direction_is_nearly_invisible_at_first(seed: int) -> None:
-    """The Lanczos start misses a singular value that the right-hand side hardly has; the steps themselves find it."""
+def test_lissa_converges_if_the_right_hand_side_hardly_contains_the_leading_direction(seed: int) -> None:
+    """The first estimate misses a singular value that is hardly in the right-hand side. The iterations find it."""
     generator = torch.Generator().manual_seed(seed)
     right = torch.linalg.qr(torch.randn(31, 31, generator=generator, dtype=torch.float64)).Q
     values = torch.cat([torch.tensor([1.6], dtype=torch.float64), torch.linspace(0.3, 1, 30, dtype=torch.float64)])
@@ -311,7 +309,7 @@ def test_lissa_converges_when_the_leading_direction_is_nearly_invisible_at_first
 @pytest.mark.parametrize("solver", ITERATIVE)
 @pytest.mark.parametrize("sigma", [1.0, 1e2, 1e4])
 def test_the_size_of_the_hessian_does_not_matter(solver: str, sigma: float) -> None:
-    """The paper's script starts with scale 1 and starts over with a larger one until it stops diverging."""
+    """The paper's script starts with scale 1, and restarts with a larger one until it no longer diverges."""
     rhs = torch.randn(60, dtype=torch.float64)
     small, large = (solve(solver, scale * TALL, rhs, rtol=1e-9, max_iter=5000) for scale in (1.0, sigma))
     assert small.converged
@@ -329,7 +327,7 @@ def test_the_same_input_gives_the_same_bits(solver: str) -> None:
 
 
 @pytest.mark.parametrize("solver", DETERMINISTIC)
-def test_a_right_hand_side_that_nothing_can_answer_gives_zero(solver: str) -> None:
+def test_a_right_hand_side_outside_of_the_range_gives_zero(solver: str) -> None:
     for matrix, rhs in ((TALL, torch.zeros(60, dtype=torch.float64)), (torch.zeros(5, 3), torch.ones(5))):
         found = solve(solver, matrix, rhs, damping=0.0, rtol=1e-6, max_iter=10, seed=0)
         assert found.converged
@@ -349,7 +347,7 @@ def test_non_finite_numbers_raise(solver: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize("solver", ITERATIVE)
-def test_shapes_that_do_not_fit_are_told(solver: str) -> None:
+def test_shapes_that_do_not_fit_are_reported(solver: str) -> None:
     with pytest.raises(ConfigurationError, match=r"right-hand side .* \(60,\)"):
         solve(solver, TALL, torch.ones(59, dtype=torch.float64))
     with pytest.raises(ConfigurationError, match=r"start .* \(20,\)"):
@@ -357,7 +355,7 @@ def test_shapes_that_do_not_fit_are_told(solver: str) -> None:
 
 
 @pytest.mark.parametrize("solver", ITERATIVE)
-def test_an_operator_that_changes_between_products_is_called_out(solver: str) -> None:
+def test_an_operator_that_changes_between_products_is_reported(solver: str) -> None:
     class Restless(Matrix):
         def matvec(self, vectors: Tensor) -> Tensor:
             return super().matvec(vectors) if self.products < 20 else -super().matvec(vectors)
@@ -367,12 +365,12 @@ def test_an_operator_that_changes_between_products_is_called_out(solver: str) ->
             return super().matvec(vectors) + 0.2 * torch.randn_like(self.matrix) @ vectors
 
     class Shuffled(Matrix):
-        """Nothing of one product is left in the next."""
+        """Each product is independent of the previous one."""
 
         def matvec(self, vectors: Tensor) -> Tensor:
             return super().matvec(vectors)[torch.randperm(len(self.matrix))]
 
-    try:  # it changes once, and then stays: all that can be asked is that nothing is called converged
+    try:  # it changes once and then stays: the test requires only that no result is called converged
         found = SOLVERS[solver](Restless(TALL), torch.randn(60, dtype=torch.float64), rtol=1e-12, max_iter=1000)
     except ConvergenceError:
         pass
@@ -394,7 +392,7 @@ def test_dense_refuses_a_matrix_that_would_not_fit() -> None:
 
 
 @pytest.mark.parametrize("matrix", [TALL, TALL.T])
-def test_to_matrix_spends_as_few_products_as_the_shorter_side(matrix: Tensor) -> None:
+def test_to_matrix_needs_as_many_products_as_the_shorter_side(matrix: Tensor) -> None:
     operator = Matrix(matrix)
     assert torch.equal(to_matrix(operator), matrix)
     assert operator.products == min(matrix.shape)
@@ -411,7 +409,7 @@ def parts(noise: float) -> Tensor:
 
 
 def test_stochastic_lissa_finds_the_solution_of_the_mean() -> None:
-    """With the same batch for both factors the answer would be that of ``E[BᵢᵀBᵢ]``, a ridge of the noise."""
+    """With the same batch for both factors, the solution would be that of ``E[BᵢᵀBᵢ]``, with a ridge from the noise."""
     operator = Mean(parts(0.2))
     rhs = torch.randn(30, dtype=torch.float64)
     found = stochastic_lissa(operator, rhs, rtol=0.05, max_iter=4000)
@@ -420,12 +418,12 @@ def test_stochastic_lissa_finds_the_solution_of_the_mean() -> None:
     second_moment = torch.stack([part.T @ part for part in operator.parts]).mean(0)
     biased = torch.linalg.solve(second_moment, operator.matrix.T @ rhs)
     assert relative(found.x, exact) < 0.05
-    assert relative(biased, exact) > 0.2  # what the test is about
+    assert relative(biased, exact) > 0.2  # the condition of this test
     assert found.converged
     assert found.iterations == 4000
 
 
-def test_repeats_average_the_noise_out() -> None:
+def test_repeats_average_out_the_noise() -> None:
     operator = Mean(parts(0.3))
     rhs = torch.randn(30, dtype=torch.float64)
     exact = torch.linalg.pinv(operator.matrix) @ rhs
@@ -441,7 +439,7 @@ def test_repeats_average_the_noise_out() -> None:
     assert error(8) < 0.75 * error(1)
 
 
-def test_a_stochastic_solve_that_is_too_noisy_does_not_call_itself_converged() -> None:
+def test_a_stochastic_solve_that_is_too_noisy_is_not_converged() -> None:
     found = stochastic_lissa(Mean(parts(1.0)), torch.randn(30, dtype=torch.float64), rtol=1e-6, max_iter=20)
     assert isinstance(found, Solution)
     assert found.status is Status.MAX_ITER
@@ -464,8 +462,8 @@ def test_stochastic_lissa_with_one_batch_is_deterministic_and_repeats_by_its_see
     assert not torch.equal(first.x, other.x)
 
 
-def test_a_stochastic_solve_that_runs_away_says_so() -> None:
-    """One batch in forty bends two hundred times as much: the few draws that the scale is taken from miss it."""
+def test_a_stochastic_solve_that_diverges_raises() -> None:
+    """One batch in forty has two hundred times the curvature. The few draws that set the scale miss it."""
     every = parts(0.0)[:1].repeat(40, 1, 1)
     every[7] *= 200
     with pytest.raises(ConvergenceError, match="larger `batch_size`"):
@@ -482,7 +480,7 @@ def test_an_operator_without_draws_is_refused() -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_ends_of_the_spectrum_are_those_of_the_matrix() -> None:
+def test_the_extreme_eigenvalues_are_those_of_the_matrix() -> None:
     values = torch.cat([torch.linspace(-1, 1, 300), torch.tensor([9.0, 7.0, 5.0, -6.0, -4.0])]).double()
     found = spectrum(Matrix(symmetric_indefinite(values)), 3, steps=60)
     assert found.largest == pytest.approx([9.0, 7.0, 5.0], rel=1e-6)
@@ -527,14 +525,14 @@ def test_a_newton_step_minimises_the_damped_quadratic(damping: float, share: flo
     assert relative(solution.x, truth) < 1e-8
     assert bend == pytest.approx(float(truth @ DEFINITE @ truth), rel=1e-8)
     assert solution.status is Status.CONVERGED
-    assert solution.hvps == solution.iterations + 1 == operator.products <= 16  # one checks the residual
+    assert solution.hvps == solution.iterations + 1 == operator.products <= 16  # one product checks the residual
     assert solution.examples == 10 * solution.hvps
     assert 30.0 < solution.sigma_max <= 100.0  # an estimate from below
 
 
 @pytest.mark.parametrize("most", [1, 2, 5])
 @pytest.mark.parametrize("matrix", [DEFINITE, INDEFINITE], ids=["definite", "indefinite"])
-def test_a_newton_step_that_ends_early_goes_downhill_and_tells_its_bend(matrix: Tensor, most: int) -> None:
+def test_a_newton_step_that_ends_early_descends_and_reports_its_curvature(matrix: Tensor, most: int) -> None:
     rhs = torch.arange(1.0, len(matrix) + 1.0, dtype=torch.float64)
     solution, bend = truncated_newton(Matrix(matrix), rhs, **{**NEWTON, "max_iter": most})
     assert float(solution.x @ rhs) > 0
@@ -542,7 +540,7 @@ def test_a_newton_step_that_ends_early_goes_downhill_and_tells_its_bend(matrix: 
     assert solution.residual == pytest.approx(float((rhs - matrix @ solution.x).norm() / rhs.norm()), rel=1e-9)
 
 
-def test_a_newton_step_stops_where_the_function_curves_down() -> None:
+def test_a_newton_step_stops_at_negative_curvature() -> None:
     rhs = torch.ones(7, dtype=torch.float64)
     solution, _ = truncated_newton(Matrix(INDEFINITE), rhs, **NEWTON)
     assert solution.status is Status.INDEFINITE
@@ -555,14 +553,14 @@ def test_a_newton_step_stops_where_the_function_curves_down() -> None:
 
 
 @pytest.mark.parametrize("size", [1e-24, 1e20])
-def test_a_newton_step_scales_with_tiny_and_huge_slopes(size: float) -> None:
+def test_a_newton_step_scales_with_tiny_and_huge_gradients(size: float) -> None:
     matrix, rhs = DEFINITE.float(), torch.ones(12)
     one, _ = truncated_newton(Matrix(matrix), rhs, **{**NEWTON, "rtol": 1e-4})
     other, _ = truncated_newton(Matrix(matrix), size * rhs, **{**NEWTON, "rtol": 1e-4})
     torch.testing.assert_close(other.x / size, one.x)
 
 
-def test_a_newton_step_without_a_slope_is_none() -> None:
+def test_a_newton_step_with_a_zero_gradient_is_zero() -> None:
     operator = Matrix(DEFINITE)
     solution, bend = truncated_newton(operator, torch.zeros(12, dtype=torch.float64), **NEWTON)
     assert not solution.x.any()
@@ -582,14 +580,14 @@ def test_a_newton_step_refuses_non_finite_numbers(bad: float) -> None:
         truncated_newton(Matrix(DEFINITE), rhs[:5], **NEWTON)
 
 
-def test_a_newton_step_knows_the_size_of_a_curvature_of_the_wrong_sign() -> None:
+def test_a_newton_step_reports_the_size_of_negative_curvature() -> None:
     options = {**NEWTON, "damping": 8.0, "max_iter": 1}
     solution, _ = truncated_newton(Matrix(-5.0 * torch.eye(3).double()), torch.ones(3).double(), **options)
     assert solution.sigma_max == pytest.approx(5.0)
 
 
-def test_a_newton_step_claims_no_residual_that_it_does_not_have() -> None:
-    """In float32, at a condition of 1e5: what the recurrence carries along has long left what is true."""
+def test_a_newton_step_reports_its_true_residual() -> None:
+    """In float32, with a condition number of 1e5, the recursive residual is far from the true one."""
     matrix = symmetric_indefinite(torch.logspace(0, 5, 40, dtype=torch.float64)).float()
     rhs = torch.randn(40, generator=torch.Generator().manual_seed(0))
     solution, _ = truncated_newton(Matrix(matrix), rhs, **{**NEWTON, "rtol": 1e-6, "max_iter": 2000})
@@ -604,7 +602,7 @@ def test_a_newton_step_claims_no_residual_that_it_does_not_have() -> None:
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.7])
-def test_conjugate_gradients_solve_several_columns_each_to_its_end(damping: float) -> None:
+def test_conjugate_gradients_solve_each_column_to_its_own_convergence(damping: float) -> None:
     basis = torch.linalg.eigh(DEFINITE).eigenvectors
     rhs = torch.stack([torch.arange(1.0, 13.0).double(), 5.0 * basis[:, 3], torch.zeros(12).double()], dim=1)
     operator = Matrix(DEFINITE)
@@ -614,12 +612,12 @@ def test_conjugate_gradients_solve_several_columns_each_to_its_end(damping: floa
         torch.testing.assert_close(solution.x, truth[:, column], rtol=1e-7, atol=1e-10)
         assert solution.converged
         assert len(solution.residuals) == solution.iterations + 1
-    assert found[1].iterations == 1  # an eigenvector needs one step,
-    assert found[2].iterations == 0  # and nothing none
-    assert operator.products <= found[0].iterations + 1 + 3  # columns that are done cost nothing more
+    assert found[1].iterations == 1  # an eigenvector needs one iteration,
+    assert found[2].iterations == 0  # and a zero column none
+    assert operator.products <= found[0].iterations + 1 + 3  # converged columns cost no more products
 
 
-def test_conjugate_gradients_end_at_negative_curvature_and_need_a_square() -> None:
+def test_conjugate_gradients_end_at_negative_curvature_and_need_a_square_matrix() -> None:
     solution = solve("cg", INDEFINITE, torch.ones(7, dtype=torch.float64), rtol=1e-10, max_iter=50, seed=0)
     assert solution.status is Status.INDEFINITE
     for options in ({"operator": Matrix(TALL)}, {"operator": Matrix(DEFINITE), "start": torch.zeros(12).double()}):
@@ -658,7 +656,7 @@ def test_a_sketch_costs_its_rank_and_one_product_for_any_number_of_columns() -> 
     assert max(errors) < 0.05
     assert all(abs(value) < 0.05 for value in (solution.residual for solution in found))
     (rough,) = [SOLVERS["nystrom"](Matrix(matrix), rhs[:, 0], damping=1e-2, rtol=1e-3, max_iter=5, seed=0)]
-    assert rough.residual > 0.1  # and says so where the rank does not reach down to the damping
+    assert rough.residual > 0.1  # and is not converged if the rank does not reach down to the damping
     assert not rough.converged
 
 
@@ -672,7 +670,7 @@ def test_a_sketch_in_float32_is_stable() -> None:
     )
 
 
-def test_a_sketch_refuses_what_it_cannot_do() -> None:
+def test_a_sketch_refuses_unsupported_options() -> None:
     rhs = torch.ones(7, dtype=torch.float64)
     with pytest.raises(ConfigurationError, match="`damping` above 0"):
         SOLVERS["nystrom"](Matrix(INDEFINITE), rhs, damping=0.0, rtol=1e-3, max_iter=5, seed=0)
@@ -704,7 +702,7 @@ def test_solvers_declare_what_they_need_and_support() -> None:
     ("attribute", "option"),
     [("supports_start", {"start": torch.zeros(12).double()}), ("supports_discrepancy", {"discrepancy": 0.1})],
 )
-def test_what_a_solver_does_not_declare_to_support_is_refused(
+def test_options_that_a_solver_does_not_declare_are_refused(
     solver: str, attribute: str, option: dict[str, object]
 ) -> None:
     operator, rhs = Mean(DEFINITE[None]), torch.ones(12, dtype=torch.float64)
@@ -728,7 +726,7 @@ def test_a_plain_function_can_be_registered_and_declares_nothing() -> None:
 
     found = solvers["mine"](Matrix(TALL), torch.ones(60, dtype=torch.float64), damping=0.5, max_iter=7)
     assert relative(found.x, dense(Matrix(TALL), torch.ones(60, dtype=torch.float64), damping=0.5).x) == 0
-    assert calls == [{"max_iter": 7, "seed": 0, "discrepancy": 0.0}]  # and a start only where there is one
+    assert calls == [{"max_iter": 7, "seed": 0, "discrepancy": 0.0}]  # and a warm start only if there is one
     assert callable(mine)  # it stays the function that it was
     assert not isinstance(mine, Solver)
     assert not solvers["mine"].requires_symmetric_psd
@@ -756,12 +754,12 @@ def test_a_registered_solver_keeps_its_declarations() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One unit of damping
+# One meaning of damping
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class Declared(Mean):
-    """A matrix that declares to be positive semi-definite; every draw shows all of it."""
+    """A matrix that declares itself positive semi-definite. Every draw is the whole matrix."""
 
     positive_semidefinite = True
 
@@ -792,18 +790,18 @@ def test_every_solver_adds_the_damping_to_the_eigenvalues(matrix: Tensor, weight
     for column, solution in enumerate(found):
         assert relative(solution.x, expected[:, column]) < 1e-6
         assert solution.damping == 0.1
-        # Of the matrix itself; conjugate gradients see it along their directions only, of which g is the first.
+        # The value of the matrix. Conjugate gradients estimate it along their directions only, the first of which is g.
         g = rhs[:, column]
         least = float(g @ operator.matrix @ g / (g @ g)) if solver == "cg" else 0.9 * (1.0 + weight_decay)
         assert least * (1 - 1e-9) < solution.sigma_max < 1.1 * (1.0 + weight_decay)
         assert solution.unexplained < 1e-6
-    if solver != "stochastic_lissa":  # whose draws count for themselves
+    if solver != "stochastic_lissa":  # which counts its own draws
         assert sum(solution.hvps for solution in found) == pytest.approx(operator.products, abs=2)
 
 
 @pytest.mark.parametrize("solver", DETERMINISTIC)
-def test_an_eigenvalue_of_an_indefinite_matrix_counts_with_its_size(solver: str) -> None:
-    """What is added to −1 would be 0 at a damping of 1, and the system singular."""
+def test_an_eigenvalue_of_an_indefinite_matrix_counts_by_its_magnitude(solver: str) -> None:
+    """With a shift, a damping of 1 would turn the eigenvalue −1 into 0, and the system would be singular."""
     rhs = torch.ones(7, dtype=torch.float64)
     values, basis = torch.linalg.eigh(INDEFINITE)
     found = solve(solver, INDEFINITE, rhs, damping=1.0, rtol=1e-10, max_iter=5000)
@@ -840,7 +838,7 @@ def test_operators_declare_whether_they_are_positive_semidefinite() -> None:
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.3])
-def test_a_damped_system_is_shifted_where_it_can_be(damping: float) -> None:
+def test_a_damped_system_is_shifted_if_the_matrix_allows_it(damping: float) -> None:
     for operator in (Declared(DEFINITE), Matrix(DEFINITE), Matrix(TALL)):
         system, ridge = damped_system(operator, damping)
         shifts = damping > 0 and isinstance(operator, Declared)

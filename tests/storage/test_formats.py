@@ -1,4 +1,4 @@
-"""Files that anybody may have written or damaged: they are read right, or refused by an error that says so."""
+"""Files from untrusted sources or with damage: they are read correctly, or refused with a clear error."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ PLAIN = st.recursive(
 
 @quick
 @given(PLAIN)
-def test_what_json_can_hold_comes_back(value: Any) -> None:
+def test_json_values_are_restored(value: Any) -> None:
     assert parse(json.dumps(value)) == value
     assert restored(Any, value, "it") is value
 
@@ -140,14 +140,14 @@ def test_what_json_can_hold_comes_back(value: Any) -> None:
         ("", "Expecting"),
     ],
 )
-def test_records_that_are_none_are_refused_by_a_value_error(text: Any, message: str) -> None:
+def test_invalid_records_raise_a_value_error(text: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(text)
 
 
 def test_a_record_that_would_not_fit_into_memory_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "large.json", "wb") as file:
-        file.truncate(MOST_BYTES + 1)  # takes no room on the disk
+        file.truncate(MOST_BYTES + 1)  # takes no space on the disk
     with pytest.raises(ValueError, match=r"but at most \d+ are read"):
         read(tmp_path / "large.json")
     with pytest.raises(ConfigurationError, match=r"but at most \d+ can be read"):
@@ -179,7 +179,7 @@ class Two(NamedTuple):
         ),
     ],
 )
-def test_values_come_back_as_what_they_were(hint: Any, value: Any, expected: Any) -> None:
+def test_values_are_restored_with_their_types(hint: Any, value: Any, expected: Any) -> None:
     found = restored(hint, value, "it")
     assert found == expected
     assert type(found) is type(expected)
@@ -229,12 +229,12 @@ def parts_of(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def forge(path: Path, record: Any, tensors: dict[str, Tensor]) -> None:
-    """An edit file of anything, whose sum is right."""
+    """An edit file with arbitrary contents and a correct checksum."""
     metadata = {"format": "lightning-gif edit 4", "report": json.dumps(record), "digest": digest(tensors, record)}
     path.write_bytes(save({name: value.clone() for name, value in tensors.items()}, metadata=metadata))
 
 
-def test_an_edit_file_says_and_does_the_same(tmp_path: Path) -> None:
+def test_a_loaded_edit_has_the_same_text_and_effect(tmp_path: Path) -> None:
     module, report = some_edit()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     report.save(tmp_path / "edit")
@@ -249,7 +249,7 @@ def test_an_edit_file_says_and_does_the_same(tmp_path: Path) -> None:
 
 @quick
 @given(data=st.data())
-def test_any_damage_to_an_edit_file_is_noticed(data: st.DataObject, tmp_path: Path) -> None:
+def test_any_damage_to_an_edit_file_is_detected(data: st.DataObject, tmp_path: Path) -> None:
     _, report = some_edit()
     path = tmp_path / "edit"
     report.save(path)
@@ -321,7 +321,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_edits_are_refused_although_their_sum_is_right(kind: str, tmp_path: Path) -> None:
+def test_hostile_edits_are_refused_although_their_checksum_is_correct(kind: str, tmp_path: Path) -> None:
     module, report = some_edit()
     report.save(tmp_path / "edit")
     record, tensors = parts_of(tmp_path / "edit")
@@ -335,7 +335,7 @@ def test_hostile_edits_are_refused_although_their_sum_is_right(kind: str, tmp_pa
 
 @quick
 @given(data=st.data())
-def test_a_record_of_anything_is_an_edit_or_refused(data: st.DataObject, tmp_path: Path) -> None:
+def test_an_arbitrary_record_is_an_edit_or_refused(data: st.DataObject, tmp_path: Path) -> None:
     _, report = some_edit()
     report.save(tmp_path / "edit")
     record, tensors = parts_of(tmp_path / "edit")
@@ -369,7 +369,7 @@ def header(content: bytes, claimed: int | None = None) -> bytes:
     ],
     ids=range(9),
 )
-def test_headers_that_claim_anything_are_refused(content: bytes, tmp_path: Path) -> None:
+def test_arbitrary_headers_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "edit").write_bytes(content)
     with pytest.raises(EditError, match="edit"):
         UnlearnReport.load(tmp_path / "edit")
@@ -380,7 +380,7 @@ def test_headers_that_claim_anything_are_refused(content: bytes, tmp_path: Path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+def test_reading_does_not_block_on_special_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
         with pytest.raises(EditError, match="not a file"):
@@ -399,7 +399,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
 
 @quick
 @given(queries=st.integers(1, 12), examples=st.integers(1, 9), seed=st.integers(0, 99))
-def test_scores_of_any_shape_come_back(queries: int, examples: int, seed: int, tmp_path: Path) -> None:
+def test_scores_of_any_shape_are_restored(queries: int, examples: int, seed: int, tmp_path: Path) -> None:
     report = some_scores(queries, examples, seed)
     report.save(tmp_path / "report")
     loaded = InfluenceReport.load(tmp_path / "report")
@@ -411,7 +411,7 @@ def test_scores_of_any_shape_come_back(queries: int, examples: int, seed: int, t
 
 @quick
 @given(data=st.data())
-def test_any_damage_to_a_report_is_noticed(data: st.DataObject, tmp_path: Path) -> None:
+def test_any_damage_to_a_report_is_detected(data: st.DataObject, tmp_path: Path) -> None:
     report = some_scores()
     shutil.rmtree(tmp_path / "report", ignore_errors=True)
     report.save(tmp_path / "report")
@@ -433,7 +433,7 @@ def test_any_damage_to_a_report_is_noticed(data: st.DataObject, tmp_path: Path) 
 
 @quick
 @given(data=st.data())
-def test_a_record_of_anything_is_a_report_or_refused(data: st.DataObject, tmp_path: Path) -> None:
+def test_an_arbitrary_record_is_a_report_or_refused(data: st.DataObject, tmp_path: Path) -> None:
     some_scores().save(tmp_path / "report")
     record, tensors = read_folder(tmp_path / "report", KIND)
     owner = data.draw(st.sampled_from([record, record["solutions"][0], next(iter(record["looks"].values()))]))
@@ -457,14 +457,14 @@ def test_scores_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> N
         InfluenceReport.load(tmp_path / "report")
 
 
-def test_a_save_that_was_cut_off_says_where_the_earlier_report_is(tmp_path: Path) -> None:
+def test_an_interrupted_save_leaves_the_earlier_report_and_its_path(tmp_path: Path) -> None:
     some_scores().save(tmp_path / "report")
     (tmp_path / "report").rename(tmp_path / ".report.0123.old")
     with pytest.raises(FileNotFoundError, match=r"interrupted save left an earlier report at '.*\.report\.0123\.old'"):
         InfluenceReport.load(tmp_path / "report")
 
 
-def test_no_link_is_followed_where_something_is_replaced(tmp_path: Path) -> None:
+def test_replacing_files_follows_no_links(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "mine").write_text("mine")
@@ -481,7 +481,7 @@ def test_no_link_is_followed_where_something_is_replaced(tmp_path: Path) -> None
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Scores in a file
+# Score stores
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -489,7 +489,7 @@ def some_store(folder: Path) -> ScoreStore:
     return ScoreStore.open(folder, 2, 6, {"weights": "mark"})
 
 
-def test_marks_are_of_what_was_written(tmp_path: Path) -> None:
+def test_written_scores_are_marked_as_done(tmp_path: Path) -> None:
     store = some_store(tmp_path / "scores")
     assert not store.done.any()
     store.write(1, torch.arange(6.0).view(2, 3))
@@ -500,7 +500,7 @@ def test_marks_are_of_what_was_written(tmp_path: Path) -> None:
 
 @quick
 @given(data=st.data())
-def test_any_damage_to_scores_is_noticed(data: st.DataObject, tmp_path: Path) -> None:
+def test_any_damage_to_scores_is_detected(data: st.DataObject, tmp_path: Path) -> None:
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
     store = some_store(folder)
     values = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -538,7 +538,7 @@ def test_any_damage_to_scores_is_noticed(data: st.DataObject, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "directions", [torch.ones(1, 3), torch.ones(2, 4), torch.ones(4, 3), torch.full((2, 3), math.nan)], ids=str
 )
-def test_directions_of_another_shape_or_that_are_none_are_damage(directions: Tensor, tmp_path: Path) -> None:
+def test_invalid_ihvps_or_ihvps_of_another_shape_are_damage(directions: Tensor, tmp_path: Path) -> None:
     store = some_store(tmp_path / "scores")
     assert store.load_directions(0, 3) is None
     store.save_directions(0, directions, {})
@@ -546,7 +546,7 @@ def test_directions_of_another_shape_or_that_are_none_are_damage(directions: Ten
         store.load_directions(0, 3)
 
 
-def test_damaged_scores_are_computed_anew_with_a_warning(tmp_path: Path) -> None:
+def test_damaged_scores_are_computed_again_with_a_warning(tmp_path: Path) -> None:
     some_store(tmp_path / "scores").write(0, torch.ones(2, 6))
     content = bytearray((tmp_path / "scores" / "scores.bin").read_bytes())
     content[8] ^= 1

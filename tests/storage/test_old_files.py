@@ -1,4 +1,4 @@
-"""Files of earlier versions are read as they were meant: ``old_files`` has one of each kind, named by its format."""
+"""Files of earlier versions are read correctly. ``old_files`` has one of each kind, named by its format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EDIT, LOG = DATA / "edit-3.safetensors", DATA / "audit-log-1.jsonl"
 MARK = {"weights": "of a test"}
 
 
-def test_an_edit_of_format_3_says_what_it_said() -> None:
+def test_an_edit_of_format_3_has_its_original_text() -> None:
     report = UnlearnReport.load(EDIT)
     logged = json.loads(LOG.read_text().splitlines()[0])
     assert str(report.goal) == "class"
@@ -30,7 +30,7 @@ def test_an_edit_of_format_3_says_what_it_said() -> None:
     report.plot().canvas.draw()
 
 
-def test_an_edit_of_format_3_is_still_the_one_that_was_recorded(tmp_path: Path) -> None:
+def test_an_edit_of_format_3_still_matches_its_audit_log(tmp_path: Path) -> None:
     report = UnlearnReport.load(EDIT)
     assert verify(LOG, edits=[EDIT, report]).ok
     report.save(tmp_path / "again")

@@ -1,4 +1,4 @@
-"""The audit log: what it tells, that every change of it is noticed, and that it is never written in part."""
+"""The audit log: its contents, the detection of every change, and complete writes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def recorded(path: Path, **settings: Any) -> tuple[Any, nn.Module, Any]:
 
 
 def told(number: int = 0) -> dict[str, Any]:
-    """What an entry may be about."""
+    """The contents of an entry, with made-up digests and numbers."""
     digests = {name: hashlib.sha256(f"{name}{number}".encode()).hexdigest() for name in ("values", "report")}
     before, after = (hashlib.sha256(f"{n}".encode()).hexdigest() for n in (number, number + 1))
     change = {"before": before, "after": after}
@@ -65,11 +65,11 @@ def failed(found: Verification) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What an entry tells
+# The contents of an entry
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_entry_tells_what_was_asked_and_what_was_done(tmp_path: Path) -> None:
+def test_an_entry_has_the_request_and_the_result(tmp_path: Path) -> None:
     path = tmp_path / "new" / "deletions.jsonl"
     trainer, module, _ = recorded(path)
     before = weights_digest(module)
@@ -94,7 +94,7 @@ def test_an_entry_tells_what_was_asked_and_what_was_done(tmp_path: Path) -> None
     assert f"recorded in {path}." in str(report)
 
 
-def test_the_digest_of_the_examples_is_of_their_contents_in_any_order(tmp_path: Path) -> None:
+def test_the_digest_of_examples_depends_on_contents_and_not_on_order(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     trainer, _, dataset = recorded(path)
     x, y = dataset.tensors
@@ -106,12 +106,12 @@ def test_the_digest_of_the_examples_is_of_their_contents_in_any_order(tmp_path: 
     assert [sorted(entry["indices"]) for entry in made] == [[1, 5], [1, 5], [1, 5], [1, 6]]
 
 
-def test_new_labels_and_the_training_data_are_told_apart(tmp_path: Path) -> None:
+def test_the_digests_of_new_labels_and_of_the_training_data_differ(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     trainer, _, dataset = recorded(path)
     trainer.unlearn([1, 5], relabel=0).undo()
     trainer.unlearn([1, 5], relabel=2).undo()
-    dataset.tensors[0][0] += 1.0  # spread over 48 examples, all 48 are looked at
+    dataset.tensors[0][0] += 1.0  # spread over 48 examples, all of which are hashed
     trainer.unlearn([1, 5], relabel=2).undo()
     one, two, three = (entry for entry in read(path).entries if entry["event"] == "unlearn")
     assert one["asked"]["goal"] == "labels"
@@ -120,7 +120,9 @@ def test_new_labels_and_the_training_data_are_told_apart(tmp_path: Path) -> None
     assert one["train"] == two["train"] != three["train"]
 
 
-def test_the_weights_digest_sees_every_parameter_and_buffer_and_equals_that_of_a_checkpoint(tmp_path: Path) -> None:
+def test_the_weights_digest_depends_on_every_parameter_and_buffer_and_equals_that_of_a_checkpoint(
+    tmp_path: Path,
+) -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     net[0].requires_grad_(False)
     trainer, module, _ = fitted(Classifier(net))
@@ -134,7 +136,7 @@ def test_the_weights_digest_sees_every_parameter_and_buffer_and_equals_that_of_a
     assert len(seen) == 1 + len(module.state_dict())
 
 
-def test_undo_and_apply_are_entries_too_and_a_dry_run_is_none(tmp_path: Path) -> None:
+def test_undo_and_apply_add_entries_and_a_dry_run_does_not(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     trainer, module, _ = recorded(path)
     report = trainer.unlearn([1, 2], dry_run=True)
@@ -151,7 +153,7 @@ def test_undo_and_apply_are_entries_too_and_a_dry_run_is_none(tmp_path: Path) ->
     assert found.standing == [3]
 
 
-def test_a_call_may_name_another_record_or_none(tmp_path: Path) -> None:
+def test_a_call_may_use_another_audit_log_or_none(tmp_path: Path) -> None:
     trainer, _, _ = recorded(tmp_path / "one.jsonl")
     trainer.unlearn([1, 2], record=False).undo()
     assert not list(tmp_path.iterdir())
@@ -161,7 +163,7 @@ def test_a_call_may_name_another_record_or_none(tmp_path: Path) -> None:
     assert len(read(tmp_path / "two.jsonl").entries) == 2
 
 
-def test_a_loaded_edit_is_recorded_where_a_record_is_given(tmp_path: Path) -> None:
+def test_a_loaded_edit_is_recorded_in_the_given_audit_log(tmp_path: Path) -> None:
     path, file = tmp_path / "deletions.jsonl", tmp_path / "edit.safetensors"
     trainer, module, _ = recorded(path)
     before = weights(module)
@@ -179,7 +181,7 @@ def test_a_loaded_edit_is_recorded_where_a_record_is_given(tmp_path: Path) -> No
     assert entries[1]["asked"] == entries[0]["asked"]
 
 
-def test_an_edit_that_was_saved_without_word_of_its_data_is_recorded_as_such(tmp_path: Path) -> None:
+def test_an_edit_that_was_saved_without_its_data_digest_is_recorded_as_such(tmp_path: Path) -> None:
     path, file = tmp_path / "deletions.jsonl", tmp_path / "edit.safetensors"
     trainer, module, _ = fitted()
     report = trainer.unlearn([1, 2])
@@ -192,7 +194,7 @@ def test_an_edit_that_was_saved_without_word_of_its_data_is_recorded_as_such(tmp
     assert verify(path, edits=file, module=module).ok
 
 
-def test_metrics_are_an_entry_that_is_tied_to_the_weights(tmp_path: Path) -> None:
+def test_metrics_add_an_entry_with_the_digest_of_the_weights(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     trainer, module, _ = recorded(path)
     report = trainer.unlearn([1, 2])
@@ -218,7 +220,7 @@ def test_metrics_are_an_entry_that_is_tied_to_the_weights(tmp_path: Path) -> Non
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_no_byte_can_be_changed_unseen(tmp_path: Path) -> None:
+def test_a_change_of_any_byte_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     lines = written(path)
     content = b"".join(lines)
@@ -250,7 +252,7 @@ def test_no_byte_can_be_changed_unseen(tmp_path: Path) -> None:
         (lambda lines: [*lines, b"[1]\n"], 4),
     ],
 )
-def test_no_line_can_be_cut_moved_or_added_unseen(
+def test_removing_moving_or_adding_a_line_is_detected(
     tmp_path: Path, change: Callable[[list[bytes]], list[bytes]], line: int
 ) -> None:
     path = tmp_path / "deletions.jsonl"
@@ -266,7 +268,7 @@ def test_no_line_can_be_cut_moved_or_added_unseen(
     assert f"FAIL  chain: line {line}" in str(verify(path))
 
 
-def test_what_is_written_anew_with_new_hashes_is_seen_by_a_published_hash_only(tmp_path: Path) -> None:
+def test_rewriting_with_new_hashes_is_detected_by_a_published_hash_only(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     written(path)
     published = verify(path).last_hash
@@ -291,7 +293,7 @@ def test_what_is_written_anew_with_new_hashes_is_seen_by_a_published_hash_only(t
         {"edit": {}},
     ],
 )
-def test_an_entry_with_the_right_hash_and_wrong_contents_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_an_entry_with_a_correct_hash_and_invalid_contents_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "deletions.jsonl"
     entry = json.loads(written(path, 1)[0])
     entry.update(change)
@@ -302,13 +304,13 @@ def test_an_entry_with_the_right_hash_and_wrong_contents_is_refused(tmp_path: Pa
     assert not verify(path).ok
 
 
-def test_an_empty_file_is_no_record_whose_edits_can_be_vouched_for(tmp_path: Path) -> None:
+def test_an_empty_audit_log_verifies_no_edit(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     path.write_bytes(b"")
     assert failed(verify(path)) == ["chain"]
     assert "Last hash: none" in str(verify(path))
     assert verify(path).last_hash == FIRST
-    append(path, "undo", told())  # it may be begun
+    append(path, "undo", told())  # an empty log may be started
     assert verify(path).ok
     path.write_bytes(b"")
     assert failed(verify(path, module=nn.Linear(2, 2))) == ["chain"]
@@ -316,7 +318,7 @@ def test_an_empty_file_is_no_record_whose_edits_can_be_vouched_for(tmp_path: Pat
         verify(tmp_path / "none.jsonl")
 
 
-def test_what_cannot_be_looked_at_is_not_said_to_be_missing(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_not_reported_as_missing(tmp_path: Path) -> None:
     trainer, module, _ = fitted()
     path = tmp_path / "deletions.jsonl"
     edits = [trainer.unlearn([index], record=path) for index in (1, 2)]
@@ -337,13 +339,13 @@ def test_what_cannot_be_looked_at_is_not_said_to_be_missing(tmp_path: Path) -> N
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Whole or not at all
+# Complete or not at all
 # --------------------------------------------------------------------------------------------------------------------
 
 
 @forks
 @pytest.mark.parametrize("moment", ["half written", "not on the disk", "not replaced", "replaced"])
-def test_a_process_that_is_killed_leaves_whole_entries(tmp_path: Path, moment: str) -> None:
+def test_a_killed_process_leaves_whole_entries(tmp_path: Path, moment: str) -> None:
     path = tmp_path / "deletions.jsonl"
     written(path, 2)
     child = os.fork()
@@ -372,7 +374,7 @@ def test_a_process_that_is_killed_leaves_whole_entries(tmp_path: Path, moment: s
 
 
 def appending(path: Path, count: int) -> int:
-    """A process of its own that adds so many entries."""
+    """A process that adds a number of entries."""
     child = os.fork()
     if not child:
         for number in range(count):
@@ -382,7 +384,7 @@ def appending(path: Path, count: int) -> int:
 
 
 @forks
-def test_a_process_that_is_killed_at_any_moment_leaves_whole_entries(tmp_path: Path) -> None:
+def test_a_process_killed_at_any_moment_leaves_whole_entries(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     least = 0
     for round_ in range(3):
@@ -416,7 +418,7 @@ def test_an_edit_that_cannot_be_recorded_is_not_made(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (len(content) + 100, limits[1])
-    )  # a part can be written, as on a full disk
+    )  # only a part can be written, as on a full disk
     try:
         with pytest.raises(RecordError, match="cannot be written"):
             trainer.unlearn([3, 4])
@@ -432,7 +434,7 @@ def test_an_edit_that_cannot_be_recorded_is_not_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupt_after_the_file_was_replaced_takes_both_back(
+def test_an_interrupt_after_the_file_was_replaced_undoes_edit_and_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     path = tmp_path / "deletions.jsonl"
@@ -454,7 +456,7 @@ def test_an_interrupt_after_the_file_was_replaced_takes_both_back(
     assert path.read_bytes() == content
 
 
-def test_a_damaged_record_is_told_before_anything_is_solved(tmp_path: Path) -> None:
+def test_a_damaged_audit_log_is_reported_before_any_solve(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     trainer, module, _ = recorded(path)
     path.write_text("something else\n")
@@ -473,7 +475,7 @@ def test_a_damaged_record_is_told_before_anything_is_solved(tmp_path: Path) -> N
     assert path.read_text() == "something else\n"
 
 
-def test_a_record_keeps_its_permissions_and_its_link(tmp_path: Path) -> None:
+def test_an_audit_log_keeps_its_permissions_and_its_link(tmp_path: Path) -> None:
     path, link = tmp_path / "deletions.jsonl", tmp_path / "link.jsonl"
     append(path, "unlearn", told())
     path.chmod(0o600)
@@ -489,7 +491,7 @@ def test_a_record_keeps_its_permissions_and_its_link(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_its_edits_and_a_checkpoint_belong_together(tmp_path: Path) -> None:
+def test_an_audit_log_its_edits_and_a_checkpoint_are_verified_together(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     trainer, module, _ = recorded(path)
     files = []
@@ -508,7 +510,7 @@ def test_a_record_its_edits_and_a_checkpoint_belong_together(tmp_path: Path) -> 
     assert "those after entry 1, not those after the last" in str(early)
 
 
-def test_training_in_between_is_told_and_no_damage(tmp_path: Path) -> None:
+def test_training_between_edits_is_reported_and_is_not_damage(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     trainer, module, dataset = recorded(path)
     trainer.unlearn([1, 2])
@@ -521,7 +523,7 @@ def test_training_in_between_is_told_and_no_damage(tmp_path: Path) -> None:
     assert "trained or changed otherwise" in str(found)
 
 
-def test_an_edit_that_was_not_kept_is_told(tmp_path: Path) -> None:
+def test_discarded_changes_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     trainer, module, _ = recorded(path)
     kept = weights(module)
@@ -531,7 +533,7 @@ def test_an_edit_that_was_not_kept_is_told(tmp_path: Path) -> None:
     assert "they are those before entry 1, so later changes were not kept" in str(verify(path))
 
 
-def test_an_edited_edit_file_is_found_out(tmp_path: Path) -> None:
+def test_a_modified_edit_file_is_detected(tmp_path: Path) -> None:
     path, file = tmp_path / "deletions.jsonl", tmp_path / "edit.safetensors"
     trainer, _, _ = recorded(path)
     report = trainer.unlearn([1, 2])
@@ -556,7 +558,7 @@ def test_an_edited_edit_file_is_found_out(tmp_path: Path) -> None:
         verify(path, edits=[7])  # type: ignore[list-item]
 
 
-def test_one_bit_of_a_checkpoints_weights_is_found_out(tmp_path: Path) -> None:
+def test_one_changed_bit_of_a_checkpoint_is_detected(tmp_path: Path) -> None:
     path, file = tmp_path / "deletions.jsonl", tmp_path / "a.ckpt"
     trainer, module, _ = recorded(path)
     trainer.unlearn([1, 2])
@@ -570,7 +572,7 @@ def test_one_bit_of_a_checkpoints_weights_is_found_out(tmp_path: Path) -> None:
     assert "those of no entry" in str(found)
 
 
-def test_hostile_checkpoints_are_failed_checks_and_run_nothing(tmp_path: Path) -> None:
+def test_hostile_checkpoints_fail_the_check_and_run_no_code(tmp_path: Path) -> None:
     path, file = tmp_path / "deletions.jsonl", tmp_path / "a.ckpt"
     written(path)
 
@@ -603,7 +605,7 @@ def test_hostile_checkpoints_are_failed_checks_and_run_nothing(tmp_path: Path) -
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Edits that are taken back out of order
+# Edits that are undone out of order
 # --------------------------------------------------------------------------------------------------------------------
 
 

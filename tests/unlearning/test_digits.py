@@ -1,4 +1,4 @@
-"""The main promise on real data: each of the ten digits is forgotten in turn from one trained net."""
+"""Class removal on real data: a trained network forgets each of the ten digits in turn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 from digits import DigitsModel, digits, logits
 
 
-def test_each_digit_is_forgotten_and_the_others_stay() -> None:
+def test_each_digit_can_be_forgotten_without_the_others() -> None:
     train, test = digits()
     pl.seed_everything(0)
     module = DigitsModel()

@@ -1,4 +1,4 @@
-"""An edit that was interrupted goes on where it was, to the same bits; from anything else it does not."""
+"""An interrupted edit resumes and ends bit for bit the same. It does not resume from solves of another call."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[str]:
-    """The solves that are made from now on; instead of one of them the user interrupts."""
+    """A list of the solves from now on. One of them is replaced by an interrupt."""
     made: list[str] = []
     for name in ("_solve_influence", "_solve_descent"):
         original = getattr(EditProblem, name)
@@ -49,7 +49,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[s
 
 
 @pytest.mark.parametrize("what", OPTIONS)
-def test_an_interrupted_edit_goes_on_and_ends_in_the_same_bits(
+def test_an_interrupted_edit_resumes_and_ends_bit_for_bit_the_same(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, module, _ = fitted()
@@ -92,7 +92,7 @@ def test_after_a_dry_run_the_same_call_makes_the_edit_at_once(tmp_path: Path, mo
     assert not (tmp_path / "solves").exists()
 
 
-def test_solves_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
+def test_solves_of_another_call_are_not_resumed(tmp_path: Path) -> None:
     trainer, module, _ = fitted()
     asked = {"batch": [1, 2, 5], "step": "natural", "solves_to": tmp_path, "dry_run": True}
     trainer.unlearn(**asked)
@@ -118,7 +118,7 @@ def test_solves_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
     assert kept.read_bytes() == content
 
 
-def test_a_strategy_that_takes_another_way_goes_on_from_where_it_does(
+def test_a_strategy_with_other_decisions_resumes_up_to_the_first_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, _, _ = fitted()
@@ -141,9 +141,7 @@ def test_a_strategy_that_takes_another_way_goes_on_from_where_it_does(
     assert made == ["_solve_descent"]
 
 
-def test_a_change_that_another_one_came_before_is_not_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_after_a_different_change_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _, _ = fitted()
     report = trainer.unlearn(**OPTIONS["a class"], solves_to=tmp_path, dry_run=True)
     assert len(report.solves) > 1
@@ -154,7 +152,7 @@ def test_a_change_that_another_one_came_before_is_not_gone_on_with(
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any], torch.Tensor], torch.Tensor], *, signed: bool) -> None:
-    """The file with something else in its record or tensor, with a digest that fits or not."""
+    """Changes the record or the tensor of a file, with or without a new digest."""
     with safe_open(path, "pt") as file:
         metadata, tensor = dict(file.metadata()), file.get_tensor("change")
     record = json.loads(metadata["report"])
@@ -166,7 +164,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], torch.Tensor], torch
 
 
 def with_text(path: Path, name: str, text: str) -> None:
-    """The file with another text in its metadata."""
+    """Changes the metadata of a file."""
     with safe_open(path, "pt") as file:
         metadata, tensor = dict(file.metadata()), file.get_tensor("change")
     save_file({"change": tensor}, path, metadata={**metadata, name: text})
@@ -190,7 +188,7 @@ def with_text(path: Path, name: str, text: str) -> None:
         (lambda path: rewritten(path, lambda r, change: (r.pop("request"), change)[1], signed=True), "request"),
     ],
 )
-def test_a_damaged_file_is_told(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
     trainer, module, _ = fitted()
     before = weights(module)
     trainer.unlearn([1, 2, 5], solves_to=tmp_path, dry_run=True)
@@ -205,7 +203,7 @@ def test_a_damaged_file_is_told(damage: Callable[[Path], Any], message: str, tmp
     trainer.unlearn([1, 2, 5], solves_to=tmp_path)
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_changed(tmp_path: Path) -> None:
     trainer, _, _ = fitted()
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigurationError, match=r"notes\.txt"):
@@ -223,7 +221,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_folder_is_reported_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _, _ = fitted()
 
     def denied(self: Path, *args: Any, **kwargs: Any) -> None:
@@ -252,7 +250,7 @@ def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("examples", [[1000], []])
-def test_a_call_that_is_refused_makes_no_folder(examples: list[int], tmp_path: Path) -> None:
+def test_a_call_that_is_refused_creates_no_folder(examples: list[int], tmp_path: Path) -> None:
     trainer, _, _ = fitted()
     with pytest.raises(TrainingDataError):
         trainer.unlearn(examples, solves_to=tmp_path / "some" / "solves")
@@ -261,7 +259,7 @@ def test_a_call_that_is_refused_makes_no_folder(examples: list[int], tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_below_a_link_to_nowhere_is_told_before_any_work(tmp_path: Path) -> None:
+def test_a_folder_below_a_broken_link_is_reported_before_any_work(tmp_path: Path) -> None:
     trainer, _, _ = fitted()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigurationError, match=r"can be created and written to, but '.*link/below' cannot"):
@@ -269,7 +267,7 @@ def test_a_folder_below_a_link_to_nowhere_is_told_before_any_work(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
-def test_a_file_that_the_disk_does_not_give_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _, _ = fitted()
     trainer.unlearn([1, 2, 5], solves_to=tmp_path, dry_run=True)
     content = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -285,14 +283,14 @@ def test_a_file_that_the_disk_does_not_give_is_no_damage(tmp_path: Path, monkeyp
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == content
 
 
-def test_what_a_kill_leaves_of_a_file_is_passed_over(tmp_path: Path) -> None:
+def test_an_unfinished_file_of_a_killed_process_is_ignored(tmp_path: Path) -> None:
     trainer, _, _ = fitted()
     (tmp_path / f".change-00.safetensors.{'0' * 32}").write_bytes(b"half of")
     trainer.unlearn([1, 2], solves_to=tmp_path)
     assert not tmp_path.exists()
 
 
-def test_clearing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
+def test_clearing_a_missing_folder_is_not_an_error(tmp_path: Path) -> None:
     Journal.clear(tmp_path / "nowhere")
     (tmp_path / "kept").write_text("")
     Journal.clear(tmp_path)
@@ -316,7 +314,9 @@ def test_an_edit_that_cannot_be_recorded_is_not_lost(tmp_path: Path, monkeypatch
     assert not made
 
 
-def test_other_labels_order_or_loss_are_told_from_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_labels_order_or_loss_are_recognised_as_another_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Smoothed(Classifier):
         smooth = 0.0
 
@@ -330,7 +330,7 @@ def test_other_labels_order_or_loss_are_told_from_the_same(tmp_path: Path, monke
     with pytest.raises(ConfigurationError, match="differs in: the examples to be forgotten, in their order"):
         trainer.unlearn(forget[::-1], **asked)
     changed = dataset.tensors[1].clone()
-    dataset.tensors[1][150:160] = (dataset.tensors[1][150:160] + 1) % 3  # of 300, which are all looked at
+    dataset.tensors[1][150:160] = (dataset.tensors[1][150:160] + 1) % 3  # of 300 examples, all of which are hashed
     with pytest.raises(ConfigurationError, match=r"differs in: .*training data"):
         trainer.unlearn(forget, **asked)
     dataset.tensors[1].copy_(changed)
@@ -342,7 +342,7 @@ def test_other_labels_order_or_loss_are_told_from_the_same(tmp_path: Path, monke
     assert made == ["_solve_influence"]
 
 
-def test_a_solve_that_fell_short_is_told_again(tmp_path: Path) -> None:
+def test_a_resumed_solve_that_did_not_converge_warns_again(tmp_path: Path) -> None:
     trainer, _, _ = fitted()
     asked: dict[str, Any] = {"rtol": 1e-9, "max_iter": 2, "solves_to": tmp_path, "dry_run": True}
     trainer.unlearn([1, 2], **asked)

@@ -1,4 +1,4 @@
-"""How often an edit reads the training data: not for what is known already."""
+"""The number of passes of an edit over the training data: none for what is known already."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Counting(Dataset[Any]):
         return self.points.tensors[1]
 
     def passes(self, indices: Tensor) -> int:
-        """How often all of these were read, whatever was read of some of them besides."""
+        """The number of times that all of these examples were read."""
         return min(self.reads[index] for index in indices.tolist())
 
 
 @pytest.fixture
 def counted() -> tuple[pl.Trainer, Counting]:
-    """A trainer with a model that was trained elsewhere, of which nothing has been asked yet."""
+    """A trainer with a model that was trained elsewhere, before its first call."""
     dataset, module = Counting(), Classifier()
     optimizer = torch.optim.Adam(module.parameters(), 0.05)
     x, y = dataset.points.tensors
@@ -56,7 +56,7 @@ def counted() -> tuple[pl.Trainer, Counting]:
     return trainer, dataset
 
 
-def test_a_class_is_found_and_removed_by_one_pass_over_the_retained_data(
+def test_class_removal_takes_one_pass_over_the_retained_data(
     counted: tuple[pl.Trainer, Counting],
 ) -> None:
     trainer, dataset = counted
@@ -75,7 +75,7 @@ def test_examples_given_by_index_are_removed_without_a_pass_over_the_retained_da
     assert sum(count > 0 for index, count in dataset.reads.items() if index >= 9) < N // 2
 
 
-def test_a_class_given_by_index_takes_one_pass_to_make_sure_that_it_is_all_of_it(
+def test_a_class_given_by_index_takes_one_pass_to_check_that_it_is_complete(
     counted: tuple[pl.Trainer, Counting],
 ) -> None:
     trainer, dataset = counted
