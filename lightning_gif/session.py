@@ -6,6 +6,7 @@ import contextlib
 import numbers
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -111,13 +112,19 @@ class Session:
             itself: Whether each example is scored for its own loss.
         """
         example = next(self.train.subset(torch.arange(1)).batches())
-        return for_influence(
-            asked,
-            ggn=has_gauss_newton(self.objective, self.objective.theta, example),
-            on_targets=on_targets,
-            queries=queries,
-            itself=itself,
-        )
+        ggn = has_gauss_newton(self.objective, self.objective.theta, example)
+        choose = partial(for_influence, asked, on_targets=on_targets, queries=queries, itself=itself)
+        chosen = choose(ggn=ggn)
+        if chosen.curvature != choose(ggn=True).curvature:
+            rank_zero_warn(
+                f"The loss of {type(self.objective.module).__name__} has no Gauss–Newton matrix, so the curvature of"
+                " these scores is the Hessian: they predict retraining less well. The matrix exists where the loss is a"
+                " convex function of predictions that enter a loss function of PyTorch, a softmax, a sigmoid or a"
+                " difference. Compute the loss with F.cross_entropy or F.mse_loss, for example, or choose"
+                " curvature='hessian' to go without this warning.",
+                category=GIFWarning,
+            )
+        return chosen
 
     # ----------------------------------------------------------------------------------------------------------------
     # Examples

@@ -17,6 +17,7 @@ from ..data.structure import map_tensors, tensors
 from ..errors import GIFWarning, ObjectiveError
 from ..mixin import overrides
 from .autograd import close, differs, distance, gradient_of
+from .entries import Entries
 from .reductions import OneExample
 from .shadow import Shadow
 
@@ -50,6 +51,7 @@ class LossFunction(ABC):
 
     def __init__(self, shadow: Shadow) -> None:
         self.shadow = shadow
+        self.entries: Entries | None = None
 
     @abstractmethod
     def evaluate(self, theta: Tensor, batch: Batch, *, buffers: dict[str, Tensor] | None = None) -> Tensor:

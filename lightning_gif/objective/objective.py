@@ -193,6 +193,7 @@ class Objective:
         self._divisible = probe.divisible
         self._counts_rows = probe.counts_rows
         self._loss = choose_loss(self.shadow, probe)
+        outputs.choose_predictions(self._loss, probe.fewer)
         return self.readable(train)
 
     def readable(self, examples: Examples) -> Examples:

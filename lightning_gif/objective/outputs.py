@@ -13,20 +13,103 @@ from ..data.examples import Examples
 from ..data.structure import describe
 from ..errors import ConfigurationError, ObjectiveError
 from ..storage.interrupts import uninterrupted
+from .autograd import gradient_of
+from .entries import EntryPredictions, possible_entries
 from .losses import LossFunction
 from .predictions import Predictions
 
-__all__ = ["features", "logits", "loss_and_logits", "loss_sum_at", "n_classes", "outputs", "predictions"]
+__all__ = [
+    "choose_predictions",
+    "features",
+    "logits",
+    "loss_and_logits",
+    "loss_sum_at",
+    "n_classes",
+    "outputs",
+    "predictions",
+]
 
 
 # How many examples are evaluated to learn whether a model predicts classes.
 _PREDICTED = 64
 
 
+# Predictions with up to so many values have their whole second derivative computed, others products with it.
+_WHOLE, _PRODUCTS = 512, 8
+
+# Gradients, and eigenvalues, that differ by less than this share of them are the same.
+_ROUNDING = 1e-3
+
+
+def choose_predictions(loss: LossFunction, batch: Batch) -> None:
+    """Finds the predictions of a loss that is written by hand, and notes them as ``loss.entries``.
+
+    The predictions are the last tensors that enter a softmax, a sigmoid or a difference, such that the loss depends on
+    the parameters through them alone and is convex in them. Nothing is noted if the arguments of PyTorch's loss
+    functions are the predictions, or if there are none: then only the Hessian is a curvature of this loss.
+
+    Args:
+        loss: The loss.
+        batch: A few examples.
+    """
+    if _determine_the_loss(loss, batch):
+        return
+    for loss.entries in possible_entries():
+        if _determine_the_loss(loss, batch):
+            return
+    loss.entries = None
+
+
+def _determine_the_loss(loss: LossFunction, batch: Batch) -> bool:
+    """Whether the loss depends on the parameters through the predictions alone.
+
+    Predictions of a loss that is written by hand must have a second derivative that is not zero and has no negative
+    eigenvalue, too. PyTorch's loss functions are known to be convex.
+    """
+    theta = loss.shadow.theta.detach().requires_grad_()
+    try:
+        out = outputs(loss, theta, batch)
+        at = out.detach().requires_grad_()
+        total = loss_sum_at(loss, theta.detach(), batch)(at)
+        if not (out.requires_grad and total.requires_grad):
+            return False
+        (slope,) = torch.autograd.grad(total, at, create_graph=True, materialize_grads=True)
+        (through,) = torch.autograd.grad(out, theta, slope.detach(), materialize_grads=True)
+        expected = gradient_of(loss.loss_sum(theta, batch), theta)
+    except Exception:  # what cannot be computed in this way, is not
+        return False
+    if float((through - expected).norm()) > _ROUNDING * float(expected.norm()):
+        return False
+    return loss.entries is None or (slope.requires_grad and _is_convex(slope, at))
+
+
+def _is_convex(slope: Tensor, at: Tensor) -> bool:
+    """Whether the derivative of a slope ``(…)`` at predictions ``(…)`` is not zero and positive semi-definite."""
+
+    def product(vector: Tensor) -> Tensor:
+        (curved,) = torch.autograd.grad(slope, at, vector.view_as(at), retain_graph=True, materialize_grads=True)
+        return curved.reshape(-1)
+
+    size = at.numel()
+    if size <= _WHOLE:
+        matrix = torch.stack([product(row) for row in torch.eye(size, dtype=at.dtype, device=at.device)])
+        values = torch.linalg.eigvalsh((matrix + matrix.T).double().cpu() / 2)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        vectors = torch.randn(_PRODUCTS, size, generator=generator, dtype=torch.float64).to(at)
+        values = torch.stack([(product(vector) @ vector) / size for vector in vectors]).double().cpu()
+    return bool(values.max() > 0 and values.min() > -_ROUNDING * values.max())
+
+
+def _recorder(loss: LossFunction, others: Tensor | None = None) -> Predictions | EntryPredictions:
+    return Predictions(others) if loss.entries is None else EntryPredictions(loss.entries, others)
+
+
 def outputs(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:
     """The predictions that the losses of a batch are computed from; differentiable in ``theta``.
 
-    These are the first arguments of all calls of PyTorch's loss functions, see :class:`~.predictions.Predictions`.
+    These are the first arguments of all calls of PyTorch's loss functions, see :class:`~.predictions.Predictions`, or
+    what :func:`choose_predictions` has found.
 
     Returns:
         ``(B, d)`` if examples are vectorised, else one flat vector for the whole batch.
@@ -37,7 +120,7 @@ def outputs(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:
     name = type(loss.shadow.module).__name__
 
     def recorded(evaluate: Callable[[], Tensor]) -> Tensor:
-        with Predictions() as seen:
+        with _recorder(loss) as seen:
             evaluate()
         try:
             flat = seen.flat()
@@ -61,7 +144,7 @@ def loss_sum_at(loss: LossFunction, theta: Tensor, batch: Batch) -> Callable[[Te
     """The sum of the losses of a batch as a function of its predictions, which have the shape of :func:`outputs`."""
 
     def replaced(evaluate: Callable[[], Tensor], part: Tensor) -> Tensor:
-        with Predictions(part):
+        with _recorder(loss, part):
             return evaluate()
 
     return lambda predicted: loss.map(replaced, theta, batch, predicted).sum()
@@ -78,7 +161,7 @@ def predictions(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:
         predicted = outputs(loss, theta, batch)
         if predicted.ndim == 2:
             return predicted.cpu()
-        with Predictions() as seen:
+        with _recorder(loss) as seen:
             loss.loss_sum(theta, batch)
     rows = seen.rows(batch.size)
     if rows is None:
