@@ -92,6 +92,13 @@ class EntryPredictions(TorchFunctionMode):
         """All predictions as one vector."""
         return torch.cat([prediction.reshape(-1) for prediction in self._predictions()])
 
+    def classified(self, labels: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The logits ``(B, C)`` and labels ``(B,)``, if the loss has one prediction with a row for each label."""
+        predictions = self._predictions()
+        if labels is None or len(predictions) != 1 or predictions[0].ndim != 2 or len(predictions[0]) != len(labels):
+            return None
+        return (predictions[0], labels) if int(labels.max()) < predictions[0].shape[1] else None
+
     def rows(self, size: int) -> Tensor | None:
         """The predictions side by side, ``(size, d)``; ``None`` if one does not have ``size`` rows."""
         predictions = self._predictions()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -13,7 +14,7 @@ from ..data.examples import Examples
 from ..data.structure import describe
 from ..errors import ConfigurationError, ObjectiveError
 from ..storage.interrupts import uninterrupted
-from .autograd import gradient_of
+from .autograd import close, gradient_of
 from .entries import EntryPredictions, possible_entries
 from .losses import LossFunction
 from .predictions import Predictions
@@ -208,8 +209,8 @@ def features(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:
 def n_classes(loss: LossFunction, theta: Tensor, examples: Examples, seed: int) -> int | None:
     """The number of classes ``C``, if the model is a classifier.
 
-    A classifier computes one cross-entropy of PyTorch over ``C`` classes for each example, with the labels in the batch
-    as targets. For any other loss, the result is ``None``.
+    A classifier computes one cross-entropy over ``C`` classes for each example, with the labels in the batch as
+    targets. For any other loss, the result is ``None``.
 
     Args:
         loss: The loss function.
@@ -220,9 +221,13 @@ def n_classes(loss: LossFunction, theta: Tensor, examples: Examples, seed: int) 
     few = next(examples.sample(_PREDICTED, seed).batches())
     with torch.no_grad():
         _, classified = _evaluate(loss, theta, few)
-    if classified is None or few.classes is None:
-        return None
-    predicted, targets = classified
+        if classified is None or few.classes is None:
+            return None
+        predicted, targets = classified
+        if loss.entries is not None:  # a loss written by hand need not be a cross-entropy
+            as_classifier = F.cross_entropy(predicted, targets, reduction="none")
+            if not close(loss.losses(theta, few), as_classifier):
+                return None
     return predicted.shape[1] if torch.equal(targets.cpu().long(), few.classes.cpu().long()) else None
 
 
@@ -250,6 +255,10 @@ def loss_and_logits(loss: LossFunction, theta: Tensor, batch: Batch) -> tuple[Te
 
 def _evaluate(loss: LossFunction, theta: Tensor, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """The result of one pass over a batch, and its logits ``(B, C)`` and targets ``(B,)`` if there are any."""
+    if loss.entries is not None:
+        with EntryPredictions(loss.entries) as entered:
+            evaluated = loss.evaluate(theta, batch)
+        return evaluated, entered.classified(batch.classes)
     with Predictions() as seen:
         evaluated = loss.evaluate(theta, batch)
     return evaluated, seen.classified()

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..data.targets import one_hot_labels
+
 __all__ = ["IndicesInBounds", "Predictions"]
 
 
@@ -77,8 +79,12 @@ class Predictions(TorchFunctionMode):
             same = all(one.data_ptr() == first.data_ptr() and one.shape == first.shape for one in self._predictions)
         except RuntimeError:  # tensors of a vmap have no data outside it
             return None
-        over_classes = first.ndim == 2 and target.shape == first.shape[:1] and not target.is_floating_point()
-        return (first, target) if same and over_classes else None
+        if not same or first.ndim != 2:
+            return None
+        if target.shape == first.shape and target.is_floating_point():
+            labels = one_hot_labels(target)
+            return None if labels is None else (first, labels)
+        return (first, target) if target.shape == first.shape[:1] and not target.is_floating_point() else None
 
     def rows(self, size: int) -> Tensor | None:
         """The predictions of all calls side by side, ``(size, d)``; ``None`` if one does not have ``size`` rows."""
