@@ -259,9 +259,9 @@ def test_an_empty_list_is_no_query() -> None:
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        ({"x": X, "y": Y}, ["not structured", "'x'", "In training", "float32[4, 6]"]),
-        ((X, Y, Y), ["not structured", "In training"]),
-        (X, ["not structured", "float32[4, 6]", "In training"]),
+        ({"x": X, "y": Y}, ["have the structure of", "'x'", "In training", "float32[4, 6]"]),
+        ((X, Y, Y), ["have the structure of", "In training"]),
+        (X, ["have the structure of", "float32[4, 6]", "In training"]),
         ((X[0], Y[0]), ["float32[6]", "In training"]),
         ((X, Y[:3]), ["disagree", "int64[3]"]),
         ((X[:, :5], Y), ["could not be computed", "float32[4, 5]", "In training", "float32[3, 6]"]),
@@ -560,7 +560,7 @@ def test_relabelling_a_batch_without_recognisable_targets() -> None:
     data = [{"input": x, "answer": y} for x, y in blobs()]
     trainer, module = make_trainer(quick(), max_epochs=1), Keyed()
     trainer.fit(module, loader(data))
-    with refused(module, BatchError, "does not show its targets", "'answer'", "label"):
+    with refused(module, BatchError, "does not show which tensor has the targets", "'answer'", "label"):
         trainer.unlearn({"input": X, "answer": Y}, relabel=1)
 
 

@@ -72,7 +72,7 @@ def test_a_deletion_is_made_recorded_verified_and_taken_back(
     assert unlearn("--record", "deletions.jsonl", "--gif.ratio", "0.4") == 0
     told = capsys.readouterr().out
     assert "The edited checkpoint is b.ckpt, the edit edit.safetensors." in told
-    assert "start a new optimizer" in told
+    assert "Create a new optimizer" in told
     assert Path("a.ckpt").read_bytes() == original
 
     (entry,) = read("deletions.jsonl").entries
@@ -329,7 +329,7 @@ def test_every_command_says_what_it_takes(capsys: pytest.CaptureFixture[str]) ->
         (["--edit", "a.ckpt"], "exists already"),
         (["--record", "a.ckpt"], "damaged in line 1"),
         (["--record", "a.ckpt/record"], "cannot be written"),
-        (["--indices", "[]"], "Say which training examples"),
+        (["--indices", "[]"], "Give the training examples to forget"),
     ],
 )
 def test_an_error_is_one_line_and_nothing_is_written(
@@ -366,7 +366,7 @@ def test_an_edit_of_another_model_is_refused(trained: dict[str, Any], capsys: py
     trainer.fit(Net(width=6), datamodule=Blobs())
     trainer.save_checkpoint("other.ckpt")
     undo = ["undo", "--edit", "edit.safetensors", "--output", "c.ckpt", "--ckpt_path"]
-    for path, told in (("other.ckpt", "made on another model"), ("a.ckpt", "the edit is not in the weights")):
+    for path, told in (("other.ckpt", "computed for another model"), ("a.ckpt", "the edit is not in the weights")):
         capsys.readouterr()
         assert main([*undo, path]) == 2
         assert told in capsys.readouterr().err
@@ -392,7 +392,7 @@ def test_tied_weights_stay_tied_and_are_refused_where_they_are_there_twice(capsy
         torch.save({**content(path), "state_dict": state}, path)
     capsys.readouterr()
     assert unlearn(*options, edit="other") == 2
-    assert "tied weights are there twice" in capsys.readouterr().err
+    assert "the checkpoint has tied weights twice" in capsys.readouterr().err
     assert main(undo) == 2
     assert "tied weights that were saved twice" in capsys.readouterr().err
 
@@ -454,7 +454,7 @@ def test_a_hook_changes_what_is_loaded_but_not_what_is_written(
     assert content("b.ckpt")["epoch"] == trained["epoch"]
     monkeypatch.setattr(Net, "on_load_checkpoint", harmful)
     assert unlearn("--gif.selector", "[net.0.*]", edit="other") == 2
-    assert "changed as they are loaded" in capsys.readouterr().err
+    assert "loading changes them" in capsys.readouterr().err
     assert not Path("other").exists()
 
 
@@ -511,7 +511,7 @@ def test_words_of_older_parsers_are_understood() -> None:
             ["influence", "--model", "Missing", "--ckpt_path", "a.ckpt", "--output", "a"],
             ["--model package.module.Class"],
         ),
-        (["influence", "--config", "short.yaml"], ["name the classes before it: --model", "'width'"]),
+        (["influence", "--config", "short.yaml"], ["give the classes before it: --model", "'width'"]),
         (["influence", *OPTIONS, "--ckpt_path", "short.yaml", "--output", "a"], ["'short.yaml' is not a checkpoint"]),
         (["influence", *OPTIONS, "--ckpt_path", "folder", "--output", "a"], ["'folder' is a folder", "consolidate"]),
     ],

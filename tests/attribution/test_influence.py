@@ -826,7 +826,7 @@ def test_keep_is_checked(keep: Any) -> None:
 
 def test_a_file_of_all_scores_and_the_strongest_alone_exclude_each_other(tmp_path: Any) -> None:
     trainer, _, dataset = fitted()
-    with pytest.raises(ConfigurationError, match="give one of them"):
+    with pytest.raises(ConfigurationError, match="Give only one of them"):
         trainer.influence(batch_of(dataset, slice(0, 3)), keep=20, scores_to=tmp_path)
 
 
