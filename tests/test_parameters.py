@@ -57,7 +57,7 @@ def test_targets_of_another_model_are_refused() -> None:
     space = ParameterSpace(net())
     with pytest.raises(SelectionError, match=r"'0\.weigth' is not a trainable parameter.*'0\.weight'"):
         Targets({"0.weigth": torch.tensor([0])}).flat(space)
-    with pytest.raises(SelectionError, match="reach index 12, but the parameter has 12"):
+    with pytest.raises(SelectionError, match="include index 12, but the parameter has 12"):
         Targets({"0.weight": torch.tensor([12])}).flat(space)
     with pytest.raises(SelectionError, match="Raise `ratio`"):
         Targets({"0.weight": torch.tensor([], dtype=torch.long)})
@@ -189,7 +189,7 @@ def test_targets_that_are_no_indices_are_refused(entries: torch.Tensor) -> None:
 
 
 def test_targets_below_zero_are_refused() -> None:
-    with pytest.raises(SelectionError, match="reach index -1"):
+    with pytest.raises(SelectionError, match="include index -1"):
         Targets({"0.weight": torch.tensor([-1, 2])}).flat(ParameterSpace(net()))
 
 

@@ -327,7 +327,7 @@ def test_what_cannot_be_looked_at_is_not_said_to_be_missing(tmp_path: Path) -> N
     found = verify(path, edits=edits, module=module, published=last.last_hash)
     assert failed(found) == ["chain"]
     known = {check.what: check for check in found.checks[1:]}
-    assert known["published hash"].found == known["module"].found == "of no entry that can be read"
+    assert known["published hash"].found == known["module"].found == "matches no entry that can be read"
     assert [check.ok for check in found.checks if check.what == "edit"] == [True, None]
     assert "not undone, as far as it can be read: of entry 1." in str(found)
     edits[1].edit.undo(module)
@@ -500,7 +500,7 @@ def test_a_record_its_edits_and_a_checkpoint_belong_together(tmp_path: Path) -> 
     found = verify(path, edits=files, checkpoint=tmp_path / "1.ckpt", module=module)
     assert found.ok
     assert found.standing == [1, 2]
-    for line in ("chain: 2 entries", "that of entry 1", "that of entry 2", "bit by bit", "not a certificate"):
+    for line in ("chain: 2 entries", "matches entry 1", "matches entry 2", "bit by bit", "not a certificate"):
         assert line in str(found)
     assert found.last_hash in str(found)
     early = verify(path, checkpoint=tmp_path / "0.ckpt")
@@ -549,7 +549,7 @@ def test_an_edited_edit_file_is_found_out(tmp_path: Path) -> None:
         assert failed(found) == [f"edit {file}"], str(found)
     file.write_bytes(number)
     other = trainer.unlearn([5], record=False)
-    assert "of no entry" in str(verify(path, edits=[other]))
+    assert "matches no entry" in str(verify(path, edits=[other]))
     with pytest.raises(FileNotFoundError):
         verify(path, edits=[tmp_path / "none"])
     with pytest.raises(ConfigurationError, match="edit files or reports"):
@@ -567,7 +567,7 @@ def test_one_bit_of_a_checkpoints_weights_is_found_out(tmp_path: Path) -> None:
     file.write_bytes(content)
     found = verify(path, checkpoint=file)
     assert failed(found) == [f"checkpoint {file}"]
-    assert "those of no entry" in str(found)
+    assert "match no entry" in str(found)
 
 
 def test_hostile_checkpoints_are_failed_checks_and_run_nothing(tmp_path: Path) -> None:
