@@ -477,7 +477,7 @@ def test_a_call_before_fit_says_what_is_missing() -> None:
     trainer.validate(module, loader(blobs(), shuffle=False), verbose=False)
     with refused(module, TrainingDataError, "no training data", "dataloader="):
         trainer.influence((X, Y))
-    with refused(module, SelectionError, "no cached targets", "Fit", "targets='batch'", "attach"):
+    with refused(module, SelectionError, "no cached targets", "Call fit", "targets='batch'", "attach"):
         trainer.influence((X, Y), targets="cached", dataloader=loader(blobs()))
     assert trainer.influence((X, Y), dataloader=loader(blobs())).scores.shape == (1, 48)
     assert trainer.influence((X, Y), targets="batch", dataloader=loader(blobs())).scores.shape == (1, 48)
@@ -514,11 +514,11 @@ def test_unlearning_everything() -> None:
 @pytest.mark.parametrize(
     ("relabel", "words"),
     [
-        (torch.zeros(3, dtype=torch.long), ["3 targets", "4 examples", "one for each"]),
+        (torch.zeros(3, dtype=torch.long), ["3 targets", "4 examples", "one target for each"]),
         (torch.zeros(4, 2, dtype=torch.long), ["[4, 2]", "[4]", "one new target for each"]),
         (lambda batch: batch[1][:2], ["[2]", "[4]"]),
-        (9, ["`relabel`", "the class 9", "predicts 3: 0 to 2"]),
-        (-1, ["class -1", "predicts 3: 0 to 2"]),
+        (9, ["`relabel`", "the label 9", "predicts 3 classes: 0 to 2"]),
+        (-1, ["label -1", "predicts 3 classes: 0 to 2"]),
         (["a", "b", "c", "d"], ["`relabel`", "numbers", "'a'"]),
         ([[1], [1, 2], [1], [1]], ["`relabel`", "numbers"]),
         (numpy.True_, ["`relabel`", "True"]),

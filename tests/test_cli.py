@@ -140,7 +140,7 @@ def test_an_interrupted_command_goes_on(
         patch.setattr("lightning_gif.cli._rewrite", interrupted)
         assert unlearn("--solves_to", "solves") == 130
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith("lightning-gif unlearn: interrupted. No file is written in part.")
+    assert told.startswith("lightning-gif unlearn: interrupted. No file was written in part.")
     assert "--solves_to" in told
     assert not Path("b.ckpt").exists()
     assert list(Path("solves").iterdir())
@@ -163,9 +163,7 @@ def test_ctrl_c_does_not_come_between_the_record_and_the_checkpoint(
 
     monkeypatch.setattr(UnlearnReport, "write_down", interrupted)
     assert unlearn("--record", "deletions.jsonl", "--solves_to", "solves") == 130
-    assert re.search(
-        r"interrupted\. .*b\.ckpt and everything that belongs to it are written\.", capsys.readouterr().err
-    )
+    assert re.search(r"interrupted\. .*b\.ckpt and all files that belong to it were written\.", capsys.readouterr().err)
     assert verify("deletions.jsonl", edits="edit.safetensors", checkpoint="b.ckpt").ok
     assert not Path("solves").exists()
 
@@ -325,7 +323,7 @@ def test_every_command_says_what_it_takes(capsys: pytest.CaptureFixture[str]) ->
         (["--gif.solver", "lsmt"], "lsmr"),
         (["--step", "far"], "Known: natural, relinearise, search"),
         (["--output", "."], "is a folder"),
-        (["--output", "x", "--edit", "x"], "two files"),
+        (["--output", "x", "--edit", "x"], "different files"),
         (["--edit", "a.ckpt"], "exists already"),
         (["--record", "a.ckpt"], "damaged in line 1"),
         (["--record", "a.ckpt/record"], "cannot be written"),
@@ -437,7 +435,7 @@ def test_snapshots_of_a_checkpoint_are_asked(tmp_path: Path, capsys: pytest.Capt
     assert "the mean over 3 states of training" in capsys.readouterr().out
     assert len(InfluenceReport.load("report").settings["snapshots"]) == 2
     assert main(asked) == 2
-    assert "there are none: fit with GIFCallback(snapshots" in capsys.readouterr().err
+    assert "there are none. Fit with GIFCallback(snapshots" in capsys.readouterr().err
 
 
 def test_a_hook_changes_what_is_loaded_but_not_what_is_written(

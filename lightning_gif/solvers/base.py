@@ -185,7 +185,7 @@ class Solver:
                 f"an operator of shape {(rows, cols)}",
                 "For method='gif', whose matrix has more rows than columns, use solver='lsmr'.",
             ),
-            (not self.supports_start, "no start", options.start is not None, "a start", "Omit `start`."),
+            (not self.supports_start, "no start", options.start is not None, "a start", "Leave `start` out."),
             (
                 not self.supports_discrepancy,
                 "no `discrepancy`",

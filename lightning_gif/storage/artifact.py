@@ -206,12 +206,12 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
         )
     with parse_errors_name(path / RECORD, REMEDY):
         record = read(path / RECORD)
-        found, expected = record.pop("format"), record.pop("digest")
-        if not isinstance(found, str) or not isinstance(expected, str):
+        stated, expected = record.pop("format"), record.pop("digest")
+        if not isinstance(stated, str) or not isinstance(expected, str):
             raise TypeError("format and digest must be strings")
-    if found != kind:
+    if stated != kind:
         raise ConfigurationError(
-            f"{os.fspath(folder)!r} holds {found!r}, but {kind!r} was expected. Load it with the version of this"
+            f"{os.fspath(folder)!r} holds {stated!r}, but {kind!r} was expected. Load it with the version of this"
             " package that saved it, or compute and save the report again."
         )
     with parse_errors_name(path / TENSORS, REMEDY):
@@ -236,8 +236,8 @@ def _check_replaceable(target: Path, kind: str) -> None:
         return
     others = [name for name in names if name not in (RECORD, TENSORS)]
     try:
-        found = read(target / RECORD)["format"]
-        same = isinstance(found, str) and found.rpartition(" ")[0] == kind.rpartition(" ")[0]
+        stated = read(target / RECORD)["format"]
+        same = isinstance(stated, str) and stated.rpartition(" ")[0] == kind.rpartition(" ")[0]
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if others or not same:

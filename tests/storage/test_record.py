@@ -528,7 +528,7 @@ def test_an_edit_that_was_not_kept_is_told(tmp_path: Path) -> None:
     trainer.unlearn([1, 2])
     module.load_state_dict(kept)
     trainer.unlearn([3])
-    assert "they are those before entry 1, so later changes were not kept" in str(verify(path))
+    assert "it starts from the weights before entry 1, so later changes were not kept" in str(verify(path))
 
 
 def test_an_edited_edit_file_is_found_out(tmp_path: Path) -> None:
