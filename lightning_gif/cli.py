@@ -1,6 +1,6 @@
 """The command line: explain and edit a checkpoint, undo an edit, and verify the audit log.
 
-Models, data, trainers and config files are given as for ``LightningCLI``, which this is built on.
+Models, data, trainers and config files are given as for ``LightningCLI``, on which it is built.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def influence(
         split: The dataset that the query examples are from.
         indices: Dataset indices of the query examples, such as ``17`` or ``[17,4031]``; by default all.
         indices_file: A text file with these indices, separated by white space or commas.
-        per_example: Ask one query for each example instead of one for their mean.
-        k: How many proponents and opponents are shown.
-        targets: Which parameters to look at; by default all.
-        snapshots: Average over the snapshots in the checkpoint. Set ``gif.snapshots`` to how many.
+        per_example: Whether each example is a query of its own. By default the query is their mean.
+        k: The number of proponents, and of opponents, that are shown.
+        targets: The parameters that scores are restricted to; by default all parameters are used.
+        snapshots: Average over the snapshots in the checkpoint. Set ``gif.snapshots`` to their number.
     """
     loader = tool.loader(split)
     wanted = _indices(indices, indices_file)
@@ -107,22 +107,22 @@ def unlearn(
         edit: A new file for the edit, which ``undo`` needs.
         indices: Dataset indices of the training examples to forget, such as ``17`` or ``[17,4031]``.
         indices_file: A text file with these indices, separated by white space or commas.
-        relabel: The labels they should have had, in the order of the indices, or one for all. By default the examples
-            are removed.
+        relabel: Their new labels, in the order of the indices, or one label for all. By default the examples are
+            removed.
         step: How far the edit goes: ``relinearise``, ``search``, ``natural`` or a step size.
-        unseen: Compare with the validation data, if there are any.
-        targets: Which parameters may change.
+        unseen: Use the validation data as unseen examples, if there are any.
+        targets: The parameters that may change.
         refresh_statistics: Recompute the running statistics of BatchNorm.
-        record: The audit log, if not that of ``gif.record``.
+        record: The audit log; by default that of ``gif.record``.
         solves_to: A folder for the solved changes, from which the same command resumes if it is interrupted. It is
-            removed once the edit is written.
+            removed when the edit is written.
     """
     wanted = _indices(indices, indices_file)
     if not wanted:
-        raise ConfigurationError("Say which training examples to forget: --indices '[17,4031]' or --indices_file.")
+        raise ConfigurationError("Give the training examples to forget: --indices '[17,4031]' or --indices_file.")
     target, edit_file = _check_output(output, "output"), _check_output(edit, "edit", new=True)
     if target == edit_file:
-        raise ConfigurationError(f"--output and --edit must be two files, got {output!r} for both.")
+        raise ConfigurationError(f"--output and --edit must be different files, got {output!r} for both.")
     validation = tool.find_loader("val") if unseen else None
     report = tool.callback.unlearn(
         tool.trainer,
@@ -152,9 +152,9 @@ def unlearn(
     print(f"The edited checkpoint is {output}, the edit {edit}.")
     unchanged = [name for name, part in tool.checkpoint.items() if name != "state_dict" and tensors(part)]
     if unchanged:
-        print(f"Other parts of the checkpoint are unchanged and still remember the data: {', '.join(unchanged)}.")
+        print(f"Other parts of the checkpoint are unchanged and still depend on the data: {', '.join(unchanged)}.")
     if tool.checkpoint.get("optimizer_states"):
-        print("The optimizer's state is unchanged: start a new optimizer to train on.")
+        print("The optimizer's state is unchanged. Create a new optimizer before you train further.")
     return 0
 
 
@@ -185,9 +185,9 @@ def verify(
 
     Args:
         record: The audit log.
-        edit: An edit file, or a list of them. Each must be as recorded.
-        ckpt_path: A checkpoint. Its weights must be those after the last entry.
-        published: The hash of an entry that was kept elsewhere.
+        edit: An edit file, or a list of edit files. Each must match its entry.
+        ckpt_path: A checkpoint. Its weights must match the last entry.
+        published: The hash of an entry that was stored elsewhere.
     """
     edits = [edit] if isinstance(edit, str) else edit or []
     verification = _verify(record, edits=edits, checkpoint=ckpt_path, published=published)
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _fail(command, f"The command line needs {error.name}. Install it: pip install 'lightning-gif[cli]'")
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # models are given by import path, as for python -m
+        sys.path.insert(0, os.getcwd())  # as for python -m, because models are given by import path
     try:
         if command in _WITHOUT_MODEL:
             return _run_without_model(command, _WITHOUT_MODEL[command], arguments[1:])
@@ -237,9 +237,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (GIFError, MisconfigurationException, OSError) as error:
         return _fail(command, str(error))
     except KeyboardInterrupt as interrupt:
-        message = str(interrupt) or "No file is written in part."
+        message = str(interrupt) or "No file was written in part."
         if not str(interrupt) and command == "unlearn":
-            message += " With --solves_to, the same command resumes after the last solve that was finished."
+            message += " With --solves_to, the same command resumes after the last finished solve."
         return _fail(command, f"interrupted. {message}", code=130)
 
 
@@ -259,7 +259,7 @@ def _run_without_model(command: str, run: Callable[..., int], arguments: list[st
 
 
 def _parser_options(command: str, run: Callable[..., int]) -> dict[str, Any]:
-    """The options of a command's parser. It raises errors, instead of exiting after a usage of hundreds of lines."""
+    """The options of a command's parser. It raises errors instead of exiting with hundreds of lines of usage."""
     return {
         "prog": f"lightning-gif {command}",
         "usage": "%(prog)s [arguments]; --help lists them",
@@ -270,10 +270,10 @@ def _parser_options(command: str, run: Callable[..., int]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _explain_errors(parser: Any) -> Iterator[None]:
-    """Turns an error of the parser into one that says what to do.
+    """A block in which an error of the parser becomes one that says what to do.
 
     Raises:
-        ConfigurationError: For an argument that the parser does not accept.
+        ConfigurationError: If the parser does not accept an argument.
     """
     try:
         yield
@@ -282,7 +282,7 @@ def _explain_errors(parser: Any) -> Iterator[None]:
 
 
 def _remedy(error: str, parser: Any) -> str:
-    """What to do about an error of the parser, followed by the error unless it is explained in full."""
+    """What to do about an error of the parser, followed by the error unless the remedy explains it completely."""
     # The two alternatives are the wordings of newer and older versions of jsonargparse.
     missing = re.match(r'the following arguments are required: (.+)|Key "([\w.]+)" is required', error)
     if missing:
@@ -295,8 +295,8 @@ def _remedy(error: str, parser: Any) -> str:
     remedy = "See --help."
     if re.search(r"Parser key \"(model|data)\".*Given value type: <class 'dict'>", error):
         remedy = (
-            "If a config file gives arguments without a class_path, as that of LightningCLI(Model, Data) does, name the"
-            " classes before it: --model package.Model --data package.Data --config …"
+            "If a config file has arguments without a class_path, as for LightningCLI(Model, Data), give the classes"
+            " before it: --model package.Model --data package.Data --config …"
         )
     elif re.search(r"Parser key \"(model|data)\".*Given value type: <class 'str'>", error):
         remedy = "Give the class by its import path, such as --model package.module.Class."
@@ -308,11 +308,11 @@ def _remedy(error: str, parser: Any) -> str:
 
 
 class _Tool(LightningCLI):
-    """``LightningCLI`` without subcommands, with the callback's arguments as ``gif`` and those of a command.
+    """``LightningCLI`` without subcommands. It adds the callback's arguments as ``gif``, and those of the command.
 
     Attributes:
         checkpoint: The content of the checkpoint.
-        callback: The callback, attached to the trainer and the model, which has the checkpoint's weights.
+        callback: The callback. It is attached to the trainer and to the model with the checkpoint's weights.
     """
 
     def __init__(self, command: str, run: Callable[..., int], arguments: list[str]) -> None:
@@ -332,7 +332,7 @@ class _Tool(LightningCLI):
         """Adds the arguments of the callback and of the command."""
         parser.add_class_arguments(GIFCallback, "gif")
         self._names = parser.add_function_arguments(self._command, skip={"tool"})
-        parser.add_argument("--weights_only", help=argparse.SUPPRESS)  # in the config files of `fit`
+        parser.add_argument("--weights_only", help=argparse.SUPPRESS)  # config files of `fit` have it
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -354,13 +354,13 @@ class _Tool(LightningCLI):
         present = [callback for callback in self.trainer.callbacks if isinstance(callback, GIFCallback)]
         if present and self.config.gif != self.parser.get_defaults().gif:
             raise ConfigurationError(
-                "The trainer of the config file has a GIFCallback, and `gif` is given too. Give its arguments in one"
-                " place: in the file, or by --gif with --trainer.callbacks null after the file."
+                "The trainer of the config file has a GIFCallback, and `gif` is given, too. Give its arguments in one"
+                " place only: in the file, or by --gif with --trainer.callbacks null after the file."
             )
         self.callback = present[0] if present else self.config_init.gif
         attach(self.trainer, self.model, datamodule=self.datamodule, callback=self.callback)
         self.model.configure_model()
-        # A copy, because on_load_checkpoint may change it, and the original will be written.
+        # A copy, because on_load_checkpoint may change it, and the original is written later.
         loaded = {**self.checkpoint, "state_dict": dict(self.checkpoint["state_dict"])}
         self.model.on_load_checkpoint(loaded)
         try:
@@ -368,7 +368,7 @@ class _Tool(LightningCLI):
         except RuntimeError as error:
             raise CheckpointError(
                 f"The checkpoint {self.config.ckpt_path!r} does not fit {type(self.model).__name__}: {error} Give the"
-                " arguments that it was trained with: --model.init_args.…, or the config file of the run."
+                " arguments with which it was trained: --model.init_args.…, or the config file of the run."
             ) from None
         self.callback.on_load_checkpoint(self.trainer, self.model, self.checkpoint)
 
@@ -380,7 +380,7 @@ class _Tool(LightningCLI):
         """The training, validation or test loader of the datamodule, or else of the model.
 
         Raises:
-            TrainingDataError: If there is none.
+            TrainingDataError: If neither has one.
         """
         loader = self.find_loader(split)
         if loader is None:
@@ -394,7 +394,7 @@ class _Tool(LightningCLI):
         if owner is None:
             return None
         if owner is self.datamodule and stage not in self._stages:
-            self._stages.add(stage)  # only once, since setup may split the data at random
+            self._stages.add(stage)  # set up once, because setup may split the data at random
             owner.prepare_data()
             owner.setup(stage)
         loader = getattr(owner, hook)()
@@ -426,7 +426,7 @@ def _indices(given: list[int] | int | None, file: str | None) -> list[int] | Non
 
 
 def _subset(loader: DataLoader[Any], indices: list[int], split: str) -> DataLoader[Any]:
-    """A loader of the examples at some dataset indices."""
+    """A loader of the examples with the given dataset indices."""
     size = len(loader.dataset)  # type: ignore[arg-type]
     outside = [index for index in indices if not 0 <= index < size]
     if outside or not indices:
@@ -438,19 +438,22 @@ def _subset(loader: DataLoader[Any], indices: list[int], split: str) -> DataLoad
 
 
 def _check_output(path: str, what: str, *, new: bool = False) -> Path:
-    """The resolved path of a file to write; creates its folder.
+    """The resolved path of a file to write. Creates its folder.
 
     Args:
-        path: As given.
-        what: The argument that gave it.
-        new: Refuse a file that exists.
+        path: The path that the user gave.
+        what: The name of the argument.
+        new: Whether the file must not exist.
+
+    Raises:
+        ConfigurationError: If the path is a folder, or exists although it must not.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise ConfigurationError(f"--{what} must be a file, but {path!r} is a folder.")
     if new and target.exists():
         raise ConfigurationError(
-            f"--{what} {path!r} exists already, and may be needed to undo an edit. Name another file."
+            f"--{what} {path!r} exists already, and may be needed to undo an edit. Give another file."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
@@ -467,22 +470,22 @@ def _rewrite(
     expected: str | None = None,
     solves: Path | None = None,
 ) -> None:
-    """Applies or undoes an edit in a checkpoint, writes the checkpoint, and records it: all of it, or nothing.
+    """Applies or undoes an edit in a checkpoint, writes the checkpoint, and records it. If a part fails, none is done.
 
-    The file takes its place last, after everything that can fail because the disk is full.
+    The new checkpoint replaces ``output`` last, after everything that can fail because the disk is full.
 
     Args:
-        checkpoint: The content of the checkpoint, changed in place.
-        report: The edit.
-        event: Whether to apply or to undo it.
+        checkpoint: The content of the checkpoint, which is changed in place.
+        report: The report with the edit.
+        event: Whether to apply or to undo the edit.
         output: The file to write.
         record: The audit log, or ``None``.
-        edit: Where to save the edit, if it is new.
-        expected: The digest that the weights should have afterwards, if known.
-        solves: The folder with the solved changes, which is removed at the end.
+        edit: The file to save a new edit to, or ``None``.
+        expected: The digest that the weights should have afterwards, if it is known.
+        solves: The folder with the solved changes, which is removed at the end, or ``None``.
 
     Raises:
-        CheckpointError: If the file cannot be written, or the weights are not the expected ones.
+        CheckpointError: If the file cannot be written, or the weights differ from the expected ones.
     """
     weights = checkpoint["state_dict"]
     before = weights_digest(weights)
@@ -493,8 +496,8 @@ def _rewrite(
     after = weights_digest(weights)
     if expected not in (None, after):
         raise CheckpointError(
-            "The model does not hold the weights of the checkpoint bit for bit: they have another precision, are"
-            " changed as they are loaded, or tied weights are there twice. Nothing was written."
+            "The model does not hold the weights of the checkpoint bit for bit: they have another precision, loading"
+            " changes them, or the checkpoint has tied weights twice. Nothing was written."
         )
     done = False
     try:
@@ -502,10 +505,10 @@ def _rewrite(
             with contextlib.ExitStack() as take_back, replacing(output, take_back.pop_all) as temporary:
                 try:
                     torch.save(checkpoint, temporary)
-                except RuntimeError as error:  # of the C++ writer, which raises no OSError if the disk is full
+                except RuntimeError as error:  # the C++ writer raises this instead of an OSError if the disk is full
                     raise CheckpointError(f"{str(output)!r} cannot be written: {error}") from error
                 sync(temporary)
-                end.enter_context(uninterrupted())  # until all is done
+                end.enter_context(uninterrupted())  # Ctrl-C waits until everything is written
                 if edit is not None:
                     take_back.callback(edit.unlink, missing_ok=True)
                     report.save(edit)
@@ -518,12 +521,12 @@ def _rewrite(
             done = True
     except KeyboardInterrupt:
         if done:
-            raise KeyboardInterrupt(f"{output} and everything that belongs to it are written.") from None
+            raise KeyboardInterrupt(f"{output} and all files that belong to it were written.") from None
         raise
 
 
 def _check_ties(weights: dict[str, Any], edit: Edit) -> None:
-    """Refuses a checkpoint that may hold a tied weight twice, of which the edit would be undone in only one.
+    """Checks that a checkpoint does not have a tied weight twice, because the edit would be undone in one copy only.
 
     Raises:
         CheckpointError: If an edited weight equals another one. Without the model, it is unknown whether they are tied.
@@ -536,7 +539,7 @@ def _check_ties(weights: dict[str, Any], edit: Edit) -> None:
             if value.dtype == edited.dtype and value.data_ptr() != edited.data_ptr() and torch.equal(value, edited):
                 raise CheckpointError(
                     f"{name!r} and {other!r} of the checkpoint are equal. If they are tied weights that were saved"
-                    " twice, the edit would be undone in the first only. Load the model, and use"
+                    " twice, the edit would be undone in the first one only. Load the model, and use"
                     " UnlearnReport.load(edit, model).undo()."
                 )
 

@@ -1,4 +1,4 @@
-"""The settings that the callback and each call share: plain data, with every range checked."""
+"""The settings of the callback and of each call, as plain data whose ranges are checked."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ __all__ = ["AUTO", "Overrides", "Settings", "check_count"]
 
 
 AUTO = "auto"
-"""The value that leaves a choice to :mod:`lightning_gif.defaults`."""
+"""The value of a setting for which :mod:`lightning_gif.defaults` chooses."""
 
 
 def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False, others: str = "") -> None:
     """Checks an argument that must be a whole number.
 
     Args:
-        name: The argument.
-        value: What was given.
-        least: The smallest number that is accepted.
+        name: The name of the argument.
+        value: The given value.
+        least: The smallest accepted number.
         optional: Whether ``None`` is accepted.
-        others: What else the message should say is accepted.
+        others: Other accepted values, as the message should list them.
 
     Raises:
-        ConfigurationError: If ``value`` is something else.
+        ConfigurationError: If ``value`` is not accepted.
     """
     if optional and value is None:
         return
@@ -66,13 +66,13 @@ class Overrides(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of :class:`~lightning_gif.GIFCallback` that calls share; it documents each.
+    """The arguments of :class:`~lightning_gif.GIFCallback` that a call can override. They are documented there.
 
-    Numbers are checked here; names, and the ``ratio`` that a selector takes, by
+    Numbers are checked here. Names, and the ``ratio`` of the selector, are checked by
     :func:`lightning_gif.defaults.check_names`.
 
     Raises:
-        ConfigurationError: For a value out of range.
+        ConfigurationError: If a value is out of range.
     """
 
     selector: str | Sequence[str]
@@ -122,14 +122,14 @@ class Settings:
             raise ConfigurationError(f"`{name}` must be {'None or ' if optional else ''}{expected}, got {value!r}.")
 
     def override(self, changes: Overrides, named: Iterable[str] = ()) -> Settings:
-        """The same settings, some of them changed for one call.
+        """The settings with changes for one call.
 
         Args:
             changes: The new values.
-            named: The other arguments of the call, which a misspelled one may have meant.
+            named: The names of the other arguments of the call, which the message about a misspelled one can suggest.
 
         Raises:
-            ConfigurationError: For an unknown argument or a value out of range.
+            ConfigurationError: If an argument is unknown or a value is out of range.
         """
         known = {field.name for field in fields(self)}
         for name in changes:
@@ -138,6 +138,6 @@ class Settings:
         return replace(self, **changes)
 
     def fingerprint(self) -> Fingerprint:
-        """The settings that results depend on, and the versions of the packages that compute them."""
+        """The settings on which results depend, and the versions of PyTorch and of this package."""
         settings = {name: str(value) for name, value in asdict(self).items() if name not in ("memory", "unconverged")}
         return {**settings, "the version of PyTorch": torch.__version__, "that of lightning_gif": __version__}

@@ -1,4 +1,7 @@
-"""What ``"auto"`` and ``None`` mean, and which names are known. Benchmarks are those of ``benchmarks/README.md``."""
+"""The meaning of ``"auto"`` and ``None`` in settings, and the check of names.
+
+Comments name the section of ``benchmarks/README.md`` in which a default was measured.
+"""
 
 from __future__ import annotations
 
@@ -22,41 +25,42 @@ __all__ = [
 ]
 
 
-# The solvers for least squares, for a symmetric curvature, and for many queries that share it. "Products to a
-# residual": LSMR takes the fewest products. "Scores that predict retraining": the sketch (LDS 0.563, 13 products a
-# query) is level with conjugate gradients for each query (0.556, 20 products).
+# The solvers for least squares, for a symmetric curvature, and for many queries that share a sketch. "Products to a
+# residual": LSMR takes the fewest products. "Scores that predict retraining": the sketch (LDS 0.563, 13 products for
+# each query) is as good as conjugate gradients for each query (0.556, 20 products).
 LEAST_SQUARES, SYMMETRIC, SKETCH = lsmr.name, cg.name, nystrom.name
 
-# Relative residual of the least squares of "gif" for scores. "What the tolerance buys for influence": LDS 0.071 at 1e-2
-# and 21 products, 0.121 at 1e-3 and 78, 0.175 at 1e-4 and 376, which 200 iterations do not reach for two queries in
-# five.
+# The `rtol` of the least-squares solves of "gif" for scores. "What the tolerance buys for influence": LDS 0.071 at 1e-2
+# and 21 products, 0.121 at 1e-3 and 78, 0.175 at 1e-4 and 376. For two queries in five, 200 iterations do not reach
+# 1e-4.
 INFLUENCE_RTOL = 1e-3
 
-# Iterations of conjugate gradients for scores. "Scores that predict retraining": LDS 0.386 at 5, 0.517 at 10, 0.556 at
-# 20. More iterations follow the noise of the sample that the curvature is taken over.
+# The iterations of conjugate gradients for scores. "Scores that predict retraining": LDS 0.386 at 5, 0.517 at 10, 0.556
+# at 20. More iterations fit the noise of the sample over which the curvature is taken.
 INFLUENCE_ITERATIONS = 20
 
-# Queries from which on they share a sketch: at 20 iterations each, these take more products than a sketch of rank 256.
+# From this number of queries on, a sketch is used: with 20 iterations for each query, 13 queries take more products
+# than a sketch of rank 256.
 SKETCH_QUERIES = 13
 
-# The rank of that sketch, and the smallest `max_iter` that is taken for one. "Scores that predict retraining": LDS
-# 0.563 at 512, 0.549 at 128, 0.507 at 64.
+# The rank of this sketch, and the smallest `max_iter` with which a sketch is used. "Scores that predict retraining":
+# LDS 0.563 at 512, 0.549 at 128, 0.507 at 64.
 SKETCH_RANK, LEAST_SKETCH_RANK = 512, 64
 
 # The rank of the sketch for self-influence. "Wrong labels found": AUC 0.972 on both networks at 64; 0.968 and 0.973 at
 # 512, in seven times as long.
 SELF_INFLUENCE_RANK = 64
 
-# Iterations of a solve that is followed by others, at the weights to which it leads. "What the settings of an edit
-# buy", row `max_iter=5`; for label correction "A backdoor repaired", row "eight iterations a solve".
+# The iterations of a solve for a descent direction. "What the settings of an edit buy", row `max_iter=5`; for label
+# correction "A backdoor repaired", row "eight iterations a solve".
 RELINEARISED_ITERATIONS, RELINEARISED_ITERATIONS_OF_LABELS = 5, 8
 
 
 def check_names(settings: Settings) -> Settings:
-    """The same settings, once all names in them are known.
+    """Checks all names in settings, and returns the settings.
 
     Raises:
-        ConfigurationError: For a name that is not registered, or a ``ratio`` that the selector does not take.
+        ConfigurationError: If a name is not registered, or the selector does not accept ``ratio``.
     """
     check_selector(settings.selector, settings.ratio)
     for registry, name in ((METHODS, settings.method), (CURVATURES, settings.curvature)):
@@ -69,26 +73,26 @@ def check_names(settings: Settings) -> Settings:
 
 
 def is_sketch(solver: str) -> bool:
-    """Whether a solver has a low-rank approximation in the place of the curvature, and ``max_iter`` for its rank."""
+    """Whether a solver replaces the curvature by a sketch, whose rank is ``max_iter``."""
     declared = SOLVERS.get(solver)
     return declared is not None and declared.requires_symmetric_psd and declared.shares_products_across_rhs
 
 
 def needs_no_cache(settings: Settings) -> bool:
-    """Whether the target parameters are the same whatever was seen in training."""
+    """Whether the target parameters do not depend on statistics from training."""
     whole = settings.method != AUTO and not METHODS[settings.method].selects
     return not is_name(settings.selector) or settings.selector == "random" or whole
 
 
 def for_unlearning(settings: Settings) -> Settings:
-    """The settings of an edit: method and solver are chosen.
+    """The settings of an edit, with the method and the solver chosen.
 
-    Left open is what differs between the solves of an edit: the curvature and the number of iterations, see
-    :func:`for_relinearised_step`, and the damping, which is 0 or measured by
+    Other settings can differ between the solves of an edit, and are chosen later. For the curvature and the number of
+    iterations see :func:`for_relinearised_step`. The damping is 0, or measured by
     :func:`~lightning_gif.curvature.solve.solve_with_relative_damping`.
 
     Raises:
-        ConfigurationError: For an inverse curvature that is no solver, which serves scores alone.
+        ConfigurationError: If ``solver`` is an inverse for scores only, and not a solver.
     """
     solver = _chosen(settings.solver, LEAST_SQUARES)
     SOLVERS[solver]
@@ -96,13 +100,13 @@ def for_unlearning(settings: Settings) -> Settings:
 
 
 def for_relinearised_step(settings: Settings, *, labels: bool, convex: bool) -> Settings:
-    """The settings of a solve that is followed by others, at the weights to which it leads.
+    """The settings of a solve for a descent direction.
 
     Args:
-        settings: Those of the edit.
+        settings: The settings of the edit.
         labels: Whether labels are corrected.
         convex: Whether the loss is convex in the predictions, so that the Gauss–Newton matrix has no negative
-            eigenvalues; it is then taken where the curvature is left open.
+            eigenvalues. Then ``curvature="auto"`` means ``"ggn"``, else ``"hessian"``.
     """
     chosen = replace(settings, curvature=_chosen(settings.curvature, "ggn" if convex else "hessian"))
     iterations = RELINEARISED_ITERATIONS_OF_LABELS if labels else RELINEARISED_ITERATIONS
@@ -112,30 +116,30 @@ def for_relinearised_step(settings: Settings, *, labels: bool, convex: bool) -> 
 def for_influence(
     settings: Settings, *, ggn: bool, on_targets: bool, queries: int = 1, itself: bool = False
 ) -> Settings:
-    """The settings of scores: all is chosen but the damping, where that is to be measured.
+    """The settings of scores, with everything chosen except a damping that has to be measured.
 
-    The choice depends on the question alone, never on how much memory is free.
+    The choice depends on the arguments alone, never on the free memory.
 
     Args:
-        settings: As they were given.
+        settings: The settings that the call requested.
         ggn: Whether the objective has a Gauss–Newton matrix.
         on_targets: Whether scores are restricted to target parameters.
-        queries: The number of right-hand sides.
-        itself: Whether each example is scored for itself.
+        queries: The number of queries.
+        itself: Whether each example is scored for its own loss.
     """
     method = _chosen(settings.method, "fif" if on_targets else "if")
     square = METHODS[method].rows == METHODS[method].cols
     matrix = _chosen(settings.curvature, "ggn" if square and ggn else "hessian")
     rank = min(SKETCH_RANK, queries * INFLUENCE_ITERATIONS) if settings.max_iter is None else settings.max_iter
-    asks_for_more = settings.rtol is not None or settings.discrepancy > 0  # than a sketch can give
-    shared = queries >= SKETCH_QUERIES and rank >= LEAST_SKETCH_RANK and not asks_for_more
+    to_tolerance = settings.rtol is not None or settings.discrepancy > 0  # a sketch cannot solve to a tolerance
+    shared = queries >= SKETCH_QUERIES and rank >= LEAST_SKETCH_RANK and not to_tolerance
     symmetric = SKETCH if shared else SYMMETRIC
     solver = _chosen(settings.solver, symmetric if square and matrix == "ggn" else LEAST_SQUARES)
     chosen = replace(settings, method=method, curvature=matrix, solver=solver)
-    if not square:  # the plain least squares of GIF, until they converge
+    if not square:  # least squares without damping, as in GIF, until convergence
         tolerance = INFLUENCE_RTOL if settings.rtol is None else settings.rtol
         return replace(chosen, damping=0.0 if settings.damping is None else settings.damping, rtol=tolerance)
-    if itself:  # by a sketch, whatever solves for queries
+    if itself:  # self-influence uses a sketch, not the solver for queries
         return replace(chosen, max_iter=settings.max_iter or SELF_INFLUENCE_RANK)
     if (
         settings.max_iter is None

@@ -1,4 +1,4 @@
-"""The processes of a distributed run: how they divide work, combine results, and fail together."""
+"""The process group of a distributed run: dividing work, combining results, and passing on errors."""
 
 from __future__ import annotations
 
@@ -26,53 +26,55 @@ T = TypeVar("T")
 
 
 class ProcessGroup:
-    """The processes of a trainer, seen from one of them. With one process, every operation returns its argument.
+    """The processes of a trainer, seen from one of them. With one process, collectives do nothing.
 
     All processes make the same calls in the same order, each on its shard of the examples. Each collective begins by
-    exchanging three numbers, which show whether any process has failed and whether all are at the same call. Inside
-    :meth:`propagate_errors`, a process that fails joins the next collective with its error, so that the others stop
+    exchanging three numbers. They show whether any process has failed and whether all are at the same call. If a
+    process fails inside :meth:`propagate_errors`, it joins the next collective with its error. So the others stop
     instead of waiting for it.
 
     Args:
         rank: The number of this process.
         size: The number of processes.
         here: The number of processes on this machine.
-        device: The device of the tensors that are exchanged; by default the CPU.
+        device: The device of exchanged tensors; by default the CPU.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, here: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size, self.here = rank, size, here
         self._device = torch.device("cpu") if device is None else device
-        self._failed = False  # the other processes know of the error, or have ended
+        self._failed = False  # whether the other processes know of an error, or have ended
 
     @classmethod
     def of(cls, trainer: Trainer) -> ProcessGroup:
-        """The processes of a trainer.
+        """The process group of a trainer.
 
         Raises:
-            ConfigurationError: If it has several, and they are not running yet.
+            ConfigurationError: If the trainer has several processes, and they are not running.
         """
         if trainer.world_size == 1:
             return SINGLE_PROCESS
         if not (dist.is_available() and dist.is_initialized()):
             raise ConfigurationError(
-                f"The trainer has {trainer.world_size} processes, and they start with its first run. Call trainer.fit"
-                " or trainer.validate first, with a GIFCallback among its callbacks. For attach() without a run, use a"
+                f"The trainer has {trainer.world_size} processes, which start with its first run. Call trainer.fit or"
+                " trainer.validate first, with a GIFCallback among its callbacks. For attach() without a run, use a"
                 " Trainer with devices=1."
             )
         return cls(dist.get_rank(), dist.get_world_size(), trainer.num_devices, trainer.strategy.root_device)
 
     @classmethod
     def of_module(cls, module: nn.Module) -> ProcessGroup:
-        """The processes that hold copies of a module; one process if it has no trainer, or if that is not running."""
+        """The processes that hold copies of a module; one process if it has no trainer, or they are not running."""
         trainer = trainer_of(module)
         if trainer is None or trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
             return SINGLE_PROCESS
         return cls.of(trainer)
 
     def shard(self, count: int) -> tuple[int, int]:
-        """This process's part of ``count`` items, as ``start, stop``. The parts of all processes partition the items,
-        and their sizes differ by at most one."""
+        """This process's shard of ``count`` items, as ``start, stop``.
+
+        The shards of all processes partition the items, and their sizes differ by at most one.
+        """
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -80,7 +82,7 @@ class ProcessGroup:
     # ----------------------------------------------------------------------------------------------------------------
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all processes. Shape and dtype must be the same; the tensor may be overwritten."""
+        """The sum of a tensor over all processes. Shape and dtype must be equal. The tensor may be overwritten."""
         if self.size == 1:
             return tensor
         self._synchronise(f"{_caller()}: sum of {tensor.dtype} {list(tensor.shape)}")
@@ -93,7 +95,7 @@ class ProcessGroup:
         return value if self.size == 1 else float(self.sum(torch.tensor(value, dtype=torch.float64)))
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank: any structure of plain values and CPU tensors."""
+        """The values of all processes, by rank. A value is any structure of plain values and CPU tensors."""
         if self.size == 1:
             return [value]
         self._synchronise(f"{_caller()}: gather")
@@ -102,7 +104,7 @@ class ProcessGroup:
         return values
 
     def broadcast(self, value: T) -> T:
-        """The value of rank 0, on all processes. What can be sent: see :meth:`gather`."""
+        """The value of rank 0, on all processes. It may have the same types as for :meth:`gather`."""
         if self.size == 1:
             return value
         self._synchronise(f"{_caller()}: broadcast")
@@ -120,15 +122,15 @@ class ProcessGroup:
             yield from turn
 
     def assert_equal(self, value: Any, what: str, remedy: str) -> None:
-        """Raises on all processes unless a plain value is the same on all of them.
+        """Checks that a plain value is the same on all processes.
 
         Args:
             value: The value of this process.
-            what: What it is, for the message.
-            remedy: What to do about a difference, for the message.
+            what: The name of the value in the message.
+            remedy: What the user can do about a difference, for the message.
 
         Raises:
-            ConfigurationError: If a value differs from that of rank 0.
+            ConfigurationError: On all processes, if a value differs from that of rank 0.
         """
         values = self.gather(value)
         others = [rank for rank, other in enumerate(values) if other != values[0]]
@@ -147,8 +149,8 @@ class ProcessGroup:
         """If any process raises inside the block, every process raises. Ends with a barrier.
 
         Raises:
-            GIFError: If another process raised one: the same class, with a message that names the process.
-            RankError: If another process raised anything else, or has ended.
+            GIFError: If another process raised one. It has the same class, and a message that names the process.
+            RankError: If another process raised any other error, or has ended.
         """
         if self.size == 1:
             yield
@@ -163,15 +165,15 @@ class ProcessGroup:
             raise
 
     def _synchronise(self, what: str, error: BaseException | None = None) -> None:
-        """Makes sure that no process has failed, and that all are about to do the same.
+        """Checks that no process has failed, and that all are at the same collective.
 
         Args:
-            what: What this process is about to do.
-            error: The error that keeps it from doing so, if any.
+            what: The next operation of this process.
+            error: The error of this process, if it has failed.
 
         Raises:
             GIFError: If another process has failed.
-            RankError: If another process is about to do something else.
+            RankError: If another process is at another operation.
         """
         mark = zlib.crc32(what.encode())
         status = torch.tensor([error is not None, mark, -mark], dtype=torch.int64, device=self._device)
@@ -188,16 +190,16 @@ class ProcessGroup:
         elif most != -least:  # the maximum and the minimum of the marks
             self._failed = True
             raise RankError(
-                f"The processes are out of step: rank {self.rank} was about to do {what!r}, and another one something"
-                " else. Make the same calls with the same arguments on all of them. Functions that are passed in (a"
-                " strategy, a selector, a predicate) must not depend on the rank, on time or on chance."
+                f"The processes are out of step: rank {self.rank} is at {what!r}, and another one is not. Make the same"
+                " calls with the same arguments on all processes. Functions that you pass in (a strategy, a selector, a"
+                " predicate) must not depend on the rank, on time or on chance."
             )
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Calls a collective of ``torch.distributed``.
 
         Raises:
-            RankError: If it fails: all backends raise a ``RuntimeError`` then.
+            RankError: If it fails. (All backends then raise a ``RuntimeError``.)
         """
         try:
             function(*args, **kwargs)
@@ -212,20 +214,20 @@ class ProcessGroup:
 
 
 def _caller() -> str:
-    """The name of the function that called a collective: processes at the same call give the same name."""
+    """The name of the function that called a collective, which tells different collectives apart."""
     return sys._getframe(2).f_code.co_name
 
 
 def _base_of(error: BaseException) -> type[Exception] | None:
-    """The builtin base class of an error, which other processes know too; ``None`` for an interrupt or an exit."""
+    """A built-in base class of an error, which other processes have, too; ``None`` for an interrupt or an exit."""
     return next((base for base in (OSError, Exception) if isinstance(error, base)), None)
 
 
 def _error_of_rank(rank: int, kind: str, text: str, base: type[Exception] | None) -> GIFError:
-    """An error to raise on this process for one that another process raised.
+    """The error to raise on this process for an error of another process.
 
     Args:
-        rank: The other process.
+        rank: The rank of the other process.
         kind: The name of the class of its error.
         text: The message of its error.
         base: See :func:`_base_of`.

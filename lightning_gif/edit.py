@@ -21,13 +21,13 @@ class Edit:
     """A sparse change of the weights of a module or a ``state_dict``, which can be applied and undone bit for bit.
 
     Attributes:
-        indices: By parameter name, the sorted flat indices of the changed entries, ``(k_name,)``.
-        old: By parameter name, their values before the edit, ``(k_name,)``, in the parameter's dtype.
-        new: By parameter name, their values after the edit, likewise.
-        shapes: By parameter name, its shape, to recognise the model.
-        digest_before: SHA-256 of the changed parameters as a whole, before the edit.
-        digest_after: The same after the edit.
-        buffers: Which of the names are buffers, not parameters.
+        indices: The sorted flat indices of the changed entries, ``(k_name,)``, by parameter name.
+        old: The values of these entries before the edit, ``(k_name,)`` in the parameter's dtype, by parameter name.
+        new: The values of these entries after the edit, ``(k_name,)`` in the parameter's dtype, by parameter name.
+        shapes: The shapes of the changed parameters by name, to recognise the model.
+        digest_before: SHA-256 of the changed parameters, with all their entries, before the edit.
+        digest_after: SHA-256 of the changed parameters, with all their entries, after the edit.
+        buffers: The names that are buffers, not parameters.
     """
 
     indices: dict[str, Tensor]
@@ -47,15 +47,15 @@ class Edit:
         change: Tensor,
         buffers: Mapping[str, Tensor] | None = None,
     ) -> Edit:
-        """Plans the edit ``θ[S] ← θ[S] + change`` without applying it.
+        """Computes the edit ``θ[S] ← θ[S] + change`` without applying it.
 
-        The sum is taken in the precision of ``change`` and rounded once to each parameter's dtype.
+        The sum is computed in the precision of ``change`` and rounded once to each parameter's dtype.
 
         Args:
             module: The module that will be edited.
             targets: The entries to change.
-            space: The layout that ``change`` refers to.
-            change: ``(k,)`` in the order of ``targets.flat(space)``.
+            space: The parameters as a flat vector.
+            change: The change ``(k,)`` of the targets, in the order of ``targets.flat(space)``.
             buffers: New values of whole buffers, by name.
 
         Raises:
@@ -94,45 +94,47 @@ class Edit:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the edit: of the indices, and of the old and the new values."""
+        """SHA-256 of the indices, the old values and the new values."""
         parts = {"indices": self.indices, "old": self.old, "new": self.new}
         return digest({f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()})
 
     def flat_new(self, space: ParameterSpace) -> Tensor:
-        """The new values ``(k,)`` in the order of the flat vector, in float64."""
+        """The new values ``(k,)`` of parameters in the order of the flat vector, in float64."""
         return torch.cat([self.new[name].double() for name in space.slots if name in self.new])
 
     @property
     def count(self) -> int:
-        """How many entries of parameters the edit changes, without those of buffers."""
+        """The number of changed entries of parameters, not counting buffers."""
         return sum(entries.numel() for name, entries in self.indices.items() if name not in self.buffers)
 
     def check_fits(self, module: Weights) -> None:
-        """Makes sure that a module or ``state_dict`` has parameters of the edited names, shapes and dtypes.
+        """Checks that a module or ``state_dict`` has the edited parameters with the same names, shapes and dtypes.
 
         Raises:
-            EditError: If not.
+            EditError: If it does not.
         """
         parameters = tensors_of(module)
         what = type(module).__name__ if isinstance(module, nn.Module) else "the checkpoint"
         for name, shape in self.shapes.items():
             if name not in parameters:
-                raise EditError(f"The edit changes {name!r}, which {what} does not have. It was made on another model.")
+                raise EditError(
+                    f"The edit changes {name!r}, which {what} does not have. It was computed for another model."
+                )
             parameter = parameters[name]
             if tuple(parameter.shape) != shape or parameter.dtype != self.old[name].dtype:
                 raise EditError(
                     f"The edit changes {name!r} of shape {shape} and {self.old[name].dtype}, but here it has shape"
-                    f" {tuple(parameter.shape)} and {parameter.dtype}. It was made on another model."
+                    f" {tuple(parameter.shape)} and {parameter.dtype}. It was computed for another model."
                 )
 
     def check_complete(self) -> None:
-        """Makes sure that the parts of the edit belong together, as they may not in a damaged file.
+        """Checks that the parts of the edit belong together, because a file may be damaged.
 
         Raises:
-            EditError: If not.
+            EditError: If they do not.
         """
         if not self.shapes or not set(self.buffers) <= self.shapes.keys():
-            raise EditError("The edit is incomplete: it names no parameters, or buffers that it has no shapes for.")
+            raise EditError("The edit is incomplete: it has no parameters, or buffers without a shape.")
         for name, shape in self.shapes.items():
             if any(side < 0 for side in shape):
                 raise EditError(f"The edit changes {name!r} of shape {shape}, which no tensor has.")
@@ -143,33 +145,33 @@ class Edit:
             if entries.dtype != torch.int64 or not len(entries) or bool((entries.diff() <= 0).any()):
                 raise EditError(f"The indices of {name!r} are not sorted whole numbers, each once.")
             if int(entries[0]) < 0 or int(entries[-1]) >= math.prod(shape):
-                raise EditError(f"The indices of {name!r} lie outside of its shape {shape}.")
+                raise EditError(f"The indices of {name!r} are out of bounds for its shape {shape}.")
             if self.old[name].dtype != self.new[name].dtype or not self.new[name].is_floating_point():
-                raise EditError(f"The old and new values of {name!r} differ in dtype, or are no real numbers.")
+                raise EditError(f"The old and new values of {name!r} differ in dtype, or are not floating-point.")
             if not torch.isfinite(self.new[name]).all():
                 raise EditError(f"The edit would make {name!r} non-finite.")
         for part in (self.indices, self.old, self.new):
             if part.keys() != self.shapes.keys():
-                raise EditError("The edit is incomplete: it names parameters that it has no shapes for.")
+                raise EditError("The edit is incomplete: it has parameters without a shape.")
 
     def is_in(self, module: Weights) -> bool | None:
         """Whether the edit is in a module's weights, bit for bit.
 
         Returns:
-            ``True`` for the weights after the edit, ``False`` for those before it, ``None`` for any others.
+            ``True`` for the weights after the edit, ``False`` for the weights before it, ``None`` for any others.
         """
         tensors = tensors_of(module)
         if not self.shapes.keys() <= tensors.keys():
             return None
-        found = digest({name: tensors[name] for name in self.indices})
-        return found == self.digest_after if found in (self.digest_before, self.digest_after) else None
+        present = digest({name: tensors[name] for name in self.indices})
+        return present == self.digest_after if present in (self.digest_before, self.digest_after) else None
 
     def apply(self, module: Weights) -> None:
         """Writes the new values.
 
         Raises:
-            EditError: If the changed parameters are not those that the edit was planned on, or would not become those
-                that it recorded.
+            EditError: If the changed parameters differ from those before the edit, or the result would differ from the
+                recorded digest.
         """
         self._swap(module, self.new, self.digest_before, self.digest_after, "apply")
 
@@ -177,7 +179,8 @@ class Edit:
         """Writes the old values back, bit for bit.
 
         Raises:
-            EditError: If the changed parameters are not those that the edit left, or would not become those before it.
+            EditError: If the changed parameters differ from those after the edit, or the result would differ from the
+                recorded digest.
         """
         self._swap(module, self.old, self.digest_after, self.digest_before, "undo")
 
@@ -185,14 +188,14 @@ class Edit:
         self.check_fits(module)
         tensors = tensors_of(module)
         present = {name: tensors[name].detach() for name in self.indices}
-        found = digest(present)
-        if found == result != expected:
+        actual = digest(present)
+        if actual == result != expected:
             state = "the edit is in the weights already" if verb == "apply" else "the edit is not in the weights"
             raise EditError(f"Cannot {verb} the edit: {state}.")
-        if found != expected:
+        if actual != expected:
             raise EditError(
-                f"Cannot {verb} the edit: the parameters it touches have changed since (training, a checkpoint, or"
-                " another edit). Undo later edits first, or load the weights that the edit was made on."
+                f"Cannot {verb} the edit: its parameters have changed since (by training, a checkpoint, or another"
+                " edit). Undo later edits first, or load the weights for which the edit was computed."
             )
         wanted = {}
         for name, value in present.items():
@@ -200,8 +203,8 @@ class Edit:
             wanted[name] = value.reshape(-1).index_copy(0, here, values[name].to(value.device)).view(value.shape)
         if digest(wanted) != result:
             raise EditError(
-                f"Cannot {verb} the edit: its indices or values are not those that it was made with. They do not"
-                " lead to the weights that it recorded. Nothing was changed. Load the edit again from its file."
+                f"Cannot {verb} the edit: its indices or values were changed, so they do not give the weights whose"
+                " digest it recorded. Nothing was changed. Load the edit again from its file."
             )
-        # One call, which Ctrl-C cannot interrupt: all of the edit is in the weights, or nothing.
+        # One call, which Ctrl-C cannot interrupt: so either all of the edit is in the weights, or nothing.
         torch._foreach_copy_(list(present.values()), list(wanted.values()))

@@ -27,7 +27,7 @@ class GIFError(Exception):
 
 
 class ConfigurationError(GIFError, MisconfigurationException, ValueError):
-    """An argument has a bad value, or the trainer is not supported."""
+    """An argument has an invalid value, or the trainer is not supported."""
 
 
 class SelectionError(GIFError, ValueError):
@@ -70,8 +70,8 @@ class RankError(GIFError, RuntimeError):
     """Another process of the trainer has failed or ended, or makes a different call.
 
     Attributes:
-        raised_elsewhere: ``OSError`` or ``Exception``, if such an error of another process stopped all of them at the
-            same place. They are then still in step. ``None`` otherwise.
+        raised_elsewhere: ``OSError`` or ``Exception``, if an error of that class on another process stopped all
+            processes at the same place. The processes are then still in step. ``None`` otherwise.
     """
 
     raised_elsewhere: type[Exception] | None = None

@@ -1,4 +1,4 @@
-"""What a LightningModule may define about its own losses and parameters."""
+"""Optional methods by which a LightningModule defines its losses, its measurement and its editable parameters."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["GIFMixin"]
 
 
 class GIFMixin:
-    """Three optional methods of a LightningModule. Override those that you need.
+    """Three optional methods of a LightningModule. Override only those that you need.
 
-    Without them, the loss of each example is derived from ``training_step``, which is called with one example. Override
-    :meth:`influence_loss` if that cannot work: with manual optimization, losses that couple the examples of a batch, or
-    Python code that depends on values. An explicit loss is also faster.
+    Without them, the loss of an example is the loss that ``training_step`` returns for a batch of this one example.
+    Override :meth:`influence_loss` if that does not work: with manual optimization, or with losses that couple the
+    examples of a batch. Override it also for speed, if ``training_step`` has Python code that depends on values.
 
     The methods are called with the module in evaluation mode: dropout is off, and normalisation uses running
-    statistics. Parameters and buffers may be replaced by other tensors, possibly under ``torch.func`` transforms. So
-    use ``self`` as in ``forward``, and assign nothing to it.
+    statistics. Parameters and buffers can be replaced by other tensors, also under ``torch.func`` transforms. So use
+    ``self`` as in ``forward``, and assign nothing to it.
 
     Example::
 
@@ -39,7 +39,7 @@ class GIFMixin:
     """
 
     def influence_loss(self, batch: Any) -> Tensor:
-        """The training loss of each example. Training minimised its mean over the training set.
+        """The training loss of each example. Its mean over the training set must be what training minimised.
 
         Args:
             batch: A batch of B examples, as the training loader yields them, on the module's device.
@@ -48,12 +48,12 @@ class GIFMixin:
             The losses, ``(B,)``.
 
         Raises:
-            NotImplementedError: Unless it is overridden: then losses are derived from ``training_step``.
+            NotImplementedError: If it is not overridden. Losses are then derived from ``training_step``.
         """
         raise NotImplementedError(f"{type(self).__name__} does not override influence_loss")
 
     def influence_measurement(self, batch: Any) -> Tensor:
-        """What a query measures on each of its examples; scores are in its unit. By default the loss.
+        """What a query measures on each of its examples, by default the loss. Scores are in its unit.
 
         Args:
             batch: A batch of B examples, as in :meth:`influence_loss`.
@@ -66,7 +66,7 @@ class GIFMixin:
     def influence_parameters(self) -> Sequence[str]:
         """The parameters that may become targets, as names or patterns (``*``, ``?``); by default all trainable ones.
 
-        Parameters that are frozen are never changed, also if a pattern matches them.
+        Frozen parameters are never changed, even if a pattern matches them.
         """
         return ["*"]
 

@@ -1,4 +1,4 @@
-"""Parameters as one flat vector, and the target parameters within it."""
+"""The parameters of a module as one flat vector, and the target parameters in it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["ParameterSpace", "Targets", "Weights", "match_names", "state_digest"
 
 
 Weights = nn.Module | Mapping[str, Tensor]
-"""A module, or the ``state_dict`` of one, as a checkpoint has it."""
+"""A module, or a ``state_dict`` such as that of a checkpoint."""
 
 
 class _Slot(NamedTuple):
-    """Where one parameter lies in the flat vector."""
+    """The place of one parameter in the flat vector."""
 
     offset: int
     size: int
@@ -32,11 +32,10 @@ class _Slot(NamedTuple):
 class ParameterSpace:
     """The trainable parameters of a module as one flat vector, in the order of ``named_parameters()``.
 
-    Parameters with ``requires_grad=False`` are left out: they were not trained, so the loss need not be stationary in
-    them. Tied parameters appear once.
+    Parameters with ``requires_grad=False`` are left out, because they were not trained. Tied parameters appear once.
 
     Args:
-        module: The module whose parameters are laid out.
+        module: The module.
 
     Raises:
         SelectionError: If no parameter is trainable.
@@ -60,10 +59,10 @@ class ParameterSpace:
         complex_names = [name for name in self.slots if parameters[name].is_complex()]
         if complex_names:
             raise ConfigurationError(
-                f"Influence and unlearning need real parameters, but of {type(module).__name__} these are complex:"
+                f"Influence and unlearning need real parameters, but {type(module).__name__} has complex ones:"
                 f" {', '.join(complex_names[:5])}{' …' if len(complex_names) > 5 else ''}. Store each as a real"
                 " parameter of shape (…, 2), torch.view_as_real(parameter), and use torch.view_as_complex(parameter) in"
-                " the forward pass. Or freeze it by requires_grad_(False), which takes it as a constant."
+                " the forward pass. Or freeze it with requires_grad_(False), so that it counts as a constant."
             )
 
     def flatten(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -72,7 +71,7 @@ class ParameterSpace:
         return torch.cat([parameters[name].detach().reshape(-1).to(dtype) for name in self.slots])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """Views of a flat vector ``(p,)`` by parameter name and in the parameters' shapes; differentiable."""
+        """Views of a flat vector ``(p,)`` in the shapes of the parameters, by name; differentiable."""
         pieces = vector.split([slot.size for slot in self.slots.values()])
         return {name: piece.view(slot.shape) for (name, slot), piece in zip(self.slots.items(), pieces, strict=True)}
 
@@ -92,7 +91,7 @@ class Targets(Mapping[str, Tensor]):
             if entries.numel() and (entries.is_floating_point() or entries.dtype == torch.bool):
                 raise SelectionError(
                     f"The targets of {name!r} must be flat indices, whole numbers; got {entries.dtype}. For a mask,"
-                    " mask.flatten().nonzero().squeeze(1)."
+                    " pass mask.flatten().nonzero().squeeze(1)."
                 )
         self._indices = {
             name: entries.detach().cpu().long().unique() for name, entries in indices.items() if entries.numel()
@@ -100,8 +99,8 @@ class Targets(Mapping[str, Tensor]):
         self.count = sum(entries.numel() for entries in self._indices.values())
         if not self.count:
             raise SelectionError(
-                "The selection is empty: no layer has room for one parameter at this ratio. Raise `ratio`, or name"
-                " parameters explicitly."
+                "The selection is empty: at this ratio, the share of each layer is less than one parameter. Raise"
+                " `ratio`, or name parameters explicitly."
             )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -119,7 +118,7 @@ class Targets(Mapping[str, Tensor]):
 
     @classmethod
     def whole(cls, space: ParameterSpace, names: Iterable[str] | None = None) -> Targets:
-        """All entries of the named parameters of the space; of all of them by default."""
+        """All entries of the named parameters; by default all entries of all parameters."""
         return cls({name: torch.arange(space.slots[name].size) for name in (space.slots if names is None else names)})
 
     def flat(self, space: ParameterSpace) -> Tensor:
@@ -139,14 +138,14 @@ class Targets(Mapping[str, Tensor]):
             if int(entries[-1]) >= slot.size or int(entries[0]) < 0:
                 reached = int(entries[0] if entries[0] < 0 else entries[-1])
                 raise SelectionError(
-                    f"The targets of {name!r} reach index {reached}, but the parameter has {slot.size} entries: the"
+                    f"The targets of {name!r} include index {reached}, but the parameter has {slot.size} entries: the"
                     " selection belongs to a model of another shape."
                 )
             positions.append(entries + slot.offset)
         return torch.cat(positions).sort().values
 
     def check_fit(self, module: nn.Module) -> None:
-        """Makes sure that all names and indices exist in a module.
+        """Checks that all names and indices exist in a module.
 
         Raises:
             SelectionError: If one does not.
@@ -155,12 +154,12 @@ class Targets(Mapping[str, Tensor]):
         for name, entries in self._indices.items():
             if int(entries[0]) < 0 or int(entries[-1]) >= sizes.get(name, 0):
                 raise SelectionError(
-                    f"The targets reach index {int(entries[-1])} of {name!r}, which has {sizes.get(name, 0)} entries:"
+                    f"The targets include index {int(entries[-1])} of {name!r}, which has {sizes.get(name, 0)} entries:"
                     " the selection belongs to another model."
                 )
 
     def jaccard(self, other: Targets) -> float:
-        """The Jaccard index: common entries as a share of all entries of both; 1 if equal, 0 if disjoint."""
+        """The Jaccard index of two selections: 1 if they are equal, 0 if they have no entry in common."""
         common = sum(
             int(torch.isin(entries, other[name], assume_unique=True).sum())
             for name, entries in self._indices.items()
@@ -170,12 +169,12 @@ class Targets(Mapping[str, Tensor]):
 
 
 def match_names(names: Iterable[str], patterns: Sequence[str], *, what: str = "trainable parameter") -> list[str]:
-    """The names that equal or match one of some patterns, in the order of ``names``.
+    """The names that match at least one pattern, in the order of ``names``.
 
     Args:
         names: All names.
         patterns: Names, or patterns with ``*``, ``?`` or ``[…]``.
-        what: What the names are of, for the error message.
+        what: What the names denote, for the error message.
 
     Raises:
         SelectionError: If a pattern matches nothing.
@@ -188,18 +187,18 @@ def match_names(names: Iterable[str], patterns: Sequence[str], *, what: str = "t
 
 
 def weights_digest(weights: Weights) -> str:
-    """SHA-256 of the parameters and persistent buffers of a module: what a checkpoint keeps."""
+    """SHA-256 of the parameters and persistent buffers of a module, which are the tensors of its ``state_dict``."""
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     return digest({name: value for name, value in state.items() if isinstance(value, Tensor)})
 
 
 def state_digest(module: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, including non-persistent ones, which no checkpoint keeps."""
+    """SHA-256 of all parameters and buffers, including non-persistent buffers, which are not in the ``state_dict``."""
     return digest(tensors_of(module))
 
 
 def tensors_of(weights: Weights) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
+    """All parameters and buffers of a module, or all tensors of a ``state_dict``, by name."""
     if isinstance(weights, nn.Module):
         return {**dict(weights.named_parameters()), **dict(weights.named_buffers())}
     return {name: value for name, value in weights.items() if isinstance(value, Tensor)}

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def nearest(given: str, names: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the closest known name, or else all of them."""
+    """The end of an error message about an unknown name: it suggests the closest known name, or lists all names."""
     names = sorted(names)
     close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names)}."
@@ -24,7 +24,7 @@ class Registry(Mapping[str, T]):
     """A mapping from names to implementations, to which you can add your own.
 
     Args:
-        kind: What is registered, for error messages, such as ``"selector"``.
+        kind: The kind of the registered objects, for error messages, such as ``"selector"``.
 
     Example:
         >>> solvers = Registry("solver")
@@ -66,7 +66,7 @@ class Registry(Mapping[str, T]):
         return self._items[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The implementation of that name, or ``default`` for an unknown one."""
+        """The implementation with this name, or ``default`` if the name is unknown."""
         return self._items[name] if name in self else default
 
     def __contains__(self, name: object) -> bool:

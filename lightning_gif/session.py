@@ -30,12 +30,12 @@ from .selection.tracker import TrainingTracker
 __all__ = ["Loaders", "Session", "TargetsChoice", "open_session"]
 
 TargetsChoice = Literal["cached", "class", "batch"]
-"""Which targets: those picked in training, or neurons ranked for the classes of a batch, or on the batch itself."""
+"""How targets are chosen: those picked in training, neurons ranked for the batch's classes, or ranked on the batch."""
 
 
 @dataclass
 class Loaders:
-    """The loaders of the last ``fit``, kept because ``trainer.test`` makes the trainer forget them.
+    """The loaders of the last ``fit``. They are kept here, because ``trainer.test`` removes them from the trainer.
 
     Attributes:
         train: The training loader.
@@ -46,7 +46,7 @@ class Loaders:
     unseen: Any = None
 
     def remember(self, trainer: Trainer) -> None:
-        """Keeps the loaders that the trainer has now."""
+        """Stores the present loaders of the trainer."""
         self.train = trainer.train_dataloader
         validation = trainer.val_dataloaders
         self.unseen = validation
@@ -54,7 +54,7 @@ class Loaders:
             self.unseen = validation[0]
 
     def training(self, trainer: Trainer, processes: ProcessGroup) -> Any:
-        """The training loader of the last ``fit``, or else the one that the datamodule or the module returns.
+        """The training loader of the last ``fit``, else of the datamodule, else of the module.
 
         Raises:
             TrainingDataError: If there is none.
@@ -64,7 +64,7 @@ class Loaders:
             on_each_node = getattr(trainer.datamodule, "prepare_data_per_node", True)
             if trainer.local_rank == 0 if on_each_node else trainer.is_global_zero:
                 trainer.datamodule.prepare_data()
-            processes.gather(None)  # the other processes wait for the files that it writes
+            processes.gather(None)  # the other processes wait until prepare_data has written its files
             trainer.datamodule.setup("fit")
             loader = trainer.datamodule.train_dataloader()
         if loader is None and brings_own(trainer.lightning_module, "train_dataloader"):
@@ -80,15 +80,15 @@ class Loaders:
 
 @dataclass(frozen=True)
 class Session:
-    """What one call works with, while its objective is open.
+    """The objective, the data and the settings of one call.
 
     Attributes:
-        objective: The loss of the trainer's module.
+        objective: The open objective of the trainer's module.
         train: The training examples.
         settings: The settings of the call.
         loaders: The loaders of the last ``fit``.
-        tracker: What training has shown, and the cached targets.
-        repicks: Whether the call changes how targets are picked, so that the cached ones do not serve.
+        tracker: The statistics from training, and the cached targets.
+        repicks: Whether the call changes how targets are picked, so that cached targets cannot be used.
     """
 
     objective: Objective
@@ -103,12 +103,12 @@ class Session:
     # ----------------------------------------------------------------------------------------------------------------
 
     def influence_settings(self, asked: Settings, *, on_targets: bool, queries: int, itself: bool = False) -> Settings:
-        """The settings with all that was left open chosen for scores.
+        """The settings for scores, with defaults for everything that the call left open.
 
         Args:
-            asked: The settings as the call gave them.
+            asked: The settings that the call requested.
             on_targets: Whether scores are restricted to target parameters.
-            queries: How many queries there are.
+            queries: The number of queries.
             itself: Whether each example is scored for its own loss.
         """
         example = next(self.train.subset(torch.arange(1)).batches())
@@ -134,31 +134,30 @@ class Session:
         """The examples of a batch or of a ``DataLoader``.
 
         Raises:
-            BatchError: If it is neither.
+            BatchError: If ``given`` is neither.
         """
         size, processes = self.settings.batch_size, self.objective.processes
         if isinstance(given, numbers.Number) or (isinstance(given, (list, tuple, range)) and _are_indices(given)):
             raise BatchError(
-                f"Expected a batch as the training loader yields them, or a DataLoader, got {describe(given)}. For"
-                " examples of a dataset by their indices, pass a loader over them:"
-                " DataLoader(Subset(dataset, [17, 4]), 64)."
+                f"Expected a batch as the training loader yields them, or a DataLoader, got {describe(given)}. To give"
+                " examples by their dataset indices, pass a loader over them: DataLoader(Subset(dataset, [17, 4]), 64)."
             )
         if isinstance(given, DataLoader):
-            found = Examples.from_loader(
+            examples = Examples.from_loader(
                 given, self.objective.prepare, batch_size=size, seed=self.settings.seed, processes=processes
             )
         else:
-            found = Examples.from_batch(
+            examples = Examples.from_batch(
                 given,
                 self.objective.prepare,
                 batch_size=size,
                 processes=processes,
                 divisible=self.train.divisible,
             )
-        return check_same_everywhere(self.objective.readable(found), "batch or loader")
+        return check_same_everywhere(self.objective.readable(examples), "batch or loader")
 
     def training_subset(self, given: Any) -> Examples | None:
-        """The training examples that indices or a predicate name; ``None`` if ``given`` is neither."""
+        """The training examples given by indices or a predicate; ``None`` if ``given`` is neither."""
         if callable(given) and not isinstance(given, Tensor):
             return self.train.where(given)
         if _are_indices(given):
@@ -169,7 +168,7 @@ class Session:
         """The training examples to score; ``None`` for all.
 
         Raises:
-            ConfigurationError: If they are named neither by indices nor by a predicate.
+            ConfigurationError: If ``given`` is neither indices nor a predicate.
         """
         chosen = None if given is None else self.training_subset(given)
         if given is not None and chosen is None:
@@ -180,10 +179,10 @@ class Session:
         return chosen
 
     def forget(self, given: Any) -> Examples:
-        """The examples to forget: by indices, a predicate, a batch or a loader.
+        """The forget examples, given by indices, a predicate, a batch or a loader.
 
         Raises:
-            BatchError: If it is none of them.
+            BatchError: If ``given`` is none of them.
         """
         chosen = self.training_subset(given)
         if chosen is not None:
@@ -193,16 +192,17 @@ class Session:
             raise BatchError(
                 "Expected the examples as a batch of the training loader, a DataLoader, a list of indices of the"
                 " training dataset, or a function from a batch to one truth value for each of its examples, got"
-                f" {describe(given)}. For one example, pass [17]; for a mask, mask.nonzero().flatten(); for a Dataset"
-                " or Subset, a DataLoader over it."
+                f" {describe(given)}. For one example, pass [17]. For a mask, pass mask.nonzero().flatten(). For a"
+                " Dataset or Subset, pass a DataLoader over it."
             )
         return self.examples(given)
 
     def unseen(self, given: DataLoader[Any] | Literal[False] | None) -> Examples | None:
-        """Examples that were not trained on; ``None`` if there are none.
+        """Unseen examples; ``None`` if there are none.
 
         Args:
-            given: A loader of them; ``None`` for the validation loader of ``fit``, if it serves; ``False`` for none.
+            given: A loader of unseen examples. ``None`` takes the validation loader of ``fit``, if its batches have the
+                structure of training batches and it has no training examples. ``False`` is for none.
 
         Raises:
             ConfigurationError: If a given loader has examples of the training data.
@@ -210,25 +210,25 @@ class Session:
         loader = self.loaders.unseen if given is None else given
         if not isinstance(loader, DataLoader):
             return None
-        found, objective, settings = None, self.objective, self.settings
+        unseen, objective, settings = None, self.objective, self.settings
         try:
-            found = Examples.from_loader(loader, objective.prepare, batch_size=settings.batch_size, seed=settings.seed)
-            found = objective.readable(found)
-            objective.check(found.subset(torch.arange(1)), "unseen")
+            unseen = Examples.from_loader(loader, objective.prepare, batch_size=settings.batch_size, seed=settings.seed)
+            unseen = objective.readable(unseen)
+            objective.check(unseen.subset(torch.arange(1)), "unseen")
         except Exception:
             if given is not None:
                 raise
-            found = None  # validation batches may be structured in another way than those of training
-        if any(objective.processes.gather(found is None)) or found is None:
+            unseen = None  # validation batches may have another structure than training batches
+        if any(objective.processes.gather(unseen is None)) or unseen is None:
             return None
-        found = check_same_everywhere(replace(found, processes=objective.processes), "unseen data")
-        if shares_examples(found, self.train):
+        unseen = check_same_everywhere(replace(unseen, processes=objective.processes), "unseen data")
+        if shares_examples(unseen, self.train):
             if given is not None:
                 raise ConfigurationError(
                     "`unseen` has examples of the training data. Pass a loader of examples that were not trained on."
                 )
             return None
-        return found
+        return unseen
 
     # ----------------------------------------------------------------------------------------------------------------
     # Targets
@@ -238,11 +238,11 @@ class Session:
         """The target parameters.
 
         Args:
-            examples: The query or the forget examples, which ``"class"`` and ``"batch"`` depend on.
-            choice: Which targets.
+            examples: The query or the forget examples, on which ``"class"`` and ``"batch"`` depend.
+            choice: How targets are chosen.
 
         Raises:
-            SelectionError: If none can be picked.
+            SelectionError: If no targets can be picked.
         """
         module, settings, tracker = self.objective.module, self.settings, self.tracker
         if choice == "batch":
@@ -278,16 +278,16 @@ def open_session(
 
     Args:
         trainer: The trainer, with its module.
-        tracker: What training has shown.
+        tracker: The statistics from training.
         loaders: The loaders of the last ``fit``.
         settings: The settings of the call.
-        choice: Which targets the call will ask for.
-        dataloader: The training data, if not that of ``fit``.
-        overrides: The settings that the call has changed.
+        choice: How the call chooses targets.
+        dataloader: A loader of the training data; by default the one of ``fit``.
+        overrides: The settings that the call changes.
 
     Raises:
-        ConfigurationError: For a bad choice of targets, a trainer without a model, or different calls on processes.
-        SelectionError: If cached targets are needed and there are none.
+        ConfigurationError: If ``choice`` is unknown, if the trainer has no model, or if processes make different calls.
+        SelectionError: If cached targets are needed, but there are none.
         TrainingDataError: If there is no training data, or it has no stable order.
     """
     if choice not in ("cached", "class", "batch"):
@@ -305,8 +305,8 @@ def open_session(
         if cached and tracker.has_seen_nothing and not tracker.ranks_on_demand:
             raise SelectionError(
                 "There are no cached targets: the model was not fitted with this callback, and no checkpoint with its"
-                " state was loaded. Fit, pass targets='batch' to rank neurons on the batch at hand, or use"
-                " lightning_gif.attach(trainer, model, …) for a model that was trained before."
+                " state was loaded. Call fit, pass targets='batch' to rank neurons on the given batch, or use"
+                " lightning_gif.attach(trainer, model, …) for a model that was trained elsewhere."
             )
         opened = Objective.open(trainer, module, seed=settings.seed, double=settings.double, processes=processes)
         with opened as objective:
@@ -316,12 +316,12 @@ def open_session(
 
 
 def _training_examples(trainer: Trainer, loader: Any, objective: Objective, settings: Settings) -> Examples:
-    """The examples that a training loader draws from, checked on all processes."""
+    """The examples of a training loader. Checks that they are the same on all processes, and learns their structure."""
     most = trainer.fast_dev_run * settings.batch_size if trainer.fast_dev_run else None
     if not trainer.fast_dev_run and (trainer.overfit_batches or trainer.limit_train_batches != 1.0):
         rank_zero_warn(
             "The trainer limits its training batches (overfit_batches or limit_train_batches), but all examples of the"
-            " training loader count as trained on. Pass `dataloader=` with the examples that were.",
+            " training loader count as training examples. Pass `dataloader=` with the examples that were used.",
             category=GIFWarning,
         )
     train = Examples.from_loader(
@@ -338,7 +338,7 @@ def _training_examples(trainer: Trainer, loader: Any, objective: Objective, sett
 
 
 def _are_indices(given: Any) -> bool:
-    """Whether something is a list, range or 1-d array of integers. A batch has tensors of more axes."""
+    """Whether ``given`` is a list, tuple, range or 1-d array of integers, and so no batch."""
     if getattr(given, "ndim", None) == 1:
         return "int" in str(getattr(given, "dtype", ""))
     return isinstance(given, (list, tuple, range)) and all(
@@ -347,10 +347,14 @@ def _are_indices(given: Any) -> bool:
 
 
 def _known_classes(examples: Examples) -> list[int]:
-    """The labels that occur among examples, sorted."""
+    """The labels that occur among examples, sorted.
+
+    Raises:
+        SelectionError: If the targets are not labels.
+    """
     if examples.classes is None:
         raise SelectionError(
-            "targets='class' needs examples with class labels (whole numbers, one for each example). Use"
+            "targets='class' needs examples with labels (whole numbers, one for each example). Use"
             " targets='cached' or 'batch'."
         )
     return examples.classes.unique().tolist()

@@ -30,7 +30,7 @@ class Check(NamedTuple):
     Attributes:
         what: What was checked.
         ok: Whether it passed; ``None`` for a note, which neither passes nor fails.
-        found: The result in words.
+        found: The result of the check in words.
     """
 
     what: str
@@ -43,11 +43,12 @@ class Verification:
     """The result of :func:`verify`. Printed, it lists the entries and all checks.
 
     Attributes:
-        record: The audit log.
-        entries: Its entries, up to the first that is damaged.
+        record: The path of the audit log.
+        entries: Its entries, up to the first damaged one.
         checks: All checks.
-        last_hash: The hash of the last entry. Publish it, and others can detect later changes of any entry up to it.
-        standing: The numbers of the entries with edits that were applied and not undone.
+        last_hash: The hash of the last entry. If you publish it, others can detect later changes of the entries up to
+            this one.
+        standing: The numbers of the entries whose edits were applied and not undone.
     """
 
     record: str
@@ -87,15 +88,15 @@ def verify(
     module: nn.Module | None = None,
     published: str | None = None,
 ) -> Verification:
-    """Checks an audit log, and edit files and weights against it.
+    """Checks an audit log, and checks edit files and weights against it.
 
-    Every entry must be unchanged since it was written, and hold the hash of the previous entry. A note says where the
-    weights before an entry differ from those after the previous one: the model was trained or changed in between. The
-    weights of a checkpoint or module must equal those after the last entry, bit for bit.
+    Every entry must be unchanged since it was written, and have the hash of the previous entry. If the weights before
+    an entry differ from those after the previous entry, a note says so: the model was trained or changed in between.
+    The weights of a checkpoint or module must equal those after the last entry, bit for bit.
 
     Args:
         record: The file that ``GIFCallback(record=…)`` wrote.
-        edits: One or several edit files or reports. The digests of each must equal those of an entry.
+        edits: One or more edit files or reports. The digests of each must equal those of an entry.
         checkpoint: A Lightning checkpoint. No code in it is executed.
         module: A module.
         published: A hash that was published earlier. It must be the hash of an entry.
@@ -104,7 +105,7 @@ def verify(
         The verification. A damaged audit log is a failed check, not an error.
 
     Raises:
-        ConfigurationError: If ``edits`` holds anything but files and reports.
+        ConfigurationError: If ``edits`` has anything other than files and reports.
         FileNotFoundError: If a file does not exist.
 
     Example::
@@ -115,15 +116,15 @@ def verify(
     """
     if isinstance(edits, (str, os.PathLike, UnlearnReport)):
         edits = [edits]
-    kept = read(record)
-    entries = kept.entries
-    damaged = kept.damage is not None or not entries
-    if kept.damage is not None:
-        found = f"{kept.damage} The lines from there on are not checked."
+    log = read(record)
+    entries = log.entries
+    damaged = log.damage is not None or not entries
+    if log.damage is not None:
+        problem = f"{log.damage} The lines from there on are not checked."
         if not entries:
-            found += f" If {os.fspath(record)!r} is another file, give the one that edits were recorded in."
-        chain = Check("chain", False, found)
-    elif not entries:  # a record begins with its first entry
+            problem += f" If {os.fspath(record)!r} is another file, give the one in which edits were recorded."
+        chain = Check("chain", False, problem)
+    elif not entries:  # an audit log is created with its first entry
         chain = Check("chain", False, "there is no entry: all of them were cut off, or this is not an audit log")
     else:
         intact = f"{_counted(len(entries), 'entry is as it was', 'entries are as they were')} written, in this order"
@@ -142,38 +143,38 @@ def verify(
             checks.append(_weights(what, weights_digest(weights), entries, damaged))
     if module is not None:
         checks.append(_weights("module", weights_digest(module), entries, damaged))
-    return Verification(os.fspath(record), entries, checks, kept.last_hash, _standing(entries))
+    return Verification(os.fspath(record), entries, checks, log.last_hash, _standing(entries))
 
 
 def _joins(entries: list[dict[str, Any]]) -> list[Check]:
-    """Notes on weights that were changed by something else than a recorded edit."""
-    found = []
+    """Notes about weights that changed between entries, by something other than a recorded edit."""
+    checks = []
     for one, other in itertools.pairwise(entries):
         if one["weights"]["after"] != other["weights"]["before"]:
             where = _place(other["weights"]["before"], entries[: one["number"]])
-            came = (
+            reason = (
                 "the model was trained or changed otherwise in between, or is another one"
                 if where is None
-                else f"they are those {where}, so later changes were not kept"
+                else f"it starts from the weights {where}, so later changes were not kept"
             )
             what = f"entries {one['number']} and {other['number']}"
-            found.append(Check(what, None, f"the second does not start from the weights after the first: {came}"))
-    if len(entries) > 1 and not found:
-        found.append(Check("joins", True, "each entry starts from the weights after the one before"))
-    return found
+            checks.append(Check(what, None, f"the second does not start from the weights after the first: {reason}"))
+    if len(entries) > 1 and not checks:
+        checks.append(Check("joins", True, "each entry starts from the weights after the one before"))
+    return checks
 
 
-def _absent(what: str, damaged: bool, found: str) -> Check:
-    """The check of something that no entry has: a note if there are entries that cannot be read."""
-    return Check(what, None, "of no entry that can be read") if damaged else Check(what, False, found)
+def _absent(what: str, damaged: bool, result: str) -> Check:
+    """The check of something that matches no entry. If some entries cannot be read, it is only a note."""
+    return Check(what, None, "matches no entry that can be read") if damaged else Check(what, False, result)
 
 
 def _published(published: str, entries: list[dict[str, Any]], damaged: bool) -> Check:
     here = [entry["number"] for entry in entries if entry["hash"] == published.strip()]
     if here:
-        return Check("published hash", True, f"that of entry {here[0]}: no entry up to it has been changed since")
+        return Check("published hash", True, f"matches entry {here[0]}: no entry up to it has been changed since")
     return _absent(
-        "published hash", damaged, "of no entry: the audit log was rewritten or cut off since it was published"
+        "published hash", damaged, "matches no entry: the audit log was rewritten or cut off since it was published"
     )
 
 
@@ -192,26 +193,26 @@ def _edit(given: str | os.PathLike[str] | UnlearnReport, entries: list[dict[str,
     same = [entry for entry in entries if entry["edit"]["values"] == digests["values"]]
     whole = [entry["number"] for entry in same if entry["edit"] == digests]
     if whole:
-        return Check(what, True, f"that of {_listed(whole)}")
+        return Check(what, True, f"matches {_listed(whole)}")
     if same:
         numbers = _listed([entry["number"] for entry in same])
-        differs = "its report is another one: it was changed, or is of another call with the same result"
+        differs = "its report differs: it was changed, or is from another call with the same result"
         return Check(what, False, f"it changes the weights as in {numbers}, but {differs}")
-    return _absent(what, damaged, "of no entry: it was changed, or was computed elsewhere")
+    return _absent(what, damaged, "matches no entry: it was changed, or was computed elsewhere")
 
 
-def _weights(what: str, found: str, entries: list[dict[str, Any]], damaged: bool) -> Check:
-    where = _place(found, entries)
+def _weights(what: str, weights: str, entries: list[dict[str, Any]], damaged: bool) -> Check:
+    where = _place(weights, entries)
     if where is None:
         return _absent(
             what,
             damaged,
-            f"its weights (SHA-256 {found[:_SHORT]}…) are those of no entry: they were trained or changed otherwise, or"
-            " are those of another model",
+            f"its weights (SHA-256 {weights[:_SHORT]}…) match no entry: they were trained or changed otherwise, or"
+            " belong to another model",
         )
     if damaged:
-        return Check(what, None, f"its weights are those {where}, as far as it can be read")
-    if entries[-1]["weights"]["after"] == found:
+        return Check(what, None, f"its weights are those {where}, as far as the audit log can be read")
+    if entries[-1]["weights"]["after"] == weights:
         return Check(what, True, "its weights are, bit by bit, those after the last entry")
     return Check(what, False, f"its weights are those {where}, not those after the last entry")
 
@@ -240,11 +241,14 @@ def _standing(entries: list[dict[str, Any]]) -> list[int]:
 
 
 def _summary(entry: dict[str, Any]) -> str:
-    """What an entry is about, as far as it says so. Its hash is right, but anyone can compute one."""
-    asked = entry.get("asked")
-    if not isinstance(asked, dict):
+    """The event, the number of examples and the goal of an entry.
+
+    The values are checked, because a correct hash does not show who wrote the entry.
+    """
+    request = entry.get("asked")
+    if not isinstance(request, dict):
         return str(entry["event"])
-    count, goal = asked.get("n_forget"), asked.get("goal")
+    count, goal = request.get("n_forget"), request.get("goal")
     if not isinstance(count, int) or goal not in GOALS:
         return str(entry["event"])
     return f"{entry['event']:<7}  {_counted(count, 'example', 'examples')} (goal: {goal})"

@@ -256,9 +256,9 @@ def test_an_empty_list_is_not_a_query() -> None:
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        ({"x": X, "y": Y}, ["not structured", "'x'", "In training", "float32[4, 6]"]),
-        ((X, Y, Y), ["not structured", "In training"]),
-        (X, ["not structured", "float32[4, 6]", "In training"]),
+        ({"x": X, "y": Y}, ["have the structure of", "'x'", "In training", "float32[4, 6]"]),
+        ((X, Y, Y), ["have the structure of", "In training"]),
+        (X, ["have the structure of", "float32[4, 6]", "In training"]),
         ((X[0], Y[0]), ["float32[6]", "In training"]),
         ((X, Y[:3]), ["disagree", "int64[3]"]),
         ((X[:, :5], Y), ["could not be computed", "float32[4, 5]", "In training", "float32[5, 6]"]),
@@ -475,7 +475,7 @@ def test_a_call_before_fit_reports_what_is_missing() -> None:
     trainer.validate(module, loader(blobs(), shuffle=False), verbose=False)
     with refused(module, TrainingDataError, "no training data", "dataloader="):
         trainer.influence((X, Y))
-    with refused(module, SelectionError, "no cached targets", "Fit", "targets='batch'", "attach"):
+    with refused(module, SelectionError, "no cached targets", "Call fit", "targets='batch'", "attach"):
         trainer.influence((X, Y), targets="cached", dataloader=loader(blobs()))
     assert trainer.influence((X, Y), dataloader=loader(blobs())).scores.shape == (1, 48)
     assert trainer.influence((X, Y), targets="batch", dataloader=loader(blobs())).scores.shape == (1, 48)
@@ -512,11 +512,11 @@ def test_unlearning_all_examples_is_refused() -> None:
 @pytest.mark.parametrize(
     ("relabel", "words"),
     [
-        (torch.zeros(3, dtype=torch.long), ["3 targets", "4 examples", "one for each"]),
+        (torch.zeros(3, dtype=torch.long), ["3 targets", "4 examples", "one target for each"]),
         (torch.zeros(4, 2, dtype=torch.long), ["[4, 2]", "[4]", "one new target for each"]),
         (lambda batch: batch[1][:2], ["[2]", "[4]"]),
-        (9, ["`relabel`", "the class 9", "predicts 3: 0 to 2"]),
-        (-1, ["class -1", "predicts 3: 0 to 2"]),
+        (9, ["`relabel`", "the label 9", "predicts 3 classes: 0 to 2"]),
+        (-1, ["label -1", "predicts 3 classes: 0 to 2"]),
         (["a", "b", "c", "d"], ["`relabel`", "numbers", "'a'"]),
         ([[1], [1, 2], [1], [1]], ["`relabel`", "numbers"]),
         (numpy.True_, ["`relabel`", "True"]),
@@ -558,7 +558,7 @@ def test_relabelling_a_batch_without_recognisable_targets_is_refused() -> None:
     data = [{"input": x, "answer": y} for x, y in blobs()]
     trainer, module = make_trainer(quick(), max_epochs=1), Keyed()
     trainer.fit(module, loader(data))
-    with refused(module, BatchError, "does not show its targets", "'answer'", "label"):
+    with refused(module, BatchError, "does not show which tensor has the targets", "'answer'", "label"):
         trainer.unlearn({"input": X, "answer": Y}, relabel=1)
 
 

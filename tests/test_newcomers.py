@@ -73,5 +73,5 @@ def test_a_function_as_a_solver_gets_one_right_hand_side_at_a_time(registered: A
 def test_a_solver_that_returns_a_tensor_raises_with_a_remedy(registered: Any) -> None:
     registered("careless", lambda operator, rhs, **options: torch.zeros(operator.shape[1]))
     trainer, _, dataset = fitted()
-    with pytest.raises(ConfigurationError, match=r"'careless' must give a lightning_gif.solvers.Solution.*got list"):
+    with pytest.raises(ConfigurationError, match=r"'careless' must return a lightning_gif.solvers.Solution.*got list"):
         trainer.influence(batch_of(dataset, [0]), solver="careless")

@@ -57,7 +57,7 @@ def test_targets_of_another_model_are_refused() -> None:
     space = ParameterSpace(net())
     with pytest.raises(SelectionError, match=r"'0\.weigth' is not a trainable parameter.*'0\.weight'"):
         Targets({"0.weigth": torch.tensor([0])}).flat(space)
-    with pytest.raises(SelectionError, match="reach index 12, but the parameter has 12"):
+    with pytest.raises(SelectionError, match="include index 12, but the parameter has 12"):
         Targets({"0.weight": torch.tensor([12])}).flat(space)
     with pytest.raises(SelectionError, match="Raise `ratio`"):
         Targets({"0.weight": torch.tensor([], dtype=torch.long)})
@@ -161,13 +161,13 @@ def test_an_edit_produces_the_recorded_weights_or_changes_nothing(part: str) -> 
     edit = Edit.plan(module, targets, space, torch.tensor([0.1, 0.2, 0.3]))
     start = digest(dict(module.named_parameters()))
     if part != "old":
-        with pytest.raises(EditError, match="Cannot apply the edit: its indices or values are not those"):
+        with pytest.raises(EditError, match="Cannot apply the edit: its indices or values were changed"):
             damaged(edit, part).apply(module)
         assert digest(dict(module.named_parameters())) == start
     edit.apply(module)
     end = digest(dict(module.named_parameters()))
     if part != "new":
-        with pytest.raises(EditError, match="Cannot undo the edit: its indices or values are not those"):
+        with pytest.raises(EditError, match="Cannot undo the edit: its indices or values were changed"):
             damaged(edit, part).undo(module)
         assert digest(dict(module.named_parameters())) == end
     edit.undo(module)
@@ -189,7 +189,7 @@ def test_targets_that_are_not_indices_are_refused(entries: torch.Tensor) -> None
 
 
 def test_targets_below_zero_are_refused() -> None:
-    with pytest.raises(SelectionError, match="reach index -1"):
+    with pytest.raises(SelectionError, match="include index -1"):
         Targets({"0.weight": torch.tensor([-1, 2])}).flat(ParameterSpace(net()))
 
 

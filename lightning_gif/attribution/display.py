@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["draw", "draw_shares", "log", "rows", "short_text", "shorten", "text"]
 
 
-# A histogram is drawn of about so many scores, evenly spaced; one of all scores would look the same.
+# The number of scores, evenly spaced, that a logged histogram is computed from. All scores would give the same picture.
 _IN_HISTOGRAM = 2**22
 
 # Examples in each row of a figure by default.

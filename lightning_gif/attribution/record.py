@@ -179,8 +179,8 @@ class InfluenceRecord:
     def to_record(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The content of a file: plain values for JSON, and tensors by name.
 
-        It includes the label and the picture or text of up to eight examples of the query, and of up to ``k``
-        proponents and opponents of each of the first eight queries.
+        It includes the label and the picture or text of the shown examples. These are up to eight examples of the
+        query, and up to ``k`` proponents and opponents of each of the first eight queries.
         """
         rankings = (self.proponents(), self.opponents())
         strong = {int(index) for ranking in rankings for index in ranking.indices[:MOST_QUERIES].flatten()}

@@ -30,16 +30,16 @@ __all__ = ["DenseInverse", "SketchInverse", "SolverInverse", "inverse_for_querie
 # it, 0.545 at 0.1). The CNN is best with more (0.35 at 0.3, 0.29 at 0.03).
 RELATIVE_DAMPING, POWER_ITERATIONS = 1e-3, 3
 
-# Up to so many parameters, self-influence forms the curvature matrix. This takes one product for each parameter, and at
-# most 8 MiB.
+# Up to this number of parameters, self-influence forms the curvature matrix. This takes one product for each parameter,
+# and at most 8 MiB.
 DENSE_PARAMETERS = 1024
 
 # The largest number of right-hand sides in one solve, and how many vectors of the model's size each of them takes.
 # Right-hand sides in one solve share the first passes that are not kept.
 _MOST_TOGETHER, _VECTORS = 16, 12
 
-# While a sketch is computed, so many matrices of its size are in memory: test vectors, their products, the shifted
-# products, their half-factorised form, and the basis. Each step needs its matrix as a whole.
+# The number of matrices of the sketch's size that are in memory while it is computed: test vectors, their products, the
+# shifted products, their half-factorised form, and the basis. Each step needs its matrix as a whole.
 _SKETCH_COPIES = 5
 
 

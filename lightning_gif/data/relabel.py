@@ -33,7 +33,7 @@ def relabelled(examples: Examples, targets: Tensor | int | Callable[[Any], Tenso
     if isinstance(targets, Tensor) and targets.ndim and len(targets) != len(examples):
         raise BatchError(
             f"`relabel` has {len(targets)} targets for {len(examples)} examples. Give one target for each example: in"
-            " the order of the batch or the indices, or in dataset order if `forget` is a loader or a function."
+            " the order of the batch or the indices, or in dataset order for a loader or a function."
         )
     changed, start = [], 0
     if not examples.divisible:  # one example in each batch, so that parts of them can be taken from memory

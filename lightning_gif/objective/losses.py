@@ -24,7 +24,7 @@ from .shadow import Shadow
 __all__ = ["BatchedLoss", "LossFunction", "OneByOneLoss", "OwnLoss", "VectorisedLoss", "choose_loss"]
 
 
-# Gradients of single examples are computed for so many examples at a time that they take at most these bytes.
+# The largest number of bytes of gradients of single examples that are computed at a time.
 _GRADIENT_BYTES = 2**28
 
 Reduction = Literal["mean", "sum"]

@@ -1,1 +1,1 @@
-"""Code that both reports share: loggers, previews of examples, and notes."""
+"""Code that both kinds of reports share: logging, previews of examples, and notes."""

@@ -1,4 +1,4 @@
-"""The context of a report: what it needs of the trainer after the call has returned."""
+"""The context of a report: what it needs from the trainer after the call has returned."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 @dataclass
 class CallContext:
-    """What a report knows of the trainer. A report loaded from a file has only its ``global_step``.
+    """The trainer's loggers, step count and process group. A report loaded from a file has only ``global_step``.
 
     Attributes:
-        loggers: The loggers that ``report.log()`` logs to by default.
-        global_step: The trainer's optimizer steps at the time of the call.
-        processes: The processes that have the report. The first one writes files.
+        loggers: The loggers that ``report.log()`` uses by default.
+        global_step: The number of the trainer's optimizer steps at the time of the call.
+        processes: The process group. Each process has the report, and the first one writes files.
     """
 
     loggers: Sequence[Any] = ()
@@ -35,7 +35,7 @@ class _HasContext(Protocol):
 
 
 class ContextAttribute(Generic[T]):
-    """An attribute of a report that is stored in its ``context``, so it can be set although the report is frozen."""
+    """An attribute of a report that is stored in its ``context``. It can be set even if the report is frozen."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name

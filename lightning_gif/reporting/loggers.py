@@ -1,4 +1,4 @@
-"""Logging of reports. What a logger gets depends on its methods, never on its package."""
+"""Logging of reports. What a logger gets depends on the methods that it has, not on its class."""
 
 from __future__ import annotations
 
@@ -26,32 +26,31 @@ _BINS = 64
 
 
 def running(loggers: Iterable[Any]) -> list[Any]:
-    """The loggers with a run that is not finished. Warns about each of the others.
+    """The loggers whose run is not finished. Warns about each of the others.
 
-    A finished W&B run refuses new values, and a report should not start another run.
+    A finished W&B run accepts no new values, and a report should not start another run.
     """
-    found = []
+    unfinished = []
     for logger in loggers:
         run = getattr(logger, "experiment", None)
-        # W&B has no public name for it; under another one its refusal would be raised, or warned of by the callback. A
-        # dummy experiment has every attribute, but none that is True.
+        # W&B has no public attribute for this. If it renames this one, W&B's own error is raised, or is a warning of
+        # the callback. ``is True``, because a dummy experiment has every attribute.
         if getattr(run, "_is_finished", False) is True:
             rank_zero_warn(
-                f"{type(logger).__name__} did not take the report: its run {getattr(run, 'id', '')} is finished, and no"
-                " new one is started. Make the report before the run is finished, or log it with an open run:"
+                f"{type(logger).__name__} did not log the report: its run {getattr(run, 'id', '')} is finished, and no"
+                " new one is started. Compute the report before the run is finished, or log it to an open run:"
                 " report.log([logger]).",
                 category=GIFWarning,
             )
         else:
-            found.append(logger)
-    return found
+            unfinished.append(logger)
+    return unfinished
 
 
 def log_scalars(loggers: Iterable[Any], values: Mapping[str, Any], *, prefix: str, step: int) -> None:
     """Logs the finite numbers among ``values`` to every logger, as ``prefix/name``. Other values are left out.
 
-    Like all of these functions, it flushes each logger. Loggers flush at the end of ``fit``, but most reports are made
-    after it.
+    Each logger is flushed. Loggers flush at the end of ``fit`` on their own, but most reports are logged later.
     """
     numbers = {
         f"{prefix}/{name}": float(value)
@@ -66,13 +65,13 @@ def log_scalars(loggers: Iterable[Any], values: Mapping[str, Any], *, prefix: st
 def log_table(loggers: Iterable[Any], key: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Logs a table to the loggers that have ``log_table``, such as ``WandbLogger``. Arrays become images.
 
-    No step is passed: W&B orders by its own counter, and refuses a step below an earlier one.
+    No step is passed, because W&B has its own counter and rejects a step below an earlier one.
 
     Args:
         loggers: Lightning loggers.
         key: The name of the table.
         columns: The names of the columns.
-        rows: One value for each column. They are not computed if no logger takes tables.
+        rows: The rows, with one value for each column. They are not computed if no logger supports tables.
     """
     takers = [logger for logger in loggers if _takes_tables(logger)]
     table = [list(row) for row in rows] if takers else []
@@ -81,10 +80,10 @@ def log_table(loggers: Iterable[Any], key: str, columns: Sequence[str], rows: It
 
 
 def log_histogram(loggers: Iterable[Any], key: str, values: Tensor, *, step: int) -> None:
-    """Logs a histogram of ``values`` to the loggers that take tables or that have a writer with ``add_histogram``."""
+    """Logs a histogram of ``values`` to loggers with ``log_table``, or whose experiment has ``add_histogram``."""
     for logger in loggers:
         if _takes_tables(logger):
-            import wandb  # only a logger that is W&B's gets here, so the user has it loaded
+            import wandb  # a logger with log_table is W&B's, so wandb is installed
 
             counts = np.histogram(values.numpy(), bins=_BINS)
             logger.log_metrics({key: wandb.Histogram(np_histogram=counts)})
@@ -94,28 +93,28 @@ def log_histogram(loggers: Iterable[Any], key: str, values: Tensor, *, step: int
 
 
 def log_text(loggers: Iterable[Any], key: str, text: str, *, step: int) -> None:
-    """Logs a text with its line breaks to the loggers that have a writer with ``add_text``, such as TensorBoard."""
+    """Logs a text with its line breaks to loggers whose experiment has ``add_text``, such as TensorBoard."""
     for logger, add_text in _writers(loggers, "add_text"):
-        add_text(key, textwrap.indent(text, "    "), step)  # four spaces: Markdown keeps the lines
+        add_text(key, textwrap.indent(text, "    "), step)  # Markdown keeps the line breaks of indented text
         _write_out(logger)
 
 
 def log_figure(loggers: Iterable[Any], key: str, draw: Callable[[], Figure], *, step: int) -> None:
-    """Logs a figure to the loggers that have a writer with ``add_figure``, such as TensorBoard.
+    """Logs a figure to loggers whose experiment has ``add_figure``, such as TensorBoard.
 
-    The figure is drawn only if there is such a logger. Without matplotlib nothing is drawn: reports are logged
-    automatically, and this should not require matplotlib.
+    The figure is drawn only if there is one of these loggers. Without matplotlib nothing is drawn, because reports are
+    logged automatically and matplotlib is optional.
     """
     takers = list(_writers(loggers, "add_figure"))
     if takers and importlib.util.find_spec("matplotlib") is not None:
-        made = draw()
+        drawn = draw()
         for logger, add_figure in takers:
-            add_figure(key, made, step)
+            add_figure(key, drawn, step)
             _write_out(logger)
 
 
 def log_eigenvalues(loggers: Iterable[Any], prefix: str, curvature: Mapping[str, Any]) -> None:
-    """Logs the extreme eigenvalues, if they were requested, to the loggers that take tables."""
+    """Logs the extreme eigenvalues, if they were computed, to the loggers that have ``log_table``."""
     rows = [
         [end, rank, value]
         for end in ("largest", "smallest")
@@ -127,9 +126,9 @@ def log_eigenvalues(loggers: Iterable[Any], prefix: str, curvature: Mapping[str,
 
 def _cell(value: Any) -> Any:
     if hasattr(value, "__array_interface__"):
-        import wandb  # as above
+        import wandb  # a logger with log_table is W&B's, so wandb is installed
 
-        factor = -(-_SMALLEST_SHOWN // min(value.shape[:2]))  # tables show a picture at its own size, or smaller
+        factor = -(-_SMALLEST_SHOWN // min(value.shape[:2]))  # tables do not enlarge small images
         return wandb.Image(value.repeat(factor, axis=0).repeat(factor, axis=1))
     return value
 
@@ -139,11 +138,11 @@ def _takes_tables(logger: Any) -> bool:
 
 
 def _writers(loggers: Iterable[Any], method: str) -> Iterator[tuple[Any, Callable[..., Any]]]:
-    """The loggers with an experiment that has the method, each with this method."""
+    """Yields the loggers whose experiment has a method, each with this method."""
     for logger in loggers:
-        found = getattr(getattr(logger, "experiment", None), method, None)
-        if callable(found):
-            yield logger, found
+        write = getattr(getattr(logger, "experiment", None), method, None)
+        if callable(write):
+            yield logger, write
 
 
 def _write_out(logger: Any) -> None:

@@ -1,4 +1,4 @@
-"""Notes, which are warnings that a report also keeps, and phrases that both reports use."""
+"""Notes, which are warnings that a report also has, and phrases that both kinds of reports use."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def describe_solve(solver: str, status: object | None, iterations: int, residual
     """The diagnostics of a solve in one phrase: ``"cg, converged, 20 iterations, residual 5.1e-01"``.
 
     Args:
-        solver: Its name.
-        status: How it ended; ``None`` to leave that out.
-        iterations: How many it took.
-        residual: The relative residual; ``None`` to leave that out.
+        solver: The name of the solver.
+        status: How the solve ended; ``None`` to omit it.
+        iterations: The number of iterations.
+        residual: The relative residual; ``None`` to omit it.
     """
     parts = [solver, *([] if status is None else [str(status)])]
     parts.append(f"{iterations} iteration{'' if iterations == 1 else 's'}")

@@ -1,4 +1,4 @@
-"""Previews of examples, and figures of reports. matplotlib is imported only when a figure is made."""
+"""Previews of examples, and figures of reports. matplotlib is imported only when a figure is drawn."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LONGEST_TEXT = 200
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """The preview of an example for plots and tables. A saved report keeps it instead of the example itself.
+    """The preview of an example for plots and tables. A saved report has it instead of the example.
 
     Attributes:
         label: The target as a plain number or string; ``None`` if there is no single target.
@@ -47,7 +47,7 @@ class Shown:
 
     @classmethod
     def of(cls, item: Any) -> Shown:
-        """The preview of an item of a dataset. Arrays are treated as the tensors that collating makes of them."""
+        """The preview of an item of a dataset. Arrays are converted to tensors, as in collating."""
         item = _as_tensors(item)
         return cls(label_of(item), image_of(item), text_of(item))
 
@@ -61,12 +61,12 @@ def image_of(item: Any) -> Any | None:
     """The first tensor of a dataset's item as an image array, ``(H, W)`` or ``(H, W, 3)`` uint8.
 
     ``None`` unless its shape is ``(H, W)``, ``(1, H, W)``, ``(3, H, W)`` or ``(H, W, 3)`` with sides of at least 6.
-    Values are rescaled to the range 0 to 255, and images with a side above 512 are made smaller.
+    Values are rescaled to the range 0 to 255. Images with a side above 512 are reduced in size.
     """
-    found = next((tensor for tensor in tensors(item) if tensor.ndim >= 2), None)
-    if found is None or not found.numel() or found.is_complex():
+    tensor = next((tensor for tensor in tensors(item) if tensor.ndim >= 2), None)
+    if tensor is None or not tensor.numel() or tensor.is_complex():
         return None
-    image = found.detach().cpu().float().nan_to_num()
+    image = tensor.detach().cpu().float().nan_to_num()
     if image.ndim == 3 and image.shape[0] in (1, 3):
         image = image.movedim(0, -1).squeeze(-1)
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[-1] != 3) or min(image.shape[:2]) < _SMALLEST_IMAGE:
@@ -83,12 +83,12 @@ def image_of(item: Any) -> Any | None:
 def label_of(item: Any) -> Any | None:
     """The target of a dataset's item as a plain number or string; ``None`` if there is no single target.
 
-    Values that are no JSON numbers (NaN, complex numbers, decimals, dates) become strings.
+    Values that are not JSON numbers (NaN, complex numbers, decimals, dates) become strings.
     """
     target = _split(item)[1]
     if isinstance(target, Tensor):
         target = target.item() if target.numel() == 1 else None
-    elif hasattr(target, "item"):  # of NumPy
+    elif hasattr(target, "item"):  # NumPy arrays and numbers
         target = target.item() if target.size == 1 else None
     elif not isinstance(target, (str, Number)):
         target = None
@@ -99,8 +99,7 @@ def label_of(item: Any) -> Any | None:
 def text_of(item: Any) -> str:
     """The contents of a dataset's item without its label, as a text of limited length.
 
-    An item that holds text is shown by that text alone, without token ids or lengths. Any other item is shown by its
-    numbers, rounded.
+    If the item has strings, these are the text, without token ids or lengths. Otherwise its rounded numbers are.
     """
     inputs = item if label_of(item) is None else _split(item)[0]
     texts = list(_texts(inputs))
@@ -114,7 +113,7 @@ def text_of(item: Any) -> str:
 
 
 def figure(rows: int, cols: int, *, width: float, height: float) -> tuple[Figure, Any]:
-    """A figure with a grid of axes, outside of pyplot's global state.
+    """A figure with a grid of axes, created without pyplot and its global state.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -125,8 +124,8 @@ def figure(rows: int, cols: int, *, width: float, height: float) -> tuple[Figure
         raise ModuleNotFoundError(
             "Plots need matplotlib: pip install 'lightning-gif[examples]', or pip install matplotlib."
         ) from error
-    made = Figure(figsize=(width, height), layout="constrained")
-    return made, made.subplots(rows, cols, squeeze=False)
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    return drawn, drawn.subplots(rows, cols, squeeze=False)
 
 
 def show(axes: Axes, example: Shown, title: str) -> None:
@@ -151,23 +150,24 @@ def _split(item: Any) -> tuple[Any, Any]:
 
 
 def _as_tensors(data: Any) -> Any:
-    """The same item with tensors in place of arrays of numbers, including PIL images.
+    """Converts arrays of numbers in an item, including PIL images, to tensors.
 
-    Unlike ``default_convert`` it takes any array: a dataset with a custom collate function may hold them.
+    Unlike ``default_convert`` it accepts arrays of any dtype, which a dataset with a custom collate function may have.
+    Arrays without a corresponding tensor dtype stay as they are.
     """
     if isinstance(data, Mapping):
         return {name: _as_tensors(value) for name, value in data.items()}
     if isinstance(data, (list, tuple)):
         return [_as_tensors(value) for value in data]
     if hasattr(data, "__array_interface__"):
-        array = np.array(data)  # a copy, which a tensor can share also where the array runs backwards
+        array = np.array(data)  # a copy, because tensors cannot share arrays with negative strides
         if array.ndim and array.dtype.kind in "biuf" and array.dtype.isnative and array.itemsize <= 8:
             return torch.from_numpy(array)
     return data
 
 
 def _texts(data: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """The strings of an item, each with its key, or an empty string if there is no key."""
+    """Yields the key and the text of each string in an item. The key is an empty string if there is none."""
     if isinstance(data, str):
         yield name, data
     elif isinstance(data, Mapping):

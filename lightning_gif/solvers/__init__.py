@@ -1,4 +1,4 @@
-"""Solvers for linear systems with the curvature matrix. Pure linear algebra: nothing here knows of models."""
+"""Solvers for linear systems with the curvature matrix. They are pure linear algebra and do not depend on models."""
 
 from .base import SOLVERS, LinearOperator, SolveOptions, Solver, SolverRegistry
 from .cgls import cgls

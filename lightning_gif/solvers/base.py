@@ -21,14 +21,14 @@ class LinearOperator(Protocol):
     """A real matrix ``A`` of shape ``(rows, cols)``, given by its products with vectors.
 
     Attributes:
-        shape: ``(rows, cols)``.
-        dtype: The dtype of the vectors that go in and out.
-        device: Their device.
-        products: The number of Hessian-vector products spent so far.
-        examples: The number of examples that these products went through.
+        shape: The shape ``(rows, cols)``.
+        dtype: The dtype of the vectors.
+        device: The device of the vectors.
+        products: The number of Hessian-vector products so far.
+        examples: The number of examples in all these products together.
 
-    An operator that is symmetric and positive semi-definite declares it by an attribute ``positive_semidefinite`` that
-    is true. Without it nothing is assumed.
+    If ``A`` is symmetric and positive semi-definite, the operator should have a true attribute
+    ``positive_semidefinite``. Without it, no such property is assumed.
     """
 
     @property
@@ -54,18 +54,18 @@ class SolveOptions:
     """The options of a solve, the same for every solver.
 
     Attributes:
-        damping: ``λ ≥ 0``, what is added to the eigenvalues of a symmetric matrix ``C``, in their unit. Where ``C``
-            declares to be positive semi-definite, every solver solves ``(C + λ) x = g``: the choice of the solver does
-            not change the system. Where the matrix is rectangular or indefinite, least-squares solvers minimise
-            ``‖A x − g‖² + λ²‖x‖²``, in the same unit: an eigenvalue ``c`` counts as ``√(c² + λ²)``.
-        rtol: Relative residual at which the solve counts as converged; see
+        damping: The damping ``λ ≥ 0``, which is added to the eigenvalues of a symmetric matrix ``C``, in their unit. If
+            ``C`` is declared positive semi-definite, every solver solves ``(C + λ) x = g``. If the matrix is
+            rectangular or not declared so, least-squares solvers minimise ``‖A x − g‖² + λ²‖x‖²``: an eigenvalue or
+            singular value ``c`` then counts as ``√(c² + λ²)``.
+        rtol: The relative residual at which the solve counts as converged; see
             :attr:`Solution.residual <lightning_gif.solvers.Solution>`.
         max_iter: The largest number of iterations. An iteration costs two products for least squares, and one for
             symmetric matrices. For ``"nystrom"`` this is the rank of the sketch.
         seed: Seed of all random draws.
-        start: First iterate, ``(cols,)`` or ``(cols, q)``; zero by default. Zero is used as well if its residual is
-            smaller than that of the start.
-        discrepancy: Also stop once ``‖A x − g‖ ≤ discrepancy·‖g‖`` (Morozov's discrepancy principle).
+        start: The first iterate, ``(cols,)`` or ``(cols, q)``; zero by default. Zero is also used if its residual is
+            smaller than that of ``start``.
+        discrepancy: The solve also stops if ``‖A x − g‖ ≤ discrepancy·‖g‖`` (Morozov's discrepancy principle).
     """
 
     damping: float = 0.0
@@ -77,11 +77,11 @@ class SolveOptions:
 
 
 Algorithm = Callable[..., "Solution | list[Solution]"]
-"""``(operator, rhs, options) →`` a solution, or a list for columns. Keywords beyond the options belong to it alone."""
+"""``(operator, rhs, options) →`` a solution, or a list for columns. It may take further keywords of its own."""
 
 
 class Solver:
-    """An algorithm for linear systems, and a declaration of what it needs and supports.
+    """An algorithm for linear systems, with a declaration of its requirements and of the options that it supports.
 
     It is called with an operator, a right-hand side and, as keywords, any of :class:`SolveOptions`. Unsupported
     operators and options raise an error before the solve starts.
@@ -91,13 +91,13 @@ class Solver:
         algorithm: ``(operator, rhs, options: SolveOptions) →`` a :class:`~lightning_gif.solvers.Solution`, or a list
             for columns.
         requires_symmetric_psd: Whether the matrix must be symmetric and positive semi-definite. Only the shape is
-            checked here. If it is false, the solver takes any matrix, in the least-squares sense.
+            checked here. If it is false, the solver accepts any matrix and solves in the least-squares sense.
         requires_damping: Whether the damping must be positive.
         requires_draws: Whether the operator must be able to draw batches, by a method ``draw(seed)``.
         shares_products_across_rhs: Whether the number of products does not depend on the number of right-hand sides,
             so that all of them should be solved together.
-        supports_start: Whether a first iterate can be given.
-        supports_discrepancy: Whether the solve can stop at a discrepancy.
+        supports_start: Whether the solver accepts a first iterate.
+        supports_discrepancy: Whether the solver can stop at a discrepancy.
         max_iter: The default of :attr:`SolveOptions.max_iter`.
 
     Example:
@@ -150,18 +150,18 @@ class Solver:
         """Solves the system for one or several right-hand sides.
 
         Args:
-            operator: ``A``, ``(rows, cols)``.
-            rhs: ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
-            damping: See :class:`SolveOptions`, also for the next five.
-            rtol: Relative residual that counts as converged.
+            operator: The matrix ``A``, ``(rows, cols)``.
+            rhs: The right-hand side ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
+            damping: The damping. :class:`SolveOptions` describes this option and the next five.
+            rtol: The relative residual that counts as converged.
             max_iter: The largest number of iterations; by default that of the solver.
             seed: Seed of all random draws.
-            start: First iterate.
-            discrepancy: Stop at this unexplained share.
+            start: The first iterate.
+            discrepancy: The unexplained share at which the solve stops.
             **own: Options of this solver only.
 
         Returns:
-            A solution for a right-hand side ``(rows,)``; a list of ``q`` for several as columns.
+            One solution if ``rhs`` is a vector ``(rows,)``; a list of ``q`` solutions if it has columns.
 
         Raises:
             ConfigurationError: If the solver does not support the operator or an option.
@@ -191,14 +191,14 @@ class Solver:
                 "no `discrepancy`",
                 options.discrepancy > 0,
                 f"discrepancy={options.discrepancy}",
-                "Leave `discrepancy` at 0, or use solver='lsmr', which stops there.",
+                "Leave `discrepancy` at 0, or use solver='lsmr', which supports it.",
             ),
             (
                 self.requires_damping,
                 "a `damping` above 0",
                 not options.damping > 0,
                 f"damping={options.damping}",
-                "Leave `damping` out to have it measured, or use solver='cg' or 'lsmr'.",
+                "Omit `damping` to have it measured, or use solver='cg' or 'lsmr'.",
             ),
         ):
             if declared:
@@ -212,8 +212,8 @@ class Solver:
             )
         if self.requires_draws and not hasattr(operator, "draw"):
             raise ConfigurationError(
-                f"solver={self.name!r} needs an operator over examples that it can draw batches from, which"
-                f" {type(operator).__name__} is not. Use solver='lissa'."
+                f"solver={self.name!r} needs an operator that can draw random batches with draw(seed), but"
+                f" {type(operator).__name__} cannot. Use solver='lissa'."
             )
 
 
@@ -229,9 +229,9 @@ class SolverRegistry(Registry[Solver]):
     """The solvers by name.
 
     A plain function ``(operator, rhs, *, damping, rtol, max_iter, seed, discrepancy)`` can be registered directly. It
-    is called with one right-hand side ``(rows,)`` at a time, and is expected to solve any matrix in the least-squares
-    sense. Register a :class:`Solver` to declare requirements. Both get the requested damping.
-    :func:`~lightning_gif.solvers.operators.damped_system` turns it into a least-squares problem.
+    is called with one right-hand side ``(rows,)`` at a time, and must accept any matrix and solve in the least-squares
+    sense. Register a :class:`Solver` to declare requirements. Both kinds have to apply the damping themselves;
+    :func:`~lightning_gif.solvers.operators.damped_system` helps with that.
 
     Example:
         >>> solvers = SolverRegistry("solver")
@@ -260,9 +260,9 @@ class SolverRegistry(Registry[Solver]):
 
 
 def _with_keywords(function: Algorithm) -> Algorithm:
-    """An algorithm that hands its options to a function as keywords, and one right-hand side at a time.
+    """An algorithm that calls a function for each right-hand side, with the options as keywords.
 
-    A start is only handed on where there is one.
+    ``start`` is passed only if it is given.
     """
 
     def algorithm(operator: LinearOperator, rhs: Tensor, options: SolveOptions, **own: Any) -> Any:
@@ -284,11 +284,11 @@ SOLVERS = SolverRegistry("solver")
 
 
 def solver(name: str, **declared: Any) -> Callable[[Algorithm], Solver]:
-    """Decorator that makes an algorithm a registered :class:`Solver`.
+    """Decorator that turns an algorithm into a registered :class:`Solver`.
 
     Args:
         name: The name to register it under.
-        **declared: What it needs and supports, see :class:`Solver`.
+        **declared: Its requirements and supported options, see :class:`Solver`.
     """
 
     def add(algorithm: Algorithm) -> Solver:

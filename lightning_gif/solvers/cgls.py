@@ -16,9 +16,9 @@ __all__ = ["cgls"]
 def cgls(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
     """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by conjugate gradients on the normal equations.
 
-    Each iteration costs one product with ``A`` and one with ``Aᵀ``. Each iterate minimises
-    ``‖A x − g‖² + λ²‖x‖²`` over the Krylov space. The residual of the normal equations, by which convergence is
-    judged, is not monotone; :func:`~lightning_gif.solvers.lsmr` minimises that residual instead.
+    Each iteration costs one product with ``A`` and one with ``Aᵀ``. Each iterate minimises ``‖A x − g‖² + λ²‖x‖²`` over
+    the Krylov space. Convergence is measured by the residual of the normal equations, which can rise between
+    iterations. :func:`~lightning_gif.solvers.lsmr` minimises that residual instead.
 
     Returns:
         The iterate with the smallest residual as a :class:`~lightning_gif.solvers.Solution`; a list for columns.

@@ -14,10 +14,10 @@ from .vectors import require_finite
 
 __all__ = ["dense", "to_matrix"]
 
-# A matrix of so many entries takes 0.4 GB in float64, and its decomposition a few times as much.
+# A matrix with this many entries takes 0.4 GB in float64, and its decomposition several times as much.
 _MOST_ENTRIES = 50_000_000
 
-# Columns that are multiplied together: they share the passes that do not depend on the vector.
+# The number of columns in one product. They share the passes that do not depend on the vector.
 _AT_ONCE = 64
 
 
@@ -31,7 +31,7 @@ def to_matrix(operator: LinearOperator) -> Tensor:
     rows, cols = operator.shape
     if rows * cols > _MOST_ENTRIES:
         raise ConfigurationError(
-            f"solver='dense' would build a matrix of {rows} x {cols} entries. It is for small networks, and takes at"
+            f"solver='dense' would build a matrix of {rows} x {cols} entries. It is for small networks, and allows at"
             f" most {_MOST_ENTRIES:,} entries. Use solver='lissa', or select fewer parameters."
         )
     identity = torch.eye(min(rows, cols), dtype=operator.dtype, device=operator.device)
@@ -47,8 +47,9 @@ def to_matrix(operator: LinearOperator) -> Tensor:
 def dense(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
     """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by the singular value decomposition of the dense matrix, in float64.
 
-    Singular values within rounding of zero, in the precision of the operator, are dropped, so the result is the
-    minimiser of least norm. There are no iterations: ``rtol`` only decides whether the status is ``CONVERGED``.
+    Singular values that are zero up to rounding in the operator's precision are dropped. So without damping the result
+    is the minimiser with the smallest norm. There are no iterations: ``rtol`` only decides whether the status is
+    ``CONVERGED``.
 
     Raises:
         ConfigurationError: If the matrix would have more than 50 million entries.

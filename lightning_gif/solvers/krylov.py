@@ -1,10 +1,10 @@
 """Conjugate gradients, for the normal equations of least squares and for a symmetric matrix itself.
 
-These are two different iterations. :class:`ConjugateGradients` carries the residual ``g − A x`` and multiplies it by
-``Aᵀ`` at each step. This is more accurate than conjugate gradients on the matrix ``AᵀA`` (Björck, *Numerical Methods
-for Least Squares Problems*, section 7.4). It never meets negative curvature, and solvers use its iterates one by one.
-:class:`SymmetricConjugateGradients` costs half as many products, and depends on the condition number instead of its
-square, but must handle negative curvature.
+These are two different iterations. :class:`ConjugateGradients` updates the residual ``g − A x`` and multiplies it by
+``Aᵀ`` in each iteration. This is more accurate than conjugate gradients on the matrix ``AᵀA`` (Björck, *Numerical
+Methods for Least Squares Problems*, section 7.4). It never meets negative curvature. Solvers call it for one iteration
+at a time. :class:`SymmetricConjugateGradients` costs half as many products, and its rate depends on the condition
+number instead of its square. But it has to handle negative curvature.
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ from .vectors import columns, norms, require_finite
 
 __all__ = ["ConjugateGradients", "SymmetricConjugateGradients"]
 
-# The largest singular value has converged long before.
+# The number of coefficients that are kept to estimate the largest singular value, which converges in fewer iterations.
 _MOST_COEFFICIENTS = 30
 
-# Curvature below this share of the largest, times the square of the precision, and a residual whose square is below
-# this share of the first one, times the same, are rounding.
+# Factors of the limits below which the curvature along a direction, and the squared residual, count as rounding.
 _ROUNDING, _RESIDUAL_ROUNDING = 10.0, 1e-6
 
 
 class ConjugateGradients:
     """CGLS (Hestenes and Stiefel 1952; Björck, *Numerical Methods for Least Squares Problems*, algorithm 7.4.1).
 
-    Minimises ``‖A x − g‖² + λ²‖x‖²`` over the Krylov space of ``AᵀA + λ²`` and ``Aᵀg``, which grows by one dimension
-    and two products a step. From its coefficients the largest singular value that the right-hand side can meet is known
-    after a few steps, see :func:`~lightning_gif.solvers.lanczos.largest_singular_value`.
+    Minimises ``‖A x − g‖² + λ²‖x‖²`` over the Krylov space of ``AᵀA + λ²`` and ``Aᵀg``, which grows by one dimension in
+    each iteration, for two products. After a few iterations its coefficients give the largest singular value of ``A``
+    on this space, see :func:`~lightning_gif.solvers.lanczos.largest_singular_value`.
 
     Attributes:
         x, difference, normal: The iterates and their residuals, as in :class:`~lightning_gif.solvers.run.Run`.
-        stuck: Columns ``(a,)`` in which the last step could change nothing.
+        stuck: Whether the last iteration could not improve each column, because of rounding, ``(a,)``.
     """
 
     def __init__(self, run: Run) -> None:
@@ -53,13 +52,13 @@ class ConjugateGradients:
         self.stuck = torch.zeros(len(run.active), dtype=torch.bool)
 
     def step(self) -> None:
-        """One step of each active column."""
+        """One iteration for each active column."""
         image = self._run.matvec(self._direction)
         length = norms(self._direction).square()
         curvature = norms(image).square() + self._run.damping**2 * length
         self._largest = torch.maximum(self._largest, torch.where(length > 0, curvature / length, 0.0))
-        # Where rounding cannot tell the curvature of the direction or the residual from zero, further steps would
-        # follow noise, and grow.
+        # If the curvature along the direction, or the residual, is zero up to rounding, further iterations would follow
+        # noise, and their steps would grow.
         eps = torch.finfo(image.dtype).eps
         noise = self._largest * norms(self.difference).square() + _RESIDUAL_ROUNDING * self._first
         stuck = (curvature <= (_ROUNDING * eps) ** 2 * self._largest * length) | (self._gamma <= eps**2 * noise)
@@ -79,7 +78,7 @@ class ConjugateGradients:
             self._run.saw(self.sigma()[0])
 
     def keep(self, which: Tensor | None) -> None:
-        """Drops the columns that are done."""
+        """Keeps only the columns of a mask ``(a,)``; all for ``None``."""
         self.x, self.difference, self.normal, self._direction = columns(
             which, self.x, self.difference, self.normal, self._direction
         )
@@ -89,7 +88,7 @@ class ConjugateGradients:
         self._betas = list(columns(which, *self._betas))
 
     def sigma(self) -> tuple[Tensor, Tensor]:
-        """An estimate of ``σ_max(A)`` from below for each column ``(a,)``, and a safe value above it."""
+        """A lower estimate of ``σ_max(A)`` for each column, and a safe upper one, ``(a,)`` each."""
         alphas = torch.stack(self._alphas).double().cpu()
         betas = torch.stack(self._betas).double().cpu()
         pairs = [
@@ -101,16 +100,16 @@ class ConjugateGradients:
 
 
 class SymmetricConjugateGradients:
-    """Conjugate gradients on ``(C + λ) x = g`` for several right-hand sides at once, each until it is done.
+    """Conjugate gradients on ``(C + λ) x = g`` for several right-hand sides at once.
 
-    A column ends before a step along which ``C + λ`` has no positive curvature. If this is the first step, it ends with
-    a step of steepest descent. Its length is that for the same curvature with the other sign.
+    A column stops before a direction along which ``C + λ`` has no positive curvature. If this is the first direction,
+    the result is one step of steepest descent: ``g`` times ``‖g‖ / ‖(C + λ) g‖``.
 
     Args:
         solver: The name in the solutions.
-        operator: ``C``, ``(n, n)``, symmetric.
-        rhs: ``g``, ``(n,)``, or columns ``(n, q)``.
-        options: The damping is a part of ``λ``; a column stops at the larger of ``rtol`` and ``discrepancy``.
+        operator: The symmetric matrix ``C``, ``(n, n)``.
+        rhs: The right-hand side ``g``, ``(n,)``, or columns ``(n, q)``.
+        options: Their damping is a part of ``λ``. A column stops at the larger of ``rtol`` and ``discrepancy``.
         relative: The other part of ``λ``, as a share of ``‖C g‖/‖g‖`` of each column.
 
     Raises:
@@ -166,7 +165,7 @@ class SymmetricConjugateGradients:
                 residual, direction = columns(~done, residual, direction)
 
     def _note(self, active: Tensor, wrong: Tensor, residuals: Tensor) -> Tensor:
-        """Records a step of the active columns, and returns which of them are done."""
+        """Records an iteration of the active columns, and returns a mask of those that are done."""
         done = wrong | (residuals <= self._tolerance)
         for column, ends, indefinite, value in zip(
             active.tolist(), done.tolist(), wrong.tolist(), residuals.tolist(), strict=True
@@ -180,7 +179,7 @@ class SymmetricConjugateGradients:
         return done
 
     def _verify(self) -> None:
-        """Recomputes the residuals of converged columns, since those of a recurrence drift."""
+        """Recomputes the residuals of converged columns, because residuals that are updated drift by rounding."""
         claimed = [
             column
             for column, (status, residuals) in enumerate(zip(self._status, self._residuals, strict=True))
@@ -195,7 +194,7 @@ class SymmetricConjugateGradients:
                     self._status[column] = Status.STALLED
 
     def curvature_along(self) -> list[float]:
-        """``xᵀCx`` of each column, which costs no further product."""
+        """``xᵀCx`` for each column, without a further product."""
         along = (self._x.double() * (self._rhs - self._residual).double()).sum(0)
         curvature = along - self._shift * norms(self._x).square()
         return (self._recorder.unit.square() * curvature).tolist()
@@ -213,7 +212,7 @@ class SymmetricConjugateGradients:
                     unexplained=left[column],
                     sigma_max=float(self._largest[column]),
                     residuals=residuals,
-                    # A product for each step, and one that verified the residual or met negative curvature.
+                    # One product for each iteration, and one that verified the residual or met negative curvature.
                     share=max(len(residuals) - 1 + (status is not Status.MAX_ITER), 1),
                     damping=float(self._shift[column]),
                 )

@@ -1,8 +1,8 @@
 """The tridiagonal matrix of the Lanczos process. Its eigenvalues (Ritz values) estimate a spectrum.
 
-Conjugate gradients compute that matrix as well, so :func:`largest_singular_value` costs no further product. Without
-reorthogonalisation only its largest eigenvalue is reliable: converged Ritz values repeat. :func:`quadrature` keeps and
-reorthogonalises its vectors. It gives both ends of a spectrum and a density, for one product a step.
+Conjugate gradients compute this matrix, too, so :func:`largest_singular_value` costs no further product. Without
+reorthogonalisation only its largest eigenvalue is reliable, because converged Ritz values repeat. :func:`quadrature`
+keeps and reorthogonalises its vectors. It gives both ends of a spectrum and its density, for one product in each step.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ __all__ = ["largest_singular_value", "quadrature"]
 
 
 def largest_singular_value(alpha: Tensor, beta: Tensor, damping: float) -> tuple[float, float]:
-    """An estimate of ``σ_max(A)`` from below, and a safe value above it, from the coefficients of CGLS.
+    """A lower estimate of ``σ_max(A)``, and a safe upper one, from the coefficients of CGLS.
 
-    The coefficients are those of the Lanczos process for ``AᵀA + λ²``, started at the first residual (Golub and Van
-    Loan, *Matrix Computations*, section 11.3.5). The estimate is the largest Ritz value; its uncertainty is the norm of
-    the residual of the Ritz vector: there is a singular value within this distance.
+    The coefficients determine the Lanczos process for ``AᵀA + λ²`` that starts at the first residual (Golub and Van
+    Loan, *Matrix Computations*, section 11.3.5). The lower estimate comes from the largest Ritz value. The upper one
+    adds the norm of the residual of its Ritz vector: there is an eigenvalue within this distance.
 
     Args:
-        alpha: Step lengths of CGLS, ``(steps,)``; those from the first zero on are not used.
+        alpha: Step lengths of CGLS, ``(steps,)``; only those before the first zero are used.
         beta: The factors of the old direction, ``(steps,)``.
-        damping: ``λ``.
+        damping: The damping ``λ``.
 
     Returns:
-        Both are 0 if no step was taken.
+        The lower and the upper estimate. Both are 0 if there is no step.
     """
     size = int((alpha > 0).long().cumprod(0).sum())
     if not size:
@@ -44,16 +44,16 @@ def largest_singular_value(alpha: Tensor, beta: Tensor, damping: float) -> tuple
 
 
 def quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Gauss quadrature for the density of the eigenvalues of ``C``, as weighted by a start vector.
+    """Gauss quadrature for the density of the eigenvalues of ``C``, weighted by a start vector.
 
     Args:
-        operator: ``C``, ``(n, n)``, symmetric.
+        operator: The symmetric matrix ``C``, ``(n, n)``.
         start: A unit vector, ``(n,)``.
-        steps: The number of products, and of vectors that are kept.
+        steps: The largest number of products, and of vectors that are kept.
 
     Returns:
         Ritz values, ascending, and their weights, which sum to 1; both ``(m,)`` in float64 with ``m ≤ steps``. There
-        are fewer than ``steps`` where the Krylov space of the start vector is smaller.
+        are fewer than ``steps`` if the Krylov space of the start vector has a smaller dimension.
 
     Raises:
         NonFiniteError: If a product is not finite.
@@ -67,7 +67,7 @@ def quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Ten
         diagonal.append(float(basis[-1] @ image))
         scale = float(image.norm())
         known = torch.stack(basis)
-        for _ in range(2):  # once is not enough where much cancels
+        for _ in range(2):  # twice, because cancellation makes the first result inaccurate
             image = image - known.T @ (known @ image)
         length = float(image.norm())
         if length <= 100 * torch.finfo(image.dtype).eps * max(scale, max(map(abs, diagonal))):

@@ -1,4 +1,4 @@
-"""LiSSA for the normal equations of GIF: the paper's recursion, and an accelerated one."""
+"""LiSSA for the normal equations of GIF: the recursion of the GIF paper, and an accelerated one."""
 
 from __future__ import annotations
 
@@ -13,40 +13,38 @@ from .vectors import columns, norms
 
 __all__ = ["lissa", "plain_lissa"]
 
-# The recursion needs a scale at or above σ_max; this covers rounding.
+# The recursion needs a scale of at least σ_max. This margin covers rounding.
 _SCALE_MARGIN = 1.02
 
-# The estimate of the scale ends once σ_max² is known with this relative uncertainty, after at least 4 iterations: fewer
-# can look settled before the leading direction has come up.
+# The scale is estimated until the relative uncertainty of σ_max² is this small, for at least 4 and at most 20
+# iterations. With fewer, the estimate can seem certain before the leading direction has appeared.
 _SCALE_RTOL, _SCALE_MIN_ITER, _SCALE_MAX_ITER = 0.02, 4, 20
 
-# The accelerated recursion begins after all of these iterations. What they leave is flat and spread out, which suits
-# it; separate singular values, as those of the classes, would hold it up for hundreds of iterations.
+# The accelerated recursion starts after this many CGLS iterations. They resolve large, separate singular values, such
+# as one for each class. These would slow the recursion down by hundreds of iterations.
 _KRYLOV_STEPS = 20
 
-# The recursion's own oscillation does not make the residual this many times its smallest value, nor does a poor
-# estimate miss a singular value by this factor.
+# The solve counts as diverged if the residual is this many times its smallest value, or a singular value this many
+# times the estimate. Neither oscillation of the recursion nor a poor estimate reaches this factor.
 _DIVERGED = 1e3
 
 
 @solver("lissa")
 def lissa(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
-    """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by the modified LiSSA recursion of GIF, accelerated.
+    """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by an accelerated form of the modified LiSSA recursion of GIF.
 
-    The paper's recursion (arXiv 2312.05586, algorithm 1) is ``x_{j+1} = x_j + (v − T x_j)`` with
-    ``T = (AᵀA + λ²)/c²`` and ``v = Aᵀg/c²``: Landweber iteration. Its error after ``j`` iterations is proportional to
-    ``1/j``. Weighted steps with momentum improve this to ``1/j²`` for the same two products an iteration, as in
-    Brakhage's ν-method (ν = 1; Engl, Hanke and Neubauer, *Regularization of Inverse Problems*, 1996, section 6.3).
-    The momentum is dropped where it points uphill (O'Donoghue and Candès 2015). This makes the rate linear without
-    knowledge of the smallest singular value.
-    ``T`` is positive semi-definite whatever the signs of the eigenvalues of the Hessian, so both converge on non-convex
-    networks for ``c ≥ √(σ_max² + λ²)``.
+    The recursion of the GIF paper (arXiv 2312.05586, algorithm 1) is ``x_{j+1} = x_j + (v − T x_j)`` with
+    ``T = (AᵀA + λ²)/c²`` and ``v = Aᵀg/c²``, which is Landweber iteration. Its error after ``j`` iterations is
+    proportional to ``1/j``. Weighted steps with momentum improve this to ``1/j²`` for the same two products in each
+    iteration, as in Brakhage's ν-method (ν = 1; Engl, Hanke and Neubauer, *Regularization of Inverse Problems*, 1996,
+    section 6.3). The momentum is reset when it points uphill (O'Donoghue and Candès 2015). This gives a linear rate
+    without knowledge of the smallest singular value. ``T`` is positive semi-definite for any signs of the eigenvalues
+    of the Hessian. So both recursions converge on non-convex networks for ``c ≥ √(σ_max² + λ²)``.
 
-    ``c`` is estimated once, by the Lanczos process started at ``Aᵀg``, and the solve never starts over. The recursion
-    stays in the Krylov space of that start, so it cannot meet a singular value that the space does not contain. The
-    same products minimise over that space, so the recursion starts from this minimiser after 20 iterations; up to there
-    the iterates are those of CGLS. Each step also gives a Rayleigh quotient at no cost. If it shows a larger
-    singular value, ``c`` is raised to it and the momentum restarts from the best iterate.
+    ``c`` is estimated by the Lanczos process that starts at ``Aᵀg``. The recursion stays in the Krylov space of this
+    start, so other singular values do not matter. The same products minimise the objective over this space: the first
+    20 iterations are CGLS, and the recursion continues from there. Each iteration also gives a Rayleigh quotient at no
+    cost. If it shows a larger singular value, ``c`` is increased and the momentum restarts from the best iterate.
 
     Fewer iterations regularise: directions with singular values well below ``σ_max / max_iter`` hardly change. So
     ``max_iter`` limits how far the solve follows directions in which the loss is nearly flat. Each iteration costs one
@@ -57,8 +55,8 @@ def lissa(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solut
 
     Raises:
         NonFiniteError: If a product or an iterate is not finite.
-        ConvergenceError: If the residual grows a thousandfold over its smallest value, or a step meets a singular value
-            a thousand times the estimate: ``A`` does not act like a fixed matrix (a random or shuffled loss).
+        ConvergenceError: If the residual grows to a thousand times its smallest value, or a singular value is a
+            thousand times the estimate: ``A`` does not act like a fixed matrix (a random or shuffled loss).
     """
     run = Run("lissa", operator, rhs, options)
     return _iterate(run, accelerate=True)
@@ -66,10 +64,10 @@ def lissa(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solut
 
 @solver("plain_lissa")
 def plain_lissa(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
-    """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by the recursion of the paper, at a scale that is estimated once.
+    """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by the recursion of the GIF paper, see :func:`lissa`.
 
-    It starts at zero (or ``start``), and needs about the square of the number of iterations of :func:`lissa`. It
-    raises the same errors. The iterations that estimate the scale do not count towards ``max_iter``.
+    It starts at zero (or ``start``). If :func:`lissa` needs ``k`` iterations, it needs about ``k²``. It raises the same
+    errors. The iterations that estimate the scale do not count towards ``max_iter``.
     """
     run = Run("plain_lissa", operator, rhs, options)
     return _iterate(run, accelerate=False)
@@ -101,7 +99,7 @@ def _iterate(run: Run, *, accelerate: bool) -> Solution | list[Solution]:
     scale = (_SCALE_MARGIN * bound) ** 2 + damped
     rounding = 100 * torch.finfo(x.dtype).eps * norms(run.rhs)
     last_step = torch.zeros_like(x)
-    steps = torch.zeros(len(run.active), dtype=torch.float64)  # since the momentum began
+    steps = torch.zeros(len(run.active), dtype=torch.float64)  # iterations since the momentum was reset
     while run.running:
         steps = steps + 1
         momentum, weight = _nu_method(steps) if accelerate else (torch.zeros_like(steps), torch.ones_like(steps))
@@ -137,13 +135,13 @@ def _check_progress(run: Run, seen: Tensor, sigma: Tensor) -> None:
     grown = float(run.growth().max())
     if grown > _DIVERGED or bool((seen > _DIVERGED * sigma).any()):
         raise different_products(
-            f"after {run.iterations} steps the residual is {grown:.3g} times what it was at its smallest; sigma_max was"
+            f"after {run.iterations} steps the residual is {grown:.3g} times its smallest value; sigma_max was"
             f" estimated as {float(sigma.max()):.3g}"
         )
 
 
 def _nu_method(j: Tensor, nu: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Momentum and weight of step ``j ≥ 1`` of Brakhage's ν-method."""
+    """The momentum and the weight in iteration ``j ≥ 1`` of Brakhage's ν-method."""
     momentum = ((j - 1) * (2 * j - 3) * (2 * j + 2 * nu - 1)) / (
         (j + 2 * nu - 1) * (2 * j + 4 * nu - 1) * (2 * j + 2 * nu - 3)
     )

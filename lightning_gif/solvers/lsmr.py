@@ -19,9 +19,9 @@ def lsmr(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Soluti
     """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` with the smallest normal-equation residual after each iteration.
 
     LSMR (Fong and Saunders, *SIAM Journal on Scientific Computing* 33, 2011) is MINRES on the normal equations. Its
-    iterates are computed here as those of CGLS with minimal-residual smoothing (Zhou and Walker, *SIAM Journal on
-    Scientific Computing* 15, 1994): each is the point with the smallest residual on the line to the new CGLS iterate.
-    So the residual never grows, and it is computed by its definition instead of estimated by a recurrence.
+    iterates are computed here by CGLS with minimal-residual smoothing (Zhou and Walker, *SIAM Journal on Scientific
+    Computing* 15, 1994): each is the point with the smallest residual on the line from the last iterate to the new CGLS
+    iterate. So the residual never grows.
 
     Each iteration costs one product with ``A`` and one with ``Aᵀ``.
 

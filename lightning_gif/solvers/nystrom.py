@@ -15,17 +15,17 @@ from .vectors import norms, require_finite
 
 __all__ = ["LowRank", "low_rank", "nystrom"]
 
-# Test vectors that are multiplied together, which bounds the memory that a product takes.
+# The number of test vectors in one product, which limits the memory of the product.
 _TOGETHER = 16
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """``C ≈ U diag(s) Uᵀ``, positive semi-definite.
+    """A low-rank approximation ``C ≈ U diag(s) Uᵀ``, which is positive semi-definite.
 
     Attributes:
-        basis: ``U``, ``(n, r)``, with orthonormal columns.
-        values: ``s ≥ 0``, ``(r,)``, descending: estimates from below of the largest eigenvalues of ``C``.
+        basis: The matrix ``U``, ``(n, r)``, with orthonormal columns.
+        values: ``s ≥ 0``, ``(r,)``, descending: lower estimates of the largest eigenvalues of ``C``.
     """
 
     basis: Tensor
@@ -47,13 +47,14 @@ class LowRank:
 def low_rank(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
     """The randomised Nyström approximation of a symmetric positive semi-definite operator.
 
-    With ``Ω`` ``(n, r)`` orthonormal and random it is ``(CΩ)(ΩᵀCΩ)⁺(CΩ)ᵀ``, computed with a small shift that keeps it
-    stable (Frangella, Tropp and Udell, *SIAM J. Matrix Anal. Appl.* 44, 2023, algorithm 2.1). The error, ``C`` minus
-    the sketch, is positive semi-definite. It is small if the eigenvalues beyond the ``r``-th are small.
+    For a random matrix ``Ω`` ``(n, r)`` with orthonormal columns, the sketch is ``(CΩ)(ΩᵀCΩ)⁺(CΩ)ᵀ``. A small shift
+    makes its computation stable (Frangella, Tropp and Udell, *SIAM J. Matrix Anal. Appl.* 44, 2023, algorithm 2.1). The
+    error, ``C`` minus the sketch, is positive semi-definite. It is small if the eigenvalues beyond the ``r``-th are
+    small.
 
     Args:
-        operator: ``C``, ``(n, n)``.
-        rank: ``r``, the number of products, and of vectors of length ``n`` that are kept.
+        operator: The matrix ``C``, ``(n, n)``.
+        rank: The rank ``r`` of the sketch: the number of products, and of vectors of length ``n`` that are kept.
         seed: The seed of ``Ω``.
 
     Raises:
@@ -74,14 +75,14 @@ def low_rank(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
     factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
     if failed:
         raise ConfigurationError(
-            "solver='nystrom' needs a curvature without negative eigenvalues, as curvature='ggn' has for convex losses."
+            "solver='nystrom' needs a curvature without negative eigenvalues, such as curvature='ggn' of a convex loss."
             " Use that, or solver='lsmr'."
         )
     inverse = torch.linalg.solve_triangular(
         factor, torch.eye(rank, dtype=factor.dtype, device=factor.device), upper=False
     )
     half = shifted @ inverse.T.to(shifted.dtype)
-    # By the small Gram matrix rather than the tall one's singular vectors, which cost many times as much.
+    # Eigenvectors of the small Gram matrix cost much less than singular vectors of the tall matrix.
     squares, vectors = torch.linalg.eigh((half.T @ half).double())
     squares, vectors = squares.flip(0), vectors.flip(1)
     kept = squares > squares[0] * torch.finfo(image.dtype).eps ** (2 / 3)  # smaller ones are mostly rounding
@@ -102,23 +103,23 @@ def low_rank(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
 def nystrom(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
     """Solves ``(C + λ) x = g`` with the sketch of :func:`low_rank` in place of ``C``.
 
-    The sketch costs as many products for many right-hand sides as for one. Directions outside the sketch count
-    with the damping alone. So the damping must be positive, and should not be far below the smallest eigenvalue of the
-    sketch.
+    The sketch costs as many products for many right-hand sides as for one. In directions outside the sketch, the
+    curvature counts as 0 and only the damping remains. So the damping must be positive, and should not be far below the
+    smallest eigenvalue of the sketch.
 
     Args:
-        operator: ``C``, ``(n, n)``, symmetric positive semi-definite.
-        rhs: ``g``, ``(n,)``, or several as columns ``(n, q)``.
-        options: ``max_iter`` is the rank of the sketch, which costs as many products; ``rtol`` does not end the solve,
-            but decides whether the result counts as converged.
+        operator: The symmetric positive semi-definite matrix ``C``, ``(n, n)``.
+        rhs: The right-hand side ``g``, ``(n,)``, or several as columns ``(n, q)``.
+        options: ``max_iter`` is the rank of the sketch, and the number of products for it. ``rtol`` does not end the
+            solve, but decides whether the result counts as converged.
 
     Returns:
-        A :class:`~lightning_gif.solvers.Solution`, or a list for columns. Their ``residual`` and ``unexplained`` are
-        ``‖g − (C + λ)x‖/‖g‖`` of a random combination of all right-hand sides, which takes one more product.
+        A :class:`~lightning_gif.solvers.Solution`, or a list for columns. Both ``residual`` and ``unexplained`` are
+        ``‖g − (C + λ)x‖/‖g‖`` for a random combination of all right-hand sides. Measuring it takes one more product.
 
     Raises:
-        ConfigurationError: If the operator is not square or is far from positive semi-definite, for a ``start`` or a
-            ``discrepancy``, or without damping.
+        ConfigurationError: If the operator is not square or is far from positive semi-definite; if ``start`` or
+            ``discrepancy`` is given; or if the damping is not positive.
         NonFiniteError: If a product is not finite.
     """
     recorder = SolveRecorder("nystrom", operator, rhs, options, unit_norm)

@@ -1,6 +1,6 @@
-"""Operators built from others: rows and columns, other units, weighted sums, and damping.
+"""Operators built from other operators: submatrices, scaled entries, weighted sums, and damping.
 
-Operators that remain positive semi-definite declare it by an attribute ``positive_semidefinite``.
+An operator that is known to be positive semi-definite has a true attribute ``positive_semidefinite``.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ __all__ = ["Combination", "Scaled", "Shifted", "Submatrix", "damped_system", "is
 
 
 def is_positive_semidefinite(operator: LinearOperator) -> bool:
-    """Whether an operator declares to be symmetric and positive semi-definite; one that declares nothing does not."""
+    """Whether an operator is declared symmetric and positive semi-definite; false without a declaration."""
     return bool(getattr(operator, "positive_semidefinite", False))
 
 
 def damped_system(operator: LinearOperator, damping: float) -> tuple[LinearOperator, float]:
-    """The least-squares problem ``min_x ‖A x − g‖² + ρ²‖x‖²`` that stands for a damped system.
+    """The least-squares problem ``min_x ‖A x − g‖² + ρ²‖x‖²`` for an operator with damping ``λ``.
 
-    If the operator is a symmetric positive semi-definite ``C``, the system is ``(C + λ) x = g`` for every solver:
-    ``A = C + λ`` and ``ρ = 0``. A rectangular operator cannot be shifted, and a shift of an indefinite one could turn
-    an eigenvalue ``−λ`` to zero. So ``A`` is then the operator itself and ``ρ = λ``: an eigenvalue ``c`` counts as
-    ``√(c² + λ²)``.
+    If the operator is declared symmetric positive semi-definite, ``C``, then ``A = C + λ`` and ``ρ = 0``, so that the
+    problem is ``(C + λ) x = g``. Other operators cannot be shifted: they may be rectangular, or have an eigenvalue
+    ``−λ``, which would become zero. For them ``A`` is the operator itself and ``ρ = λ``, so that an eigenvalue or
+    singular value ``c`` counts as ``√(c² + λ²)``.
 
     Args:
         operator: A matrix ``(rows, cols)``.
-        damping: ``λ ≥ 0``.
+        damping: The damping ``λ ≥ 0``.
 
     Returns:
         ``A`` and ``ρ``.
@@ -39,7 +39,7 @@ def damped_system(operator: LinearOperator, damping: float) -> tuple[LinearOpera
 
 
 class _View:
-    """An operator that takes its products from another, and counts them there."""
+    """Base class of operators whose products are computed, and counted, by another operator."""
 
     def __init__(self, operator: LinearOperator) -> None:
         self._operator = operator
@@ -73,7 +73,7 @@ class Submatrix(_View):
 
     @property
     def positive_semidefinite(self) -> bool:
-        """Whether the curvature is positive semi-definite, and the rows are the columns."""
+        """Whether the curvature is positive semi-definite, and rows and columns are the same."""
         rows, cols = self._rows, self._cols
         same = rows is cols or (rows is not None and cols is not None and torch.equal(rows, cols))
         return same and is_positive_semidefinite(self._operator)
@@ -98,12 +98,12 @@ class Submatrix(_View):
 
 
 class Scaled(_View):
-    """``A diag(d)``, or ``diag(d) A diag(d)``: an operator with its columns, and optionally its rows, in other units.
+    """``A diag(d)``, or ``diag(d) A diag(d)``: an operator with scaled columns, and optionally scaled rows.
 
     Args:
-        operator: ``A``, ``(rows, cols)``.
-        units: ``d``, ``(cols,)``.
-        rows: Whether to scale the rows as well; ``A`` must then be square.
+        operator: The matrix ``A``, ``(rows, cols)``.
+        units: The scale ``d``, ``(cols,)``.
+        rows: Whether to scale the rows, too; ``A`` must then be square.
     """
 
     def __init__(self, operator: LinearOperator, units: Tensor, *, rows: bool = False) -> None:
@@ -112,7 +112,7 @@ class Scaled(_View):
 
     @property
     def positive_semidefinite(self) -> bool:
-        """Whether the operator is positive semi-definite, and its rows are scaled like its columns."""
+        """Whether the operator is positive semi-definite, and its rows are scaled, too."""
         return self._rows and is_positive_semidefinite(self._operator)
 
     def matvec(self, vectors: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Scaled(_View):
         return self._units * vectors if vectors.ndim == 1 else self._units[:, None] * vectors
 
     def draw(self, seed: int) -> Scaled:
-        """The same units of the curvature over a random batch, see :meth:`Curvature.draw`."""
+        """The curvature over a random batch with the same scale, see :meth:`Curvature.draw`."""
         return Scaled(self._operator.draw(seed), self._units, rows=self._rows)  # type: ignore[attr-defined]
 
 
@@ -156,7 +156,7 @@ class Shifted(_View):
     rmatvec = matvec
 
     def draw(self, seed: int) -> Shifted:
-        """The same shift of the curvature over a random batch, see :meth:`Curvature.draw`."""
+        """The curvature over a random batch with the same shift, see :meth:`Curvature.draw`."""
         return Shifted(self._operator.draw(seed), self._shift)  # type: ignore[attr-defined]
 
 
@@ -195,7 +195,7 @@ class Combination:
     rmatvec = matvec
 
     def draw(self, seed: int) -> Combination:
-        """The same sum of the curvatures over a random batch each, see :meth:`Curvature.draw`."""
+        """The same sum with each curvature over a random batch, see :meth:`Curvature.draw`."""
         return Combination(*((weight, operator.draw(seed)) for weight, operator in self._terms))  # type: ignore[attr-defined]
 
 

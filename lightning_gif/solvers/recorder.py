@@ -18,23 +18,23 @@ __all__ = ["Outcome", "SolveRecorder", "power_of_two", "unit_norm"]
 
 
 def power_of_two(lengths: Tensor) -> Tensor:
-    """For each length ``(q,)`` a power of two that is about as large: dividing by it rounds nothing."""
+    """A power of two near each length ``(q,)``. Division by it causes no rounding."""
     return torch.where(lengths > 0, 2.0 ** torch.frexp(lengths).exponent.double(), 1.0)
 
 
 def unit_norm(lengths: Tensor) -> Tensor:
-    """The lengths ``(q,)`` themselves, so that norms of residuals are relative to the right-hand side; 1 for 0."""
+    """The lengths ``(q,)``, with 1 instead of 0. After division by them, norms of residuals are relative."""
     return torch.where(lengths > 0, lengths, 1.0)
 
 
 @dataclass
 class Outcome:
-    """How the solve of one right-hand side ended; :class:`~lightning_gif.solvers.Solution` says what most fields mean.
+    """The result for one right-hand side. The other fields are as in :class:`~lightning_gif.solvers.Solution`.
 
     Attributes:
-        x: The solution in the solver's unit, ``(cols,)``.
-        share: The number of products for this column, up to a factor that all columns have in common.
-        damping: ``λ``, where it is not that of the options.
+        x: The solution for the scaled right-hand side, ``(cols,)``.
+        share: The number of products for this column, up to a factor common to all columns.
+        damping: The damping ``λ``, if it differs from that of the options.
     """
 
     x: Tensor
@@ -49,17 +49,17 @@ class Outcome:
 
 
 class SolveRecorder:
-    """Measures a solve from its construction on, and builds its solutions.
+    """Measures a solve, starting when it is created, and builds the solutions.
 
-    Right-hand sides are scaled to about unit length, because squares of tiny gradients vanish in float32. Solutions are
-    scaled back.
+    Right-hand sides are scaled to about unit length, because squares of tiny gradients underflow in float32. Solutions
+    are scaled back.
 
     Args:
         solver: The registered name of the solver.
-        operator: ``A``, ``(rows, cols)``.
-        rhs: ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
+        operator: The matrix ``A``, ``(rows, cols)``.
+        rhs: The right-hand side ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
         options: The options of the solve.
-        unit: From the lengths ``(q,)`` of the right-hand sides to what each is divided by.
+        unit: From the lengths ``(q,)`` of the right-hand sides to the numbers by which they are divided.
 
     Attributes:
         rhs: The scaled right-hand sides, ``(rows, q)``.
@@ -119,7 +119,7 @@ class SolveRecorder:
 
 
 def _peak_memory(device: torch.device) -> int | None:
-    """The most bytes that this process has needed so far; ``None`` if the system does not report it."""
+    """The peak memory of this process so far in bytes; ``None`` if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

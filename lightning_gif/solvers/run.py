@@ -15,11 +15,11 @@ from .vectors import check_shape, columns, norms, require_finite
 __all__ = ["Run", "different_products"]
 
 
-# Iterations without a new smallest residual (and at least half of all), after which rounding decides what the residual
-# does, not the iteration.
+# A column has stalled after this many iterations, and at least half of all, without a new smallest residual: the
+# residual then changes by rounding only.
 _PATIENCE = 50
 
-# The relative difference between two products with the same vector that is put down to rounding.
+# The largest relative difference between two products with the same vector that is explained by rounding.
 _SAME = 1e-3
 
 
@@ -45,24 +45,25 @@ class _Trace:
 class Run:
     """The state of an iterative least-squares solve: where to start, when to stop, the best iterate, diagnostics.
 
-    A solver keeps its vectors as matrices with one column for each active right-hand side, calls :meth:`record` after
-    each iteration, and drops the columns that are done according to it. The best iterate is returned, not the last:
-    residuals are not monotone.
+    A solver keeps its vectors as matrices with one column for each active right-hand side. After each iteration it
+    calls :meth:`record` and drops the columns that are done. The best iterate is returned, not the last one, because
+    residuals can rise.
 
     Args:
         solver: The registered name of the solver.
         operator: A matrix ``(rows, cols)``.
-        rhs: ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
+        rhs: The right-hand side ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
         options: The options of the solve.
 
     Attributes:
-        operator: ``A``: the matrix, or with its damping, see :func:`~lightning_gif.solvers.operators.damped_system`.
-        damping: ``λ``, so far as it is not a part of ``A``.
+        operator: The matrix ``A``, which may include the damping, see
+            :func:`~lightning_gif.solvers.operators.damped_system`.
+        damping: The damping ``λ`` if ``A`` does not include it, else 0.
         active: The positions of the right-hand sides that are not done, ``(a,)``.
-        rhs: These right-hand sides, scaled, ``(rows, a)``.
+        rhs: The active right-hand sides, scaled, ``(rows, a)``.
         x: Their first iterates, ``(cols, a)``.
-        difference: ``g − A x`` of these, ``(rows, a)``.
-        normal: ``Aᵀ(g − A x) − λ²x`` of these, ``(cols, a)``.
+        difference: ``g − A x`` of the first iterates, ``(rows, a)``.
+        normal: ``Aᵀ(g − A x) − λ²x`` of the first iterates, ``(cols, a)``.
         iterations: The number of iterations so far.
 
     Raises:
@@ -110,12 +111,12 @@ class Run:
         self.normal = torch.where(better, normal, self.normal)
 
     def matvec(self, vectors: Tensor) -> Tensor:
-        """``A V`` for the active columns, counted for each of them."""
+        """``A V`` for the active columns. One product is counted for each column."""
         self._count()
         return self.operator.matvec(vectors)
 
     def rmatvec(self, vectors: Tensor) -> Tensor:
-        """``Aᵀ V`` for the active columns, counted for each of them."""
+        """``Aᵀ V`` for the active columns. One product is counted for each column."""
         self._count()
         return self.operator.rmatvec(vectors)
 
@@ -125,7 +126,7 @@ class Run:
 
     @property
     def running(self) -> bool:
-        """Whether a right-hand side is not done."""
+        """Whether some right-hand side is not done."""
         return len(self.active) > 0
 
     def saw(self, sigma: Tensor) -> None:
@@ -140,10 +141,10 @@ class Run:
             x: Iterates ``(cols, a)``.
             difference: ``g − A x``, ``(rows, a)``.
             normal: ``Aᵀ(g − A x) − λ²x``, ``(cols, a)``.
-            stuck: Marks the columns ``(a,)`` in which a further iteration would change nothing but rounding.
+            stuck: Whether further iterations cannot improve each column, because of rounding, ``(a,)`` bool.
 
         Returns:
-            A mask ``(a,)`` of the columns that remain active; ``None`` if all do.
+            A mask ``(a,)`` of the columns that remain active; ``None`` if all of them do.
 
         Raises:
             NonFiniteError: If a residual is not finite.
@@ -195,17 +196,17 @@ class Run:
         return torch.tensor([trace.residuals[-1] / trace.smallest for trace in traces], dtype=torch.float64)
 
     def verify(self, *, carried: float) -> None:
-        """Checks the operator by one or two more products, and recomputes residuals that may have drifted.
+        """Checks the operator with a few more products, and recomputes residuals that may have drifted.
 
-        If products with the same vector differ, the solution is meaningless. Residuals of a recurrence drift away from
-        those of the iterate if they are close to rounding. An example is a network that fits its data so well that its
-        products in float32 are mostly rounding.
+        If products with the same vector differ, the solution is meaningless. Residuals that were updated instead of
+        recomputed can drift if they are close to rounding. An example is a network that fits its data so well that its
+        products in float32 are mostly rounding errors.
 
         Args:
             carried: The number of iterations in which the solver updated ``g − A x`` instead of recomputing it.
 
         Raises:
-            ConvergenceError: If a product is not what it was before, for the same vector.
+            ConvergenceError: If two products with the same vector differ.
         """
         self.active = torch.tensor([i for i, trace in enumerate(self._traces) if trace.iterations], dtype=torch.long)
         if not self.running:
@@ -218,19 +219,17 @@ class Run:
         rounding = 100 * torch.finfo(x.dtype).eps * (sigma.to(x.device) * norms(x) + self._lengths[active])
         off = norms(difference - before) > _SAME * norms(image) + rounding
         changed = torch.zeros_like(off)
-        if off.any():  # either products differ from each other, or rounding makes them far from linear
+        if off.any():  # either the operator changes between products, or rounding makes it nonlinear
             changed |= off & (norms(self.matvec(x) - image) > _SAME * norms(image))
         nothing = norms(x) == 0
-        if nothing.any():  # products with zero vectors show nothing
+        if nothing.any():  # products with a zero iterate are no test, so others are compared
             target = self._target[:, active]
             images = [self.matvec(target), self.matvec(target)]
             changed |= nothing & (norms(images[1] - images[0]) > _SAME * norms(images[0]))
             again = self.rmatvec(self._all_rhs[:, active])
             changed |= nothing & (norms(again - target) > _SAME * self._target_norms[active])
         if changed.any():
-            raise different_products(
-                f"after {self.iterations} steps a product is not what it was before, for the same vector"
-            )
+            raise different_products(f"after {self.iterations} steps, two products with the same vector differ")
         drifted = torch.tensor([self._traces[i].iterations <= carried for i in self.active.tolist()]) | off.cpu()
         if not drifted.any():
             return
@@ -251,7 +250,7 @@ class Run:
         Args:
             iterations: The number of iterations, for a solver that does not record each of them.
         """
-        shift = self._options.damping - self.damping  # all or nothing of it is a part of A
+        shift = self._options.damping - self.damping  # the damping that is a part of A
         return self._recorder.solutions(
             [
                 Outcome(
@@ -270,7 +269,7 @@ class Run:
 
 
 def different_products(what: str) -> ConvergenceError:
-    """An error that says that an operator does not act like one fixed matrix."""
+    """The error that an operator does not act like one fixed matrix."""
     return ConvergenceError(
         f"The solve diverged: {what}. Most often the loss is not the same function at every evaluation (random"
         " augmentation, dropout outside of nn.Dropout, BatchNorm in training mode)."

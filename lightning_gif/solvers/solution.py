@@ -1,4 +1,4 @@
-"""The result of a solve: the minimiser and diagnostics."""
+"""The result of a solve: the solution and its diagnostics."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ __all__ = ["Solution", "Status"]
 
 
 class Status(str, Enum):
-    """How a solve ended. Outcomes without usable numbers (divergence, NaN) are errors, not a status.
+    """How a solve ended. Divergence and NaN raise errors instead.
 
-    ``CONVERGED``: the residual reached ``rtol``.
-    ``DISCREPANCY``: ``‖A x − g‖ ≤ discrepancy·‖g‖`` was reached.
-    ``MAX_ITER``: the iterations ran out.
-    ``INDEFINITE``: conjugate gradients met a direction without positive curvature, and ended before it.
-    ``STALLED``: rounding (or the noise of a stochastic operator) keeps the residual above ``rtol``.
+    Attributes:
+        CONVERGED: The residual reached ``rtol``.
+        DISCREPANCY: ``‖A x − g‖ ≤ discrepancy·‖g‖`` was reached.
+        MAX_ITER: The largest number of iterations was reached.
+        INDEFINITE: Conjugate gradients met a direction without positive curvature, and ended before it.
+        STALLED: Rounding (or the noise of a stochastic operator) keeps the residual above ``rtol``.
     """
 
     CONVERGED = "converged"
@@ -45,17 +46,16 @@ class Solution:
         solver: The registered name of the solver, or ``truncated_newton``.
         iterations: The number of iterations.
         hvps: The number of Hessian-vector products, including those that estimate ``sigma_max``.
-        examples: The number of examples that these products went through.
-        residual: The relative residual of ``x``, by which convergence is judged. It is 0 at the exact solution. For
-            least squares it is that of the normal equations, ``‖Aᵀ(g − A x) − λ²x‖ / ‖Aᵀg‖``. If ``C`` is positive
+        examples: The number of examples in all these products together.
+        residual: The relative residual of ``x``, which measures convergence. It is 0 at the exact solution. For least
+            squares it is that of the normal equations, ``‖Aᵀ(g − A x) − λ²x‖ / ‖Aᵀg‖``. If ``C`` is declared positive
             semi-definite, it is ``‖Aᵀ(g − A x)‖ / ‖Aᵀg‖`` with ``A = C + λ``. For ``cg``, ``nystrom`` and
             ``truncated_newton`` it is ``‖g − (C + λ)x‖ / ‖g‖``.
         unexplained: The unexplained share ``‖A x − g‖ / ‖g‖``, with the same ``A``.
-        sigma_max: The largest singular value of the matrix, without damping, that the solve has met: an estimate from
-            below.
+        sigma_max: A lower estimate of the largest singular value of the matrix without damping.
         rtol: The residual that counts as converged.
-        damping: ``λ``, see :attr:`SolveOptions.damping <lightning_gif.solvers.SolveOptions>`.
-        seconds: Wall time for all right-hand sides that were solved together.
+        damping: The damping ``λ``, see :attr:`SolveOptions.damping <lightning_gif.solvers.SolveOptions>`.
+        seconds: The wall time in seconds for all right-hand sides that were solved together.
         peak_memory: The peak memory of the process when the solve ended, in bytes: allocated on the GPU, or resident on
             the CPU; ``None`` if the system does not report it.
         residuals: The residual before the first and after each iteration, ``iterations + 1`` values; for ``nystrom``
@@ -100,7 +100,7 @@ class Solution:
         return summary if self.peak_memory is None else {**summary, "peak_memory": self.peak_memory}
 
     def record(self) -> dict[str, Any]:
-        """All fields but ``x`` as plain values, from which :meth:`of_record` restores them."""
+        """All fields except ``x`` as plain values, from which :meth:`of_record` restores them."""
         return {**self.summary(), "residuals": self.residuals}
 
     @classmethod

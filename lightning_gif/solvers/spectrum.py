@@ -17,10 +17,10 @@ class Spectrum:
     """Estimates of the eigenvalues of a symmetric operator by the Lanczos process.
 
     Attributes:
-        largest: The largest distinct eigenvalues, descending; each is an estimate from below.
-        smallest: The smallest distinct eigenvalues, ascending; each is an estimate from above.
-        negative_share: Estimated share of the eigenvalues that are negative, those within rounding of zero not counted.
-        zero_share: Estimated share of the eigenvalues within rounding of zero.
+        largest: Lower estimates of the largest distinct eigenvalues, descending.
+        smallest: Upper estimates of the smallest distinct eigenvalues, ascending.
+        negative_share: The estimated share of negative eigenvalues, not counting those that are zero up to rounding.
+        zero_share: The estimated share of eigenvalues that are zero up to rounding.
     """
 
     largest: list[float]
@@ -33,13 +33,13 @@ def spectrum(operator: LinearOperator, count: int, *, steps: int = 0, probes: in
     """The extreme eigenvalues by stochastic Lanczos quadrature.
 
     The Lanczos process starts at a random sign vector and is fully reorthogonalised. It gives a quadrature rule for the
-    density of the eigenvalues (Ubaru, Chen and Saad, *SIAM Journal on Matrix Analysis and Applications* 38, 2017). The
-    nodes are the Ritz values. The extreme ones converge first. The weights of the nodes in
-    an interval, averaged over start vectors, add up to its share of the eigenvalues. It keeps ``steps`` vectors in
+    density of the eigenvalues (Ubaru, Chen and Saad, *SIAM Journal on Matrix Analysis and Applications* 38, 2017). Its
+    nodes are the Ritz values, of which the extreme ones converge first. The weights of the nodes in an interval,
+    averaged over start vectors, add up to the share of the eigenvalues in this interval. ``steps`` vectors are kept in
     memory.
 
     Args:
-        operator: ``(p, p)``, symmetric.
+        operator: A symmetric matrix, ``(p, p)``.
         count: The number of eigenvalues at each end; fewer are returned if fewer are resolved.
         steps: The number of products for each start vector; by default ``4·count``, at least 30.
         probes: The number of start vectors.
@@ -58,8 +58,8 @@ def spectrum(operator: LinearOperator, count: int, *, steps: int = 0, probes: in
         values.append(nodes)
         weights.append(shares / probes)
     nodes, shares = torch.cat(values), torch.cat(weights)
-    # The nodes of one start vector are distinct, while those of several repeat converged eigenvalues. So each end is
-    # taken from the start vector that got furthest there.
+    # The nodes of one start vector are distinct, but several start vectors repeat converged eigenvalues. So each end is
+    # taken from one start vector, the one with the most extreme node.
     top = max(values, key=lambda ritz: float(ritz[-1]))
     bottom = min(values, key=lambda ritz: float(ritz[0]))
     count = min(count, (len(top) + 1) // 2, (len(bottom) + 1) // 2)

@@ -1,4 +1,4 @@
-"""Stochastic LiSSA, as it was first proposed: a fresh batch of examples at each iteration."""
+"""Stochastic LiSSA, which draws new batches of examples in each iteration."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .vectors import norms, require_finite
 
 __all__ = ["stochastic_lissa"]
 
-# The scale is the largest singular value of this many draws, by so many Lanczos steps each, times a margin: batches
-# differ.
+# The scale is the largest singular value of this many draws, estimated by this many Lanczos steps for each, times a
+# margin, because batches differ.
 _SCALE_DRAWS, _SCALE_STEPS, _SCALE_MARGIN = 3, 4, 1.1
 
-# If a step is this many times as long as the longest of the first ones, the iteration diverges.
+# The solve counts as diverged if a step is this many times as long as the longest of the first ten.
 _FIRST_STEPS, _RUNS_AWAY = 10, 1e3
 
 
@@ -29,36 +29,39 @@ _FIRST_STEPS, _RUNS_AWAY = 10, 1e3
 def stochastic_lissa(
     operator: LinearOperator, rhs: Tensor, options: SolveOptions, *, repeats: int = 1
 ) -> Solution | list[Solution]:
-    """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by steps over random batches, for operators that can draw them.
+    """Solves ``min_x ‖A x − g‖² + λ²‖x‖²`` by iterations over random batches.
 
     This is LiSSA (Agarwal, Bullins and Hazan, JMLR 18, 2017) for the normal equations of GIF. A step is
     ``x ← x + (A₁ᵀ(g − A₂ x) − λ²x)/c²``, where ``A₁`` and ``A₂`` are taken over *independent* batches. With one batch
     for both factors the expectation would be ``E[AᵢᵀAᵢ] = AᵀA`` plus the variance of ``Aᵢ``, and the solve would
-    converge to a wrong solution. ``c²`` is taken from the Lanczos process on a few draws, so batches of very different
-    curvature can make it diverge, which is an error.
+    converge to a wrong solution. ``c²`` is estimated by the Lanczos process on a few draws. If batches differ much in
+    their curvature, the solve can diverge, which raises an error.
+
     Iterates are averaged over the second half of the iterations (Polyak and Juditsky 1992), and over ``repeats``
     independent runs, which reduces the noise. The residual is measured with the whole operator, before the first
-    iteration and after the last. This pays off where there are many examples and a rough solution suffices.
+    iteration and after the last. The solver is efficient if there are many examples and a rough solution suffices.
 
     Args:
-        operator: ``A``, ``(rows, cols)``, with a method ``draw(seed)`` that returns the same over a random batch.
-        rhs: ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
-        options: ``max_iter`` is the number of iterations of each run. ``rtol`` and ``discrepancy`` do not end it, but
-            decide whether the result counts as converged.
-        repeats: The number of independent runs. Their results are averaged. To choose it from the callback, register
+        operator: The matrix ``A``, ``(rows, cols)``, with a method ``draw(seed)`` that returns ``A`` over a random
+            batch.
+        rhs: The right-hand side ``g``, ``(rows,)``, or several as columns ``(rows, q)``.
+        options: ``max_iter`` is the number of iterations of each run. ``rtol`` and ``discrepancy`` do not end a run,
+            but decide whether the result counts as converged.
+        repeats: The number of independent runs, whose results are averaged. To set it from the callback, register
             ``functools.partial(stochastic_lissa, repeats=4)`` under a name of your own.
 
     Returns:
         A :class:`~lightning_gif.solvers.Solution`, or a list for columns, with the residual at the start and the end
-        only. Its products went through one batch each; :attr:`~lightning_gif.solvers.Solution.examples` is their cost.
+        only. Most of its products use one batch only, so :attr:`~lightning_gif.solvers.Solution.examples` measures the
+        cost, not ``hvps``.
 
     Raises:
-        ConfigurationError: If the operator cannot draw.
+        ConfigurationError: If the operator cannot draw batches.
         ConvergenceError: If the batches show no curvature, or the steps diverge.
         NonFiniteError: If a product or an iterate is not finite.
     """
     run = Run("stochastic_lissa", operator, rhs, replace(options, max_iter=1))
-    draw: Any = run.operator.draw  # type: ignore[attr-defined]  # it is declared to be required
+    draw: Any = run.operator.draw  # type: ignore[attr-defined]  # ``requires_draws`` ensures that it exists
     max_iter, damping = options.max_iter, run.damping
     if run.running:
         generator = torch.Generator().manual_seed(options.seed)
@@ -69,7 +72,7 @@ def stochastic_lissa(
         sigma = max(_sigma(fresh(), run.rhs) for _ in range(_SCALE_DRAWS))
         if sigma == 0.0:
             raise ConvergenceError(
-                "Three random batches have no curvature along the right-hand side, but all examples together have"
+                "Three random batches have no curvature along the right-hand side, although all examples together have"
                 " some. Use a larger `batch_size`, or solver='lissa'."
             )
         run.saw(torch.full((len(run.active),), sigma, dtype=torch.float64))
@@ -110,7 +113,7 @@ def _too_noisy(what: str) -> ConvergenceError:
 
 
 def _sigma(operator: LinearOperator, rhs: Tensor) -> float:
-    """A safe value above the largest singular value of a draw that the right-hand sides ``(rows, q)`` can meet."""
+    """A safe upper estimate of the largest singular value of a draw, on the Krylov spaces of ``rhs`` ``(rows, q)``."""
     run = Run("stochastic_lissa", operator, rhs, SolveOptions(rtol=0.0, max_iter=_SCALE_STEPS))
     if not run.running:
         return 0.0

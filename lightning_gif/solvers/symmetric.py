@@ -1,4 +1,4 @@
-"""Solvers for a symmetric matrix: one product a step, and a rate by its condition number instead of the square."""
+"""Solvers for a symmetric matrix. An iteration costs one product; the rate depends on the condition number."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["cg", "truncated_newton"]
 def cg(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution | list[Solution]:
     """Solves ``(C + λ) x = g`` for a symmetric positive semi-definite ``C`` by conjugate gradients.
 
-    Each iteration costs one product, half of what a least-squares solver needs. ``C`` must be square (methods ``"if"``,
-    ``"fif"`` and ``"pif"``) and have no negative eigenvalues (``curvature="ggn"`` of a convex loss). The solve ends
-    before a direction of negative curvature, with the status ``INDEFINITE``. Stopping after a few iterations
-    regularises like damping.
+    Each iteration costs one product, half as many as a least-squares solver needs. ``C`` must be square (methods
+    ``"if"``, ``"fif"`` and ``"pif"``) and have no negative eigenvalues (``curvature="ggn"`` of a convex loss). If the
+    solve meets a direction of negative curvature, it ends before it with the status ``INDEFINITE``. Stopping after a
+    few iterations regularises like damping.
 
-    There is no first iterate, because the first step would no longer show the curvature along ``g``.
+    The solve always starts at zero, because its first product must be with ``g``.
 
     Returns:
         A :class:`~lightning_gif.solvers.Solution`, or a list for columns. Its ``residual`` and ``unexplained`` are both
-        ``‖g − (C + λ)x‖/‖g‖``, by which convergence is judged.
+        ``‖g − (C + λ)x‖/‖g‖``, which measures convergence.
 
     Raises:
-        ConfigurationError: If the operator is not square, or for a ``start``.
+        ConfigurationError: If the operator is not square, or if ``start`` is given.
         NonFiniteError: If a product is not finite.
     """
     return SymmetricConjugateGradients("cg", operator, rhs, options).solutions()
@@ -36,24 +36,23 @@ def cg(operator: LinearOperator, rhs: Tensor, options: SolveOptions) -> Solution
 def truncated_newton(
     operator: LinearOperator, rhs: Tensor, *, damping: float, relative: float, rtol: float, max_iter: int
 ) -> tuple[Solution, float]:
-    """Lowers ``½ xᵀ(C + λ)x − gᵀx`` by conjugate gradients, up to where ``C + λ`` has negative curvature.
+    """Minimises ``½ xᵀ(C + λ)x − gᵀx`` by conjugate gradients, which stop if ``C + λ`` has negative curvature.
 
-    With ``−g`` the gradient of a function and ``C`` its second derivative, ``x`` is a step of a damped Newton method
-    that stops early (Nocedal and Wright, *Numerical Optimization*, 2nd ed., algorithm 7.1; Martens, ICML 2010). It is a
-    descent direction for any signs of the eigenvalues of ``C``. Each iteration costs one product, half of what a
-    least-squares solver needs, and convergence depends on the condition number of ``C``, not on its square.
+    If ``−g`` is the gradient of a function and ``C`` its second derivative, ``x`` is a step of a truncated, damped
+    Newton method (Nocedal and Wright, *Numerical Optimization*, 2nd ed., algorithm 7.1; Martens, ICML 2010). It is a
+    descent direction for any signs of the eigenvalues of ``C``. Each iteration costs one product, half as many as a
+    least-squares solver needs. The rate depends on the condition number of ``C``, not on its square.
 
     Args:
-        operator: ``C``, ``(n, n)``, symmetric.
-        rhs: ``g``, ``(n,)``.
+        operator: The symmetric matrix ``C``, ``(n, n)``.
+        rhs: The right-hand side ``g``, ``(n,)``.
         damping: A part of ``λ``, in the unit of the eigenvalues of ``C``.
-        relative: The other part, as a share of ``‖C g‖/‖g‖``, which the first iteration gives at no further cost.
-        rtol: Relative residual ``‖g − (C + λ)x‖/‖g‖`` at which to stop.
+        relative: The other part of ``λ``, as a share of ``‖C g‖/‖g‖``. Measuring it takes no further product.
+        rtol: The relative residual ``‖g − (C + λ)x‖/‖g‖`` at which to stop.
         max_iter: The largest number of iterations.
 
     Returns:
-        A :class:`~lightning_gif.solvers.Solution` and ``xᵀCx``, which costs no further product. Its ``unexplained`` and
-        ``residual`` are both the relative residual.
+        The solution and ``xᵀCx``. The solution's ``unexplained`` and ``residual`` are both the relative residual.
 
     Raises:
         NonFiniteError: If the right-hand side or a product is not finite.

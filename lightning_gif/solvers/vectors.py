@@ -1,4 +1,4 @@
-"""Small operations on columns of vectors, and checks of them."""
+"""Small operations on vectors that are stored as columns, and checks of them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ __all__ = ["check_shape", "columns", "norms", "require_finite"]
 
 
 def norms(matrix: Tensor) -> Tensor:
-    """The lengths of the columns, accumulated in float64: ``(rows, a) → (a,)``, or ``(rows,) → ()``."""
+    """The norms of the columns, accumulated in float64: ``(rows, a) → (a,)``, or ``(rows,) → ()``."""
     return torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64)
 
 
 def columns(keep: Tensor | None, *matrices: Tensor) -> tuple[Tensor, ...]:
-    """The columns ``keep`` of some matrices ``(…, a)``; the matrices as they are for ``None``."""
+    """The columns of matrices ``(…, a)`` that a mask ``keep`` ``(a,)`` selects; all columns for ``None``."""
     return matrices if keep is None else tuple(matrix[..., keep.to(matrix.device)] for matrix in matrices)
 
 
 def check_shape(what: str, matrix: Tensor, rows: int) -> None:
-    """Raises a :class:`~lightning_gif.errors.ConfigurationError` unless the columns have ``rows`` entries."""
+    """Checks the shape ``(rows, q)`` of a matrix.
+
+    Raises:
+        ConfigurationError: If it has another shape. ``what`` is its name in the message.
+    """
     if matrix.ndim != 2 or matrix.shape[0] != rows:
         raise ConfigurationError(
             f"The {what} of a solve must have the shape ({rows},) or ({rows}, q), got {list(matrix.shape)}."
@@ -29,7 +33,11 @@ def check_shape(what: str, matrix: Tensor, rows: int) -> None:
 
 
 def require_finite(vector: Tensor, what: str) -> None:
-    """Raises a :class:`~lightning_gif.errors.NonFiniteError` that names ``what`` if ``vector`` has NaN or infinity."""
+    """Checks that all values are finite.
+
+    Raises:
+        NonFiniteError: If a value is NaN or infinite. ``what`` is the name of the vector in the message.
+    """
     if not torch.isfinite(vector).all():
         bad = int((~torch.isfinite(vector)).sum())
         raise NonFiniteError(

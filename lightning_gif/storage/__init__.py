@@ -1,1 +1,1 @@
-"""Files: written atomically, verified by digests, and read without executing code in them."""
+"""Files that are written atomically, verified by digests, and read without executing code in them."""

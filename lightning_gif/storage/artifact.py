@@ -35,9 +35,9 @@ class Artifact(NamedTuple):
     """The contents of a file.
 
     Attributes:
-        version: The version of its format.
+        version: The version of the format.
         record: Plain values.
-        tensors: By name.
+        tensors: Tensors by name.
     """
 
     version: int
@@ -56,7 +56,7 @@ class Format:
         remedy: What to do about a damaged file, as a sentence.
         error: The class of the errors about files that cannot be used.
         unversioned: Reads the metadata of old files that state no format. Returns the record, and the value that
-            their digest covers besides the tensors.
+            their digest covers in addition to the tensors.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Format:
 def write_file(
     path: Path, form: Format, record: Any, tensors: Mapping[str, Tensor], *, version: int | None = None
 ) -> None:
-    """Writes an artifact to one safetensors file. An old file is replaced once the new one is on the disk.
+    """Writes an artifact to one safetensors file. An old file is replaced when the new one is on disk.
 
     Args:
         path: The file. Its folder must exist.
@@ -97,18 +97,18 @@ def read_file(
     Args:
         path: The file.
         form: Its format.
-        check: Called with the record and the shapes of the tensors before any tensor is read. Raises if they are not
-            as expected.
+        check: Called with the record and the shapes of the tensors before any tensor is read. It raises an error if
+            they are not as expected.
 
     Raises:
-        GIFError: Of class ``form.error``, if the path is no file, or the file has another format, is damaged or
+        GIFError: Of class ``form.error``, if the path is not a file, or if the file has another format, is damaged or
             edited, or fails the ``check``.
         OSError: If the file cannot be read.
     """
     if path.exists() and not path.is_file():
         raise form.error(f"{str(path)!r} is a folder or a device, not a file. {form.remedy}")
     with parse_errors_name(path, form.remedy, form.error):
-        path.open("rb").close()  # safetensors reports any error of the disk as a missing file
+        path.open("rb").close()  # raises the right OSError; safetensors reports any disk error as a missing file
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             version, record, signed = _parsed(path, form, metadata)
@@ -121,7 +121,7 @@ def read_file(
 
 
 def _parsed(path: Path, form: Format, metadata: Mapping[str, str]) -> tuple[int, Any, object]:
-    """The version, the record, and what the digest covers besides the tensors."""
+    """The version, the record, and the value that the digest covers in addition to the tensors."""
     if "format" not in metadata and form.unversioned is not None:
         return 0, *form.unversioned(metadata)
     known = {form.stated(version): version for version in form.versions}
@@ -140,27 +140,27 @@ def write_folder(
 ) -> None:
     """Writes ``report.json`` and ``scores.safetensors`` into a new folder, and replaces an old folder by it.
 
-    After an error the old folder is unchanged. After a power cut either the old or the new folder is in place. Only
-    between two renames neither is: then the old folder is beside it, as ``.NAME.….old``.
+    After an error the old folder is unchanged. After a power cut, either the old or the new folder is in place. The
+    only exception is a power cut between two renames: then the old folder is next to it, as ``.NAME.….old``.
 
     Args:
-        folder: The folder. Missing parent folders are created. An existing folder must be empty or hold such a report.
+        folder: The folder. Missing parent folders are created. An existing folder must be empty or hold a report.
         kind: The format and version, ``"lightning-gif thing 1"``. A folder that is replaced must have the same format.
         record: Plain values that JSON can hold.
         tensors: Tensors by name.
 
     Raises:
-        ConfigurationError: If ``folder`` holds something else, which is left unchanged; or if the record is too long
-            to be read again.
+        ConfigurationError: If ``folder`` is a file or holds anything other than a report, and so is left unchanged; or
+            if the record is too long to be read again.
     """
-    target = Path(os.path.realpath(folder))  # the folder that a link leads to is replaced, not the link
+    target = Path(os.path.realpath(folder))  # if ``folder`` is a link, the folder that it points to is replaced
     _check_replaceable(target, kind)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format": kind, "digest": digest(tensors, record), **record}, indent=1)
-    if len(text) > MOST_BYTES // 4:  # of up to four bytes each
+    if len(text) > MOST_BYTES // 4:  # a character has up to four bytes
         raise ConfigurationError(
             f"The report without its tensors has {len(text)} characters, but at most {MOST_BYTES // 4} can be read."
-            " Ask about fewer queries, or keep their scores with `scores_to`."
+            " Use fewer queries, or keep their scores with `scores_to`."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = f".{target.name}.{uuid.uuid4().hex}"
@@ -168,7 +168,7 @@ def write_folder(
     try:
         new.mkdir()
         (new / RECORD).write_text(text, encoding="utf-8")
-        (new / TENSORS).write_bytes(save(tensors))  # save_file() would make a file that nobody else may read
+        (new / TENSORS).write_bytes(save(tensors))  # save_file() would create a file that other users cannot read
         for path in (new / RECORD, new / TENSORS, new):
             sync(path)
         if target.exists():
@@ -206,12 +206,12 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
         )
     with parse_errors_name(path / RECORD, REMEDY):
         record = read(path / RECORD)
-        found, expected = record.pop("format"), record.pop("digest")
-        if not isinstance(found, str) or not isinstance(expected, str):
+        stated, expected = record.pop("format"), record.pop("digest")
+        if not isinstance(stated, str) or not isinstance(expected, str):
             raise TypeError("format and digest must be strings")
-    if found != kind:
+    if stated != kind:
         raise ConfigurationError(
-            f"{os.fspath(folder)!r} holds {found!r}, but {kind!r} was expected. Load it with the version of this"
+            f"{os.fspath(folder)!r} holds {stated!r}, but {kind!r} was expected. Load it with the version of this"
             " package that saved it, or compute and save the report again."
         )
     with parse_errors_name(path / TENSORS, REMEDY):
@@ -220,7 +220,7 @@ def read_folder(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, An
     if measured != expected:
         raise ConfigurationError(
             f"{os.fspath(folder)!r} is damaged or has been edited, or its two files are of different reports: the"
-            f" SHA-256 of what they hold is {measured[:12]}…, but {RECORD} expects {expected[:12]}…. Copy both files of"
+            f" SHA-256 of their contents is {measured[:12]}…, but {RECORD} expects {expected[:12]}…. Copy both files of"
             " one report again."
         )
     return record, tensors
@@ -230,19 +230,19 @@ def _check_replaceable(target: Path, kind: str) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise ConfigurationError(f"{str(target)!r} is a file, and is left alone. A report is a folder; name another.")
+        raise ConfigurationError(f"{str(target)!r} is a file, and is left alone. A report is a folder; give another.")
     names = sorted(os.listdir(target))
     if not names:
         return
     others = [name for name in names if name not in (RECORD, TENSORS)]
     try:
-        found = read(target / RECORD)["format"]
-        same = isinstance(found, str) and found.rpartition(" ")[0] == kind.rpartition(" ")[0]
+        stated = read(target / RECORD)["format"]
+        same = isinstance(stated, str) and stated.rpartition(" ")[0] == kind.rpartition(" ")[0]
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if others or not same:
         what = f"holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}" if others else "is no report"
         raise ConfigurationError(
-            f"The folder {str(target)!r} {what}, and is left alone. Only a report of the same kind is replaced; name"
+            f"The folder {str(target)!r} {what}, and is left alone. Only a report of the same kind is replaced; give"
             " another folder."
         )

@@ -15,21 +15,21 @@ __all__ = ["replace_file", "replacing", "sync"]
 
 @contextmanager
 def replacing(path: Path, placed: Callable[[], Any] = lambda: None) -> Iterator[Path]:
-    """Yields the path of a temporary file to write. It replaces the file at ``path`` once it is on the disk.
+    """Yields the path of a temporary file to write. At the end of the block it replaces the file at ``path``.
 
-    After an error within the block the old file is unchanged.
+    After an error inside the block the old file is unchanged.
 
     Args:
         path: The file. Its folder must exist.
-        placed: Called once the new file is in place. The folder is then synced to the disk, which may still fail.
+        placed: Called when the new file is in place. After that, the folder is synced to disk, which can still fail.
 
     Raises:
-        OSError: If the file cannot be written. Also if it is in place but its folder could not be synced to the disk,
-            which the message says.
+        OSError: If the file cannot be written. Also if it is in place, but its folder could not be synced to disk; the
+            message then says so.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        yield temporary  # with the permissions of the old file, or of any new one
+        yield temporary
         if path.exists():
             shutil.copymode(path, temporary)
         sync(temporary)
@@ -40,7 +40,7 @@ def replacing(path: Path, placed: Callable[[], Any] = lambda: None) -> Iterator[
     try:
         sync(path.parent)
     except OSError as error:
-        unsure = f"it is written and in its place, but may not have reached the disk ({error.strerror})"
+        unsure = f"the file is written and in its place, but may not have reached the disk ({error.strerror})"
         raise OSError(error.errno, unsure, str(path)) from error
 
 
@@ -56,10 +56,10 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the list of a folder's files, is on the disk."""
+    """Waits until a file, or the list of a folder's files, is on disk."""
     try:
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    except OSError:  # Windows, for folders
+    except OSError:  # Windows cannot open folders
         return
     try:
         os.fsync(handle)

@@ -25,7 +25,7 @@ __all__ = ["FIRST", "Event", "Record", "append", "check_whole", "read"]
 
 
 Event = Literal["unlearn", "apply", "undo", "metrics"]
-"""``unlearn``: an edit was computed and applied. ``apply``: an earlier one was applied. ``undo``: it was undone.
+"""``unlearn``: an edit was computed and applied. ``apply``: an earlier edit was applied. ``undo``: an edit was undone.
 ``metrics``: the weights were evaluated, not changed."""
 
 _EVENTS = ("unlearn", "apply", "undo", "metrics")
@@ -33,9 +33,9 @@ _EVENTS = ("unlearn", "apply", "undo", "metrics")
 _FORMAT = "lightning-gif record 1"
 
 FIRST = "0" * 64
-"""The first entry has this in place of the hash of a previous entry."""
+"""The value that the first entry has instead of the hash of a previous entry."""
 
-# The digests of an entry that are looked up by name.
+# The names of the digests that each entry must have.
 _DIGESTS = {"weights": ("before", "after"), "edit": ("before", "after", "values", "report")}
 
 
@@ -52,7 +52,7 @@ class Record(NamedTuple):
 
     @property
     def last_hash(self) -> str:
-        """The hash of the last entry. Anyone who knows it can detect later changes of any entry up to it."""
+        """The hash of the last entry. Anyone who knows it can detect later changes of the entries up to this one."""
         return self.entries[-1]["hash"] if self.entries else FIRST
 
 
@@ -79,22 +79,22 @@ def _follow(content: bytes) -> Record:
 
 
 def append(path: str | os.PathLike[str], event: Event, contents: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds an entry to an audit log atomically: an interruption leaves the old file or the new one.
+    """Adds an entry to an audit log atomically: after an interruption, either the old or the new file is in place.
 
-    A lock file beside it makes processes that write to the same file wait for each other.
+    Processes that write to the same file wait for each other, by means of a lock file next to it.
 
     Args:
         path: The audit log. It is created with its folders if it does not exist.
-        event: What happened.
+        event: The event.
         contents: The rest of the entry: plain values that JSON can hold, with the digests ``weights`` and ``edit``.
 
     Returns:
         The entry, with its number, time, versions and hash.
 
     Raises:
-        RecordError: If the audit log is damaged or cannot be written. It is unchanged then.
+        RecordError: If the audit log is damaged or cannot be written. It is then unchanged.
     """
-    target = Path(os.path.realpath(path))  # the file that a link leads to is replaced, not the link
+    target = Path(os.path.realpath(path))  # if ``path`` is a link, the file that it points to is replaced
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
@@ -120,7 +120,7 @@ def append(path: str | os.PathLike[str], event: Event, contents: Mapping[str, An
     except OSError as error:
         raise RecordError(
             f"The audit log {os.fspath(path)!r} cannot be written ({error}), so the weights are unchanged. Free some"
-            " disk space or name another file, and try again."
+            " disk space or give another file, and try again."
         ) from error
     return entry
 
@@ -128,14 +128,18 @@ def append(path: str | os.PathLike[str], event: Event, contents: Mapping[str, An
 def _write(target: Path, old: bytes, new: bytes) -> None:
     try:
         replace_file(target, new)
-    except BaseException:  # an interrupt, or a disk that fails, may come when the new file is there already
+    except BaseException:  # an interrupt or a disk error can come after the new file is in place
         if target.exists() and target.read_bytes() == new:
             replace_file(target, old)
         raise
 
 
 def check_whole(record: Record, path: str | os.PathLike[str]) -> None:
-    """Raises a :class:`~lightning_gif.errors.RecordError` if an audit log is damaged: nothing may be added."""
+    """Checks that an audit log is not damaged.
+
+    Raises:
+        RecordError: If it is damaged. No entry may be added to it then.
+    """
     if record.damage is not None:
         raise RecordError(
             f"The audit log {os.fspath(path)!r} is damaged in {record.damage} Nothing was added to it. Restore it from"
@@ -144,13 +148,22 @@ def check_whole(record: Record, path: str | os.PathLike[str]) -> None:
 
 
 def _parse(line: bytes, number: int, previous: str) -> dict[str, Any]:
-    """The entry of a line. Raises unless it has the given number and the given hash of the previous entry."""
+    """The entry of a line.
+
+    Args:
+        line: The line.
+        number: The number that the entry must have.
+        previous: The hash of the previous entry, which the entry must have.
+
+    Raises:
+        RecordError: If the line is not this entry, or was changed after it was written.
+    """
     try:
         entry = parse(line)
         if not isinstance(entry, dict) or entry.get("format") != _FORMAT:
             raise RecordError(f"it is not an entry of an audit log of this package ({_FORMAT!r}).")
         written = _canonical(entry) + b"\n"
-    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested too deeply to be written
+    except (ValueError, RecursionError) as error:  # not JSON, not text, or nested too deeply
         if isinstance(error, RecordError):
             raise
         raise RecordError(f"it is not an entry of an audit log, each of which is a line of JSON ({error}).") from None
@@ -161,7 +174,7 @@ def _parse(line: bytes, number: int, previous: str) -> dict[str, Any]:
         raise RecordError(
             "it does not have the hash of the previous line: a line was changed, added, removed or moved."
         )
-    # The hash is right, but anyone can compute one.
+    # The fields are checked, because a correct hash does not show who wrote the entry.
     digests = [
         entry[part].get(name) if isinstance(entry.get(part), dict) else None
         for part, names in _DIGESTS.items()
@@ -176,7 +189,7 @@ def _parse(line: bytes, number: int, previous: str) -> dict[str, Any]:
         entry.get("number") != number
         or entry.get("event") not in _EVENTS
         or not timed
-        or not all(isinstance(found, str) for found in digests)
+        or not all(isinstance(digest, str) for digest in digests)
     ):
         raise RecordError("the entry lacks its number, event, time or digests: it was not written by this package.")
     return {**entry, "hash": stated}
@@ -192,7 +205,7 @@ def _hash(entry: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The same value for JSON, with strings for numbers that are not finite."""
+    """Converts a value for JSON. Non-finite numbers become strings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -31,14 +31,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     name = os.fspath(path)
     if os.path.isdir(path):
         raise CheckpointError(
-            f"{name!r} is a folder, as the checkpoints of sharded strategies are. Give a single file: consolidate it"
-            " first (of FSDP by `python -m lightning.pytorch.utilities.consolidate_checkpoint`)."
+            f"{name!r} is a folder, such as a checkpoint of a sharded strategy. Give a single file: consolidate it"
+            " first (for FSDP with `python -m lightning.pytorch.utilities.consolidate_checkpoint`)."
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever a file that anyone may have written leads to
+    except Exception as error:  # a file from an untrusted source can cause any error
         if not isinstance(error, OSError) and not zipfile.is_zipfile(path):
             raise CheckpointError(
                 f"{name!r} is not a checkpoint or is damaged: it is not the zip archive that torch.save writes. Give a"
@@ -48,7 +48,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]} …"
         raise CheckpointError(
             f"The checkpoint {name!r} cannot be read as tensors and plain values: {type(error).__name__}: {reason} It"
-            " is damaged, or holds objects of other classes: save it without these, or allow them by"
+            " is damaged, or holds objects of other classes. Save it without these, or allow them with"
             " torch.serialization.add_safe_globals if you trust the file."
         ) from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
@@ -71,5 +71,5 @@ def _check_state(path: str, state: Mapping[Any, Any]) -> None:
         if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise CheckpointError(
                 f"The checkpoint {path!r} is damaged or of a kind that cannot be edited: {name!r} of shape"
-                f" {list(value.shape)} is not a dense tensor with as many numbers in the file."
+                f" {list(value.shape)} is not a dense tensor with all its numbers in the file."
             )

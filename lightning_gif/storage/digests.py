@@ -13,13 +13,13 @@ __all__ = ["Fingerprint", "differences", "digest", "raw"]
 
 
 Fingerprint = dict[str, str]
-"""Everything that results depend on, by name: digests, or plain values as text."""
+"""Everything on which a result depends, by name: digests, or plain values as text."""
 
 
 def raw(tensor: Tensor, rows: int = 1) -> Tensor:
     """The bytes of a tensor, ``(rows, bytes of a row)``, on the CPU."""
     value = tensor.detach().cpu().contiguous()
-    if value.numel() == 1:  # which counts as contiguous whatever its strides, but not where its bytes are looked at
+    if value.numel() == 1:  # it counts as contiguous with any strides, but view(torch.uint8) checks the strides
         value = value.clone(memory_format=torch.contiguous_format)
     return value.view(-1).view(torch.uint8).view(rows, -1)
 
@@ -29,7 +29,7 @@ def digest(values: Mapping[str, Tensor], record: object = None) -> str:
 
     Args:
         values: The tensors.
-        record: Plain values that JSON can hold and that the digest should cover as well. The order of keys matters.
+        record: Plain values for JSON that the digest covers, too. The order of keys matters.
     """
     state = hashlib.sha256()
     for name in sorted(values):
@@ -41,12 +41,12 @@ def digest(values: Mapping[str, Tensor], record: object = None) -> str:
     return state.hexdigest()
 
 
-def differences(found: object, expected: Mapping[str, object]) -> str:
-    """The names of the expected values that differ in ``found``, as text; empty if none does.
+def differences(stored: object, expected: Mapping[str, object]) -> str:
+    """The names of the expected values that differ in ``stored``, as text; empty if none does.
 
     Raises:
-        ValueError: If ``found`` is not a mapping.
+        ValueError: If ``stored`` is not a mapping.
     """
-    if not isinstance(found, Mapping):
-        raise ValueError(f"expected a mapping from names to values, got a {type(found).__name__}")
-    return ", ".join(name for name, value in expected.items() if found.get(name) != value)
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"expected a mapping from names to values, got a {type(stored).__name__}")
+    return ", ".join(name for name, value in expected.items() if stored.get(name) != value)

@@ -13,12 +13,13 @@ __all__ = ["uninterrupted"]
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delays an interrupt (SIGINT) within the block to its end. For short blocks that must run as a whole.
+    """Delays an interrupt (SIGINT, Ctrl-C) until the block has finished. For short blocks that must run as a whole.
 
-    Only the main thread is ever interrupted. In other threads, and where interrupts are ignored, this does nothing.
+    In other threads than the main thread, which is the only one to be interrupted, and if interrupts are ignored, this
+    does nothing.
     """
-    answer = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(answer):
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
     missed: list[Any] = []
@@ -26,6 +27,6 @@ def uninterrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, answer)
+        signal.signal(signal.SIGINT, handler)
         if missed:
-            answer(*missed[-1])
+            handler(*missed[-1])

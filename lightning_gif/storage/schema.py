@@ -1,4 +1,4 @@
-"""Records of plain values from untrusted files: read as values of the expected types, or refused."""
+"""Reads records of plain values from untrusted files, and checks that the values have the expected types."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..errors import ConfigurationError, GIFError
 __all__ = ["MOST_BYTES", "parse", "parse_errors_name", "read", "restored", "restored_fields"]
 
 
-# The largest record that is read. It takes about ten times as much in memory.
+# The largest size of a record that is read. In memory it takes about ten times as much.
 MOST_BYTES = 2**28
 
 
@@ -27,7 +27,7 @@ MOST_BYTES = 2**28
 def parse_errors_name(
     path: str | os.PathLike[str], remedy: str, kind: type[GIFError] = ConfigurationError
 ) -> Iterator[None]:
-    """Turns errors about the contents of an untrusted file into an error that names the file.
+    """Re-raises errors about the contents of an untrusted file as one that names the file and says what to do.
 
     Args:
         path: The file.
@@ -35,7 +35,7 @@ def parse_errors_name(
         kind: The class of the error. Errors of this class pass unchanged.
 
     Raises:
-        kind: In place of an error about a missing key, or about a wrong type, value or shape.
+        kind: Instead of an error about a missing key, or about a wrong type, value or shape.
     """
     try:
         yield
@@ -66,18 +66,18 @@ def parse(text: str | bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         raise ValueError("the record has the same key twice")
-    return found
+    return values
 
 
 def read(path: str | os.PathLike[str]) -> Any:
-    """:func:`parse` of a file.
+    """Reads a JSON file as plain values, see :func:`parse`.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it has more than :data:`MOST_BYTES` bytes, or as in :func:`parse`.
+        ValueError: If it has more than :data:`MOST_BYTES` bytes, or for the reasons in :func:`parse`.
     """
     size = os.stat(path).st_size
     if size > MOST_BYTES:
@@ -86,7 +86,7 @@ def read(path: str | os.PathLike[str]) -> Any:
 
 
 def restored_fields(kind: type, record: Any, without: Sequence[str] = ()) -> dict[str, Any]:
-    """The fields of a dataclass, each of its type, from a record.
+    """The values for the fields of a dataclass from a record, each converted to the type of its field.
 
     Args:
         kind: The dataclass.
@@ -101,16 +101,16 @@ def restored_fields(kind: type, record: Any, without: Sequence[str] = ()) -> dic
     names = [field.name for field in fields(kind) if field.name not in without]
     if not isinstance(record, Mapping) or record.keys() != set(names):
         given = sorted(map(str, record)) if isinstance(record, Mapping) else type(record).__name__
-        raise TypeError(f"a record of {kind.__name__} has {', '.join(names)}; got {str(given)[:200]}")
+        raise TypeError(f"a record of {kind.__name__} must have {', '.join(names)}; got {str(given)[:200]}")
     return {name: restored(hints[name], record[name], name) for name in names}
 
 
 def restored(hint: Any, value: Any, what: str) -> Any:
-    """Converts a plain value to a type: lists to tuples, strings to members of an enumeration.
+    """Converts a plain value to a type, such as a list to a tuple, or a string to a member of an enumeration.
 
     Args:
-        hint: ``Any``, ``None``, ``bool``, ``int``, ``float``, ``str``; enumerations, named tuples and dataclasses; and
-            lists, tuples, dictionaries and unions of these.
+        hint: The type: ``Any``, ``None``, ``bool``, ``int``, ``float``, ``str``; an enumeration, a named tuple or a
+            dataclass; or a list, tuple, dictionary or union of these.
         value: The value.
         what: The name of the value, for messages.
 

@@ -442,8 +442,9 @@ class LabelCorrection(Goal):
             has a warning if more labels stay uncorrected.
         corrected_weight: The weight of a corrected example relative to a retained one. It is above 1, because some of
             the retained predictions were learned from the wrong labels and oppose the correction.
-        retain_budget: The report has a warning if the retained loss rises by more than this share of the chance loss,
-            by more than a tenth of itself, and by more than a tenth of what the corrected examples gained.
+        retain_budget: The report has a warning if the retained loss rises by more than this share of the chance loss.
+            The increase must also be more than a tenth of the loss, and more than a tenth of the decrease of the
+            corrected loss, weighted by ``m/(n−m)``.
         far_memorization: While more than this share of the labels is wrong, descent directions are damped least-squares
             solutions.
         first_damping: The relative damping of these solutions. The GGN matrix is nearly zero on wrong labels that are

@@ -97,8 +97,8 @@ class Journal:
     def recall(self, position: int, request: list[Any], size: int) -> tuple[Tensor, dict[str, Any]] | None:
         """The change at a position and the values that :meth:`keep` stored with it; ``None`` if there is none.
 
-        If the stored change was solved for another request, it is deleted with all later ones. This happens if the
-        strategy took other step sizes than before, for example because of rounding.
+        If the stored change belongs to another request, it is deleted with all later ones. This happens if the strategy
+        took other step sizes than before, for example because of rounding.
 
         Args:
             position: The position in the order of the changes.

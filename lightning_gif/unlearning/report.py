@@ -36,8 +36,8 @@ class UnlearnReport(EditRecord):
         global_step: The number of the trainer's optimizer steps at the time of the call.
         record: The audit log to which :meth:`apply` and :meth:`undo` add an entry, see
             :mod:`lightning_gif.storage.audit_log`.
-        processes: The process group, whose processes hold copies of the model. The edit is made in all copies, or in
-            none. The first process writes files.
+        processes: The process group, whose processes hold copies of the model. The edit changes all copies, or none.
+            The first process writes files.
     """
 
     module = ContextAttribute[nn.Module | None]()
@@ -60,8 +60,8 @@ class UnlearnReport(EditRecord):
 
         Args:
             module: The model, or the ``state_dict`` of a checkpoint; by default the model that was edited. If its
-                trainer runs several processes, all of them must make this call. The edit is then made in all copies,
-                or in none.
+                trainer runs several processes, all of them must make this call. The edit then changes all copies, or
+                none.
             record: The audit log to add an entry to; by default that of the report, if it has one.
 
         Raises:

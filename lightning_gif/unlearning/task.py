@@ -46,7 +46,7 @@ class SampleSizes(CheckedNumbers):
             (Byrd et al., *SIAM Journal on Optimization* 21, 2011).
         forget_share: In a class removal, the number of forget examples from which the curvature is computed, as a share
             of ``descent_curvature``.
-        min_compared: The losses of forget and unseen examples are compared only if there are so many of each.
+        min_compared: The losses of forget and unseen examples are compared only if there are this many of each kind.
     """
 
     evaluation: int = number(1024, low=2, open_low=False)

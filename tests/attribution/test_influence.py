@@ -828,7 +828,7 @@ def test_invalid_values_of_keep_are_refused(keep: Any) -> None:
 
 def test_scores_to_and_keep_exclude_each_other(tmp_path: Any) -> None:
     trainer, _, dataset = fitted()
-    with pytest.raises(ConfigurationError, match="give one of them"):
+    with pytest.raises(ConfigurationError, match="Give only one of them"):
         trainer.influence(batch_of(dataset, slice(0, 3)), keep=20, scores_to=tmp_path)
 
 

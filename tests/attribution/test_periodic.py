@@ -69,8 +69,8 @@ def test_a_report_that_fails_does_not_cost_the_run() -> None:
     ("arguments", "message"),
     [
         ({"report_every_n_epochs": 0, "query": 1}, "whole number of at least 1, got 0"),
-        ({"report_every_n_epochs": 2}, "go together"),
-        ({"query": [1]}, "go together"),
+        ({"report_every_n_epochs": 2}, "must be given together"),
+        ({"query": [1]}, "must be given together"),
         ({"report_options": {"k": 3}}, "`report_every_n_epochs`"),
         ({"report_every_n_epochs": 1, "query": 1, "report_options": {"top": 3}}, "Unknown argument 'top'"),
     ],

@@ -169,14 +169,14 @@ def test_a_finished_wandb_run_costs_neither_report_nor_edit(wandb_logger: WandbL
     trainer, module, dataset = fitted(logger=[wandb_logger, after])
     before = weights(module)
     wandb.finish()
-    with pytest.warns(GIFWarning, match="WandbLogger did not take the report.*is finished, and no new one is started"):
+    with pytest.warns(GIFWarning, match="WandbLogger did not log the report.*is finished, and no new one is started"):
         answer = trainer.influence(batch_of(dataset, [0]))
     with pytest.warns(GIFWarning, match="is finished, and no new one is started"):
         answer.log()
     assert csv_values(after)["gif/influence/score_max"] == float(answer.scores.max())
     assert wandb.run is None
     assert len(list(tmp_path.rglob("*.wandb"))) == 1
-    with pytest.warns(GIFWarning, match="WandbLogger did not take the report.*finished"):
+    with pytest.warns(GIFWarning, match="WandbLogger did not log the report.*finished"):
         report = trainer.unlearn(batch_of(dataset, [0]), step="natural")
     assert csv_values(after)["gif/unlearn/step"] == 1.0
     with pytest.warns(GIFWarning, match="is finished, and no new one is started"):
@@ -215,11 +215,11 @@ class Broken(CSVLogger):
 def test_a_logger_that_fails_is_named_and_the_others_are_served(tmp_path: Path) -> None:
     loggers = [Broken(tmp_path, name="broken"), CSVLogger(tmp_path, name="whole")]
     trainer, module, dataset = fitted(logger=loggers)
-    with pytest.warns(GIFWarning, match="Broken did not take the report.*OSError: disk full"):
+    with pytest.warns(GIFWarning, match="Broken failed to log the report.*OSError: disk full"):
         answer = trainer.influence(batch_of(dataset, [0]))
     assert csv_values(loggers[1])["gif/influence/n_train"] == 48
     before = weights(module)
-    with pytest.warns(GIFWarning, match="Broken did not take the report"):
+    with pytest.warns(GIFWarning, match="Broken failed to log the report"):
         edit = trainer.unlearn(batch_of(dataset, [0]), step="natural")
     edit.undo()
     assert same_weights(weights(module), before)

@@ -471,7 +471,7 @@ def test_a_stochastic_solve_that_diverges_raises() -> None:
 
 
 def test_an_operator_without_draws_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="draw batches"):
+    with pytest.raises(ConfigurationError, match="draw random batches"):
         stochastic_lissa(Matrix(TALL), torch.randn(60, dtype=torch.float64))
 
 

@@ -213,7 +213,7 @@ def test_values_of_another_type_are_named(hint: Any, value: Any) -> None:
 
 
 def test_records_of_unknown_fields_are_refused() -> None:
-    with pytest.raises(TypeError, match="a record of Solution has status"):
+    with pytest.raises(TypeError, match="a record of Solution must have status"):
         restored_fields(Solution, {**SOLVE, "residuals": [], "peak_memory": None, "x": 1}, without=("x",))
 
 

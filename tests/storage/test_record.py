@@ -329,7 +329,7 @@ def test_a_file_that_cannot_be_read_is_not_reported_as_missing(tmp_path: Path) -
     found = verify(path, edits=edits, module=module, published=last.last_hash)
     assert failed(found) == ["chain"]
     known = {check.what: check for check in found.checks[1:]}
-    assert known["published hash"].found == known["module"].found == "of no entry that can be read"
+    assert known["published hash"].found == known["module"].found == "matches no entry that can be read"
     assert [check.ok for check in found.checks if check.what == "edit"] == [True, None]
     assert "not undone, as far as it can be read: of entry 1." in str(found)
     edits[1].edit.undo(module)
@@ -502,7 +502,7 @@ def test_an_audit_log_its_edits_and_a_checkpoint_are_verified_together(tmp_path:
     found = verify(path, edits=files, checkpoint=tmp_path / "1.ckpt", module=module)
     assert found.ok
     assert found.standing == [1, 2]
-    for line in ("chain: 2 entries", "that of entry 1", "that of entry 2", "bit by bit", "not a certificate"):
+    for line in ("chain: 2 entries", "matches entry 1", "matches entry 2", "bit by bit", "not a certificate"):
         assert line in str(found)
     assert found.last_hash in str(found)
     early = verify(path, checkpoint=tmp_path / "0.ckpt")
@@ -530,7 +530,7 @@ def test_discarded_changes_are_reported(tmp_path: Path) -> None:
     trainer.unlearn([1, 2])
     module.load_state_dict(kept)
     trainer.unlearn([3])
-    assert "they are those before entry 1, so later changes were not kept" in str(verify(path))
+    assert "it starts from the weights before entry 1, so later changes were not kept" in str(verify(path))
 
 
 def test_a_modified_edit_file_is_detected(tmp_path: Path) -> None:
@@ -551,7 +551,7 @@ def test_a_modified_edit_file_is_detected(tmp_path: Path) -> None:
         assert failed(found) == [f"edit {file}"], str(found)
     file.write_bytes(number)
     other = trainer.unlearn([5], record=False)
-    assert "of no entry" in str(verify(path, edits=[other]))
+    assert "matches no entry" in str(verify(path, edits=[other]))
     with pytest.raises(FileNotFoundError):
         verify(path, edits=[tmp_path / "none"])
     with pytest.raises(ConfigurationError, match="edit files or reports"):
@@ -569,7 +569,7 @@ def test_one_changed_bit_of_a_checkpoint_is_detected(tmp_path: Path) -> None:
     file.write_bytes(content)
     found = verify(path, checkpoint=file)
     assert failed(found) == [f"checkpoint {file}"]
-    assert "those of no entry" in str(found)
+    assert "match no entry" in str(found)
 
 
 def test_hostile_checkpoints_fail_the_check_and_run_no_code(tmp_path: Path) -> None:
