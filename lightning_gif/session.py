@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import numbers
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
 from ._compat import Trainer, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
 from .config import Overrides, Settings
@@ -310,20 +311,33 @@ def open_session(
             )
         opened = Objective.open(trainer, module, seed=settings.seed, double=settings.double, processes=processes)
         with opened as objective:
-            train = _training_examples(trainer, loader, objective, settings)
+            train = _training_examples(trainer, loader, objective, settings, given=dataloader is not None)
             repicks = not (overrides or {}).keys().isdisjoint(("selector", "ratio", "seed"))
             yield Session(objective, train, settings, loaders, tracker, repicks)
 
 
-def _training_examples(trainer: Trainer, loader: Any, objective: Objective, settings: Settings) -> Examples:
-    """The examples of a training loader. Checks that they are the same on all processes, and learns their structure."""
+def _training_examples(
+    trainer: Trainer, loader: Any, objective: Objective, settings: Settings, *, given: bool
+) -> Examples:
+    """The examples of a training loader. Checks that they are the same on all processes, and learns their structure.
+
+    Args:
+        trainer: The trainer.
+        loader: The loader.
+        objective: The loss.
+        settings: The settings of the call.
+        given: Whether the call names the loader: then all of its examples count, however many ``fit`` has used.
+    """
     most = trainer.fast_dev_run * settings.batch_size if trainer.fast_dev_run else None
-    if not trainer.fast_dev_run and (trainer.overfit_batches or trainer.limit_train_batches != 1.0):
-        rank_zero_warn(
-            "The trainer limits its training batches (overfit_batches or limit_train_batches), but all examples of the"
-            " training loader count as training examples. Pass `dataloader=` with the examples that were used.",
-            category=GIFWarning,
-        )
+    if not given and not trainer.fast_dev_run and (trainer.overfit_batches or trainer.limit_train_batches != 1.0):
+        most = _first_examples(trainer, loader)
+        if most is None:
+            rank_zero_warn(
+                "The trainer limits its training batches (overfit_batches or limit_train_batches) and shuffles, but all"
+                " examples of the training loader count as training examples. Pass `dataloader=` with the examples that"
+                " were used.",
+                category=GIFWarning,
+            )
     train = Examples.from_loader(
         loader,
         objective.prepare,
@@ -335,6 +349,15 @@ def _training_examples(trainer: Trainer, loader: Any, objective: Objective, sett
     check_same_everywhere(train, "training data")
     warn_if_random(train)
     return objective.learn_structure(train)
+
+
+def _first_examples(trainer: Trainer, loader: Any) -> int | None:
+    """How many of the first examples of a loader ``fit`` has used; ``None`` if it has used others."""
+    batches = trainer.num_training_batches
+    in_order = isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler)
+    if not in_order or not loader.batch_size or not 0 < batches < math.inf:
+        return None
+    return int(batches) * int(loader.batch_size)
 
 
 def _are_indices(given: Any) -> bool:

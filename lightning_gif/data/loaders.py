@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,10 +29,16 @@ def check_loader(loader: Any) -> DataLoader[Any]:
     Raises:
         TrainingDataError: If it is not a ``DataLoader`` over single examples of a map-style dataset.
     """
+    if isinstance(loader, (Mapping, list, tuple)) or type(loader).__name__ == "CombinedLoader":
+        raise TrainingDataError(
+            f"Expected a torch DataLoader, got several in a {type(loader).__name__}. An example is a part of each of"
+            " their batches. Pass `dataloader=` with one DataLoader whose batches have the structure that training_step"
+            f" takes: DataLoader({_stacked(loader)}, batch_size), with StackDataset from torch.utils.data."
+        )
     if not isinstance(loader, DataLoader):
         raise TrainingDataError(
-            f"Expected a torch DataLoader, got {type(loader).__name__}. With several loaders or a custom"
-            " loader, pass a DataLoader over the training set as `dataloader=`."
+            f"Expected a torch DataLoader, got {type(loader).__name__}. Instead of a custom loader, pass a DataLoader"
+            " over the training set as `dataloader=`."
         )
     if isinstance(loader.dataset, IterableDataset):
         raise TrainingDataError(
@@ -78,3 +84,11 @@ def sampled_ids(loader: DataLoader[Any]) -> Tensor:
             f"{type(loader.dataset).__name__} has no length, so its examples cannot be numbered. Define `__len__`."
         ) from None
     return torch.arange(size)
+
+
+def _stacked(loaders: Any) -> str:
+    """The code of a dataset whose items have the structure of the batches of several loaders."""
+    loaders = getattr(loaders, "iterables", loaders)  # of a CombinedLoader
+    if isinstance(loaders, Mapping):
+        return f"StackDataset({', '.join(f'{name}={name}_dataset' for name in loaders)})"
+    return f"StackDataset({', '.join(f'dataset_{index}' for index in range(len(loaders)))})"
