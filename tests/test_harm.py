@@ -604,9 +604,7 @@ def test_complex_parameters_are_refused_by_name_with_a_remedy(first: bool) -> No
     module, data = Fourier(first), blobs()
     trainer.fit(module, loader(data))
     values = weights(module)
-    message = (
-        r"of Fourier these are complex: spectral\.weight, spectral\.bias\. .*view_as_real.*requires_grad_\(False\)"
-    )
+    message = r"Fourier has complex ones: spectral\.weight, spectral\.bias\. .*view_as_real.*requires_grad_\(False\)"
     for ask in (trainer.influence, trainer.unlearn):
         with pytest.raises(ConfigurationError, match=message):
             ask(batch_of(data, slice(4)))
@@ -617,7 +615,7 @@ def test_complex_parameters_are_refused_by_name_with_a_remedy(first: bool) -> No
 
 def test_training_with_complex_parameters_is_unchanged_bit_for_bit_with_one_warning() -> None:
     check_trained_alike(
-        GIFCallback(), "these are complex: spectral.weight, spectral.bias. Store each as a real parameter", Fourier
+        GIFCallback(), "has complex ones: spectral.weight, spectral.bias. Store each as a real parameter", Fourier
     )
 
 

@@ -102,7 +102,7 @@ def test_self_influence_over_snapshots_is_the_mean_over_the_states() -> None:
     assert len(parts) == 3
     torch.testing.assert_close(report.scores, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-7)
     assert (parts[1] - parts[0]).abs().max() > 1e-5
-    with pytest.raises(ConfigurationError, match=r"there are none: fit with GIFCallback"):
+    with pytest.raises(ConfigurationError, match=r"there are none\. Fit with GIFCallback"):
         fitted()[0].self_influence(snapshots=True)
 
 
