@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
+from typing_extensions import Self
 
 from ..config import Settings
 from ..data.examples import Examples

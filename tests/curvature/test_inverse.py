@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lightning_gif import SOLVERS, ConfigurationError, GIFCallback, attach
 from lightning_gif.config import Settings
