@@ -39,7 +39,9 @@ def self_influence(
 
     The score is ``(1/(n−1)) · gᵢᵀ(C + λ)⁻¹gᵢ`` with ``gᵢ = ∇ℓ(zᵢ)``, restricted to the target parameters for
     ``method="fif"``. It is large for memorized examples, such as wrong labels (Koh and Liang, ICML 2017, section 5.4;
-    Feldman and Zhang, NeurIPS 2020).
+    Feldman and Zhang, NeurIPS 2020). If the curvature may have negative eigenvalues, such as the Hessian, each
+    eigenvalue ``c`` counts as ``√(c² + λ²)`` instead of ``c + λ``. So no score is negative. The report's
+    ``curvature["negative_eigenvalues"]`` is the number of negative ones.
 
     With up to 1024 parameters the matrix ``C`` is formed, and the scores are exact. With more parameters, a low-rank
     sketch replaces ``C`` (:func:`~lightning_gif.solvers.low_rank`). The sketch takes the curvature as 0 in directions

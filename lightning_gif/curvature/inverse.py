@@ -82,6 +82,8 @@ class InverseCurvature(ABC):
     def quadratic(self) -> Callable[[Tensor], Tensor]:
         """The quadratic form ``g ↦ g[S]ᵀ(C[S, S] + λ)⁻¹g[S]`` for self-influence.
 
+        If ``C[S, S]`` may have negative eigenvalues, each eigenvalue ``c`` counts as ``√(c² + λ²)`` instead.
+
         Returns:
             A function from gradients ``(m, p)`` to values ``(m,)``. It computes no further products with the curvature.
 
