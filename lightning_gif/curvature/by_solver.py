@@ -14,7 +14,7 @@ from ..config import Settings
 from ..data.examples import Examples
 from ..errors import ConfigurationError
 from ..objective.objective import Objective
-from ..solvers import SOLVERS, LinearOperator, Solution, Status, low_rank, nystrom, require_finite, to_matrix
+from ..solvers import SOLVERS, LinearOperator, Solution, Status, low_rank, require_finite, to_matrix
 from ..solvers.operators import Submatrix, is_positive_semidefinite
 from ..solvers.vectors import norms
 from .inverse import INVERSES, InverseCurvature
@@ -49,19 +49,21 @@ _SKETCH_COPIES = 5
 
 
 def inverse_for_queries(settings: Settings) -> type[InverseCurvature]:
-    """The class of inverse for the iHVPs of queries: one registered under the solver's name, else one that solves."""
-    return INVERSES.get(settings.solver, SolverInverse)
+    """The class of inverse for the iHVPs of queries: one that runs the solver, or the one registered by that name."""
+    if settings.solver not in SOLVERS:
+        return INVERSES[settings.solver]
+    return SketchInverse if SOLVERS[settings.solver].is_sketch else SolverInverse
 
 
 def inverse_for_self_influence(settings: Settings, size: int) -> type[InverseCurvature]:
     """The class of inverse for the quadratic form over ``size`` target parameters.
 
-    If ``settings.solver`` is a solver, it is exact for few parameters, and a sketch otherwise. If it is the name of an
-    inverse only, it is that inverse.
+    If ``settings.solver`` is a solver, it is exact for few parameters, and a sketch otherwise. If it is an inverse, it
+    is that inverse.
     """
-    if settings.solver in SOLVERS and size <= DENSE_PARAMETERS:
-        return DenseInverse
-    return INVERSES.get(settings.solver, SketchInverse)
+    if settings.solver not in SOLVERS:
+        return INVERSES[settings.solver]
+    return DenseInverse if size <= DENSE_PARAMETERS else SketchInverse
 
 
 class SolverInverse(InverseCurvature):
@@ -156,9 +158,10 @@ class SolverInverse(InverseCurvature):
         return Submatrix(self._curvature, self._positions, self._positions)
 
 
-@INVERSES.register(nystrom.name)
 class SketchInverse(SolverInverse):
     """Replaces the curvature by a sketch of rank ``max_iter``, which all gradients share.
+
+    Its iHVPs are computed by the solver of the settings, which is a sketch wherever this class is chosen for them.
 
     In most directions weight decay is the only curvature, and the sketch misses them. So weight decay is added to the
     damping instead.
@@ -183,9 +186,6 @@ class SketchInverse(SolverInverse):
             "Give a smaller `max_iter`, which is the rank of the sketch, or fewer parameters (targets='cached'). For"
             " the scores of a query, solver='cg' needs no sketch",
         )
-
-    def _solve(self, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
-        return solve(replace(self._settings, solver=nystrom.name), operator, rhs)
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
         """See :meth:`InverseCurvature.quadratic`. Values are too large, because the sketch misses some curvature."""

@@ -61,7 +61,7 @@ class SolveOptions:
         rtol: Relative residual at which the solve counts as converged; see
             :attr:`Solution.residual <lightning_gif.solvers.Solution>`.
         max_iter: The largest number of iterations. An iteration costs two products for least squares, and one for
-            symmetric matrices. For ``"nystrom"`` this is the rank of the sketch.
+            symmetric matrices. For a sketch, such as ``"nystrom"``, this is the rank.
         seed: Seed of all random draws.
         start: First iterate, ``(cols,)`` or ``(cols, q)``; zero by default. Zero is used as well if its residual is
             smaller than that of the start.
@@ -96,6 +96,8 @@ class Solver:
         requires_draws: Whether the operator must be able to draw batches, by a method ``draw(seed)``.
         shares_products_across_rhs: Whether the number of products does not depend on the number of right-hand sides,
             so that all of them should be solved together.
+        is_sketch: Whether a low-rank approximation of rank ``max_iter`` replaces the matrix, so that all directions
+            beyond it have the damping alone. For scores, weight decay is then added to the damping.
         supports_start: Whether a first iterate can be given.
         supports_discrepancy: Whether the solve can stop at a discrepancy.
         max_iter: The default of :attr:`SolveOptions.max_iter`.
@@ -115,6 +117,7 @@ class Solver:
         requires_damping: bool = False,
         requires_draws: bool = False,
         shares_products_across_rhs: bool = False,
+        is_sketch: bool = False,
         supports_start: bool = True,
         supports_discrepancy: bool = True,
         max_iter: int = SolveOptions.max_iter,
@@ -124,6 +127,7 @@ class Solver:
         self.requires_damping = requires_damping
         self.requires_draws = requires_draws
         self.shares_products_across_rhs = shares_products_across_rhs
+        self.is_sketch = is_sketch
         self.supports_start = supports_start
         self.supports_discrepancy = supports_discrepancy
         self._algorithm, self._max_iter = algorithm, max_iter
