@@ -9,7 +9,7 @@ from .curvature.inverse import INVERSES
 from .curvature.methods import METHODS
 from .curvature.products import CURVATURES
 from .curvature.sampling import SAMPLERS
-from .selection import check_selector, is_name
+from .selection import SELECTORS, check_selector, is_name
 from .solvers import SOLVERS, cg, lsmr, nystrom
 
 __all__ = [
@@ -77,7 +77,9 @@ def is_sketch(solver: str) -> bool:
 def needs_no_cache(settings: Settings) -> bool:
     """Whether the target parameters are the same whatever was seen in training."""
     whole = settings.method != AUTO and not METHODS[settings.method].selects
-    return not is_name(settings.selector) or settings.selector == "random" or whole
+    if whole or not is_name(settings.selector):
+        return True
+    return not SELECTORS.declared(SELECTORS[str(settings.selector)], "needs_statistics")
 
 
 def for_unlearning(settings: Settings) -> Settings:
@@ -124,13 +126,14 @@ def for_influence(
         itself: Whether each example is scored for itself.
     """
     method = _chosen(settings.method, "fif" if on_targets else "if")
-    square = METHODS[method].rows == METHODS[method].cols
+    square = METHODS[method].is_square
     matrix = _chosen(settings.curvature, "ggn" if square and ggn else "hessian")
     rank = min(SKETCH_RANK, queries * INFLUENCE_ITERATIONS) if settings.max_iter is None else settings.max_iter
     asks_for_more = settings.rtol is not None or settings.discrepancy > 0  # than a sketch can give
     shared = queries >= SKETCH_QUERIES and rank >= LEAST_SKETCH_RANK and not asks_for_more
     symmetric = SKETCH if shared else SYMMETRIC
-    solver = _chosen(settings.solver, symmetric if square and matrix == "ggn" else LEAST_SQUARES)
+    semidefinite = square and CURVATURES.declared(CURVATURES[matrix], "positive_semidefinite")
+    solver = _chosen(settings.solver, symmetric if semidefinite else LEAST_SQUARES)
     chosen = replace(settings, method=method, curvature=matrix, solver=solver)
     if not square:  # the plain least squares of GIF, until they converge
         tolerance = INFLUENCE_RTOL if settings.rtol is None else settings.rtol

@@ -61,14 +61,15 @@ def self_influence(
 
     Raises:
         NonFiniteError: If a loss, gradient or product is not finite.
-        ConfigurationError: If the method is not ``"if"`` or ``"fif"``; or, with a sketch, if the curvature can have
-            negative eigenvalues or there is no damping.
+        ConfigurationError: If the method is not symmetric, as ``"if"`` and ``"fif"`` are; or, with a sketch, if the
+            curvature can have negative eigenvalues or there is no damping.
     """
     start = time.perf_counter()
-    if settings.method not in ("if", "fif"):
+    if not METHODS[settings.method].is_symmetric:
+        suited = " or ".join(repr(name) for name, method in METHODS.items() if method.is_symmetric)
         raise ConfigurationError(
-            f"Self-influence needs method='if' (all parameters) or 'fif' (target parameters), got {settings.method!r}."
-            " Pass one of them to the call: trainer.self_influence(method='if')."
+            f"Self-influence needs a method that inverts the curvature of the target parameters alone: {suited}, got"
+            f" {settings.method!r}. Pass one of them to the call: trainer.self_influence(method='if')."
         )
     targets = METHODS[settings.method].targets(objective.space, choose_targets)
     scored = train if among is None else among

@@ -224,7 +224,7 @@ def warn_unconverged(settings: Settings, solutions: list[Solution], *, is_newton
     worst = max(short, key=lambda solution: solution.residual)
     several = f" ({len(short)} of {len(solutions)} queries; this is the worst)" if len(solutions) > 1 else ""
     advice = _ADVICE[worst.status]
-    if worst.status is Status.MAX_ITER and not is_newton and worst.solver != lsmr.name:
+    if worst.status is Status.MAX_ITER and not is_newton and SOLVERS.get(settings.solver) is not lsmr:
         advice += f", or use solver={lsmr.name!r}"
     asked = "no rtol was given" if settings.rtol is None else f"rtol is {settings.rtol:g}"
     larger = "" if worst.status is Status.INDEFINITE else "a larger `rtol` or "
