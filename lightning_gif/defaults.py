@@ -17,7 +17,6 @@ __all__ = [
     "for_influence",
     "for_relinearised_step",
     "for_unlearning",
-    "is_sketch",
     "needs_no_cache",
 ]
 
@@ -66,12 +65,6 @@ def check_names(settings: Settings) -> Settings:
         SOLVERS[settings.solver]
     SAMPLERS[settings.curvature_sampling]
     return settings
-
-
-def is_sketch(solver: str) -> bool:
-    """Whether a solver has a low-rank approximation in the place of the curvature, and ``max_iter`` for its rank."""
-    declared = SOLVERS.get(solver)
-    return declared is not None and declared.requires_symmetric_psd and declared.shares_products_across_rhs
 
 
 def needs_no_cache(settings: Settings) -> bool:
@@ -140,14 +133,11 @@ def for_influence(
         return replace(chosen, damping=0.0 if settings.damping is None else settings.damping, rtol=tolerance)
     if itself:  # by a sketch, whatever solves for queries
         return replace(chosen, max_iter=settings.max_iter or SELF_INFLUENCE_RANK)
-    if (
-        settings.max_iter is None
-        and settings.rtol is None
-        and solver in SOLVERS
-        and SOLVERS[solver].requires_symmetric_psd
-    ):
-        return replace(chosen, max_iter=rank if is_sketch(solver) else INFLUENCE_ITERATIONS)
-    return chosen
+    if settings.max_iter is not None or settings.rtol is not None or solver not in SOLVERS:
+        return chosen
+    if SOLVERS[solver].is_sketch:
+        return replace(chosen, max_iter=rank)
+    return replace(chosen, max_iter=INFLUENCE_ITERATIONS) if SOLVERS[solver].requires_symmetric_psd else chosen
 
 
 def _chosen(name: str, default: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from lightning_gif import METHODS, SELECTORS, SOLVERS, STRATEGIES, ConfigurationError, ConvergenceWarning, GIFCallback
 from lightning_gif.curvature.products import CURVATURES
 from lightning_gif.registry import Registry, declares
+from lightning_gif.solvers import Solver
 
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 
@@ -66,6 +67,24 @@ def test_self_influence_takes_every_symmetric_method() -> None:
             trainer.self_influence(method="gif")
     assert {name for name, method in METHODS.items() if method.is_symmetric} == {"if", "fif"}
     assert {name for name, method in METHODS.items() if not method.is_square} == {"gif"}
+
+
+def test_only_a_sketch_takes_a_rank_for_max_iter() -> None:
+    """Other solvers that share their products have as many iterations as conjugate gradients."""
+    cg = SOLVERS["cg"]
+
+    def algorithm(operator: Any, rhs: Any, options: Any) -> Any:
+        return cg(operator, rhs, damping=options.damping, rtol=options.rtol, max_iter=options.max_iter)
+
+    trainer, _, dataset = fitted()
+    query = batch_of(dataset, range(20))
+    direct = Solver("direct", algorithm, requires_symmetric_psd=True, shares_products_across_rhs=True)
+    with registered(SOLVERS, "direct", direct):
+        assert trainer.influence(query, per_example=True, solver="direct").settings["max_iter"] == 20
+    with registered(SOLVERS, "mine", partial(cg)):
+        report = trainer.influence(query, per_example=True, solver="mine")
+    assert report.settings["max_iter"] == 20
+    assert torch.equal(report.scores, trainer.influence(query, per_example=True, solver="cg").scores)
 
 
 def test_the_best_solver_is_not_advised_to_those_who_use_it() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -138,6 +140,26 @@ class Solver:
     def __repr__(self) -> str:
         return f"Solver({self.name!r})"
 
+    def with_options(self, name: str, **own: Any) -> Solver:
+        """The same solver under another name, with other defaults of options that it alone has.
+
+        Args:
+            name: The name to register it under.
+            **own: The options, such as ``repeats=4`` of ``"stochastic_lissa"``.
+
+        Raises:
+            ConfigurationError: For an option that every solver has, because each call gives those.
+        """
+        shared = sorted({one.name for one in fields(SolveOptions)}.intersection(own))
+        if shared:
+            raise ConfigurationError(
+                f"The solver {name!r} binds {_enumerate(shared)}, which each call gives. Pass it to the call or to"
+                " GIFCallback, or register a function that changes it."
+            )
+        other = copy.copy(self)
+        other.name, other._algorithm = name, partial(self._algorithm, **own)
+        return other
+
     def __call__(
         self,
         operator: LinearOperator,
@@ -235,7 +257,8 @@ class SolverRegistry(Registry[Solver]):
     A plain function ``(operator, rhs, *, damping, rtol, max_iter, seed, discrepancy)`` can be registered directly. It
     is called with one right-hand side ``(rows,)`` at a time, and is expected to solve any matrix in the least-squares
     sense. Register a :class:`Solver` to declare requirements. Both get the requested damping.
-    :func:`~lightning_gif.solvers.operators.damped_system` turns it into a least-squares problem.
+    :func:`~lightning_gif.solvers.operators.damped_system` turns it into a least-squares problem. A
+    ``functools.partial`` of a :class:`Solver` with options that it alone has keeps what the solver declares.
 
     Example:
         >>> solvers = SolverRegistry("solver")
@@ -252,15 +275,27 @@ class SolverRegistry(Registry[Solver]):
         """Decorator that adds a :class:`Solver`, or a plain function with keywords, under ``name``.
 
         Raises:
-            ConfigurationError: If the name is taken.
+            ConfigurationError: If the name is taken, or a ``functools.partial`` of a solver binds anything but options
+                that this solver alone has.
         """
 
         def add(function: Function) -> Function:
-            solver = function if isinstance(function, Solver) else Solver(name, _with_keywords(function))
-            super(SolverRegistry, self).register(name)(solver)
+            super(SolverRegistry, self).register(name)(_as_solver(name, function))
             return function
 
         return add
+
+
+def _as_solver(name: str, function: Algorithm) -> Solver:
+    if isinstance(function, Solver):
+        return function
+    if isinstance(function, partial) and isinstance(function.func, Solver):
+        if function.args:
+            raise ConfigurationError(
+                f"The solver {name!r} binds its operator or right-hand side. Bind only options, as keywords."
+            )
+        return function.func.with_options(name, **function.keywords)
+    return Solver(name, _with_keywords(function))
 
 
 def _with_keywords(function: Algorithm) -> Algorithm:
