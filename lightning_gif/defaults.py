@@ -12,7 +12,7 @@ from .curvature.inverse import INVERSES
 from .curvature.methods import METHODS
 from .curvature.products import CURVATURES
 from .curvature.sampling import SAMPLERS
-from .selection import check_selector, is_name
+from .selection import SELECTORS, check_selector, is_name
 from .solvers import SOLVERS, cg, lsmr, nystrom
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "for_influence",
     "for_relinearised_step",
     "for_unlearning",
-    "is_sketch",
     "needs_no_cache",
 ]
 
@@ -72,16 +71,12 @@ def check_names(settings: Settings) -> Settings:
     return settings
 
 
-def is_sketch(solver: str) -> bool:
-    """Whether a solver replaces the curvature by a sketch, whose rank is ``max_iter``."""
-    declared = SOLVERS.get(solver)
-    return declared is not None and declared.requires_symmetric_psd and declared.shares_products_across_rhs
-
-
 def needs_no_cache(settings: Settings) -> bool:
     """Whether the target parameters do not depend on statistics from training."""
     whole = settings.method != AUTO and not METHODS[settings.method].selects
-    return not is_name(settings.selector) or settings.selector == "random" or whole
+    if whole or not is_name(settings.selector):
+        return True
+    return not SELECTORS.declared(SELECTORS[str(settings.selector)], "needs_statistics")
 
 
 def for_unlearning(settings: Settings) -> Settings:
@@ -128,27 +123,25 @@ def for_influence(
         itself: Whether each example is scored for its own loss.
     """
     method = _chosen(settings.method, "fif" if on_targets else "if")
-    square = METHODS[method].rows == METHODS[method].cols
+    square = METHODS[method].is_square
     matrix = _chosen(settings.curvature, "ggn" if square and ggn else "hessian")
     rank = min(SKETCH_RANK, queries * INFLUENCE_ITERATIONS) if settings.max_iter is None else settings.max_iter
     to_tolerance = settings.rtol is not None or settings.discrepancy > 0  # a sketch cannot solve to a tolerance
     shared = queries >= SKETCH_QUERIES and rank >= LEAST_SKETCH_RANK and not to_tolerance
     symmetric = SKETCH if shared else SYMMETRIC
-    solver = _chosen(settings.solver, symmetric if square and matrix == "ggn" else LEAST_SQUARES)
+    semidefinite = square and CURVATURES.declared(CURVATURES[matrix], "positive_semidefinite")
+    solver = _chosen(settings.solver, symmetric if semidefinite else LEAST_SQUARES)
     chosen = replace(settings, method=method, curvature=matrix, solver=solver)
     if not square:  # least squares without damping, as in GIF, until convergence
         tolerance = INFLUENCE_RTOL if settings.rtol is None else settings.rtol
         return replace(chosen, damping=0.0 if settings.damping is None else settings.damping, rtol=tolerance)
     if itself:  # self-influence uses a sketch, not the solver for queries
         return replace(chosen, max_iter=settings.max_iter or SELF_INFLUENCE_RANK)
-    if (
-        settings.max_iter is None
-        and settings.rtol is None
-        and solver in SOLVERS
-        and SOLVERS[solver].requires_symmetric_psd
-    ):
-        return replace(chosen, max_iter=rank if is_sketch(solver) else INFLUENCE_ITERATIONS)
-    return chosen
+    if settings.max_iter is not None or settings.rtol is not None or solver not in SOLVERS:
+        return chosen
+    if SOLVERS[solver].is_sketch:
+        return replace(chosen, max_iter=rank)
+    return replace(chosen, max_iter=INFLUENCE_ITERATIONS) if SOLVERS[solver].requires_symmetric_psd else chosen
 
 
 def _chosen(name: str, default: str) -> str:

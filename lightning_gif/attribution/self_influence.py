@@ -39,7 +39,9 @@ def self_influence(
 
     The score is ``(1/(n−1)) · gᵢᵀ(C + λ)⁻¹gᵢ`` with ``gᵢ = ∇ℓ(zᵢ)``, restricted to the target parameters for
     ``method="fif"``. It is large for memorized examples, such as wrong labels (Koh and Liang, ICML 2017, section 5.4;
-    Feldman and Zhang, NeurIPS 2020).
+    Feldman and Zhang, NeurIPS 2020). If the curvature may have negative eigenvalues, such as the Hessian, each
+    eigenvalue ``c`` counts as ``√(c² + λ²)`` instead of ``c + λ``. So no score is negative. The report's
+    ``curvature["negative_eigenvalues"]`` is the number of negative ones.
 
     With up to 1024 parameters the matrix ``C`` is formed, and the scores are exact. With more parameters, a low-rank
     sketch replaces ``C`` (:func:`~lightning_gif.solvers.low_rank`). The sketch takes the curvature as 0 in directions
@@ -59,14 +61,15 @@ def self_influence(
 
     Raises:
         NonFiniteError: If a loss, gradient or product is not finite.
-        ConfigurationError: If the method is not ``"if"`` or ``"fif"``; or, with a sketch, if the curvature can have
-            negative eigenvalues or there is no damping.
+        ConfigurationError: If the method is not symmetric, as ``"if"`` and ``"fif"`` are; or, with a sketch, if the
+            curvature can have negative eigenvalues or there is no damping.
     """
     start = time.perf_counter()
-    if settings.method not in ("if", "fif"):
+    if not METHODS[settings.method].is_symmetric:
+        suited = " or ".join(repr(name) for name, method in METHODS.items() if method.is_symmetric)
         raise ConfigurationError(
-            f"Self-influence needs method='if' (all parameters) or 'fif' (target parameters), got {settings.method!r}."
-            " Pass one of them to the call: trainer.self_influence(method='if')."
+            f"Self-influence needs a method that inverts the curvature of the target parameters alone: {suited}, got"
+            f" {settings.method!r}. Pass one of them to the call: trainer.self_influence(method='if')."
         )
     targets = METHODS[settings.method].targets(objective.space, choose_targets)
     scored = train if among is None else among

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..config import Settings
 from ..data.examples import Examples
 from ..errors import ConfigurationError
 from ..objective.objective import Objective
-from ..solvers import SOLVERS, LinearOperator, Solution, low_rank, nystrom, require_finite, to_matrix
-from ..solvers.operators import Submatrix
+from ..solvers import SOLVERS, LinearOperator, Solution, Status, low_rank, require_finite, to_matrix
+from ..solvers.operators import Submatrix, is_positive_semidefinite
 from ..solvers.vectors import norms
 from .inverse import INVERSES, InverseCurvature
 from .memory import bytes_to_keep, check_fits
 from .methods import Method
 from .sampling import curvature_sample, sample_size
-from .solve import describe, max_iter, open_curvature, solve
+from .solve import describe, max_iter, open_curvature, solve, warn_indefinite
 from .streaming import Curvature
 
 __all__ = ["DenseInverse", "SketchInverse", "SolverInverse", "inverse_for_queries", "inverse_for_self_influence"]
@@ -34,6 +35,10 @@ RELATIVE_DAMPING, POWER_ITERATIONS = 1e-3, 3
 # and at most 8 MiB.
 DENSE_PARAMETERS = 1024
 
+# An eigenvalue of this matrix is zero up to rounding if its size is below this multiple of the precision of products,
+# times the largest eigenvalue and the root of the number of parameters: the norm of a matrix of rounding errors.
+_ROUNDING = 10.0
+
 # The largest number of right-hand sides in one solve, and how many vectors of the model's size each of them takes.
 # Right-hand sides in one solve share the first passes that are not kept.
 _MOST_TOGETHER, _VECTORS = 16, 12
@@ -44,19 +49,21 @@ _SKETCH_COPIES = 5
 
 
 def inverse_for_queries(settings: Settings) -> type[InverseCurvature]:
-    """The class of inverse for the iHVPs of queries: one registered under the solver's name, else one that solves."""
-    return INVERSES.get(settings.solver, SolverInverse)
+    """The class of inverse for the iHVPs of queries: one that runs the solver, or the one registered by that name."""
+    if settings.solver not in SOLVERS:
+        return INVERSES[settings.solver]
+    return SketchInverse if SOLVERS[settings.solver].is_sketch else SolverInverse
 
 
 def inverse_for_self_influence(settings: Settings, size: int) -> type[InverseCurvature]:
     """The class of inverse for the quadratic form over ``size`` target parameters.
 
-    If ``settings.solver`` is a solver, it is exact for few parameters, and a sketch otherwise. If it is the name of an
-    inverse only, it is that inverse.
+    If ``settings.solver`` is a solver, it is exact for few parameters, and a sketch otherwise. If it is an inverse, it
+    is that inverse.
     """
-    if settings.solver in SOLVERS and size <= DENSE_PARAMETERS:
-        return DenseInverse
-    return INVERSES.get(settings.solver, SketchInverse)
+    if settings.solver not in SOLVERS:
+        return INVERSES[settings.solver]
+    return DenseInverse if size <= DENSE_PARAMETERS else SketchInverse
 
 
 class SolverInverse(InverseCurvature):
@@ -85,7 +92,8 @@ class SolverInverse(InverseCurvature):
         block_size: int | None,
     ) -> None:
         self.damping, self.block_size = damping, block_size
-        self._shift = damping + decay
+        self._decay, self._shift = decay, damping + decay
+        self._eigenvalues_summary: dict[str, Any] = {}
         self._settings = replace(settings, damping=self._shift)
         self._curvature, self._method, self._positions = curvature, method, positions
 
@@ -130,7 +138,19 @@ class SolverInverse(InverseCurvature):
 
     def summary(self) -> dict[str, Any]:
         self._curvature.warn_if_zero()
-        return describe(self._settings, self._curvature)
+        return {**describe(self._settings, self._curvature), **self._eigenvalues_summary}
+
+    def _sizes(self, eigenvalues: Tensor, semidefinite: bool) -> Tensor:
+        """What eigenvalues ``c`` of the curvature count as: ``c + λ``, or ``√(c² + λ²)`` if some may be negative.
+
+        Args:
+            eigenvalues: The eigenvalues of ``C[S, S]``, ``(r,)``. Negative ones of a positive semi-definite matrix are
+                rounding errors, and count as 0.
+            semidefinite: Whether the matrix is positive semi-definite.
+        """
+        if semidefinite:
+            return eigenvalues.clamp_min(0.0) + self._shift
+        return torch.hypot(eigenvalues + self._decay, torch.full_like(eigenvalues, self.damping))
 
     @property
     def _on_targets(self) -> Submatrix:
@@ -138,9 +158,10 @@ class SolverInverse(InverseCurvature):
         return Submatrix(self._curvature, self._positions, self._positions)
 
 
-@INVERSES.register(nystrom.name)
 class SketchInverse(SolverInverse):
     """Replaces the curvature by a sketch of rank ``max_iter``, which all gradients share.
+
+    Its iHVPs are computed by the solver of the settings, which is a sketch wherever this class is chosen for them.
 
     In most directions weight decay is the only curvature, and the sketch misses them. So weight decay is added to the
     damping instead.
@@ -166,9 +187,6 @@ class SketchInverse(SolverInverse):
             " the scores of a query, solver='cg' needs no sketch",
         )
 
-    def _solve(self, operator: LinearOperator, rhs: Tensor) -> list[Solution]:
-        return solve(replace(self._settings, solver=nystrom.name), operator, rhs)
-
     def quadratic(self) -> Callable[[Tensor], Tensor]:
         """See :meth:`InverseCurvature.quadratic`. Values are too large, because the sketch misses some curvature."""
         operator, shift, rank = self._on_targets, self._shift, self._settings.max_iter
@@ -187,24 +205,37 @@ class SketchInverse(SolverInverse):
 
 
 class DenseInverse(SolverInverse):
-    """Forms the matrix ``C[S, S] + λ`` for the quadratic form. Its iHVPs are computed by the solver of the settings.
+    """Forms the matrix ``C[S, S]`` for the quadratic form. Its iHVPs are computed by the solver of the settings.
 
-    Weight decay is added to the damping.
+    Weight decay is added to the eigenvalues of the matrix.
     """
 
     decay_is_damping = True
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
-        """See :meth:`InverseCurvature.quadratic`; exact, in float64."""
-        matrix = to_matrix(self._on_targets).double()
-        matrix.diagonal().add_(self._shift)
-        factor = torch.linalg.lu_factor(matrix)
+        """See :meth:`InverseCurvature.quadratic`; exact, in float64.
 
-        def form(gradients: Tensor) -> Tensor:
-            columns = gradients[:, self._positions].double().T
-            return (columns * torch.linalg.lu_solve(*factor, columns)).sum(0)
+        Without damping, directions whose eigenvalue, with weight decay, is zero up to rounding are left out. Warns if
+        the curvature is declared positive semi-definite but has a negative eigenvalue.
 
-        return form
+        Raises:
+            ConvergenceError: Instead of this warning, with ``unconverged="raise"``.
+        """
+        operator = self._on_targets
+        matrix = to_matrix(operator).double()
+        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        rounding = _ROUNDING * torch.finfo(operator.dtype).eps * len(values) ** 0.5 * float(values.abs().max())
+        negative = int((values < -rounding).sum())
+        self._eigenvalues_summary = {"negative_eigenvalues": negative}
+        semidefinite = is_positive_semidefinite(operator)
+        if semidefinite and negative:
+            semidefinite = False
+            self._eigenvalues_summary["status"] = str(Status.INDEFINITE)
+            warn_indefinite(self._settings, float(values[0]), float(values[-1]))
+        sizes = self._sizes(values, semidefinite)
+        kept = sizes > (0.0 if (self._shift if semidefinite else self.damping) else rounding)
+        vectors, weights = vectors[:, kept], 1 / sizes[kept]
+        return lambda gradients: (gradients[:, self._positions].double() @ vectors).square() @ weights
 
     @property
     def kind(self) -> str:

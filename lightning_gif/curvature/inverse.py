@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from torch import Tensor
+from typing_extensions import Self
 
 from ..config import Settings
 from ..data.examples import Examples
 from ..errors import ConfigurationError
 from ..objective.objective import Objective
 from ..registry import Registry
-from ..solvers import Solution
+from ..solvers import SOLVERS, Solution
 from .methods import Method
 
 __all__ = ["INVERSES", "InverseCurvature"]
+
+
+Class = TypeVar("Class", bound="type[InverseCurvature]")
 
 
 class InverseCurvature(ABC):
@@ -81,6 +85,8 @@ class InverseCurvature(ABC):
     def quadratic(self) -> Callable[[Tensor], Tensor]:
         """The quadratic form ``g ↦ g[S]ᵀ(C[S, S] + λ)⁻¹g[S]`` for self-influence.
 
+        If ``C[S, S]`` may have negative eigenvalues, each eigenvalue ``c`` counts as ``√(c² + λ²)`` instead.
+
         Returns:
             A function from gradients ``(m, p)`` to values ``(m,)``. It computes no further products with the curvature.
 
@@ -105,6 +111,20 @@ class InverseCurvature(ABC):
         """
 
 
-INVERSES: Registry[type[InverseCurvature]] = Registry("inverse curvature")
-"""Classes of inverses by the value of ``solver=`` that chooses them. For all other values,
-:class:`~lightning_gif.curvature.by_solver.SolverInverse` runs the solver."""
+class InverseRegistry(Registry[type[InverseCurvature]]):
+    """Inverses by names that no solver has."""
+
+    def register(self, name: str) -> Callable[[Class], Class]:
+        """Decorator that adds a class of inverses under ``name``.
+
+        Raises:
+            ConfigurationError: If an inverse or a solver has this name.
+        """
+        if name in SOLVERS:
+            raise ConfigurationError(f"{name!r} is the name of a solver; choose another name for the inverse.")
+        return super().register(name)  # type: ignore[return-value]
+
+
+INVERSES = InverseRegistry("inverse curvature")
+"""Classes of inverses that are no solvers, by the value of ``solver=`` that chooses them. If that value is a solver,
+:mod:`lightning_gif.curvature.by_solver` has the inverses that run it."""

@@ -54,6 +54,16 @@ class Method:
     cols: str = "all"
     selects: bool = True
 
+    @property
+    def is_square(self) -> bool:
+        """Whether ``A`` has the same rows and columns, so that it is symmetric."""
+        return self.rows == self.cols
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether ``x = C[S, S]⁻¹ g[S]``, a symmetric map on the target parameters, as self-influence needs."""
+        return self.is_square and (self.cols == "targets" or not self.selects)
+
     def edit(
         self,
         curvature: LinearOperator,
@@ -148,6 +158,11 @@ class SecondOrder(Method):
     With ``C`` the curvature of ``L`` and ``C'`` the curvature of ``L'``, the first-order term is
     ``θ₁ = C⁻¹∇(L − L')``, and the second-order term ``C⁻¹(C − C')θ₁``.
     """
+
+    @property
+    def is_symmetric(self) -> bool:
+        """No: the second-order term depends on the whole group."""
+        return False
 
     def edit(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..data.structure import map_tensors, same_structure
 from ..errors import ObjectiveError
-from ..registry import Registry
+from ..registry import Registry, declares
 
 __all__ = ["CURVATURES", "Linearise", "Losses", "gauss_newton", "has_gauss_newton", "hessian"]
 
@@ -129,14 +129,19 @@ class Losses(Protocol):
     def loss_sum_at(self, theta: Tensor, batch: Batch) -> Callable[[Tensor], Tensor]: ...
 
 
-CURVATURES: Registry[Callable[[Losses], Linearise]] = Registry("curvature")
-"""All kinds of curvature by name."""
+CURVATURES: Registry[Callable[[Losses], Linearise]] = Registry("curvature", positive_semidefinite=False)
+"""All kinds of curvature by name.
+
+A kind can declare by :func:`~lightning_gif.registry.declares` that it is ``positive_semidefinite`` for losses that are
+convex in the outputs (by default it is not). It is then the matrix of solvers that need this.
+"""
 
 
 CURVATURES.register("hessian")(lambda objective: hessian(objective.loss_sum))
 
 
 @CURVATURES.register("ggn")
+@declares(positive_semidefinite=True)
 def gauss_newton_of(losses: Losses) -> Linearise:
     """The generalised Gauss–Newton matrix of losses."""
     convex = bool(getattr(losses, "convex_in_outputs", False))

@@ -27,6 +27,7 @@ __all__ = [
     "open_curvature",
     "solve",
     "solve_with_relative_damping",
+    "warn_indefinite",
     "warn_unconverged",
 ]
 
@@ -223,7 +224,7 @@ def warn_unconverged(settings: Settings, solutions: list[Solution], *, is_newton
     worst = max(short, key=lambda solution: solution.residual)
     several = f" ({len(short)} of {len(solutions)} queries; this is the worst)" if len(solutions) > 1 else ""
     advice = _ADVICE[worst.status]
-    if worst.status is Status.MAX_ITER and not is_newton and worst.solver != lsmr.name:
+    if worst.status is Status.MAX_ITER and not is_newton and SOLVERS.get(settings.solver) is not lsmr:
         advice += f", or use solver={lsmr.name!r}"
     asked = "no rtol was given" if settings.rtol is None else f"rtol is {settings.rtol:g}"
     larger = "" if worst.status is Status.INDEFINITE else "a larger `rtol` or "
@@ -232,6 +233,32 @@ def warn_unconverged(settings: Settings, solutions: list[Solution], *, is_newton
         f" after {worst.iterations} iterations ({worst.hvps} Hessian-vector products){several}; {asked}. {advice}, or"
         f" accept the solution by {larger}unconverged='ignore'."
     )
+    _warn_or_raise(settings, message)
+
+
+def warn_indefinite(settings: Settings, smallest: float, largest: float) -> None:
+    """Warns that a curvature has a negative eigenvalue although it is declared positive semi-definite.
+
+    Args:
+        settings: The settings, with ``unconverged``.
+        smallest: The smallest eigenvalue.
+        largest: The largest one.
+
+    Raises:
+        ConvergenceError: Instead of the warning, with ``unconverged="raise"``.
+    """
+    if settings.unconverged == "ignore":
+        return
+    _warn_or_raise(
+        settings,
+        f"curvature={_kind(settings)!r} is declared positive semi-definite, but on the target parameters its"
+        f" eigenvalues go from {smallest:.3g} to {largest:.3g}. So each eigenvalue c counts as √(c² + λ²), with the"
+        " damping λ. Use curvature='hessian', which may have negative eigenvalues, or accept these scores by"
+        " unconverged='ignore'.",
+    )
+
+
+def _warn_or_raise(settings: Settings, message: str) -> None:
     if settings.unconverged == "raise":
         raise ConvergenceError(message)
     rank_zero_warn(message, category=ConvergenceWarning)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError, SelectionError
 from ..parameters import ParameterSpace, Targets, match_names
-from ..registry import Registry
+from ..registry import Registry, declares
 from .statistics import GradientStatistics, NeuronStatistics, neuron_layers
 
 __all__ = ["SELECTORS", "Layer", "Selector", "check_selector", "select", "whole_neurons"]
@@ -72,8 +72,12 @@ class Layer:
 Selector = Callable[[Layer, float, torch.Generator], Tensor]
 """``selector(layer, ratio, generator) → entries``: the numbers of the entries that become targets, each once."""
 
-SELECTORS: Registry[Selector] = Registry("selector")
-"""All selectors by name; add your own with :meth:`Registry.register`."""
+SELECTORS: Registry[Selector] = Registry("selector", needs_statistics=True, max_ratio=1.0)
+"""All selectors by name; add your own with :meth:`Registry.register`.
+
+A selector can declare by :func:`~lightning_gif.registry.declares`: ``needs_statistics``, whether it uses statistics of
+the layer (by default yes), and ``max_ratio``, the largest ``ratio`` that it takes (by default 1).
+"""
 
 
 def whole_neurons(layer: Layer, order: Sequence[int], ratio: float, generator: torch.Generator) -> Tensor:
@@ -114,6 +118,7 @@ def _by_rank(kind: str, *, descending: bool) -> Selector:
 
 
 def _outside_the_top(kind: str) -> Selector:
+    @declares(max_ratio=0.5)
     def selector(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
         top = int(ratio * layer.size) // (layer.fan_in + layer.bias)
         rest = _ranked(layer.need(kind), descending=True)[top:]
@@ -132,6 +137,7 @@ SELECTORS.register("exclusive_k_gradients")(_outside_the_top("gradients"))
 
 
 @SELECTORS.register("random")
+@declares(needs_statistics=False)
 def random(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
     """``⌊ratio · n⌋`` of a layer's ``n`` weights and the same share of its biases, drawn at random."""
     weights = layer.neurons * layer.fan_in
@@ -193,9 +199,9 @@ def check_selector(selector: str | Sequence[str], ratio: float) -> None:
                 f"`selector` must be the name of a selector, or parameter names or patterns, got {selector!r}."
                 f" Selectors: {', '.join(SELECTORS)}."
             )
+        most = 1.0
     else:
-        SELECTORS[str(selector)]
-    most = 0.5 if str(selector).startswith("exclusive_k") else 1.0
+        most = SELECTORS.declared(SELECTORS[str(selector)], "max_ratio")
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= most:
         raise ConfigurationError(
             f"`ratio` must be above 0 and at most {most} for selector {selector!r}, got {ratio!r}. It is the share of"

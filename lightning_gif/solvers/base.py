@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -61,7 +63,7 @@ class SolveOptions:
         rtol: The relative residual at which the solve counts as converged; see
             :attr:`Solution.residual <lightning_gif.solvers.Solution>`.
         max_iter: The largest number of iterations. An iteration costs two products for least squares, and one for
-            symmetric matrices. For ``"nystrom"`` this is the rank of the sketch.
+            symmetric matrices. For a sketch, such as ``"nystrom"``, this is the rank.
         seed: Seed of all random draws.
         start: The first iterate, ``(cols,)`` or ``(cols, q)``; zero by default. Zero is also used if its residual is
             smaller than that of ``start``.
@@ -96,6 +98,8 @@ class Solver:
         requires_draws: Whether the operator must be able to draw batches, by a method ``draw(seed)``.
         shares_products_across_rhs: Whether the number of products does not depend on the number of right-hand sides,
             so that all of them should be solved together.
+        is_sketch: Whether a low-rank approximation of rank ``max_iter`` replaces the matrix, so that all directions
+            beyond it have the damping alone. For scores, weight decay is then added to the damping.
         supports_start: Whether the solver accepts a first iterate.
         supports_discrepancy: Whether the solver can stop at a discrepancy.
         max_iter: The default of :attr:`SolveOptions.max_iter`.
@@ -115,6 +119,7 @@ class Solver:
         requires_damping: bool = False,
         requires_draws: bool = False,
         shares_products_across_rhs: bool = False,
+        is_sketch: bool = False,
         supports_start: bool = True,
         supports_discrepancy: bool = True,
         max_iter: int = SolveOptions.max_iter,
@@ -124,6 +129,7 @@ class Solver:
         self.requires_damping = requires_damping
         self.requires_draws = requires_draws
         self.shares_products_across_rhs = shares_products_across_rhs
+        self.is_sketch = is_sketch
         self.supports_start = supports_start
         self.supports_discrepancy = supports_discrepancy
         self._algorithm, self._max_iter = algorithm, max_iter
@@ -133,6 +139,26 @@ class Solver:
 
     def __repr__(self) -> str:
         return f"Solver({self.name!r})"
+
+    def with_options(self, name: str, **own: Any) -> Solver:
+        """The same solver under another name, with other defaults of options that it alone has.
+
+        Args:
+            name: The name to register it under.
+            **own: The options, such as ``repeats=4`` of ``"stochastic_lissa"``.
+
+        Raises:
+            ConfigurationError: For an option that every solver has, because each call gives those.
+        """
+        shared = sorted({one.name for one in fields(SolveOptions)}.intersection(own))
+        if shared:
+            raise ConfigurationError(
+                f"The solver {name!r} binds {_enumerate(shared)}, which each call gives. Pass it to the call or to"
+                " GIFCallback, or register a function that changes it."
+            )
+        other = copy.copy(self)
+        other.name, other._algorithm = name, partial(self._algorithm, **own)
+        return other
 
     def __call__(
         self,
@@ -231,7 +257,8 @@ class SolverRegistry(Registry[Solver]):
     A plain function ``(operator, rhs, *, damping, rtol, max_iter, seed, discrepancy)`` can be registered directly. It
     is called with one right-hand side ``(rows,)`` at a time, and must accept any matrix and solve in the least-squares
     sense. Register a :class:`Solver` to declare requirements. Both kinds have to apply the damping themselves;
-    :func:`~lightning_gif.solvers.operators.damped_system` helps with that.
+    :func:`~lightning_gif.solvers.operators.damped_system` helps with that. A ``functools.partial``
+    of a :class:`Solver` with options that it alone has keeps what the solver declares.
 
     Example:
         >>> solvers = SolverRegistry("solver")
@@ -248,15 +275,27 @@ class SolverRegistry(Registry[Solver]):
         """Decorator that adds a :class:`Solver`, or a plain function with keywords, under ``name``.
 
         Raises:
-            ConfigurationError: If the name is taken.
+            ConfigurationError: If the name is taken, or a ``functools.partial`` of a solver binds anything but options
+                that this solver alone has.
         """
 
         def add(function: Function) -> Function:
-            solver = function if isinstance(function, Solver) else Solver(name, _with_keywords(function))
-            super(SolverRegistry, self).register(name)(solver)
+            super(SolverRegistry, self).register(name)(_as_solver(name, function))
             return function
 
         return add
+
+
+def _as_solver(name: str, function: Algorithm) -> Solver:
+    if isinstance(function, Solver):
+        return function
+    if isinstance(function, partial) and isinstance(function.func, Solver):
+        if function.args:
+            raise ConfigurationError(
+                f"The solver {name!r} binds its operator or right-hand side. Bind only options, as keywords."
+            )
+        return function.func.with_options(name, **function.keywords)
+    return Solver(name, _with_keywords(function))
 
 
 def _with_keywords(function: Algorithm) -> Algorithm:

@@ -96,6 +96,7 @@ def low_rank(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
     requires_symmetric_psd=True,
     requires_damping=True,
     shares_products_across_rhs=True,
+    is_sketch=True,
     supports_start=False,
     supports_discrepancy=False,
     max_iter=128,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..registry import Registry
+from ..registry import Registry, declares
 from .problem import EditProblem
 from .protocol import QuadraticModel, Trial
 
@@ -17,11 +17,17 @@ _ROUNDING = 1e-6
 Strategy = Callable[[EditProblem], Trial]
 """A function from an edit problem to one of the trials that it evaluated there."""
 
-STRATEGIES: Registry[Strategy] = Registry("`step` strategy")
-"""All strategies by name; :meth:`Registry.register` adds one."""
+STRATEGIES: Registry[Strategy] = Registry("`step` strategy", reports_shortfall=True, repeats_solves=False)
+"""All strategies by name; :meth:`Registry.register` adds one.
+
+A strategy can declare by :func:`~lightning_gif.registry.declares`: ``reports_shortfall``, whether an edit that misses
+its target or costs too much is reported (by default yes), and ``repeats_solves``, whether it solves for up to
+:attr:`Relinearisation.max_solves` changes, so that the report says if this limit ended the edit (by default no).
+"""
 
 
 @STRATEGIES.register("natural")
+@declares(reports_shortfall=False)  # it takes the natural step, whatever comes of it
 def natural(problem: EditProblem) -> Trial:
     """Takes step size 1 along the influence direction, whatever its effect."""
     problem.influence_direction()
@@ -39,6 +45,7 @@ def search(problem: EditProblem) -> Trial:
 
 
 @STRATEGIES.register("relinearise")
+@declares(repeats_solves=True)
 def relinearise(problem: EditProblem) -> Trial:
     """Makes several changes that lower the risk. Each is solved at the weights after the previous one.
 

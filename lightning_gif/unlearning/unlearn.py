@@ -139,8 +139,8 @@ def unlearn(
         notes.append(f"Solves recalled from {str(solves_to)!r}: {journal.recalled} of {len(problem.solutions)}.")
 
     outcome = _realise(problem, task, request, targets, chosen, refresh_statistics)
-    if step != "natural" and not isinstance(step, numbers.Real):
-        _advise(problem, task, outcome, step, notes)
+    if not isinstance(step, numbers.Real) and STRATEGIES.declared(_strategy(step), "reports_shortfall"):
+        _advise(problem, task, outcome, _strategy(step), notes)
     if outcome.unrefreshed is not None:
         warn_refreshed_statistics(outcome.unrefreshed, outcome.after, notes)
     context = EditContext() if context is None else context
@@ -224,7 +224,7 @@ def _run_strategy(problem: EditProblem, step: Step) -> Trial:
     if isinstance(step, numbers.Real):
         problem.influence_direction()
         return problem.evaluate(float(step))
-    chosen = (STRATEGIES[step] if isinstance(step, str) else step)(problem)  # type: ignore[operator]
+    chosen = _strategy(step)(problem)
     if not any(chosen is trial for trial in problem.trials) or not problem.solutions:
         raise ConfigurationError(
             "The strategy must solve for a change (problem.influence_direction or problem.descent_direction) and return"
@@ -232,6 +232,11 @@ def _run_strategy(problem: EditProblem, step: Step) -> Trial:
             " solves."
         )
     return chosen
+
+
+def _strategy(step: Step) -> Strategy:
+    """The strategy of a ``step`` that is not a number."""
+    return STRATEGIES[step] if isinstance(step, str) else step  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -293,7 +298,7 @@ def _realise(
     return _Outcome(edit, chosen, memorization, before, after, unrefreshed)
 
 
-def _advise(problem: EditProblem, task: Task, outcome: _Outcome, step: Step, notes: list[str]) -> None:
+def _advise(problem: EditProblem, task: Task, outcome: _Outcome, strategy: Strategy, notes: list[str]) -> None:
     """Warns if the edit missed its target or cost too much, and notes if more solves would have lowered the risk."""
     goal, start = problem.rules, problem.trials[0]
     chosen = replace(outcome.chosen, memorization=outcome.memorization)
@@ -302,7 +307,8 @@ def _advise(problem: EditProblem, task: Task, outcome: _Outcome, step: Step, not
         after = outcome.after if outcome.unrefreshed is None else outcome.unrefreshed
         warn_cost(goal, task.scales(start.retain_loss), outcome.before, after, notes)
     max_solves = problem.tuning.relinearisation.max_solves
-    if step == "relinearise" and len(chosen.step_sizes) == max_solves and chosen.step_sizes[-1]:
+    repeats_solves = STRATEGIES.declared(strategy, "repeats_solves")
+    if repeats_solves and len(chosen.step_sizes) == max_solves and chosen.step_sizes[-1]:
         notes.append(
             f"The last change still lowered the risk, but the edit stopped at the limit of {max_solves} changes"
             " (`max_solves`)."

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lightning_gif import SOLVERS, ConfigurationError, GIFCallback, attach
 from lightning_gif.config import Settings
@@ -24,7 +25,7 @@ from lightning_gif.curvature.methods import METHODS
 from lightning_gif.curvature.solve import open_curvature
 from lightning_gif.data.examples import Examples
 from lightning_gif.objective.objective import Objective
-from lightning_gif.solvers import Solution, to_matrix
+from lightning_gif.solvers import Solution, nystrom, to_matrix
 
 from ..conftest import Classifier, batch_of, blobs, loader, make_trainer
 
@@ -97,6 +98,25 @@ def test_the_inverse_depends_on_the_solver_and_the_number_of_queries() -> None:
     for name in SOLVERS:
         assert inverse_for_self_influence(settings(solver=name), by_solver.DENSE_PARAMETERS) is DenseInverse
         assert inverse_for_self_influence(settings(solver=name), by_solver.DENSE_PARAMETERS + 1) is SketchInverse
+
+
+def test_a_sketch_is_recognised_by_what_it_declares_and_not_by_its_name() -> None:
+    dataset, trainer = blobs(40), make_trainer()
+    attach(trainer, Classifier(), train_dataloaders=loader(dataset), callback=GIFCallback(weight_decay=0.1))
+    SOLVERS.register("twin")(nystrom)
+    try:
+        assert inverse_for_queries(settings(solver="twin")) is SketchInverse
+        query = batch_of(dataset, slice(0, 3))
+        options = {"damping": 0.01, "max_iter": 16}
+        scores = [trainer.influence(query, solver=name, **options).scores for name in ("nystrom", "twin")]
+    finally:
+        SOLVERS._items.pop("twin")
+    assert torch.equal(*scores)
+
+
+def test_an_inverse_cannot_take_the_name_of_a_solver() -> None:
+    with pytest.raises(ConfigurationError, match="'nystrom' is the name of a solver; choose another"):
+        INVERSES.register("nystrom")(Identity)
 
 
 class Identity(InverseCurvature):

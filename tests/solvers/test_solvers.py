@@ -691,7 +691,7 @@ def test_solvers_declare_what_they_need_and_support() -> None:
         return {name for name in BUILT_IN if getattr(SOLVERS[name], attribute)}
 
     assert names("requires_symmetric_psd") == {"cg", "nystrom"}
-    assert names("shares_products_across_rhs") == names("requires_damping") == {"nystrom"}
+    assert names("shares_products_across_rhs") == names("requires_damping") == names("is_sketch") == {"nystrom"}
     assert names("requires_draws") == {"stochastic_lissa"}
     assert names("supports_start") == {*ITERATIVE, "stochastic_lissa"}
     assert names("supports_discrepancy") == {*ITERATIVE, "stochastic_lissa", "cg"}
@@ -740,6 +740,31 @@ def test_a_partial_of_a_solver_can_be_registered() -> None:
     solvers.register("averaged")(partial(stochastic_lissa, repeats=3))
     found = solvers["averaged"](Mean(parts(0.2)), torch.randn(30, dtype=torch.float64), max_iter=20)
     assert found.iterations == 60
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_partial_of_a_solver_keeps_what_it_declares(name: str) -> None:
+    solvers = SolverRegistry("solver")
+    solvers.register("again")(partial(SOLVERS[name]))
+    own = {"name", "_algorithm"}
+    declared, expected = vars(solvers["again"]), vars(SOLVERS[name])
+    assert {key: declared[key] for key in declared.keys() - own} == {
+        key: expected[key] for key in expected.keys() - own
+    }
+    assert (solvers["again"].name, SOLVERS[name].name) == ("again", name)
+    rectangular, rhs = Matrix(torch.randn(12, 5, dtype=torch.float64)), torch.ones(12, dtype=torch.float64)
+    if SOLVERS[name].requires_symmetric_psd:
+        with pytest.raises(ConfigurationError, match="solver='again' takes a square operator"):
+            solvers["again"](rectangular, rhs, damping=1.0)
+
+
+def test_a_partial_of_a_solver_binds_options_of_it_alone() -> None:
+    solvers = SolverRegistry("solver")
+    with pytest.raises(ConfigurationError, match="'slow' binds max_iter and seed, which each call gives"):
+        solvers.register("slow")(partial(stochastic_lissa, max_iter=500, seed=1, repeats=2))
+    with pytest.raises(ConfigurationError, match="'fixed' binds its operator or right-hand side"):
+        solvers.register("fixed")(partial(stochastic_lissa, Matrix(DEFINITE)))
+    assert not list(solvers)
 
 
 def test_a_registered_solver_keeps_its_declarations() -> None:
