@@ -151,7 +151,8 @@ class GIFCallback(Callback):
             which shows when which examples start to matter. A report takes about as long as an epoch: 20 products
             over ``curvature_examples``, and a pass over the training data that costs about three forward passes.
             :attr:`last_report` is the latest one.
-        query: A batch or a ``DataLoader``, as in :meth:`influence`: what these reports ask about.
+        query: A batch or a ``DataLoader``, as in :meth:`influence`: what these reports ask about. If it does not fit
+            the model or the training data, a warning says so before training, and there are no reports in that fit.
         report_options: Arguments of :meth:`influence` for these reports, such as ``{"k": 20, "among": indices}``. A
             report is as cheap as the examples in ``among`` are few.
         seed: Seed of all random draws of the computations; 0 by default.
@@ -227,18 +228,17 @@ class GIFCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds hooks to the layers, and checks the query of the reports, so that a bad one fails now and not later."""
+        """Adds hooks to the layers, and checks what the reports need, so that it warns now and not epochs later."""
         self.tracker.start_fit(pl_module)
-        self.reports.active = True
         self.loaders.train = trainer.train_dataloader
         if self.report_every_n_epochs is not None:
-            with (
-                self.reports.guard("before training"),
-                open_session(trainer, self.tracker, self.loaders, self.settings, "batch") as session,
-            ):
-                session.objective.check(session.examples(self.query), "query", measured=True)
+            self.reports.start(partial(self._check_query, trainer))
         if self.cache_neurons:
             self.tracker.attach(pl_module)
+
+    def _check_query(self, trainer: Trainer) -> None:
+        with open_session(trainer, self.tracker, self.loaders, self.settings, "batch") as session:
+            session.objective.check(session.examples(self.query), "query", measured=True)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -317,8 +317,8 @@ class GIFCallback(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
-        self.tracker.targets_epoch = state_dict["targets_epoch"]
+        """Restores what :meth:`state_dict` returned. A state of another version may lack values."""
+        self.tracker.targets_epoch = state_dict.get("targets_epoch")
         self.reports.history = [list(row) for row in state_dict.get("history", [])]
 
     @override
