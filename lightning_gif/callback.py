@@ -496,6 +496,11 @@ class GIFCallback(Callback):
                 f" {describe(batch[0])}. To score some training examples, pass among=[17, 4031] or a function from a"
                 " batch to truth values; to explain the loss on a batch, call trainer.influence(batch)."
             )
+        if targets not in (None, "cached"):
+            raise ConfigurationError(
+                "`targets` of trainer.self_influence must be None (all parameters) or 'cached', because there is no"
+                f" batch to rank neurons on, got {targets!r}."
+            )
         states = _snapshot_states(self.tracker, snapshots)
         asked = check_names(self.settings.override(overrides, _keywords(self.self_influence)))
         check_count("k", k)
@@ -554,8 +559,8 @@ class GIFCallback(Callback):
                 edits, what they left.
             unseen: A loader of examples like the training data that the model was not trained on. An edit gives
                 memorized examples losses like theirs. By default the validation loader of ``fit``, if its batches
-                look like those of training; ``False`` for none. Fewer than 20 examples are not used. Never pass test
-                data, since unseen data decide how far an edit goes.
+                look like those of training; otherwise a note in the report says why not. ``False`` for none. Fewer
+                than 20 examples are not used. Never pass test data, since unseen data decide how far an edit goes.
             step: How far the edit goes, decided on the forget, retained and unseen data.
                 ``"relinearise"`` (default): up to twelve changes that lower the risk, each solved at the weights that
                 the last one led to. ``"search"``: one change, with the step size that suits the goal. ``"natural"``:
@@ -596,6 +601,7 @@ class GIFCallback(Callback):
             _check_files(trainer, session.objective.processes, log, folder)
             forget = session.forget(batch)
             _check_loaders(retain=retain, unseen=unseen or None)
+            unseen_examples, why_not_unseen = session.unseen(unseen)
             report = unlearn(
                 session.objective,
                 session.train,
@@ -604,7 +610,8 @@ class GIFCallback(Callback):
                 partial(session.choose_targets, forget, targets),
                 relabel=relabel,
                 retain=None if retain is None else session.examples(retain),
-                unseen=session.unseen(unseen),
+                unseen=unseen_examples,
+                why_not_unseen=why_not_unseen,
                 step=step,
                 refresh_statistics=refresh_statistics,
                 solves_to=folder,

@@ -21,7 +21,7 @@ from .data.identity import check_same_everywhere, shares_examples
 from .data.structure import describe, tensors
 from .defaults import for_influence, needs_no_cache
 from .distributed import ProcessGroup
-from .errors import BatchError, ConfigurationError, GIFWarning, SelectionError, TrainingDataError
+from .errors import BatchError, ConfigurationError, GIFError, GIFWarning, SelectionError, TrainingDataError
 from .objective.objective import Objective
 from .parameters import Targets
 from .selection.tracker import TrainingTracker
@@ -185,36 +185,45 @@ class Session:
             )
         return self.examples(given)
 
-    def unseen(self, given: DataLoader[Any] | Literal[False] | None) -> Examples | None:
-        """Examples that were not trained on; ``None`` if there are none.
+    def unseen(self, given: DataLoader[Any] | Literal[False] | None) -> tuple[Examples | None, str]:
+        """Examples that were not trained on, or ``None``; and why the validation data of ``fit`` do not serve.
 
         Args:
             given: A loader of them; ``None`` for the validation loader of ``fit``, if it serves; ``False`` for none.
 
+        Returns:
+            The examples and an empty text, or ``None`` and the reason. The reason is empty if there are no validation
+            data, or none are wanted.
+
         Raises:
             ConfigurationError: If a given loader has examples of the training data.
+            GIFError: If a given loader does not fit the model.
+            Exception: If an example cannot be read.
         """
         loader = self.loaders.unseen if given is None else given
+        if loader is None or loader is False:
+            return None, ""
         if not isinstance(loader, DataLoader):
-            return None
-        found, objective, settings = None, self.objective, self.settings
+            return None, f"they are not one DataLoader, but {describe(loader)}"
+        found, reason, objective, settings = None, "", self.objective, self.settings
         try:
             found = Examples.from_loader(loader, objective.prepare, batch_size=settings.batch_size, seed=settings.seed)
             objective.check(found.subset(torch.arange(1)), "unseen")
-        except Exception:
+        except GIFError as error:  # validation batches may be structured in another way than those of training
             if given is not None:
                 raise
-            found = None  # validation batches may be structured in another way than those of training
-        if any(objective.processes.gather(found is None)) or found is None:
-            return None
+            found, reason = None, str(error)
+        reason = next(filter(None, objective.processes.gather(reason)), "")
+        if reason or found is None:
+            return None, reason
         found = check_same_everywhere(replace(found, processes=objective.processes), "unseen data")
         if shares_examples(found, self.train):
             if given is not None:
                 raise ConfigurationError(
                     "`unseen` has examples of the training data. Pass a loader of examples that were not trained on."
                 )
-            return None
-        return found
+            return None, "they have examples of the training data"
+        return found, ""
 
     # ----------------------------------------------------------------------------------------------------------------
     # Targets

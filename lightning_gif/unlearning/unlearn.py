@@ -79,6 +79,7 @@ def unlearn(
     relabel: Tensor | int | Callable[[Any], Tensor] | None = None,
     retain: Examples | None = None,
     unseen: Examples | None = None,
+    why_not_unseen: str = "",
     step: Step = "relinearise",
     refresh_statistics: bool = False,
     solves_to: Path | None = None,
@@ -102,6 +103,7 @@ def unlearn(
         relabel: New targets, see :func:`~lightning_gif.data.relabel.relabelled`; ``None`` removes the examples.
         retain: All retained examples; by default the examples of ``train`` that are not forget examples.
         unseen: Examples like the training data that the model was not trained on.
+        why_not_unseen: Why the validation data do not serve as such, for a note if the goal would use them.
         step: A strategy, its name, or a number, which is a step size along the influence direction.
         refresh_statistics: Recompute the running statistics of BatchNorm over retained and corrected examples.
         solves_to: A folder for the changes, see :class:`~lightning_gif.unlearning.journal.Journal`. By default they are
@@ -123,6 +125,11 @@ def unlearn(
     tuning = Tuning() if tuning is None else tuning
     found, request = _make_request(objective, train, forget, settings, relabel, retain, unseen, notes)
     goal = choose_goal(request, tuning.goals, notes)
+    if goal.compares_with_unseen and why_not_unseen:
+        notes.append(
+            f"The validation data of `fit` are not used as unseen examples: {why_not_unseen.rstrip('.')}. Pass a loader"
+            " as `unseen`, or unseen=False."
+        )
     task = _draw_samples(request, goal, tuning, notes)
 
     method = METHODS[settings.method]

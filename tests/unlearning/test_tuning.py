@@ -43,6 +43,12 @@ def test_what_is_no_tuning_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="must be a tuple of goals"):
         Tuning(goals=ClassRemoval())  # type: ignore[arg-type]
 
+    class Unregistered(ClassRemoval):
+        pass
+
+    with pytest.raises(ConfigurationError, match=r"Unregistered is not registered.*GOALS\.register"):
+        Tuning(goals=(Unregistered(target_memorization=0.1),))
+
 
 def test_tuned_numbers_are_used_and_recorded(tmp_path: Any) -> None:
     trainer, _, _ = fitted(max_epochs=60)
