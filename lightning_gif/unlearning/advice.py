@@ -51,27 +51,14 @@ def warn_refreshed_statistics(old: dict[str, float], new: dict[str, float], note
 
 
 def warn_cost(goal: Goal, scales: Scales, before: dict[str, float], after: dict[str, float], notes: list[str]) -> None:
-    """Warns if a label correction raised the loss of the retained or of the corrected examples.
+    """Warns about losses that the edit raised more than its goal tolerates.
 
     Args:
         goal: The goal of the edit.
         scales: The scales of the goal's limits.
-        before: Mean losses at the trained weights, by name, including ``"relabelled"``.
+        before: Mean losses at the trained weights, by name.
         after: Mean losses of the edited model.
         notes: The notes of the report, which are extended.
     """
-    gained = before["relabelled"] - after["relabelled"]
-    if after["retain"] - before["retain"] > goal.tolerated_increase(before["retain"], gained, scales):
-        warn_and_note(
-            notes,
-            f"The retained loss rose from {before['retain']:.4g} to {after['retain']:.4g}. The new labels contradict"
-            " what the model learned from the other examples. A model trained with the new labels would not learn all"
-            " of them either. Check that they are right, and undo the edit if it is not worth the cost.",
-        )
-    if -gained > NOTABLE_INCREASE * abs(before["relabelled"]):
-        warn_and_note(
-            notes,
-            f"The loss of the corrected examples rose from {before['relabelled']:.4g} to {after['relabelled']:.4g}: the"
-            " edit lowered the loss of the retained examples instead. Either training had not converged, or there are"
-            " too few corrected examples.",
-        )
+    for message in goal.costs(before, after, scales):
+        warn_and_note(notes, message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._moved import renamed
-from ..config import Settings
+from ..config import AUTO, Settings
 from ..curvature.memory import bytes_to_keep
 from ..curvature.methods import Group, Method, Solve
 from ..curvature.solve import (
@@ -24,7 +24,6 @@ from ..curvature.solve import (
     warn_unconverged,
 )
 from ..curvature.streaming import Curvature
-from ..defaults import for_relinearised_step
 from ..errors import ConfigurationError, NonFiniteError, ObjectiveError
 from ..solvers import LinearOperator, Solution
 from ..solvers.operators import Combination, Scaled, Submatrix
@@ -372,8 +371,13 @@ class EditProblem:
 
     @property
     def _settings_of_descent(self) -> Settings:
-        labels, convex = self._task.relabelled is not None, self.rules.is_convex(self._task)
-        return for_relinearised_step(self._settings, labels=labels, convex=convex)
+        """The settings of a solve for a descent direction, with what was left open chosen by the goal."""
+        settings, rules = self._settings, self.rules
+        if settings.curvature == AUTO:  # a convex risk has a Gauss–Newton matrix without negative eigenvalues
+            settings = replace(settings, curvature="ggn" if rules.is_convex(self._task) else "hessian")
+        if settings.max_iter is None and settings.rtol is None:
+            settings = replace(settings, max_iter=rules.descent_iterations)
+        return settings
 
     def _n_rejected_since(self, at: Trial) -> int:
         """The number of rejected changes since ``at``, not counting the influence direction."""

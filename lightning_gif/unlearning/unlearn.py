@@ -305,9 +305,8 @@ def _advise(problem: EditProblem, task: Task, outcome: _Outcome, step: Step, not
     goal, start = problem.rules, problem.trials[0]
     chosen = replace(outcome.chosen, memorization=outcome.memorization)
     warn_unfinished(goal, start, chosen, problem.target_memorization, notes)
-    if "relabelled" in outcome.before:
-        after = outcome.after if outcome.unrefreshed is None else outcome.unrefreshed
-        warn_cost(goal, task.scales(start.retain_loss), outcome.before, after, notes)
+    after = outcome.after if outcome.unrefreshed is None else outcome.unrefreshed
+    warn_cost(goal, task.scales(start.retain_loss), outcome.before, after, notes)
     max_solves = problem.tuning.relinearisation.max_solves
     if step == "relinearise" and len(chosen.step_sizes) == max_solves and chosen.step_sizes[-1]:
         notes.append(

@@ -56,6 +56,7 @@ def test_tuned_numbers_are_used_and_recorded(tmp_path: Any) -> None:
     plain = trainer.unlearn([3, 17, 30], **options)
     assert plain.settings["tuning"]["goal"] == {
         "curvature_examples": 2048,
+        "descent_iterations": 8,
         "target_memorization": 0.2,
         "corrected_weight": 8.0,
         "retain_budget": 0.05,
