@@ -8,7 +8,7 @@ numbers of an edit move". Comments here name the part of that section.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from ..config import Settings
 from ..curvature.memory import bytes_to_keep
 from ..curvature.products import Losses
+from ..curvature.sampling import CURVATURE_EXAMPLES
+from ..errors import ConfigurationError
 from ..registry import Registry
 from ..reporting.notes import warn_and_note
 from .checked import CheckedNumbers, number
@@ -47,7 +49,7 @@ class Goal(CheckedNumbers):
     """The goal of an edit. Its fields are the goal's tuned numbers.
 
     Attributes:
-        name: The name of the goal in reports and files.
+        name: The name of the goal in reports and files: that which it is registered under.
         compares_with_unseen: Whether the losses of forget examples are compared with those of unseen examples.
         influence_first: Whether ``"relinearise"`` starts along the influence direction. If so, a search along it takes
             the natural step if the predicted change of the risk is below rounding.
@@ -84,7 +86,7 @@ class Goal(CheckedNumbers):
     max_step_size = math.inf
 
     # "Scores that predict retraining": 512 examples are worse, and all examples are no better.
-    curvature_examples: int = number(2048, low=1, open_low=False)
+    curvature_examples: int = number(CURVATURE_EXAMPLES, low=1, open_low=False)
     # "What the settings of an edit buy", row `max_iter=5`.
     descent_iterations: int = number(5, low=1, open_low=False)
 
@@ -178,11 +180,36 @@ class Goal(CheckedNumbers):
         return f"{cls.memorization_title(n_unseen)}: {100 * before:.1f} % -> {100 * after:.1f} %"
 
 
-GOALS: Registry[type[Goal]] = Registry("goal")
+class _Goals(Registry[type[Goal]]):
+    """A registry that gives each class its name."""
+
+    def register(self, name: str) -> Callable[[type[Goal]], type[Goal]]:
+        """A decorator that registers a class of goals, and sets its :attr:`Goal.name`.
+
+        Args:
+            name: The name.
+
+        Raises:
+            ConfigurationError: If the name is taken, or the class is registered under another one.
+        """
+
+        def add(kind: type[Goal]) -> type[Goal]:
+            if kind in self.values():
+                raise ConfigurationError(
+                    f"{kind.__name__} is registered already, as {str(kind.name)!r}; register a subclass as {name!r}."
+                )
+            Registry.register(self, str(name))(kind)
+            kind.name = name
+            return kind
+
+        return add
+
+
+GOALS = _Goals("goal")
 """All goals by name. A request has the goal that was registered last of those that apply to it."""
 
 
-@GOALS.register("examples")
+@GOALS.register(GoalName.EXAMPLES)
 @dataclass(frozen=True)
 class ExampleRemoval(Goal):
     """The goal where other examples of the same labels are retained, or the model's predictions are not known.
@@ -212,7 +239,6 @@ class ExampleRemoval(Goal):
         max_step_size: The largest step size along the influence direction.
     """
 
-    name = GoalName.EXAMPLES
     compares_with_unseen = True
     influence_first = True
     bounded_risk = False
@@ -318,7 +344,7 @@ class ExampleRemoval(Goal):
         return f"{cls.memorization_title(n_unseen)}: {before:.3f} -> {after:.3f} (0.5 = indistinguishable)"
 
 
-@GOALS.register("class")
+@GOALS.register(GoalName.CLASS)
 @dataclass(frozen=True)
 class ClassRemoval(Goal):
     """The goal where the forget examples are all examples of their classes. The classes should not be predicted.
@@ -343,7 +369,6 @@ class ClassRemoval(Goal):
         curvature_examples: The number of retained examples that solves see; fewer than for other goals.
     """
 
-    name = GoalName.CLASS
     smallest_step = True
 
     target_memorization: float = number(0.005, high=1.0)
@@ -435,7 +460,7 @@ class ClassRemoval(Goal):
         return "still predicted as the class"
 
 
-@GOALS.register("labels")
+@GOALS.register(GoalName.LABELS)
 @dataclass(frozen=True)
 class LabelCorrection(Goal):
     """The goal where the forget examples get new labels.
@@ -459,7 +484,6 @@ class LabelCorrection(Goal):
             predicted with certainty. Without damping, nearly all first steps of small networks raised the risk.
     """
 
-    name = GoalName.LABELS
     # "A backdoor repaired", the row with eight iterations for each solve and entries scaled by their gradients.
     scales_by_gradients = True
 

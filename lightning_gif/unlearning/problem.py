@@ -73,8 +73,7 @@ class EditProblem:
         journal: The journal that keeps the changes; ``None`` for none.
 
     Attributes:
-        goal: The name of the goal: ``"class"``, ``"examples"`` or ``"labels"``.
-        rules: The goal itself: its risk, its limits and its tuned numbers.
+        goal: The goal: its name, its risk, its limits and its tuned numbers.
         tuning: All other tuned numbers.
         trials: All trials, in order; the first is the trained model.
         limits: :attr:`target_memorization` and :attr:`max_retain_loss`.
@@ -98,7 +97,7 @@ class EditProblem:
         positions: Tensor,
         journal: Journal | None = None,
     ) -> None:
-        self.goal, self.rules, self.tuning, self.positions = goal.name, goal, tuning, positions
+        self.goal, self.tuning, self.positions = goal, tuning, positions
         self.trials: list[Trial] = []
         self.solutions: list[Solution] = []
         self.description: dict[str, Any] = {}
@@ -315,9 +314,9 @@ class EditProblem:
         return QuadraticModel(float(slope[self.positions] @ self._changes[-1]), along), False
 
     def _solve_descent(self, at: Trial) -> tuple[QuadraticModel, bool]:
-        objective, rules, settings = self._objective, self.rules, self._settings_of_descent
+        objective, goal, settings = self._objective, self.goal, self._settings_of_descent
         theta = self.weights_at(at.step_sizes)
-        is_far = at.memorization > rules.far_memorization
+        is_far = at.memorization > goal.far_memorization
         with objective.progress("Hessian products, at the new weights") as bar:
             slope, curvatures, second_moment = self._linearise(theta, is_far, settings, bar.update)
             whole = Combination(*curvatures)
@@ -327,9 +326,9 @@ class EditProblem:
                 along = self._add_newton_step(whole, -slope, at, scale)
             else:
                 solver: Solve = partial(solve, settings)
-                if rules.is_convex(self._task):
+                if goal.is_convex(self._task):
                     factor = self.tuning.trust_region.rejection_factor
-                    relative = rules.first_damping * factor ** self._n_rejected_since(at)
+                    relative = goal.first_damping * factor ** self._n_rejected_since(at)
                     solver = partial(solve_with_relative_damping, settings, relative)
                 along = self._add_change(whole, -slope, solver, scale=scale)
             self.description = self.description or describe(settings, curvatures[0][1])
@@ -349,12 +348,12 @@ class EditProblem:
         Returns:
             The gradient, the weight and the curvature of each term, and the second moment (``None`` if it is not used).
         """
-        objective, rules = self._objective, self.rules
+        objective, goal = self._objective, self.goal
         slope, curvatures = self._decay * theta, list[tuple[float, Curvature]]()
-        second_moment = torch.zeros_like(slope) if rules.scales_by_gradients else None
+        second_moment = torch.zeros_like(slope) if goal.scales_by_gradients else None
         for term in self._terms:
             slope = slope + term.weight * term.fit_gradient(objective, theta)
-            count = math.ceil((rules.far_curvature_share if is_far else 1.0) * term.n_curvature)
+            count = math.ceil((goal.far_curvature_share if is_far else 1.0) * term.n_curvature)
             part = term.fit.sample(count, settings.seed + len(self._changes))
             part = part.cached(bytes_to_keep(settings, objective) / 4)
             losses = term.bound if term.bound is not None and self._changes and is_far else term.losses
@@ -372,11 +371,11 @@ class EditProblem:
     @property
     def _settings_of_descent(self) -> Settings:
         """The settings of a solve for a descent direction, with what was left open chosen by the goal."""
-        settings, rules = self._settings, self.rules
+        settings, goal = self._settings, self.goal
         if settings.curvature == AUTO:  # a convex risk has a Gauss–Newton matrix without negative eigenvalues
-            settings = replace(settings, curvature="ggn" if rules.is_convex(self._task) else "hessian")
+            settings = replace(settings, curvature="ggn" if goal.is_convex(self._task) else "hessian")
         if settings.max_iter is None and settings.rtol is None:
-            settings = replace(settings, max_iter=rules.descent_iterations)
+            settings = replace(settings, max_iter=goal.descent_iterations)
         return settings
 
     def _n_rejected_since(self, at: Trial) -> int:

@@ -93,6 +93,9 @@ class EditContext(CallContext):
 class EditRecord:
     """An edit, its goal, and the measurements. Its fields are read-only.
 
+    Raises:
+        EditError: If the goal is not registered.
+
     Attributes:
         edit: The changed entries, and their values before and after.
         goal: The name of the goal: ``"class"``, ``"examples"`` or ``"labels"``; see
@@ -156,6 +159,11 @@ class EditRecord:
     version: int = field(default=FORMAT.versions[-1], repr=False)
 
     def __post_init__(self) -> None:
+        if self.goal not in GOALS:
+            raise EditError(
+                f"The edit has the goal {self.goal!r}, which is not registered here. Import the module that registers"
+                f" it, as GOALS.register({self.goal!r}) of lightning_gif.unlearning does, and load the edit again."
+            )
         object.__setattr__(self, "goal", GOALS[self.goal].name)
 
     @property

@@ -47,9 +47,9 @@ def relinearise(problem: EditProblem) -> Trial:
     target or has none. For class removal and label correction the influence direction is too inaccurate, and is not
     computed.
     """
-    rules, numbers = problem.rules, problem.tuning.relinearisation
+    goal, numbers = problem.goal, problem.tuning.relinearisation
     best, n_solves = problem.trials[0], 0
-    if rules.influence_first:
+    if goal.influence_first:
         model, n_solves = problem.influence_direction(), 1
         best = _best_along_influence(problem, model)
         if problem.limits.are_reached(best) and _is_as_predicted(problem, best, model):
@@ -60,13 +60,13 @@ def relinearise(problem: EditProblem) -> Trial:
         n_solves += 1
         gained, best = (0.0, best) if accepted is None else (best.risk - accepted.risk, accepted)
         at_target = problem.limits.are_reached(best)
-        if at_target and rules.is_negligible(best.risk):
+        if at_target and goal.is_negligible(best.risk):
             break
         if accepted is not None and gained >= numbers.min_gain * abs(best.risk):
             stalled = False
             continue
-        may_continue = rules.outlasts_small_gain(accepted, at_target)
-        if (at_target or accepted is None or not rules.pursues_target) and (stalled or not may_continue):
+        may_continue = goal.outlasts_small_gain(accepted, at_target)
+        if (at_target or accepted is None or not goal.pursues_target) and (stalled or not may_continue):
             break
         stalled = may_continue
     return best
@@ -87,7 +87,7 @@ def _descend(problem: EditProblem, start: Trial, n_solves: int) -> Trial | None:
         start,
         model,
         problem.limits,
-        bounded_risk=problem.rules.bounded_risk,
+        bounded_risk=problem.goal.bounded_risk,
     )
 
 
@@ -101,10 +101,10 @@ def _is_as_predicted(problem: EditProblem, trial: Trial, model: QuadraticModel) 
 
 
 def _best_along_influence(problem: EditProblem, model: QuadraticModel) -> Trial:
-    rules, line_search, start = problem.rules, problem.tuning.line_search, problem.trials[0]
-    if rules.smallest_step:
+    goal, line_search, start = problem.goal, problem.tuning.line_search, problem.trials[0]
+    if goal.smallest_step:
         return line_search.smallest_that_forgets(problem.evaluate, start, problem.limits)
     hidden = abs(model.change(1.0)) <= _ROUNDING * abs(start.risk)
-    if rules.influence_first and hidden:  # a search would follow rounding errors
+    if goal.influence_first and hidden:  # a search would follow rounding errors
         return problem.evaluate(1.0)
-    return line_search.least_risk(problem.evaluate, start, problem.limits, rules.max_step_size)
+    return line_search.least_risk(problem.evaluate, start, problem.limits, goal.max_step_size)

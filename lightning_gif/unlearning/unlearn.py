@@ -302,7 +302,7 @@ def _realise(
 
 def _advise(problem: EditProblem, task: Task, outcome: _Outcome, step: Step, notes: list[str]) -> None:
     """Warns if the edit missed its target or cost too much, and notes if more solves would have lowered the risk."""
-    goal, start = problem.rules, problem.trials[0]
+    goal, start = problem.goal, problem.trials[0]
     chosen = replace(outcome.chosen, memorization=outcome.memorization)
     warn_unfinished(goal, start, chosen, problem.target_memorization, notes)
     after = outcome.after if outcome.unrefreshed is None else outcome.unrefreshed
@@ -331,7 +331,7 @@ def _report(
     changes = {name: Change(outcome.before[name], outcome.after[name], predicted[name]) for name in outcome.before}
     return UnlearnReport(
         edit=outcome.edit,
-        goal=problem.goal,
+        goal=problem.goal.name,
         step_sizes=list(outcome.chosen.step_sizes) or [0.0],
         forget=changes["forget"],
         retain=changes["retain"],
@@ -347,7 +347,7 @@ def _report(
         solves=[solution.summary() for solution in problem.solutions],
         residuals=problem.solutions[0].residuals,
         curvature=problem.description,
-        settings={**asdict(task.settings), "tuning": tuning.record(problem.rules)},
+        settings={**asdict(task.settings), "tuning": tuning.record(problem.goal)},
         notes=notes,
         seconds=seconds,
         data=data,

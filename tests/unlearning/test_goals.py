@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_gif import GIFCallback, GIFMixin, GIFWarning
+from lightning_gif import ConfigurationError, EditError, GIFCallback, GIFMixin, GIFWarning, UnlearnReport
 from lightning_gif.unlearning import (
     GOALS,
     ClassRemoval,
@@ -30,7 +31,7 @@ from lightning_gif.unlearning.memorization import Memorization
 from lightning_gif.unlearning.protocol import GoalName
 from lightning_gif.unlearning.risk import RiskTerm
 
-from ..conftest import Classifier, batch_of, blobs, fitted, loader
+from ..conftest import Classifier, batch_of, blobs, fitted, loader, same_weights, weights
 from .doubles import memorised, scales
 
 
@@ -320,7 +321,6 @@ def registered(name: str, goal: type[Goal]) -> Iterator[None]:
 class OwnCorrection(ExampleRemoval):
     """New labels that an edit learns as the training loss asks for, with its own numbers, costs and measurement."""
 
-    name = "own correction"
     influence_first = False
     compares_with_unseen = False
 
@@ -360,6 +360,26 @@ def test_a_goal_of_ones_own_has_its_own_numbers_costs_and_measurement() -> None:
     assert report.settings["tuning"]["goal"]["descent_iterations"] == 3
 
 
+def test_a_goal_has_the_name_that_it_is_registered_under(tmp_path: Path) -> None:
+    class Mine(ExampleRemoval):
+        name = "other"
+
+    trainer, module, _ = fitted()
+    before = weights(module)
+    with registered("mine", Mine):
+        with pytest.raises(ConfigurationError, match="Mine is registered already, as 'mine'"):
+            GOALS.register("yours")(Mine)
+        report = trainer.unlearn([0, 3], dry_run=True)
+        assert report.goal == Mine.name == "mine"
+        report.save(tmp_path / "edit")
+        assert UnlearnReport.load(tmp_path / "edit").goal == "mine"
+        with pytest.raises(ConfigurationError, match="goal named 'mine' is registered already"):
+            GOALS.register("mine")(type("Second", (ExampleRemoval,), {}))
+    with pytest.raises(EditError, match="the goal 'mine', which is not registered here"):
+        UnlearnReport.load(tmp_path / "edit")
+    assert same_weights(before, weights(module))
+
+
 def test_the_share_of_forget_examples_in_the_curvature_is_a_number_of_class_removal() -> None:
     trainer, _, _ = fitted(dataset=blobs(90), max_epochs=10)
     sizes = SampleSizes(descent_curvature=40)
@@ -377,7 +397,6 @@ def test_a_new_goal_is_a_class_and_one_line() -> None:
 
     @dataclass(frozen=True)
     class Gentle(ExampleRemoval):
-        name = "gentle"
         compares_with_unseen = False
 
         @classmethod
