@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BatchError
-from .structure import describe
+from .structure import describe, with_items
 
 __all__ = ["TARGET_KEYS", "class_targets", "find_targets", "replace_targets"]
 
@@ -90,6 +90,6 @@ def replace_targets(data: Any, targets: Tensor | int) -> Any:
     new = given.to(old.device, old.dtype).expand_as(old).clone()
     if isinstance(data, Mapping):
         changed = {**data, key: new}
-        return changed if type(data) is dict else type(data)(changed)  # type: ignore[call-arg]
+        return changed if type(data) is dict else with_items(data, changed)
     items = [*data[:-1], new]
     return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
