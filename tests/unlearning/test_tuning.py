@@ -11,7 +11,7 @@ import torch
 from lightning_gif import ConfigurationError, UnlearnReport
 from lightning_gif.unlearning import ClassRemoval, LabelCorrection, Relinearisation, SampleSizes, TrustRegion, Tuning
 
-from ..conftest import fitted
+from ..conftest import blobs, fitted
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,37 @@ from ..conftest import fitted
 def test_tuned_numbers_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=f"`{name}` of TrustRegion must be a .*number .* got {value!r}"):
         TrustRegion(**{name: value})
+
+
+def test_a_step_that_is_rejected_cannot_count_as_a_good_one() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"`accept_ratio` .* must not be above `good_ratio`, got 0\.9 and 0\.1"
+    ):
+        TrustRegion(accept_ratio=0.9, good_ratio=0.1)
+    assert TrustRegion(accept_ratio=0.5, good_ratio=0.5).good_ratio == 0.5
+
+
+def test_the_tolerance_decides_whether_the_influence_direction_is_enough() -> None:
+    """Without unseen examples the risk is nearly quadratic in the step, up to a twentieth or a tenth."""
+    trainer, _, _ = fitted(dataset=blobs(120), max_epochs=10)
+    solves = []
+    for tolerance in (0.05, 0.1):
+        tuning = Tuning(relinearisation=Relinearisation(prediction_tolerance=tolerance))
+        solves.append(len(trainer.unlearn(list(range(20)), tuning=tuning, dry_run=True).solves))
+    assert solves == [12, 1]
+
+
+def test_a_rejected_step_is_followed_by_one_that_is_damped_by_the_factor() -> None:
+    """Where the model is sharper than training made it, the first step is too long by far more than is tried."""
+    trainer, module, _ = fitted(max_epochs=160)
+    with torch.no_grad():
+        for parameter in module.net[-1].parameters():
+            parameter *= 4
+    for factor in (64.0, 128.0):
+        tuning = Tuning(trust_region=TrustRegion(rejection_factor=factor))
+        report = trainer.unlearn([3, 17, 30], relabel=torch.tensor([1, 0, 2]), tuning=tuning, dry_run=True)
+        assert report.step_sizes[0] == 0
+        assert report.solves[1]["damping"] == pytest.approx(factor * report.solves[0]["damping"])
 
 
 def test_what_is_no_tuning_is_refused() -> None:
