@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import numbers
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -39,10 +39,13 @@ class Loaders:
     Attributes:
         train: The training loader.
         unseen: The validation loader.
+        ready: The datamodules that were set up here, each with the stage. One is set up once, since it may split the
+            data at random.
     """
 
     train: Any = None
     unseen: Any = None
+    ready: list[tuple[Any, str]] = field(default_factory=list)
 
     def remember(self, trainer: Trainer) -> None:
         """Keeps the loaders that the trainer has now."""
@@ -59,15 +62,8 @@ class Loaders:
             TrainingDataError: If there is none.
         """
         loader = self.train if self.train is not None else trainer.train_dataloader
-        if loader is None and trainer.datamodule is not None:
-            on_each_node = getattr(trainer.datamodule, "prepare_data_per_node", True)
-            if trainer.local_rank == 0 if on_each_node else trainer.is_global_zero:
-                trainer.datamodule.prepare_data()
-            processes.gather(None)  # the other processes wait for the files that it writes
-            trainer.datamodule.setup("fit")
-            loader = trainer.datamodule.train_dataloader()
-        if loader is None and brings_own(trainer.lightning_module, "train_dataloader"):
-            loader = trainer.lightning_module.train_dataloader()
+        if loader is None:
+            loader = self.find(trainer, "train_dataloader", processes)
         if loader is None:
             raise TrainingDataError(
                 "There is no training data: the trainer has not fitted, and has no datamodule. Pass `dataloader=` with"
@@ -75,6 +71,27 @@ class Loaders:
             )
         self.train = loader
         return loader
+
+    def find(self, trainer: Trainer, hook: str, processes: ProcessGroup) -> Any:
+        """What a hook of the datamodule, or else of the module, returns; ``None`` if neither defines it.
+
+        Args:
+            trainer: The trainer, with its module.
+            hook: ``"train_dataloader"``, ``"val_dataloader"`` or ``"test_dataloader"``.
+            processes: All processes of the trainer.
+        """
+        datamodule, module = getattr(trainer, "datamodule", None), trainer.lightning_module
+        if datamodule is not None and _defines(datamodule, hook):
+            stage = "test" if hook == "test_dataloader" else "fit"
+            if not any(owner is datamodule and done == stage for owner, done in self.ready):
+                on_each_node = getattr(datamodule, "prepare_data_per_node", True)
+                if trainer.local_rank == 0 if on_each_node else trainer.is_global_zero:
+                    datamodule.prepare_data()
+                processes.gather(None)  # the other processes wait for the files that it writes
+                datamodule.setup(stage)
+                self.ready.append((datamodule, stage))
+            return getattr(datamodule, hook)()
+        return getattr(module, hook)() if _defines(module, hook) else None
 
 
 @dataclass(frozen=True)
@@ -331,6 +348,11 @@ def _training_examples(trainer: Trainer, loader: Any, objective: Objective, sett
     warn_if_random(train)
     objective.learn_structure(train)
     return train
+
+
+def _defines(owner: Any, hook: str) -> bool:
+    """Whether a module or datamodule has a hook for data; also one of the instance, as ``from_datasets`` sets it."""
+    return hook in vars(owner) or (hasattr(type(owner), hook) and brings_own(owner, hook))
 
 
 def _are_indices(given: Any) -> bool:

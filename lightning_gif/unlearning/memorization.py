@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..data.examples import Examples
+from ..metrics import twice_in_order
 from ..objective.objective import Objective
 from .risk import OutputLoss, RiskTerm, labels_of
 from .task import Task
@@ -104,10 +105,7 @@ class MembershipAUROC(Memorization):
         for label in classes[1].unique():
             own, others = (part[of == label] for part, of in zip((losses.cpu(), unseen), classes, strict=True))
             if len(own):
-                others = others.sort().values
-                above = len(others) - torch.searchsorted(others, own, right=True)
-                equal = torch.searchsorted(others, own, right=True) - torch.searchsorted(others, own)
-                wins += float((above + equal / 2).double().sum()) / len(others)
+                wins += float(twice_in_order(own, others)) / (2 * len(others))
                 compared += len(own)
         return wins / compared if compared else math.nan
 
