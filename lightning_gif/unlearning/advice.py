@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..reporting.notes import warn_and_note
-from .goals import NOTABLE_INCREASE, Goal
+from .goals import Goal
 from .protocol import Trial
 from .task import Scales
 
@@ -33,16 +33,17 @@ def warn_unfinished(goal: Goal, before: Trial, chosen: Trial, target: float | No
         )
 
 
-def warn_refreshed_statistics(old: dict[str, float], new: dict[str, float], notes: list[str]) -> None:
+def warn_refreshed_statistics(goal: Goal, old: dict[str, float], new: dict[str, float], notes: list[str]) -> None:
     """Warns if recomputed running statistics raise a loss.
 
     Args:
+        goal: The goal of the edit.
         old: Mean losses of the edited model with the old running statistics, by name.
         new: Mean losses with the recomputed running statistics.
         notes: The notes of the report, which are extended.
     """
     for name in ("retain", "relabelled"):
-        if name in new and new[name] - old[name] > NOTABLE_INCREASE * abs(old[name]):
+        if name in new and new[name] - old[name] > goal.notable_increase * abs(old[name]):
             warn_and_note(
                 notes,
                 f"The recomputed running statistics raise the {name} loss from {old[name]:.4g} to {new[name]:.4g}. The"

@@ -40,10 +40,6 @@ from .task import Request, Scales, Task
 __all__ = ["GOALS", "ClassRemoval", "ExampleRemoval", "Goal", "LabelCorrection", "choose_goal"]
 
 
-# The report warns if a loss rises by more than this share of its value.
-NOTABLE_INCREASE = 0.1
-
-
 @dataclass(frozen=True)
 class Goal(CheckedNumbers):
     """The goal of an edit. Its fields are the goal's tuned numbers.
@@ -70,6 +66,7 @@ class Goal(CheckedNumbers):
         curvature_examples: The number of retained examples that solves see with ``curvature_examples="auto"``.
         descent_iterations: The largest number of iterations of a solve for a descent direction, if neither ``max_iter``
             nor ``rtol`` is given.
+        notable_increase: The report warns if a loss that should not rise does so by more than this share of its value.
     """
 
     name: ClassVar[str]
@@ -89,6 +86,7 @@ class Goal(CheckedNumbers):
     curvature_examples: int = number(CURVATURE_EXAMPLES, low=1, open_low=False)
     # "What the settings of an edit buy", row `max_iter=5`.
     descent_iterations: int = number(5, low=1, open_low=False)
+    notable_increase: float = number(0.1, open_low=False)
 
     @classmethod
     def applies(cls, request: Request, notes: list[str]) -> bool:
@@ -476,7 +474,8 @@ class LabelCorrection(Goal):
         corrected_weight: The weight of a corrected example relative to a retained one. It is above 1, because some of
             the retained predictions were learned from the wrong labels and oppose the correction.
         retain_budget: The report has a warning if the retained loss rises by more than this share of the chance loss,
-            by more than a tenth of itself, and by more than a tenth of what the corrected examples gained.
+            by more than ``notable_increase`` of itself, and by more than that share of what the corrected examples
+            gained.
         far_memorization: While more than this share of the labels is wrong, descent directions are damped least-squares
             solutions.
         descent_iterations: More than for other goals.
@@ -558,7 +557,7 @@ class LabelCorrection(Goal):
                 " not learn all of them either. Check that they are right, and undo the edit if it is not worth the"
                 " cost."
             )
-        if -gained > NOTABLE_INCREASE * abs(before["relabelled"]):
+        if -gained > self.notable_increase * abs(before["relabelled"]):
             messages.append(
                 f"The loss of the corrected examples rose from {before['relabelled']:.4g} to"
                 f" {after['relabelled']:.4g}: the edit lowered the loss of the retained examples instead. Either"
@@ -569,7 +568,7 @@ class LabelCorrection(Goal):
     def tolerated_increase(self, retain_loss: float, gained: float, scales: Scales) -> float:
         """The largest increase of the retained loss about which the report does not warn.
 
-        It is the largest of a tenth of the loss, a tenth of the weighted gain, and a share of the chance loss.
+        It is the largest of a share of the loss, of the weighted gain, and of the chance loss.
 
         Args:
             retain_loss: The retained loss before the edit.
@@ -577,8 +576,8 @@ class LabelCorrection(Goal):
             scales: The scales of the goal's limits.
         """
         chance = scales.chance_loss(self.retain_budget)
-        own = NOTABLE_INCREASE * abs(retain_loss)
-        return max(own, NOTABLE_INCREASE * scales.forget_weight * gained, chance)
+        own = self.notable_increase * abs(retain_loss)
+        return max(own, self.notable_increase * scales.forget_weight * gained, chance)
 
     @classmethod
     def memorization_title(cls, n_unseen: int) -> str:

@@ -11,9 +11,6 @@ from .protocol import QuadraticModel, Trial
 __all__ = ["STRATEGIES", "Strategy", "natural", "relinearise", "search"]
 
 
-# The relative rounding error of a mean loss in float32. Losses cannot confirm a predicted change that is smaller.
-_ROUNDING = 1e-6
-
 Strategy = Callable[[EditProblem], Trial]
 """A function from an edit problem to one of the trials that it evaluated there."""
 
@@ -96,7 +93,9 @@ def _is_as_predicted(problem: EditProblem, trial: Trial, model: QuadraticModel) 
     numbers, start = problem.tuning.relinearisation, problem.trials[0]
     predicted = model.change(trial.step_size)
     error = abs(trial.risk - start.risk - predicted)
-    tolerance = max(numbers.prediction_tolerance * abs(predicted), _ROUNDING * abs(start.risk))
+    tolerance = max(
+        numbers.prediction_tolerance * abs(predicted), problem.tuning.line_search.rounding * abs(start.risk)
+    )
     return not trial.is_edit or error <= tolerance
 
 
@@ -104,7 +103,7 @@ def _best_along_influence(problem: EditProblem, model: QuadraticModel) -> Trial:
     goal, line_search, start = problem.goal, problem.tuning.line_search, problem.trials[0]
     if goal.smallest_step:
         return line_search.smallest_that_forgets(problem.evaluate, start, problem.limits)
-    hidden = abs(model.change(1.0)) <= _ROUNDING * abs(start.risk)
+    hidden = abs(model.change(1.0)) <= line_search.rounding * abs(start.risk)
     if goal.influence_first and hidden:  # a search would follow rounding errors
         return problem.evaluate(1.0)
     return line_search.least_risk(problem.evaluate, start, problem.limits, goal.max_step_size)

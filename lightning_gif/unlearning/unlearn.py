@@ -149,7 +149,7 @@ def unlearn(
     if step != "natural" and not isinstance(step, numbers.Real):
         _advise(problem, task, outcome, step, notes)
     if outcome.unrefreshed is not None:
-        warn_refreshed_statistics(outcome.unrefreshed, outcome.after, notes)
+        warn_refreshed_statistics(goal, outcome.unrefreshed, outcome.after, notes)
     context = EditContext() if context is None else context
     if context.has_optimizer and chosen.is_edit:
         notes.append(
@@ -344,7 +344,7 @@ def _report(
         n_unseen=0 if task.unseen is None else len(task.unseen),
         n_parameters=task.objective.space.size,
         trials=problem.trials,
-        solves=[solution.summary() for solution in problem.solutions],
+        solves=[{**solution.summary(), **used} for solution, used in zip(problem.solutions, problem.used, strict=True)],
         residuals=problem.solutions[0].residuals,
         curvature=problem.description,
         settings={**asdict(task.settings), "tuning": tuning.record(problem.goal)},
