@@ -20,6 +20,7 @@ Values are means over `--draws`.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -163,7 +164,7 @@ def within(entry: Field[Any], value: float) -> float:
     value = min(max(value, entry.metadata["low"]), entry.metadata["high"])
     if not isinstance(entry.default, int):
         return value
-    return max(round(value), int(entry.metadata["low"]) + entry.metadata["open_low"])
+    return max(math.ceil(value), int(entry.metadata["low"]) + entry.metadata["open_low"])
 
 
 def outcome(problem: Problem, step: str, tuning: Tuning) -> tuple[float, float, float, int, str]:

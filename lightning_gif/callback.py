@@ -154,7 +154,8 @@ class GIFCallback(Callback):
             proponents and opponents of all reports, which shows when examples become influential. A report takes about
             as long as an epoch: 20 products over ``curvature_examples``, and a pass over the training data that costs
             about three forward passes. :attr:`last_report` is the latest report.
-        query: The query of these reports: a batch or a ``DataLoader``, as in :meth:`influence`.
+        query: The query of these reports: a batch or a ``DataLoader``, as in :meth:`influence`. If it does not fit the
+            model or the training data, a warning says so before training, and there are no reports in that fit.
         report_options: Arguments of :meth:`influence` for these reports, such as ``{"k": 20, "among": indices}``. With
             fewer examples in ``among``, a report is cheaper.
         seed: The seed of all random draws of the computations; 0 by default.
@@ -234,18 +235,17 @@ class GIFCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds hooks to the layers, and checks the query of the reports, so that an error in it shows at once."""
+        """Adds hooks to the layers, and checks the query of the reports, so that a warning comes before training."""
         self.tracker.start_fit(pl_module)
-        self.reports.active = True
         self.loaders.train = trainer.train_dataloader
         if self.report_every_n_epochs is not None:
-            with (
-                self.reports.guard("before training"),
-                open_session(trainer, self.tracker, self.loaders, self.settings, "batch") as session,
-            ):
-                session.objective.check(session.examples(self.query), "query", measured=True)
+            self.reports.start(partial(self._check_query, trainer))
         if self.cache_neurons:
             self.tracker.attach(pl_module)
+
+    def _check_query(self, trainer: Trainer) -> None:
+        with open_session(trainer, self.tracker, self.loaders, self.settings, "batch") as session:
+            session.objective.check(session.examples(self.query), "query", measured=True)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -324,8 +324,8 @@ class GIFCallback(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
-        self.tracker.targets_epoch = state_dict["targets_epoch"]
+        """Restores what :meth:`state_dict` returned. A state of another version may lack values."""
+        self.tracker.targets_epoch = state_dict.get("targets_epoch")
         self.reports.history = [list(row) for row in state_dict.get("history", [])]
 
     @override
@@ -506,6 +506,11 @@ class GIFCallback(Callback):
                 f" {describe(batch[0])}. To score some training examples, pass among=[17, 4031] or a function from a"
                 " batch to truth values. To explain the loss on a batch, call trainer.influence(batch)."
             )
+        if targets not in (None, "cached"):
+            raise ConfigurationError(
+                "`targets` of trainer.self_influence must be None (all parameters) or 'cached', because there is no"
+                f" batch to rank neurons on, got {targets!r}."
+            )
         states = _snapshot_states(self.tracker, snapshots)
         requested = check_names(self.settings.override(overrides, _keywords(self.self_influence)))
         check_count("k", k)
@@ -564,8 +569,9 @@ class GIFCallback(Callback):
                 the data that they retained.
             unseen: A loader of examples like the training data that the model was not trained on. An edit gives
                 memorized examples losses like those of unseen examples. By default the validation loader of ``fit``, if
-                its batches have the structure of training batches; ``False`` for none. Fewer than 20 examples are not
-                used. Never pass test data, because unseen data decide how far an edit goes.
+                its batches have the structure of training batches, else a note in the report says why not; ``False``
+                for none. Fewer than 20 examples are not used. Never pass test data, because unseen data decide how far
+                an edit goes.
             step: How far the edit goes. This is decided on the forget, retained and unseen data.
                 ``"relinearise"`` (default): up to twelve changes that lower the risk, each solved at the weights after
                 the previous one. ``"search"``: one change, with the best step size for the goal. ``"natural"``: one
@@ -607,6 +613,7 @@ class GIFCallback(Callback):
             _check_files(trainer, session.objective.processes, log, folder)
             forget = session.forget(batch)
             _check_loaders(retain=retain, unseen=unseen or None)
+            unseen_examples, why_not_unseen = session.unseen(unseen)
             report = unlearn(
                 session.objective,
                 session.train,
@@ -615,7 +622,8 @@ class GIFCallback(Callback):
                 partial(session.choose_targets, forget, targets),
                 relabel=relabel,
                 retain=None if retain is None else session.examples(retain),
-                unseen=session.unseen(unseen),
+                unseen=unseen_examples,
+                why_not_unseen=why_not_unseen,
                 step=step,
                 refresh_statistics=refresh_statistics,
                 solves_to=folder,

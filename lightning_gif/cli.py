@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
-from ._compat import LightningArgumentParser, LightningCLI, MisconfigurationException, brings_own
+from ._compat import LightningArgumentParser, LightningCLI, MisconfigurationException
 from .callback import GIFCallback, attach
 from .data.structure import describe, tensors
+from .distributed import ProcessGroup
 from .edit import Edit
 from .errors import CheckpointError, ConfigurationError, GIFError, TrainingDataError
 from .parameters import weights_digest
@@ -317,7 +318,6 @@ class _Tool(LightningCLI):
 
     def __init__(self, command: str, run: Callable[..., int], arguments: list[str]) -> None:
         self._command = run
-        self._stages: set[str] = set()
         super().__init__(
             save_config_callback=None,
             trainer_defaults={"devices": 1, "logger": False, "enable_checkpointing": False},
@@ -389,15 +389,10 @@ class _Tool(LightningCLI):
 
     def find_loader(self, split: str) -> DataLoader[Any] | None:
         """Like :meth:`loader`, but returns ``None`` if there is none."""
-        hook, stage = _LOADERS[split], "test" if split == "test" else "fit"
-        owner = next((owner for owner in (self.datamodule, self.model) if owner and brings_own(owner, hook)), None)
-        if owner is None:
+        hook = _LOADERS[split]
+        loader = self.callback.loaders.find(self.trainer, hook, ProcessGroup.of(self.trainer))
+        if loader is None:
             return None
-        if owner is self.datamodule and stage not in self._stages:
-            self._stages.add(stage)  # set up once, because setup may split the data at random
-            owner.prepare_data()
-            owner.setup(stage)
-        loader = getattr(owner, hook)()
         loader = loader[0] if isinstance(loader, (list, tuple)) and len(loader) == 1 else loader
         if not isinstance(loader, DataLoader):
             raise TrainingDataError(f"Expected a DataLoader from {hook}, got {describe(loader)}.")

@@ -481,10 +481,21 @@ class MembershipInference(_UnlearningMetric):
         # Counts of pairs are exact. torchmetrics' ROC curve is not: it is in float32, and it passes scores outside
         # [0, 1] through a sigmoid, which can make different scores equal.
         members, others = _joined(self.members), _joined(self.others)
-        others = others.sort().values
-        below = torch.searchsorted(others, members, side="left").sum()
-        not_above = torch.searchsorted(others, members, side="right").sum()
-        return (below + not_above).float() / (2 * len(members) * len(others))
+        return twice_in_order(others, members).float() / (2 * len(members) * len(others))
+
+
+def twice_in_order(low: Tensor, high: Tensor) -> Tensor:
+    """Twice the number of pairs in which the value of ``high`` is the larger one, where ties count half; exact.
+
+    Divided by twice the number of all pairs, it is an AUROC.
+
+    Args:
+        low: Values ``(m,)``.
+        high: Values ``(n,)``.
+    """
+    high = high.sort().values
+    above, not_below = (len(high) - torch.searchsorted(high, low, side=side) for side in ("right", "left"))
+    return (above + not_below).sum()
 
 
 class RelearnTime(_UnlearningMetric):

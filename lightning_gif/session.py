@@ -6,7 +6,7 @@ import contextlib
 import math
 import numbers
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from .data.identity import check_same_everywhere, shares_examples
 from .data.structure import describe, tensors
 from .defaults import for_influence, needs_no_cache
 from .distributed import ProcessGroup
-from .errors import BatchError, ConfigurationError, GIFWarning, SelectionError, TrainingDataError
+from .errors import BatchError, ConfigurationError, GIFError, GIFWarning, SelectionError, TrainingDataError
 from .objective.objective import Objective
 from .parameters import Targets
 from .selection.tracker import TrainingTracker
@@ -41,10 +41,13 @@ class Loaders:
     Attributes:
         train: The training loader.
         unseen: The validation loader.
+        ready: The datamodules that were set up here, each with the stage. One is set up once, since it may split the
+            data at random.
     """
 
     train: Any = None
     unseen: Any = None
+    ready: list[tuple[Any, str]] = field(default_factory=list)
 
     def remember(self, trainer: Trainer) -> None:
         """Stores the present loaders of the trainer."""
@@ -61,15 +64,8 @@ class Loaders:
             TrainingDataError: If there is none.
         """
         loader = self.train if self.train is not None else trainer.train_dataloader
-        if loader is None and trainer.datamodule is not None:
-            on_each_node = getattr(trainer.datamodule, "prepare_data_per_node", True)
-            if trainer.local_rank == 0 if on_each_node else trainer.is_global_zero:
-                trainer.datamodule.prepare_data()
-            processes.gather(None)  # the other processes wait until prepare_data has written its files
-            trainer.datamodule.setup("fit")
-            loader = trainer.datamodule.train_dataloader()
-        if loader is None and brings_own(trainer.lightning_module, "train_dataloader"):
-            loader = trainer.lightning_module.train_dataloader()
+        if loader is None:
+            loader = self.find(trainer, "train_dataloader", processes)
         if loader is None:
             raise TrainingDataError(
                 "There is no training data: the trainer has not fitted, and has no datamodule. Pass `dataloader=` with"
@@ -77,6 +73,27 @@ class Loaders:
             )
         self.train = loader
         return loader
+
+    def find(self, trainer: Trainer, hook: str, processes: ProcessGroup) -> Any:
+        """What a hook of the datamodule, or else of the module, returns; ``None`` if neither defines it.
+
+        Args:
+            trainer: The trainer, with its module.
+            hook: ``"train_dataloader"``, ``"val_dataloader"`` or ``"test_dataloader"``.
+            processes: All processes of the trainer.
+        """
+        datamodule, module = getattr(trainer, "datamodule", None), trainer.lightning_module
+        if datamodule is not None and _defines(datamodule, hook):
+            stage = "test" if hook == "test_dataloader" else "fit"
+            if not any(owner is datamodule and done == stage for owner, done in self.ready):
+                on_each_node = getattr(datamodule, "prepare_data_per_node", True)
+                if trainer.local_rank == 0 if on_each_node else trainer.is_global_zero:
+                    datamodule.prepare_data()
+                processes.gather(None)  # the other processes wait for the files that it writes
+                datamodule.setup(stage)
+                self.ready.append((datamodule, stage))
+            return getattr(datamodule, hook)()
+        return getattr(module, hook)() if _defines(module, hook) else None
 
 
 @dataclass(frozen=True)
@@ -198,38 +215,47 @@ class Session:
             )
         return self.examples(given)
 
-    def unseen(self, given: DataLoader[Any] | Literal[False] | None) -> Examples | None:
-        """Unseen examples; ``None`` if there are none.
+    def unseen(self, given: DataLoader[Any] | Literal[False] | None) -> tuple[Examples | None, str]:
+        """Unseen examples, or ``None``; and why the validation data of ``fit`` cannot be used.
 
         Args:
             given: A loader of unseen examples. ``None`` takes the validation loader of ``fit``, if its batches have the
                 structure of training batches and it has no training examples. ``False`` is for none.
 
+        Returns:
+            The examples and an empty text, or ``None`` and the reason. The reason is empty if there are no validation
+            data, or none are wanted.
+
         Raises:
             ConfigurationError: If a given loader has examples of the training data.
+            GIFError: If a given loader does not fit the model.
+            Exception: If an example cannot be read.
         """
         loader = self.loaders.unseen if given is None else given
+        if loader is None or loader is False:
+            return None, ""
         if not isinstance(loader, DataLoader):
-            return None
-        unseen, objective, settings = None, self.objective, self.settings
+            return None, f"they are not one DataLoader, but {describe(loader)}"
+        found, reason, objective, settings = None, "", self.objective, self.settings
         try:
-            unseen = Examples.from_loader(loader, objective.prepare, batch_size=settings.batch_size, seed=settings.seed)
-            unseen = objective.readable(unseen)
-            objective.check(unseen.subset(torch.arange(1)), "unseen")
-        except Exception:
+            found = Examples.from_loader(loader, objective.prepare, batch_size=settings.batch_size, seed=settings.seed)
+            found = objective.readable(found)
+            objective.check(found.subset(torch.arange(1)), "unseen")
+        except GIFError as error:  # validation batches may be structured in another way than those of training
             if given is not None:
                 raise
-            unseen = None  # validation batches may have another structure than training batches
-        if any(objective.processes.gather(unseen is None)) or unseen is None:
-            return None
-        unseen = check_same_everywhere(replace(unseen, processes=objective.processes), "unseen data")
-        if shares_examples(unseen, self.train):
+            found, reason = None, str(error)
+        reason = next(filter(None, objective.processes.gather(reason)), "")
+        if reason or found is None:
+            return None, reason
+        found = check_same_everywhere(replace(found, processes=objective.processes), "unseen data")
+        if shares_examples(found, self.train):
             if given is not None:
                 raise ConfigurationError(
                     "`unseen` has examples of the training data. Pass a loader of examples that were not trained on."
                 )
-            return None
-        return unseen
+            return None, "they have examples of the training data"
+        return found, ""
 
     # ----------------------------------------------------------------------------------------------------------------
     # Targets
@@ -358,6 +384,11 @@ def _first_examples(trainer: Trainer, loader: Any) -> int | None:
     if not in_order or not loader.batch_size or not 0 < batches < math.inf:
         return None
     return int(batches) * int(loader.batch_size)
+
+
+def _defines(owner: Any, hook: str) -> bool:
+    """Whether a module or datamodule has a hook for data; also one of the instance, as ``from_datasets`` sets it."""
+    return hook in vars(owner) or (hasattr(type(owner), hook) and brings_own(owner, hook))
 
 
 def _are_indices(given: Any) -> bool:

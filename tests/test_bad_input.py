@@ -290,6 +290,13 @@ def test_self_influence_refuses_a_batch() -> None:
             trainer.self_influence(given)
 
 
+@pytest.mark.parametrize("targets", ["class", "batch", "all", 3])
+def test_self_influence_refuses_targets_that_it_does_not_have(targets: Any) -> None:
+    trainer, _, _ = fitted()
+    with pytest.raises(ConfigurationError, match=f"None .all parameters. or 'cached'.* got {targets!r}"):
+        trainer.self_influence(targets=targets)
+
+
 @pytest.mark.parametrize("given", [[3], (3, 4, 5, 6), range(2), 3])
 def test_indices_are_not_a_query(given: Any) -> None:
     trainer, module, _ = ready()

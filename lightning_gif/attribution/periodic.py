@@ -21,13 +21,35 @@ class PeriodicReports:
     Attributes:
         last: The last report, or ``None``.
         history: The proponents and opponents of all reports, as rows with the columns :data:`HISTORY_COLUMNS`.
-        active: Whether the current fit computes reports; false after an unexpected error.
+        active: Whether the current fit computes reports; false after a failed check or an unexpected error.
     """
 
     def __init__(self) -> None:
         self.last: InfluenceReport | None = None
         self.history: list[list[Any]] = []
         self.active = True
+
+    def start(self, check: Callable[[], None]) -> None:
+        """Starts the reports of a fit. If their check fails, it warns, and there are none in this fit.
+
+        Args:
+            check: Checks the query and the training data.
+
+        Raises:
+            RankError: If the processes are out of step, or one has ended.
+        """
+        self.active = True
+        try:
+            with self.guard("before training"):
+                check()
+        except (GIFError, OSError) as error:
+            _raise_if_out_of_step(error)
+            self.active = False
+            rank_zero_warn(
+                f"No influence reports in this fit, which goes on unchanged: {error} Correct `query`, the training"
+                " loader or `report_options`, or omit `report_every_n_epochs`.",
+                category=GIFWarning,
+            )
 
     def make(self, epoch: int, ask: Callable[[], InfluenceReport]) -> bool:
         """Computes the report of an epoch and adds it to the history. If that fails, it warns.
@@ -49,8 +71,7 @@ class PeriodicReports:
             with self.guard(when):
                 self._add(epoch, ask())
         except (GIFError, OSError) as error:
-            if isinstance(error, RankError) and error.raised_elsewhere is None:
-                raise
+            _raise_if_out_of_step(error)
             rank_zero_warn(f"No influence report {when}: {error}", category=GIFWarning)
         return self.last is not before
 
@@ -83,6 +104,12 @@ class PeriodicReports:
                 " goes on unchanged. Call `trainer.influence(query)` to see where the error comes from.",
                 category=GIFWarning,
             )
+
+
+def _raise_if_out_of_step(error: Exception) -> None:
+    """Raises an error after which the processes cannot go on together; the caller handles all others."""
+    if isinstance(error, RankError) and error.raised_elsewhere is None:
+        raise error
 
 
 def _is_expected(error: Exception) -> bool:

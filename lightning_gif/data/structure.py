@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import numbers
+from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ __all__ = [
     "slice_batch",
     "take",
     "tensors",
+    "with_items",
 ]
 
 
@@ -35,43 +36,60 @@ def map_tensors(
 ) -> Any:
     """The same structure (tuples, lists, mappings, dataclasses, nested) with ``function`` applied to its tensors.
 
+    Dictionaries of any class and dataclasses are copied, as Lightning does: their constructors do not run again.
+
     Args:
         data: A batch, or anything a collate function returns.
         function: Applied to each tensor, in a fixed order.
         sequence: Applied to lists and tuples of ``size`` items without a tensor at any depth, such as one string for
             each example. In other lists and tuples, each item is visited, such as each of two columns of strings.
         size: The number of examples.
+
+    Raises:
+        BatchError: If a mapping is no dictionary and cannot be built from one.
     """
     if isinstance(data, Tensor):
         return function(data)
     if isinstance(data, Mapping):
         mapped = {key: map_tensors(value, function, sequence, size) for key, value in data.items()}
-        return mapped if type(data) is dict else type(data)(mapped)  # type: ignore[call-arg]
+        return mapped if type(data) is dict else with_items(data, mapped)
     if isinstance(data, (list, tuple)):
         if sequence is not None and _is_sequence(data, size):
             return sequence(data)
         items = [map_tensors(value, function, sequence, size) for value in data]
         return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
     if is_dataclass(data) and not isinstance(data, type):
-        changes = {name: map_tensors(value, function, sequence, size) for name, value in _fields(data).items()}
-        if _rebuilds_from_fields(data):
-            return replace(data, **changes)
         changed = copy.copy(data)
-        for name, value in changes.items():
-            object.__setattr__(changed, name, value)  # works for frozen dataclasses, too
+        for name, value in _fields(data).items():
+            # Works for frozen dataclasses, too.
+            object.__setattr__(changed, name, map_tensors(value, function, sequence, size))
         return changed
     return data
 
 
-def _rebuilds_from_fields(data: Any) -> bool:
-    """Whether the constructor of a dataclass takes its fields and nothing else, such as an ``InitVar``."""
-    return inspect.signature(type(data)).parameters.keys() == {field.name for field in fields(data) if field.init}
+def with_items(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the class of ``data`` with other values for its keys.
+
+    Raises:
+        BatchError: If it is no dictionary and cannot be built from one.
+    """
+    if isinstance(data, (dict, UserDict)):  # their copies do not share the items, which other mappings may
+        changed = copy.copy(data)
+        for key, value in items.items():
+            changed[key] = value
+        return changed
+    try:
+        return type(data)(items)  # type: ignore[call-arg]
+    except TypeError as error:
+        raise BatchError(
+            f"A {type(data).__name__} cannot be built from a dictionary of its items: {error}. Collate examples to a"
+            " dict, or accept one as the only argument of its constructor."
+        ) from error
 
 
 def _fields(data: Any) -> dict[str, Any]:
-    """The fields of a dataclass that its constructor takes; all fields if the constructor takes anything else, too."""
-    whole = not _rebuilds_from_fields(data)
-    return {field.name: getattr(data, field.name) for field in fields(data) if whole or field.init}
+    """The fields of a dataclass that are set."""
+    return {field.name: getattr(data, field.name) for field in fields(data) if hasattr(data, field.name)}
 
 
 def _items(data: Any) -> Iterable[Any]:

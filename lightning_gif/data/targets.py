@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BatchError
-from .structure import describe
+from .structure import describe, with_items
 
 __all__ = ["TARGET_KEYS", "class_targets", "find_targets", "one_hot_labels", "replace_targets"]
 
@@ -111,7 +111,7 @@ def replace_targets(data: Any, targets: Tensor | int) -> Any:
     new = given.to(old.device, old.dtype).expand_as(old).clone()
     if isinstance(data, Mapping):
         changed = {**data, key: new}
-        return changed if type(data) is dict else type(data)(changed)  # type: ignore[call-arg]
+        return changed if type(data) is dict else with_items(data, changed)
     if isinstance(data, (list, tuple)):
         items = [new if index == key else value for index, value in enumerate(data)]
         return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)

@@ -1,4 +1,7 @@
-"""Logging of reports. What a logger gets depends on the methods that it has, not on its class."""
+"""Logging of reports. What a logger gets depends on its methods.
+
+The exceptions are histograms and pictures of W&B, which are objects of its package: only its own runs get them.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ def log_scalars(loggers: Iterable[Any], values: Mapping[str, Any], *, prefix: st
 
 
 def log_table(loggers: Iterable[Any], key: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Logs a table to the loggers that have ``log_table``, such as ``WandbLogger``. Arrays become images.
+    """Logs a table to the loggers that have ``log_table``, such as ``WandbLogger``. Arrays become images for W&B.
 
     No step is passed, because W&B has its own counter and rejects a step below an earlier one.
 
@@ -73,17 +76,18 @@ def log_table(loggers: Iterable[Any], key: str, columns: Sequence[str], rows: It
         columns: The names of the columns.
         rows: The rows, with one value for each column. They are not computed if no logger supports tables.
     """
-    takers = [logger for logger in loggers if _takes_tables(logger)]
+    takers = [logger for logger in loggers if hasattr(logger, "log_table")]
     table = [list(row) for row in rows] if takers else []
     for logger in takers:
-        logger.log_table(key=key, columns=list(columns), data=[[_cell(value) for value in row] for row in table])
+        data = [[_picture(value) for value in row] for row in table] if _is_wandb(logger) else table
+        logger.log_table(key=key, columns=list(columns), data=[list(row) for row in data])
 
 
 def log_histogram(loggers: Iterable[Any], key: str, values: Tensor, *, step: int) -> None:
-    """Logs a histogram of ``values`` to loggers with ``log_table``, or whose experiment has ``add_histogram``."""
+    """Logs a histogram of ``values`` to W&B, and to the loggers that have a writer with ``add_histogram``."""
     for logger in loggers:
-        if _takes_tables(logger):
-            import wandb  # a logger with log_table is W&B's, so wandb is installed
+        if _is_wandb(logger):
+            import wandb  # the user has it loaded
 
             counts = np.histogram(values.numpy(), bins=_BINS)
             logger.log_metrics({key: wandb.Histogram(np_histogram=counts)})
@@ -124,7 +128,8 @@ def log_eigenvalues(loggers: Iterable[Any], prefix: str, curvature: Mapping[str,
         log_table(loggers, f"{prefix}/eigenvalues", ["end", "rank", "eigenvalue"], rows)
 
 
-def _cell(value: Any) -> Any:
+def _picture(value: Any) -> Any:
+    """A picture of W&B in place of an array; any other value as it is."""
     if hasattr(value, "__array_interface__"):
         import wandb  # a logger with log_table is W&B's, so wandb is installed
 
@@ -133,8 +138,10 @@ def _cell(value: Any) -> Any:
     return value
 
 
-def _takes_tables(logger: Any) -> bool:
-    return hasattr(logger, "log_table")
+def _is_wandb(logger: Any) -> bool:
+    """Whether a logger logs to a run of W&B, which takes W&B's own objects. It is not imported for that."""
+    run = type(getattr(logger, "experiment", None))
+    return any(base.__module__.partition(".")[0] == "wandb" for base in run.__mro__)
 
 
 def _writers(loggers: Iterable[Any], method: str) -> Iterator[tuple[Any, Callable[..., Any]]]:

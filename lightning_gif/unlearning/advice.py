@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..reporting.notes import warn_and_note
-from .goals import NOTABLE_INCREASE, Goal
+from .goals import Goal
 from .protocol import Trial
 from .task import Scales
 
@@ -33,16 +33,17 @@ def warn_unfinished(goal: Goal, before: Trial, chosen: Trial, target: float | No
         )
 
 
-def warn_refreshed_statistics(old: dict[str, float], new: dict[str, float], notes: list[str]) -> None:
+def warn_refreshed_statistics(goal: Goal, old: dict[str, float], new: dict[str, float], notes: list[str]) -> None:
     """Warns if recomputed running statistics raise a loss.
 
     Args:
+        goal: The goal of the edit.
         old: Mean losses of the edited model with the old running statistics, by name.
         new: Mean losses with the recomputed running statistics.
         notes: The notes of the report, which are extended.
     """
     for name in ("retain", "relabelled"):
-        if name in new and new[name] - old[name] > NOTABLE_INCREASE * abs(old[name]):
+        if name in new and new[name] - old[name] > goal.notable_increase * abs(old[name]):
             warn_and_note(
                 notes,
                 f"The recomputed running statistics raise the {name} loss from {old[name]:.4g} to {new[name]:.4g}. The"
@@ -51,27 +52,14 @@ def warn_refreshed_statistics(old: dict[str, float], new: dict[str, float], note
 
 
 def warn_cost(goal: Goal, scales: Scales, before: dict[str, float], after: dict[str, float], notes: list[str]) -> None:
-    """Warns if a label correction raised the loss of the retained or of the corrected examples.
+    """Warns about losses that the edit raised more than its goal tolerates.
 
     Args:
         goal: The goal of the edit.
         scales: The scales of the goal's limits.
-        before: Mean losses at the trained weights, by name, including ``"relabelled"``.
+        before: Mean losses at the trained weights, by name.
         after: Mean losses of the edited model.
         notes: The notes of the report, which are extended.
     """
-    gained = before["relabelled"] - after["relabelled"]
-    if after["retain"] - before["retain"] > goal.tolerated_increase(before["retain"], gained, scales):
-        warn_and_note(
-            notes,
-            f"The retained loss rose from {before['retain']:.4g} to {after['retain']:.4g}. The new labels contradict"
-            " what the model learned from the other examples. A model trained with the new labels would not learn all"
-            " of them either. Check that they are right, and undo the edit if it is not worth the cost.",
-        )
-    if -gained > NOTABLE_INCREASE * abs(before["relabelled"]):
-        warn_and_note(
-            notes,
-            f"The loss of the corrected examples rose from {before['relabelled']:.4g} to {after['relabelled']:.4g}: the"
-            " edit lowered the loss of the retained examples instead. Either training had not converged, or there are"
-            " too few corrected examples.",
-        )
+    for message in goal.costs(before, after, scales):
+        warn_and_note(notes, message)

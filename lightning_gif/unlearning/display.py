@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..reporting.loggers import log_eigenvalues, log_scalars, log_table, running
+from ..reporting.loggers import log_eigenvalues, log_figure, log_scalars, log_table, log_text, running
 from ..reporting.notes import describe_solve
 from ..reporting.previews import figure
 from .goals import GOALS
@@ -91,8 +91,8 @@ def _memorization_line(record: EditRecord) -> list[str]:
 
 def log(record: EditRecord, loggers: Iterable[Any], prefix: str) -> None:
     """Logs the report, see :meth:`UnlearnReport.log`."""
-    loggers = running(loggers)
-    log_scalars(loggers, record.summary(), prefix=prefix, step=record.context.global_step)
+    loggers, step = running(loggers), record.context.global_step
+    log_scalars(loggers, record.summary(), prefix=prefix, step=step)
     count = len(record.solves)
     rows = [
         [*trial.step_sizes, *[0.0] * (count - len(trial.step_sizes)), *(getattr(trial, name) for name in _MEASURED)]
@@ -101,6 +101,8 @@ def log(record: EditRecord, loggers: Iterable[Any], prefix: str) -> None:
     log_table(loggers, f"{prefix}/path", [*(f"step_{i}" for i in range(1, count + 1)), *_LOGGED], rows)
     log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], list(enumerate(record.residuals)))
     log_eigenvalues(loggers, prefix, record.curvature)
+    log_text(loggers, f"{prefix}/report", text(record), step=step)
+    log_figure(loggers, f"{prefix}/plot", lambda: draw(record), step=step)
 
 
 def draw(record: EditRecord) -> Figure:

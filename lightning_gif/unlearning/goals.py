@@ -8,7 +8,7 @@ numbers of an edit move". Comments here name the part of that section.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from ..config import Settings
 from ..curvature.memory import bytes_to_keep
 from ..curvature.products import Losses
+from ..curvature.sampling import CURVATURE_EXAMPLES
+from ..errors import ConfigurationError
 from ..registry import Registry
 from ..reporting.notes import warn_and_note
 from .checked import CheckedNumbers, number
@@ -38,16 +40,12 @@ from .task import Request, Scales, Task
 __all__ = ["GOALS", "ClassRemoval", "ExampleRemoval", "Goal", "LabelCorrection", "choose_goal"]
 
 
-# The report warns if a loss rises by more than this share of its value.
-NOTABLE_INCREASE = 0.1
-
-
 @dataclass(frozen=True)
 class Goal(CheckedNumbers):
     """The goal of an edit. Its fields are the goal's tuned numbers.
 
     Attributes:
-        name: The name of the goal in reports and files.
+        name: The name of the goal in reports and files: that which it is registered under.
         compares_with_unseen: Whether the losses of forget examples are compared with those of unseen examples.
         influence_first: Whether ``"relinearise"`` starts along the influence direction. If so, a search along it takes
             the natural step if the predicted change of the risk is below rounding.
@@ -66,6 +64,9 @@ class Goal(CheckedNumbers):
         warns_of_shortfall: Whether :meth:`shortfall` is given as a warning, too; otherwise it is only a note in the
             report.
         curvature_examples: The number of retained examples that solves see with ``curvature_examples="auto"``.
+        descent_iterations: The largest number of iterations of a solve for a descent direction, if neither ``max_iter``
+            nor ``rtol`` is given.
+        notable_increase: The report warns if a loss that should not rise does so by more than this share of its value.
     """
 
     name: ClassVar[str]
@@ -82,7 +83,10 @@ class Goal(CheckedNumbers):
     max_step_size = math.inf
 
     # "Scores that predict retraining": 512 examples are worse, and all examples are no better.
-    curvature_examples: int = number(2048, low=1, open_low=False)
+    curvature_examples: int = number(CURVATURE_EXAMPLES, low=1, open_low=False)
+    # "What the settings of an edit buy", row `max_iter=5`.
+    descent_iterations: int = number(5, low=1, open_low=False)
+    notable_increase: float = number(0.1, open_low=False)
 
     @classmethod
     def applies(cls, request: Request, notes: list[str]) -> bool:
@@ -107,8 +111,8 @@ class Goal(CheckedNumbers):
         """The terms of the risk. The first term is about the retained examples."""
         raise NotImplementedError
 
-    def memorization(self, task: Task) -> Memorization:
-        """The measurement of :attr:`~lightning_gif.unlearning.protocol.Trial.memorization`."""
+    def memorization(self, task: Task) -> Memorization | None:
+        """The measurement of :attr:`~lightning_gif.unlearning.protocol.Trial.memorization`; ``None`` for none."""
         raise NotImplementedError
 
     def limits(self, start: Trial, scales: Scales) -> Limits:
@@ -147,15 +151,16 @@ class Goal(CheckedNumbers):
         """
         return None
 
-    def tolerated_increase(self, retain_loss: float, gained: float, scales: Scales) -> float:
-        """The largest increase of the retained loss about which the report does not warn.
+    def costs(self, before: Mapping[str, float], after: Mapping[str, float], scales: Scales) -> list[str]:
+        """The messages about losses that the edit raised more than the goal tolerates.
 
         Args:
-            retain_loss: The retained loss before the edit.
-            gained: The decrease of the loss of the corrected examples.
+            before: Mean losses at the trained weights, by name: ``"forget"``, ``"retain"``, and ``"relabelled"`` and
+                ``"unseen"`` if there are such examples.
+            after: Mean losses of the edited model.
             scales: The scales of the goal's limits.
         """
-        return math.inf
+        return []
 
     @classmethod
     def memorization_title(cls, n_unseen: int) -> str:
@@ -173,11 +178,36 @@ class Goal(CheckedNumbers):
         return f"{cls.memorization_title(n_unseen)}: {100 * before:.1f} % -> {100 * after:.1f} %"
 
 
-GOALS: Registry[type[Goal]] = Registry("goal")
+class _Goals(Registry[type[Goal]]):
+    """A registry that gives each class its name."""
+
+    def register(self, name: str) -> Callable[[type[Goal]], type[Goal]]:
+        """A decorator that registers a class of goals, and sets its :attr:`Goal.name`.
+
+        Args:
+            name: The name.
+
+        Raises:
+            ConfigurationError: If the name is taken, or the class is registered under another one.
+        """
+
+        def add(kind: type[Goal]) -> type[Goal]:
+            if kind in self.values():
+                raise ConfigurationError(
+                    f"{kind.__name__} is registered already, as {str(kind.name)!r}; register a subclass as {name!r}."
+                )
+            Registry.register(self, str(name))(kind)
+            kind.name = name
+            return kind
+
+        return add
+
+
+GOALS = _Goals("goal")
 """All goals by name. A request has the goal that was registered last of those that apply to it."""
 
 
-@GOALS.register("examples")
+@GOALS.register(GoalName.EXAMPLES)
 @dataclass(frozen=True)
 class ExampleRemoval(Goal):
     """The goal where other examples of the same labels are retained, or the model's predictions are not known.
@@ -207,7 +237,6 @@ class ExampleRemoval(Goal):
         max_step_size: The largest step size along the influence direction.
     """
 
-    name = GoalName.EXAMPLES
     compares_with_unseen = True
     influence_first = True
     bounded_risk = False
@@ -269,7 +298,7 @@ class ExampleRemoval(Goal):
         weight = self.memorized_weight * task.forget_weight * len(short) / len(task.forget)
         return [RiskTerm(weight, memorized, memorized, n_curvature, OutputLoss(objective.losses, matching.sum))]
 
-    def memorization(self, task: Task) -> Memorization:
+    def memorization(self, task: Task) -> Memorization | None:
         """The membership AUROC against unseen examples; ``None`` without unseen examples."""
         if task.unseen is None:
             return None
@@ -313,7 +342,7 @@ class ExampleRemoval(Goal):
         return f"{cls.memorization_title(n_unseen)}: {before:.3f} -> {after:.3f} (0.5 = indistinguishable)"
 
 
-@GOALS.register("class")
+@GOALS.register(GoalName.CLASS)
 @dataclass(frozen=True)
 class ClassRemoval(Goal):
     """The goal where the forget examples are all examples of their classes. The classes should not be predicted.
@@ -332,11 +361,12 @@ class ClassRemoval(Goal):
             curvature of a bound instead of its own.
         far_curvature_share: Above ``far_memorization``, the curvature is computed from this share of the examples,
             because steps far from the target need not be accurate.
+        forget_share: The number of forget examples from which the curvature is computed, as a share of
+            :attr:`SampleSizes.descent_curvature <lightning_gif.unlearning.SampleSizes>`.
         negligible_risk: A risk in nats that is smaller than the difference between retrained models.
         curvature_examples: The number of retained examples that solves see; fewer than for other goals.
     """
 
-    name = GoalName.CLASS
     smallest_step = True
 
     target_memorization: float = number(0.005, high=1.0)
@@ -345,6 +375,7 @@ class ClassRemoval(Goal):
     far_memorization: float = number(0.5, high=1.0)
     # "Every class forgotten", the list of choices: saved a ninth of the time on TinyNet, and nothing on the ResNet.
     far_curvature_share: float = number(0.5, high=1.0)
+    forget_share: float = number(0.25, high=1.0)
     # The same list: together with 1024 instead of 2048 curvature examples this saved a fifth of the time, and cost 0.02
     # to 0.06 points.
     negligible_risk: float = number(0.004, open_low=False)
@@ -384,13 +415,13 @@ class ClassRemoval(Goal):
             self.unlikelihood_weight,
             task.forget_eval,
             task.forget_eval,
-            math.ceil(task.sizes.forget_share * n_curvature),
+            math.ceil(self.forget_share * n_curvature),
             OutputLoss(logits, Unlikelihood(classes)),
             OutputLoss(logits, UnlikelihoodBound(classes)),
         )
         return [_keep_predictions(task, classes, n_curvature), forgotten]
 
-    def memorization(self, task: Task) -> Memorization:
+    def memorization(self, task: Task) -> Memorization | None:
         """The share of the forget examples that are predicted as one of the forgotten classes."""
         assert task.forgotten_classes is not None
         return PredictedShare(task.objective, task.forget_eval, count_as(task.forgotten_classes))
@@ -427,7 +458,7 @@ class ClassRemoval(Goal):
         return "still predicted as the class"
 
 
-@GOALS.register("labels")
+@GOALS.register(GoalName.LABELS)
 @dataclass(frozen=True)
 class LabelCorrection(Goal):
     """The goal where the forget examples get new labels.
@@ -443,15 +474,15 @@ class LabelCorrection(Goal):
         corrected_weight: The weight of a corrected example relative to a retained one. It is above 1, because some of
             the retained predictions were learned from the wrong labels and oppose the correction.
         retain_budget: The report has a warning if the retained loss rises by more than this share of the chance loss.
-            The increase must also be more than a tenth of the loss, and more than a tenth of the decrease of the
-            corrected loss, weighted by ``m/(n−m)``.
+            The increase must also be more than ``notable_increase`` of the loss, and more than that share of the
+            decrease of the corrected loss, weighted by ``m/(n−m)``.
         far_memorization: While more than this share of the labels is wrong, descent directions are damped least-squares
             solutions.
+        descent_iterations: More than for other goals.
         first_damping: The relative damping of these solutions. The GGN matrix is nearly zero on wrong labels that are
             predicted with certainty. Without damping, nearly all first steps of small networks raised the risk.
     """
 
-    name = GoalName.LABELS
     # "A backdoor repaired", the row with eight iterations for each solve and entries scaled by their gradients.
     scales_by_gradients = True
 
@@ -459,6 +490,8 @@ class LabelCorrection(Goal):
     corrected_weight: float = number(8.0)
     retain_budget: float = number(0.05, open_low=False)
     far_memorization: float = number(0.25, high=1.0)
+    # "A backdoor repaired", the row with eight iterations for each solve.
+    descent_iterations: int = number(8, low=1, open_low=False)
     # "A backdoor repaired": with 0.1 or 0.3 the mean of six draws changes by less than the draws differ.
     first_damping: float = number(0.2)
 
@@ -486,7 +519,7 @@ class LabelCorrection(Goal):
             weight, losses = self.corrected_weight * weight, OutputLoss(objective.logits, cross_entropy)
         return [kept, RiskTerm(weight, task.relabelled, task.relabelled_eval, n_curvature, losses)]
 
-    def memorization(self, task: Task) -> Memorization:
+    def memorization(self, task: Task) -> Memorization | None:
         """The share of corrected examples not predicted as their new label; ``None`` if predictions are not known."""
         if task.forgotten_classes is None or task.relabelled_eval is None:
             return None
@@ -513,11 +546,38 @@ class LabelCorrection(Goal):
             " the retained loss before and after, and undo the edit if it is not worth the cost."
         )
 
+    def costs(self, before: Mapping[str, float], after: Mapping[str, float], scales: Scales) -> list[str]:
+        """The messages that the loss of the retained or of the corrected examples rose."""
+        gained = before["relabelled"] - after["relabelled"]
+        messages = []
+        if after["retain"] - before["retain"] > self.tolerated_increase(before["retain"], gained, scales):
+            messages.append(
+                f"The retained loss rose from {before['retain']:.4g} to {after['retain']:.4g}. The new labels"
+                " contradict what the model learned from the other examples. A model trained with the new labels would"
+                " not learn all of them either. Check that they are right, and undo the edit if it is not worth the"
+                " cost."
+            )
+        if -gained > self.notable_increase * abs(before["relabelled"]):
+            messages.append(
+                f"The loss of the corrected examples rose from {before['relabelled']:.4g} to"
+                f" {after['relabelled']:.4g}: the edit lowered the loss of the retained examples instead. Either"
+                " training had not converged, or there are too few corrected examples."
+            )
+        return messages
+
     def tolerated_increase(self, retain_loss: float, gained: float, scales: Scales) -> float:
-        """The largest of a tenth of the loss, a tenth of the weighted gain, and a share of the chance loss."""
+        """The largest increase of the retained loss about which the report does not warn.
+
+        It is the largest of a share of the loss, of the weighted gain, and of the chance loss.
+
+        Args:
+            retain_loss: The retained loss before the edit.
+            gained: The decrease of the loss of the corrected examples.
+            scales: The scales of the goal's limits.
+        """
         chance = scales.chance_loss(self.retain_budget)
-        own = NOTABLE_INCREASE * abs(retain_loss)
-        return max(own, NOTABLE_INCREASE * scales.forget_weight * gained, chance)
+        own = self.notable_increase * abs(retain_loss)
+        return max(own, self.notable_increase * scales.forget_weight * gained, chance)
 
     @classmethod
     def memorization_title(cls, n_unseen: int) -> str:

@@ -20,11 +20,14 @@ class LineSearch(CheckedNumbers):
         max_doublings: How often a step size of 1 is doubled or halved at most. Example removal has a smaller limit.
         bisections: How often the interval of the last doubling or halving is bisected, on a log scale.
         refinements: How often the interval around the step size with the least risk is narrowed.
+        rounding: The relative rounding error of a mean loss in float32. Losses cannot confirm a predicted change of the
+            risk that is a smaller share of it, so there is no search for it.
     """
 
     max_doublings: int = number(12, low=1, high=100, open_low=False)
     bisections: int = number(4, open_low=False)
     refinements: int = number(2, open_low=False)
+    rounding: float = number(1e-6, open_low=False)
 
     def smallest_that_forgets(self, evaluate: Callable[[float], Trial], before: Trial, limits: Limits) -> Trial:
         """The trial at the smallest step size that reaches the target memorization, starting at step size 1.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..data.batch import Batch
 from ..data.examples import Examples
+from ..metrics import twice_in_order
 from ..objective.objective import Objective
 from .risk import OutputLoss, RiskTerm, labels_of
 from .task import Task
@@ -19,8 +20,25 @@ from .task import Task
 __all__ = ["Measured", "MembershipAUROC", "Memorization", "PredictedShare", "count_wrong", "measure"]
 
 
+class Memorization(Protocol):
+    """How a goal measures memorization. A subclass defines :meth:`at`; the others save passes over the examples."""
+
+    def at(self, theta: Tensor) -> float:
+        """The memorization at parameters ``(p,)``."""
+        ...
+
+    def of_losses(self, losses: Tensor, theta: Tensor) -> float:
+        """The memorization at parameters ``(p,)``, given the losses ``(m,)`` of the forget examples there."""
+        return self.at(theta)
+
+    @property
+    def counted(self) -> tuple[Examples, Callable[[Tensor, Batch], Tensor]] | None:
+        """If memorization is a share of examples: these, and the function that counts them in logits of a batch."""
+        return None
+
+
 @dataclass(frozen=True)
-class PredictedShare:
+class PredictedShare(Memorization):
     """The share of examples whose predicted class fulfils a condition.
 
     Attributes:
@@ -36,6 +54,11 @@ class PredictedShare:
     def at(self, theta: Tensor) -> float:
         """The share at parameters ``(p,)``."""
         return self.objective.mean(self.examples, OutputLoss(self.objective.logits, self.count).loss_sum, theta)
+
+    @property
+    def counted(self) -> tuple[Examples, Callable[[Tensor, Batch], Tensor]]:
+        """The examples and the function."""
+        return self.examples, self.count
 
 
 def count_as(classes: Tensor) -> Callable[[Tensor, Batch], Tensor]:
@@ -53,7 +76,7 @@ def count_wrong(logits: Tensor, batch: Batch) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MembershipAUROC:
+class MembershipAUROC(Memorization):
     """How well a threshold on the loss separates forget examples from unseen examples of the same class.
 
     Each forget example is compared with the unseen examples of its class. The AUROC is the mean share of unseen
@@ -82,16 +105,9 @@ class MembershipAUROC:
         for label in classes[1].unique():
             own, others = (part[of == label] for part, of in zip((losses.cpu(), unseen), classes, strict=True))
             if len(own):
-                others = others.sort().values
-                above = len(others) - torch.searchsorted(others, own, right=True)
-                equal = torch.searchsorted(others, own, right=True) - torch.searchsorted(others, own)
-                wins += float((above + equal / 2).double().sum()) / len(others)
+                wins += float(twice_in_order(own, others)) / (2 * len(others))
                 compared += len(own)
         return wins / compared if compared else math.nan
-
-
-Memorization = PredictedShare | MembershipAUROC | None
-"""How a goal measures memorization; ``None`` if it cannot be measured."""
 
 
 class Measured(NamedTuple):
@@ -110,36 +126,42 @@ class Measured(NamedTuple):
     memorization: float
 
 
-def measure(task: Task, terms: list[RiskTerm], memorization: Memorization, theta: Tensor) -> Measured:
+def measure(task: Task, terms: list[RiskTerm], memorization: Memorization | None, theta: Tensor) -> Measured:
     """Measures the model at parameters ``(p,)``.
 
     If all measurements are functions of the logits, one pass over each set of examples gives all of them.
+
+    Args:
+        task: The data of the edit.
+        terms: The terms of the risk.
+        memorization: The measurement of memorization; ``None`` if it is not known.
+        theta: The parameters.
     """
     objective = task.objective
     of_logits = all(isinstance(term.losses, OutputLoss) and term.losses.outputs == objective.logits for term in terms)
-    if of_logits and isinstance(memorization, PredictedShare):
-        return _measure_at_once(task, terms, memorization, theta)
+    counted = None if memorization is None else memorization.counted
+    if of_logits and counted is not None:
+        return _measure_at_once(task, terms, counted, theta)
     losses = objective.all_losses(task.forget_eval, theta).double()
     retain = objective.mean_loss(task.retain_eval, theta)
     parts = []
     for term in terms:
         same = term.eval is task.retain_eval and term.losses is objective  # then the term is ``retain``
         parts.append(retain if same else objective.mean(term.eval, term.losses.loss_sum, theta))
-    if isinstance(memorization, MembershipAUROC):
-        memorized = memorization.of_losses(losses, theta)
-    else:
-        memorized = math.nan if memorization is None else memorization.at(theta)
+    memorized = math.nan if memorization is None else memorization.of_losses(losses, theta)
     return Measured(float(losses.mean()), retain, parts, memorized)
 
 
-def _measure_at_once(task: Task, terms: list[RiskTerm], memorization: PredictedShare, theta: Tensor) -> Measured:
+def _measure_at_once(
+    task: Task, terms: list[RiskTerm], counted: tuple[Examples, Callable[[Tensor, Batch], Tensor]], theta: Tensor
+) -> Measured:
     objective, retained = task.objective, terms[0].eval
     wanted: list[tuple[Examples, Callable[[Tensor, Batch], Tensor] | None]] = [
         (task.forget_eval, None),
         (retained, None),
     ]
     wanted += [(term.eval, term.losses.function) for term in terms if isinstance(term.losses, OutputLoss)]
-    wanted.append((memorization.examples, memorization.count))
+    wanted.append(counted)
     sums = [0.0] * len(wanted)
     with torch.no_grad():
         for examples in {id(part): part for part, _ in wanted}.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .._moved import renamed
-from ..config import Settings
+from ..config import AUTO, Settings
 from ..curvature.memory import bytes_to_keep
 from ..curvature.methods import Group, Method, Solve
 from ..curvature.solve import (
     describe,
+    max_iter,
     newton,
     open_curvature,
     solve,
@@ -24,7 +25,6 @@ from ..curvature.solve import (
     warn_unconverged,
 )
 from ..curvature.streaming import Curvature
-from ..defaults import for_relinearised_step
 from ..errors import ConfigurationError, NonFiniteError, ObjectiveError
 from ..solvers import LinearOperator, Solution
 from ..solvers.operators import Combination, Scaled, Submatrix
@@ -74,13 +74,14 @@ class EditProblem:
         journal: The journal that keeps the changes; ``None`` for none.
 
     Attributes:
-        goal: The name of the goal: ``"class"``, ``"examples"`` or ``"labels"``.
-        rules: The goal itself: its risk, its limits and its tuned numbers.
+        goal: The goal: its name, its risk, its limits and its tuned numbers.
         tuning: All other tuned numbers.
         trials: All trials, in order; the first is the trained model.
         limits: :attr:`target_memorization` and :attr:`max_retain_loss`.
         solutions: The solution for each change. If a method needs several solves for one change, the solution with the
             largest residual is kept.
+        used: The settings that each solve used, where ``"auto"`` or ``None`` had left them open: ``curvature`` and
+            ``max_iter``. The solutions have the others: ``rtol`` and ``damping``.
         newton_damping: The relative damping of the last Newton step, or of the first one before there is any.
         positions: The target parameters ``(k,)``.
         description: How the products with the curvature were computed, see the report.
@@ -99,9 +100,10 @@ class EditProblem:
         positions: Tensor,
         journal: Journal | None = None,
     ) -> None:
-        self.goal, self.rules, self.tuning, self.positions = goal.name, goal, tuning, positions
+        self.goal, self.tuning, self.positions = goal, tuning, positions
         self.trials: list[Trial] = []
         self.solutions: list[Solution] = []
+        self.used: list[dict[str, Any]] = []
         self.description: dict[str, Any] = {}
         self.newton_damping = tuning.trust_region.initial_damping
         self._task, self._objective, self._settings = task, task.objective, task.settings
@@ -235,7 +237,8 @@ class EditProblem:
         Raises:
             ObjectiveError: If the loss of the forget examples does not depend on the targets.
         """
-        model, _ = self._recalled_or_solved(["influence"], self._solve_influence)
+        settings = _with_curvature(self._settings, "hessian")
+        model, _ = self._recalled_or_solved(["influence"], settings, partial(self._solve_influence, settings))
         self._influence = len(self._changes) - 1, model
         return model
 
@@ -256,17 +259,24 @@ class EditProblem:
         Raises:
             ObjectiveError: If the risk does not depend on the targets.
         """
-        model, newton = self._recalled_or_solved(["descent", *at.step_sizes], partial(self._solve_descent, at))
+        # A convex risk has a Gauss–Newton matrix without negative eigenvalues.
+        settings = _with_curvature(self._settings, "ggn" if self.goal.is_convex(self._task) else "hessian")
+        if settings.max_iter is None and settings.rtol is None:
+            settings = replace(settings, max_iter=self.goal.descent_iterations)
+        model, newton = self._recalled_or_solved(
+            ["descent", *at.step_sizes], settings, partial(self._solve_descent, at, settings)
+        )
         self._last_newton = (at, model) if newton else None
         return model
 
     def _recalled_or_solved(
-        self, question: list[Any], solve: Callable[[], tuple[QuadraticModel, bool]]
+        self, question: list[Any], settings: Settings, solve: Callable[[], tuple[QuadraticModel, bool]]
     ) -> tuple[QuadraticModel, bool]:
         """Adds a change from the journal, or else solves for it and stores it there.
 
         Args:
             question: The kind of the change, and the step sizes of the trial at which it is solved.
+            settings: The settings of the solve.
             solve: Solves for the change.
 
         Returns:
@@ -294,20 +304,19 @@ class EditProblem:
                     f"it has slope {solved.slope}, curvature {solved.curvature} and damping {solved.damping}"
                 )
         warn_unconverged(self._settings, [past], is_newton=solved.newton)
-        self.solutions.append(past)
-        self._changes.append(change.to(self._objective.theta))
+        self._add(change.to(self._objective.theta), past, settings)
         self.description, self.newton_damping = self.description or solved.products, solved.damping
         return QuadraticModel(solved.slope, solved.curvature), solved.newton
 
-    def _solve_influence(self) -> tuple[QuadraticModel, bool]:
-        objective, task, settings = self._objective, self._task, self._settings
+    def _solve_influence(self, settings: Settings) -> tuple[QuadraticModel, bool]:
+        objective, task = self._objective, self._task
         with objective.progress("Hessian products") as bar:
             opened = partial(open_curvature, settings, objective, on_product=bar.update)
             curvature = opened(task.retain_fit)
             new = None if task.relabelled_eval is None else opened(task.relabelled_eval, keep=False)
             share = task.forget_weight / (1 + task.forget_weight)
             group = Group(share, opened(task.forget_eval, keep=False), new)
-            along = self._add_change(curvature, task.influence_gradient, partial(solve, settings), group)
+            along = self._add_change(curvature, task.influence_gradient, partial(solve, settings), settings, group)
             curvature.warn_if_zero()
             self.description = self.description or describe(settings, curvature)
         slope = self._decay * objective.theta
@@ -315,24 +324,24 @@ class EditProblem:
             slope = slope + term.weight * term.eval_gradient(objective)
         return QuadraticModel(float(slope[self.positions] @ self._changes[-1]), along), False
 
-    def _solve_descent(self, at: Trial) -> tuple[QuadraticModel, bool]:
-        objective, rules, settings = self._objective, self.rules, self._settings_of_descent
+    def _solve_descent(self, at: Trial, settings: Settings) -> tuple[QuadraticModel, bool]:
+        objective, goal = self._objective, self.goal
         theta = self.weights_at(at.step_sizes)
-        is_far = at.memorization > rules.far_memorization
+        is_far = at.memorization > goal.far_memorization
         with objective.progress("Hessian products, at the new weights") as bar:
             slope, curvatures, second_moment = self._linearise(theta, is_far, settings, bar.update)
             whole = Combination(*curvatures)
             scale = preconditioner(objective, self.positions, second_moment, self.tuning.preconditioner)
             is_newton = bool(self._changes) and not is_far
             if is_newton:
-                along = self._add_newton_step(whole, -slope, at, scale)
+                along = self._add_newton_step(whole, -slope, at, scale, settings)
             else:
                 solver: Solve = partial(solve, settings)
-                if rules.is_convex(self._task):
+                if goal.is_convex(self._task):
                     factor = self.tuning.trust_region.rejection_factor
-                    relative = rules.first_damping * factor ** self._n_rejected_since(at)
+                    relative = goal.first_damping * factor ** self._n_rejected_since(at)
                     solver = partial(solve_with_relative_damping, settings, relative)
-                along = self._add_change(whole, -slope, solver, scale=scale)
+                along = self._add_change(whole, -slope, solver, settings, scale=scale)
             self.description = self.description or describe(settings, curvatures[0][1])
         return QuadraticModel(float(slope[self.positions] @ self._changes[-1]), along), is_newton
 
@@ -350,12 +359,12 @@ class EditProblem:
         Returns:
             The gradient, the weight and the curvature of each term, and the second moment (``None`` if it is not used).
         """
-        objective, rules = self._objective, self.rules
+        objective, goal = self._objective, self.goal
         slope, curvatures = self._decay * theta, list[tuple[float, Curvature]]()
-        second_moment = torch.zeros_like(slope) if rules.scales_by_gradients else None
+        second_moment = torch.zeros_like(slope) if goal.scales_by_gradients else None
         for term in self._terms:
             slope = slope + term.weight * term.fit_gradient(objective, theta)
-            count = math.ceil((rules.far_curvature_share if is_far else 1.0) * term.n_curvature)
+            count = math.ceil((goal.far_curvature_share if is_far else 1.0) * term.n_curvature)
             part = term.fit.sample(count, settings.seed + len(self._changes))
             part = part.cached(bytes_to_keep(settings, objective) / 4)
             losses = term.bound if term.bound is not None and self._changes and is_far else term.losses
@@ -370,11 +379,6 @@ class EditProblem:
                 second_moment += term.weight * moment
         return slope, curvatures, second_moment
 
-    @property
-    def _settings_of_descent(self) -> Settings:
-        labels, convex = self._task.relabelled is not None, self.rules.is_convex(self._task)
-        return for_relinearised_step(self._settings, labels=labels, convex=convex)
-
     def _n_rejected_since(self, at: Trial) -> int:
         """The number of rejected changes since ``at``, not counting the influence direction."""
         count = len(self._changes) - len(at.step_sizes)
@@ -385,6 +389,7 @@ class EditProblem:
         curvature: LinearOperator,
         gradient: Tensor,
         solve: Solve,
+        settings: Settings,
         group: Group | None = None,
         scale: Tensor | None = None,
     ) -> float:
@@ -402,11 +407,12 @@ class EditProblem:
                 "The solve returned a change of zero: the retained loss has no curvature along the target parameters."
                 " Use other targets, a larger ratio, or method='if'."
             )
-        self._changes.append(change)
-        self.solutions.append(max(solutions, key=lambda solution: solution.residual))
+        self._add(change, max(solutions, key=lambda solution: solution.residual), settings)
         return float(change @ Submatrix(curvature, self.positions, self.positions).matvec(change))
 
-    def _add_newton_step(self, curvature: LinearOperator, gradient: Tensor, at: Trial, scale: Tensor) -> float:
+    def _add_newton_step(
+        self, curvature: LinearOperator, gradient: Tensor, at: Trial, scale: Tensor, settings: Settings
+    ) -> float:
         """Solves for a damped Newton step on the targets, adds it, and returns the curvature along it."""
         if self._last_newton is not None:
             start, model = self._last_newton
@@ -417,10 +423,15 @@ class EditProblem:
         scale = scale[self.positions]
         matrix = Scaled(Submatrix(curvature, self.positions, self.positions), scale, rows=True)
         rhs = scale * gradient[self.positions]
-        solution, along = newton(self._settings_of_descent, matrix, rhs, self.newton_damping)
-        self._changes.append(scale * solution.x)
-        self.solutions.append(solution)
+        solution, along = newton(settings, matrix, rhs, self.newton_damping)
+        self._add(scale * solution.x, solution, settings)
         return along
+
+    def _add(self, change: Tensor, solution: Solution, settings: Settings) -> None:
+        """Adds a change ``(k,)`` with the solution and the settings of its solve."""
+        self._changes.append(change)
+        self.solutions.append(solution)
+        self.used.append({"curvature": settings.curvature, "max_iter": max_iter(settings)})
 
     # Old names
 
@@ -430,3 +441,8 @@ class EditProblem:
     answer = renamed("walk.answer", "influence_direction")
     descend = renamed("walk.descend", "descent_direction")
     measure = renamed("walk.measure", "evaluate")
+
+
+def _with_curvature(settings: Settings, default: str) -> Settings:
+    """The settings with this kind of curvature, unless they have one."""
+    return replace(settings, curvature=default) if settings.curvature == AUTO else settings

@@ -93,6 +93,9 @@ class EditContext(CallContext):
 class EditRecord:
     """An edit, its goal, and the measurements. Its fields are read-only.
 
+    Raises:
+        EditError: If the goal is not registered.
+
     Attributes:
         edit: The changed entries, and their values before and after.
         goal: The name of the goal: ``"class"``, ``"examples"`` or ``"labels"``; see
@@ -113,12 +116,14 @@ class EditRecord:
         n_unseen: The number of unseen examples that the forget examples were compared with.
         n_parameters: The number of trainable parameters of the model.
         trials: All trials, in order. The first one is the trained model.
-        solves: The diagnostics of the solve of each change, see :meth:`~lightning_gif.solvers.Solution.summary`. If a
+        solves: The diagnostics of the solve of each change, see :meth:`~lightning_gif.solvers.Solution.summary`, with
+            the ``curvature`` and the ``max_iter`` that it used (files of earlier versions do not have these). If a
             method needs several solves for one change, they are of the solve with the largest residual.
         residuals: The relative residual of the first solve after each number of iterations.
         curvature: How the products with the curvature were computed, and its extreme eigenvalues if ``eigenvalues`` was
             set.
-        settings: The method, the solver and their parameters.
+        settings: The method, the solver and their parameters as the call gave them, and all tuned numbers. ``solves``
+            has what ``"auto"`` and ``None`` meant in each solve.
         notes: Warnings for the user, for example that forget examples are not in the training data, that a target was
             missed, or that the optimizer's state is stale.
         seconds: The wall time of the whole call in seconds.
@@ -156,6 +161,11 @@ class EditRecord:
     version: int = field(default=FORMAT.versions[-1], repr=False)
 
     def __post_init__(self) -> None:
+        if self.goal not in GOALS:
+            raise EditError(
+                f"The edit has the goal {self.goal!r}, which is not registered here. Import the module that registers"
+                f" it, as GOALS.register({self.goal!r}) of lightning_gif.unlearning does, and load the edit again."
+            )
         object.__setattr__(self, "goal", GOALS[self.goal].name)
 
     @property

@@ -182,6 +182,7 @@ class UnlearnReport(EditRecord):
         - With tables (W&B): ``…/path``, the trials in order, with the step size of each change (``step_1``, …), the
           mean losses, the risk and the memorization; ``…/solve``, the relative residual after each iteration of the
           first solve; ``…/eigenvalues``, if they were computed.
+        - With text and figures (TensorBoard): ``…/report``, the report as text; ``…/plot``, the figure of :meth:`plot`.
 
         A finished W&B run is skipped with a warning.
 

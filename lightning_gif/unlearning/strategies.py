@@ -11,9 +11,6 @@ from .protocol import QuadraticModel, Trial
 __all__ = ["STRATEGIES", "Strategy", "natural", "relinearise", "search"]
 
 
-# The relative rounding error of a mean loss in float32. Losses cannot confirm a predicted change that is smaller.
-_ROUNDING = 1e-6
-
 Strategy = Callable[[EditProblem], Trial]
 """A function from an edit problem to one of the trials that it evaluated there."""
 
@@ -54,9 +51,9 @@ def relinearise(problem: EditProblem) -> Trial:
     target or has none. For class removal and label correction the influence direction is too inaccurate, and is not
     computed.
     """
-    rules, numbers = problem.rules, problem.tuning.relinearisation
+    goal, numbers = problem.goal, problem.tuning.relinearisation
     best, n_solves = problem.trials[0], 0
-    if rules.influence_first:
+    if goal.influence_first:
         model, n_solves = problem.influence_direction(), 1
         best = _best_along_influence(problem, model)
         if problem.limits.are_reached(best) and _is_as_predicted(problem, best, model):
@@ -67,13 +64,13 @@ def relinearise(problem: EditProblem) -> Trial:
         n_solves += 1
         gained, best = (0.0, best) if accepted is None else (best.risk - accepted.risk, accepted)
         at_target = problem.limits.are_reached(best)
-        if at_target and rules.is_negligible(best.risk):
+        if at_target and goal.is_negligible(best.risk):
             break
         if accepted is not None and gained >= numbers.min_gain * abs(best.risk):
             stalled = False
             continue
-        may_continue = rules.outlasts_small_gain(accepted, at_target)
-        if (at_target or accepted is None or not rules.pursues_target) and (stalled or not may_continue):
+        may_continue = goal.outlasts_small_gain(accepted, at_target)
+        if (at_target or accepted is None or not goal.pursues_target) and (stalled or not may_continue):
             break
         stalled = may_continue
     return best
@@ -94,7 +91,7 @@ def _descend(problem: EditProblem, start: Trial, n_solves: int) -> Trial | None:
         start,
         model,
         problem.limits,
-        bounded_risk=problem.rules.bounded_risk,
+        bounded_risk=problem.goal.bounded_risk,
     )
 
 
@@ -103,15 +100,17 @@ def _is_as_predicted(problem: EditProblem, trial: Trial, model: QuadraticModel) 
     numbers, start = problem.tuning.relinearisation, problem.trials[0]
     predicted = model.change(trial.step_size)
     error = abs(trial.risk - start.risk - predicted)
-    tolerance = max(numbers.prediction_tolerance * abs(predicted), _ROUNDING * abs(start.risk))
+    tolerance = max(
+        numbers.prediction_tolerance * abs(predicted), problem.tuning.line_search.rounding * abs(start.risk)
+    )
     return not trial.is_edit or error <= tolerance
 
 
 def _best_along_influence(problem: EditProblem, model: QuadraticModel) -> Trial:
-    rules, line_search, start = problem.rules, problem.tuning.line_search, problem.trials[0]
-    if rules.smallest_step:
+    goal, line_search, start = problem.goal, problem.tuning.line_search, problem.trials[0]
+    if goal.smallest_step:
         return line_search.smallest_that_forgets(problem.evaluate, start, problem.limits)
-    hidden = abs(model.change(1.0)) <= _ROUNDING * abs(start.risk)
-    if rules.influence_first and hidden:  # a search would follow rounding errors
+    hidden = abs(model.change(1.0)) <= line_search.rounding * abs(start.risk)
+    if goal.influence_first and hidden:  # a search would follow rounding errors
         return problem.evaluate(1.0)
-    return line_search.least_risk(problem.evaluate, start, problem.limits, rules.max_step_size)
+    return line_search.least_risk(problem.evaluate, start, problem.limits, goal.max_step_size)

@@ -44,14 +44,11 @@ class SampleSizes(CheckedNumbers):
         descent_curvature: The number of retained examples from which the curvature for a descent direction is computed.
             The gradient uses more examples. Fewer suffice for the curvature, because trials decide on the step size
             (Byrd et al., *SIAM Journal on Optimization* 21, 2011).
-        forget_share: In a class removal, the number of forget examples from which the curvature is computed, as a share
-            of ``descent_curvature``.
         min_compared: The losses of forget and unseen examples are compared only if there are this many of each kind.
     """
 
     evaluation: int = number(1024, low=2, open_low=False)
     descent_curvature: int = number(256, low=1, open_low=False)
-    forget_share: float = number(0.25, high=1.0)
     min_compared: int = number(20, low=1, open_low=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..errors import ConfigurationError
 from .checked import CheckedNumbers, number
 from .protocol import Limits, QuadraticModel, Trial
 
@@ -31,6 +32,9 @@ class TrustRegion(CheckedNumbers):
         damping_factor: The damping is divided by this factor after a good step, see ``good_ratio``.
         rejection_factor: The damping is multiplied by this factor after a rejected step. After a shortened step it is
             divided by the step size, and so multiplied by up to this factor.
+
+    Raises:
+        ConfigurationError: If a number is out of range, or ``accept_ratio`` is above ``good_ratio``.
     """
 
     accept_ratio: float = number(0.25, high=1.0)
@@ -40,6 +44,15 @@ class TrustRegion(CheckedNumbers):
     initial_damping: float = number(3e-3)
     damping_factor: float = number(3.0, low=1.0, open_low=False)
     rejection_factor: float = number(128.0, low=1.0, open_low=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.accept_ratio > self.good_ratio:
+            raise ConfigurationError(
+                f"`accept_ratio` of TrustRegion must not be above `good_ratio`, got {self.accept_ratio!r} and"
+                f" {self.good_ratio!r}: a step that is rejected would count as a good one. The defaults are 0.25 and"
+                " 0.75."
+            )
 
     def accepted_step(
         self,

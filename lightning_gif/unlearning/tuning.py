@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ConfigurationError
 from ..storage.digests import Fingerprint
 from .checked import CheckedNumbers, number
-from .goals import Goal
+from .goals import GOALS, Goal
 from .line_search import LineSearch
 from .preconditioner import Preconditioner
 from .task import SampleSizes
@@ -48,7 +48,7 @@ class Tuning:
         preconditioner: The scale of entries in a solve.
 
     Raises:
-        ConfigurationError: If a part has a wrong type, or two goals are of the same class.
+        ConfigurationError: If a part has a wrong type, a goal is not registered, or two goals are of the same class.
 
     Example:
         >>> Tuning(trust_region=TrustRegion(max_halvings=4)).trust_region.max_halvings
@@ -74,6 +74,12 @@ got 2.0. The default is 0.25.
                 "`goals` of Tuning must be a tuple of goals, such as (ClassRemoval(target_memorization=0.01),), got"
                 f" {self.goals!r}."
             )
+        for goal in self.goals:
+            if type(goal) not in GOALS.values():
+                raise ConfigurationError(
+                    f"`goals` of Tuning has {goal!r}, but {type(goal).__name__} is not registered, so no edit would"
+                    f" have this goal. Register it: GOALS.register('name')({type(goal).__name__})."
+                )
         if len(set(kinds)) < len(kinds):
             raise ConfigurationError(
                 f"`goals` of Tuning has two goals of the same class: {self.goals!r}. Give one of each."

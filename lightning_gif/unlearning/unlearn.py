@@ -79,6 +79,7 @@ def unlearn(
     relabel: Tensor | int | Callable[[Any], Tensor] | None = None,
     retain: Examples | None = None,
     unseen: Examples | None = None,
+    why_not_unseen: str = "",
     step: Step = "relinearise",
     refresh_statistics: bool = False,
     solves_to: Path | None = None,
@@ -102,6 +103,7 @@ def unlearn(
         relabel: New targets, see :func:`~lightning_gif.data.relabel.relabelled`; ``None`` removes the examples.
         retain: All retained examples; by default the examples of ``train`` that are not forget examples.
         unseen: Examples like the training data that the model was not trained on.
+        why_not_unseen: Why the validation data do not serve as such, for a note if the goal would use them.
         step: A strategy, its name, or a number, which is a step size along the influence direction.
         refresh_statistics: Recompute the running statistics of BatchNorm over retained and corrected examples.
         solves_to: A folder for the changes, see :class:`~lightning_gif.unlearning.journal.Journal`. By default they are
@@ -123,6 +125,11 @@ def unlearn(
     tuning = Tuning() if tuning is None else tuning
     found, request = _make_request(objective, train, forget, settings, relabel, retain, unseen, notes)
     goal = choose_goal(request, tuning.goals, notes)
+    if goal.compares_with_unseen and why_not_unseen:
+        notes.append(
+            f"The validation data of `fit` are not used as unseen examples: {why_not_unseen.rstrip('.')}. Pass a loader"
+            " as `unseen`, or unseen=False."
+        )
     task = _draw_samples(request, goal, tuning, notes)
 
     method = METHODS[settings.method]
@@ -142,7 +149,7 @@ def unlearn(
     if not isinstance(step, numbers.Real) and STRATEGIES.declared(_strategy(step), "reports_shortfall"):
         _advise(problem, task, outcome, _strategy(step), notes)
     if outcome.unrefreshed is not None:
-        warn_refreshed_statistics(outcome.unrefreshed, outcome.after, notes)
+        warn_refreshed_statistics(goal, outcome.unrefreshed, outcome.after, notes)
     context = EditContext() if context is None else context
     if context.has_optimizer and chosen.is_edit:
         notes.append(
@@ -300,12 +307,11 @@ def _realise(
 
 def _advise(problem: EditProblem, task: Task, outcome: _Outcome, strategy: Strategy, notes: list[str]) -> None:
     """Warns if the edit missed its target or cost too much, and notes if more solves would have lowered the risk."""
-    goal, start = problem.rules, problem.trials[0]
+    goal, start = problem.goal, problem.trials[0]
     chosen = replace(outcome.chosen, memorization=outcome.memorization)
     warn_unfinished(goal, start, chosen, problem.target_memorization, notes)
-    if "relabelled" in outcome.before:
-        after = outcome.after if outcome.unrefreshed is None else outcome.unrefreshed
-        warn_cost(goal, task.scales(start.retain_loss), outcome.before, after, notes)
+    after = outcome.after if outcome.unrefreshed is None else outcome.unrefreshed
+    warn_cost(goal, task.scales(start.retain_loss), outcome.before, after, notes)
     max_solves = problem.tuning.relinearisation.max_solves
     repeats_solves = STRATEGIES.declared(strategy, "repeats_solves")
     if repeats_solves and len(chosen.step_sizes) == max_solves and chosen.step_sizes[-1]:
@@ -331,7 +337,7 @@ def _report(
     changes = {name: Change(outcome.before[name], outcome.after[name], predicted[name]) for name in outcome.before}
     return UnlearnReport(
         edit=outcome.edit,
-        goal=problem.goal,
+        goal=problem.goal.name,
         step_sizes=list(outcome.chosen.step_sizes) or [0.0],
         forget=changes["forget"],
         retain=changes["retain"],
@@ -344,10 +350,10 @@ def _report(
         n_unseen=0 if task.unseen is None else len(task.unseen),
         n_parameters=task.objective.space.size,
         trials=problem.trials,
-        solves=[solution.summary() for solution in problem.solutions],
+        solves=[{**solution.summary(), **used} for solution, used in zip(problem.solutions, problem.used, strict=True)],
         residuals=problem.solutions[0].residuals,
         curvature=problem.description,
-        settings={**asdict(task.settings), "tuning": tuning.record(problem.rules)},
+        settings={**asdict(task.settings), "tuning": tuning.record(problem.goal)},
         notes=notes,
         seconds=seconds,
         data=data,

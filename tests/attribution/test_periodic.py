@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gif import BatchError, ConfigurationError, GIFCallback, GIFWarning
+from lightning_gif import ConfigurationError, GIFCallback, GIFWarning
 
 from ..conftest import Classifier, batch_of, blobs, loader, make_trainer, same_weights, weights
 from ..doubles import TableRecorder
@@ -46,12 +49,50 @@ def test_reports_go_on_with_a_checkpoint(tmp_path: Path) -> None:
     assert sorted({row[0] for row in logger.tables["gif/influence/history"][1:]}) == [0, 1, 2]
 
 
-def test_a_query_that_does_not_fit_ends_a_run_before_it_begins() -> None:
-    callback = GIFCallback(report_every_n_epochs=5, query=torch.zeros(3, 6))
-    trainer = make_trainer(callback, max_epochs=5)
-    with pytest.raises(BatchError, match="query"):
-        trainer.fit(Classifier(), loader(blobs()))
-    assert trainer.global_step == 0
+class Endless(IterableDataset[Any]):
+    """Examples without an index."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(blobs())
+
+
+@pytest.mark.parametrize(
+    ("query", "data", "message"),
+    [
+        (torch.zeros(3, 6), blobs(), "query"),
+        ((torch.zeros(2, 5), torch.tensor([0, 1])), blobs(), "query"),
+        (17, blobs(), "Expected a batch"),
+        (batch_of(blobs(), slice(2)), Endless(), "IterableDataset"),
+    ],
+)
+def test_a_query_or_data_that_give_no_report_do_not_cost_the_run(query: Any, data: Any, message: str) -> None:
+    callback = GIFCallback(report_every_n_epochs=1, query=query)
+    trainer = make_trainer(callback, max_epochs=2)
+    module = Classifier()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, DataLoader(data, 16))
+    warned = [str(one.message) for one in caught if "influence report" in str(one.message)]
+    assert len(warned) == 1
+    assert message in warned[0]
+    assert trainer.current_epoch == 2
+    assert callback.last_report is None
+    assert callback.targets is not None
+
+
+def test_reports_come_back_in_the_next_fit_once_the_query_fits() -> None:
+    callback = GIFCallback(report_every_n_epochs=1, query=torch.zeros(3, 6))
+    with pytest.warns(GIFWarning, match="No influence reports in this fit"):
+        make_trainer(callback, max_epochs=1).fit(Classifier(), loader(blobs()))
+    callback.query = batch_of(blobs(), slice(3))
+    make_trainer(callback, max_epochs=1).fit(Classifier(), loader(blobs()))
+    assert callback.last_report is not None
+
+
+def test_a_state_without_the_epoch_of_the_targets_can_be_loaded() -> None:
+    callback = GIFCallback()
+    callback.load_state_dict({"history": []})
+    assert callback.targets_epoch is None
 
 
 def test_a_report_that_fails_does_not_cost_the_run() -> None:

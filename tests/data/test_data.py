@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections import namedtuple
-from dataclasses import dataclass
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -48,6 +50,46 @@ class Record:
     y: Tensor
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """What is known of the batch beside its tensors is computed once; the constructor counts that."""
+
+    x: Tensor
+    y: Tensor = field(init=False)
+    unset: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert not hasattr(self, "y")
+        object.__setattr__(self, "y", Y.clone())
+
+
+class Named(dict[str, Any]):
+    def __init__(self, name: str) -> None:
+        super().__init__(x=X)
+        self.name = name
+
+
+class Wrapped(Mapping[str, Any]):
+    """Its copy shares the items."""
+
+    def __init__(self, items: dict[str, Any]) -> None:
+        self.items_of = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self.items_of[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_of)
+
+    def __len__(self) -> int:
+        return len(self.items_of)
+
+
+class Sealed(Wrapped):
+    def __init__(self) -> None:
+        super().__init__({"x": X})
+
+
 X, Y = torch.arange(12.0).view(4, 3), torch.tensor([0, 1, 2, 1])
 STRUCTURES: dict[str, Any] = {
     "tuple": (X, Y),
@@ -55,6 +97,13 @@ STRUCTURES: dict[str, Any] = {
     "namedtuple": Pair(X, Y),
     "dict": {"x": X, "label": Y},
     "dataclass": Record(X, Y),
+    "frozen dataclass": Frozen(X),
+    "defaultdict": defaultdict(list, x=X, label=Y),
+    "OrderedDict": OrderedDict(x=X, label=Y),
+    "UserDict": UserDict(x=X, label=Y),
+    "dictionary with an argument": Named("a"),
+    "mapping": Wrapped({"x": X, "label": Y}),
+    "read-only mapping": MappingProxyType({"x": X, "label": Y}),
     "nested": ({"tokens": X, "mask": X > 3}, [Y]),
     "with strings": (X, ["a", "b", "c", "d"], Y),
     "with a scalar": (X, torch.tensor(3.0), Y),
@@ -90,6 +139,23 @@ def test_mapping_does_not_change_the_original() -> None:
     mapped = map_tensors(batch, lambda tensor: tensor * 2)
     assert torch.equal(batch["x"], X)  # type: ignore[arg-type]
     assert torch.equal(mapped["y"][0], Y * 2)
+
+
+def test_containers_keep_what_is_no_tensor_and_the_original_its_tensors() -> None:
+    assert slice_batch(STRUCTURES["defaultdict"], 1, 3).default_factory is list
+    assert slice_batch(STRUCTURES["dictionary with an argument"], 1, 3).name == "a"
+    piece = slice_batch(STRUCTURES["frozen dataclass"], 1, 3)
+    assert torch.equal(piece.y, Y[1:3])
+    assert not hasattr(piece, "unset")
+    for name, batch in STRUCTURES.items():
+        before = [tensor.data_ptr() for tensor in tensors(batch)]
+        map_tensors(batch, lambda tensor: tensor * 2)
+        assert [tensor.data_ptr() for tensor in tensors(batch)] == before, name
+
+
+def test_a_mapping_that_cannot_be_built_is_named() -> None:
+    with pytest.raises(BatchError, match=r"A Sealed cannot be built from a dictionary.*Collate examples to a dict"):
+        slice_batch(Sealed(), 1, 3)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +199,7 @@ def test_targets_that_are_whole_numbers_are_labels(batch: Any, expected: Tensor 
     assert found is None if expected is None else torch.equal(found, expected)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["tuple", "list", "namedtuple", "dict", "with strings"])
+@pytest.mark.parametrize("name", ["tuple", "list", "namedtuple", "dict", "defaultdict", "UserDict", "with strings"])
 def test_new_targets_replace_the_old_ones(name: str) -> None:
     batch = STRUCTURES[name]
     changed = replace_targets(batch, torch.tensor([3, 3, 0, 0]))

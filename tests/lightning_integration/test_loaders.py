@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset, random_split
 
-from lightning_gif import TrainingDataError
+from lightning_gif import TrainingDataError, attach
+from lightning_gif.distributed import ProcessGroup
 
 from ..conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 from ..doubles import quick
@@ -60,6 +62,63 @@ def test_an_iterable_dataset_trains_but_is_refused_for_influence() -> None:
     with pytest.raises(TrainingDataError, match=r"Stream is an IterableDataset.*dataloader="):
         trainer.influence(batch)
     assert trainer.influence(batch, dataloader=loader(blobs())).scores.shape == (1, 48)
+
+
+class Split(pl.LightningDataModule):
+    """Splits its data anew at each setup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages: list[str] = []
+
+    def prepare_data(self) -> None:
+        self.stages.append("prepared")
+
+    def setup(self, stage: str) -> None:
+        self.stages.append(stage)
+        self.train, self.test = random_split(blobs(60), [48, 12])
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader(self.train)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return loader(self.test, shuffle=False)
+
+
+def test_a_datamodule_is_set_up_once_for_each_stage() -> None:
+    trainer, data = make_trainer(), Split()
+    callback = attach(trainer, Classifier(), datamodule=data, callback=quick())
+    indices = trainer.influence(batch_of(blobs(), slice(4))).n_train
+    processes = ProcessGroup.of(trainer)
+    train = callback.loaders.find(trainer, "train_dataloader", processes)
+    assert len(train.dataset) == indices == 48
+    assert train.dataset is data.train
+    assert data.stages == ["prepared", "fit"]
+    assert callback.loaders.find(trainer, "val_dataloader", processes) is None
+    assert len(callback.loaders.find(trainer, "test_dataloader", processes).dataset) == 12
+    assert data.stages == ["prepared", "fit", "prepared", "test"]
+    attach(trainer, Classifier(), datamodule=Split(), callback=callback)
+    callback.loaders.find(trainer, "train_dataloader", processes)
+    assert trainer.datamodule.stages == ["prepared", "fit"]
+
+
+def test_the_data_are_those_of_the_datamodule_or_else_of_the_module() -> None:
+    class WithData(Classifier):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return loader(blobs(30))
+
+    class Nothing(pl.LightningDataModule):
+        pass
+
+    data = pl.LightningDataModule.from_datasets(blobs(42), batch_size=8)
+    for datamodule, size in ((data, 42), (Nothing(), 30), (None, 30)):
+        trainer = make_trainer()
+        attach(trainer, WithData(), datamodule=datamodule, callback=quick())
+        assert trainer.influence(batch_of(blobs(), slice(4))).n_train == size
+    trainer = make_trainer()
+    attach(trainer, Classifier(), datamodule=Nothing(), callback=quick())
+    with pytest.raises(TrainingDataError, match="There is no training data"):
+        trainer.influence(batch_of(blobs(), slice(4)))
 
 
 def test_batches_are_prepared_as_the_loop_does() -> None:

@@ -67,6 +67,7 @@ def test_tensorboard_has_the_figure_the_histogram_and_the_text(tmp_path: Path) -
     logger = TensorBoardLogger(tmp_path)
     trainer, _, dataset = fitted(image_net(), images(), logger=logger)
     answer = trainer.influence(batch_of(dataset, [4]), k=3)
+    edit = trainer.unlearn(batch_of(dataset, [4]), step="natural", dry_run=True)
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 0, "histograms": 0, "tensors": 0}).Reload()
     (histogram,) = events.Histograms("gif/influence/scores")
     assert histogram.step == trainer.global_step
@@ -79,6 +80,12 @@ def test_tensorboard_has_the_figure_the_histogram_and_the_text(tmp_path: Path) -
     told = text.tensor_proto.string_val[0].decode()
     assert [line.removeprefix("    ") for line in told.splitlines()] == str(answer).splitlines()
     assert all(line.startswith("    ") for line in told.splitlines())
+    (text,) = events.Tensors("gif/unlearn/report/text_summary")
+    assert text.tensor_proto.string_val[0].decode().split() == str(edit).split()
+    assert text.step == trainer.global_step
+    (picture,) = events.Images("gif/unlearn/plot")
+    figure = edit.plot()
+    assert (picture.width, picture.height) == tuple((figure.get_size_inches() * figure.dpi).astype(int))
 
 
 def test_tensorboard_without_matplotlib_has_all_but_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,16 +308,31 @@ def test_a_writer_of_another_make_gets_what_it_can_take() -> None:
     assert logger.experiment.flushed == 2
 
 
-def test_pictures_in_tables_are_enlarged_and_show_the_example() -> None:
+def test_pictures_in_tables_of_wandb_are_enlarged_and_show_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     class Tables(LeastLogger):
+        def __init__(self, experiment: Any) -> None:
+            super().__init__()
+            self.experiment = experiment
+
         def log_table(self, key: str, columns: list[str], data: list[list[Any]]) -> None:
             self.cells = data[0]
 
-    logger = Tables()
+        def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+            self.histogram = metrics
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger, other = Tables(wandb.init(mode="disabled")), Tables(object())
     small = image_of(images()[0])
-    log_table([logger], "t", ["image", "number"], [[small, 3]])
+    for each in (logger, other):
+        log_table([each], "t", ["image", "number"], [[small, 3]])
+        log_histogram([each], "h", torch.ones(3), step=3)
+    wandb.finish()
+    assert other.cells[0] is small
+    assert other.cells[1] == 3
+    assert not hasattr(other, "histogram")
+    assert isinstance(logger.histogram["h"], wandb.Histogram)
     picture, number = logger.cells
     assert number == 3
     assert isinstance(picture, wandb.Image)

@@ -87,7 +87,7 @@ class Fake:
         max_retain_loss: float = math.inf,
         models: Sequence[QuadraticModel] = (),
     ) -> None:
-        self.rules, self.limits, self.tuning = goal, Limits(target, max_retain_loss), Tuning()
+        self.goal, self.limits, self.tuning = goal, Limits(target, max_retain_loss), Tuning()
         self._functions = forget, retain, risk or retain, memorization
         self._models = list(models)
         self.solved: list[Trial | None] = []

@@ -52,7 +52,9 @@ def test_statistics_that_raise_a_loss_are_noted(old: float, new: float, count: i
     notes: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warn_refreshed_statistics({"retain": old, "relabelled": 1.0}, {"retain": new, "relabelled": 1.0}, notes)
+        warn_refreshed_statistics(
+            LabelCorrection(), {"retain": old, "relabelled": 1.0}, {"retain": new, "relabelled": 1.0}, notes
+        )
     assert len(notes) == count
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_gif import GIFCallback, GIFMixin, GIFWarning
-from lightning_gif.unlearning import GOALS, ExampleRemoval, LabelCorrection, Trial
+from lightning_gif import ConfigurationError, EditError, GIFCallback, GIFMixin, GIFWarning, UnlearnReport
+from lightning_gif.unlearning import (
+    GOALS,
+    ClassRemoval,
+    ExampleRemoval,
+    Goal,
+    LabelCorrection,
+    SampleSizes,
+    Trial,
+    Tuning,
+)
+from lightning_gif.unlearning.checked import number
+from lightning_gif.unlearning.memorization import Memorization
 from lightning_gif.unlearning.protocol import GoalName
+from lightning_gif.unlearning.risk import RiskTerm
 
-from ..conftest import Classifier, batch_of, blobs, fitted, loader
+from ..conftest import Classifier, batch_of, blobs, fitted, loader, same_weights, weights
 from .doubles import memorised, scales
 
 
@@ -293,12 +308,95 @@ def test_what_corrected_labels_may_cost_before_a_warning() -> None:
     assert goal.tolerated_increase(0.0, 5.0, unknown) == pytest.approx(0.05)
 
 
+@contextlib.contextmanager
+def registered(name: str, goal: type[Goal]) -> Iterator[None]:
+    GOALS.register(name)(goal)
+    try:
+        yield
+    finally:
+        del GOALS._items[name]
+
+
+@dataclass(frozen=True)
+class OwnCorrection(ExampleRemoval):
+    """New labels that an edit learns as the training loss asks for, with its own numbers, costs and measurement."""
+
+    influence_first = False
+    compares_with_unseen = False
+
+    descent_iterations: int = number(3, low=1, open_low=False)
+
+    @classmethod
+    def applies(cls, request: Any, notes: list[str]) -> bool:
+        return request.relabelled is not None
+
+    def risk(self, task: Any) -> list[RiskTerm]:
+        retained, n = super().risk(task)[0], task.sizes.descent_curvature
+        return [retained, RiskTerm(task.forget_weight, task.relabelled, task.relabelled_eval, n, task.objective)]
+
+    def memorization(self, task: Any) -> Memorization:
+        class Norm(Memorization):
+            def at(self, theta: Tensor) -> float:
+                return float(theta.norm())
+
+        return Norm()
+
+    def costs(self, before: Any, after: Any, scales: Any) -> list[str]:
+        return [f"It cost {sorted(before)}."]
+
+
+def test_a_goal_of_ones_own_has_its_own_numbers_costs_and_measurement() -> None:
+    trainer, module, data = fitted(max_epochs=20)
+    norm = float(torch.cat([part.flatten() for part in module.parameters()]).norm())
+    y = data.tensors[1][:4]
+    with registered("own correction", OwnCorrection):
+        with pytest.warns(GIFWarning, match="It cost"):
+            report = trainer.unlearn([0, 1, 2, 3], relabel=(y + 1) % 3, dry_run=True)
+        more = trainer.unlearn([0, 1, 2, 3], relabel=(y + 1) % 3, dry_run=True, max_iter=4)
+    assert max(solve["iterations"] for solve in report.solves) == 3  # 5 for others, 8 for the built-in correction
+    assert max(solve["iterations"] for solve in more.solves) == 4
+    assert report.memorization[0] == pytest.approx(norm)
+    assert "It cost ['forget', 'relabelled', 'retain']." in report.notes
+    assert report.settings["tuning"]["goal"]["descent_iterations"] == 3
+
+
+def test_a_goal_has_the_name_that_it_is_registered_under(tmp_path: Path) -> None:
+    class Mine(ExampleRemoval):
+        name = "other"
+
+    trainer, module, _ = fitted()
+    before = weights(module)
+    with registered("mine", Mine):
+        with pytest.raises(ConfigurationError, match="Mine is registered already, as 'mine'"):
+            GOALS.register("yours")(Mine)
+        report = trainer.unlearn([0, 3], dry_run=True)
+        assert report.goal == Mine.name == "mine"
+        report.save(tmp_path / "edit")
+        assert UnlearnReport.load(tmp_path / "edit").goal == "mine"
+        with pytest.raises(ConfigurationError, match="goal named 'mine' is registered already"):
+            GOALS.register("mine")(type("Second", (ExampleRemoval,), {}))
+    with pytest.raises(EditError, match="the goal 'mine', which is not registered here"):
+        UnlearnReport.load(tmp_path / "edit")
+    assert same_weights(before, weights(module))
+
+
+def test_the_share_of_forget_examples_in_the_curvature_is_a_number_of_class_removal() -> None:
+    trainer, _, _ = fitted(dataset=blobs(90), max_epochs=10)
+    sizes = SampleSizes(descent_curvature=40)
+    counts = []
+    for share in (0.25, 1.0):
+        tuning = Tuning(goals=(ClassRemoval(forget_share=share),), sample_sizes=sizes)
+        report = trainer.unlearn(lambda batch: batch[1] == 0, tuning=tuning, dry_run=True)
+        counts.append(report.solves[0]["examples"] / report.solves[0]["hvps"])
+    # Each product is one over retained and one over forget examples. Half of them, as the first step is far away.
+    assert counts == [(20 + 5) / 2, (20 + 20) / 2]
+
+
 def test_a_new_goal_is_a_class_and_one_line() -> None:
     """Removal that answers nothing but the retained loss, for examples of label 0."""
 
     @dataclass(frozen=True)
     class Gentle(ExampleRemoval):
-        name = "gentle"
         compares_with_unseen = False
 
         @classmethod
@@ -306,11 +404,8 @@ def test_a_new_goal_is_a_class_and_one_line() -> None:
             return request.relabelled is None and set(request.forget.classes.tolist()) == {0}
 
     trainer, _, _ = fitted()
-    GOALS.register("gentle")(Gentle)
-    try:
+    with registered("gentle", Gentle):
         report = trainer.unlearn([0, 3], dry_run=True)
         assert report.goal == "gentle"
         assert trainer.unlearn([1, 4], dry_run=True).goal == "examples"
         assert "goal: gentle" in str(report)
-    finally:
-        del GOALS._items["gentle"]

@@ -58,8 +58,6 @@ def test_a_goal_may_count_predictions_beside_a_risk_of_losses() -> None:
 
     @dataclass(frozen=True)
     class Counted(ExampleRemoval):
-        name = "counted"
-
         def memorization(self, task: Any) -> PredictedShare:
             return PredictedShare(task.objective, task.forget_eval, count_wrong)
 

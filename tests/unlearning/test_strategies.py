@@ -200,8 +200,8 @@ def test_a_strategy_with_old_names_works_with_a_warning(old: str, new: str) -> N
         with pytest.warns(DeprecationWarning, match=f"`walk.{old}` is now `{new}`") as caught:
             assert getattr(walk, old) == getattr(walk, new)
         assert caught[0].filename == __file__
-        assert walk.goal is GoalName.EXAMPLES
-        assert walk.goal == "examples"
+        assert walk.goal.name is GoalName.EXAMPLES
+        assert walk.goal.name == "examples"
         return natural(walk)
 
     trainer, _, _ = fitted()

@@ -158,7 +158,9 @@ def test_the_validation_data_of_fit_are_unseen_examples() -> None:
 def test_data_that_were_trained_on_are_not_unseen() -> None:
     trainer, module, dataset = make_trainer(GIFCallback(ratio=0.5)), Classifier(), blobs()
     trainer.fit(module, loader(dataset), loader(dataset, shuffle=False))
-    assert trainer.unlearn(range(20), dry_run=True).n_unseen == 0
+    report = trainer.unlearn(range(20), dry_run=True)
+    assert report.n_unseen == 0
+    assert any("not used as unseen examples: they have examples of the training data" in n for n in report.notes)
     with pytest.raises(ConfigurationError, match="examples of the training data"):
         trainer.unlearn([0, 1, 2], unseen=loader(Subset(dataset, range(40))))
 
@@ -170,11 +172,48 @@ def test_validation_data_of_another_kind_are_no_unseen_examples() -> None:
 
     trainer, module, dataset = make_trainer(GIFCallback(ratio=0.5)), Other(), blobs()
     trainer.fit(module, loader(dataset), DataLoader(TensorDataset(torch.randn(8, 2)), 4))
-    assert trainer.unlearn(range(20), dry_run=True).n_unseen == 0
+    report = trainer.unlearn(range(20), dry_run=True)
+    assert report.n_unseen == 0
+    assert any("not used as unseen examples: The unseen batch does not have" in note for note in report.notes)
+    assert not any("unseen" in note for note in trainer.unlearn(range(20), unseen=False, dry_run=True).notes)
+    assert not any("unseen" in note for note in trainer.unlearn([3], relabel=2, dry_run=True).notes)  # needs none
     with pytest.raises(BatchError, match="unseen batch"):
         trainer.unlearn([0, 1, 2], unseen=DataLoader(TensorDataset(torch.randn(8, 2)), 4))
     with pytest.raises(ConfigurationError, match="`unseen` must be a DataLoader"):
         trainer.unlearn([0, 1, 2], unseen=[1, 2])
+
+
+def test_several_validation_loaders_are_not_used_and_a_note_says_so() -> None:
+    trainer, module = make_trainer(GIFCallback(ratio=0.5)), Classifier()
+
+    def validate(batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        Classifier.validation_step(module, batch, batch_idx)
+
+    module.validation_step = validate  # type: ignore[method-assign]
+    trainer.fit(module, loader(blobs()), [loader(blobs(30, seed=seed), shuffle=False) for seed in (5, 6)])
+    report = trainer.unlearn(range(20), dry_run=True)
+    assert report.n_unseen == 0
+    assert any("not used as unseen examples: they are not one DataLoader" in note for note in report.notes)
+
+
+def test_validation_data_that_cannot_be_read_end_the_call_and_not_the_comparison() -> None:
+    class Disk(TensorDataset):
+        gone = False
+
+        def __getitem__(self, index: Any) -> Any:
+            if self.gone:
+                raise OSError("disk gone")
+            return super().__getitem__(index)
+
+    trainer, module = make_trainer(GIFCallback(ratio=0.5)), Classifier()
+    unseen = Disk(*blobs(30, seed=5).tensors)
+    trainer.fit(module, loader(blobs()), loader(unseen, shuffle=False))
+    before = weights(module)
+    unseen.gone = True
+    with pytest.raises(OSError, match="disk gone"):
+        trainer.unlearn(range(20))
+    assert same_weights(before, weights(module))
+    assert trainer.unlearn(range(20), unseen=False, dry_run=True).n_unseen == 0
 
 
 def test_examples_that_the_model_never_saw_are_refused() -> None:
