@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,13 @@ from .statistics import GradientStatistics, NeuronStatistics, neuron_layers
 __all__ = ["SELECTORS", "Layer", "Selector", "check_selector", "select", "whole_neurons"]
 
 
+# Parameters outside of Linear and Conv layers are ranked too, if these layers give less than this share of the targets.
+_COVERED = 0.5
+
+
 @dataclass(frozen=True)
 class Layer:
-    """The data of one Linear or Conv layer that a selector uses.
+    """The data of one Linear or Conv layer, or of another parameter, that a selector uses.
 
     Entries are numbered through the flattened weight and then the bias. Neuron ``i`` of ``n`` owns entries
     ``i·fan_in`` to ``(i+1)·fan_in − 1`` and, if there is a bias, ``n·fan_in + i``.
@@ -280,14 +284,52 @@ def select(
             chosen[weight] = entries[entries < weights]
         if use_bias:
             chosen[bias] = entries[entries >= weights] - weights
+    total = sum(space.slots[name].size for name in may_change)
+    if sum(map(len, chosen.values())) < _COVERED * ratio * total:
+        for view, index in _other_units(module, space, may_change - chosen.keys(), gradients):
+            try:
+                entries = pick(view, ratio, generator)
+            except SelectionError as error:
+                unknown = unknown or error
+                continue
+            chosen[view.name] = index[entries].sort().values
     if not chosen and unknown is not None:
         raise unknown
     if not chosen:
         raise SelectionError(
-            f"{type(module).__name__} has no Linear or Conv layer with trainable parameters that influence_parameters"
-            " includes, so there are no neurons to rank. Name parameters instead, for example selector=['*.weight']."
+            f"{type(module).__name__} has no trainable parameters that influence_parameters includes. Let it include"
+            " some."
         )
     return Targets(chosen)
+
+
+def _other_units(
+    module: nn.Module, space: ParameterSpace, names: set[str], gradients: GradientStatistics | None
+) -> Iterator[tuple[Layer, Tensor]]:
+    """Units of parameters that are not in a Linear or Conv layer, each with the flat index of its entries.
+
+    A unit is an output of a layer with the layout in × out, known by the length of its bias, as of a transposed
+    convolution. In any other parameter it is a row: a gate of a recurrent layer, a token of an embedding, a scale of a
+    normalisation. Units are ranked by the root-mean-square gradient of their entries.
+    """
+    for name, parameter in module.named_parameters():
+        if name not in names or not parameter.ndim:
+            continue
+        order = torch.arange(parameter.numel()).view(parameter.shape)
+        bias = getattr(module.get_submodule(name.rpartition(".")[0]), "bias", None)
+        if parameter.ndim > 1 and isinstance(bias, Tensor) and _is_output(bias, parameter):
+            order = order.transpose(0, 1)
+        order = order.reshape(len(order), -1)
+        entries = gradients.root_mean_square(name) if gradients else None
+        entries = None if entries is None else entries.flatten().cpu()[order.flatten()]
+        rows = None if entries is None else entries.view_as(order).square().mean(1).sqrt()
+        layer = Layer(name, len(order), order.shape[1], False, outputs=rows, gradients=rows, entries=entries)
+        yield layer, order.flatten()
+
+
+def _is_output(bias: Tensor, weight: Tensor) -> bool:
+    """Whether a bias belongs to the second dimension of a weight, and not to its first."""
+    return bias.ndim == 1 and len(bias) == weight.shape[1] != weight.shape[0]
 
 
 def _view(
