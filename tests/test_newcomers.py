@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
-from lightning_gif import SOLVERS, ConfigurationError, GIFMixin
+from lightning_gif import SOLVERS, ConfigurationError, ConvergenceWarning, GIFCallback, GIFMixin, GIFWarning
+from lightning_gif.reporting.previews import _split
 from lightning_gif.solvers import Solution, lsmr
 
-from .conftest import Classifier, batch_of, fitted
+from .conftest import Classifier, batch_of, blobs, fitted, loader
 
 
 def test_groups_by_a_function_that_returns_tensors_are_groups_of_their_values() -> None:
@@ -75,3 +77,42 @@ def test_a_solver_that_returns_a_tensor_raises_with_a_remedy(registered: Any) ->
     trainer, _, dataset = fitted()
     with pytest.raises(ConfigurationError, match=r"'careless' must return a lightning_gif.solvers.Solution.*got list"):
         trainer.influence(batch_of(dataset, [0]), solver="careless")
+
+
+def test_a_sketch_that_is_worse_than_zero_warns() -> None:
+    """A rank of 20 is too small for one query here; without `rtol` other solves end silently."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 10)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    module = Classifier(torch.nn.Sequential(torch.nn.Linear(10, 24), torch.nn.ReLU(), torch.nn.Linear(24, 3)))
+    trainer, _, _ = fitted(module, TensorDataset(x, y), max_epochs=20)
+    with pytest.warns(ConvergenceWarning, match=r"nystrom solve"):
+        report = trainer.influence((x[:5] + 0.3, y[:5]), solver="nystrom")
+    assert report.solution.residual >= 1
+
+
+def test_that_no_targets_can_be_picked_is_said_once_in_a_fit() -> None:
+    x = torch.randn(40, 5)
+    module = Classifier(torch.nn.Linear(5, 3))
+    with pytest.warns(GIFWarning, match="once in a fit") as caught:
+        trainer, _, _ = fitted(
+            module, TensorDataset(x, torch.arange(40) % 3), callback=GIFCallback(ratio=0.01), max_epochs=5
+        )
+    assert len([one for one in caught if "No targets were picked" in str(one.message)]) == 1
+    assert trainer.influence((x[:1], torch.zeros(1, dtype=torch.long)), unconverged="ignore").n_train == 40
+
+
+@pytest.mark.parametrize("relabel", [None, 0])
+def test_an_edit_that_raises_the_loss_of_unseen_examples_warns(relabel: int | None) -> None:
+    trainer, _, dataset = fitted(dataset=blobs(120), max_epochs=10)
+    options: dict[str, Any] = {} if relabel is None else {"relabel": relabel}
+    with pytest.warns(GIFWarning, match=r"loss of the unseen examples rose from|retained loss rose from"):
+        report = trainer.unlearn(list(range(1, 61, 3)), unseen=loader(blobs(60, seed=7)), step=20.0, **options)
+    assert report.unseen.after > report.unseen.before
+
+
+def test_what_follows_the_label_in_an_item_is_not_the_label() -> None:
+    assert _split((1.0, 3, "file.png")) == ([1.0, "file.png"], 3)
+    assert _split((1.0, 3, {"name": "file.png"})) == ([1.0, {"name": "file.png"}], 3)
+    assert _split(("a text", 3)) == ("a text", 3)
+    assert _split(("a question", "an answer")) == ("a question", "an answer")

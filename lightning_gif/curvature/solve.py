@@ -200,7 +200,8 @@ def newton(settings: Settings, operator: LinearOperator, rhs: Tensor, relative: 
 def warn_unconverged(settings: Settings, solutions: list[Solution], *, is_newton: bool = False) -> None:
     """Warns if solves did not reach the given ``rtol``, or met negative curvature.
 
-    Negative curvature ends a solve early, so it is reported even without an ``rtol``. For Newton steps it is not
+    Negative curvature ends a solve early, so it is reported even without an ``rtol``. So is a sketch with a residual of
+    1 or more, which zero has as a solution. For Newton steps negative curvature is not
     reported: they end there by design (Nocedal and Wright, *Numerical Optimization*, 2nd ed., algorithm 7.1). The
     iterate before is a descent direction, and trials decide on its step size.
 
@@ -213,9 +214,13 @@ def warn_unconverged(settings: Settings, solutions: list[Solution], *, is_newton
         ConvergenceError: Instead of the warning, with ``unconverged="raise"``.
     """
 
+    solver = SOLVERS.get(settings.solver)
+
     def falls_short(solution: Solution) -> bool:
         if solution.status is Status.INDEFINITE:
             return not is_newton
+        if solver is not None and solver.is_sketch and solution.residual >= 1:  # zero has no larger one
+            return True
         return settings.rtol is not None and not solution.converged
 
     short = [solution for solution in solutions if falls_short(solution)]
@@ -224,7 +229,7 @@ def warn_unconverged(settings: Settings, solutions: list[Solution], *, is_newton
     worst = max(short, key=lambda solution: solution.residual)
     several = f" ({len(short)} of {len(solutions)} queries; this is the worst)" if len(solutions) > 1 else ""
     advice = _ADVICE[worst.status]
-    if worst.status is Status.MAX_ITER and not is_newton and SOLVERS.get(settings.solver) is not lsmr:
+    if worst.status is Status.MAX_ITER and not is_newton and solver is not lsmr:
         advice += f", or use solver={lsmr.name!r}"
     asked = "no rtol was given" if settings.rtol is None else f"rtol is {settings.rtol:g}"
     larger = "" if worst.status is Status.INDEFINITE else "a larger `rtol` or "

@@ -145,7 +145,12 @@ def _split(item: Any) -> tuple[Any, Any]:
         key = next((key for key in TARGET_KEYS if key in item), None)
         return {name: value for name, value in item.items() if name != key}, None if key is None else item[key]
     if isinstance(item, (list, tuple)) and len(item) >= 2:
-        return (item[0] if len(item) == 2 else list(item[:-1])), item[-1]
+        index = len(item) - 1
+        while index > 0 and isinstance(item[index], (str, Mapping)):  # such as the name of a file
+            index -= 1
+        index = index or len(item) - 1
+        others = [value for position, value in enumerate(item) if position != index]
+        return (others[0] if len(others) == 1 else others), item[index]
     return item, None
 
 

@@ -76,6 +76,7 @@ class TrainingTracker:
         self.module: nn.Module | None = None
         self.ranks_on_demand = False
         self.active = True
+        self._has_warned = False  # that no targets can be picked
         self._due = False  # whether statistics are gathered at the current optimizer step
         self._within_epoch = False  # whether an epoch has begun and not ended
         self._local = False  # whether the sums over neurons are of this process alone, not of all
@@ -90,6 +91,7 @@ class TrainingTracker:
         self.module = module
         self.ranks_on_demand = False
         self.active = True
+        self._has_warned = False
         self._within_epoch = False
 
     def attach(self, module: nn.Module) -> None:
@@ -252,7 +254,12 @@ class TrainingTracker:
             self.targets = self.select(module, self.selection)
         except SelectionError as error:
             self.targets = None
-            rank_zero_warn(f"No targets were picked {when}: {error}", category=GIFWarning)
+            if not self._has_warned:
+                rank_zero_warn(
+                    f"No targets were picked {when}: {error} Scores need no targets. This warning comes once in a fit.",
+                    category=GIFWarning,
+                )
+            self._has_warned = True
 
     # ----------------------------------------------------------------------------------------------------------------
     # Errors

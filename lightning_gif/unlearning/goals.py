@@ -61,6 +61,7 @@ class Goal(CheckedNumbers):
         first_damping: If the risk is convex: the damping of the first solve for a descent direction, as a share of
             ``‖Aᵀg‖/‖g‖``, where ``A`` is the matrix and ``g`` the right-hand side of the least-squares problem.
         max_step_size: The largest step size along the influence direction. The line search may have a smaller limit.
+        spares_unseen: Whether the loss of unseen examples should not rise, because none of them is to be forgotten.
         warns_of_shortfall: Whether :meth:`shortfall` is given as a warning, too; otherwise it is only a note in the
             report.
         curvature_examples: The number of retained examples that solves see with ``curvature_examples="auto"``.
@@ -77,6 +78,7 @@ class Goal(CheckedNumbers):
     pursues_target: ClassVar[bool] = True
     scales_by_gradients: ClassVar[bool] = False
     warns_of_shortfall: ClassVar[bool] = True
+    spares_unseen: ClassVar[bool] = True
     far_memorization = math.inf
     far_curvature_share = 1.0
     first_damping = 0.0
@@ -160,7 +162,15 @@ class Goal(CheckedNumbers):
             after: Mean losses of the edited model.
             scales: The scales of the goal's limits.
         """
-        return []
+        return self._cost_to_unseen(before, after) if self.spares_unseen else []
+
+    def _cost_to_unseen(self, before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+        if "unseen" not in after or after["unseen"] - before["unseen"] <= self.notable_increase * abs(before["unseen"]):
+            return []
+        return [
+            f"The loss of the unseen examples rose from {before['unseen']:.4g} to {after['unseen']:.4g}: the model"
+            " predicts worse than before. Undo the edit, or try step='search' or step='natural', which change less."
+        ]
 
     @classmethod
     def memorization_title(cls, n_unseen: int) -> str:
@@ -369,6 +379,7 @@ class ClassRemoval(Goal):
 
     smallest_step = True
 
+    spares_unseen = False
     target_memorization: float = number(0.005, high=1.0)
     unlikelihood_weight: float = number(0.2)
     retain_budget: float = number(0.05, open_low=False)
@@ -563,7 +574,7 @@ class LabelCorrection(Goal):
                 f" {after['relabelled']:.4g}: the edit lowered the loss of the retained examples instead. Either"
                 " training had not converged, or there are too few corrected examples."
             )
-        return messages
+        return messages or self._cost_to_unseen(before, after)
 
     def tolerated_increase(self, retain_loss: float, gained: float, scales: Scales) -> float:
         """The largest increase of the retained loss about which the report does not warn.
