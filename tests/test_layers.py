@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 import lightning_gif
 from lightning_gif import GIFMixin
+from lightning_gif.curvature.inverse import InverseCurvature
+from lightning_gif.registry import Registry
 
 PACKAGE = Path(__file__).parents[1] / "lightning_gif"
 
@@ -21,8 +24,8 @@ FLOORS = (
     *("callback", "verification", "cli", "__init__", "__main__"),
 )
 
-# Only these modules use a Trainer.
-TRAINER = {"_compat", "distributed", "objective", "selection", "attribution", "session", "callback", "cli"}
+# Only these know that a Trainer exists, besides `_compat`.
+TRAINER = {"distributed", "objective", "selection", "session", "callback"}
 
 # Lines of code, without docstrings, comments and blank lines.
 LONGEST_CLASS, LONGEST_FUNCTION = 300, 60
@@ -93,10 +96,66 @@ def test_classes_and_functions_are_short(file: Path) -> None:
             assert length <= longest, f"{node.name} has {length} lines of code, more than {longest}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(module(file)))
-def test_few_modules_use_a_trainer(file: Path) -> None:
-    knows = [node for node, _ in imported(file) if any(alias.name == "Trainer" for alias in node.names)]
-    assert not knows or module(file)[0] in TRAINER
+def test_few_modules_know_a_trainer() -> None:
+    knowing = {
+        module(file)[0]
+        for file in FILES
+        for node, _ in imported(file)
+        if any(alias.name == "Trainer" for alias in node.names)
+    }
+    assert knowing == TRAINER
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The page about the architecture
+# --------------------------------------------------------------------------------------------------------------------
+
+PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+
+
+def names_in(text: str) -> list[str]:
+    """The modules and folders that a text has in backticks."""
+    return [name.removesuffix(".py").removesuffix("/") for name in re.findall(r"`(\w+(?:\.py|/))`", text)]
+
+
+def rows_below(heading: str) -> list[list[str]]:
+    section = PAGE.partition(heading)[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    return rows[2:]
+
+
+def test_the_page_lists_the_layers_from_the_top_down() -> None:
+    listed = [name for row in rows_below("## The modules, from the top layer down") for name in names_in(row[0])]
+    assert tuple(reversed(listed)) == FLOORS
+    assert set(FLOORS) == {module(file)[0] for file in FILES}
+
+
+def test_the_page_names_those_that_know_a_trainer() -> None:
+    sentence = PAGE.partition("These know that a `Trainer` exists, besides `_compat.py`:")[2].partition("\n\n")[0]
+    assert set(names_in(sentence)) == TRAINER
+
+
+def test_the_page_lists_all_registries_and_first_the_public_ones() -> None:
+    defined: dict[str, str] = {}
+    for file in FILES:
+        name = ".".join(["lightning_gif", *module(file)]).removesuffix(".__init__")
+        if name != "lightning_gif.__main__":
+            found = importlib.import_module(name)
+            defined |= {key: name for key, value in vars(found).items() if isinstance(value, Registry)}
+    listed = [re.match(r"`(\w+)\.register", row[2]) for row in rows_below("## Where to add what")]
+    names = [match[1] for match in listed if match]
+    assert set(names) == set(defined)
+    assert len(names) == len(set(names))
+    public = {key for key, value in vars(lightning_gif).items() if isinstance(value, Registry)}
+    assert set(names[: len(public)]) == public
+    assert len(public) == 5  # as the page says
+    assert names[len(public)] in lightning_gif.unlearning.__all__
+
+
+def test_the_page_says_what_an_inverse_needs() -> None:
+    (row,) = [row for row in rows_below("## Where to add what") if "INVERSES" in row[2]]
+    needed = {*InverseCurvature.__abstractmethods__, *InverseCurvature.__annotations__}
+    assert set(re.findall(r"`(\w+)`", row[1])) - {"InverseCurvature"} == needed
 
 
 def test_only_one_module_knows_the_names_of_lightnings_packages() -> None:

@@ -262,28 +262,8 @@ def select(
     pick = SELECTORS[str(selector)]
     generator = torch.Generator().manual_seed(seed)
     classes = None if classes is None else sorted(set(classes))
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    chosen: dict[str, Tensor] = {}
-    unknown: SelectionError | None = None
-    for name, layer in neuron_layers(module).items():
-        # A weight that is computed from other parameters (weight norm, LoRA) is not a parameter itself.
-        weight, bias = names.get(id(layer.weight), ""), names.get(id(layer.bias), "")
-        use_weight, use_bias = weight in may_change, bias in may_change
-        if not (use_weight or use_bias) or weight in chosen:
-            continue
-        view = _view(layer, name, weight, bias, use_weight, use_bias, neurons, gradients, classes)
-        try:
-            entries = pick(view, ratio, generator).sort().values
-        except SelectionError as error:
-            # The layer has no statistics because its forward never ran. Attention output projections and unused heads
-            # are such layers. The layer is skipped; it is an error only if no layer remains.
-            unknown = error
-            continue
-        weights = view.neurons * view.fan_in
-        if use_weight:
-            chosen[weight] = entries[entries < weights]
-        if use_bias:
-            chosen[bias] = entries[entries >= weights] - weights
+    views = _Views(module, may_change, neurons, gradients, classes)
+    chosen, unknown = views.pick(lambda view: pick(view, ratio, generator))
     total = sum(space.slots[name].size for name in may_change)
     if sum(map(len, chosen.values())) < _COVERED * ratio * total:
         for view, index in _other_units(module, space, may_change - chosen.keys(), gradients):
@@ -301,6 +281,51 @@ def select(
             " some."
         )
     return Targets(chosen)
+
+
+@dataclass(frozen=True)
+class _Views:
+    """The Linear and Conv layers of a module, as selectors see them.
+
+    Attributes:
+        module: The module.
+        may_change: The names of the parameters that may become targets.
+        neurons: Statistics that rank neurons.
+        gradients: Statistics that rank single entries.
+        classes: Rank neurons by examples of these classes only.
+    """
+
+    module: nn.Module
+    may_change: set[str]
+    neurons: NeuronStatistics | None
+    gradients: GradientStatistics | None
+    classes: list[int] | None
+
+    def pick(self, pick: Callable[[Layer], Tensor]) -> tuple[dict[str, Tensor], SelectionError | None]:
+        """The picked entries by parameter; and the error of a layer that has no statistics."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        chosen: dict[str, Tensor] = {}
+        unknown: SelectionError | None = None
+        for name, layer in neuron_layers(self.module).items():
+            # A weight that is computed from other parameters (weight norm, LoRA) is not a parameter itself.
+            weight, bias = names.get(id(layer.weight), ""), names.get(id(layer.bias), "")
+            use_weight, use_bias = weight in self.may_change, bias in self.may_change
+            if not (use_weight or use_bias) or weight in chosen:
+                continue
+            view = _view(layer, name, weight, bias, use_weight, use_bias, self.neurons, self.gradients, self.classes)
+            try:
+                entries = pick(view).sort().values
+            except SelectionError as error:
+                # The layer has no statistics because its forward never ran. Attention output projections and unused
+                # heads are such layers. The layer is skipped; it is an error only if no parameter remains.
+                unknown = error
+                continue
+            weights = view.neurons * view.fan_in
+            if use_weight:
+                chosen[weight] = entries[entries < weights]
+            if use_bias:
+                chosen[bias] = entries[entries >= weights] - weights
+        return chosen, unknown
 
 
 def _other_units(

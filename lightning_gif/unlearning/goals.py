@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..config import Settings
-from ..curvature.memory import bytes_to_keep
 from ..curvature.products import Losses
 from ..curvature.sampling import CURVATURE_EXAMPLES
 from ..errors import ConfigurationError
@@ -304,7 +303,7 @@ class ExampleRemoval(Goal):
             return []
         matching = QuantileMatchingLoss(objective, groups, float(lacking[short].square().mean().sqrt()))
         memorized = task.forget.subset(short.cpu()).sample(self.sample_size(settings), settings.seed)
-        memorized = memorized.cached(bytes_to_keep(settings, objective) / 4)
+        memorized = task.budget.hold(memorized)
         weight = self.memorized_weight * task.forget_weight * len(short) / len(task.forget)
         return [RiskTerm(weight, memorized, memorized, n_curvature, OutputLoss(objective.losses, matching.sum))]
 
@@ -599,8 +598,8 @@ class LabelCorrection(Goal):
 def _keep_predictions(task: Task, forgotten_classes: Tensor, n_curvature: int) -> RiskTerm:
     """The divergence of the retained predictions from the expected ones, see :class:`ClassRemoval`."""
     with_teacher = teacher(task.objective, forgotten_classes)
-    fit = task.retain_fit.map(with_teacher)
-    measured = fit if task.retain_eval is task.retain_fit else task.retain_eval.map(with_teacher)
+    fit = task.budget.map(task.retain_fit, with_teacher)
+    measured = fit if task.retain_eval is task.retain_fit else task.budget.map(task.retain_eval, with_teacher)
     return RiskTerm(1.0, fit, measured, n_curvature, teacher_loss(task.objective))
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .._moved import renamed
 from ..config import AUTO, Settings
-from ..curvature.memory import bytes_to_keep
 from ..curvature.methods import Group, Method, Solve
 from ..curvature.solve import (
     describe,
@@ -311,7 +310,8 @@ class EditProblem:
     def _solve_influence(self, settings: Settings) -> tuple[QuadraticModel, bool]:
         objective, task = self._objective, self._task
         with objective.progress("Hessian products") as bar:
-            opened = partial(open_curvature, settings, objective, on_product=bar.update)
+            kept = task.budget.for_curvatures(settings, 1)
+            opened = partial(open_curvature, kept, objective, on_product=bar.update)
             curvature = opened(task.retain_fit)
             new = None if task.relabelled_eval is None else opened(task.relabelled_eval, keep=False)
             share = task.forget_weight / (1 + task.forget_weight)
@@ -362,15 +362,16 @@ class EditProblem:
         objective, goal = self._objective, self.goal
         slope, curvatures = self._decay * theta, list[tuple[float, Curvature]]()
         second_moment = torch.zeros_like(slope) if goal.scales_by_gradients else None
+        budget = self._task.budget.of_a_solve()
+        kept = budget.for_curvatures(settings, len(self._terms))
         for term in self._terms:
             slope = slope + term.weight * term.fit_gradient(objective, theta)
             count = math.ceil((goal.far_curvature_share if is_far else 1.0) * term.n_curvature)
-            part = term.fit.sample(count, settings.seed + len(self._changes))
-            part = part.cached(bytes_to_keep(settings, objective) / 4)
+            part = budget.sample(term.fit, count, settings.seed + len(self._changes))
             losses = term.bound if term.bound is not None and self._changes and is_far else term.losses
             decay = 0.0 if curvatures else self._decay  # the first term, of weight 1, has the decay of the whole risk
             curvature = open_curvature(
-                settings, objective, part, theta, losses=losses, weight_decay=decay, on_product=on_product
+                kept, objective, part, theta, losses=losses, weight_decay=decay, on_product=on_product
             )
             curvatures.append((term.weight, curvature))
             if second_moment is not None:

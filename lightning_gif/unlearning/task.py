@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..config import Settings
-from ..curvature.memory import bytes_to_keep
 from ..curvature.sampling import curvature_sample
 from ..data.batch import Batch
 from ..data.examples import Examples
@@ -20,6 +19,7 @@ from ..data.targets import find_targets
 from ..errors import BatchError, TrainingDataError
 from ..objective.objective import Objective
 from ..reporting.notes import warn_and_note
+from .budget import MemoryBudget
 from .checked import CheckedNumbers, number
 from .risk import OutputLoss, cross_entropy
 
@@ -136,6 +136,7 @@ class Task:
         forgotten_classes: A mask ``(C,)`` over the predicted classes, true for the classes to remove; ``None`` if the
             goal does not depend on predictions, or if they are not known.
         sizes: The numbers of examples to draw.
+        budget: The memory that the edit may keep.
     """
 
     objective: Objective
@@ -151,6 +152,7 @@ class Task:
     n_classes: int | None
     forgotten_classes: Tensor | None
     sizes: SampleSizes
+    budget: MemoryBudget
 
     @classmethod
     def prepare(
@@ -177,7 +179,7 @@ class Task:
             NonFiniteError: If the loss of an unseen example is not finite.
         """
         objective, settings = request.objective, request.settings
-        memory, seed = bytes_to_keep(settings, objective) / 4, settings.seed
+        budget, seed = MemoryBudget.of(settings, objective), settings.seed
         n_eval = sizes.evaluation if n_fit is None else min(n_fit, sizes.evaluation)
         fit = curvature_sample(objective, request.retained, n_fit, settings.curvature_sampling, seed)
         # A solve lowers the loss of the examples that it sees more than the loss of other examples. So trials are
@@ -190,7 +192,7 @@ class Task:
         unseen = None
         if request.unseen is not None and compares_with_unseen:
             if min(len(request.forget), len(request.unseen)) >= sizes.min_compared:
-                unseen = request.unseen.sample(n_fit, seed).cached(memory)
+                unseen = budget.hold(request.unseen.sample(n_fit, seed))
                 objective.check(unseen, "unseen")
             else:
                 notes.append(
@@ -203,16 +205,17 @@ class Task:
             objective=objective,
             settings=settings,
             forget=request.forget,
-            forget_eval=forget_eval.cached(memory),
+            forget_eval=budget.hold(forget_eval),
             relabelled=relabelled,
             relabelled_eval=None if relabelled is None else relabelled.sample(n_eval, seed),
-            retain_fit=fit.cached(memory),
-            retain_eval=others.sample(n_eval, seed).cached(memory),
+            retain_fit=budget.hold(fit),
+            retain_eval=budget.hold(others.sample(n_eval, seed)),
             unseen=unseen,
             forget_weight=request.forget_weight,
             n_classes=request.n_classes,
             forgotten_classes=forgotten_classes,
             sizes=sizes,
+            budget=budget,
         )
 
     @cached_property
