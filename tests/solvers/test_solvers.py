@@ -683,6 +683,40 @@ def test_a_sketch_refuses_what_it_cannot_do() -> None:
         low_rank(Matrix(DEFINITE * float("nan")), 3)
 
 
+class OneByOne(Mean):
+    """Multiplies each vector by itself, as the curvature does, so that its product has the same bits beside others."""
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        if vectors.ndim == 1:
+            return super().matvec(vectors)
+        return torch.stack([super(OneByOne, self).matvec(column.contiguous()) for column in vectors.T], dim=1)
+
+    def rmatvec(self, vectors: Tensor) -> Tensor:
+        if vectors.ndim == 1:
+            return super().rmatvec(vectors)
+        return torch.stack([super(OneByOne, self).rmatvec(column.contiguous()) for column in vectors.T], dim=1)
+
+    def draw(self, seed: int) -> Matrix:
+        part = torch.randint(len(self.parts), (), generator=torch.Generator().manual_seed(seed))
+        return OneByOne(self.parts[part][None])
+
+
+@pytest.mark.parametrize("solver", [*ITERATIVE, "stochastic_lissa", "cg"])
+def test_a_solution_does_not_depend_on_what_is_solved_together(solver: str) -> None:
+    """The right-hand sides have their weight at different singular values, so the scales need different iterations."""
+    matrix = symmetric_indefinite(torch.logspace(0, 1, 40, dtype=torch.float64))
+    matrices = matrix + 0.02 * torch.stack([matrix, -matrix])
+    vectors = torch.linalg.eigh(matrix).eigenvectors
+    weights = torch.stack([torch.logspace(0, decades, 40, dtype=torch.float64) for decades in (-3, -1, 0, 2)], dim=1)
+    rhs, options = vectors @ (weights * torch.randn(40, 1, dtype=torch.float64)), {"rtol": 1e-9, "max_iter": 12}
+    together = SOLVERS[solver](OneByOne(matrices), rhs, damping=0.5, **options)
+    assert isinstance(together, list)
+    for column, found in zip(rhs.T, together, strict=True):
+        (alone,) = SOLVERS[solver](OneByOne(matrices), column[:, None], damping=0.5, **options)
+        torch.testing.assert_close(found.x, alone.x, rtol=1e-9, atol=1e-11)
+        assert (found.status, found.iterations) == (alone.status, alone.iterations)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Declarations
 # ----------------------------------------------------------------------------------------------------------------------
