@@ -99,6 +99,33 @@ class Solution:
         }
         return summary if self.peak_memory is None else {**summary, "peak_memory": self.peak_memory}
 
+    @classmethod
+    def direct(cls, x: Tensor, damping: float, seconds: float, *, solver: str = "direct") -> Solution:
+        """The solution of an inverse that is applied directly, without iterations, products or a residual.
+
+        Args:
+            x: The solution, ``(cols,)``.
+            damping: The damping ``λ``.
+            seconds: Wall time.
+            solver: The name of the inverse.
+        """
+        return cls(
+            x=x,
+            status=Status.CONVERGED,
+            solver=solver,
+            iterations=0,
+            hvps=0,
+            examples=0,
+            residual=0.0,
+            unexplained=0.0,
+            sigma_max=0.0,
+            rtol=0.0,
+            damping=damping,
+            seconds=seconds,
+            peak_memory=None,
+            residuals=[0.0],
+        )
+
     def record(self) -> dict[str, Any]:
         """All fields but ``x`` as plain values, from which :meth:`of_record` restores them."""
         return {**self.summary(), "residuals": self.residuals}
