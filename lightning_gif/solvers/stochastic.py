@@ -95,7 +95,7 @@ def stochastic_lissa(
         if bool((norms(normal) > norms(run.normal)).any()):
             raise _too_noisy(f"after {max_iter} steps the residual is larger than before the first")
         run.record(x, difference, normal)
-    return run.solutions(iterations=max_iter * repeats)
+    return run.solutions(iterations=max_iter * repeats, max_iter=max_iter)
 
 
 def _check_length(lengths: Tensor, longest: Tensor, step: int) -> None:

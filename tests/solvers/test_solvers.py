@@ -683,6 +683,18 @@ def test_a_sketch_refuses_what_it_cannot_do() -> None:
         low_rank(Matrix(DEFINITE * float("nan")), 3)
 
 
+@pytest.mark.parametrize("solver", BUILT_IN)
+def test_a_solution_says_how_many_iterations_it_was_allowed(solver: str) -> None:
+    """Also where the solver or a default chose the number, and in a record."""
+    for given, expected in (({"max_iter": 7}, 7), ({}, 128 if solver == "nystrom" else 100)):
+        solution = SOLVERS[solver](Mean(DEFINITE[None]), torch.ones(12, dtype=torch.float64), damping=30.0, **given)
+        assert isinstance(solution, Solution)
+        assert solution.max_iter == solution.summary()["max_iter"] == expected
+        assert Solution.of_record(solution.record()).max_iter == expected
+    old = {name: value for name, value in solution.record().items() if name != "max_iter"}
+    assert Solution.of_record(old).max_iter is None
+
+
 class OneByOne(Mean):
     """Multiplies each vector by itself, as the curvature does, so that its product has the same bits beside others."""
 
