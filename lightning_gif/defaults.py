@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .config import AUTO, Settings
-from .curvature.inverse import INVERSES
+from .curvature import INVERSES
 from .curvature.methods import METHODS
 from .curvature.products import CURVATURES
 from .curvature.sampling import SAMPLERS
+from .errors import ConfigurationError
+from .registry import nearest
 from .selection import SELECTORS, check_selector, is_name
 from .solvers import SOLVERS, cg, lsmr, nystrom
 
@@ -65,8 +67,9 @@ def check_names(settings: Settings) -> Settings:
     for registry, name in ((METHODS, settings.method), (CURVATURES, settings.curvature)):
         if name != AUTO:
             registry[name]
-    if settings.solver != AUTO and settings.solver not in INVERSES:
-        SOLVERS[settings.solver]
+    solver = settings.solver
+    if solver != AUTO and solver not in SOLVERS and solver not in INVERSES:
+        raise ConfigurationError(f"Unknown solver {solver!r}. {nearest(str(solver), {*SOLVERS, *INVERSES})}")
     SAMPLERS[settings.curvature_sampling]
     return settings
 
@@ -90,7 +93,11 @@ def for_unlearning(settings: Settings) -> Settings:
         ConfigurationError: If ``solver`` is an inverse for scores only, and not a solver.
     """
     solver = _chosen(settings.solver, LEAST_SQUARES)
-    SOLVERS[solver]
+    if solver in INVERSES:
+        raise ConfigurationError(
+            f"solver={solver!r} is an inverse of the curvature, which serves scores only. An edit needs a solver:"
+            f" {', '.join(SOLVERS)}. Pass one to the call: trainer.unlearn(…, solver={LEAST_SQUARES!r})."
+        )
     return replace(settings, method=_chosen(settings.method, "gif"), solver=solver)
 
 

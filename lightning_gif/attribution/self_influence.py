@@ -44,9 +44,10 @@ def self_influence(
     ``curvature["negative_eigenvalues"]`` is the number of negative ones.
 
     With up to 1024 parameters the matrix ``C`` is formed, and the scores are exact. With more parameters, a low-rank
-    sketch replaces ``C`` (:func:`~lightning_gif.solvers.low_rank`). The sketch takes the curvature as 0 in directions
-    that it misses, where only the damping remains. So scores are overestimated, but little if the curvature in these
-    directions is small compared with the damping.
+    sketch replaces ``C`` (:func:`~lightning_gif.solvers.low_rank`, or
+    :func:`~lightning_gif.solvers.low_rank_eigenvectors` if there may be negative eigenvalues, which takes twice as many
+    products). The sketch takes the curvature as 0 in directions that it misses, where only the damping remains. So
+    scores are overestimated, but little if the curvature in these directions is small compared with the damping.
 
     Args:
         objective: An open objective.
@@ -61,8 +62,8 @@ def self_influence(
 
     Raises:
         NonFiniteError: If a loss, gradient or product is not finite.
-        ConfigurationError: If the method is not symmetric, as ``"if"`` and ``"fif"`` are; or, with a sketch, if the
-            curvature can have negative eigenvalues or there is no damping.
+        ConfigurationError: If the method is not symmetric, as ``"if"`` and ``"fif"`` are; or, with a sketch, if there
+            is no damping, or if a curvature that declares to be positive semi-definite has negative eigenvalues.
     """
     start = time.perf_counter()
     if not METHODS[settings.method].is_symmetric:

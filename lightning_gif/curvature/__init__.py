@@ -1,5 +1,12 @@
-"""The curvature of the training loss: its products with vectors, the influence methods, and inverses."""
+"""The curvature of the training loss: its products with vectors, the influence methods, and inverses.
+
+Modules that register inverses in :data:`INVERSES` are imported here, so that their names are known to users.
+"""
 
 from .._moved import forward
+from .by_solver import DenseInverse, SketchInverse, SolverInverse
+from .inverse import INVERSES, InverseCurvature
+
+__all__ = ["INVERSES", "DenseInverse", "InverseCurvature", "SketchInverse", "SolverInverse"]
 
 __getattr__ = forward(__name__)

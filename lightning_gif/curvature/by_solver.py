@@ -14,7 +14,16 @@ from ..config import Settings
 from ..data.examples import Examples
 from ..errors import ConfigurationError
 from ..objective.objective import Objective
-from ..solvers import SOLVERS, LinearOperator, Solution, Status, low_rank, require_finite, to_matrix
+from ..solvers import (
+    SOLVERS,
+    LinearOperator,
+    Solution,
+    Status,
+    low_rank,
+    low_rank_eigenvectors,
+    require_finite,
+    to_matrix,
+)
 from ..solvers.operators import Submatrix, is_positive_semidefinite
 from ..solvers.vectors import norms
 from .inverse import INVERSES, InverseCurvature
@@ -93,6 +102,7 @@ class SolverInverse(InverseCurvature):
     ) -> None:
         self.damping, self.block_size = damping, block_size
         self._decay, self._shift = decay, damping + decay
+        self._measures_damping = settings.damping is None
         self._eigenvalues_summary: dict[str, Any] = {}
         self._settings = replace(settings, damping=self._shift)
         self._curvature, self._method, self._positions = curvature, method, positions
@@ -152,6 +162,11 @@ class SolverInverse(InverseCurvature):
             return eigenvalues.clamp_min(0.0) + self._shift
         return torch.hypot(eigenvalues + self._decay, torch.full_like(eigenvalues, self.damping))
 
+    def _rounding(self, eigenvalues: Tensor) -> float:
+        """The size up to which eigenvalues ``(r,)`` of ``C[S, S]``, the largest among them, may be rounding errors."""
+        precision = _ROUNDING * torch.finfo(self._curvature.dtype).eps * len(self._positions) ** 0.5
+        return precision * float(eigenvalues.abs().max())
+
     @property
     def _on_targets(self) -> Submatrix:
         """``C[S, S]``."""
@@ -188,16 +203,33 @@ class SketchInverse(SolverInverse):
         )
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
-        """See :meth:`InverseCurvature.quadratic`. Values are too large, because the sketch misses some curvature."""
-        operator, shift, rank = self._on_targets, self._shift, self._settings.max_iter
-        if not shift:
+        """See :meth:`InverseCurvature.quadratic`. Values are too large, because the sketch misses some curvature.
+
+        If the curvature is exactly zero, so that no damping can be measured, all values are 0.
+        """
+        operator, rank = self._on_targets, self._settings.max_iter
+        semidefinite = is_positive_semidefinite(operator)
+        missed = float(self._sizes(torch.zeros(1, dtype=torch.float64), semidefinite))
+        if not missed and self._measures_damping:
+            return lambda gradients: gradients.new_zeros(len(gradients), dtype=torch.float64)
+        if not missed:
             raise ConfigurationError(
                 f"Self-influence on {operator.shape[0]} parameters is estimated with a sketch of the curvature, which"
                 " needs a `damping` above 0. Omit `damping` to have it measured."
             )
         assert rank is not None  # set by defaults.for_influence
-        sketch = low_rank(operator, rank, seed=self._settings.seed)
-        return lambda gradients: sketch.quadratic(gradients[:, self._positions], shift)
+        if semidefinite:
+            sketch = low_rank(operator, rank, seed=self._settings.seed)
+            return lambda gradients: sketch.quadratic(gradients[:, self._positions], missed)
+        basis, values = low_rank_eigenvectors(operator, rank, seed=self._settings.seed)
+        self._eigenvalues_summary = {"negative_eigenvalues": int((values < -self._rounding(values)).sum())}
+        beyond = 1 / self._sizes(values, semidefinite) - 1 / missed
+
+        def form(gradients: Tensor) -> Tensor:
+            rows = gradients[:, self._positions]
+            return norms(rows.T).square() / missed + (rows @ basis).double().square() @ beyond
+
+        return form
 
     @property
     def kind(self) -> str:
@@ -224,7 +256,7 @@ class DenseInverse(SolverInverse):
         operator = self._on_targets
         matrix = to_matrix(operator).double()
         values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-        rounding = _ROUNDING * torch.finfo(operator.dtype).eps * len(values) ** 0.5 * float(values.abs().max())
+        rounding = self._rounding(values)
         negative = int((values < -rounding).sum())
         self._eigenvalues_summary = {"negative_eigenvalues": negative}
         semidefinite = is_positive_semidefinite(operator)

@@ -26,7 +26,9 @@ Class = TypeVar("Class", bound="type[InverseCurvature]")
 class InverseCurvature(ABC):
     """The damped inverse of the curvature at an objective's present parameters.
 
-    To add one, register a subclass in :data:`INVERSES` under the name that users pass as ``solver=``. In a distributed
+    To add one, register a subclass in :data:`INVERSES` under the name that users pass as ``solver=``. It serves scores
+    only, because an edit solves for its changes. :meth:`Solution.direct <lightning_gif.solvers.Solution.direct>` builds
+    the solutions of an inverse without iterations. In a distributed
     run all processes make the same calls. The only exception is the function that :meth:`quadratic` returns: each
     process calls it for its own examples.
 

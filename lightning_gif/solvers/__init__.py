@@ -5,7 +5,7 @@ from .cgls import cgls
 from .dense import dense, to_matrix
 from .lissa import lissa, plain_lissa
 from .lsmr import lsmr
-from .nystrom import LowRank, low_rank, nystrom
+from .nystrom import LowRank, low_rank, low_rank_eigenvectors, nystrom
 from .solution import Solution, Status
 from .spectrum import Spectrum, spectrum
 from .stochastic import stochastic_lissa
@@ -27,6 +27,7 @@ __all__ = [
     "dense",
     "lissa",
     "low_rank",
+    "low_rank_eigenvectors",
     "lsmr",
     "nystrom",
     "plain_lissa",

@@ -76,18 +76,21 @@ def plain_lissa(operator: LinearOperator, rhs: Tensor, options: SolveOptions) ->
 def _iterate(run: Run, *, accelerate: bool) -> Solution | list[Solution]:
     krylov = ConjugateGradients(run)
     sigma = bound = torch.zeros(len(run.active), dtype=torch.float64)
+    settled = torch.zeros(len(run.active), dtype=torch.bool)  # each column by itself, whatever is solved with it
     for step in range(_SCALE_MAX_ITER):
         if not run.running:
             break
         krylov.step()
-        sigma, bound = krylov.sigma()
+        estimate, above = krylov.sigma()
+        sigma, bound = torch.where(settled, sigma, estimate), torch.where(settled, bound, above)
+        settled |= krylov.stuck
         if accelerate:
             keep = run.record(krylov.x, krylov.difference, krylov.normal, stuck=krylov.stuck)
             krylov.keep(keep)
-            sigma, bound = columns(keep, sigma, bound)
-        known = bound**2 - sigma**2 <= _SCALE_RTOL * sigma**2
-        least = _KRYLOV_STEPS if accelerate else _SCALE_MIN_ITER
-        if bool(krylov.stuck.all()) or (step + 1 >= least and bool(known.all())):
+            sigma, bound, settled = columns(keep, sigma, bound, settled)
+        if step + 1 >= (_KRYLOV_STEPS if accelerate else _SCALE_MIN_ITER):
+            settled |= bound**2 - sigma**2 <= _SCALE_RTOL * sigma**2
+        if bool(settled.all()):
             break
     if accelerate:
         x, difference, normal = krylov.x, krylov.difference, krylov.normal

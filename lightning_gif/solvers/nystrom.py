@@ -13,7 +13,7 @@ from .recorder import Outcome, SolveRecorder, unit_norm
 from .solution import Solution, Status
 from .vectors import norms, require_finite
 
-__all__ = ["LowRank", "low_rank", "nystrom"]
+__all__ = ["LowRank", "low_rank", "low_rank_eigenvectors", "nystrom"]
 
 # The number of test vectors in one product, which limits the memory of the product.
 _TOGETHER = 16
@@ -62,11 +62,7 @@ def low_rank(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
         ConfigurationError: If the operator is far from positive semi-definite.
     """
     size, rank = operator.shape[0], min(rank, operator.shape[0])
-    generator = torch.Generator().manual_seed(seed)
-    test = torch.randn(size, rank, generator=generator, dtype=operator.dtype).to(operator.device)
-    test = torch.linalg.qr(test)[0]
-    image = torch.cat([operator.matvec(part) for part in test.split(_TOGETHER, dim=1)], dim=1)
-    require_finite(image, "The sketch of the curvature")
+    test, image = _images_of_test_vectors(operator, rank, seed)
     shift = torch.finfo(image.dtype).eps * float(torch.linalg.matrix_norm(image.double())) * size**0.5 / rank**0.5
     if not shift:
         return LowRank(test, torch.zeros(rank, dtype=image.dtype, device=image.device))
@@ -75,8 +71,8 @@ def low_rank(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
     factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
     if failed:
         raise ConfigurationError(
-            "solver='nystrom' needs a curvature without negative eigenvalues, such as curvature='ggn' of a convex loss."
-            " Use that, or solver='lsmr'."
+            "The sketch needs a curvature without negative eigenvalues, as curvature='ggn' has for convex losses. Use"
+            " solver='lsmr', which takes any curvature. For self-influence, use curvature='hessian'."
         )
     inverse = torch.linalg.solve_triangular(
         factor, torch.eye(rank, dtype=factor.dtype, device=factor.device), upper=False
@@ -89,6 +85,45 @@ def low_rank(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
     squares, vectors = squares[kept], vectors[:, kept]
     basis = half @ (vectors / squares.sqrt()).to(half.dtype)
     return LowRank(basis, (squares - shift).clamp_min(0).to(image.dtype))
+
+
+def low_rank_eigenvectors(operator: LinearOperator, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A randomised low-rank approximation ``V diag(c) Vᵀ`` of a symmetric operator with eigenvalues of any sign.
+
+    With ``Q`` ``(n, r)`` an orthonormal basis of ``CΩ`` and ``Ω`` ``(n, r)`` random, it is ``Q(QᵀCQ)Qᵀ`` (Halko,
+    Martinsson and Tropp, *SIAM Review* 53, 2011, algorithms 4.1 and 5.3). The ``c`` are Ritz values: they are within
+    the spectrum of ``C``, and close to its eigenvalues of largest size.
+
+    Args:
+        operator: ``C``, ``(n, n)``.
+        rank: ``r``. It costs ``2r`` products, and memory for as many vectors of length ``n``.
+        seed: The seed of ``Ω``.
+
+    Returns:
+        ``V``, ``(n, r)``, with orthonormal columns, and ``c``, ``(r,)``, ascending, float64.
+
+    Raises:
+        NonFiniteError: If a product is not finite.
+    """
+    _, image = _images_of_test_vectors(operator, min(rank, operator.shape[0]), seed)
+    basis = torch.linalg.qr(image)[0]
+    core = (basis.T @ _products(operator, basis)).double()
+    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    return basis @ vectors.to(basis.dtype), values
+
+
+def _images_of_test_vectors(operator: LinearOperator, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal random vectors ``Ω``, ``(n, r)``, and ``CΩ``."""
+    generator = torch.Generator().manual_seed(seed)
+    test = torch.randn(operator.shape[0], rank, generator=generator, dtype=operator.dtype).to(operator.device)
+    test = torch.linalg.qr(test)[0]
+    return test, _products(operator, test)
+
+
+def _products(operator: LinearOperator, vectors: Tensor) -> Tensor:
+    image = torch.cat([operator.matvec(part) for part in vectors.split(_TOGETHER, dim=1)], dim=1)
+    require_finite(image, "The sketch of the curvature")
+    return image
 
 
 @solver(

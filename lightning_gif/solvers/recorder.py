@@ -35,6 +35,7 @@ class Outcome:
         x: The solution for the scaled right-hand side, ``(cols,)``.
         share: The number of products for this column, up to a factor common to all columns.
         damping: The damping ``λ``, if it differs from that of the options.
+        max_iter: The largest number of iterations, if it differs from that of the options.
     """
 
     x: Tensor
@@ -46,6 +47,7 @@ class Outcome:
     residuals: list[float]
     share: int = 1
     damping: float | None = None
+    max_iter: int | None = None
 
 
 class SolveRecorder:
@@ -112,6 +114,7 @@ class SolveRecorder:
                 seconds=seconds,
                 peak_memory=memory,
                 residuals=outcome.residuals,
+                max_iter=self._options.max_iter if outcome.max_iter is None else outcome.max_iter,
             )
             for outcome, unit in zip(outcomes, self.unit, strict=True)
         ]

@@ -244,11 +244,12 @@ class Run:
             if trace.status is Status.CONVERGED and trace.smallest > 1.01 * self._options.rtol:
                 trace.status = Status.STALLED
 
-    def solutions(self, *, iterations: int | None = None) -> Solution | list[Solution]:
+    def solutions(self, *, iterations: int | None = None, max_iter: int | None = None) -> Solution | list[Solution]:
         """One solution for a vector, a list for columns.
 
         Args:
             iterations: The number of iterations, for a solver that does not record each of them.
+            max_iter: Its largest number of iterations.
         """
         shift = self._options.damping - self.damping  # the damping that is a part of A
         return self._recorder.solutions(
@@ -262,6 +263,7 @@ class Run:
                     sigma_max=max(trace.sigma - shift, 0.0),
                     residuals=trace.residuals,
                     share=trace.products,
+                    max_iter=max_iter,
                 )
                 for trace in self._traces
             ]

@@ -60,6 +60,8 @@ class Solution:
             the CPU; ``None`` if the system does not report it.
         residuals: The residual before the first and after each iteration, ``iterations + 1`` values; for ``nystrom``
             and ``stochastic_lissa`` at the start and the end only.
+        max_iter: The largest number of iterations, or the rank of a sketch, that the solve was given; ``None`` if it
+            had none, or is unknown.
     """
 
     x: Tensor = field(repr=False)
@@ -76,6 +78,7 @@ class Solution:
     seconds: float
     peak_memory: int | None
     residuals: list[float] = field(repr=False)
+    max_iter: int | None = None
 
     @property
     def converged(self) -> bool:
@@ -97,7 +100,35 @@ class Solution:
             "damping": self.damping,
             "seconds": self.seconds,
         }
-        return summary if self.peak_memory is None else {**summary, "peak_memory": self.peak_memory}
+        optional = {"max_iter": self.max_iter, "peak_memory": self.peak_memory}
+        return {**summary, **{name: value for name, value in optional.items() if value is not None}}
+
+    @classmethod
+    def direct(cls, x: Tensor, damping: float, seconds: float, *, solver: str = "direct") -> Solution:
+        """The solution of an inverse that is applied directly, without iterations, products or a residual.
+
+        Args:
+            x: The solution, ``(cols,)``.
+            damping: The damping ``λ``.
+            seconds: Wall time.
+            solver: The name of the inverse.
+        """
+        return cls(
+            x=x,
+            status=Status.CONVERGED,
+            solver=solver,
+            iterations=0,
+            hvps=0,
+            examples=0,
+            residual=0.0,
+            unexplained=0.0,
+            sigma_max=0.0,
+            rtol=0.0,
+            damping=damping,
+            seconds=seconds,
+            peak_memory=None,
+            residuals=[0.0],
+        )
 
     def record(self) -> dict[str, Any]:
         """All fields except ``x`` as plain values, from which :meth:`of_record` restores them."""
@@ -111,5 +142,5 @@ class Solution:
             TypeError: If a field is missing or has another type.
             ValueError: If the status is unknown.
         """
-        values = restored_fields(cls, {"peak_memory": None, **record}, without=("x",))
+        values = restored_fields(cls, {"max_iter": None, "peak_memory": None, **record}, without=("x",))
         return cls(x=torch.empty(0), **values)

@@ -69,16 +69,16 @@ def stochastic_lissa(
         def fresh() -> LinearOperator:
             return draw(int(torch.randint(2**62, (), generator=generator)))
 
-        sigma = max(_sigma(fresh(), run.rhs) for _ in range(_SCALE_DRAWS))
-        if sigma == 0.0:
+        sigma = torch.stack([_sigma(fresh(), run.rhs) for _ in range(_SCALE_DRAWS)]).amax(0)
+        if bool((sigma == 0.0).any()):
             raise ConvergenceError(
                 "Three random batches have no curvature along the right-hand side, although all examples together have"
                 " some. Use a larger `batch_size`, or solver='lissa'."
             )
-        run.saw(torch.full((len(run.active),), sigma, dtype=torch.float64))
-        scale = (_SCALE_MARGIN * sigma) ** 2 + damping**2
+        run.saw(sigma)
+        scale = ((_SCALE_MARGIN * sigma) ** 2 + damping**2).to(run.x)
         total = torch.zeros_like(run.x)
-        counted, longest = 0, 0.0
+        counted, longest = 0, norms(torch.zeros_like(run.x))
         for _ in range(repeats):
             x = run.x
             for step in range(max_iter):
@@ -86,8 +86,9 @@ def stochastic_lissa(
                 change = (first.rmatvec(run.rhs - second.matvec(x)) - damping**2 * x) / scale
                 require_finite(change, f"Step {step + 1} of the solve (stochastic_lissa)")
                 x = x + change
-                longest = max(longest, float(norms(change).max())) if step < _FIRST_STEPS else longest
-                _check_length(float(norms(change).max()), longest, step)
+                length = norms(change)
+                longest = torch.maximum(longest, length) if step < _FIRST_STEPS else longest
+                _check_length(length, longest, step)
                 if step >= max_iter // 2:
                     total += x
                     counted += 1
@@ -97,12 +98,13 @@ def stochastic_lissa(
         if bool((norms(normal) > norms(run.normal)).any()):
             raise _too_noisy(f"after {max_iter} steps the residual is larger than before the first")
         run.record(x, difference, normal)
-    return run.solutions(iterations=max_iter * repeats)
+    return run.solutions(iterations=max_iter * repeats, max_iter=max_iter)
 
 
-def _check_length(length: float, longest: float, step: int) -> None:
-    if not length <= _RUNS_AWAY * longest:
-        raise _too_noisy(f"step {step + 1} is {length / longest if longest else length:.3g} times as long as the first")
+def _check_length(lengths: Tensor, longest: Tensor, step: int) -> None:
+    if not bool((lengths <= _RUNS_AWAY * longest).all()):
+        grown = float((lengths / longest.clamp_min(torch.finfo(longest.dtype).tiny)).max())
+        raise _too_noisy(f"step {step + 1} is {grown:.3g} times as long as the first")
 
 
 def _too_noisy(what: str) -> ConvergenceError:
@@ -112,12 +114,19 @@ def _too_noisy(what: str) -> ConvergenceError:
     )
 
 
-def _sigma(operator: LinearOperator, rhs: Tensor) -> float:
-    """A safe upper estimate of the largest singular value of a draw, on the Krylov spaces of ``rhs`` ``(rows, q)``."""
+def _sigma(operator: LinearOperator, rhs: Tensor) -> Tensor:
+    """A safe upper estimate of the largest singular value of a draw for each right-hand side, ``(q,)``.
+
+    Args:
+        operator: The draw, ``(rows, cols)``.
+        rhs: The right-hand sides, ``(rows, q)``.
+    """
     run = Run("stochastic_lissa", operator, rhs, SolveOptions(rtol=0.0, max_iter=_SCALE_STEPS))
+    sigma = torch.zeros(rhs.shape[1], dtype=torch.float64)
     if not run.running:
-        return 0.0
+        return sigma
     krylov = ConjugateGradients(run)
     for _ in range(_SCALE_STEPS):
         krylov.step()
-    return float(krylov.sigma()[1].max())
+    sigma[run.active] = krylov.sigma()[1]
+    return sigma

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_gif import ConvergenceError, ConvergenceWarning
+from lightning_gif import ConfigurationError, ConvergenceError, ConvergenceWarning, GIFWarning, ObjectiveError
+from lightning_gif.curvature import by_solver
 from lightning_gif.curvature.products import CURVATURES
 
-from ..conftest import Classifier, blobs
+from ..conftest import Classifier, batch_of, blobs, fitted
 from .test_influence import damped, gradients, open_trainer
 
 
@@ -51,7 +54,10 @@ def test_with_the_hessian_an_eigenvalue_counts_by_its_size_in_self_influence() -
     assert report.scores.min() > 0
 
 
-def test_a_curvature_wrongly_declared_to_have_no_negative_eigenvalue_is_warned_about() -> None:
+@contextmanager
+def declared_semidefinite() -> Iterator[str]:
+    """The name of a curvature that is the Hessian, and wrongly declares to have no negative eigenvalues."""
+
     def declared(losses: Any) -> Any:
         linearise = CURVATURES["hessian"](losses)
         linearise.positive_semidefinite = True
@@ -59,14 +65,19 @@ def test_a_curvature_wrongly_declared_to_have_no_negative_eigenvalue_is_warned_a
 
     CURVATURES.register("declared")(declared)
     try:
-        trainer = open_trainer(Classifier().double(), blobs(60), curvature="declared", damping=0.01)
+        yield "declared"
+    finally:
+        CURVATURES._items.pop("declared")
+
+
+def test_a_curvature_wrongly_declared_to_have_no_negative_eigenvalue_is_warned_about() -> None:
+    with declared_semidefinite() as name:
+        trainer = open_trainer(Classifier().double(), blobs(60), curvature=name, damping=0.01)
         with pytest.warns(ConvergenceWarning, match="'declared' is declared positive semi-definite, but"):
             report = trainer.self_influence()
         with pytest.raises(ConvergenceError, match="Use curvature='hessian'"):
             trainer.self_influence(unconverged="raise")
         expected = trainer.self_influence(curvature="hessian")
-    finally:
-        CURVATURES._items.pop("declared")
     assert report.curvature["status"] == "indefinite"
     assert "status" not in expected.curvature
     torch.testing.assert_close(report.scores, expected.scores)
@@ -79,3 +90,76 @@ def test_without_damping_self_influence_leaves_directions_without_curvature_out(
     ggn = torch.linalg.inv(damped(module, dataset, 1.0)[1]) - torch.eye(rows.shape[1], dtype=rows.dtype)
     expected = torch.einsum("np,pq,nq->n", rows, torch.linalg.pinv(ggn, hermitian=True, rtol=1e-11), rows) / 59
     torch.testing.assert_close(report.scores[0], expected, rtol=1e-4, atol=1e-9)
+
+
+class Wide(ByHand):
+    """More parameters than self-influence forms a matrix of."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(6, 120), nn.Tanh(), nn.Linear(120, 3)))
+
+
+def test_self_influence_has_a_default_for_many_parameters_and_the_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, module, _ = fitted(Wide())
+    assert sum(parameter.numel() for parameter in module.parameters()) > by_solver.DENSE_PARAMETERS
+    report = trainer.self_influence()
+    assert report.settings["curvature"] == "hessian"
+    assert report.scores.min() > 0
+    assert report.curvature["negative_eigenvalues"] > 0
+    assert report.curvature["products"] == 2 * 64 + 3
+    assert trainer.self_influence(solver="lsmr").scores.min() > 0
+    monkeypatch.setattr(by_solver, "DENSE_PARAMETERS", 10_000)
+    exact = trainer.self_influence()
+    assert (report.scores > 0.999 * exact.scores).all()
+    assert torch.corrcoef(torch.cat([report.scores, exact.scores]).argsort().argsort().double())[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.02}, {"weight_decay": 0.02, "damping": 0.0}])
+def test_a_sketch_of_full_rank_is_exact_for_the_hessian(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, dataset = ByHand().double(), blobs(60)
+    trainer = open_trainer(module, dataset, max_iter=83, **options)
+    exact = trainer.self_influence()
+    monkeypatch.setattr(by_solver, "DENSE_PARAMETERS", 1)
+    sketch = trainer.self_influence()
+    torch.testing.assert_close(sketch.scores, exact.scores, rtol=1e-6, atol=1e-9)
+    assert sketch.curvature["negative_eigenvalues"] == exact.curvature["negative_eigenvalues"] > 0
+
+
+def test_self_influence_without_any_curvature_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Linear(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return -self.net[0](x).gather(1, y[:, None]).mean()
+
+    trainer = open_trainer(Linear(nn.Sequential(nn.Linear(6, 3))), blobs(30))
+    for limit in (1024, 1):
+        monkeypatch.setattr(by_solver, "DENSE_PARAMETERS", limit)
+        with pytest.warns(GIFWarning, match="curvature of the training loss is exactly zero"):
+            assert not trainer.self_influence().scores.any()
+
+
+def test_each_remedy_that_a_message_about_self_influence_names_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_solver, "DENSE_PARAMETERS", 1)
+    dataset = blobs(60)
+    by_hand = open_trainer(ByHand(), dataset)
+    query = batch_of(dataset, slice(0, 4))
+
+    def works(scores: Any) -> None:
+        assert scores.scores.isfinite().all()
+
+    with pytest.raises(ConfigurationError, match="Omit `damping`"):
+        by_hand.self_influence(damping=0.0)
+    works(by_hand.self_influence())
+    with pytest.raises(ConfigurationError, match="Use solver='lsmr'"):
+        by_hand.influence(query, solver="nystrom")
+    works(by_hand.influence(query, solver="lsmr"))
+    with pytest.raises(ObjectiveError, match="Use curvature='hessian'"):
+        by_hand.self_influence(curvature="ggn")
+    works(by_hand.self_influence(curvature="hessian"))
+    with declared_semidefinite() as name:
+        with pytest.raises(ConfigurationError, match="For self-influence, use curvature='hessian'"):
+            by_hand.self_influence(curvature=name)
+        works(by_hand.self_influence(curvature="hessian"))
+    with pytest.raises(ConfigurationError, match=r"trainer\.self_influence\(method='if'\)"):
+        by_hand.self_influence(method="gif")
+    works(by_hand.self_influence(method="if"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_gif import SOLVERS, ConfigurationError, GIFCallback, attach
+from lightning_gif import SOLVERS, ConfigurationError, GIFCallback, attach, curvature
 from lightning_gif.config import Settings
 from lightning_gif.curvature import by_solver, memory
 from lightning_gif.curvature.by_solver import (
@@ -119,6 +122,16 @@ def test_an_inverse_cannot_take_the_name_of_a_solver() -> None:
         INVERSES.register("nystrom")(Identity)
 
 
+def test_every_module_of_the_curvature_is_imported_with_the_package() -> None:
+    """So an inverse that registers itself in a module of its own is known to users."""
+    folder = Path(curvature.__file__).parent
+    code = "import sys, lightning_gif; print(*(name for name in sys.modules if name.startswith('lightning_gif.curv')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = {f"lightning_gif.curvature.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__"}
+    assert names <= set(done.stdout.split())
+    assert {"INVERSES", "InverseCurvature", "SolverInverse", "DenseInverse", "SketchInverse"} <= set(curvature.__all__)
+
+
 class Identity(InverseCurvature):
     """``C + λ = λ``: gradients divided by the damping."""
 
@@ -136,10 +149,9 @@ class Identity(InverseCurvature):
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         assert len(gradients) <= self.block_size
-        given = {"hvps": 0, "examples": 0, "residual": 0.0, "unexplained": 0.0, "sigma_max": 0.0, "rtol": 1.0}
-        how = {"solver": "identity", "status": "converged", "iterations": 1, "seconds": 0.0, "residuals": [0.0]}
-        solution = Solution.of_record({**given, **how, "damping": self.damping})
-        return gradients / self.damping, [solution] * (len(gradients) if self.reports else 0)
+        ihvps = gradients / self.damping
+        solutions = [Solution.direct(x, self.damping, 0.5, solver="identity") for x in ihvps]
+        return ihvps, solutions if self.reports else []
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
         return lambda gradients: gradients.double().square().sum(1) / self.damping
@@ -159,8 +171,13 @@ def test_a_custom_inverse_needs_one_class_and_one_name(monkeypatch: pytest.Monke
         attach(trainer, module, train_dataloaders=loader(dataset), callback=callback)
         report = trainer.influence(batch_of(dataset, slice(0, 5)), per_example=True)
         itself = trainer.self_influence()
-        with pytest.raises(ConfigurationError, match="Unknown solver 'identity'"):
+        with pytest.raises(ConfigurationError, match=r"'identity' is an inverse .* scores only.*solver='lsmr'"):
             trainer.unlearn([3, 17])
+        assert trainer.unlearn([3, 17], solver="lsmr", dry_run=True).step_sizes
+        with pytest.raises(ConfigurationError, match=r"Unknown solver 'identy'\. Did you mean 'identity'\?"):
+            GIFCallback(solver="identy")
+        with pytest.raises(ConfigurationError, match=r"Unknown solver 'qqq'\. Known: .*cg, .*identity, .*lsmr"):
+            GIFCallback(solver="qqq")
         monkeypatch.setattr(Identity, "reports", False)
         with pytest.raises(
             ConfigurationError, match=r"Identity\.ihvp must return one Solution for each gradient, got 0"
@@ -169,6 +186,11 @@ def test_a_custom_inverse_needs_one_class_and_one_name(monkeypatch: pytest.Monke
     finally:
         INVERSES._items.pop("identity")
     assert (len(report.solutions), report.is_self_influence, itself.is_self_influence) == (5, False, True)
+    solution = report.solutions[0]
+    assert (solution.solver, solution.damping, solution.seconds, solution.converged) == ("identity", 0.5, 0.5, True)
+    assert "identity" in str(report)
+    restored = Solution.of_record(solution.record())
+    assert restored.record() == solution.record()
     assert (report.curvature, report.settings["damping"]) == ({"kind": "identity"}, 0.5)
     rows = []
     for x, y in dataset:

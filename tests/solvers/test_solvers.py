@@ -681,6 +681,52 @@ def test_a_sketch_refuses_unsupported_options() -> None:
         low_rank(Matrix(DEFINITE * float("nan")), 3)
 
 
+@pytest.mark.parametrize("solver", BUILT_IN)
+def test_a_solution_says_how_many_iterations_it_was_allowed(solver: str) -> None:
+    """Also where the solver or a default chose the number, and in a record."""
+    for given, expected in (({"max_iter": 7}, 7), ({}, 128 if solver == "nystrom" else 100)):
+        solution = SOLVERS[solver](Mean(DEFINITE[None]), torch.ones(12, dtype=torch.float64), damping=30.0, **given)
+        assert isinstance(solution, Solution)
+        assert solution.max_iter == solution.summary()["max_iter"] == expected
+        assert Solution.of_record(solution.record()).max_iter == expected
+    old = {name: value for name, value in solution.record().items() if name != "max_iter"}
+    assert Solution.of_record(old).max_iter is None
+
+
+class OneByOne(Mean):
+    """Multiplies each vector by itself, as the curvature does, so that its product has the same bits beside others."""
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        if vectors.ndim == 1:
+            return super().matvec(vectors)
+        return torch.stack([super(OneByOne, self).matvec(column.contiguous()) for column in vectors.T], dim=1)
+
+    def rmatvec(self, vectors: Tensor) -> Tensor:
+        if vectors.ndim == 1:
+            return super().rmatvec(vectors)
+        return torch.stack([super(OneByOne, self).rmatvec(column.contiguous()) for column in vectors.T], dim=1)
+
+    def draw(self, seed: int) -> Matrix:
+        part = torch.randint(len(self.parts), (), generator=torch.Generator().manual_seed(seed))
+        return OneByOne(self.parts[part][None])
+
+
+@pytest.mark.parametrize("solver", [*ITERATIVE, "stochastic_lissa", "cg"])
+def test_a_solution_does_not_depend_on_what_is_solved_together(solver: str) -> None:
+    """The right-hand sides have their weight at different singular values, so the scales need different iterations."""
+    matrix = symmetric_indefinite(torch.logspace(0, 1, 40, dtype=torch.float64))
+    matrices = matrix + 0.02 * torch.stack([matrix, -matrix])
+    vectors = torch.linalg.eigh(matrix).eigenvectors
+    weights = torch.stack([torch.logspace(0, decades, 40, dtype=torch.float64) for decades in (-3, -1, 0, 2)], dim=1)
+    rhs, options = vectors @ (weights * torch.randn(40, 1, dtype=torch.float64)), {"rtol": 1e-9, "max_iter": 12}
+    together = SOLVERS[solver](OneByOne(matrices), rhs, damping=0.5, **options)
+    assert isinstance(together, list)
+    for column, found in zip(rhs.T, together, strict=True):
+        (alone,) = SOLVERS[solver](OneByOne(matrices), column[:, None], damping=0.5, **options)
+        torch.testing.assert_close(found.x, alone.x, rtol=1e-9, atol=1e-11)
+        assert (found.status, found.iterations) == (alone.status, alone.iterations)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Declarations
 # ----------------------------------------------------------------------------------------------------------------------

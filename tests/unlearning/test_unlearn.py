@@ -103,6 +103,18 @@ def test_fit_influence_unlearn_undo_and_fit_again(tmp_path: Any) -> None:
     assert not same_weights(before, weights(module))
 
 
+def test_each_solve_records_the_settings_that_were_chosen_for_it() -> None:
+    trainer, _, dataset = fitted()
+    forget = batch_of(dataset, slice(0, 4))
+    first = trainer.unlearn(forget, step="natural", dry_run=True)
+    assert first.settings["max_iter"] is None
+    assert [(one["max_iter"], one["rtol"]) for one in first.solves] == [(10, 1e-4)]
+    further = trainer.unlearn(forget, rtol=1e-3, step="natural", dry_run=True)
+    assert [(one["max_iter"], one["rtol"]) for one in further.solves] == [(200, 1e-3)]
+    class_removal = trainer.unlearn(lambda batch: batch[1] == 1, dry_run=True)
+    assert {one["max_iter"] for one in class_removal.solves} == {5}
+
+
 def test_only_the_targets_change() -> None:
     trainer, module, dataset = fitted()
     before = weights(module)
