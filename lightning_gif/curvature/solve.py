@@ -52,6 +52,9 @@ _ADVICE = {
     ),
     Status.STALLED: "More iterations do not help, since rounding dominates: use double=True, or a `damping` above 0",
 }
+_SKETCH_ADVICE = (
+    "The rank of the sketch is too small for these queries. Raise `max_iter`, which is the rank, or `damping`"
+)
 
 
 def open_curvature(
@@ -228,8 +231,8 @@ def warn_unconverged(settings: Settings, solutions: list[Solution], *, is_newton
         return
     worst = max(short, key=lambda solution: solution.residual)
     several = f" ({len(short)} of {len(solutions)} queries; this is the worst)" if len(solutions) > 1 else ""
-    advice = _ADVICE[worst.status]
-    if worst.status is Status.MAX_ITER and not is_newton and solver is not lsmr:
+    advice = _ADVICE[worst.status] if solver is None or not solver.is_sketch else _SKETCH_ADVICE
+    if worst.status is Status.MAX_ITER and not is_newton and solver is not lsmr and advice is not _SKETCH_ADVICE:
         advice += f", or use solver={lsmr.name!r}"
     asked = "no rtol was given" if settings.rtol is None else f"rtol is {settings.rtol:g}"
     larger = "" if worst.status is Status.INDEFINITE else "a larger `rtol` or "
