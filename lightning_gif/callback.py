@@ -444,6 +444,7 @@ class GIFCallback(Callback):
         choice: TargetsChoice = "cached" if targets is None else targets
         on_targets = _are_on_targets(targets, overrides)
         settings = for_influence(requested, ggn=True, on_targets=on_targets)
+        spill_to = _folder_for_scores(trainer)  # inside a session every trainer is in training
         with open_session(trainer, self.tracker, self.loaders, settings, choice, dataloader, overrides) as session:
             scored, query = session.among(among), session.examples(batch)
             report = influence(
@@ -455,7 +456,7 @@ class GIFCallback(Callback):
                 per_example=per_example,
                 among=scored,
                 scores_to=None if scores_to is None else Path(scores_to),
-                spill_to=_folder_for_scores(trainer),
+                spill_to=spill_to,
                 keep=keep,
                 states=states,
                 k=k,

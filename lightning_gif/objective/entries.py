@@ -21,6 +21,7 @@ __all__ = ["Entries", "EntryPredictions", "possible_entries"]
 _INTO: set[Callable[..., Any]] = {
     *(F.log_softmax, torch.log_softmax, Tensor.log_softmax, F.softmax, torch.softmax, Tensor.softmax),
     *(F.logsigmoid, torch.sigmoid, Tensor.sigmoid, F.sigmoid, F.softplus, torch.logsumexp, Tensor.logsumexp),
+    *(torch.exp, Tensor.exp, Tensor.square, torch.square, Tensor.pow, torch.pow, Tensor.__pow__, Tensor.abs, torch.abs),
     *(F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy),
     *(F.binary_cross_entropy_with_logits, F.kl_div, F.poisson_nll_loss, F.gaussian_nll_loss),
 }
@@ -46,12 +47,11 @@ class Entries:
     calls: list[int] = field(default_factory=list)
 
 
-def possible_entries() -> Iterator[Entries]:
-    """All that may be the predictions: one of the last entries, or several of them."""
+def possible_entries() -> Iterator[list[Entries]]:
+    """All that may be the predictions: one of the last entries, or two of them, or three."""
     for count in range(1, _TOGETHER + 1):
         most = _LAST if count == 1 else _LAST // 2
-        for chosen in combinations(range(1, most + 1), count):
-            yield Entries(chosen)
+        yield [Entries(chosen) for chosen in combinations(range(1, most + 1), count)]
 
 
 class EntryPredictions(TorchFunctionMode):

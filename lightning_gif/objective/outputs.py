@@ -15,7 +15,7 @@ from ..data.structure import describe
 from ..errors import ConfigurationError, ObjectiveError
 from ..storage.interrupts import uninterrupted
 from .autograd import close, gradient_of
-from .entries import EntryPredictions, possible_entries
+from .entries import Entries, EntryPredictions, possible_entries
 from .losses import LossFunction
 from .predictions import Predictions
 
@@ -45,8 +45,9 @@ _ROUNDING = 1e-3
 def choose_predictions(loss: LossFunction, batch: Batch) -> None:
     """Finds the predictions of a loss that is written by hand, and notes them as ``loss.entries``.
 
-    The predictions are the last tensors that enter a softmax, a sigmoid or a difference, such that the loss depends on
-    the parameters through them alone and is convex in them. Nothing is noted if the arguments of PyTorch's loss
+    The predictions are tensors that enter a softmax, a sigmoid or a difference, such that the loss depends on the
+    parameters through them alone and is convex in them. Of several such tensors it is the one with most values, since
+    the others summarise it, as the norm of a difference does. Nothing is noted if the arguments of PyTorch's loss
     functions are the predictions, or if there are none: then only the Hessian is a curvature of this loss.
 
     Args:
@@ -55,10 +56,15 @@ def choose_predictions(loss: LossFunction, batch: Batch) -> None:
     """
     if _determine_the_loss(loss, batch):
         return
-    for loss.entries in possible_entries():
-        if _determine_the_loss(loss, batch):
+    for together in possible_entries():
+        valid: dict[int, Entries] = {}
+        for loss.entries in together:
+            if _determine_the_loss(loss, batch):
+                size = outputs(loss, loss.shadow.theta, batch).numel()
+                valid.setdefault(size, loss.entries)  # of several of one size, the last one
+        loss.entries = valid[max(valid)] if valid else None
+        if valid:
             return
-    loss.entries = None
 
 
 def _determine_the_loss(loss: LossFunction, batch: Batch) -> bool:

@@ -264,6 +264,8 @@ def select(
     classes = None if classes is None else sorted(set(classes))
     views = _Views(module, may_change, neurons, gradients, classes)
     chosen, unknown = views.pick(lambda view: pick(view, ratio, generator))
+    if unknown is not None and not neurons:  # nothing was gathered, which is no reason to rank something else
+        raise unknown
     total = sum(space.slots[name].size for name in may_change)
     if sum(map(len, chosen.values())) < _COVERED * ratio * total:
         for view, index in _other_units(module, space, may_change - chosen.keys(), gradients):

@@ -20,11 +20,12 @@ from .test_influence import damped, gradients, open_trainer
 
 
 class ByHand(Classifier):
-    """Its loss is not a loss function of PyTorch, so it has no Gauss–Newton matrix."""
+    """A cross-entropy from two evaluations of the net, so that no tensor of the step is its prediction."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
-        return -self(x).log_softmax(1).gather(1, y[:, None]).mean()
+        chosen = torch.einsum("bc,bc->b", self(x), (y[:, None] == torch.arange(3)).to(x.dtype))
+        return (torch.einsum("bc->b", self(x).cosh() + self(x).sinh()).log() - chosen).mean()
 
 
 def hessian_of(module: Classifier, dataset: TensorDataset) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lightning_gif import GIFCallback, InfluenceReport, UnlearnReport
+from lightning_gif.selection.statistics import neuron_layers
 from lightning_gif.solvers.solution import Status
 
 from ..conftest import Classifier, batch_of, loader, make_trainer
@@ -59,6 +60,8 @@ def trained(name: str, long: bool) -> Trained:
     torch.manual_seed(0)
     net, dataset = make(name, EXAMPLES[name], large=True)
     module = WithAdam(net, LEARNING_RATES[name]) if long else Classifier(net)
+    if name == "attention":  # LiSSA takes more than 400 iterations with targets in the projections of the inputs
+        module.influence_parameters = lambda: [f"{layer}.*" for layer in neuron_layers(module)]
     trainer = make_trainer(GIFCallback(unconverged="raise"), max_epochs=40 if long else 3)
     trainer.fit(module, loader(dataset))
     return Trained(trainer, dataset)
@@ -116,7 +119,7 @@ def test_forgetting_a_class_converges_on_every_net(name: str, long: bool, solver
 @ALL_SOLVERS
 @BOTH_FITS
 def test_solves_for_all_weights_of_a_recurrent_net_converge(long: bool, solver: str) -> None:
-    """By default the targets are nine weights of its head, which is easy for every solver."""
+    """By default a share of the weights are targets."""
     net = trained("gru", long)
     check_influence(net.trainer.influence(net.query, method="gif", solver=solver, selector=["*"]), solver)
     check_edit(
