@@ -75,14 +75,14 @@ class GIFCallback(Callback):
         report.undo()                      # restores the weights bit for bit
 
     Args:
-        selector: How target parameters are picked in each Linear and Conv layer. ``"highest_k_gradients"`` (default),
+        selector: How target parameters are picked in each layer. ``"highest_k_gradients"`` (default),
             ``"highest_k_outputs"``, ``"lowest_k_gradients"``, ``"lowest_k_outputs"``, ``"exclusive_k_gradients"``,
             ``"exclusive_k_outputs"``, ``"random"`` and ``"threshold"`` are the selectors of the GIF paper.
             ``"largest_gradients"`` picks single entries. You can register your own in ``lightning_gif.SELECTORS``.
-            Selectors rank Linear and Conv layers only. Embedding, normalisation and attention weights are never
-            selected, except that ``"random"`` and ``"largest_gradients"`` include the output projections of attention.
-            To select other parameters, pass names or patterns, such as ``["head.*", "*.norm.weight"]``. All entries
-            of the parameters that match become targets.
+            Selectors rank the neurons of Linear and Conv layers. If these have less than half of the parameters that
+            ``ratio`` asks for, the units of all other parameters are ranked as well, by their gradients. To pick
+            parameters yourself, pass names or patterns, such as ``["head.*", "*.norm.weight"]``. All entries of the
+            parameters that match become targets.
         ratio: The share of each layer's parameters that become targets, in (0, 1]; at most 0.5 for the ``exclusive_k``
             selectors. With a larger share an edit can do more, but changes more of the model.
         method: Which linear system is solved. ``"gif"`` changes the targets to cancel the gradient on all parameters.
@@ -116,8 +116,9 @@ class GIFCallback(Callback):
             0 (default) never ends a solve.
         curvature: ``"hessian"``, or ``"ggn"`` for the generalised Gauss–Newton matrix. The latter leaves out the
             curvature of the model itself, is positive semi-definite for convex losses, and costs less per product. It
-            needs a ``training_step`` that passes predictions to a loss function of PyTorch. ``"auto"`` (default):
-            ``"ggn"`` for scores and for label correction if the predictions are available, otherwise ``"hessian"``.
+            needs a ``training_step`` that passes predictions to a loss function of PyTorch, a softmax, a sigmoid or a
+            difference. ``"auto"`` (default): ``"ggn"`` for scores and for label correction if the predictions are
+            available, otherwise ``"hessian"``.
         curvature_examples: The largest number of training examples over which the curvature is taken, and on which
             neurons are ranked. ``None`` takes all. ``"auto"`` (default): 2048, or 1024 for the curvature if a class is
             forgotten. More examples make scores more accurate, and cost proportionally more.

@@ -15,7 +15,7 @@ class GIFMixin:
 
     Without them, the loss of an example is the loss that ``training_step`` returns for a batch of this one example.
     Override :meth:`influence_loss` if that does not work: with manual optimization, or with losses that couple the
-    examples of a batch. Override it also for speed, if ``training_step`` has Python code that depends on values.
+    examples of a batch. Override it also for speed, if a warning says that examples are evaluated one after the other.
 
     The methods are called with the module in evaluation mode: dropout is off, and normalisation uses running
     statistics. Parameters and buffers can be replaced by other tensors, also under ``torch.func`` transforms. So use
