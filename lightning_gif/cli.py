@@ -384,7 +384,10 @@ class _Tool(LightningCLI):
         """
         loader = self.find_loader(split)
         if loader is None:
-            raise TrainingDataError(f"There is no {_LOADERS[split]} in the datamodule or the model. Give --data.")
+            raise TrainingDataError(
+                f"There is no {_LOADERS[split]} in the datamodule or the model. Give another --split (train, val or"
+                " test), or a datamodule that has one by --data."
+            )
         return loader
 
     def find_loader(self, split: str) -> DataLoader[Any] | None:

@@ -20,7 +20,6 @@ from .solvers import SOLVERS, cg, lsmr, nystrom
 __all__ = [
     "check_names",
     "for_influence",
-    "for_relinearised_step",
     "for_unlearning",
     "needs_no_cache",
 ]
@@ -52,10 +51,6 @@ SKETCH_RANK, LEAST_SKETCH_RANK = 512, 64
 # 512, in seven times as long.
 SELF_INFLUENCE_RANK = 64
 
-# The iterations of a solve for a descent direction. "What the settings of an edit buy", row `max_iter=5`; for label
-# correction "A backdoor repaired", row "eight iterations a solve".
-RELINEARISED_ITERATIONS, RELINEARISED_ITERATIONS_OF_LABELS = 5, 8
-
 
 def check_names(settings: Settings) -> Settings:
     """Checks all names in settings, and returns the settings.
@@ -85,9 +80,8 @@ def needs_no_cache(settings: Settings) -> bool:
 def for_unlearning(settings: Settings) -> Settings:
     """The settings of an edit, with the method and the solver chosen.
 
-    Other settings can differ between the solves of an edit, and are chosen later. For the curvature and the number of
-    iterations see :func:`for_relinearised_step`. The damping is 0, or measured by
-    :func:`~lightning_gif.curvature.solve.solve_with_relative_damping`.
+    Other settings can differ between the solves of an edit, and are chosen later: the number of iterations by the goal,
+    the damping is 0, or measured by :func:`~lightning_gif.curvature.solve.solve_with_relative_damping`.
 
     Raises:
         ConfigurationError: If ``solver`` is an inverse for scores only, and not a solver.
@@ -99,20 +93,6 @@ def for_unlearning(settings: Settings) -> Settings:
             f" {', '.join(SOLVERS)}. Pass one to the call: trainer.unlearn(…, solver={LEAST_SQUARES!r})."
         )
     return replace(settings, method=_chosen(settings.method, "gif"), solver=solver)
-
-
-def for_relinearised_step(settings: Settings, *, labels: bool, convex: bool) -> Settings:
-    """The settings of a solve for a descent direction.
-
-    Args:
-        settings: The settings of the edit.
-        labels: Whether labels are corrected.
-        convex: Whether the loss is convex in the predictions, so that the Gauss–Newton matrix has no negative
-            eigenvalues. Then ``curvature="auto"`` means ``"ggn"``, else ``"hessian"``.
-    """
-    chosen = replace(settings, curvature=_chosen(settings.curvature, "ggn" if convex else "hessian"))
-    iterations = RELINEARISED_ITERATIONS_OF_LABELS if labels else RELINEARISED_ITERATIONS
-    return replace(chosen, max_iter=iterations) if settings.max_iter is None and settings.rtol is None else chosen
 
 
 def for_influence(

@@ -100,8 +100,9 @@ class PeriodicReports:
                 raise
             self.active = False
             rank_zero_warn(
-                f"No influence report {when}, and none later in this fit: {type(error).__name__}: {error}. Training"
-                " goes on unchanged. Call `trainer.influence(query)` to see where the error comes from.",
+                f"No influence report {when}, and none later in this fit: {type(error).__name__}:"
+                f" {str(error).rstrip('.')}. Training goes on unchanged. Call `trainer.influence(query)` to see where"
+                " the error comes from.",
                 category=GIFWarning,
             )
 

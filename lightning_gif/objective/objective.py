@@ -245,8 +245,9 @@ class Objective:
                 raise
             except Exception as error:
                 raise BatchError(
-                    f"The {name} of the {what} batch could not be computed: {type(error).__name__}: {error}. Given:"
-                    f" {describe(batch.data)}. In training, {_PROBE} at a time: {describe(self._reference)}."
+                    f"The {name} of the {what} batch could not be computed: {type(error).__name__}:"
+                    f" {str(error).rstrip('.')}. Given: {describe(batch.data)}. In training, {_PROBE} at a time:"
+                    f" {describe(self._reference)}."
                 ) from error
             if not finite:
                 raise NonFiniteError(

@@ -289,7 +289,7 @@ class TrainingTracker:
                 consequence = "stay as they were picked before"
             warnings.warn(
                 f"GIFCallback gathers no more statistics in this fit: {what} failed with {type(error).__name__}:"
-                f" {error}. Training goes on unchanged. Target parameters {consequence}.",
+                f" {str(error).rstrip('.')}. Training goes on unchanged. Target parameters {consequence}.",
                 GIFWarning,
                 stacklevel=2,
             )
