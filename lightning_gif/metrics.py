@@ -461,17 +461,16 @@ class MembershipInference(_UnlearningMetric):
         self.add_state("others", [], dist_reduce_fx="cat")
 
     def update(self, preds: Tensor, target: Tensor | None, member: Tensor) -> None:
-        # The confidence is compared by its logarithm, which distinguishes 1 - 1e-9 from 1 in float32.
-        scores = _log_probabilities("preds", preds, self.from_logits)
+        logs = _log_probabilities("preds", preds, self.from_logits)
         member = _mask("member", member, len(preds))
         if self.score == "confidence":
-            scores = scores.amax(1)
+            scores = _log_odds(logs, logs.argmax(1))
         elif target is None:
             raise ConfigurationError(
                 "`target` is None, but score='loss' needs the true labels (N,); give them, or use score='confidence'."
             )
         else:
-            scores = scores.gather(1, _targets(target, preds).long()[:, None])[:, 0]
+            scores = _log_odds(logs, _targets(target, preds).long())
         # torchmetrics gathers float32 from a process without examples, and all processes need the same dtype.
         scores = scores.detach().float()
         self.members.append(scores[member])
@@ -708,6 +707,15 @@ def _log_probabilities(name: str, given: Tensor, from_logits: bool) -> Tensor:
             " pass the softmax, or pass logits with from_logits=True."
         )
     return given.log() - total.log()
+
+
+def _log_odds(logs: Tensor, classes: Tensor) -> Tensor:
+    """``log(p / (1 − p))`` of one class of each row of log-probabilities, ``(N,)``.
+
+    It ranks examples as ``p`` does, and distinguishes probabilities that are rounded to 1.
+    """
+    others = logs.scatter(1, classes[:, None], -torch.inf)
+    return logs.gather(1, classes[:, None])[:, 0] - others.logsumexp(1)
 
 
 def _joined(scores: list[Tensor] | Tensor) -> Tensor:

@@ -647,3 +647,13 @@ def test_invalid_probabilities_are_refused(bad: Tensor) -> None:
 def test_a_step_has_one_value(bad: Any) -> None:
     with pytest.raises(ConfigurationError, match="average the losses of a batch"):
         RelearnTime(1.0).update(bad)
+
+
+@pytest.mark.parametrize("score", ["loss", "confidence"])
+def test_probabilities_that_are_rounded_to_one_are_still_ranked(score: Any) -> None:
+    """Margins near 98: log-probabilities are all zero, log-odds are not."""
+    margins = torch.tensor([98.0, 98.5, 97.0, 98.2])
+    preds = torch.stack([margins, torch.zeros(4)], 1)
+    attack = MembershipInference(score=score)
+    value = attack(preds, torch.zeros(4, dtype=torch.long), torch.tensor([True, True, False, False]))
+    assert float(value) == 0.75

@@ -82,6 +82,7 @@ def isolated(
             # Tensors that a step creates should have the dtype of the computation.
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)
+            stack.enter_context(_unchanged(module))
             stack.enter_context(_members_restored(module))
             attributes = stack.enter_context(attributes_restored(module))
             stack.enter_context(_evaluation_mode(module))
@@ -108,6 +109,32 @@ def isolated(
             raise
         with uninterrupted():
             stack.close()
+
+
+@contextlib.contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Warns at the end of the block if a parameter or buffer of the module is another object or was written to."""
+
+    def state() -> dict[str, tuple[int, int, bool]]:
+        held = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        # Inference tensors have no version.
+        versions = [0 if tensor.is_inference() else tensor._version for _, tensor in held]
+        facts = zip(held, versions, strict=True)
+        return {name: (id(tensor), version, tensor.requires_grad) for (name, tensor), version in facts}
+
+    before = state()
+    try:
+        yield
+    finally:
+        after = state()
+        changed = sorted({name for name, _ in before.items() ^ after.items()})
+        if changed:
+            rank_zero_warn(
+                f"An evaluation has changed {type(module).__name__}: {', '.join(changed[:5])}"
+                f"{' …' if len(changed) > 5 else ''}. Load a checkpoint from before the call, and define"
+                " `influence_loss` (see GIFMixin) without what changes the module.",
+                category=GIFWarning,
+            )
 
 
 @contextlib.contextmanager

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchmetrics import MeanSquaredError
+
+from lightning_gif import GIFWarning
 
 from ..conftest import batch_of, blobs
-from .reference import CONVERGED, Module, cross_entropy, dense_scores, error, fitted
+from .reference import CONVERGED, Module, cross_entropy, dense_scores, error, fitted, squared_error
 
 DATA = blobs(40)
 EXAMPLES = [(x.double(), y) for x, y in zip(*DATA.tensors, strict=True)]
@@ -162,3 +165,44 @@ def test_influence_loss_can_be_set_on_the_instance() -> None:
     module.influence_loss = lambda batch: 2 * F.cross_entropy(module.net(batch[0]), batch[1], reduction="none")
     trainer = fitted(module, DATA)
     assert error(scores_of_the_first(trainer), exact(module, 2.0)) < 1e-6
+
+
+def test_a_step_that_writes_to_a_parameter_behind_the_modules_back_is_reported() -> None:
+    class Behind(Plain):
+        """Holds its bias where no evaluation can replace it."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                held[0].add_(1e-3)
+            return super().training_step(batch, batch_idx)
+
+    module = Behind()
+    held = [module.net[0].bias]
+    trainer = fitted(module, DATA)
+    with pytest.warns(GIFWarning, match=r"An evaluation has changed Behind: net\.0\.bias"):
+        trainer.influence(batch_of(DATA, slice(1)), unconverged="ignore")
+
+
+class Metered(Module):
+    """Its loss is a metric that is called."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 1)
+        self.error = MeanSquaredError()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return self.error(self.net(x)[:, 0], y.to(x.dtype))
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")
+def test_a_metric_that_is_the_loss_has_its_value_and_keeps_its_count() -> None:
+    module = Metered()
+    trainer = fitted(module, DATA)
+    module.error.update(torch.zeros(3), torch.ones(3))
+    count = module.error.total.clone()
+    exact = dense_scores(module.net, lambda net, x: net(x), squared_error, EXAMPLES, query=[0])
+    report = trainer.influence(batch_of(DATA, slice(1)), **CONVERGED)
+    assert error(report.scores[0], exact) < 1e-5
+    assert report.curvature["kind"] == "ggn"
+    assert torch.equal(module.error.total, count)
