@@ -44,6 +44,8 @@ def text(record: InfluenceRecord) -> str:
         f"score = predicted change of {_owner(record)} {_measured(record)} if the example were removed; examples by"
         " dataset index",
     ]
+    if "losses" in record.settings:
+        lines.append(f"losses by {record.settings['losses']}")
     for query in range(min(queries, MOST_QUERIES)):
         for end, ranking in _rankings(record).items():
             pairs = zip(ranking.indices[query].tolist(), ranking.scores[query].tolist(), strict=True)

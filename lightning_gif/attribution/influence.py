@@ -125,6 +125,7 @@ def influence(
             **asdict(replace(settings, damping=present.damping)),
             "snapshots": list(states or {}),
             "measures": objective.measures,
+            "losses": objective.loss.origin,
         },
         seconds=time.perf_counter() - begin,
         context=context or CallContext(),

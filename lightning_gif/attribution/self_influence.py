@@ -97,7 +97,11 @@ def self_influence(
         k=k,
         dataset=train.dataset,
         queries=[],
-        settings={**asdict(replace(settings, damping=damping)), "snapshots": list(states or {})},
+        settings={
+            **asdict(replace(settings, damping=damping)),
+            "snapshots": list(states or {}),
+            "losses": objective.loss.origin,
+        },
         seconds=time.perf_counter() - start,
         context=context or CallContext(),
     )

@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,11 +40,13 @@ class LossFunction(ABC):
         shadow: The module.
 
     Attributes:
+        origin: Where the losses come from, in words, for reports.
         any_structure: Whether batches may have another structure than the training batches.
         forward_mode: Whether ``torch.func.jvp`` can differentiate the losses.
         vectorised: Whether :meth:`gradients` computes the gradients of many examples at once.
     """
 
+    origin: ClassVar[str] = "a function of its own"
     any_structure = False
     forward_mode = True
     vectorised = False
@@ -108,6 +110,7 @@ class LossFunction(ABC):
 class OwnLoss(LossFunction):
     """The losses that the module's ``influence_loss`` returns."""
 
+    origin = "influence_loss"
     any_structure = True
 
     def evaluate(self, theta: Tensor, batch: Batch, *, buffers: dict[str, Tensor] | None = None) -> Tensor:
@@ -144,6 +147,7 @@ class StepLoss(LossFunction):
 class VectorisedLoss(StepLoss):
     """``training_step`` for all examples of a batch at once, with ``torch.func.vmap``."""
 
+    origin = "training_step, vectorised over examples"
     vectorised = True
 
     def losses(self, theta: Tensor, batch: Batch) -> Tensor:
@@ -181,6 +185,7 @@ class VectorisedLoss(StepLoss):
 class OneByOneLoss(StepLoss):
     """``training_step`` for one example after the other; one pass gives their sum if the reduction is known."""
 
+    origin = "training_step for one example at a time"
     forward_mode = False  # code that fails under vmap tends to fail under jvp, too
 
     def losses(self, theta: Tensor, batch: Batch) -> Tensor:
@@ -218,6 +223,8 @@ class BatchedLoss(StepLoss):
         divided: Whether the step divides a sum by the number of examples itself.
         even: Whether an odd batch is evaluated with its last example twice, because the step fails for a single one.
     """
+
+    origin = "training_step of whole batches"
 
     def __init__(
         self,

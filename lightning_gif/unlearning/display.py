@@ -39,6 +39,8 @@ def text(record: EditRecord) -> str:
     ]
     if record.edit.buffers:
         lines.append(f"running statistics recomputed: {len(record.edit.buffers)} buffers")
+    if "losses" in record.settings:
+        lines.append(f"losses by {record.settings['losses']}")
     lines += [f"note: {note}" for note in record.notes]
     context = record.context
     if context.record is not None:

@@ -353,7 +353,7 @@ def _report(
         solves=[{**solution.summary(), **used} for solution, used in zip(problem.solutions, problem.used, strict=True)],
         residuals=problem.solutions[0].residuals,
         curvature=problem.description,
-        settings={**asdict(task.settings), "tuning": tuning.record(problem.goal)},
+        settings={**asdict(task.settings), "losses": task.objective.loss.origin, "tuning": tuning.record(problem.goal)},
         notes=notes,
         seconds=seconds,
         data=data,

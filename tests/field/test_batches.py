@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -299,3 +300,19 @@ def test_the_cause_is_named_where_a_batch_has_another_loss_than_its_examples(kin
     trainer = fitted(kind(), torch.utils.data.TensorDataset(x[order], y[order]))
     with pytest.warns(GIFWarning, match=cause):
         trainer.influence([x[:1], y[:1]])
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")
+@pytest.mark.parametrize(
+    ("module", "data", "collate", "origin"),
+    [
+        (Weighted, DATA, None, "training_step, vectorised over examples"),
+        (Even, DATA, None, "training_step of whole batches"),
+        (partial(Clouds, True), Items(CLOUDS), CLOUD_COLLATES["list"], "training_step for one example at a time"),
+    ],
+)
+def test_a_report_says_how_losses_were_found(module: Any, data: Any, collate: Any, origin: str) -> None:
+    trainer = fitted(module(), data, collate)
+    asked = DataLoader(Subset(data, [0, 1]), 2, collate_fn=collate)
+    for report in (trainer.influence(asked), trainer.self_influence(), trainer.unlearn([1, 2], dry_run=True)):
+        assert f"losses by {origin}" in str(report)
