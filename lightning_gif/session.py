@@ -129,8 +129,10 @@ class Session:
             queries: The number of queries.
             itself: Whether each example is scored for its own loss.
         """
-        example = next(self.train.subset(torch.arange(1)).batches())
-        ggn = has_gauss_newton(self.objective, self.objective.theta, example)
+        probed = self.objective.probed
+        if probed is None:
+            probed = next(self.train.subset(torch.arange(1)).batches())
+        ggn = has_gauss_newton(self.objective, self.objective.theta, probed)
         choose = partial(for_influence, asked, on_targets=on_targets, queries=queries, itself=itself)
         chosen = choose(ggn=ggn)
         if chosen.curvature != choose(ggn=True).curvature:
@@ -170,7 +172,7 @@ class Session:
                 self.objective.prepare,
                 batch_size=size,
                 processes=processes,
-                divisible=self.train.divisible,
+                divisible=self.objective.divisible,
             )
         return check_same_everywhere(self.objective.readable(examples), "batch or loader")
 

@@ -53,6 +53,7 @@ def gauss_newton(
     loss_sum: Callable[[Tensor, Batch], Tensor],
     *,
     convex: bool = False,
+    always: bool = False,
 ) -> Linearise:
     """The generalised Gauss–Newton matrix ``Σ JᵢᵀHᵢJᵢ`` (Schraudolph 2002; Martens, JMLR 21, 2020, section 8).
 
@@ -65,6 +66,7 @@ def gauss_newton(
         loss_sum_at: ``(θ, batch) →`` the sum of the batch's losses as a function of the outputs alone.
         loss_sum: ``(θ, batch) → ()``, the same sum as a function of ``θ``. It is evaluated for the first batch of each
             structure, to check that the loss depends on ``θ`` through the outputs only.
+        always: Whether to check this for every batch.
         convex: Whether the losses are convex in the outputs. The result then has a true attribute
             ``positive_semidefinite``.
 
@@ -74,7 +76,7 @@ def gauss_newton(
     checked: list[Any] = []  # batch structures that have been checked
 
     def check(theta: Tensor, batch: Batch, out: Tensor, slope: Tensor) -> None:
-        if any(same_structure(batch.data, one) for one in checked):
+        if not always and any(same_structure(batch.data, one) for one in checked):
             return
         whole = loss_sum(theta, batch)
         expected = through = torch.zeros_like(theta)
@@ -121,7 +123,8 @@ def gauss_newton(
 class Losses(Protocol):
     """The methods of a loss that curvature needs, as in :class:`~lightning_gif.objective.objective.Objective`.
 
-    If its losses are convex in the outputs, it has a true attribute ``convex_in_outputs``.
+    If its losses are convex in the outputs, it has a true attribute ``convex_in_outputs``. If the outputs were found by
+    trying, so that another batch may have others, it has a true attribute ``finds_outputs``.
     """
 
     def loss_sum(self, theta: Tensor, batch: Batch) -> Tensor: ...
@@ -145,7 +148,8 @@ CURVATURES.register("hessian")(lambda objective: hessian(objective.loss_sum))
 def gauss_newton_of(losses: Losses) -> Linearise:
     """The generalised Gauss–Newton matrix of losses."""
     convex = bool(getattr(losses, "convex_in_outputs", False))
-    return gauss_newton(losses.outputs, losses.loss_sum_at, losses.loss_sum, convex=convex)
+    always = bool(getattr(losses, "finds_outputs", False))
+    return gauss_newton(losses.outputs, losses.loss_sum_at, losses.loss_sum, convex=convex, always=always)
 
 
 def has_gauss_newton(losses: Losses, theta: Tensor, batch: Batch) -> bool:

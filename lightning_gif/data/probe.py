@@ -22,15 +22,17 @@ class Probe:
     """A few training examples, spread over the data, in batches of different sizes.
 
     Attributes:
-        together: All of them.
+        together: A few examples.
         fewer: The first of them, an even number of about half, if there are two.
         singles: Each of them, as the collate function makes a batch of one example.
+        many: More examples, to see what a few may not show.
         divisible: Whether the rows of a batch are its examples.
     """
 
     together: Batch
     fewer: Batch
     singles: tuple[Batch, ...]
+    many: Batch
     divisible: bool
 
     @property
@@ -45,35 +47,65 @@ class Probe:
         return sizes == {self.together.size}
 
     @classmethod
-    def of(cls, train: Examples, count: int) -> Probe:
+    def of(cls, train: Examples, count: int, most: int) -> Probe:
         """Reads the examples once, and collates them in several ways.
 
         Args:
             train: The training examples.
-            count: How many to read.
+            count: How many are few.
+            most: How many are many.
         """
-        positions = torch.linspace(0, len(train) - 1, min(count, len(train))).long().unique()
+        positions, wide = (_spread(len(train), size) for size in (count, most))
         half = min(2 * ((len(positions) + 2) // 4), len(positions)) or 1
         if train.dataset is None:
-            together = Batch.join(list(train.subset(positions).batches()))
+            together, many = (Batch.join(list(train.subset(chosen).batches())) for chosen in (positions, wide))
             singles = tuple(together.slice(row, row + 1) for row in range(together.size))
-            return cls(together, together.slice(0, half), singles, True)
-        ids = train.ids[positions]
-        items = [train.dataset[int(index)] for index in ids]
+            return cls(together, together.slice(0, half), singles, many, True)
+        items = {int(index): train.dataset[int(index)] for index in train.ids[torch.cat([positions, wide]).unique()]}
 
-        def batch(start: int, stop: int) -> Batch:
-            data = train.prepare(train.collate(items[start:stop]))
-            return Batch(data, ids[start:stop], stop - start, divisible=False)
+        def batch(chosen: Tensor) -> Batch:
+            ids = train.ids[chosen]
+            data = train.prepare(train.collate([items[int(index)] for index in ids]))
+            return Batch(data, ids, len(ids), divisible=False)
 
-        together, fewer = batch(0, len(items)), batch(0, half)
-        singles = tuple(batch(row, row + 1) for row in range(len(items)))
-        divisible = _rows_are_examples(together, singles)
-        together, fewer = (replace(one, divisible=divisible) for one in (together, fewer))
-        return cls(together, fewer, tuple(replace(one, divisible=divisible) for one in singles), divisible)
+        together = batch(positions)
+        singles = tuple(batch(positions[row : row + 1]) for row in range(len(positions)))
+        # A collate function that draws at random makes other values each time, but rows all the same.
+        draws = not _are_equal(together.data, batch(positions).data)
+        divisible = _rows_are_examples(together, None if draws else singles)
+
+        def known(given: Batch) -> Batch:
+            return replace(given, divisible=divisible)
+
+        if draws and divisible:
+            singles = tuple(known(together).slice(row, row + 1) for row in range(len(positions)))
+            fewer = known(together).slice(0, half)
+        else:
+            fewer = batch(positions[:half])
+        return cls(known(together), known(fewer), tuple(map(known, singles)), known(batch(wide)), divisible)
 
 
-def _rows_are_examples(together: Batch, singles: tuple[Batch, ...]) -> bool:
-    """Whether each row of a batch is what the collate function makes of one example, except for padding."""
+def _spread(size: int, count: int) -> Tensor:
+    """Positions from the first to the last of ``size`` examples, at most ``count``."""
+    return torch.linspace(0, size - 1, min(count, size)).long().unique()
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether the tensors of two batches have the same values."""
+    return all(_same_values(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    return torch.equal(one.nan_to_num(), other.nan_to_num()) if one.is_floating_point() else torch.equal(one, other)
+
+
+def _rows_are_examples(together: Batch, singles: tuple[Batch, ...] | None) -> bool:
+    """Whether each row of a batch is what the collate function makes of one example, except for padding.
+
+    Without ``singles`` only the structure is looked at.
+    """
     if not all(_is_plain(leaf) for leaf in leaves(together.data)):
         return False
     try:
@@ -81,6 +113,8 @@ def _rows_are_examples(together: Batch, singles: tuple[Batch, ...]) -> bool:
         parts = [slice_batch(together.data, row, row + 1) for row in range(together.size)]
     except BatchError:
         return False
+    if singles is None:
+        return True
     return all(_is_padded(part, single.data) for part, single in zip(parts, singles, strict=True))
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import types
 import weakref
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,12 @@ class _Content(NamedTuple):
             return cls(holder, holder.detach().clone(), 0 if holder.is_inference() else holder._version)
         if isinstance(holder, torch.Generator):
             return cls(holder, holder.get_state(), 0)
+        if isinstance(holder, np.ndarray):
+            return cls(holder, holder.copy(), 0)
+        if isinstance(holder, np.random.Generator):
+            return cls(holder, copy.deepcopy(holder.bit_generator.state), 0)
+        if isinstance(holder, (np.random.RandomState, random.Random)):
+            return cls(holder, _state(holder), 0)
         return cls(holder, copy.copy(holder), 0) if isinstance(holder, _CONTAINERS) else None
 
     def may_have_changed(self) -> bool:
@@ -57,6 +65,10 @@ class _Content(NamedTuple):
             return not torch.equal(self.holder, self.value)
         if isinstance(self.holder, torch.Generator):
             return not torch.equal(self.holder.get_state(), self.value)
+        if isinstance(self.holder, np.ndarray):
+            return self.holder.tobytes() != self.value.tobytes()
+        if isinstance(self.holder, (np.random.Generator, np.random.RandomState, random.Random)):
+            return repr(_state(self.holder)) != repr(self.value)
         if isinstance(self.holder, (list, deque)):
             pairs = zip(self.holder, self.value, strict=False)
             return len(self.holder) != len(self.value) or any(one is not other for one, other in pairs)
@@ -72,9 +84,24 @@ class _Content(NamedTuple):
                 self.holder.copy_(self.value)
         elif isinstance(self.holder, torch.Generator):
             self.holder.set_state(self.value)
+        elif isinstance(self.holder, np.ndarray):
+            self.holder[...] = self.value
+        elif isinstance(self.holder, np.random.Generator):
+            self.holder.bit_generator.state = copy.deepcopy(self.value)
+        elif isinstance(self.holder, np.random.RandomState):
+            self.holder.set_state(self.value)
+        elif isinstance(self.holder, random.Random):
+            self.holder.setstate(self.value)
         else:
             self.holder.clear()
             (self.holder.update if isinstance(self.holder, (dict, set)) else self.holder.extend)(self.value)
+
+
+def _state(generator: Any) -> Any:
+    """The state of a random generator of NumPy or Python."""
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state() if isinstance(generator, np.random.RandomState) else generator.getstate()
 
 
 class Attributes:

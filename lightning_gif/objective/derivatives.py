@@ -131,6 +131,8 @@ def reverse_mode(loss: LossFunction, batch: Batch, directions: Tensor) -> Tensor
     """Directional derivatives by two reverse passes: the derivative of ``Σ uᵢ wᵀ∇ℓ(zᵢ)`` with respect to ``u``."""
     theta = loss.shadow.theta.detach().requires_grad_()
     losses = loss.losses(theta, batch)
+    if not losses.requires_grad:  # the step skips all of these examples
+        return losses.new_zeros(len(directions), len(losses))
     weights = torch.ones_like(losses, requires_grad=True)
     (gradient,) = torch.autograd.grad(losses, theta, weights, create_graph=True, materialize_grads=True)
     return torch.stack(

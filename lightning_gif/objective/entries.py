@@ -39,19 +39,20 @@ class Entries:
     """Which tensors of a step are its predictions.
 
     Attributes:
-        chosen: Positions of the entries of the predictions, counted back from the last entry, 1.
+        chosen: Positions of the entries of the predictions, counted back from the last entry, 1; ``None`` for all.
         calls: At which calls of PyTorch, counted from the first, the latest evaluation made the predictions.
     """
 
-    chosen: tuple[int, ...]
+    chosen: tuple[int, ...] | None
     calls: list[int] = field(default_factory=list)
 
 
 def possible_entries() -> Iterator[list[Entries]]:
-    """All that may be the predictions: one of the last entries, or two of them, or three."""
-    for count in range(1, _TOGETHER + 1):
-        most = _LAST if count == 1 else _LAST // 2
-        yield [Entries(chosen) for chosen in combinations(range(1, most + 1), count)]
+    """All that may be the predictions: one of the last entries, all entries, two of the last, or three."""
+    yield [Entries((position,)) for position in range(1, _LAST + 1)]
+    yield [Entries(None)]
+    for count in range(2, _TOGETHER + 1):
+        yield [Entries(chosen) for chosen in combinations(range(1, _LAST // 2 + 1), count)]
 
 
 class EntryPredictions(TorchFunctionMode):
@@ -83,9 +84,10 @@ class EntryPredictions(TorchFunctionMode):
             ObjectiveError: If the step has fewer entries.
         """
         seen = list(dict.fromkeys(self._seen))
-        if len(seen) < max(self._entries.chosen):
-            raise ObjectiveError("the loss has no such predictions")
-        self._entries.calls = sorted(seen[-position] for position in self._entries.chosen)
+        chosen = self._entries.chosen
+        if not seen or (chosen is not None and len(seen) < max(chosen)):
+            raise ObjectiveError("The loss of this batch has other predictions than that of the first examples.")
+        self._entries.calls = sorted(seen if chosen is None else [seen[-position] for position in chosen])
         return [self._by_call[call] for call in self._entries.calls]
 
     def flat(self) -> Tensor | None:

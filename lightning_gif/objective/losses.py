@@ -251,9 +251,18 @@ class BatchedLoss(StepLoss):
         return super().evaluate(theta, batch, buffers=buffers)
 
     def sum_of(self, evaluated: Tensor, batch: Batch) -> Tensor | None:
-        return evaluated.sum() if evaluated.ndim else super().sum_of(evaluated, batch)
+        return evaluated.sum() if evaluated.ndim else None  # :meth:`losses` takes no more passes
 
     def losses(self, theta: Tensor, batch: Batch) -> Tensor:
+        losses = self._taken(theta, batch)
+        if not batch.divisible and self.reduction is not None:
+            self._check(theta, batch, losses)
+        return losses
+
+    def loss_sum(self, theta: Tensor, batch: Batch) -> Tensor:
+        return self._taken(theta, batch).sum()  # in one pass, so that predictions are recorded once
+
+    def _taken(self, theta: Tensor, batch: Batch) -> Tensor:
         whole = self.whole(batch)
 
         def of_one(index: Tensor) -> Tensor:
@@ -262,10 +271,7 @@ class BatchedLoss(StepLoss):
 
         indices = torch.arange(batch.size, device=self.shadow.device)
         losses = torch.func.vmap(of_one, randomness="same")(indices)
-        losses = losses * whole.size if self.divided else losses
-        if not batch.divisible and self.reduction is not None:
-            self._check(theta, batch, losses)
-        return losses
+        return losses * whole.size if self.divided else losses
 
     def _check(self, theta: Tensor, batch: Batch, losses: Tensor) -> None:
         """Compares losses ``(B,)`` with the loss of the batch: objects in it may hold tensors of any size."""
@@ -277,10 +283,6 @@ class BatchedLoss(StepLoss):
                 f"The losses of {batch.size} examples could not be taken from {type(self.shadow.module).__name__}"
                 f".training_step: their {self.reduction} is not the loss of the batch. {_DEFINE}"
             )
-
-    def loss_sum(self, theta: Tensor, batch: Batch) -> Tensor:
-        total = None if self.reduction is None else self.sum_of(self.evaluate(theta, batch), batch)
-        return super().loss_sum(theta, batch) if total is None else total
 
     def gradients(self, theta: Tensor, batch: Batch) -> Iterator[Tensor]:
         at = theta.detach().requires_grad_()
@@ -311,16 +313,14 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
         vectorised = VectorisedLoss(shadow)
         obstacles.append(_obstacle(vectorised, probe, expected))
         if obstacles[0] is None:
-            return VectorisedLoss(shadow, _reduction(shadow, probe.together, expected))
+            return VectorisedLoss(shadow, _reduction(vectorised, probe.many))
     layouts = [] if probe.is_ragged else [False, True]
     for last in layouts:
         for divided in (False, True):
             batched = partial(BatchedLoss, shadow, last=last, divided=divided, even=expected is None)
             obstacles.append(_obstacle(batched(), probe, expected))
             if obstacles[-1] is None:
-                with torch.no_grad():
-                    losses = batched().losses(shadow.theta, probe.fewer)
-                reduction = _reduction(shadow, probe.fewer, losses)
+                reduction = _reduction(batched(), probe.many)
                 if probe.divisible or reduction is not None:
                     return batched(reduction)
     if isinstance(alone, Exception):
@@ -337,7 +337,9 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
         GIFWarning,
         stacklevel=3,
     )
-    return OneByOneLoss(shadow, _reduction(shadow, probe.together, alone))
+    return OneByOneLoss(
+        shadow, _reduction(OneByOneLoss(shadow), probe.many if probe.divisible else probe.together, alone)
+    )
 
 
 _DEFINE = """Define the losses on the module, for example:
@@ -417,9 +419,17 @@ def _as_reduction(together: Tensor, losses: Tensor) -> Reduction | None:
     return "sum" if close(together, losses.sum()) else None
 
 
-def _reduction(shadow: Shadow, batch: Batch, losses: Tensor) -> Reduction | None:
-    """Whether the loss of a batch is the mean or the sum of its losses ``(B,)``; warns with the cause if it is not."""
+def _reduction(loss: LossFunction, batch: Batch, known: Tensor | None = None) -> Reduction | None:
+    """Whether the loss of a batch is the mean or the sum of its losses; warns with the cause if it is neither.
+
+    Args:
+        loss: The losses.
+        batch: Many examples, since a weight or a mask may change the loss of few batches only.
+        known: The losses ``(B,)``, if the batch cannot be divided.
+    """
+    shadow, batch = loss.shadow, loss.whole(batch)
     with torch.no_grad():
+        losses = loss.losses(shadow.theta, batch) if batch.divisible or known is None else known
         together = shadow.training_step(shadow.theta, batch.data)
         reduction = _as_reduction(together, losses)
         if reduction is not None or not torch.isfinite(losses).all() or not torch.isfinite(together):

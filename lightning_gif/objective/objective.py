@@ -34,6 +34,9 @@ __all__ = ["Objective"]
 # How many examples ``training_step`` is tried with: two or more, to distinguish a mean from a sum.
 _PROBE = 5
 
+# How many show whether the loss of a batch is a mean or a sum, and what the predictions are.
+_MANY = 64
+
 # With more directions than these, gradients of single examples are formed once. For a convolutional network this costs
 # as much as about fourteen forward-mode passes (benchmarks/attribution_time.py), for a perceptron less.
 _FEW_DIRECTIONS = 14
@@ -76,8 +79,9 @@ class Objective:
         self._own_measurement = overrides(shadow.module, "influence_measurement")
         self._loss: LossFunction | None = OwnLoss(shadow) if overrides(shadow.module, "influence_loss") else None
         self._directional: derivatives.DirectionalDerivatives = derivatives.forward_mode
-        self._divisible = True
+        self.divisible = True  # whether batches of the training data can be divided into examples
         self._counts_rows = True  # whether the size of a batch shows in the first dimension of its tensors
+        self.probed: Batch | None = None
         self._reference: Any = None  # the structure of training batches
 
     @property
@@ -188,29 +192,39 @@ class Objective:
         Returns:
             The training examples, to be read in batches that the losses can be computed for.
         """
-        probe = Probe.of(train, _PROBE)
+        probe = Probe.of(train, _PROBE, _MANY)
         self._reference = probe.together.data
-        self._divisible = probe.divisible
+        self.divisible = probe.divisible
         self._counts_rows = probe.counts_rows
         self._loss = choose_loss(self.shadow, probe)
-        outputs.choose_predictions(self._loss, probe.fewer)
+        alone = self._takes_one_at_a_time or not probe.divisible
+        outputs.choose_predictions(self._loss, probe.singles[0] if self._takes_one_at_a_time else probe.many)
+        self.probed = None if alone else probe.many
         return self.readable(train)
+
+    @property
+    def _takes_one_at_a_time(self) -> bool:
+        """Whether a batch of several examples does not have the sum of their losses."""
+        one_by_one = isinstance(self._loss, OneByOneLoss)
+        return one_by_one and (not self.divisible or self._loss.reduction is None)  # type: ignore[union-attr]
 
     def readable(self, examples: Examples) -> Examples:
         """The examples, to be read in batches that the losses can be computed for, as :meth:`learn_structure` found.
 
-        These are batches of one example where batches cannot be divided and losses are computed one by one.
+        These are batches of one example if losses are computed one by one, and either batches cannot be divided, or
+        their loss is neither the mean nor the sum of those of the examples.
 
         Raises:
             BatchError: If the examples are a single batch that would have to be divided.
         """
-        if self._divisible:
+        given = examples.dataset is None
+        if self.divisible and (given or not self._takes_one_at_a_time):
             return examples
-        one_by_one = isinstance(self._loss, OneByOneLoss)
-        if examples.dataset is None and not (self._counts_rows and (len(examples) == 1 or not one_by_one)):
+        if given and not (self._counts_rows and (len(examples) == 1 or not self._takes_one_at_a_time)):
             for batch in examples.in_memory or ():
                 batch.require_rows()
-        return replace(examples, divisible=False, batch_size=1 if one_by_one else examples.batch_size)
+        size = 1 if self._takes_one_at_a_time else examples.batch_size
+        return replace(examples, divisible=False, batch_size=size)
 
     def learn_derivatives(self, train: Examples) -> None:
         """Chooses how :meth:`directional_derivatives` are computed, by a comparison on a few training examples."""
@@ -232,7 +246,7 @@ class Objective:
         name = "measurements" if measured else "losses"
         values_of = self.measurements if measured else self.losses
         for batch in examples.local_batches():
-            if self._divisible and not (measured or self.loss.any_structure):
+            if self.divisible and not (measured or self.loss.any_structure):
                 self._check_structure(batch, what)
             try:
                 with torch.no_grad():
@@ -303,6 +317,11 @@ class Objective:
                 " Call learn_structure with the training examples first."
             )
         return self._loss
+
+    @property
+    def finds_outputs(self) -> bool:
+        """Whether :meth:`outputs` are those of a loss that is written by hand."""
+        return self._loss is not None and self._loss.entries is not None
 
     def losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """The training loss of each example, ``(B,)``, at ``theta`` ``(p,)``; differentiable in ``theta``."""

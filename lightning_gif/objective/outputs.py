@@ -128,7 +128,7 @@ def outputs(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:
 
     def recorded(evaluate: Callable[[], Tensor]) -> Tensor:
         with _recorder(loss) as seen:
-            evaluate()
+            value = evaluate()
         try:
             flat = seen.flat()
         except RuntimeError as error:
@@ -136,6 +136,8 @@ def outputs(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:
                 f"{name} computes its losses inside a vmap of its own. Their predictions, which curvature='ggn' and"
                 " curvature_sampling='logits' need, cannot be read from there. Use curvature='hessian'."
             ) from error
+        if flat is None and theta.requires_grad and not value.requires_grad:
+            return theta.new_zeros(0)  # a step that skips these examples
         if flat is None:
             raise ObjectiveError(
                 "curvature='ggn' and curvature_sampling='logits' need the predictions of the loss, but"

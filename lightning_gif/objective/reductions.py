@@ -27,6 +27,10 @@ _REDUCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
 }
 
 
+# Functions whose result has as many rows as a mask has true values.
+_PICKING = {torch.masked_select, Tensor.masked_select, torch.nonzero, Tensor.nonzero, torch.argwhere}
+
+
 class OneExample(TorchFunctionMode):
     """Inside of it, every reduction over the examples of a batch is that over one of them.
 
@@ -57,6 +61,7 @@ class OneExample(TorchFunctionMode):
         self._index = index
         self._last = last
         self._constant: WeakIdKeyDictionary | None = None
+        self._unowned = WeakIdKeyDictionary()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -64,6 +69,8 @@ class OneExample(TorchFunctionMode):
         kwargs = kwargs or {}
         given = _tensors([args, kwargs])
         constant = self._are_constant(given)
+        # Rows that a mask has picked may be any number for each example.
+        unowned = func in _PICKING or _picks_by_mask(func, args) or any(tensor in self._unowned for tensor in given)
         if not constant and not any(_is_of_one_example(tensor) for tensor in given):
             if func in _REDUCTIONS:
                 return self._reduce(func, args, kwargs)
@@ -74,6 +81,9 @@ class OneExample(TorchFunctionMode):
             assert self._constant is not None
             for tensor in _tensors([result]):
                 self._constant[tensor] = True
+        elif unowned:
+            for tensor in _tensors([result]):
+                self._unowned[tensor] = True
         return result
 
     def _are_constant(self, tensors: Sequence[Tensor]) -> bool:
@@ -87,6 +97,8 @@ class OneExample(TorchFunctionMode):
     def _rows(self, terms: Tensor) -> Tensor:
         """Terms ``(n,)`` or ``(…)`` of all examples as ``(B, …)``, one row for each example."""
         count = terms.numel() // self._size
+        if terms in self._unowned:
+            raise ObjectiveError(f"{list(terms.shape)} terms of a loss were picked by a mask")
         if not terms.numel() or count * self._size != terms.numel():
             raise ObjectiveError(f"{list(terms.shape)} terms of a loss do not belong to {self._size} examples")
         if not self._last:
@@ -122,6 +134,8 @@ class OneExample(TorchFunctionMode):
             return func(*args, **kwargs)
         given["reduction"] = "none"
         terms = func(*bound.args, **bound.kwargs)
+        if any(tensor in self._unowned for tensor in _tensors([list(given.values())])):
+            self._unowned[terms] = True
         total = self._pick(self._rows(terms)).sum()
         if reduction in ("sum", "batchmean"):
             return total
@@ -148,6 +162,13 @@ def _are_all(dims: Any, ndim: int) -> bool:
         return True
     each = [dims] if isinstance(dims, int) else dims
     return isinstance(each, (list, tuple)) and len({dim % ndim for dim in each}) == ndim
+
+
+def _picks_by_mask(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call is ``tensor[mask]``, with a mask alone or among other indices."""
+    if func is not Tensor.__getitem__ or len(args) < 2:
+        return False
+    return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors([args[1]]))
 
 
 def _is_of_one_example(tensor: Tensor) -> bool:

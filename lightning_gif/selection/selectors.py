@@ -340,7 +340,7 @@ def _other_units(
     normalisation. Units are ranked by the root-mean-square gradient of their entries.
     """
     for name, parameter in module.named_parameters():
-        if name not in names or not parameter.ndim:
+        if name not in names or not parameter.ndim or not parameter.numel():
             continue
         order = torch.arange(parameter.numel()).view(parameter.shape)
         bias = getattr(module.get_submodule(name.rpartition(".")[0]), "bias", None)
