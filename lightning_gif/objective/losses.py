@@ -324,7 +324,7 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
                 if probe.divisible or reduction is not None:
                     return batched(reduction)
     if isinstance(alone, Exception):
-        shadow.training_step(shadow.theta, probe.fewer.data)  # what fails for every batch is the user's own error
+        _raise_if_all_fail(shadow, probe)
         raise ObjectiveError(
             f"{type(shadow.module).__name__}.training_step gives no losses of single examples. For a batch of one"
             f" example it raises {type(alone).__name__}: {alone}. From a larger batch they could not be taken"
@@ -340,6 +340,21 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
     return OneByOneLoss(
         shadow, _reduction(OneByOneLoss(shadow), probe.many if probe.divisible else probe.together, alone)
     )
+
+
+def _raise_if_all_fail(shadow: Shadow, probe: Probe) -> None:
+    """Raises the error of ``training_step`` itself if it fails for a larger batch, too."""
+    try:
+        shadow.training_step(shadow.theta, probe.fewer.data)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        raise ObjectiveError(
+            f"{type(shadow.module).__name__}.training_step fails in {str(shadow.theta.dtype).removeprefix('torch.')},"
+            f" in which losses are computed here: {str(error).rstrip('.')}. If it casts its inputs to a fixed dtype,"
+            " cast them to that of the weights instead, for example x.to(self.net.weight.dtype). Without double=True"
+            " a module in float32 is evaluated as it is."
+        ) from error
 
 
 _DEFINE = """Define the losses on the module, for example:

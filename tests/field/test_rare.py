@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from lightning_gif import ObjectiveError
+
 from ..conftest import blobs
 from .reference import CONVERGED, Module, cross_entropy, dense_scores, error, fitted
 from .test_batches import Items
@@ -211,3 +213,26 @@ def test_a_collate_function_that_draws_keeps_its_rows() -> None:
     trainer = fitted(Plain(), data, noisy)
     report = trainer.influence([X[:3], Y[:3]], unconverged="ignore")
     assert report.settings["losses"] == "training_step, vectorised over examples"
+
+
+class Casting(Module):
+    """Casts its input to a dtype of its own choice."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        cast = x.float() if self.kind == "fixed" else x.to(self.net[0].weight.dtype)
+        return F.cross_entropy(self.net(cast), y)
+
+
+def test_a_step_that_casts_its_input_is_refused_in_another_dtype_with_what_to_do() -> None:
+    data = TensorDataset(X, Y)
+    query = [X[:2], Y[:2]]
+    fixed = fitted(Casting("fixed"), data)
+    with pytest.raises(ObjectiveError, match=r"fails in float64.*cast them to that of the weights.*double=True"):
+        fixed.influence(query, double=True)
+    assert fixed.influence(query, unconverged="ignore").scores.isfinite().all()
+    assert fitted(Casting("of the weights"), data).influence(query, double=True).scores.isfinite().all()
