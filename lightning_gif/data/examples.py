@@ -19,7 +19,7 @@ from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import BatchError, GIFWarning, TrainingDataError
 from .batch import Batch, joined
 from .loaders import check_loader, sampled_ids
-from .structure import describe, tensors
+from .structure import describe, equal_values, tensors
 
 __all__ = ["Examples", "warn_if_random"]
 
@@ -400,10 +400,7 @@ def warn_if_random(examples: Examples) -> bool:
         return False
     index = int(examples.ids[0])
     first, second = (examples.collate([examples.dataset[index]]) for _ in range(2))
-    same = all(
-        torch.equal(a, b) or (bool((a.isnan() == b.isnan()).all()) and torch.equal(a.nan_to_num(), b.nan_to_num()))
-        for a, b in zip(tensors(first), tensors(second), strict=True)
-    )
+    same = all(equal_values(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
     if not same:
         warnings.warn(
             "The training dataset returns different values each time an example is read (random augmentation?). The"

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import BatchError
 from .batch import Batch
 from .examples import Examples
-from .structure import leaves, same_structure, slice_batch, tensors
+from .structure import equal_values, leaves, same_structure, slice_batch, tensors
 
 __all__ = ["Probe"]
 
@@ -24,7 +24,7 @@ class Probe:
     Attributes:
         together: A few examples.
         fewer: The first of them, an even number of about half, if there are two.
-        singles: Each of them, as the collate function makes a batch of one example.
+        singles: Each of them in a batch of one: a row of ``together``, or what the collate function makes of it.
         many: More examples, to see what a few may not show.
         divisible: Whether the rows of a batch are its examples.
     """
@@ -69,20 +69,14 @@ class Probe:
             return Batch(data, ids, len(ids), divisible=False)
 
         together = batch(positions)
-        singles = tuple(batch(positions[row : row + 1]) for row in range(len(positions)))
+        alone = tuple(batch(positions[row : row + 1]) for row in range(len(positions)))
         # A collate function that draws at random makes other values each time, but rows all the same.
         draws = not _are_equal(together.data, batch(positions).data)
-        divisible = _rows_are_examples(together, None if draws else singles)
-
-        def known(given: Batch) -> Batch:
-            return replace(given, divisible=divisible)
-
-        if draws and divisible:
-            singles = tuple(known(together).slice(row, row + 1) for row in range(len(positions)))
-            fewer = known(together).slice(0, half)
-        else:
-            fewer = batch(positions[:half])
-        return cls(known(together), known(fewer), tuple(map(known, singles)), known(batch(wide)), divisible)
+        if not _rows_are_examples(together, None if draws else alone):
+            return cls(together, batch(positions[:half]), alone, batch(wide), False)
+        rows = replace(together, divisible=True)
+        singles = tuple(rows.slice(row, row + 1) for row in range(rows.size))
+        return cls(rows, rows.slice(0, half), singles, replace(batch(wide), divisible=True), True)
 
 
 def _spread(size: int, count: int) -> Tensor:
@@ -92,13 +86,7 @@ def _spread(size: int, count: int) -> Tensor:
 
 def _are_equal(one: Any, other: Any) -> bool:
     """Whether the tensors of two batches have the same values."""
-    return all(_same_values(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
-
-
-def _same_values(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    return torch.equal(one.nan_to_num(), other.nan_to_num()) if one.is_floating_point() else torch.equal(one, other)
+    return all(equal_values(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
 def _rows_are_examples(together: Batch, singles: tuple[Batch, ...] | None) -> bool:
@@ -130,9 +118,4 @@ def _is_padded(part: Any, single: Any) -> bool:
     pairs = list(zip(tensors(part), tensors(single), strict=True))
     if any(one.shape[i] < size for one, other in pairs for i, size in enumerate(other.shape)):
         return False
-    return all(
-        torch.equal(one[tuple(slice(size) for size in other.shape)].nan_to_num(), other.nan_to_num())
-        if one.is_floating_point()
-        else torch.equal(one[tuple(slice(size) for size in other.shape)], other)
-        for one, other in pairs
-    )
+    return all(equal_values(one[tuple(slice(size) for size in other.shape)], other) for one, other in pairs)

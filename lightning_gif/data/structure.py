@@ -18,6 +18,7 @@ from ..errors import BatchError
 __all__ = [
     "batch_size",
     "describe",
+    "equal_values",
     "join",
     "leaves",
     "map_tensors",
@@ -208,6 +209,14 @@ def same_form(one: Any, size: int, other: Any, other_size: int) -> bool:
         return [part.shape[1:] for part in tensors(data)], len(sequences(data, count))
 
     return form(one, size) == form(other, other_size)
+
+
+def equal_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same shape and values; NaN equals NaN."""
+    if torch.equal(one, other):
+        return True
+    same = one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.isnan(), other.isnan())
+    return same and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def describe(data: Any) -> str:

@@ -370,8 +370,6 @@ def _losses_alone(shadow: Shadow, probe: Probe) -> Tensor | Exception:
     singly = OneByOneLoss(shadow)
 
     def evaluated() -> Tensor:
-        if probe.divisible:
-            return singly.losses(shadow.theta, probe.together)
         return torch.stack([singly.evaluate(shadow.theta, single) for single in probe.singles])
 
     with torch.no_grad():
@@ -401,9 +399,7 @@ def _obstacle(loss: LossFunction, probe: Probe, expected: Tensor | None) -> str 
         """The difference between the gradients of the losses and of one example at a time."""
         theta = shadow.theta.detach().requires_grad_()
         gradient = gradient_of(loss.losses(theta, batch).sum(), theta)
-        positions = range(batch.size)
-        slices = [batch.slice(row, row + 1) for row in positions] if probe.divisible else probe.singles
-        alone = [shadow.widened(one) for one in slices]
+        alone = [shadow.widened(single) for single in probe.singles]
         rows = torch.stack([gradient_of(singly.evaluate(theta, single), theta) for single in alone])
         return distance((gradient - rows.sum(0)).norm()[None], rows.norm(dim=1).sum()[None])
 

@@ -148,14 +148,14 @@ def test_a_plot_shows_how_few_examples_carry_half_of_all_influence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scores", "told"),
+    ("scores", "title"),
     [([[0.0, 0.0]], ""), ([[2.0]], "1 of 1 examples (100 %) carries half"), ([[5.0, 1.0]], "1 of 2 examples")],
 )
-def test_a_plot_of_few_or_no_influence_is_drawn(scores: Any, told: str) -> None:
+def test_a_plot_of_few_or_no_influence_is_drawn(scores: Any, title: str) -> None:
     figure = report_of(scores).plot()
     figure.canvas.draw()
-    assert figure.axes[-1].get_title().startswith(told)
-    assert told or figure.axes[-1].texts[0].get_text() == "all scores are 0"
+    assert figure.axes[-1].get_title().startswith(title)
+    assert title or figure.axes[-1].texts[0].get_text() == "all scores are 0"
 
 
 def test_texts_that_look_like_formulas_are_drawn_as_they_are() -> None:

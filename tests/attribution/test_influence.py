@@ -338,9 +338,9 @@ def test_a_solve_that_does_not_converge_warns_or_raises_as_configured() -> None:
     with pytest.warns(ConvergenceWarning, match="Raise `max_iter` or `damping`"):
         report = trainer.influence(query, method="gif", max_iter=2, unconverged="warn")
     assert not report.solution.converged
-    with pytest.raises(ConvergenceError, match="'max_iter'") as told:
+    with pytest.raises(ConvergenceError, match="'max_iter'") as raised:
         trainer.influence(query, method="gif", max_iter=2, unconverged="raise")
-    assert "solver='lsmr'" not in str(told.value)  # which it was
+    assert "solver='lsmr'" not in str(raised.value)  # which it was
     with pytest.raises(ConvergenceError, match="or use solver='lsmr'"):
         trainer.influence(query, method="gif", solver="cgls", max_iter=2, unconverged="raise")
 
@@ -661,13 +661,13 @@ def test_damaged_scores_of_a_finished_call_are_computed_again(tmp_path: Any, mon
     assert len(solved) == 1
 
 
-@pytest.mark.parametrize("told", [5, None, [], {}, {"solutions": [1], "curvature": {}, "damping": 0.1}])
-def test_stored_solve_diagnostics_are_read_or_refused(told: Any, tmp_path: Any) -> None:
+@pytest.mark.parametrize("stored", [5, None, [], {}, {"solutions": [1], "curvature": {}, "damping": 0.1}])
+def test_stored_solve_diagnostics_are_read_or_refused(stored: Any, tmp_path: Any) -> None:
     trainer, module, dataset = fitted()
     query = batch_of(dataset, slice(0, 3))
     trainer.influence(query, scores_to=tmp_path)
     directions = {"directions": torch.empty(0, sum(parameter.numel() for parameter in module.parameters()))}
-    metadata = {"told": json.dumps(told), "digest": digest(directions, told)}
+    metadata = {"told": json.dumps(stored), "digest": digest(directions, stored)}
     save_file(directions, tmp_path / "directions-0.safetensors", metadata)
     with pytest.raises(ConfigurationError, match=r"directions-0.*its solves are repeated"):
         trainer.influence(query, scores_to=tmp_path)
@@ -1096,10 +1096,10 @@ def test_gradients_that_are_all_zero_cause_a_warning() -> None:
     nn.init.zeros_(net.bias)
     dataset = TensorDataset(-torch.rand(12, 6) - 0.1, torch.ones(12))
     trainer = asked(Dead(net), dataset, method="if", curvature="ggn")
-    with pytest.warns(GIFWarning) as told:
+    with pytest.warns(GIFWarning) as caught:
         report = trainer.influence((torch.ones(1, 6), torch.zeros(1)), damping=0.1)
     assert not report.scores.any()
-    messages = [str(warning.message) for warning in told]
+    messages = [str(warning.message) for warning in caught]
     assert any("curvature of the training loss is exactly zero" in message for message in messages)
     assert any("scored training examples have a gradient of exactly zero" in message for message in messages)
     with pytest.warns(GIFWarning, match="scored training examples have a gradient of exactly zero"):

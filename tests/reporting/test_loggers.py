@@ -77,9 +77,9 @@ def test_tensorboard_has_the_figure_the_histogram_and_the_text(tmp_path: Path) -
     figure = answer.plot()
     assert (picture.width, picture.height) == tuple((figure.get_size_inches() * figure.dpi).astype(int))
     (text,) = events.Tensors("gif/influence/report/text_summary")
-    told = text.tensor_proto.string_val[0].decode()
-    assert [line.removeprefix("    ") for line in told.splitlines()] == str(answer).splitlines()
-    assert all(line.startswith("    ") for line in told.splitlines())
+    logged = text.tensor_proto.string_val[0].decode()
+    assert [line.removeprefix("    ") for line in logged.splitlines()] == str(answer).splitlines()
+    assert all(line.startswith("    ") for line in logged.splitlines())
     (text,) = events.Tensors("gif/unlearn/report/text_summary")
     assert text.tensor_proto.string_val[0].decode().split() == str(edit).split()
     assert text.step == trainer.global_step
