@@ -24,7 +24,8 @@ class Probe:
     Attributes:
         together: A few examples.
         fewer: The first of them, an even number of about half, if there are two.
-        singles: Each of them in a batch of one: a row of ``together``, or what the collate function makes of it.
+        singles: Each of them in a batch of one: a row of ``together``, or what the collate function makes of it. None
+            if the function fails for one example.
         many: More examples, to see what a few may not show.
         divisible: Whether the rows of a batch are its examples.
     """
@@ -38,7 +39,7 @@ class Probe:
     @property
     def is_ragged(self) -> bool:
         """Whether a batch holds tensors for each of its examples, as a list of images of different sizes does."""
-        return len(tensors(self.together.data)) != len(tensors(self.singles[0].data))
+        return any(len(tensors(self.together.data)) != len(tensors(single.data)) for single in self.singles)
 
     @property
     def counts_rows(self) -> bool:
@@ -69,10 +70,13 @@ class Probe:
             return Batch(data, ids, len(ids), divisible=False)
 
         together = batch(positions)
-        alone = tuple(batch(positions[row : row + 1]) for row in range(len(positions)))
+        try:
+            alone = tuple(batch(positions[row : row + 1]) for row in range(len(positions)))
+        except Exception:  # a collate function may need several examples
+            alone = ()
         # A collate function that draws at random makes other values each time, but rows all the same.
         draws = not _are_equal(together.data, batch(positions).data)
-        if not _rows_are_examples(together, None if draws else alone):
+        if not _rows_are_examples(together, None if draws or not alone else alone):
             return cls(together, batch(positions[:half]), alone, batch(wide), False)
         rows = replace(together, divisible=True)
         singles = tuple(rows.slice(row, row + 1) for row in range(rows.size))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..data.probe import Probe
 from ..data.structure import map_tensors, tensors
-from ..errors import GIFWarning, ObjectiveError
+from ..errors import BatchError, GIFWarning, ObjectiveError
 from ..mixin import overrides
 from .autograd import close, differs, distance, gradient_of
 from .entries import Entries
@@ -368,6 +368,8 @@ _DEFINE = """Define the losses on the module, for example:
 def _losses_alone(shadow: Shadow, probe: Probe) -> Tensor | Exception:
     """The loss of each example ``(k,)`` as that of a batch of one; the error if such a batch has none."""
     singly = OneByOneLoss(shadow)
+    if not probe.singles:
+        return BatchError("the collate function makes no batch of it")
 
     def evaluated() -> Tensor:
         return torch.stack([singly.evaluate(shadow.theta, single) for single in probe.singles])

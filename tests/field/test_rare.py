@@ -236,3 +236,24 @@ def test_a_step_that_casts_its_input_is_refused_in_another_dtype_with_what_to_do
         fixed.influence(query, double=True)
     assert fixed.influence(query, unconverged="ignore").scores.isfinite().all()
     assert fitted(Casting("of the weights"), data).influence(query, double=True).scores.isfinite().all()
+
+
+def test_a_collate_function_for_pairs_serves_a_module_with_its_own_losses() -> None:
+    def pairs(items: Any) -> dict[str, Any]:
+        if len(items) < 2:
+            raise ValueError("pairs of examples are needed")
+        x, y = (torch.stack(part) for part in zip(*items, strict=True))
+        return {"x": x, "y": y}
+
+    class Own(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.influence_loss(batch).mean()
+
+        def influence_loss(self, batch: Any) -> Tensor:
+            return F.cross_entropy(self.net(batch["x"]), batch["y"], reduction="none")
+
+    data, module = TensorDataset(X, Y), Own()
+    trainer = fitted(module, data, pairs)
+    examples = [(x.double(), y) for x, y in zip(X, Y, strict=True)]
+    exact = dense_scores(module.net, lambda net, x: net(x), cross_entropy, examples, QUERY)
+    assert error(scores(trainer, data, pairs), exact) < 1e-5
