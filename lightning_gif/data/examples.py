@@ -398,8 +398,8 @@ def warn_if_random(examples: Examples) -> bool:
     """
     if examples.in_memory is not None:
         return False
-    index = int(examples.ids[0])
-    first, second = (examples.collate([examples.dataset[index]]) for _ in range(2))
+    indices = examples.ids[:2].tolist()  # a collate function may need several examples
+    first, second = (examples.collate([examples.dataset[index] for index in indices]) for _ in range(2))
     same = all(equal_values(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
     if not same:
         warnings.warn(
