@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -25,13 +26,14 @@ from .data.structure import describe
 from .defaults import check_names, for_influence, for_unlearning
 from .distributed import ProcessGroup
 from .errors import ConfigurationError, GIFWarning
+from .mixin import LossOfModule, check_loss_of_module
 from .objective.objective import Objective
 from .parameters import Targets
 from .reporting.context import CallContext
 from .reporting.loggers import log_table
 from .selection import GradientStatistics, NeuronStatistics
 from .selection.tracker import TrainingTracker, target_metrics
-from .session import Loaders, TargetsChoice, open_session
+from .session import Loaders, Session, TargetsChoice, open_session
 from .storage.audit_log import check_whole, read
 from .storage.interrupts import uninterrupted
 from .unlearning.journal import Journal
@@ -163,6 +165,9 @@ class GIFCallback(Callback):
         record: The audit log: a file, such as ``"deletions.jsonl"``, that gets an entry for each edit that is applied
             or undone. It is created if it does not exist; see :func:`~lightning_gif.verify`. An edit that cannot be
             recorded is not applied. ``None`` (default) records nothing.
+        influence_loss: A function ``(module, batch) -> (B,)`` that returns the training loss of each example of a
+            batch. It is for modules whose code you cannot change, and replaces their own ``influence_loss``, see
+            :class:`~lightning_gif.GIFMixin`. By default, losses come from the module.
 
     Raises:
         ConfigurationError: If a value is out of range or a name is unknown. It is a ``MisconfigurationException``.
@@ -198,6 +203,7 @@ class GIFCallback(Callback):
         report_options: Mapping[str, Any] | None = None,
         seed: int = 0,
         record: str | None = None,
+        influence_loss: LossOfModule | None = None,
     ) -> None:
         arguments = locals()
         super().__init__()
@@ -211,12 +217,14 @@ class GIFCallback(Callback):
         self.query = query
         self.report_options = dict(report_options or {})
         self.record = record
+        self.influence_loss = influence_loss
         self.tracker = TrainingTracker(self.settings, snapshots)
         self.reports = PeriodicReports()
         self.loaders = Loaders()
         _check_report_arguments(self)
         _check_path("record", record, "file")
         _check_record(record)
+        check_loss_of_module(influence_loss)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training, in the order of the hooks
@@ -231,7 +239,7 @@ class GIFCallback(Callback):
         """
         _check_trainer(trainer, self)
         if stage == "fit":
-            Objective.check_module(pl_module)
+            Objective.check_module(pl_module, self.influence_loss)
         self.bind(trainer)
 
     @override
@@ -244,8 +252,21 @@ class GIFCallback(Callback):
         if self.cache_neurons:
             self.tracker.attach(pl_module)
 
+    def _session(
+        self,
+        trainer: Trainer,
+        settings: Settings,
+        choice: TargetsChoice,
+        dataloader: DataLoader[Any] | None = None,
+        overrides: Overrides | None = None,
+    ) -> AbstractContextManager[Session]:
+        """The block of one call, see :func:`~lightning_gif.session.open_session`."""
+        return open_session(
+            trainer, self.tracker, self.loaders, settings, choice, dataloader, overrides, self.influence_loss
+        )
+
     def _check_query(self, trainer: Trainer) -> None:
-        with open_session(trainer, self.tracker, self.loaders, self.settings, "batch") as session:
+        with self._session(trainer, self.settings, "batch") as session:
             session.objective.check(session.examples(self.query), "query", measured=True)
 
     @override
@@ -446,7 +467,7 @@ class GIFCallback(Callback):
         on_targets = _are_on_targets(targets, overrides)
         settings = for_influence(requested, ggn=True, on_targets=on_targets)
         spill_to = _folder_for_scores(trainer)  # inside a session every trainer is in training
-        with open_session(trainer, self.tracker, self.loaders, settings, choice, dataloader, overrides) as session:
+        with self._session(trainer, settings, choice, dataloader, overrides) as session:
             scored, query = session.among(among), session.examples(batch)
             report = influence(
                 session.objective,
@@ -519,7 +540,7 @@ class GIFCallback(Callback):
         on_targets = _are_on_targets(targets, overrides)
         settings = for_influence(requested, ggn=True, on_targets=on_targets)
         choice: TargetsChoice = "cached" if targets is None else targets
-        with open_session(trainer, self.tracker, self.loaders, settings, choice, dataloader, overrides) as session:
+        with self._session(trainer, settings, choice, dataloader, overrides) as session:
             report = self_influence(
                 session.objective,
                 session.train,
@@ -611,7 +632,7 @@ class GIFCallback(Callback):
         settings = for_unlearning(check_names(self.settings.override(overrides, _keywords(self.unlearn))))
         check_step(step)
         check_tuning(tuning)
-        with open_session(trainer, self.tracker, self.loaders, settings, targets, dataloader, overrides) as session:
+        with self._session(trainer, settings, targets, dataloader, overrides) as session:
             _check_files(trainer, session.objective.processes, log, folder)
             forget = session.forget(batch)
             _check_loaders(retain=retain, unseen=unseen or None)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["GIFMixin"]
+from .errors import ConfigurationError
+
+__all__ = ["GIFMixin", "LossOfModule", "check_loss_of_module", "overrides"]
+
+
+LossOfModule = Callable[[Any, Any], Tensor]
+"""``(module, batch) -> (B,)``: the training loss of each example of a batch, see :meth:`GIFMixin.influence_loss`."""
 
 
 class GIFMixin:
@@ -16,6 +23,7 @@ class GIFMixin:
     Without them, the loss of an example is the loss that ``training_step`` returns for a batch of this one example.
     Override :meth:`influence_loss` if that does not work: with manual optimization, or with losses that couple the
     examples of a batch. Override it also for speed, if a warning says that examples are evaluated one after the other.
+    For a class that you cannot change, pass a function: ``GIFCallback(influence_loss=…)``.
 
     The methods are called with the module in evaluation mode: dropout is off, and normalisation uses running
     statistics. Parameters and buffers can be replaced by other tensors, also under ``torch.func`` transforms. So use
@@ -77,3 +85,21 @@ def overrides(module: object, name: str) -> bool:
         return True
     method = getattr(type(module), name, None)
     return method is not None and method is not getattr(GIFMixin, name)
+
+
+def check_loss_of_module(given: Any) -> None:
+    """Checks the ``influence_loss`` of a callback.
+
+    Raises:
+        ConfigurationError: If it is neither ``None`` nor a function that can be called with a module and a batch.
+    """
+    if given is None:
+        return
+    try:
+        inspect.signature(given).bind("module", "batch")
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            "`influence_loss` must be a function (module, batch) -> (B,) that returns one loss for each example, got"
+            f" {given!r}: {error}. For example: lambda module, batch: F.cross_entropy(module(batch[0]), batch[1],"
+            " reduction='none')."
+        ) from error

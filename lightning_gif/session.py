@@ -24,6 +24,7 @@ from .data.structure import describe, tensors
 from .defaults import for_influence, needs_no_cache
 from .distributed import ProcessGroup
 from .errors import BatchError, ConfigurationError, GIFError, GIFWarning, SelectionError, TrainingDataError
+from .mixin import LossOfModule
 from .objective.objective import Objective
 from .parameters import Targets
 from .selection.tracker import TrainingTracker
@@ -302,6 +303,7 @@ def open_session(
     choice: TargetsChoice,
     dataloader: DataLoader[Any] | None = None,
     overrides: Overrides | None = None,
+    influence_loss: LossOfModule | None = None,
 ) -> Iterator[Session]:
     """Opens the objective and the training data for one call. All processes must make the same call.
 
@@ -313,6 +315,7 @@ def open_session(
         choice: How the call chooses targets.
         dataloader: A loader of the training data; by default the one of ``fit``.
         overrides: The settings that the call changes.
+        influence_loss: A function from the module and a batch to the losses of its examples, if one was given.
 
     Raises:
         ConfigurationError: If ``choice`` is unknown, if the trainer has no model, or if processes make different calls.
@@ -337,7 +340,14 @@ def open_session(
                 " state was loaded. Call fit, pass targets='batch' to rank neurons on the given batch, or use"
                 " lightning_gif.attach(trainer, model, …) for a model that was trained elsewhere."
             )
-        opened = Objective.open(trainer, module, seed=settings.seed, double=settings.double, processes=processes)
+        opened = Objective.open(
+            trainer,
+            module,
+            seed=settings.seed,
+            double=settings.double,
+            processes=processes,
+            influence_loss=influence_loss,
+        )
         with opened as objective:
             train = _training_examples(trainer, loader, objective, settings, given=dataloader is not None)
             repicks = not (overrides or {}).keys().isdisjoint(("selector", "ratio", "seed"))

@@ -15,7 +15,6 @@ from ..data.batch import Batch
 from ..data.probe import Probe
 from ..data.structure import map_tensors, tensors
 from ..errors import BatchError, GIFWarning, ObjectiveError
-from ..mixin import overrides
 from .autograd import close, differs, distance, gradient_of
 from .entries import Entries
 from .reductions import OneExample
@@ -108,13 +107,14 @@ class LossFunction(ABC):
 
 
 class OwnLoss(LossFunction):
-    """The losses that the module's ``influence_loss`` returns."""
+    """The losses that ``influence_loss`` returns: the module's method, or the function that was given."""
 
     origin = "influence_loss"
     any_structure = True
 
     def evaluate(self, theta: Tensor, batch: Batch, *, buffers: dict[str, Tensor] | None = None) -> Tensor:
-        return self.shadow.per_example(theta, "influence_loss", batch.data, buffers=buffers)
+        assert self.shadow.influence_loss is not None  # else this class is not chosen
+        return self.shadow.per_example(theta, self.shadow.influence_loss, batch.data, buffers=buffers)
 
     def sum_of(self, evaluated: Tensor, batch: Batch) -> Tensor:
         return evaluated.sum()
@@ -293,9 +293,9 @@ class BatchedLoss(StepLoss):
 def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
     """Chooses the loss function of a module after trying ``training_step`` on a few examples.
 
-    The choice is ``influence_loss`` if the module defines it, else the first of these that gives the losses and the
-    gradients of one example at a time: ``training_step`` vectorised over examples, ``training_step`` for whole batches.
-    Else it is one example at a time, with a warning.
+    The choice is ``influence_loss`` if it is given or the module defines it. Else it is the first of these that gives
+    the losses and the gradients of one example at a time: ``training_step`` vectorised over examples, ``training_step``
+    for whole batches. Else it is one example at a time, with a warning.
 
     Args:
         shadow: The module.
@@ -304,7 +304,7 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
     Raises:
         ObjectiveError: If ``training_step`` gives no losses of single examples.
     """
-    if overrides(shadow.module, "influence_loss"):
+    if shadow.influence_loss is not None:
         return OwnLoss(shadow)
     alone = _losses_alone(shadow, probe)
     expected = None if isinstance(alone, Exception) else alone
@@ -362,7 +362,8 @@ _DEFINE = """Define the losses on the module, for example:
     def influence_loss(self, batch):
         x, y = batch
         return F.cross_entropy(self(x), y, reduction="none")  # one loss for each example, (B,)
-"""
+
+Or pass such a function, whose first argument is the module, as GIFCallback(influence_loss=...)."""
 
 
 def _losses_alone(shadow: Shadow, probe: Probe) -> Tensor | Exception:

@@ -19,7 +19,7 @@ from ..data.probe import Probe
 from ..data.structure import describe, map_tensors, same_structure, tensors
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import BatchError, ConfigurationError, NonFiniteError, ObjectiveError
-from ..mixin import overrides
+from ..mixin import LossOfModule, overrides
 from ..selection import GradientStatistics, NeuronStatistics
 from . import derivatives, outputs
 from .batchnorm import refreshed_statistics
@@ -45,9 +45,9 @@ _FEW_DIRECTIONS = 14
 class Objective:
     """The per-example training losses of a module as a function ``θ ↦ (B,)`` of a flat vector of its parameters.
 
-    If the module defines ``influence_loss``, it gives the losses. Otherwise the loss of an example is *defined* as the
-    result of ``training_step`` for a batch of that one example, in evaluation mode. :meth:`learn_structure` chooses
-    how it is computed, see :mod:`~lightning_gif.objective.losses`.
+    If ``influence_loss`` is given, or the module defines it, it gives the losses. Otherwise the loss of an example is
+    *defined* as the result of ``training_step`` for a batch of that one example, in evaluation mode.
+    :meth:`learn_structure` chooses how it is computed, see :mod:`~lightning_gif.objective.losses`.
 
     Create an objective with :meth:`open`. Inside that block the module is in evaluation mode on the trainer's device.
     At its end parameters, buffers, metrics, attributes, train/eval flags and random generators are as before, and
@@ -77,7 +77,7 @@ class Objective:
         self.space = shadow.space
         self.device = shadow.device
         self._own_measurement = overrides(shadow.module, "influence_measurement")
-        self._loss: LossFunction | None = OwnLoss(shadow) if overrides(shadow.module, "influence_loss") else None
+        self._loss: LossFunction | None = None if shadow.influence_loss is None else OwnLoss(shadow)
         self._directional: derivatives.DirectionalDerivatives = derivatives.forward_mode
         self.divisible = True  # whether batches of the training data can be divided into examples
         self._counts_rows = True  # whether the size of a batch shows in the first dimension of its tensors
@@ -90,16 +90,19 @@ class Objective:
         return "influence_measurement" if self._own_measurement else "loss"
 
     @staticmethod
-    def check_module(module: LightningModule) -> None:
+    def check_module(module: LightningModule, influence_loss: LossOfModule | None = None) -> None:
         """Checks that the module can give a loss outside the training loop.
 
         Raises:
-            ConfigurationError: If the module does not define ``influence_loss``, and it optimises manually or its
+            ConfigurationError: If there is no ``influence_loss``, and the module optimises manually or its
                 ``training_step`` takes a ``dataloader_iter``.
         """
-        if overrides(module, "influence_loss"):
+        if influence_loss is not None or overrides(module, "influence_loss"):
             return
-        remedy = "Define `influence_loss(self, batch) -> (B,)` on it (see GIFMixin)."
+        remedy = (
+            "Define `influence_loss(self, batch) -> (B,)` on it (see GIFMixin), or pass such a function as"
+            " GIFCallback(influence_loss=...)."
+        )
         if not module.automatic_optimization:
             raise ConfigurationError(
                 f"{type(module).__name__} optimises manually: calling its training_step to get a loss would step the"
@@ -121,6 +124,7 @@ class Objective:
         seed: int = 0,
         double: bool = False,
         processes: ProcessGroup = SINGLE_PROCESS,
+        influence_loss: LossOfModule | None = None,
     ) -> Iterator[Objective]:
         """A block that yields the objective and restores the module at its end.
 
@@ -130,12 +134,17 @@ class Objective:
             seed: Seed of random numbers that a loss may draw.
             double: Compute in float64 instead of float32.
             processes: See the class.
+            influence_loss: A function from the module and a batch to the losses of its examples, which replaces the
+                module's own.
 
         Raises:
             ConfigurationError: If the module cannot give a loss, or the processes do not have the same parameters.
         """
-        cls.check_module(module)
-        opened = Shadow.open(trainer, module, trainer.strategy.root_device, processes, seed=seed, double=double)
+        cls.check_module(module, influence_loss)
+        device = trainer.strategy.root_device
+        opened = Shadow.open(
+            trainer, module, device, processes, seed=seed, double=double, influence_loss=influence_loss
+        )
         with opened as shadow:
             yield cls(trainer, shadow, processes)
 
@@ -309,7 +318,7 @@ class Objective:
         """The loss function.
 
         Raises:
-            ObjectiveError: Before :meth:`learn_structure`, unless the module defines ``influence_loss``.
+            ObjectiveError: Before :meth:`learn_structure`, unless there is an ``influence_loss``.
         """
         if self._loss is None:
             raise ObjectiveError(

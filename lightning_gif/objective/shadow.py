@@ -16,6 +16,7 @@ from ..data.batch import Batch
 from ..data.structure import describe, map_tensors, tensors
 from ..distributed import ProcessGroup
 from ..errors import ObjectiveError
+from ..mixin import LossOfModule, overrides
 from ..parameters import ParameterSpace
 from ..storage.digests import digest
 from ..storage.interrupts import uninterrupted
@@ -51,9 +52,12 @@ class Shadow:
         device: Where everything is computed.
         seed: Of random numbers that a loss may draw. It is set before every call, so that the loss is one function.
         common: The first process's buffers, where they are not this one's.
+        influence_loss: A function that gives the losses, see :meth:`open`.
 
     Attributes:
         state: The parameters and buffers to compute with, by default the module's own.
+        influence_loss: What gives the losses of single examples: a function of the module and the batch, or
+            ``"influence_loss"`` if the module defines that method. ``None`` if neither exists.
         metrics: The module's metrics.
     """
 
@@ -67,6 +71,7 @@ class Shadow:
         device: torch.device,
         seed: int = 0,
         common: Mapping[str, Tensor] | None = None,
+        influence_loss: LossOfModule | None = None,
     ) -> None:
         self.module = module
         self.space = space
@@ -76,6 +81,8 @@ class Shadow:
         self.metrics = inside.metrics
         self._attributes = inside.attributes
         self._common = common or {}
+        defined = "influence_loss" if overrides(module, "influence_loss") else None
+        self.influence_loss: LossOfModule | str | None = influence_loss or defined
 
     @classmethod
     @contextlib.contextmanager
@@ -88,6 +95,7 @@ class Shadow:
         *,
         seed: int = 0,
         double: bool = False,
+        influence_loss: LossOfModule | None = None,
     ) -> Iterator[Shadow]:
         """A block that yields the shadow of a module and restores the module at its end.
 
@@ -98,6 +106,8 @@ class Shadow:
             processes: The process group.
             seed: See the class.
             double: Compute in float64 instead of float32.
+            influence_loss: A function from the module and a batch to the losses of its examples, which replaces the
+                module's own.
 
         Raises:
             ConfigurationError: If the processes do not have the same parameters.
@@ -108,7 +118,9 @@ class Shadow:
         with isolation.isolated(trainer, module, device, dtype, processes) as inside:
             theta = space.flatten(module, dtype)
             common = _common_buffers(module, processes)
-            yield cls(module, space, theta, inside, device=device, seed=seed, common=common)
+            yield cls(
+                module, space, theta, inside, device=device, seed=seed, common=common, influence_loss=influence_loss
+            )
 
     @property
     def theta(self) -> Tensor:
@@ -160,8 +172,12 @@ class Shadow:
         values = {**dict(self.module.named_buffers()), **self._common, **self.state.statistics}
         return {name: widen(buffer.detach().clone(), dtype) for name, buffer in values.items()}
 
-    def call(self, theta: Tensor, method: str, *args: Any, buffers: dict[str, Tensor] | None = None) -> Any:
-        """Calls a method of the module with the parameters ``theta``; the result is differentiable in ``theta``.
+    def call(
+        self, theta: Tensor, method: str | LossOfModule, *args: Any, buffers: dict[str, Tensor] | None = None
+    ) -> Any:
+        """Calls a method of the module, or a function of it, with the parameters ``theta``.
+
+        The result is differentiable in ``theta``.
 
         The module gets copies of all parameters, trainable and frozen, and of its buffers. A step may write to them, as
         momentum encoders and weight clipping do. Detecting such writes instead would not be cheaper: version counters
@@ -170,8 +186,8 @@ class Shadow:
 
         Args:
             theta: Parameters ``(p,)``.
-            method: The name of the method.
-            args: Its arguments.
+            method: The name of the method, or a function whose first argument is the module.
+            args: The other arguments.
             buffers: Buffers by name that the method may change. By default it gets copies.
         """
         values = self.buffers(theta.dtype) if buffers is None else buffers
@@ -187,7 +203,7 @@ class Shadow:
             torch.manual_seed(self.seed)
         with replaced(self.module, {**values, **frozen, **trainable}):
             try:
-                return getattr(self.module, method)(*args)
+                return getattr(self.module, method)(*args) if isinstance(method, str) else method(self.module, *args)
             finally:
                 self._attributes.reset()
 
@@ -208,7 +224,9 @@ class Shadow:
             )
         return loss.reshape(())
 
-    def per_example(self, theta: Tensor, method: str, data: Any, *, buffers: dict[str, Tensor] | None = None) -> Tensor:
+    def per_example(
+        self, theta: Tensor, method: str | LossOfModule, data: Any, *, buffers: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """The values ``(B,)`` that ``influence_loss`` or ``influence_measurement`` returns for a prepared batch.
 
         Raises:
@@ -218,8 +236,9 @@ class Shadow:
         sizes = {tensor.shape[0] for tensor in tensors(data) if tensor.ndim}
         if not isinstance(values, Tensor) or values.ndim != 1 or (sizes and len(values) not in sizes):
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            name = f"{type(self.module).__name__}.{method}" if isinstance(method, str) else "`influence_loss`"
             raise ObjectiveError(
-                f"{type(self.module).__name__}.{method} must return one value for each example, shape (B,), not"
+                f"{name} must return one value for each example, shape (B,), not"
                 f" {shape} for a batch {describe(data)}. With a loss of PyTorch, pass reduction='none'."
             )
         return values
