@@ -2,56 +2,37 @@
 
 from __future__ import annotations
 
-import inspect
-import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from typing_extensions import Unpack, override
+from typing_extensions import override
 
-from ._compat import Callback, LightningModule, Trainer, attach_model, rank_zero_warn, unsupported_strategy
-from .attribution.influence import influence
+from ._compat import Callback, LightningModule, Trainer, attach_model, unsupported_strategy
 from .attribution.periodic import HISTORY_COLUMNS, PeriodicReports
 from .attribution.report import InfluenceReport
-from .attribution.self_influence import self_influence
-from .config import AUTO, Overrides, Settings, check_count
-from .data.structure import describe
-from .defaults import check_names, for_influence, for_unlearning
+from .calls import TrainerCalls, check_path, check_record, keywords, log_to_each
+from .config import AUTO, Settings, check_count
+from .defaults import check_names
 from .distributed import ProcessGroup
-from .errors import ConfigurationError, GIFWarning
+from .errors import ConfigurationError
 from .mixin import LossOfModule, check_loss_of_module
 from .objective.objective import Objective
 from .parameters import Targets
-from .reporting.context import CallContext
 from .reporting.loggers import log_table
 from .selection import GradientStatistics, NeuronStatistics
 from .selection.tracker import TrainingTracker, target_metrics
-from .session import Loaders, Session, TargetsChoice, open_session
-from .storage.audit_log import check_whole, read
-from .storage.interrupts import uninterrupted
-from .unlearning.journal import Journal
-from .unlearning.record import EditContext
-from .unlearning.report import UnlearnReport
-from .unlearning.tuning import Tuning
-from .unlearning.unlearn import Step, check_step, check_tuning, unlearn
+from .session import Loaders
 
 __all__ = ["GIFCallback", "attach"]
 
 _CHECKPOINT_KEY = "lightning_gif"
 
-_SCORES_FOLDER = "lightning_gif_scores"
 
-_Report = TypeVar("_Report", InfluenceReport, UnlearnReport)
-
-
-class GIFCallback(Callback):
+class GIFCallback(TrainerCalls, Callback):
     """Adds ``trainer.influence``, ``trainer.self_influence`` and ``trainer.unlearn`` to a trainer.
 
     During ``fit`` the callback gathers statistics from the forward and backward passes of training: the mean output and
@@ -222,8 +203,8 @@ class GIFCallback(Callback):
         self.reports = PeriodicReports()
         self.loaders = Loaders()
         _check_report_arguments(self)
-        _check_path("record", record, "file")
-        _check_record(record)
+        check_path("record", record, "file")
+        check_record(record)
         check_loss_of_module(influence_loss)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -252,21 +233,8 @@ class GIFCallback(Callback):
         if self.cache_neurons:
             self.tracker.attach(pl_module)
 
-    def _session(
-        self,
-        trainer: Trainer,
-        settings: Settings,
-        choice: TargetsChoice,
-        dataloader: DataLoader[Any] | None = None,
-        overrides: Overrides | None = None,
-    ) -> AbstractContextManager[Session]:
-        """The block of one call, see :func:`~lightning_gif.session.open_session`."""
-        return open_session(
-            trainer, self.tracker, self.loaders, settings, choice, dataloader, overrides, self.influence_loss
-        )
-
     def _check_query(self, trainer: Trainer) -> None:
-        with self._session(trainer, self.settings, "batch") as session:
+        with self.open_session(trainer, self.settings, "batch") as session:
             session.objective.check(session.examples(self.query), "query", measured=True)
 
     @override
@@ -310,7 +278,7 @@ class GIFCallback(Callback):
             ask = partial(self.influence, trainer, self.query, **self.report_options)
             if self.reports.make(epoch, ask) and self.log_reports:
                 table = "gif/influence/history", HISTORY_COLUMNS, self.reports.history
-                _log(trainer, lambda logger: log_table([logger], *table))
+                log_to_each(trainer, lambda logger: log_table([logger], *table))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -390,292 +358,6 @@ class GIFCallback(Callback):
         """The last report that was computed during ``fit``, or ``None``."""
         return self.reports.last
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # The methods of the trainer
-    # ----------------------------------------------------------------------------------------------------------------
-
-    def influence(
-        self,
-        trainer: Trainer,
-        batch: Any,
-        *,
-        k: int = 10,
-        per_example: bool = False,
-        targets: TargetsChoice | None = None,
-        among: Sequence[int] | Callable[[Any], Tensor] | None = None,
-        scores_to: str | os.PathLike[str] | None = None,
-        keep: int | None = None,
-        snapshots: bool = False,
-        dataloader: DataLoader[Any] | None = None,
-        **overrides: Unpack[Overrides],
-    ) -> InfluenceReport:
-        """Scores every training example by how removing it would change the model's loss on a batch.
-
-        Bound to the trainer as ``trainer.influence(batch, …)``. A score is the predicted change of the loss, in the
-        unit of the loss. It is positive for a proponent: removing the example would raise the loss. It is negative for
-        an opponent: removing the example would lower the loss.
-
-        Args:
-            trainer: The trainer; ``trainer.influence`` fills it in.
-            batch: The query: a batch as the training loader yields them, or a ``DataLoader``. Its mean loss is
-                attributed, or the mean of ``influence_measurement`` if the module overrides it.
-            k: The number of proponents, and of opponents, that are shown and logged; 10 by default.
-            per_example: Whether each example of the batch is a query of its own. By default the query is their mean.
-            targets: The parameters that scores are restricted to; by default all parameters are used. ``"cached"``: the
-                targets picked at the end of the last epoch. ``"class"``: neurons are ranked by the training statistics
-                of the batch's classes. ``"batch"``: neurons are ranked on the batch, as in the GIF paper. If
-                ``selector``, ``ratio`` or a method with targets is given, the default is ``"cached"``.
-            among: The training examples to score: dataset indices, or a function from a batch to one truth value for
-                each of its examples. By default all. The scores of an example do not depend on this choice.
-            scores_to: A folder to which scores are written as they are computed, if they do not fit into memory. After
-                an interruption, the same call computes only the missing scores. A call with other weights, queries,
-                settings or data raises an error (data are compared by index and by the contents of 64 examples). By
-                default, scores are kept in memory. If they take more than half of ``memory``, a folder below the
-                trainer's ``default_root_dir`` is used, and a message names it.
-            keep: Keep only this many of the highest, and of the lowest, scores of each query; at least ``k``. By
-                default all scores are kept. Use it for many queries.
-            snapshots: Whether to average the scores over the current weights and the snapshots of training. This
-                predicts retraining better, and costs a solve and a scoring pass for each snapshot.
-            dataloader: A loader of the training data; by default the one of ``fit``.
-            **overrides: Arguments of the constructor to change for this call: those from ``selector`` to
-                ``unconverged``, and ``seed``.
-
-        Returns:
-            Scores ``(n_queries, n_train)`` with the dataset index of each training example.
-
-        Raises:
-            ConfigurationError: If an argument is invalid or the trainer is not supported.
-            TrainingDataError: If there is no training loader, or its examples have no stable index.
-            SelectionError: If no targets can be picked, for example before any ``fit``.
-            BatchError: If the batch is empty, or does not have the structure of the training batches.
-            ObjectiveError: If the loss of single examples cannot be computed, or does not depend on the targets.
-            NonFiniteError: If a loss, a gradient or a product is NaN or infinite.
-            ConvergenceError: If a solve diverges, or does not converge and ``unconverged="raise"``.
-        """
-        requested = check_names(self.settings.override(overrides, _keywords(self.influence)))
-        check_count("k", k)
-        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < k):
-            raise ConfigurationError(
-                f"`keep` must be None or a whole number of at least k={k}, the number of shown examples, got {keep!r}."
-            )
-        if keep is not None and scores_to is not None:
-            raise ConfigurationError(
-                "`scores_to` writes all scores, but `keep` keeps only the highest and lowest. Give only one of them."
-            )
-        states = _snapshot_states(self.tracker, snapshots)
-        choice: TargetsChoice = "cached" if targets is None else targets
-        on_targets = _are_on_targets(targets, overrides)
-        settings = for_influence(requested, ggn=True, on_targets=on_targets)
-        spill_to = _folder_for_scores(trainer)  # inside a session every trainer is in training
-        with self._session(trainer, settings, choice, dataloader, overrides) as session:
-            scored, query = session.among(among), session.examples(batch)
-            report = influence(
-                session.objective,
-                session.train,
-                query,
-                session.influence_settings(requested, on_targets=on_targets, queries=len(query) if per_example else 1),
-                partial(session.choose_targets, query, choice),
-                per_example=per_example,
-                among=scored,
-                scores_to=None if scores_to is None else Path(scores_to),
-                spill_to=spill_to,
-                keep=keep,
-                states=states,
-                k=k,
-                context=_context(trainer),
-            )
-        return _logged(trainer, report, self.log_reports)
-
-    def self_influence(
-        self,
-        trainer: Trainer,
-        *batch: Any,
-        k: int = 10,
-        targets: Literal["cached"] | None = None,
-        among: Sequence[int] | Callable[[Any], Tensor] | None = None,
-        snapshots: bool = False,
-        dataloader: DataLoader[Any] | None = None,
-        **overrides: Unpack[Overrides],
-    ) -> InfluenceReport:
-        """Scores every training example by how removing it would change the model's loss on that example.
-
-        Bound to the trainer as ``trainer.self_influence(…)``. A high score means that the model had to memorize the
-        example. Look there first for wrong labels, for duplicates with other labels, and for data unlike the rest.
-
-        Args:
-            trainer: The trainer; ``trainer.self_influence`` fills it in.
-            *batch: Not accepted. To score some examples only, pass ``among``.
-            k: The number of examples with the highest, and with the lowest, scores that are shown and logged; 10 by
-                default.
-            targets: ``"cached"`` restricts scores to the cached targets; by default all parameters are used, see
-                :meth:`influence`.
-            among: As in :meth:`influence`.
-            snapshots: As in :meth:`influence`, at the cost of a sketch and a pass for each snapshot. With snapshots,
-                scores also show wrong labels that are fully memorized at the end of training.
-            dataloader: As in :meth:`influence`.
-            **overrides: As in :meth:`influence`. With more than 1024 parameters, ``max_iter`` is the rank of a sketch,
-                64 by default. A higher rank makes the size of scores more accurate; their order hardly changes.
-
-        Returns:
-            One row of scores, ``(1, n_train)``; see
-            :func:`~lightning_gif.attribution.self_influence.self_influence`.
-
-        Raises:
-            GIFError: As in :meth:`influence`.
-        """
-        if batch:
-            raise ConfigurationError(
-                "trainer.self_influence takes no batch, because each training example is its own query, got"
-                f" {describe(batch[0])}. To score some training examples, pass among=[17, 4031] or a function from a"
-                " batch to truth values. To explain the loss on a batch, call trainer.influence(batch)."
-            )
-        if targets not in (None, "cached"):
-            raise ConfigurationError(
-                "`targets` of trainer.self_influence must be None (all parameters) or 'cached', because there is no"
-                f" batch to rank neurons on, got {targets!r}."
-            )
-        states = _snapshot_states(self.tracker, snapshots)
-        requested = check_names(self.settings.override(overrides, _keywords(self.self_influence)))
-        check_count("k", k)
-        on_targets = _are_on_targets(targets, overrides)
-        settings = for_influence(requested, ggn=True, on_targets=on_targets)
-        choice: TargetsChoice = "cached" if targets is None else targets
-        with self._session(trainer, settings, choice, dataloader, overrides) as session:
-            report = self_influence(
-                session.objective,
-                session.train,
-                session.influence_settings(requested, on_targets=on_targets, queries=len(session.train), itself=True),
-                partial(session.choose_targets, session.train, "cached"),
-                among=session.among(among),
-                states=states,
-                k=k,
-                context=_context(trainer),
-            )
-        return _logged(trainer, report, self.log_reports)
-
-    def unlearn(
-        self,
-        trainer: Trainer,
-        batch: Any,
-        *,
-        relabel: Tensor | int | Callable[[Any], Tensor] | None = None,
-        retain: DataLoader[Any] | None = None,
-        unseen: DataLoader[Any] | Literal[False] | None = None,
-        step: Step = "relinearise",
-        targets: TargetsChoice = "batch",
-        dataloader: DataLoader[Any] | None = None,
-        refresh_statistics: bool = False,
-        dry_run: bool = False,
-        record: str | os.PathLike[str] | Literal[False] | None = None,
-        solves_to: str | os.PathLike[str] | None = None,
-        tuning: Tuning | None = None,
-        **overrides: Unpack[Overrides],
-    ) -> UnlearnReport:
-        """Edits the targets so that the model behaves as if trained without some examples, or with other labels.
-
-        Bound to the trainer as ``trainer.unlearn(batch, …)``. Only target parameters change, and BatchNorm statistics
-        on request. The state of the optimizer (momentum, averages) still depends on the forgotten data: create a new
-        optimizer before you train further.
-
-        Args:
-            trainer: The trainer; ``trainer.unlearn`` fills it in.
-            batch: The forget examples, with the labels they were trained with. A list, range or array of integers gives
-                their dataset indices. A function from a batch to one truth value for each of its examples is called on
-                all training data, such as ``lambda batch: batch[1] == 3``. The examples of a batch or a ``DataLoader``
-                are looked up in the training data: by dataset index if the loader is over the training dataset or a
-                ``Subset`` of it, otherwise by content. All other training examples are retained.
-            relabel: The new labels of the forget examples; ``None`` (default) removes the examples. A tensor, an array
-                or a list in the order of the batch or of the indices, one label for all, or a function from a batch to
-                its new targets. If ``batch`` is a loader, the order is that of its dataset, which may be a ``Subset``.
-                If ``batch`` is a function, the order is that of the training dataset.
-            retain: A loader of all data to keep; by default the rest of the training data. After earlier edits, pass
-                the data that they retained.
-            unseen: A loader of examples like the training data that the model was not trained on. An edit gives
-                memorized examples losses like those of unseen examples. By default the validation loader of ``fit``, if
-                its batches have the structure of training batches, else a note in the report says why not; ``False``
-                for none. Fewer than 20 examples are not used. Never pass test data, because unseen data decide how far
-                an edit goes.
-            step: How far the edit goes. This is decided on the forget, retained and unseen data.
-                ``"relinearise"`` (default): up to twelve changes that lower the risk, each solved at the weights after
-                the previous one. ``"search"``: one change, with the best step size for the goal. ``"natural"``: one
-                change with step size 1, which theory predicts. A number: one change with this step size. A function, or
-                a name in ``lightning_gif.STRATEGIES``: a strategy, see :mod:`lightning_gif.unlearning.strategies`.
-                :class:`~lightning_gif.unlearning.goals.Goal` describes the goals.
-            targets: As in :meth:`influence`; ``"batch"`` by default, because neurons should be ranked on the forget
-                examples.
-            dataloader: A loader of the training data; by default the one of ``fit``.
-            refresh_statistics: Whether to recompute the running means and variances of BatchNorm over the retained and
-                corrected data, since the forget examples contributed to them. They become a part of the edit, so that
-                undo restores them. ``False`` by default.
-            dry_run: Whether to compute and measure the edit without applying or recording it; ``report.apply()`` does
-                both later. ``False`` by default.
-            record: The audit log; by default the one of the callback. ``False`` records nothing.
-            solves_to: A folder to which each solved change is written. After an interruption, the same call solves only
-                for the missing changes. A call with other weights, settings or data raises an error. A change of a
-                registered function is not noticed if its name stays the same. A dry run leaves the folder for the call
-                that applies the edit, which removes it. By default nothing is written.
-            tuning: Tuned numbers other than the defaults, see :class:`~lightning_gif.unlearning.Tuning`.
-            **overrides: As in :meth:`influence`.
-
-        Returns:
-            The report, with the edit, the losses before and after it, ``undo()`` and ``save()``. Edits add up: each
-            starts from the weights after the previous one. Undo them in reverse order.
-
-        Raises:
-            RecordError: If the audit log is damaged or cannot be written.
-            GIFError: As in :meth:`influence`. The weights are then unchanged.
-        """
-        log = self.record if record is None else None if record is False else record
-        _check_path("record", log, "file")
-        _check_path("solves_to", solves_to, "folder")
-        folder = None if solves_to is None else Path(solves_to)
-        settings = for_unlearning(check_names(self.settings.override(overrides, _keywords(self.unlearn))))
-        check_step(step)
-        check_tuning(tuning)
-        with self._session(trainer, settings, targets, dataloader, overrides) as session:
-            _check_files(trainer, session.objective.processes, log, folder)
-            forget = session.forget(batch)
-            _check_loaders(retain=retain, unseen=unseen or None)
-            unseen_examples, why_not_unseen = session.unseen(unseen)
-            report = unlearn(
-                session.objective,
-                session.train,
-                forget,
-                settings,
-                partial(session.choose_targets, forget, targets),
-                relabel=relabel,
-                retain=None if retain is None else session.examples(retain),
-                unseen=unseen_examples,
-                why_not_unseen=why_not_unseen,
-                step=step,
-                refresh_statistics=refresh_statistics,
-                solves_to=folder,
-                tuning=tuning,
-                context=EditContext(
-                    **vars(_context(trainer)),
-                    module=trainer.lightning_module,
-                    record=log,
-                    has_optimizer=bool(trainer.optimizers),
-                ),
-            )
-        _logged(trainer, report, self.log_reports)
-        if not dry_run:  # after everything that can fail, because without its report an edit cannot be undone
-            _apply(trainer, report, folder)
-        return report
-
-    def bind(self, trainer: Trainer) -> None:
-        """Adds the three methods to the trainer."""
-        # Partial objects can be pickled with the trainer; lambdas could not.
-        trainer.influence = partial(self.influence, trainer)
-        trainer.self_influence = partial(self.self_influence, trainer)
-        trainer.unlearn = partial(self.unlearn, trainer)
-
-
-def _keywords(method: Callable[..., Any]) -> list[str]:
-    """The names of a method's keyword-only arguments."""
-    parameters = inspect.signature(method).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-
 
 def _check_report_arguments(callback: GIFCallback) -> None:
     every, query, options = callback.report_every_n_epochs, callback.query, callback.report_options
@@ -687,43 +369,9 @@ def _check_report_arguments(callback: GIFCallback) -> None:
         )
     if options and every is None:
         raise ConfigurationError("`report_options` needs `report_every_n_epochs`, which was not given.")
-    known = _keywords(callback.influence)
+    known = keywords(callback.influence)
     settings = {name: value for name, value in options.items() if name not in known}
     check_names(callback.settings.override(settings, known))  # type: ignore[arg-type]
-
-
-def _check_path(name: str, path: Any, kind: str) -> None:
-    if path is not None and not (isinstance(path, (str, os.PathLike)) and os.fspath(path)):
-        raise ConfigurationError(f"`{name}` must be the path of a {kind}, or None, got {path!r}.")
-
-
-def _check_record(path: Any) -> None:
-    """Checks that an entry can be added to an audit log, before an edit is computed."""
-    if path is None:
-        return
-    if os.path.isdir(path):
-        raise ConfigurationError(f"`record` must be a file, but {os.fspath(path)!r} is a folder.")
-    if os.path.exists(path):
-        check_whole(read(path), path)
-
-
-def _check_files(trainer: Trainer, processes: ProcessGroup, record: Any, folder: Path | None) -> None:
-    """Checks that all processes are given the same files, and that rank 0 can write them."""
-    paths = [None if path is None else os.fspath(path) for path in (record, folder)]
-    processes.assert_equal(paths, "record and solves_to", "Make the same call on all of them.")
-    if trainer.is_global_zero:
-        _check_record(record)
-        if folder is not None:
-            Journal.check(folder)
-
-
-def _check_loaders(**loaders: Any) -> None:
-    for name, given in loaders.items():
-        if given is not None and not isinstance(given, DataLoader):
-            raise ConfigurationError(
-                f"`{name}` must be a DataLoader, got {type(given).__name__}. By default, `retain` is the rest of the"
-                " training data, and `unseen` is the validation data of `fit`."
-            )
 
 
 def _check_trainer(trainer: Trainer, callback: GIFCallback) -> None:
@@ -739,77 +387,6 @@ def _check_trainer(trainer: Trainer, callback: GIFCallback) -> None:
             " train without the callback, gather the weights in a checkpoint, and use lightning_gif.attach() on a"
             " Trainer with devices=1."
         )
-
-
-def _are_on_targets(targets: TargetsChoice | None, overrides: Overrides) -> bool:
-    """Whether the arguments of a call restrict scores to target parameters, apart from ``method``."""
-    return targets is not None or not overrides.keys().isdisjoint(("selector", "ratio"))
-
-
-def _snapshot_states(tracker: TrainingTracker, wanted: bool) -> dict[int, dict[str, Tensor]]:
-    """The snapshots of training by epoch; empty unless they are wanted.
-
-    Raises:
-        ConfigurationError: If they are wanted, but there are none.
-    """
-    states = tracker.snapshots.chosen() if wanted else {}
-    if wanted and not states:
-        raise ConfigurationError(
-            "snapshots=True needs snapshots of the weights, but there are none. Fit with GIFCallback(snapshots=4), or"
-            " load a checkpoint of such a fit with that callback. A fit of one epoch has no snapshots, only the final"
-            " weights."
-        )
-    return states
-
-
-def _folder_for_scores(trainer: Trainer) -> Path | None:
-    """The folder for scores that take much memory; ``None`` if they are kept in memory in any case.
-
-    This is so during training, because each report would leave another folder, and if ``default_root_dir`` is not on a
-    local disk.
-    """
-    root = str(trainer.default_root_dir)
-    return None if trainer.training or "://" in root else Path(root) / _SCORES_FOLDER
-
-
-def _apply(trainer: Trainer, report: UnlearnReport, folder: Path | None) -> None:
-    """Applies and records an edit, and removes the folder of its solves. If that fails, the weights are unchanged."""
-    try:
-        report.change("unlearn")
-        if folder is not None and trainer.is_global_zero:
-            with uninterrupted():
-                Journal.clear(folder)
-    except BaseException:
-        if report.processes.size == 1 and report.edit.is_in(trainer.lightning_module):
-            report.undo()
-        raise
-
-
-def _context(trainer: Trainer) -> CallContext:
-    """The trainer's loggers, step count and process group, for a report."""
-    return CallContext(list(trainer.loggers), trainer.global_step, ProcessGroup.of(trainer))
-
-
-def _logged(trainer: Trainer, report: _Report, log: bool) -> _Report:
-    """Logs a report if ``log`` is true, and returns it."""
-    if log:
-        _log(trainer, lambda logger: report.log([logger]))
-    return report
-
-
-def _log(trainer: Trainer, log: Callable[[Any], None]) -> None:
-    """Calls ``log`` with each of the trainer's loggers. An error is only a warning, so that the result is not lost."""
-    if trainer.fast_dev_run or not trainer.is_global_zero:
-        return
-    for logger in trainer.loggers:
-        try:
-            log(logger)
-        except Exception as error:
-            rank_zero_warn(
-                f"{type(logger).__name__} failed to log the report, which is returned nevertheless:"
-                f" {type(error).__name__}: {error}. To try again, call `report.log([logger])`.",
-                category=GIFWarning,
-            )
 
 
 def attach(
