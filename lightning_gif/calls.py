@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,6 +26,7 @@ from .data.structure import describe
 from .defaults import check_names, for_influence, for_unlearning
 from .distributed import ProcessGroup
 from .errors import ConfigurationError, GIFWarning
+from .inspection.check import CheckReport, check, collected
 from .mixin import LossOfModule
 from .reporting.context import CallContext
 from .selection.tracker import TrainingTracker
@@ -40,6 +44,15 @@ __all__ = ["TrainerCalls", "check_path", "check_record", "keywords", "log_to_eac
 _SCORES_FOLDER = "lightning_gif_scores"
 
 _Report = TypeVar("_Report", InfluenceReport, UnlearnReport)
+
+
+class _Influence(partial):  # type: ignore[type-arg]
+    """``trainer.influence``: a call scores training examples, and ``trainer.influence.check()`` prepares for it."""
+
+    def check(self, **arguments: Any) -> CheckReport:
+        """See :meth:`TrainerCalls.check`."""
+        calls: TrainerCalls = self.func.__self__
+        return calls.check(*self.args, **arguments)
 
 
 class TrainerCalls:
@@ -343,10 +356,56 @@ class TrainerCalls:
             _apply(trainer, report, folder)
         return report
 
+    def check(
+        self,
+        trainer: Trainer,
+        *,
+        n_queries: int = 1,
+        n_forget: int = 64,
+        dataloader: DataLoader[Any] | None = None,
+        **overrides: Unpack[Overrides],
+    ) -> CheckReport:
+        """Says how the losses of the model are found, which layers an edit may change, and what calls will cost.
+
+        Bound to the trainer as ``trainer.influence.check(…)``. It reads about 64 examples and two batches, and computes
+        no scores. Call it before the first long call.
+
+        Args:
+            trainer: The trainer; ``trainer.influence`` fills it in.
+            n_queries: The number of queries whose cost is estimated, as for ``per_example=True``; 1 by default.
+            n_forget: The number of forget examples for which the cost of an edit is estimated; 64 by default.
+            dataloader: As in :meth:`influence`.
+            **overrides: As in :meth:`influence`.
+
+        Returns:
+            The report. Print it, or read its attributes. Estimates of time assume that the machine does nothing else.
+
+        Raises:
+            GIFError: As in :meth:`influence`. A model that cannot be used is refused with the reason.
+        """
+        requested = check_names(self.settings.override(overrides, keywords(self.check)))
+        check_count("n_queries", n_queries)
+        check_count("n_forget", n_forget)
+        settings, begin = for_influence(requested, ggn=True, on_targets=False), time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            with collected() as caught:
+                opened = self.open_session(trainer, settings, "batch", dataloader, overrides)
+                session = stack.enter_context(opened)
+                unseen, _ = session.unseen(None)
+            return check(
+                replace(session, settings=requested),
+                requested,
+                time.perf_counter() - begin,
+                caught,
+                n_queries=n_queries,
+                n_forget=n_forget,
+                unseen=unseen,
+            )
+
     def bind(self, trainer: Trainer) -> None:
-        """Adds the three methods to the trainer."""
+        """Adds the methods to the trainer."""
         # Partial objects can be pickled with the trainer; lambdas could not.
-        trainer.influence = partial(self.influence, trainer)
+        trainer.influence = _Influence(self.influence, trainer)
         trainer.self_influence = partial(self.self_influence, trainer)
         trainer.unlearn = partial(self.unlearn, trainer)
 

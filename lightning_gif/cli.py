@@ -196,11 +196,24 @@ def verify(
     return 0 if verification.ok else 1
 
 
+def check(tool: _Tool, ckpt_path: str, n_queries: int = 1, n_forget: int = 64) -> int:
+    """Says how a model's losses are found, which layers may change, and what the commands will cost.
+
+    Args:
+        tool: The trainer with the model and its data.
+        ckpt_path: The checkpoint.
+        n_queries: The number of queries whose cost is estimated.
+        n_forget: The number of forget examples for which the cost of an edit is estimated.
+    """
+    print(tool.callback.check(tool.trainer, n_queries=n_queries, n_forget=n_forget, dataloader=tool.loader("train")))
+    return 0
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # From arguments to a model with its data
 # --------------------------------------------------------------------------------------------------------------------
 
-_WITH_MODEL: dict[str, Callable[..., int]] = {"influence": influence, "unlearn": unlearn}
+_WITH_MODEL: dict[str, Callable[..., int]] = {"check": check, "influence": influence, "unlearn": unlearn}
 _WITHOUT_MODEL: dict[str, Callable[..., int]] = {"undo": undo, "verify": verify}
 
 

@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALLEST: dict[str, str] = {
     "attribution_time": "--data DATA --examples 60 --queries 1 --peers",
     "backdoor": "--data DATA --net resnet --epochs 1 --seeds 1 --steps natural",
+    "check": "--data DATA --nets digits --examples 200 --queries 2 --forget 4 --repeats 1",
     "compare": "--model tests.line.Net --data tests.line.Blobs --forget_class 1 --trainer.max_epochs 1 "
     "--baselines [ssd]",
     "defaults": "--data DATA --net resnet --classes 0 --epochs 1 --what step",

@@ -225,6 +225,15 @@ def test_a_file_that_is_not_an_audit_log_is_named(trained: dict[str, Any], capsy
     assert "is another file" not in capsys.readouterr().out
 
 
+def test_the_check_says_what_the_commands_will_cost(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *OPTIONS, "--ckpt_path", "a.ckpt", "--n_queries", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert "losses of single examples: training_step" in printed
+    assert "per_example=True), 20 queries" in printed
+
+
 def test_indices_come_from_a_file(trained: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     Path("indices.txt").write_text("3, 1\n17\n")
     assert unlearn("--indices_file", "indices.txt", "--record", "deletions.jsonl") == 0

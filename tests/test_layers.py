@@ -20,8 +20,8 @@ PACKAGE = Path(__file__).parents[1] / "lightning_gif"
 FLOORS = (
     *("_version", "_moved", "_compat", "errors", "mixin", "registry"),
     *("storage", "distributed", "config", "parameters", "solvers", "data", "edit", "selection", "reporting"),
-    *("metrics", "objective", "curvature", "defaults", "attribution", "session", "unlearning", "reports"),
-    *("calls", "callback", "verification", "cli", "__init__", "__main__"),
+    *("metrics", "objective", "curvature", "defaults", "attribution", "session", "unlearning"),
+    *("inspection", "reports", "calls", "callback", "verification", "cli", "__init__", "__main__"),
 )
 
 # Only these know that a Trainer exists, besides `_compat`.

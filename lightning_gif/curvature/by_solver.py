@@ -54,7 +54,7 @@ _MOST_TOGETHER, _VECTORS = 16, 12
 
 # The number of matrices of the sketch's size that are in memory while it is computed: test vectors, their products, the
 # shifted products, their half-factorised form, and the basis. Each step needs its matrix as a whole.
-_SKETCH_COPIES = 5
+SKETCH_COPIES = 5
 
 
 def inverse_for_queries(settings: Settings) -> type[InverseCurvature]:
@@ -196,7 +196,7 @@ class SketchInverse(SolverInverse):
         check_fits(
             settings,
             objective,
-            _SKETCH_COPIES * rank * size * objective.theta.itemsize,
+            SKETCH_COPIES * rank * size * objective.theta.itemsize,
             f"A sketch of rank {rank} of the curvature over {size} parameters",
             "Give a smaller `max_iter`, which is the rank of the sketch, or fewer parameters (targets='cached'). For"
             " the scores of a query, solver='cg' needs no sketch",

@@ -24,7 +24,7 @@ __all__ = ["BatchedLoss", "LossFunction", "OneByOneLoss", "OwnLoss", "Vectorised
 
 
 # The largest number of bytes of gradients of single examples that are computed at a time.
-_GRADIENT_BYTES = 2**28
+GRADIENT_BYTES = 2**28
 
 Reduction = Literal["mean", "sum"]
 
@@ -159,7 +159,7 @@ class VectorisedLoss(StepLoss):
 
     def gradients(self, theta: Tensor, batch: Batch) -> Iterator[Tensor]:
         gradient = partial(torch.func.grad(self.shadow.training_step), theta)
-        count = max(_GRADIENT_BYTES // theta.nbytes, 1)
+        count = max(GRADIENT_BYTES // theta.nbytes, 1)
         for start in range(0, batch.size, count):
             yield self._vmap(gradient, batch.slice(start, start + count))
 

@@ -39,7 +39,7 @@ _MANY = 64
 
 # With more directions than these, gradients of single examples are formed once. For a convolutional network this costs
 # as much as about fourteen forward-mode passes (benchmarks/attribution_time.py), for a perceptron less.
-_FEW_DIRECTIONS = 14
+FEW_DIRECTIONS = 14
 
 
 class Objective:
@@ -383,7 +383,7 @@ class Objective:
         Returns:
             ``(q, B)``.
         """
-        if len(directions) > _FEW_DIRECTIONS and self.loss.vectorised:
+        if len(directions) > FEW_DIRECTIONS and self.loss.vectorised:
             return derivatives.from_gradients(self.loss, batch, directions)
         return self._directional(self.loss, batch, directions)
 

@@ -3,6 +3,7 @@
 from ..attribution.groups import Groups
 from ..attribution.ranking import Ranking
 from ..attribution.report import InfluenceReport
+from ..inspection.check import CheckReport
 from ..unlearning.report import Change, UnlearnReport
 
-__all__ = ["Change", "Groups", "InfluenceReport", "Ranking", "UnlearnReport"]
+__all__ = ["Change", "CheckReport", "Groups", "InfluenceReport", "Ranking", "UnlearnReport"]

@@ -1,0 +1,1 @@
+"""What a module is to this package, and what calls will cost, before anything is computed."""

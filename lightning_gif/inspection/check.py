@@ -1,0 +1,283 @@
+"""The check of a module: how its losses are found, which layers may change, and what calls will cost."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from .._compat import rank_zero_warn
+from ..config import AUTO, Settings
+from ..data.batch import Batch
+from ..data.examples import Examples
+from ..defaults import for_influence, for_unlearning
+from ..errors import GIFWarning
+from ..objective.objective import Objective
+from ..selection import is_name
+from ..session import Session, TargetsChoice
+from ..solvers import SOLVERS
+from ..unlearning.task import SampleSizes
+from .costs import Costs, Estimate, measure
+
+__all__ = ["Agreement", "CheckReport", "LayerShare", "check", "collected"]
+
+# On how many examples the losses are compared with `training_step`.
+_COMPARED = 64
+
+# Below this share of the target parameters that `ratio` asks for, the layers without any are named.
+_COVERED = 0.5
+
+_SHOWN_LAYERS = 20
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The losses of single examples beside the loss of ``training_step`` for a batch of them.
+
+    Attributes:
+        examples: The number of examples.
+        step: The loss of ``training_step``, in evaluation mode.
+        losses: The mean or the sum of the losses, whichever is closer.
+        reduction: ``"mean"`` or ``"sum"``.
+    """
+
+    examples: int
+    step: float
+    losses: float
+    reduction: str
+
+    @property
+    def difference(self) -> float:
+        """The relative difference."""
+        return abs(self.step - self.losses) / max(abs(self.step), abs(self.losses), 1e-30)
+
+
+@dataclass(frozen=True)
+class LayerShare:
+    """How much of a layer an edit may change.
+
+    Attributes:
+        name: The name of the layer; empty for the module itself.
+        kind: The class of the layer.
+        size: The number of its trainable parameters.
+        targets: How many of them are target parameters.
+    """
+
+    name: str
+    kind: str
+    size: int
+    targets: int
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a module is to this package, and what calls will cost.
+
+    Attributes:
+        module: The class of the module.
+        n_train: The number of training examples.
+        batch_size: The number of examples in a measured batch.
+        losses: How the losses of single examples are computed.
+        agreement: The comparison of the losses with ``training_step``; ``None`` if the step returns no loss.
+        curvature: The kind of curvature of scores and of edits, by ``"scores"`` and ``"edits"``.
+        ratio: The share of the parameters that the settings ask for; ``None`` if they name parameters.
+        layers: All layers with trainable parameters.
+        costs: What calls will cost. A registered inverse as ``solver`` has no estimates of scores.
+        warnings: All warnings that the losses, the data and the targets cause.
+        seconds: The time that the check took.
+    """
+
+    module: str
+    n_train: int
+    batch_size: int
+    losses: str
+    agreement: Agreement | None
+    curvature: dict[str, str]
+    ratio: float | None
+    layers: list[LayerShare]
+    costs: list[Estimate]
+    warnings: list[str]
+    seconds: float
+
+    @property
+    def n_parameters(self) -> int:
+        """The number of trainable parameters."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def n_targets(self) -> int:
+        """The number of target parameters."""
+        return sum(layer.targets for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values as numbers, text, lists and dictionaries, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+    __repr__ = __str__
+
+
+def check(
+    session: Session,
+    requested: Settings,
+    seconds: float,
+    caught: list[str],
+    *,
+    n_queries: int = 1,
+    n_forget: int = 64,
+    unseen: Examples | None = None,
+) -> CheckReport:
+    """Checks the module of an open session.
+
+    Args:
+        session: The session.
+        requested: The settings that the call requested.
+        seconds: The time that it took to open the session.
+        caught: The warnings of opening it.
+        n_queries: The number of queries whose cost is estimated.
+        n_forget: The number of forget examples whose edit is estimated.
+        unseen: The unseen examples that an edit would use.
+    """
+    begin = time.perf_counter()
+    objective, train = session.objective, session.train
+    with collected() as more:
+        scores = session.influence_settings(requested, on_targets=False, queries=n_queries)
+        itself = for_influence(requested, ggn=scores.curvature == "ggn", on_targets=False, itself=True)
+        solves = requested.solver == AUTO or requested.solver in SOLVERS  # else a registered inverse, for scores only
+        edits = for_unlearning(requested if solves else replace(requested, solver=AUTO))
+        edits = replace(edits, curvature="hessian") if edits.curvature == AUTO else edits
+        agreement = _agreement(objective, train)
+        layers = _layers(session, requested)
+        objective.learn_derivatives(train)
+        start = seconds + time.perf_counter() - begin
+        passes = measure(objective, train, (scores.curvature, edits.curvature))
+    costs = Costs(objective, passes, len(train), start)
+    queries = []
+    if solves:
+        one = for_influence(requested, ggn=scores.curvature == "ggn", on_targets=False)
+        queries = [costs.query(one, 1), *([costs.query(scores, n_queries)] if n_queries > 1 else [])]
+        queries.append(costs.self_influence(itself))
+    return CheckReport(
+        module=type(objective.module).__name__,
+        n_train=len(train),
+        batch_size=passes.size,
+        losses=objective.loss.origin,
+        agreement=agreement,
+        curvature={"scores": scores.curvature, "edits": edits.curvature},
+        ratio=requested.ratio if is_name(requested.selector) else None,
+        layers=layers,
+        costs=[
+            *queries,
+            costs.edit(edits, min(n_forget, len(train) - 1), 0 if unseen is None else len(unseen), SampleSizes()),
+        ],
+        warnings=list(dict.fromkeys([*caught, *more])),
+        seconds=seconds + time.perf_counter() - begin,
+    )
+
+
+@contextmanager
+def collected() -> Iterator[list[str]]:
+    """Inside the block, warnings of this package are not shown. At its end the list has their messages."""
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield messages
+    for warning in caught:
+        if issubclass(warning.category, GIFWarning):
+            messages.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _agreement(objective: Objective, train: Examples) -> Agreement | None:
+    """The losses of a few examples beside the loss of their batch."""
+    module = objective.module
+    if not module.automatic_optimization:
+        return None
+    sample = train.sample(_COMPARED, 0)
+    losses = objective.all_losses(objective.readable(sample))
+    batch = (
+        Batch.join(list(sample.batches()))
+        if sample.divisible
+        else next(replace(sample, batch_size=len(sample)).batches())
+    )
+    with torch.no_grad():
+        step = float(objective.shadow.training_step(objective.theta, batch.data))
+    values = {"mean": float(losses.mean()), "sum": float(losses.sum())}
+    reduction = min(values, key=lambda name: abs(values[name] - step))
+    return Agreement(len(sample), step, values[reduction], reduction)
+
+
+def _layers(session: Session, settings: Settings) -> list[LayerShare]:
+    """All layers with trainable parameters, with the numbers of their target parameters.
+
+    Targets are those that were picked in training, else those that a few examples would pick.
+    """
+    objective = session.objective
+    choice: TargetsChoice = "cached" if session.tracker.targets is not None and not session.repicks else "batch"
+    targets = session.choose_targets(session.train.sample(2 * session.train.batch_size, 0), choice)
+    layers: dict[str, LayerShare] = {}
+    modules = dict(objective.module.named_modules())
+    for name, slot in objective.space.slots.items():
+        owner = name.rpartition(".")[0]
+        before = layers.get(owner) or LayerShare(owner, type(modules[owner]).__name__, 0, 0)
+        chosen = len(targets[name]) if name in targets else 0
+        layers[owner] = replace(before, size=before.size + slot.size, targets=before.targets + chosen)
+    shares = list(layers.values())
+    size, count = sum(layer.size for layer in shares), sum(layer.targets for layer in shares)
+    if is_name(settings.selector) and count < _COVERED * settings.ratio * size:
+        without = [layer.name or "the module itself" for layer in shares if not layer.targets]
+        rank_zero_warn(
+            f"An edit may change {count} of {size} parameters, but ratio={settings.ratio:g} asks for"
+            f" {round(settings.ratio * size)}. These layers have no target parameters: {', '.join(without[:5])}"
+            f"{' …' if len(without) > 5 else ''}. To include them, let influence_parameters name them, or pass their"
+            " names as `selector`.",
+            category=GIFWarning,
+        )
+    return shares
+
+
+def _lines(report: CheckReport) -> Iterator[str]:
+    """The report as text, one line for each fact."""
+    yield f"{report.module}: {report.n_train} training examples, {report.n_parameters} trainable parameters"
+    yield f"losses of single examples: {report.losses}"
+    agreement = report.agreement
+    if agreement is not None:
+        close = "agrees with" if agreement.difference < 1e-4 else f"differs by {agreement.difference:.1%} from"
+        yield (
+            f"  training_step on {agreement.examples} examples: {agreement.step:.6g}, which {close} the"
+            f" {agreement.reduction} of their losses, {agreement.losses:.6g}"
+        )
+    names = {"ggn": "Gauss–Newton matrix", "hessian": "Hessian"}
+    kinds = {use: names.get(kind, kind) for use, kind in report.curvature.items()}
+    yield f"curvature: {kinds['scores']} for scores, {kinds['edits']} for the first change of an edit"
+    asked = "" if report.ratio is None else f" (ratio={report.ratio:g})"
+    yield f"an edit may change {report.n_targets} parameters, {report.n_targets / report.n_parameters:.1%}{asked}:"
+    width = max(len(layer.name or "(module)") for layer in report.layers)
+    for layer in report.layers[:_SHOWN_LAYERS]:
+        yield (
+            f"  {layer.name or '(module)':<{width}}  {layer.kind}: {layer.targets} of {layer.size}"
+            f" ({layer.targets / layer.size:.1%})"
+        )
+    if len(report.layers) > _SHOWN_LAYERS:
+        yield f"  … and {len(report.layers) - _SHOWN_LAYERS} further layers (`report.layers`)"
+    yield f"expected cost, from passes over two batches of {report.batch_size} examples:"
+    for cost in report.costs:
+        per_change = cost.seconds_per_change
+        change = "" if per_change is None else f", and {_time(per_change)} for each of up to 11 further changes"
+        yield f"  {cost.call}: {_time(cost.seconds)}{change}; {max(cost.gib, 0.01):.2f} GiB"
+    for message in report.warnings:
+        yield f"warning: {message}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

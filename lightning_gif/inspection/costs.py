@@ -1,0 +1,336 @@
+"""Estimates of the time and memory of calls, from passes that are measured on two batches."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Settings
+from ..curvature.by_solver import DENSE_PARAMETERS, POWER_ITERATIONS, SKETCH_COPIES
+from ..curvature.memory import bytes_to_keep
+from ..curvature.products import CURVATURES
+from ..curvature.sampling import sample_size
+from ..curvature.solve import max_iter, solve
+from ..curvature.streaming import graph_bytes
+from ..data.batch import Batch
+from ..data.examples import Examples
+from ..objective.losses import GRADIENT_BYTES
+from ..objective.objective import FEW_DIRECTIONS, Objective
+from ..solvers import SOLVERS, low_rank
+from ..unlearning.goals import Goal
+from ..unlearning.task import SampleSizes
+
+__all__ = ["Costs", "Estimate", "PassCosts", "measure"]
+
+# A pass that is shorter than this is measured several times, and the median counts.
+_SHORT, _REPEATS = 0.2, 5
+
+# The largest number of parameters for which the algebra of a solver is measured. For more it grows in proportion.
+_MOST_ENTRIES = 200_000
+
+# How many trials a search along the influence direction evaluates, and how many a further change: the mean numbers in
+# benchmarks/README.md, "What a check predicts".
+_SEARCH_TRIALS, _CHANGE_TRIALS = 7, 2
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The expected cost of a call.
+
+    Attributes:
+        call: The call, as the user writes it.
+        seconds: Its time in seconds.
+        gib: The memory in GiB that it takes in addition to that of the model and the data.
+        seconds_per_change: For an edit, the time of each change after the first, in addition to ``seconds``.
+        products: The number of products with the curvature, over all training examples that it is taken over.
+    """
+
+    call: str
+    seconds: float
+    gib: float
+    products: int
+    seconds_per_change: float | None = None
+
+
+@dataclass(frozen=True)
+class CurvatureCosts:
+    """The costs of the curvature of one batch.
+
+    Attributes:
+        first: The seconds of the first pass.
+        product: The seconds of a product after it.
+        kept: The bytes that the first pass keeps.
+    """
+
+    first: float
+    product: float
+    kept: int
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """The seconds of passes over one batch.
+
+    Attributes:
+        size: The number of examples in the batch.
+        read: Reading and collating it.
+        loss: The losses.
+        gradient: The gradient of their sum.
+        score: One directional derivative of each loss.
+        rows: The gradient of each loss.
+        scores: The curvature that scores use.
+        edits: The curvature that an edit uses first.
+        batch_bytes: The size of the batch.
+    """
+
+    size: int
+    read: float
+    loss: float
+    gradient: float
+    score: float
+    rows: float
+    scores: CurvatureCosts
+    edits: CurvatureCosts
+    batch_bytes: int
+
+
+def measure(objective: Objective, train: Examples, kinds: tuple[str, str]) -> PassCosts:
+    """Measures passes on two batches: the first is a trial run, and the second is measured.
+
+    Args:
+        objective: An open objective, which knows the structure of the training data.
+        train: The training examples.
+        kinds: The kinds of curvature of scores and of edits.
+    """
+    sample = train.sample(2 * train.batch_size, 0)
+    begin, times, batches = time.perf_counter(), list[float](), list[Batch]()
+    for batch in sample.batches():
+        times.append(time.perf_counter() - begin)
+        batches.append(batch)
+        if len(batches) == 2:
+            break
+        begin = time.perf_counter()
+    first, second = batches[0], batches[-1] if batches[-1].size == batches[0].size else batches[0]
+    theta = objective.theta
+
+    def of(run: Callable[[Batch], Any]) -> float:
+        return _seconds(lambda: run(first), lambda: run(second), objective.device)
+
+    with torch.no_grad():
+        loss = of(lambda batch: objective.losses(theta, batch))
+    curvatures = {}
+    for kind in dict.fromkeys(kinds):
+        linearise = CURVATURES[kind](objective)
+        product, graphs = linearise(theta, second)
+        start = of(lambda batch, linearise=linearise: linearise(theta, batch))  # type: ignore[misc]
+        vector = torch.ones_like(theta)
+        apply = partial(product, vector)
+        seconds = _seconds(apply, apply, objective.device)
+        curvatures[kind] = CurvatureCosts(start, seconds, graph_bytes(*graphs))
+        del product, graphs, apply
+    direction = torch.ones_like(theta)[None]
+    return PassCosts(
+        size=second.size,
+        read=times[-1],
+        loss=loss,
+        gradient=of(lambda batch: _gradient(objective, batch)),
+        score=of(lambda batch: objective.directional_derivatives(batch, direction)),
+        rows=of(lambda batch: [rows.sum() for rows in objective.gradients(batch)]),
+        scores=curvatures[kinds[0]],
+        edits=curvatures[kinds[1]],
+        batch_bytes=second.nbytes,
+    )
+
+
+def _gradient(objective: Objective, batch: Batch) -> Tensor:
+    theta = objective.theta.detach().requires_grad_()
+    return torch.autograd.grad(objective.loss_sum(theta, batch), theta, materialize_grads=True)[0]
+
+
+def _seconds(warm_up: Callable[[], Any], run: Callable[[], Any], device: torch.device) -> float:
+    """The seconds of ``run``: the median of several, if they are short."""
+
+    def once() -> float:
+        _wait(device)
+        begin = time.perf_counter()
+        run()
+        _wait(device)
+        return time.perf_counter() - begin
+
+    warm_up()
+    times = [once()]
+    while times[0] < _SHORT and len(times) < _REPEATS:
+        times.append(once())
+    return statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Decaying:
+    """A diagonal matrix whose eigenvalues decay slowly, to count the products and measure the algebra of a solver."""
+
+    def __init__(self, size: int, like: Tensor, positive_semidefinite: bool) -> None:
+        self.positive_semidefinite = positive_semidefinite
+        self._values = torch.logspace(0, -6, size, dtype=like.dtype, device=like.device)
+        self.shape, self.dtype, self.device = (size, size), like.dtype, like.device
+        self.products = self.examples = 0
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        self.products += 1 if vectors.ndim == 1 else vectors.shape[1]
+        return self._values * vectors if vectors.ndim == 1 else self._values[:, None] * vectors
+
+    rmatvec = matvec
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Estimates for one module and its training data.
+
+    Attributes:
+        objective: An open objective.
+        passes: The measured passes.
+        n_train: The number of training examples.
+        start: The seconds that every call takes to open the objective and the data.
+    """
+
+    objective: Objective
+    passes: PassCosts
+    n_train: int
+    start: float
+
+    def query(self, settings: Settings, n_queries: int) -> Estimate:
+        """The cost of ``trainer.influence`` on one batch, as a whole or with ``n_queries`` queries.
+
+        Args:
+            settings: The settings of its scores.
+            n_queries: The number of queries.
+        """
+        passes = self.passes
+        algebra, products = self._solves(
+            settings,
+            n_queries,
+            semidefinite=CURVATURES.declared(CURVATURES[settings.curvature], "positive_semidefinite"),
+        )
+        solves, kept = self._curvature(passes.scores, settings, self._sample(settings), products)
+        vectorised = n_queries > FEW_DIRECTIONS and self.objective.loss.vectorised
+        score = passes.rows if vectorised else n_queries * passes.score
+        scoring = self._over(self.n_train, passes.read + score)
+        copies = SKETCH_COPIES * max_iter(settings) if SOLVERS[settings.solver].is_sketch else 12
+        vectors = (copies + 2 * n_queries) * self.objective.theta.nbytes
+        return Estimate(
+            "trainer.influence(batch)"
+            if n_queries == 1
+            else f"trainer.influence(batch, per_example=True), {n_queries} queries",
+            self.start + algebra + solves + passes.gradient * max(n_queries / passes.size, 1) + scoring,
+            (kept + vectors + max(passes.scores.kept, GRADIENT_BYTES * vectorised)) / _GIB,
+            products,
+        )
+
+    def self_influence(self, settings: Settings) -> Estimate:
+        """The cost of ``trainer.self_influence()``."""
+        passes, theta = self.passes, self.objective.theta
+        size, measured = len(theta), min(len(theta), _MOST_ENTRIES)
+        dense = size <= DENSE_PARAMETERS
+        operator = _Decaying(measured, theta, True)
+        rank = min(size if dense else settings.max_iter or 1, size)
+        damped = POWER_ITERATIONS if settings.damping is None else 0
+        rows = torch.ones(passes.size, measured, dtype=theta.dtype, device=theta.device)
+        algebra = quadratic = 0.0
+        if not dense:
+            sketch = low_rank(operator, rank)
+            algebra = _seconds(lambda: None, lambda: low_rank(operator, rank), theta.device) * size / measured
+            quadratic = _seconds(lambda: None, lambda: sketch.quadratic(rows, 1.0), theta.device) * size / measured
+        products = rank + damped
+        solves, kept = self._curvature(passes.scores, settings, self._sample(settings), products)
+        scoring = self._over(self.n_train, passes.read + passes.rows + quadratic)
+        # By parameter, as rows, with weight decay, on the targets, and a temporary copy for norms.
+        block = 5 * min(passes.size * theta.nbytes, GRADIENT_BYTES)
+        held = (theta.nbytes * rank * SKETCH_COPIES if not dense else 8 * rank**2) + block
+        return Estimate(
+            "trainer.self_influence()",
+            self.start + algebra + solves + scoring,
+            (kept + held + passes.scores.kept) / _GIB,
+            products,
+        )
+
+    def edit(self, settings: Settings, n_forget: int, n_unseen: int, sizes: SampleSizes) -> Estimate:
+        """The cost of ``trainer.unlearn`` for examples that are removed.
+
+        Args:
+            settings: The settings of the edit.
+            n_forget: The number of forget examples.
+            n_unseen: The number of unseen examples.
+            sizes: The numbers of examples that an edit uses.
+        """
+        passes, n_retain = self.passes, max(self.n_train - n_forget, 1)
+        n_fit = min(n_retain, self._sample(settings))
+        n_eval = min(n_retain, n_fit, sizes.evaluation)
+        n_forget_eval, n_unseen = min(n_forget, n_eval), min(n_unseen, n_fit)
+        compares = min(n_forget, n_unseen) >= sizes.min_compared
+        n_terms = 2 if compares else 1
+        n_unseen = n_unseen if compares else 0
+        trial = self._over(n_eval + n_forget_eval + n_unseen + (n_forget if compares else 0), passes.loss)
+        algebra, products = self._solves(replace(settings, damping=settings.damping or 0.0), 1, semidefinite=False)
+        products += 1  # the curvature along the change
+        influence, kept = self._curvature(passes.edits, settings, n_fit, products)
+        begin = (
+            self._over(n_fit + n_eval + n_unseen + 2 * n_forget, passes.read)
+            + self._over(2 * n_forget + n_eval + n_fit, passes.gradient)
+            + self._over(3 * n_forget + n_unseen, passes.loss)
+        )
+        n_curvature = min(n_fit, sizes.descent_curvature)
+        further, _ = self._curvature(passes.edits, settings, n_curvature, Goal.descent_iterations + 2)
+        change = (
+            n_terms * further
+            + self._over(n_fit + (n_forget if compares else 0), passes.gradient)
+            + _CHANGE_TRIALS * trial
+        )
+        return Estimate(
+            f"trainer.unlearn of {n_forget} example{'s' * (n_forget != 1)}",
+            self.start + begin + algebra + influence + (_SEARCH_TRIALS + 3) * trial,
+            (kept + 12 * self.objective.theta.nbytes + passes.edits.kept) / _GIB,
+            products,
+            change,
+        )
+
+    def _sample(self, settings: Settings) -> int:
+        """The number of examples that the curvature is taken over."""
+        return min(self.n_train, sample_size(settings) or self.n_train)
+
+    def _over(self, n: int, seconds: float) -> float:
+        """The seconds of a pass over ``n`` examples, from those for a batch."""
+        return n / self.passes.size * seconds
+
+    def _curvature(self, costs: CurvatureCosts, settings: Settings, n: int, products: int) -> tuple[float, float]:
+        """The seconds of products with the curvature over ``n`` examples, and the bytes that are kept for them."""
+        batches = n / self.passes.size
+        room = bytes_to_keep(settings, self.objective)
+        held = min(batches, room / costs.kept) if costs.kept else batches
+        repeated = (batches - held) * costs.first * max(products - 1, 0)
+        seconds = batches * (self.passes.read + costs.first + products * costs.product) + repeated
+        cached = batches * self.passes.batch_bytes
+        return seconds, held * costs.kept + (cached if cached <= room else 0.0)
+
+    def _solves(self, settings: Settings, n_queries: int, *, semidefinite: bool) -> tuple[float, int]:
+        """The seconds of the algebra of a solver without its products, and the number of products."""
+        theta = self.objective.theta
+        operator = _Decaying(min(len(theta), _MOST_ENTRIES), theta, semidefinite)
+        measures = settings.damping is None
+        fixed = replace(settings, damping=1e-3 if measures else settings.damping, unconverged="ignore")
+        rhs = torch.randn(operator.shape[0], n_queries, generator=torch.Generator().manual_seed(0)).to(theta)
+        begin = time.perf_counter()
+        solve(fixed, operator, rhs)
+        seconds = (time.perf_counter() - begin) * len(theta) / operator.shape[0]
+        return seconds, operator.products + POWER_ITERATIONS * measures
