@@ -36,24 +36,33 @@ def text(record: InfluenceRecord) -> str:
     queries = record.scores.shape[0]
     on = "themselves" if record.is_self_influence else _counted(queries)
     states = record.settings.get("snapshots") or ()
+    below = record.innermost_indices()
     averaged = f", the mean over {1 + len(states)} states of training" if states else ""
     lines = [
         f"Influence of {record.n_train} training examples on {on}{averaged}"
         f" ({record.settings['method']}, {record.targets.count} target parameters{_solve(record)};"
         f" {record.seconds:.1f} s)",
         f"score = predicted change of {_owner(record)} {_measured(record)} if the example were removed; examples by"
-        " dataset index",
+        f" {'dataset index' if below is None else 'index in the training Subset [and in the dataset below it]'}",
     ]
     if "losses" in record.settings:
         lines.append(f"losses by {record.settings['losses']}")
     for query in range(min(queries, MOST_QUERIES)):
         for end, ranking in _rankings(record).items():
-            pairs = zip(ranking.indices[query].tolist(), ranking.scores[query].tolist(), strict=True)
+            pairs = zip(_names(record, ranking.indices[query]), ranking.scores[query].tolist(), strict=True)
             start = end if queries == 1 else f"query {query} {end}"
-            lines.append(f"{start}: " + ", ".join(f"{index} ({score:+.2g})" for index, score in pairs))
+            lines.append(f"{start}: " + ", ".join(f"{name} ({score:+.2g})" for name, score in pairs))
     if queries > MOST_QUERIES:
         lines.append(f"and {queries - MOST_QUERIES} more queries, see proponents() and opponents()")
     return "\n".join(lines)
+
+
+def _names(record: InfluenceRecord, indices: Tensor) -> list[str]:
+    """Indices ``(k,)`` as text, each with the index in the dataset below a ``Subset`` in brackets."""
+    below = record.innermost_indices(indices)
+    if below is None:
+        return [str(index) for index in indices.tolist()]
+    return [f"{index} [{inner}]" for index, inner in zip(indices.tolist(), below.tolist(), strict=True)]
 
 
 def _measured(record: InfluenceRecord) -> str:

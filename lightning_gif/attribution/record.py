@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from .._compat import isolate_rng
 from ..config import check_count
+from ..data.identity import innermost
 from ..errors import ConfigurationError
 from ..parameters import Targets
 from ..reporting.context import CallContext
@@ -52,7 +53,8 @@ class InfluenceRecord:
             ``keep``, only the ``keep`` highest and the ``keep`` lowest scores, ``(n_queries, 2·keep)`` in descending
             order.
         indices: The dataset index of each column of ``scores``, ``(n_train,)``. With ``keep``, the dataset index of
-            each score, ``(n_queries, 2·keep)``.
+            each score, ``(n_queries, 2·keep)``. If the training loader draws from a ``Subset``, these are indices of
+            the ``Subset``, and :meth:`innermost_indices` gives those of the dataset below it.
         n_train: The number of training examples that were scored.
         solutions: The diagnostics of the solves, one for each query; empty for self-influence.
         curvature: How the curvature was computed, and its largest and smallest eigenvalues if ``eigenvalues`` was set.
@@ -84,6 +86,20 @@ class InfluenceRecord:
     def solution(self) -> Solution | None:
         """The diagnostics of the solve with the largest residual; ``None`` if there was no solve."""
         return max(self.solutions, key=lambda solution: solution.residual, default=None)
+
+    def innermost_indices(self, indices: Tensor | None = None) -> Tensor | None:
+        """The indices in the dataset below the ``Subset`` that the training loader draws from.
+
+        Args:
+            indices: Indices of the ``Subset``, of any shape; by default :attr:`indices`.
+
+        Returns:
+            The indices in the innermost dataset, in the same shape; ``None`` if the loader draws from no ``Subset``, or
+            if the report was loaded without its dataset.
+        """
+        given = self.indices if indices is None else indices
+        dataset, below = innermost(self.dataset, given)
+        return None if dataset is self.dataset else below
 
     @property
     def is_self_influence(self) -> bool:

@@ -119,17 +119,22 @@ class InfluenceReport(InfluenceRecord):
     def to_dataframe(self) -> pandas.DataFrame:
         """All kept scores as a table with columns ``query``, ``index`` (the dataset index) and ``score``.
 
+        If the training loader draws from a ``Subset``, there is also ``innermost_index``, the index in the dataset
+        below it.
+
         Raises:
             ModuleNotFoundError: If pandas is not installed.
         """
         queries, examples = self.scores.shape
-        return import_pandas().DataFrame(
-            {
-                "query": torch.arange(queries).repeat_interleave(examples).numpy(),
-                "index": self.indices.expand(queries, -1).flatten().numpy(),
-                "score": self.scores.flatten().numpy(),
-            }
-        )
+        columns = {
+            "query": torch.arange(queries).repeat_interleave(examples).numpy(),
+            "index": self.indices.expand(queries, -1).flatten().numpy(),
+            "score": self.scores.flatten().numpy(),
+        }
+        below = self.innermost_indices()
+        if below is not None:
+            columns["innermost_index"] = below.expand(queries, -1).flatten().numpy()
+        return import_pandas().DataFrame(columns)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Files

@@ -15,7 +15,15 @@ from ..storage.digests import raw
 from .examples import Examples
 from .structure import sequences, tensors
 
-__all__ = ["check_same_everywhere", "contents_digest", "data_digest", "fingerprints", "locate", "shares_examples"]
+__all__ = [
+    "check_same_everywhere",
+    "contents_digest",
+    "data_digest",
+    "fingerprints",
+    "innermost",
+    "locate",
+    "shares_examples",
+]
 
 
 # How many examples are hashed to identify a dataset by content. Reading all examples can take an hour.
@@ -76,11 +84,15 @@ def locate(forget: Examples, train: Examples) -> Tensor:
 
 def root(examples: Examples) -> tuple[Any, Tensor]:
     """The dataset below all ``Subset`` views, and the indices ``(n,)`` of the examples in that dataset."""
-    dataset, ids = examples.dataset, examples.ids
+    return innermost(examples.dataset, examples.ids)
+
+
+def innermost(dataset: Any, indices: Tensor) -> tuple[Any, Tensor]:
+    """The dataset below all ``Subset`` views of it, and indices ``(…)`` of the outermost view as indices of it."""
     while isinstance(dataset, Subset):
-        ids = torch.as_tensor(dataset.indices, dtype=torch.long)[ids]
+        indices = torch.as_tensor(dataset.indices, dtype=torch.long)[indices]
         dataset = dataset.dataset
-    return dataset, ids
+    return dataset, indices
 
 
 def shares_examples(one: Examples, other: Examples) -> bool:

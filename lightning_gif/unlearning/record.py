@@ -127,10 +127,11 @@ class EditRecord:
         notes: Warnings for the user, for example that forget examples are not in the training data, that a target was
             missed, or that the optimizer's state is stale.
         seconds: The wall time of the whole call in seconds.
-        data: Identifies the data of the edit. ``indices`` has the dataset indices of the forget examples. ``examples``
-            is the SHA-256 of their contents, and ``relabelled`` the SHA-256 of their contents with the new labels
-            (``None`` for a removal). ``train`` is the SHA-256 of the training data, see
-            :func:`~lightning_gif.data.identity.data_digest`.
+        data: Identifies the data of the edit. ``indices`` has the dataset indices of the forget examples. If the
+            training loader draws from a ``Subset``, these are positions in it, and ``innermost_indices`` has the
+            indices in the dataset below it, else ``None``. ``examples`` is the SHA-256 of the contents of the forget
+            examples, and ``relabelled`` the SHA-256 of their contents with the new labels (``None`` for a removal).
+            ``train`` is the SHA-256 of the training data, see :func:`~lightning_gif.data.identity.data_digest`.
         context: The trainer, the model and the audit log. Only ``global_step`` is saved.
         version: The version of the file format that :meth:`to_record` uses. A loaded report keeps the version of its
             file, so that its digest still matches the audit log.

@@ -120,7 +120,7 @@ def write_entry(
         "asked": {
             "goal": str(record.goal),
             "n_forget": record.n_forget,
-            **{name: data.get(name) for name in ("indices", "examples", "relabelled")},
+            **{name: data.get(name) for name in ("indices", "innermost_indices", "examples", "relabelled")},
         },
         "train": {"n_retain": record.n_retain, "digest": data.get("train")},
         "weights": {"before": before, "after": after},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import time
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..config import Settings
 from ..curvature.methods import METHODS
 from ..data.examples import Examples
-from ..data.identity import check_same_everywhere, contents_digest, data_digest, fingerprints, locate
+from ..data.identity import check_same_everywhere, contents_digest, data_digest, fingerprints, innermost, locate
 from ..data.relabel import relabelled
 from ..edit import Edit
 from ..errors import ConfigurationError, NonFiniteError
@@ -37,6 +38,9 @@ __all__ = ["Step", "check_step", "check_tuning", "unlearn"]
 
 
 Step = str | float | Strategy
+
+# How many pairs of indices a note shows.
+_SHOWN_INDICES = 5
 
 
 def check_step(step: Step) -> None:
@@ -135,6 +139,13 @@ def unlearn(
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
     data = _describe_data(train, found, request)
+    if data["innermost_indices"]:
+        pairs = zip(data["indices"], data["innermost_indices"], strict=True)
+        shown = ", ".join(f"{index} is {inner} there" for index, inner in itertools.islice(pairs, _SHOWN_INDICES))
+        notes.append(
+            "The training loader draws from a Subset, and dataset indices are positions in it. The record also has the"
+            f" indices in the dataset below it: {shown}{' …' if len(data['indices']) > _SHOWN_INDICES else ''}."
+        )
     journal = None
     if solves_to is not None:
         mark = _fingerprint(task, goal, tuning, targets, str(data["train"]))
@@ -199,9 +210,11 @@ def _make_request(
 
 def _describe_data(train: Examples, found: Tensor, request: Request) -> dict[str, Any]:
     """Indices and digests of the data, see :attr:`~lightning_gif.unlearning.record.EditRecord.data`."""
-    corrected = request.relabelled
+    corrected, indices = request.relabelled, train.ids[found]
+    dataset, below = innermost(train.dataset, indices)
     return {
-        "indices": train.ids[found].tolist(),
+        "indices": indices.tolist(),
+        "innermost_indices": None if dataset is train.dataset else below.tolist(),
         "examples": contents_digest(request.forget),
         "train": data_digest(train),
         "relabelled": None if corrected is None else contents_digest(corrected),
