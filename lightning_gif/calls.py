@@ -177,6 +177,7 @@ class TrainerCalls:
                 k=k,
                 context=_context(trainer),
             )
+            report.read_shown(session.train.ids)
         return _logged(trainer, report, self.log_reports)
 
     def self_influence(
@@ -244,6 +245,7 @@ class TrainerCalls:
                 k=k,
                 context=_context(trainer),
             )
+            report.read_shown(session.train.ids)
         return _logged(trainer, report, self.log_reports)
 
     def unlearn(

@@ -20,6 +20,7 @@ from .curvature.products import has_gauss_newton
 from .curvature.sampling import sample_size
 from .data.examples import Examples, warn_if_random
 from .data.identity import check_same_everywhere, shares_examples
+from .data.streams import Stream
 from .data.structure import describe, tensors
 from .defaults import for_influence, needs_no_cache
 from .distributed import ProcessGroup
@@ -204,7 +205,13 @@ class Session:
 
         Raises:
             BatchError: If ``given`` is none of them.
+            TrainingDataError: If the training data are an iterable dataset.
         """
+        if isinstance(self.train.dataset, Stream):
+            raise TrainingDataError(
+                "An edit reads the training examples many times and in samples, which an IterableDataset does not"
+                " allow. Pass a DataLoader over a map-style dataset as `dataloader=`. Scores need no such dataset."
+            )
         chosen = self.training_subset(given)
         if chosen is not None:
             return chosen

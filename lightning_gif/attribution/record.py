@@ -14,6 +14,7 @@ from typing_extensions import Self
 from .._compat import isolate_rng
 from ..config import check_count
 from ..data.identity import innermost
+from ..data.streams import Stream
 from ..errors import ConfigurationError
 from ..parameters import Targets
 from ..reporting.context import CallContext
@@ -192,17 +193,32 @@ class InfluenceRecord:
             **{f"solve_{name}": value for name, value in (self.solution.summary() if self.solution else {}).items()},
         }
 
+    def read_shown(self, order: Tensor) -> None:
+        """Reads all examples that the report shows, if the dataset is slow to read in another order than its own.
+
+        Args:
+            order: The indices ``(n,)`` of the training examples in the order of the dataset.
+        """
+        strong = self._strongest() if isinstance(self.dataset, Stream) else set()
+        for index in filter(strong.__contains__, order.tolist()):
+            self.shown(index)
+
+    def _strongest(self) -> set[int]:
+        """The indices of the proponents and opponents of the queries that a report shows."""
+        rankings = (self.proponents(), self.opponents())
+        return {int(index) for ranking in rankings for index in ranking.indices[:MOST_QUERIES].flatten()}
+
     def to_record(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The content of a file: plain values for JSON, and tensors by name.
 
         It includes the label and the picture or text of the shown examples. These are up to eight examples of the
         query, and up to ``k`` proponents and opponents of each of the first eight queries.
         """
-        rankings = (self.proponents(), self.opponents())
-        strong = {int(index) for ranking in rankings for index in ranking.indices[:MOST_QUERIES].flatten()}
         looks = {f"queries/{position}": example for position, example in enumerate(self.queries)}
         looks |= {
-            f"examples/{index}": example for index in sorted(strong) if (example := self.shown(index)) is not _NOT_KEPT
+            f"examples/{index}": example
+            for index in sorted(self._strongest())
+            if (example := self.shown(index)) is not _NOT_KEPT
         }
         tensors = {
             "scores": self.scores,

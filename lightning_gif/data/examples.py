@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import BatchError, GIFWarning, TrainingDataError
 from .batch import Batch, joined
 from .loaders import check_loader, sampled_ids
+from .streams import Stream
 from .structure import describe, equal_values, tensors
 
 __all__ = ["Examples", "warn_if_random"]
@@ -78,7 +79,7 @@ class Examples:
         """The examples that a loader draws from, in dataset order. The loader itself is never iterated.
 
         Args:
-            loader: A ``DataLoader`` over a map-style dataset.
+            loader: A ``DataLoader`` over a map-style dataset, or over an iterable dataset whose rows have ids.
             prepare: See the class.
             batch_size: See the class.
             most: Keep only the first ``most`` examples.
@@ -89,14 +90,18 @@ class Examples:
             TrainingDataError: If the loader has no stable order or no examples.
         """
         loader = check_loader(loader)
-        ids = sampled_ids(loader)[:most]
+        dataset: Any = loader.dataset
+        is_stream = isinstance(dataset, IterableDataset)
+        dataset = Stream(dataset) if is_stream else dataset
+        ids = (dataset.ids if is_stream else sampled_ids(loader))[:most]
         if not len(ids):
             raise TrainingDataError("The loader's dataset has no examples.")
         options = {
             name: getattr(loader, name)
             for name in ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout")
+            if not is_stream  # each worker would read the whole stream
         }
-        return cls(loader.dataset, ids, batch_size, loader.collate_fn, prepare, options, seed, processes=processes)
+        return cls(dataset, ids, batch_size, loader.collate_fn, prepare, options, seed, processes=processes)
 
     @classmethod
     def from_batch(

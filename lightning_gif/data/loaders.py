@@ -12,7 +12,6 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
@@ -27,7 +26,7 @@ def check_loader(loader: Any) -> DataLoader[Any]:
     """Returns the loader if its examples have a stable index.
 
     Raises:
-        TrainingDataError: If it is not a ``DataLoader`` over single examples of a map-style dataset.
+        TrainingDataError: If it is not a ``DataLoader`` over single examples.
     """
     if isinstance(loader, (Mapping, list, tuple)) or type(loader).__name__ == "CombinedLoader":
         raise TrainingDataError(
@@ -40,12 +39,7 @@ def check_loader(loader: Any) -> DataLoader[Any]:
             f"Expected a torch DataLoader, got {type(loader).__name__}. Instead of a custom loader, pass a DataLoader"
             " over the training set as `dataloader=`."
         )
-    if isinstance(loader.dataset, IterableDataset):
-        raise TrainingDataError(
-            f"{type(loader.dataset).__name__} is an IterableDataset: its examples have no stable index. Pass a"
-            " DataLoader over a map-style dataset as `dataloader=`."
-        )
-    if loader.batch_sampler is None:
+    if loader.batch_size is None and loader.batch_sampler is None:
         raise TrainingDataError(
             "The loader has batch_size=None, so each item of its dataset is a batch of unknown size. Pass a DataLoader"
             " over single examples as `dataloader=`."
