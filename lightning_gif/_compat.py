@@ -48,6 +48,7 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
+    "at_epoch",
     "attach_model",
     "brings_own",
     "isolate_rng",
@@ -121,6 +122,18 @@ def stage_of_training(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         state.fn, state.stage = before
+
+
+@contextlib.contextmanager
+def at_epoch(trainer: Trainer, epoch: int | None) -> Iterator[None]:
+    """Inside of it ``trainer.current_epoch`` is ``epoch``; unchanged for ``None``."""
+    progress = trainer.fit_loop.epoch_progress.current
+    before = progress.completed
+    progress.completed = before if epoch is None else epoch
+    try:
+        yield
+    finally:
+        progress.completed = before
 
 
 def brings_own(owner: object, hook: str) -> bool:

@@ -396,6 +396,7 @@ def attach(
     train_dataloaders: DataLoader[Any] | None = None,
     datamodule: Any = None,
     callback: GIFCallback | None = None,
+    epoch: int | None = None,
 ) -> GIFCallback:
     """Adds ``influence``, ``self_influence`` and ``unlearn`` to a trainer for a model that was trained elsewhere.
 
@@ -408,6 +409,8 @@ def attach(
         train_dataloaders: The training data.
         datamodule: A datamodule with the training data, instead of ``train_dataloaders``.
         callback: The callback to use; by default the one of the trainer, or a new one.
+        epoch: The epoch of the weights, for a loss that depends on ``current_epoch``. By default the trainer's epoch,
+            which is 0 before any ``fit``. Calls warn if this matters.
 
     Returns:
         The callback, which is now among the trainer's callbacks.
@@ -429,6 +432,8 @@ def attach(
             raise ConfigurationError(f"`{name}` must be a {kind} of Lightning, got a {actual}.")
     if train_dataloaders is not None and datamodule is not None:
         raise ConfigurationError("Give `train_dataloaders` or `datamodule`, not both.")
+    if epoch is not None:
+        check_count("epoch", epoch, least=0)
     present = [one for one in trainer.callbacks if isinstance(one, GIFCallback)]
     callback = callback or (present[0] if present else GIFCallback())
     _check_trainer(trainer, callback)
@@ -438,6 +443,7 @@ def attach(
     callback.tracker.follow(model)
     attach_model(trainer, model, train_dataloaders, datamodule)
     callback.loaders.train, callback.loaders.unseen = train_dataloaders, None
+    callback.loaders.epoch = epoch
     callback.tracker.ranks_on_demand = True
     callback.bind(trainer)
     return callback

@@ -371,7 +371,9 @@ class _Tool(LightningCLI):
                 " place only: in the file, or by --gif with --trainer.callbacks null after the file."
             )
         self.callback = present[0] if present else self.config_init.gif
-        attach(self.trainer, self.model, datamodule=self.datamodule, callback=self.callback)
+        saved = self.checkpoint.get("epoch")
+        epoch = saved if isinstance(saved, int) and saved >= 0 else None
+        attach(self.trainer, self.model, datamodule=self.datamodule, callback=self.callback, epoch=epoch)
         self.model.configure_model()
         # A copy, because on_load_checkpoint may change it, and the original is written later.
         loaded = {**self.checkpoint, "state_dict": dict(self.checkpoint["state_dict"])}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
-from ._compat import Trainer, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
+from ._compat import Trainer, at_epoch, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
 from .config import Overrides, Settings
 from .curvature.products import has_gauss_newton
 from .curvature.sampling import sample_size
@@ -36,6 +36,10 @@ TargetsChoice = Literal["cached", "class", "batch"]
 """How targets are chosen: those picked in training, neurons ranked for the batch's classes, or ranked on the batch."""
 
 
+# Epochs at which a loss that depends on the epoch is likely to differ from that of epoch 0.
+_OTHER_EPOCHS = (1, 10, 100)
+
+
 @dataclass
 class Loaders:
     """The loaders of the last ``fit``. They are kept here, because ``trainer.test`` removes them from the trainer.
@@ -43,12 +47,14 @@ class Loaders:
     Attributes:
         train: The training loader.
         unseen: The validation loader.
+        epoch: The epoch of the weights, if it was given to :func:`~lightning_gif.attach`.
         ready: The datamodules that were set up here, each with the stage. One is set up once, since it may split the
             data at random.
     """
 
     train: Any = None
     unseen: Any = None
+    epoch: int | None = None
     ready: list[tuple[Any, str]] = field(default_factory=list)
 
     def remember(self, trainer: Trainer) -> None:
@@ -335,7 +341,9 @@ def open_session(
     if module is None:
         raise ConfigurationError("The trainer has no model yet: call fit, validate or test first, or use attach().")
     processes = ProcessGroup.of(trainer)
-    with processes.propagate_errors(), tracker.neurons.paused():
+    is_unfitted = trainer.current_epoch == 0 and not trainer.training
+    epoch = loaders.epoch if is_unfitted else None
+    with processes.propagate_errors(), tracker.neurons.paused(), at_epoch(trainer, epoch):
         processes.assert_equal([choice, asdict(settings)], "arguments", "Make the same call on all of them.")
         tracker.sum_over(processes)
         with isolate_rng():
@@ -357,8 +365,35 @@ def open_session(
         )
         with opened as objective:
             train = _training_examples(trainer, loader, objective, settings, given=dataloader is not None)
+            if is_unfitted and epoch is None:
+                _warn_if_epoch_matters(trainer, objective, train)
             repicks = not (overrides or {}).keys().isdisjoint(("selector", "ratio", "seed"))
             yield Session(objective, train, settings, loaders, tracker, repicks)
+
+
+def _warn_if_epoch_matters(trainer: Trainer, objective: Objective, train: Examples) -> None:
+    """Warns if the losses depend on the epoch of a trainer that has not finished one, and so does not know it."""
+    batch = next(train.subset(torch.arange(1)).batches())
+
+    def loss() -> float:
+        return float(objective.losses(objective.theta, batch).sum())
+
+    with torch.no_grad():
+        try:
+            now = loss()
+            later = []
+            for epoch in _OTHER_EPOCHS:
+                with at_epoch(trainer, epoch):
+                    later.append(loss())
+        except Exception:  # a schedule may end before these epochs, and errors of the loss itself are raised elsewhere
+            return
+    if any(not math.isclose(now, other, rel_tol=1e-6, abs_tol=1e-12) for other in later):
+        rank_zero_warn(
+            f"The training loss of {type(objective.module).__name__} depends on the epoch, but the trainer has not"
+            " finished one. So the loss is that of epoch 0. Give the epoch of the weights, for example"
+            " attach(trainer, model, epoch=10).",
+            category=GIFWarning,
+        )
 
 
 def _training_examples(

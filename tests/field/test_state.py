@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import deque
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError
 
-from lightning_gif import GIFWarning
+from lightning_gif import ConfigurationError, GIFCallback, GIFWarning, attach
 
-from ..conftest import batch_of, blobs
+from ..conftest import batch_of, blobs, make_trainer
 from .reference import CONVERGED, Module, cross_entropy, dense_scores, error, fitted, squared_error
 
 DATA = blobs(40)
@@ -206,3 +207,45 @@ def test_a_metric_that_is_the_loss_has_its_value_and_keeps_its_count() -> None:
     assert error(report.scores[0], exact) < 1e-5
     assert report.curvature["kind"] == "ggn"
     assert torch.equal(module.error.total, count)
+
+
+class ByEpoch(Module):
+    """Its loss grows with the epoch."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        return (1 + min(1.0, self.current_epoch / 5)) * F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def attached(epoch: int | None) -> Any:
+    torch.manual_seed(0)
+    trainer = make_trainer(GIFCallback())
+    attach(trainer, ByEpoch(), train_dataloaders=DataLoader(DATA, 8), epoch=epoch)
+    return trainer
+
+
+def test_the_loss_of_an_attached_model_is_that_of_its_epoch() -> None:
+    trainer = attached(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GIFWarning)
+        assert error(scores_of_the_first(trainer), exact(trainer.lightning_module, 2.0)) < 1e-5
+    assert trainer.current_epoch == 0
+
+
+def test_an_unknown_epoch_is_warned_of_and_the_remedy_works() -> None:
+    with pytest.warns(GIFWarning, match=r"depends on the epoch.*attach\(trainer, model, epoch=10\)"):
+        scores_of_the_first(attached(None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GIFWarning)
+        scores_of_the_first(attached(10))
+
+
+def test_a_fitted_trainer_knows_its_epoch() -> None:
+    trainer = fitted(ByEpoch(), DATA, epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GIFWarning)
+        scores_of_the_first(trainer)
+
+
+def test_an_epoch_must_be_a_whole_number() -> None:
+    with pytest.raises(ConfigurationError, match=r"`epoch` must be .*whole number"):
+        attached(-1)
