@@ -46,7 +46,8 @@ def n_neurons(layer: nn.Module) -> int:
     """The number of neurons of a Linear or Conv layer."""
     weight = own_parameter(layer, "weight")
     if weight is None:
-        return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
+        size = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        return int(size)  # type: ignore[arg-type]
     return weight.shape[0]
 
 

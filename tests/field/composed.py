@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 __all__ = ["Composed", "Composition", "Exact", "Items", "collate_of", "compose", "exact_scores", "items_of"]
 
-N, WIDTH, CLASSES, STEPS, WORDS = 16, 4, 3, 4, 7
+N, WIDTH, CLASSES, STEPS, WORDS = 12, 4, 3, 4, 7
 PENALTY = 0.05
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -812,11 +812,14 @@ class Exact(NamedTuple):
     self_influence: Tensor
 
 
-def exact_scores(module: Composed, trainer: pl.Trainer, query: list[int], kind: str, damping: float) -> Exact:
+def exact_scores(
+    module: Composed, trainer: pl.Trainer, query: list[int], kind: str, damping: float, *, indefinite: bool = True
+) -> Exact:
     """The scores from batches of one example alone.
 
     For the Gauss–Newton matrix ``G``, ``(1/(n−1))·qᵀ(G + λ)⁻¹gᵢ``; for the Hessian ``H``, least squares:
-    ``(1/(n−1))·qᵀH(H² + λ²)⁻¹gᵢ``, and ``(1/(n−1))·gᵢᵀ(H² + λ²)^(−1/2)gᵢ`` for self-influence.
+    ``(1/(n−1))·qᵀH(H² + λ²)⁻¹gᵢ``. Self-influence is ``(1/(n−1))·gᵢᵀ(G + λ)⁻¹gᵢ``, or for an indefinite ``C``
+    ``(1/(n−1))·gᵢᵀ(C² + λ²)^(−1/2)gᵢ``.
 
     Args:
         module: The fitted module.
@@ -824,6 +827,7 @@ def exact_scores(module: Composed, trainer: pl.Trainer, query: list[int], kind: 
         query: Positions of the query's examples.
         kind: ``"ggn"`` or ``"hessian"``.
         damping: ``λ``.
+        indefinite: Whether the matrix has negative eigenvalues.
     """
     collate, rows, matrix = collate_of(module.spec), [], torch.zeros((), dtype=torch.float64)
     items = [
@@ -839,10 +843,9 @@ def exact_scores(module: Composed, trainer: pl.Trainer, query: list[int], kind: 
     gradients = torch.stack(rows)
     of_query = gradients[query].mean(0)
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    if kind == "ggn":
-        inverse = inverse_of_self = 1 / (values + damping)
-    else:
-        inverse, inverse_of_self = values / (values**2 + damping**2), (values**2 + damping**2).rsqrt()
+    of_size = (values**2 + damping**2).rsqrt()
+    inverse = 1 / (values + damping) if kind == "ggn" else values * of_size**2
+    inverse_of_self = of_size if indefinite else 1 / (values + damping)
     turned = gradients @ vectors
     others = len(items) - 1
     return Exact(turned @ (inverse * (of_query @ vectors)) / others, (turned**2 @ inverse_of_self) / others)
@@ -859,6 +862,9 @@ def _of_one(module: Composed, trainer: pl.Trainer, batch: Any, kind: str) -> tup
     for one in wide.modules():
         if isinstance(one, Checkpointed):
             one.reentrant = False  # a reentrant checkpoint has no gradient with respect to given tensors
+    for position, block in enumerate(wide.blocks):
+        if isinstance(block, nn.Hardsigmoid):  # PyTorch's has no second derivative
+            wide.blocks[position] = Called(lambda x: F.relu6(x + 3) / 6)
     wide.is_reference = True
     wide.trainer = _Stage(trainer)  # type: ignore[assignment]
     parameters = [parameter for parameter in wide.parameters() if parameter.requires_grad]

@@ -19,11 +19,13 @@ from torch.utils.data import DataLoader, Subset
 from lightning_gif import GIFCallback, GIFError, GIFWarning
 
 from ..conftest import make_trainer
-from .composed import Composed, Composition, Items, collate_of, compose, exact_scores, items_of
+from .composed import SEQUENCES, Composed, Composition, Items, collate_of, compose, exact_scores, items_of
 from .reference import CONVERGED, DAMPING, error
 
 QUERY = [0, 5, 9]
-IN_DEFAULT_SUITE, ALL = 40, 200
+ALL = 200
+# Of coupled losses with recurrent layers or attention, examples are evaluated one by one, which takes long.
+IN_DEFAULT_SUITE = [n for n in range(37) if not (compose(n).cause and compose(n).body in SEQUENCES)]
 
 # Whatever is refused names one of these.
 REMEDY = re.compile(
@@ -190,7 +192,9 @@ def check(number: int) -> str:
     if outcome.report is not None and of_itself.report is not None and spec.cause != "random":
         check_scores(module, trainer, outcome, of_itself)
 
-    edited = Outcome(trainer.unlearn, [1, 2], max_iter=5)
+    # One change is enough to see whether anything else is changed; twelve are tried for the modules of the slow tests.
+    step = "natural" if number in IN_DEFAULT_SUITE else "relinearise"
+    edited = Outcome(trainer.unlearn, [1, 2], max_iter=5, step=step)
     check_unchanged(but_values, snapshot(module, trainer, values=False), "unlearn")
     if spec.cause or spec.refusal:
         check_outcome(spec, edited)
@@ -244,7 +248,8 @@ def check_scores(module: Composed, trainer: pl.Trainer, outcome: Outcome, of_its
         assert kind == "hessian"
         assert module.spec.has_no_second_derivative
         return
-    exact = exact_scores(module, trainer, QUERY, kind, DAMPING)
+    indefinite = of_itself.report.curvature["negative_eigenvalues"] > 0
+    exact = exact_scores(module, trainer, QUERY, kind, DAMPING, indefinite=indefinite)
     assert of_itself.report.curvature["kind"] == kind
     tolerance = 1e-3 if module.spec.narrow else 1e-4
     wrong = error(outcome.report.scores[0], exact.influence)
@@ -254,7 +259,7 @@ def check_scores(module: Composed, trainer: pl.Trainer, outcome: Outcome, of_its
 
 
 NUMBERS = [
-    pytest.param(number, id=str(compose(number)), marks=() if number < IN_DEFAULT_SUITE else pytest.mark.slow)
+    pytest.param(number, id=str(compose(number)), marks=() if number in IN_DEFAULT_SUITE else pytest.mark.slow)
     for number in range(ALL)
 ]
 
@@ -268,7 +273,7 @@ def test_a_composed_module_is_right_warned_of_or_refused(number: int) -> None:
 
 @pytest.mark.xdist_group("composed")
 def test_all_outcomes_occur() -> None:
-    if sum(COUNTS.values()) < IN_DEFAULT_SUITE:
+    if sum(COUNTS.values()) < len(IN_DEFAULT_SUITE):
         pytest.skip("counts the tests before it")
     print("composed modules:", ", ".join(f"{COUNTS[kind]} {kind}" for kind in ("right", "warned", "refused")))
     assert all(COUNTS[kind] > 0 for kind in ("right", "warned", "refused"))
