@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._compat import rank_zero_warn
 from ..data.batch import Batch
 from ..data.structure import map_tensors, same_structure
-from ..errors import ObjectiveError
+from ..errors import GIFWarning, ObjectiveError
 from ..registry import Registry, declares
 
 __all__ = ["CURVATURES", "Linearise", "Losses", "gauss_newton", "has_gauss_newton", "hessian"]
@@ -18,6 +19,9 @@ __all__ = ["CURVATURES", "Linearise", "Losses", "gauss_newton", "has_gauss_newto
 
 Product = Callable[[Tensor], Tensor]
 """``v ↦ C v``, ``(p,) → (p,)``, where ``C`` is the *sum* of the curvatures of a micro-batch's examples."""
+
+# By dtype: the largest relative difference between two sides of an adjoint identity that counts as rounding.
+_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-7}
 
 Linearise = Callable[[Tensor, Batch], tuple[Product, tuple[Tensor, ...]]]
 """``(θ, batch) ↦`` the product at ``θ``, and tensors whose autograd graphs hold all memory that the product keeps."""
@@ -30,7 +34,10 @@ def hessian(loss_sum: Callable[[Tensor, Batch], Tensor]) -> Linearise:
         loss_sum: ``(θ, batch) → ()``, the sum of the losses of a batch's examples; twice differentiable in ``θ``.
     """
 
+    is_checked = False
+
     def linearise(theta: Tensor, batch: Batch) -> tuple[Product, tuple[Tensor, ...]]:
+        nonlocal is_checked
         theta = theta.detach().requires_grad_()
         loss = loss_sum(theta, batch)
         if not loss.requires_grad:
@@ -42,9 +49,37 @@ def hessian(loss_sum: Callable[[Tensor, Batch], Tensor]) -> Linearise:
         def product(vector: Tensor) -> Tensor:
             return torch.autograd.grad(gradient, theta, vector, retain_graph=True, materialize_grads=True)[0]
 
+        if not is_checked:
+            is_checked = True
+            if not _are_adjoint(product, product, theta):
+                rank_zero_warn(
+                    "The second derivative of the loss is not symmetric, so the gradients of training are not those of"
+                    f" a function, and solves with curvature='hessian' are inexact. {_NOT_DIFFERENTIABLE}",
+                    category=GIFWarning,
+                )
         return product, (gradient,)
 
     return linearise
+
+
+_NOT_DIFFERENTIABLE = (
+    "Causes are a torch.autograd.Function whose backward is marked once_differentiable (write it with operations of"
+    " PyTorch, without the mark), a hook on a tensor that changes gradients, or a part of the loss that depends on the"
+    " parameters under torch.no_grad()."
+)
+
+
+def _are_adjoint(push: Product, pull: Product, theta: Tensor) -> bool:
+    """Whether ``vᵀ(pull(push v)) = ‖push v‖²`` up to rounding for a random vector, as for a matrix and its transpose.
+
+    PyTorch does not raise where it passes a function without a second derivative, but leaves its part out.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(theta.numel(), generator=generator, dtype=torch.float64).to(theta)
+    pushed = push(vector)
+    square = float(pushed.square().sum(dtype=torch.float64))
+    other = float((pull(pushed) * vector).sum(dtype=torch.float64))
+    return not abs(square - other) > _ROUNDING.get(theta.dtype, _ROUNDING[torch.float32]) * square
 
 
 def gauss_newton(
@@ -74,6 +109,7 @@ def gauss_newton(
         ObjectiveError: From the result, if the loss does not depend on ``θ`` through the outputs only.
     """
     checked: list[Any] = []  # batch structures that have been checked
+    is_adjoint: bool | None = None
 
     def check(theta: Tensor, batch: Batch, out: Tensor, slope: Tensor) -> None:
         if not always and any(same_structure(batch.data, one) for one in checked):
@@ -103,16 +139,30 @@ def gauss_newton(
         if loss.requires_grad:
             (slope,) = torch.autograd.grad(loss, at, create_graph=True, materialize_grads=True)
         check(theta, batch, out, slope)
-        if not slope.requires_grad:  # the loss is linear in its predictions here
+        if not (out.requires_grad and slope.requires_grad):  # no prediction depends on θ, or the loss is linear in them
             return torch.zeros_like, ()
         # Jᵀu is linear in u, so the reverse-mode derivative of vᵀJᵀu with respect to u is J v.
         dummy = torch.zeros_like(out, requires_grad=True)
         (pulled,) = torch.autograd.grad(out, theta, dummy, create_graph=True, materialize_grads=True)
 
+        def push(vector: Tensor) -> Tensor:
+            return torch.autograd.grad(pulled, dummy, vector, retain_graph=True, materialize_grads=True)[0]
+
+        def pull(vector: Tensor) -> Tensor:
+            return torch.autograd.grad(out, theta, vector, retain_graph=True, materialize_grads=True)[0]
+
         def product(vector: Tensor) -> Tensor:
-            (pushed,) = torch.autograd.grad(pulled, dummy, vector, retain_graph=True, materialize_grads=True)
-            (curved,) = torch.autograd.grad(slope, at, pushed, retain_graph=True, materialize_grads=True)
-            return torch.autograd.grad(out, theta, curved, retain_graph=True, materialize_grads=True)[0]
+            (curved,) = torch.autograd.grad(slope, at, push(vector), retain_graph=True, materialize_grads=True)
+            return pull(curved)
+
+        nonlocal is_adjoint
+        if is_adjoint is None:
+            is_adjoint = _are_adjoint(push, pull, theta)
+        if not is_adjoint:
+            raise ObjectiveError(
+                "curvature='ggn' needs the derivative of the predictions in a direction, which PyTorch computes wrongly"
+                f" for this module. {_NOT_DIFFERENTIABLE}"
+            )
 
         return product, (pulled, slope)
 

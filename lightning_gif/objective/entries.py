@@ -127,6 +127,7 @@ class EntryPredictions(TorchFunctionMode):
             return self._others[start : self._used].view(result.shape)
         self._made[id(result)] = call, result
         self._by_call[call] = result
-        if func in _DIFFERENCES:
+        # A number minus a tensor, as in one minus a cosine, is no prediction: the loss is linear in it.
+        if func in _DIFFERENCES and all(isinstance(given, Tensor) for given in args[:2]):
             self._seen.append(call)
         return result

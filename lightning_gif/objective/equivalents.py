@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
-__all__ = ["TwiceDifferentiable"]
+__all__ = ["TwiceDifferentiable", "without_checkpoints"]
 
 
 # Log-probability of what cannot happen: finite, so that no derivative is inf − inf.
@@ -29,6 +31,37 @@ class TwiceDifferentiable(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _EQUIVALENTS.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Inside of it, ``torch.utils.checkpoint`` calls its function once and keeps the activations.
+
+    Otherwise it runs the function again in the backward pass, with the parameters that the module has by then. These
+    are not the ones that the loss was evaluated at.
+    """
+    replacements = {"CheckpointFunction": _Kept, "_checkpoint_without_reentrant_generator": _kept}
+    before = {name: getattr(checkpoint, name) for name in replacements if hasattr(checkpoint, name)}
+    try:
+        for name in before:
+            setattr(checkpoint, name, replacements[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(checkpoint, name, value)
+
+
+class _Kept:
+    """Takes the place of ``CheckpointFunction``, for ``use_reentrant=True``."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _kept(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """What ``torch.utils.checkpoint`` does around its function, for ``use_reentrant=False``: nothing."""
+    yield
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:

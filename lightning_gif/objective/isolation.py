@@ -15,7 +15,7 @@ from ..distributed import ProcessGroup
 from ..errors import GIFWarning
 from ..storage.interrupts import uninterrupted
 from .attributes import Attributes, attributes_restored
-from .equivalents import TwiceDifferentiable
+from .equivalents import TwiceDifferentiable, without_checkpoints
 from .silence import Metrics, silenced
 
 __all__ = ["Isolation", "fails_for_good", "isolated", "restore_members"]
@@ -79,6 +79,7 @@ def isolated(
             stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
             torch.backends.mha.set_fastpath_enabled(False)
             stack.enter_context(TwiceDifferentiable())
+            stack.enter_context(without_checkpoints())
             # Tensors that a step creates should have the dtype of the computation.
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)
@@ -90,6 +91,9 @@ def isolated(
             stack.enter_context(stage_of_training(trainer))
             if home != device:  # the strategy's teardown after fit moves the module to the CPU
                 stack.enter_context(_moved(module, device))
+            for submodule in module.modules():  # a step may cast its input to `self.dtype`
+                if isinstance(submodule, LightningModule):
+                    submodule._dtype = dtype
             inside = Isolation(Attributes(module, attributes), metrics)
         try:
             yield inside

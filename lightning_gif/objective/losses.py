@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -346,8 +347,8 @@ def _raise_if_all_fail(shadow: Shadow, probe: Probe) -> None:
     """Raises the error of ``training_step`` itself if it fails for a larger batch, too."""
     try:
         shadow.training_step(shadow.theta, probe.fewer.data)
-    except RuntimeError as error:
-        if "dtype" not in str(error):
+    except Exception as error:
+        if not _OF_A_DTYPE.search(str(error)):
             raise
         raise ObjectiveError(
             f"{type(shadow.module).__name__}.training_step fails in {str(shadow.theta.dtype).removeprefix('torch.')},"
@@ -356,6 +357,9 @@ def _raise_if_all_fail(shadow: Shadow, probe: Probe) -> None:
             " a module in float32 is evaluated as it is."
         ) from error
 
+
+# What messages of PyTorch about tensors of two dtypes have in common.
+_OF_A_DTYPE = re.compile(r"dtype|input type|(half|float|double)\b.*\b(half|float|double)", re.IGNORECASE)
 
 _DEFINE = """Define the losses on the module, for example:
 
@@ -381,6 +385,10 @@ def _losses_alone(shadow: Shadow, probe: Probe) -> Tensor | Exception:
             if shadow.metrics.all and not torch.isfinite(losses).all():  # a metric may be the loss
                 shadow.metrics.give_values = True
                 losses = evaluated()
+            if not torch.isfinite(losses).any():  # a deviation over the examples of a batch is NaN for one
+                together = shadow.training_step(shadow.theta, probe.together.data)
+                if torch.isfinite(together):
+                    return ObjectiveError("its loss is not finite, but that of a larger batch is")
         except Exception as error:
             return error
     return losses

@@ -368,7 +368,8 @@ class Objective:
 
     def gradients(self, batch: Batch) -> Iterator[Tensor]:
         """Yields the gradients of the losses at the present parameters, ``(b, p)`` for the next ``b`` examples."""
-        return self.loss.gradients(self.theta, batch)
+        # They need no graph, but a parameter that the module holds in a list, out of sight, would keep one.
+        return (rows.detach() for rows in self.loss.gradients(self.theta, batch))
 
     def directional_derivatives(self, batch: Batch, directions: Tensor) -> Tensor:
         """``wᵀ∇ℓ(zᵢ)`` for each direction ``w`` and each example ``zᵢ``, at the present parameters.
@@ -384,8 +385,8 @@ class Objective:
             ``(q, B)``.
         """
         if len(directions) > FEW_DIRECTIONS and self.loss.vectorised:
-            return derivatives.from_gradients(self.loss, batch, directions)
-        return self._directional(self.loss, batch, directions)
+            return derivatives.from_gradients(self.loss, batch, directions).detach()
+        return self._directional(self.loss, batch, directions).detach()
 
     # ----------------------------------------------------------------------------------------------------------------
     # Passes over examples

@@ -226,17 +226,22 @@ def n_classes(loss: LossFunction, theta: Tensor, examples: Examples, seed: int) 
         examples: The examples; a random sample of them is evaluated.
         seed: Seed of the sample.
     """
-    few = next(examples.sample(_PREDICTED, seed).batches())
+    sizes: set[int] = set()
     with torch.no_grad():
-        _, classified = _evaluate(loss, theta, few)
-        if classified is None or few.classes is None:
-            return None
-        predicted, targets = classified
-        if loss.entries is not None:  # a loss written by hand need not be a cross-entropy
-            as_classifier = F.cross_entropy(predicted, targets, reduction="none")
-            if not close(loss.losses(theta, few), as_classifier):
+        for few in examples.sample(_PREDICTED, seed).batches():
+            _, classified = _evaluate(loss, theta, few)
+            if classified is None or few.classes is None:
                 return None
-    return predicted.shape[1] if torch.equal(targets.cpu().long(), few.classes.cpu().long()) else None
+            predicted, targets = classified
+            if not torch.equal(targets.cpu().long(), few.classes.cpu().long()):
+                return None
+            if loss.entries is not None:  # a loss written by hand need not be a cross-entropy
+                as_classifier = F.cross_entropy(predicted, targets, reduction="none")
+                if not close(loss.losses(theta, few), as_classifier):
+                    return None
+            sizes.add(predicted.shape[1])
+    # Losses of couples have as many classes as the batch has examples.
+    return sizes.pop() if len(sizes) == 1 and min(sizes) > 1 else None
 
 
 def logits(loss: LossFunction, theta: Tensor, batch: Batch) -> Tensor:

@@ -42,6 +42,7 @@ class Metrics:
                 return _nan_of(metric)()
             if not copies:
                 copies.append(_plain_copy(metric))
+            copies[0].set_dtype(torch.get_default_dtype())  # its sums are in float32 otherwise
             copies[0].reset()
             return copies[0](*args, **kwargs)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigurationError, SelectionError
 from ..parameters import ParameterSpace, Targets, match_names
 from ..registry import Registry, declares
-from .statistics import GradientStatistics, NeuronStatistics, neuron_layers
+from .statistics import GradientStatistics, NeuronStatistics, n_neurons, neuron_layers, own_parameter
 
 __all__ = ["SELECTORS", "Layer", "Selector", "check_selector", "select", "whole_neurons"]
 
@@ -310,7 +310,7 @@ class _Views:
         unknown: SelectionError | None = None
         for name, layer in neuron_layers(self.module).items():
             # A weight that is computed from other parameters (weight norm, LoRA) is not a parameter itself.
-            weight, bias = names.get(id(layer.weight), ""), names.get(id(layer.bias), "")
+            weight, bias = (names.get(id(own_parameter(layer, kind)), "") for kind in ("weight", "bias"))
             use_weight, use_bias = weight in self.may_change, bias in self.may_change
             if not (use_weight or use_bias) or weight in chosen:
                 continue
@@ -343,8 +343,8 @@ def _other_units(
         if name not in names or not parameter.ndim or not parameter.numel():
             continue
         order = torch.arange(parameter.numel()).view(parameter.shape)
-        bias = getattr(module.get_submodule(name.rpartition(".")[0]), "bias", None)
-        if parameter.ndim > 1 and isinstance(bias, Tensor) and _is_output(bias, parameter):
+        bias = own_parameter(module.get_submodule(name.rpartition(".")[0]), "bias")
+        if parameter.ndim > 1 and bias is not None and _is_output(bias, parameter):
             order = order.transpose(0, 1)
         order = order.reshape(len(order), -1)
         entries = gradients.root_mean_square(name) if gradients else None
@@ -377,7 +377,7 @@ def _view(
     parts = [gradients.root_mean_square(p) if gradients else None for p in [weight] * use_weight + [bias] * use_bias]
     return Layer(
         name=name,
-        neurons=layer.weight.shape[0],
+        neurons=n_neurons(layer),
         fan_in=layer.weight[0].numel() if use_weight else 0,
         bias=use_bias,
         outputs=means["outputs"],

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 from ..distributed import ProcessGroup
 
-__all__ = ["GradientStatistics", "NeuronStatistics", "neuron_layers"]
+__all__ = ["GradientStatistics", "NeuronStatistics", "n_neurons", "neuron_layers", "own_parameter"]
 
 _CHANNELS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LAYERS = (nn.Linear, *_CHANNELS_FIRST)
@@ -29,8 +30,25 @@ def neuron_layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn.Con
     return {
         name: layer
         for name, layer in module.named_modules()
-        if isinstance(layer, _LAYERS) and not isinstance(layer.weight, nn.parameter.UninitializedParameter)
+        if isinstance(layer, _LAYERS) and not isinstance(own_parameter(layer, "weight"), UninitializedParameter)
     }
+
+
+def own_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
+    """A layer's parameter; ``None`` if there is none, or if it is computed from others (weight norm, LoRA).
+
+    Such an attribute must not be read in training: spectral normalisation, for example, changes its buffers then.
+    """
+    return layer._parameters.get(name)
+
+
+def n_neurons(layer: nn.Module) -> int:
+    """The number of neurons of a Linear or Conv layer."""
+    weight = own_parameter(layer, "weight")
+    if weight is None:
+        size = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        return int(size)  # type: ignore[arg-type]
+    return weight.shape[0]
 
 
 class NeuronStatistics:
@@ -161,7 +179,7 @@ class NeuronStatistics:
             sums, counts = state[f"{kind}s"], state[f"{kind}_counts"]
             for name in sums.keys() | counts.keys():
                 rows, neurons = sums[name].shape
-                if neurons != layers[name].weight.shape[0] or counts[name].shape != (rows,):
+                if neurons != n_neurons(layers[name]) or counts[name].shape != (rows,):
                     raise ValueError(f"the {kind}s of {name!r} have another shape")
                 if not (_sound(sums[name]) and _sound(counts[name]) and (counts[name] >= 0).all()):
                     raise ValueError(f"the {kind}s of {name!r} are not finite floating-point numbers")
@@ -180,7 +198,7 @@ class NeuronStatistics:
         if not output.is_floating_point():  # neurons cannot be ranked by complex outputs
             return
         channel = 1 if isinstance(layer, _CHANNELS_FIRST) else -1
-        if output.ndim < 2 or (channel == 1 and output.ndim != layer.weight.ndim):
+        if output.ndim < 2 or (isinstance(layer, _CHANNELS_FIRST) and output.ndim != 2 + len(layer.kernel_size)):
             return  # a single example without a batch dimension
         rows = self._rows_for(output)
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):  # half precision cannot sum thousands
