@@ -129,10 +129,10 @@ class Session:
             queries: The number of queries.
             itself: Whether each example is scored for its own loss.
         """
-        probed = self.objective.probed
-        if probed is None:
-            probed = next(self.train.subset(torch.arange(1)).batches())
-        ggn = has_gauss_newton(self.objective, self.objective.theta, probed)
+        ggn = self.objective.depends_on_outputs
+        if not ggn:
+            probed = self.objective.probed or next(self.train.subset(torch.arange(1)).batches())
+            ggn = has_gauss_newton(self.objective, self.objective.theta, probed)
         choose = partial(for_influence, asked, on_targets=on_targets, queries=queries, itself=itself)
         chosen = choose(ggn=ggn)
         if chosen.curvature != choose(ggn=True).curvature:

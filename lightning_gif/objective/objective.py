@@ -82,6 +82,7 @@ class Objective:
         self.divisible = True  # whether batches of the training data can be divided into examples
         self._counts_rows = True  # whether the size of a batch shows in the first dimension of its tensors
         self.probed: Batch | None = None
+        self.depends_on_outputs = False  # whether the losses of ``probed`` depend on the outputs alone
         self._reference: Any = None  # the structure of training batches
 
     @property
@@ -198,8 +199,9 @@ class Objective:
         self._counts_rows = probe.counts_rows
         self._loss = choose_loss(self.shadow, probe)
         alone = self._takes_one_at_a_time or not probe.divisible
-        outputs.choose_predictions(self._loss, probe.singles[0] if self._takes_one_at_a_time else probe.many)
-        self.probed = None if alone else probe.many
+        batch = probe.singles[0] if self._takes_one_at_a_time else probe.many
+        depends = outputs.choose_predictions(self._loss, batch)
+        self.probed, self.depends_on_outputs = (None, False) if alone else (probe.many, depends)
         return self.readable(train)
 
     @property

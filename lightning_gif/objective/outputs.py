@@ -42,7 +42,7 @@ _WHOLE, _PRODUCTS = 512, 8
 _ROUNDING = 1e-3
 
 
-def choose_predictions(loss: LossFunction, batch: Batch) -> None:
+def choose_predictions(loss: LossFunction, batch: Batch) -> bool:
     """Finds the predictions of a loss that is written by hand, and notes them as ``loss.entries``.
 
     The predictions are tensors that enter a softmax, a sigmoid or a difference, such that the loss depends on the
@@ -53,9 +53,12 @@ def choose_predictions(loss: LossFunction, batch: Batch) -> None:
     Args:
         loss: The loss.
         batch: A few examples.
+
+    Returns:
+        Whether the loss of the batch depends on the parameters through the predictions alone.
     """
     if _determine_the_loss(loss, batch):
-        return
+        return True
     for together in possible_entries():
         valid: dict[int, Entries] = {}
         for loss.entries in together:
@@ -64,7 +67,8 @@ def choose_predictions(loss: LossFunction, batch: Batch) -> None:
                 valid.setdefault(size, loss.entries)  # of several of one size, the last one
         loss.entries = valid[max(valid)] if valid else None
         if valid:
-            return
+            return True
+    return False
 
 
 def _determine_the_loss(loss: LossFunction, batch: Batch) -> bool:
