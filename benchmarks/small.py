@@ -18,6 +18,7 @@ import time
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -64,7 +65,7 @@ class Patches(nn.Module):
 def convolutions() -> nn.Module:
     sizes = [3, 32, 64, 128, 160]
     layers: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in pairwise(sizes):
         layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], 10))
 
