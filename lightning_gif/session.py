@@ -137,9 +137,7 @@ class Session:
             queries: The number of queries.
             itself: Whether each example is scored for its own loss.
         """
-        probed = self.objective.probed
-        if probed is None:
-            probed = next(self.train.subset(torch.arange(1)).batches())
+        probed = self.objective.probed or next(self.train.subset(torch.arange(1)).batches())
         ggn = has_gauss_newton(self.objective, self.objective.theta, probed)
         choose = partial(for_influence, asked, on_targets=on_targets, queries=queries, itself=itself)
         chosen = choose(ggn=ggn)

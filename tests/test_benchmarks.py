@@ -34,6 +34,7 @@ SMALLEST: dict[str, str] = {
     "random_removal": "--data DATA --net resnet --epochs 1 --seeds 1 --steps natural --shares 0.1",
     "scaling": "--widths 12 --ratios 0.1 --width 12 --examples 32 --repeats 1",
     "sensitivity": "--data DATA --nets mlp --goals class --examples 100 --epochs 1 --draws 1 --every 30",
+    "small": "--rounds 1 --net convolutions",
     "solve": "--data DATA --examples 32 --max-iter 3 --repeats 1 --epochs 1",
     "synthetic": "--size 30 --columns 5 --sigma 1 --condition 100 --max-iter 10 --budgets 5 --most-products 100",
     "tinynet_forget": "--data DATA --epochs 1",

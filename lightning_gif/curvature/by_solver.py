@@ -56,6 +56,12 @@ _MOST_TOGETHER, _VECTORS = 16, 12
 # shifted products, their half-factorised form, and the basis. Each step needs its matrix as a whole.
 SKETCH_COPIES = 5
 
+# A sketch is computed from the Jacobians of single examples if the model has at least so many parameters, since the
+# time of smaller ones goes into calls; if the rank is at least so many times the number of outputs, since a product
+# takes the time of about three backward passes, and a single example more than its share of a batch; and if all
+# Jacobians have at most so many bytes. benchmarks/README.md, "Self-influence of small data".
+_JACOBIAN_PARAMETERS, _PASSES, _JACOBIAN_BYTES = 2**16, 4, 2**31
+
 
 def inverse_for_queries(settings: Settings) -> type[InverseCurvature]:
     """The class of inverse for the iHVPs of queries: one that runs the solver, or the one registered by that name."""
@@ -124,7 +130,10 @@ class SolverInverse(InverseCurvature):
         examples = examples.cached(bytes_to_keep(settings, objective))
         decay = settings.weight_decay if cls.decay_is_damping else 0.0
         inside = settings.weight_decay - decay
-        curvature = open_curvature(settings, objective, examples, weight_decay=inside, on_product=on_product)
+        jacobians = cls.uses_jacobians(objective, settings, len(examples))
+        curvature = open_curvature(
+            settings, objective, examples, weight_decay=inside, jacobians=jacobians, on_product=on_product
+        )
         damping = measured_damping(curvature, seed) if settings.damping is None else settings.damping
         block_size = None
         if not SOLVERS[settings.solver].shares_products_across_rhs:
@@ -135,6 +144,11 @@ class SolverInverse(InverseCurvature):
     @classmethod
     def check(cls, objective: Objective, settings: Settings, method: Method, positions: Tensor) -> None:
         """Raises an error, before any work, if :meth:`fit` would fail with these arguments."""
+
+    @classmethod
+    def uses_jacobians(cls, objective: Objective, settings: Settings, n: int) -> bool:
+        """Whether the curvature over ``n`` examples is computed from the Jacobians of single examples."""
+        return False
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         return self._method.query(self._curvature, self._positions, gradients, self._solve)
@@ -201,6 +215,17 @@ class SketchInverse(SolverInverse):
             "Give a smaller `max_iter`, which is the rank of the sketch, or fewer parameters (targets='cached'). For"
             " the scores of a query, solver='cg' needs no sketch",
         )
+
+    @classmethod
+    def uses_jacobians(cls, objective: Objective, settings: Settings, n: int) -> bool:
+        """Whether products with Jacobians are faster, which arithmetic alone decides, and fit into a fixed size."""
+        probed, size = objective.probed, objective.space.size
+        if settings.curvature != "ggn" or probed is None or size < _JACOBIAN_PARAMETERS:
+            return False
+        with torch.no_grad():
+            outputs = objective.outputs(objective.theta, probed.slice(0, 1)).numel()
+        bytes_of_all = n * outputs * size * objective.theta.itemsize
+        return _PASSES * outputs <= max_iter(settings) and bytes_of_all <= _JACOBIAN_BYTES
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
         """See :meth:`InverseCurvature.quadratic`. Values are too large, because the sketch misses some curvature.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from ..data.structure import map_tensors, same_structure
 from ..errors import GIFWarning, ObjectiveError
 from ..registry import Registry, declares
 
-__all__ = ["CURVATURES", "Linearise", "Losses", "gauss_newton", "has_gauss_newton", "hessian"]
+__all__ = ["CURVATURES", "Linearise", "Losses", "gauss_newton", "has_gauss_newton", "hessian", "jacobian_products"]
 
 
 Product = Callable[[Tensor], Tensor]
@@ -108,27 +109,8 @@ def gauss_newton(
     Raises:
         ObjectiveError: From the result, if the loss does not depend on ``θ`` through the outputs only.
     """
-    checked: list[Any] = []  # batch structures that have been checked
+    check = _DependenceCheck(loss_sum, always)
     is_adjoint: bool | None = None
-
-    def check(theta: Tensor, batch: Batch, out: Tensor, slope: Tensor) -> None:
-        if not always and any(same_structure(batch.data, one) for one in checked):
-            return
-        whole = loss_sum(theta, batch)
-        expected = through = torch.zeros_like(theta)
-        if whole.requires_grad:
-            (expected,) = torch.autograd.grad(whole, theta, materialize_grads=True)
-        if out.requires_grad:
-            (through,) = torch.autograd.grad(out, theta, slope.detach(), retain_graph=True, materialize_grads=True)
-        if float((through - expected).norm()) > 1e-3 * float(expected.norm()):
-            raise ObjectiveError(
-                "curvature='ggn' needs a loss that is a function of the model's predictions alone, passed to a loss"
-                " function of PyTorch as its first argument. But the gradient through the predictions is not the"
-                " gradient of the loss. Most often a penalty is added to the loss (give it as `weight_decay`), or the"
-                " arguments are swapped. Otherwise use curvature='hessian'."
-            )
-        # Empty tensors keep the structure of the batch without its memory.
-        checked.append(map_tensors(batch.data, lambda tensor: tensor.new_empty([0] * tensor.ndim)))
 
     def linearise(theta: Tensor, batch: Batch) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()
@@ -138,7 +120,11 @@ def gauss_newton(
         slope = torch.zeros_like(at)
         if loss.requires_grad:
             (slope,) = torch.autograd.grad(loss, at, create_graph=True, materialize_grads=True)
-        check(theta, batch, out, slope)
+        if check.is_due(batch):
+            through = torch.zeros_like(theta)
+            if out.requires_grad:
+                (through,) = torch.autograd.grad(out, theta, slope.detach(), retain_graph=True, materialize_grads=True)
+            check(theta, batch, through)
         if not (out.requires_grad and slope.requires_grad):  # no prediction depends on θ, or the loss is linear in them
             return torch.zeros_like, ()
         # Jᵀu is linear in u, so the reverse-mode derivative of vᵀJᵀu with respect to u is J v.
@@ -168,6 +154,102 @@ def gauss_newton(
 
     linearise.positive_semidefinite = convex  # type: ignore[attr-defined]
     return linearise
+
+
+class _DependenceCheck:
+    """Checks that losses depend on the parameters through the predictions only.
+
+    Args:
+        loss_sum: See :func:`gauss_newton`.
+        always: Whether to check every batch, and not only the first of each structure.
+    """
+
+    def __init__(self, loss_sum: Callable[[Tensor, Batch], Tensor], always: bool) -> None:
+        self._loss_sum = loss_sum
+        self._always = always
+        self._checked: list[Any] = []  # batch structures that have been checked
+
+    def is_due(self, batch: Batch) -> bool:
+        """Whether this batch has to be checked."""
+        return self._always or not any(same_structure(batch.data, one) for one in self._checked)
+
+    def __call__(self, theta: Tensor, batch: Batch, through: Tensor) -> None:
+        """Compares the gradient through the predictions ``(p,)`` with that of the loss.
+
+        Raises:
+            ObjectiveError: If they differ.
+        """
+        whole = self._loss_sum(theta, batch)
+        expected = torch.zeros_like(theta)
+        if whole.requires_grad:
+            (expected,) = torch.autograd.grad(whole, theta, materialize_grads=True)
+        if float((through - expected).norm()) > 1e-3 * float(expected.norm()):
+            raise ObjectiveError(
+                "curvature='ggn' needs a loss that is a function of the model's predictions alone, passed to a loss"
+                " function of PyTorch as its first argument. But the gradient through the predictions is not the"
+                " gradient of the loss. Most often a penalty is added to the loss (give it as `weight_decay`), or the"
+                " arguments are swapped. Otherwise use curvature='hessian'."
+            )
+        # Empty tensors keep the structure of the batch without its memory.
+        self._checked.append(map_tensors(batch.data, lambda tensor: tensor.new_empty([0] * tensor.ndim)))
+
+
+def jacobian_products(losses: Losses) -> Linearise:
+    """The matrix of :func:`gauss_newton` from the Jacobians of single examples, which are formed.
+
+    The first pass over an example takes a backward pass for each of its ``d`` outputs, all at once, and memory for
+    ``d`` vectors ``(p,)``. Every product after that is two products of matrices. So it suits many products with few
+    outputs and few examples. The product takes columns ``(p, q)``, too, as its attribute ``takes_columns`` says.
+
+    Args:
+        losses: The losses; batches must be divisible into examples.
+
+    Raises:
+        ObjectiveError: From the result, as for :func:`gauss_newton`.
+    """
+    check = _DependenceCheck(losses.loss_sum, bool(getattr(losses, "finds_outputs", False)))
+
+    def linearise(theta: Tensor, batch: Batch) -> tuple[Product, tuple[Tensor, ...]]:
+        theta = theta.detach().requires_grad_()
+        through = torch.zeros_like(theta)
+        jacobians, curvatures = [], []
+        for position in range(batch.size):
+            single = batch.slice(position, position + 1)
+            out = losses.outputs(theta, single)
+            at = out.detach().requires_grad_()
+            loss = losses.loss_sum_at(theta.detach(), single)(at)
+            slope = torch.zeros_like(at)
+            if loss.requires_grad:
+                (slope,) = torch.autograd.grad(loss, at, create_graph=True, materialize_grads=True)
+            jacobians.append(_jacobian(out, theta))
+            curvatures.append(_jacobian(slope, at).reshape(slope.numel(), at.numel()))
+            through += slope.detach().reshape(-1) @ jacobians[-1]
+        if check.is_due(batch):
+            check(theta, batch, through)
+        jacobian, counts = torch.cat(jacobians), [len(part) for part in curvatures]
+
+        def product(vectors: Tensor) -> Tensor:
+            parts = zip(curvatures, (jacobian @ vectors).split(counts), strict=True)
+            return jacobian.T @ torch.cat([curvature @ pushed for curvature, pushed in parts])
+
+        product.takes_columns = True  # type: ignore[attr-defined]
+        return product, (jacobian, *curvatures)
+
+    linearise.positive_semidefinite = bool(getattr(losses, "convex_in_outputs", False))  # type: ignore[attr-defined]
+    return linearise
+
+
+def _jacobian(out: Tensor, at: Tensor) -> Tensor:
+    """The derivatives ``(d, …)`` of all ``d`` entries of ``out`` with respect to ``at``."""
+    size = out.numel()
+    if not (size and out.requires_grad):
+        return at.new_zeros(size, *at.shape)
+    rows = torch.eye(size, dtype=out.dtype, device=out.device).view(size, *out.shape)
+    derivative = partial(torch.autograd.grad, out, at, retain_graph=True, materialize_grads=True)
+    try:
+        return derivative(rows, is_grads_batched=True)[0]
+    except RuntimeError:  # vmap allows less in a backward pass
+        return torch.stack([derivative(row)[0] for row in rows])
 
 
 class Losses(Protocol):

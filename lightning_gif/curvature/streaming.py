@@ -91,7 +91,10 @@ class Curvature:
         for product in self._passes():
             # Contiguous, because other kernels round differently. The number of columns may depend on the free memory,
             # and the result for a column must not.
-            total += torch.stack([product(column.contiguous()) for column in columns.T], dim=1)
+            if getattr(product, "takes_columns", False):
+                total += product(columns)
+            else:
+                total += torch.stack([product(column.contiguous()) for column in columns.T], dim=1)
             del product  # so that the next product is not in memory at the same time
         total = self._examples.processes.sum(total)
         self._is_zero = self._is_zero and not bool(total.any())
@@ -163,12 +166,13 @@ class _Draw(Curvature):
 
 
 def graph_bytes(*results: Tensor) -> int:
-    """The number of bytes that the autograd graphs of tensors keep alive.
+    """The number of bytes that tensors and their autograd graphs keep alive.
 
-    Each storage counts once, with the bytes that the saved tensor uses of it. The saved tensors are read from the nodes
-    of the graph, because hooks on saved tensors do not work under ``torch.func.vmap``.
+    A tensor with a graph is not counted itself. Each storage counts once, with the bytes that the saved tensor uses of
+    it. The saved tensors are read from the nodes of the graph, because hooks on saved tensors do not work under
+    ``torch.func.vmap``.
     """
-    sizes: dict[int, int] = {}
+    sizes = {result.data_ptr(): result.nbytes for result in results if result.grad_fn is None}
     seen: set[Any] = set()
     queue = [result.grad_fn for result in results]
     while queue:

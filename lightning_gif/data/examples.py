@@ -262,14 +262,22 @@ class Examples:
         return torch.cat([value for part in parts for value in part])
 
     def _read(self, groups: Sequence[Tensor]) -> Iterator[Batch]:
-        """Batches of the dataset with the given ids, ``(B,)`` each."""
+        """Batches of the dataset with the given ids, ``(B,)`` each.
+
+        Each pass has workers of its own, because PyTorch seeds workers when they start, and never again: with those of
+        an earlier pass, random augmentation would draw other values. There are no more workers than batches, and none
+        for a single batch, which would wait for a process to start.
+        """
         _seed_global_generators(self.seed)
+        options = dict(self.loader_options) if len(groups) > 1 else {}
+        if "num_workers" in options:
+            options["num_workers"] = min(options["num_workers"], len(groups))
         loader = DataLoader(
             self.dataset,
             batch_sampler=[group.tolist() for group in groups],
             collate_fn=self.collate,
             generator=torch.Generator().manual_seed(self.seed),
-            **self.loader_options,
+            **options,
         )
         for ids, data in zip(groups, loader, strict=True):
             yield self.transform(Batch(self.prepare(data), ids, len(ids), divisible=self.divisible))

@@ -14,6 +14,7 @@ from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..data.structure import map_tensors
 from ..errors import ObjectiveError
 
 __all__ = ["OneExample"]
@@ -43,6 +44,9 @@ class OneExample(TorchFunctionMode):
     are those of tensors that are of one example already, and those over some dimensions: the dimension of the examples
     could only be recognised by its size, which others may have.
 
+    Where a step branches on a count of a mask, as on ``mask.sum() == mask.numel()``, the count of the whole batch
+    decides, since the module runs once for all examples.
+
     Args:
         module: The module; what is computed from its parameters and buffers alone does not depend on examples.
         size: The number of examples of the batch, ``B``.
@@ -62,11 +66,14 @@ class OneExample(TorchFunctionMode):
         self._last = last
         self._constant: WeakIdKeyDictionary | None = None
         self._unowned = WeakIdKeyDictionary()
+        self._whole = WeakIdKeyDictionary()  # by count of one example: that of the whole batch
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.__bool__ and args[0] in self._whole:
+            return bool(self._whole[args[0]])
         given = _tensors([args, kwargs])
         constant = self._are_constant(given)
         # Rows that a mask has picked may be any number for each example.
@@ -84,7 +91,17 @@ class OneExample(TorchFunctionMode):
         elif unowned:
             for tensor in _tensors([result]):
                 self._unowned[tensor] = True
+        if isinstance(result, Tensor) and any(tensor in self._whole for tensor in given):
+            self._compute_whole(result, func, args, kwargs, given)
         return result
+
+    def _compute_whole(
+        self, result: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
+    ) -> None:
+        """Notes what a result is for the whole batch, if it depends on counts and on what all examples share."""
+        if all(tensor in self._whole or not _is_of_one_example(tensor) for tensor in given):
+            args, kwargs = map_tensors((args, kwargs), lambda tensor: self._whole.get(tensor, tensor))
+            self._whole[result] = func(*args, **kwargs)
 
     def _are_constant(self, tensors: Sequence[Tensor]) -> bool:
         """Whether tensors are computed from parameters, buffers and numbers alone."""
@@ -119,7 +136,10 @@ class OneExample(TorchFunctionMode):
             return func(*args, **kwargs)
         keepdim = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
         one = _REDUCTIONS[func](self._pick(self._rows(terms)), dtype=kwargs.get("dtype"))
-        return one.reshape([1] * terms.ndim) if keepdim else one
+        one = one.reshape([1] * terms.ndim) if keepdim else one
+        if not terms.is_floating_point():
+            self._whole[one] = func(*args, **kwargs)
+        return one
 
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A loss function of PyTorch, reduced over the terms of this example."""

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_gif import ConfigurationError, ConvergenceError, ConvergenceWarning, GIFWarning, ObjectiveError
+from lightning_gif import ConfigurationError, ConvergenceError, ConvergenceWarning, GIFWarning, ObjectiveError, attach
 from lightning_gif.curvature import by_solver
 from lightning_gif.curvature.products import CURVATURES
 
-from ..conftest import Classifier, batch_of, blobs, fitted
+from ..conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 from .test_influence import damped, gradients, open_trainer
 
 
@@ -164,3 +164,28 @@ def test_each_remedy_that_a_message_about_self_influence_names_works(monkeypatch
     with pytest.raises(ConfigurationError, match=r"trainer\.self_influence\(method='if'\)"):
         by_hand.self_influence(method="gif")
     works(by_hand.self_influence(method="if"))
+
+
+def wide(features: int = 512) -> tuple[Classifier, TensorDataset]:
+    return Classifier(nn.Sequential(nn.Linear(features, 130), nn.Tanh(), nn.Linear(130, 3))), blobs(30, features)
+
+
+def test_self_influence_of_few_examples_passes_through_each_example_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, dataset = wide()
+    trainer = make_trainer()
+    attach(trainer, module, train_dataloaders=loader(dataset))
+    passes: list[int] = []
+    original = by_solver.open_curvature
+
+    def counted(*args: Any, **options: Any) -> Any:
+        curvature = original(*args, **options)
+        linearise = curvature._linearise
+        curvature._linearise = lambda theta, batch: passes.append(batch.size) or linearise(theta, batch)
+        assert options["jacobians"] == (by_solver._JACOBIAN_BYTES > 0)
+        return curvature
+
+    monkeypatch.setattr(by_solver, "open_curvature", counted)
+    scores = trainer.self_influence().scores
+    assert sum(passes) == len(dataset)
+    monkeypatch.setattr(by_solver, "_JACOBIAN_BYTES", 0)
+    torch.testing.assert_close(scores, trainer.self_influence().scores, rtol=1e-3, atol=0)

@@ -25,7 +25,7 @@ from lightning_gif import (
     attach,
 )
 from lightning_gif.curvature.methods import Group
-from lightning_gif.curvature.products import CURVATURES, gauss_newton, hessian
+from lightning_gif.curvature.products import CURVATURES, gauss_newton, hessian, jacobian_products
 from lightning_gif.curvature.solve import solve, solve_with_relative_damping
 from lightning_gif.curvature.streaming import Curvature, graph_bytes
 from lightning_gif.data.batch import Batch
@@ -665,3 +665,62 @@ def test_an_operator_with_a_preconditioner_is_the_scaled_matrix(rows: bool) -> N
         vector = torch.randn(4, dtype=torch.float64)
         torch.testing.assert_close(scaled.matvec(vector), expected @ vector)
         torch.testing.assert_close(scaled.rmatvec(vector), expected.T @ vector)
+
+
+class _Loud(torch.autograd.Function):
+    """The identity; its backward pass looks at values, which vmap does not allow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        assert not gradient.isnan().any().item()
+        return gradient
+
+
+class Loud(OwnLosses):
+    def influence_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(_Loud.apply(self(x)), y, reduction="none")
+
+
+@pytest.mark.parametrize("module", [Classifier, Regressor, LogSoftmax, OwnLosses, Loud])
+@pytest.mark.parametrize("memory", [0.0, 1e9])
+def test_products_with_jacobians_are_those_of_the_gauss_newton_matrix(module: type[Classifier], memory: float) -> None:
+    with opened_net("layernorm", module) as (objective, train):
+        expected = Curvature(CURVATURES["ggn"](objective), objective.theta, train)
+        curvature = Curvature(jacobian_products(objective), objective.theta, train, memory=memory)
+        columns = torch.randn(objective.space.size, 3, dtype=objective.theta.dtype)
+        torch.testing.assert_close(curvature.matvec(columns), expected.matvec(columns))
+        torch.testing.assert_close(curvature.matvec(columns[:, 0]), expected.matvec(columns[:, 0]))
+        assert curvature.summary()["batches_kept"] == (curvature.summary()["batches"] if memory else 0)
+        assert curvature.positive_semidefinite
+
+
+class Penalised:
+    """Losses with a penalty that does not pass through the predictions."""
+
+    def loss_sum(self, theta: Tensor, batch: Batch) -> Tensor:
+        return F.mse_loss(batch.data @ theta, batch.data.sum(-1), reduction="sum") + theta.square().sum()
+
+    def outputs(self, theta: Tensor, batch: Batch) -> Tensor:
+        return batch.data @ theta
+
+    def loss_sum_at(self, theta: Tensor, batch: Batch) -> Any:
+        return lambda out: F.mse_loss(out, batch.data.sum(-1), reduction="sum")
+
+
+def test_products_with_jacobians_refuse_a_loss_that_bypasses_its_predictions() -> None:
+    batch = Batch.of(torch.randn(4, 3, dtype=torch.float64))
+    with pytest.raises(ObjectiveError, match="the gradient through the predictions is not the gradient of the loss"):
+        jacobian_products(Penalised())(torch.randn(3, dtype=torch.float64), batch)
+
+
+def test_the_memory_of_jacobians_is_counted() -> None:
+    with opened_net("layernorm") as (objective, train):
+        _, graphs = jacobian_products(objective)(objective.theta, next(train.batches()))
+        n = next(train.batches()).size
+        size = objective.theta.itemsize
+        assert graph_bytes(*graphs) == n * 3 * objective.space.size * size + n * 9 * size

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -240,6 +242,36 @@ def test_examples_always_have_the_order_of_the_dataset(options: dict[str, Any]) 
     assert read(found) == read(found) == list(range(10))
     assert [batch.size for batch in found.batches()] == [4, 4, 2]
     assert torch.cat([batch.ids for batch in found.batches()]).tolist() == list(range(10))
+
+
+class Named(TensorDataset):
+    """Also names the process that reads an item, in the last column."""
+
+    def __getitem__(self, index: int) -> Any:
+        return (*super().__getitem__(index), os.getpid())
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(10, 0), (5, 2), (4, 3), (1, 4)])
+def test_a_pass_starts_no_more_workers_than_it_has_batches_and_none_for_one(batch_size: int, workers: int) -> None:
+    loader = DataLoader(Named(*numbered().tensors), 3, num_workers=4, timeout=60, multiprocessing_context="fork")
+    found = examples(loader, batch_size=batch_size)
+    read_by = {process for batch in found.batches() for process in batch.data[2].tolist()}
+    assert len(read_by - {os.getpid()}) == workers
+    assert (os.getpid() in read_by) == (workers == 0)
+    assert not multiprocessing.active_children()
+
+
+class Augmented(TensorDataset):
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return x + torch.rand(1), y
+
+
+@pytest.mark.parametrize("batch_size", [3, 10])
+def test_random_augmentation_draws_the_same_values_in_each_pass_with_persistent_workers(batch_size: int) -> None:
+    loader = DataLoader(Augmented(*numbered().tensors), 3, num_workers=2, persistent_workers=True)
+    found = examples(loader, batch_size=batch_size)
+    assert read(found) == read(found) != list(range(10))
 
 
 def test_reading_examples_does_not_iterate_the_loader_or_advance_its_generator() -> None:

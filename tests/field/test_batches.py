@@ -263,6 +263,49 @@ def test_a_step_that_fails_for_a_batch_of_one_has_scores_all_the_same(kind: type
     assert trainer.unlearn([1, 2, 3], dry_run=True).n_forget == 3
 
 
+class Branching(Module):
+    """Leaves out a mask that is true everywhere, as implementations of attention do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        mask = x > -1
+        if mask.sum() != mask.numel():
+            x = torch.where(mask, x, 0.0)
+        return F.cross_entropy(self.net(x), y)
+
+
+@pytest.mark.filterwarnings("error::lightning_gif.GIFWarning")
+def test_a_step_that_branches_on_a_mask_is_evaluated_for_whole_batches() -> None:
+    assert 0 < (DATA.tensors[0] > -1).all(1).sum() < N
+    trainer = fitted(Branching(), DATA)
+    exact = dense_scores(
+        trainer.lightning_module.net, lambda net, x: net(torch.where(x > -1, x, 0.0)), cross_entropy, PAIRS, range(3)
+    )
+    report = trainer.influence([tensor[:3] for tensor in DATA.tensors], **CONVERGED)
+    assert report.settings["losses"] == "training_step of whole batches"
+    assert error(report.scores[0], exact) < 1e-5
+
+
+class CountedByMask(Module):
+    """Divides by a count of a mask, which is that of each example."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        mask = x > -1
+        if mask.sum() == 0:
+            return 0.0 * self.net(x).sum()
+        return (F.cross_entropy(self.net(x), y, reduction="none")[:, None] * mask).sum() / mask.sum()
+
+
+def test_a_count_of_a_mask_in_the_loss_is_that_of_the_example() -> None:
+    trainer = fitted(CountedByMask(), DATA)
+    with pytest.warns(GIFWarning, match="coupled, or weighted"):
+        report = trainer.influence([tensor[:3] for tensor in DATA.tensors], **CONVERGED)
+    exact = dense_scores(trainer.lightning_module.net, lambda net, x: net(x), cross_entropy, PAIRS, range(3))
+    assert report.settings["losses"] == "training_step of whole batches"
+    assert error(report.scores[0], exact) < 1e-5
+
+
 class Contrastive(Module):
     """Compares the examples of a batch with each other; for one alone there is no loss."""
 

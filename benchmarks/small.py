@@ -1,0 +1,174 @@
+"""Measures the cost of small things: the fixed cost of a call, and self-influence of few examples.
+
+    python benchmarks/small.py [--what calls --what self-influence] [--net vit] [--rounds 5]
+
+- calls: ``influence``, ``self_influence`` and ``unlearn`` on 64 digits and a perceptron of 1210 parameters, where time
+  goes into calls, not arithmetic. The probe is :meth:`Objective.learn_structure`.
+- self-influence: ``self_influence`` of 64 images of 64 × 64 pixels with a convolutional network or a transformer of
+  about 0.3 million parameters, with and without the Jacobians of single examples.
+
+Times are CPU seconds on one thread, medians over rounds in which the variants take turns. Prints Markdown tables.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+import warnings
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gif import GIFCallback
+from lightning_gif.curvature import by_solver
+from lightning_gif.objective.objective import Objective
+
+
+class Classifier(pl.LightningModule):
+    """A classifier without any code for this package."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+class Patches(nn.Module):
+    """A small vision transformer."""
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, 8, 8)
+        self.position = nn.Parameter(0.02 * torch.randn(64, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 3 * width, dropout=0.0, activation="gelu", batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.embed(x).flatten(2).mT + self.position).mean(1))
+
+
+def convolutions() -> nn.Module:
+    sizes = [3, 32, 64, 128, 160]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], 10))
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {"vit": Patches, "convolutions": convolutions}
+
+
+def fitted(net: nn.Module, data: TensorDataset, **options: Any) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[GIFCallback(**options)],
+    )
+    trainer.fit(Classifier(net), DataLoader(data, 32))
+    return trainer
+
+
+def digits(n: int) -> TensorDataset:
+    x, y = load_digits(return_X_y=True)
+    return TensorDataset(torch.tensor(x[:n], dtype=torch.float32) / 16, torch.tensor(y[:n]))
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def calls(rounds: int) -> None:
+    data = digits(64)
+    torch.manual_seed(0)
+    trainer = fitted(nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)), data)
+    query = data[:8]
+    probes: list[float] = []
+    learn = Objective.learn_structure
+
+    def timed(*args: Any) -> Any:
+        start = time.process_time()
+        try:
+            return learn(*args)
+        finally:
+            probes.append(time.process_time() - start)
+
+    Objective.learn_structure = timed  # type: ignore[method-assign]
+    kinds: dict[str, Callable[[], Any]] = {
+        "influence": lambda: trainer.influence(query),
+        "self_influence": trainer.self_influence,
+        "unlearn": lambda: trainer.unlearn([1, 2], dry_run=True),
+    }
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for turn in range(rounds + 1):
+        for kind, call in kinds.items():
+            spent = seconds(call)
+            if turn:  # the first round warms up
+                times[kind].append(spent)
+    Objective.learn_structure = learn  # type: ignore[method-assign]
+    print("| call | CPU time (ms) | of which the probe (ms) |\n| --- | --- | --- |")
+    probe = 1e3 * statistics.median(probes[len(kinds) :])
+    for kind, values in times.items():
+        print(f"| `{kind}` | {1e3 * statistics.median(values):.1f} | {probe:.1f} |")
+
+
+def self_influence(nets: list[str], rounds: int) -> None:
+    print("| network | parameters | one epoch of training (s) | with Jacobians (s) | with products (s) | ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    most = by_solver._JACOBIAN_BYTES
+    data = TensorDataset(torch.randn(64, 3, 64, 64), torch.arange(64) % 10)
+    for name in nets:
+        torch.manual_seed(0)
+        net = NETS[name]()
+        trainer = fitted(net, data)
+        epoch = min(seconds(lambda net=net: fitted(net, data)) for _ in range(2))
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds):
+            for values, limit in zip(times, (most, 0), strict=True):
+                by_solver._JACOBIAN_BYTES = limit
+                values.append(seconds(trainer.self_influence))
+        by_solver._JACOBIAN_BYTES = most
+        new, old = (statistics.median(values) for values in times)
+        size = sum(parameter.numel() for parameter in net.parameters())
+        print(f"| {name} | {size} | {epoch:.2f} | {new:.1f} | {old:.1f} | {new / old:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=["calls", "self-influence"], action="append", help="repeat for more")
+    parser.add_argument("--net", choices=list(NETS), action="append", help="for self-influence; repeat for more")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    what = options.what or ["calls", "self-influence"]
+    if "calls" in what:
+        calls(options.rounds)
+    if "self-influence" in what:
+        self_influence(options.net or list(NETS), options.rounds)
+
+
+if __name__ == "__main__":
+    main()
