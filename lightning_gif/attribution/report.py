@@ -236,10 +236,16 @@ class InfluenceReport(InfluenceRecord):
 
 
 def first_shown(query: Examples, most: int = MOST_QUERIES) -> list[Shown]:
-    """Labels and pictures or texts of up to ``most`` examples of a query, all from its first batch."""
+    """Labels and pictures or texts of up to ``most`` examples of a query, all from its first batch.
+
+    They come from the query's dataset if the rows of a batch are not its examples. A batch without a dataset then shows
+    nothing.
+    """
     batch = next(query.batches())
 
     def item(position: int) -> Any:
+        if not batch.divisible:
+            return () if query.dataset is None else query.dataset[int(batch.ids[position])]
         return map_tensors(
             batch.data,
             lambda tensor: tensor[position] if tensor.ndim else tensor,

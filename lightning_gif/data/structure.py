@@ -143,7 +143,11 @@ def batch_size(data: Any) -> int:
     """
     sizes = {tensor.shape[0] for tensor in tensors(data) if tensor.ndim}
     if not sizes:
-        raise BatchError(f"Expected a batch with at least one tensor of shape (B, …), got {describe(data)}.")
+        raise BatchError(
+            f"Expected a batch with at least one tensor of shape (B, …), got {describe(data)}. Give other objects as a"
+            " DataLoader over a map-style dataset, with the collate function of the training loader:"
+            " DataLoader(Subset(dataset, indices), batch_size, collate_fn=…)."
+        )
     if len(sizes) > 1:
         raise BatchError(
             f"The tensors of the batch disagree on the number of examples: {describe(data)}. The first dimension of"

@@ -18,7 +18,7 @@ from ..data.structure import map_tensors, tensors
 from ..errors import BatchError, GIFWarning, ObjectiveError
 from .autograd import close, differs, distance, gradient_of
 from .entries import Entries
-from .reductions import OneExample
+from .reductions import BranchError, OneExample
 from .shadow import Shadow
 
 __all__ = ["BatchedLoss", "LossFunction", "OneByOneLoss", "OwnLoss", "VectorisedLoss", "choose_loss"]
@@ -321,7 +321,11 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
             batched = partial(BatchedLoss, shadow, last=last, divided=divided, even=expected is None)
             obstacles.append(_obstacle(batched(), probe, expected))
             if obstacles[-1] is None:
-                reduction = _reduction(batched(), probe.many)
+                try:
+                    reduction = _reduction(batched(), probe.many)
+                except BranchError as error:  # more examples take more branches
+                    obstacles[-1] = str(error)
+                    continue
                 if probe.divisible or reduction is not None:
                     return batched(reduction)
     if isinstance(alone, Exception):

@@ -14,10 +14,9 @@ from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..data.structure import map_tensors
 from ..errors import ObjectiveError
 
-__all__ = ["OneExample"]
+__all__ = ["BranchError", "OneExample"]
 
 
 _REDUCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
@@ -30,6 +29,30 @@ _REDUCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 # Functions whose result has as many rows as a mask has true values.
 _PICKING = {torch.masked_select, Tensor.masked_select, torch.nonzero, Tensor.nonzero, torch.argwhere}
+
+# Functions whose result has the rows of their first argument, whatever is added to these rows.
+_SCATTERING = {
+    getattr(owner, name + suffix)
+    for owner in (torch, Tensor)
+    for name in ("index_add", "index_copy", "index_put", "index_reduce", "scatter", "scatter_add", "scatter_reduce")
+    for suffix in ("", "_")
+    if hasattr(owner, name + suffix)
+}
+
+# Functions whose result has the shape that they are called with.
+_CREATING = {Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor}
+
+# `total += loss` calls one of these, and binds the name to the result, which may be another tensor.
+_ASSIGNING = {
+    Tensor.add_: Tensor.add,
+    Tensor.sub_: Tensor.sub,
+    Tensor.mul_: Tensor.mul,
+    Tensor.div_: Tensor.div,
+}
+
+
+class BranchError(ObjectiveError):
+    """The examples of a batch take different branches of a step."""
 
 
 class OneExample(TorchFunctionMode):
@@ -44,8 +67,9 @@ class OneExample(TorchFunctionMode):
     are those of tensors that are of one example already, and those over some dimensions: the dimension of the examples
     could only be recognised by its size, which others may have.
 
-    Where a step branches on a count of a mask, as on ``mask.sum() == mask.numel()``, the count of the whole batch
-    decides, since the module runs once for all examples.
+    Where a step branches on a reduced value (``if not torch.isfinite(loss)``), all examples must take the same branch.
+    A value that was reduced from a mask or from integers may differ (``if mask.sum() == mask.numel()``): there the
+    batch takes the branch that it takes in training.
 
     Args:
         module: The module; what is computed from its parameters and buffers alone does not depend on examples.
@@ -56,6 +80,7 @@ class OneExample(TorchFunctionMode):
 
     Raises:
         ObjectiveError: From a reduction inside, if its terms are not equally many for each example.
+        BranchError: From a branch inside, if the examples take different ones.
     """
 
     def __init__(self, module: nn.Module, size: int, index: Tensor, *, last: bool = False) -> None:
@@ -66,24 +91,36 @@ class OneExample(TorchFunctionMode):
         self._last = last
         self._constant: WeakIdKeyDictionary | None = None
         self._unowned = WeakIdKeyDictionary()
-        self._whole = WeakIdKeyDictionary()  # by count of one example: that of the whole batch
+        self._replaced = WeakIdKeyDictionary()
+        self._of_batch = WeakIdKeyDictionary()  # by a value for one example: that of the whole batch
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.__bool__ and args[0] in self._whole:
-            return bool(self._whole[args[0]])
         given = _tensors([args, kwargs])
         constant = self._are_constant(given)
-        # Rows that a mask has picked may be any number for each example.
-        unowned = func in _PICKING or _picks_by_mask(func, args) or any(tensor in self._unowned for tensor in given)
-        if not constant and not any(_is_of_one_example(tensor) for tensor in given):
+        of_one = [tensor for tensor in given if _is_of_one_example(tensor)]
+        if func is Tensor.__bool__ and of_one:
+            return self._branch(args[0])
+        if not constant and not of_one:
             if func in _REDUCTIONS:
                 return self._reduce(func, args, kwargs)
             if func is F.ctc_loss or _has_reduction(func):
                 return self._loss(func, args, kwargs)
+        if any(tensor in self._replaced for tensor in given):
+            raise ObjectiveError("a tensor is used after the terms of examples were added to it in place")
+        if func in _ASSIGNING and of_one and not _is_of_one_example(args[0]):
+            self._replaced[args[0]] = True
+            func = _ASSIGNING[func]
+        # Rows that a mask has picked may be any number for each example.
+        rows = given[:1] if func in _SCATTERING else [] if func in _CREATING else given
+        unowned = func in _PICKING or _picks_by_mask(func, args) or any(tensor in self._unowned for tensor in rows)
         result = func(*args, **kwargs)
+        if of_one and isinstance(result, Tensor) and all(tensor in self._of_batch for tensor in of_one):
+            self._of_batch[result] = func(
+                *map(self._in_batch, args), **{k: self._in_batch(v) for k, v in kwargs.items()}
+            )
         if constant:
             assert self._constant is not None
             for tensor in _tensors([result]):
@@ -91,17 +128,7 @@ class OneExample(TorchFunctionMode):
         elif unowned:
             for tensor in _tensors([result]):
                 self._unowned[tensor] = True
-        if isinstance(result, Tensor) and any(tensor in self._whole for tensor in given):
-            self._compute_whole(result, func, args, kwargs, given)
         return result
-
-    def _compute_whole(
-        self, result: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
-    ) -> None:
-        """Notes what a result is for the whole batch, if it depends on counts and on what all examples share."""
-        if all(tensor in self._whole or not _is_of_one_example(tensor) for tensor in given):
-            args, kwargs = map_tensors((args, kwargs), lambda tensor: self._whole.get(tensor, tensor))
-            self._whole[result] = func(*args, **kwargs)
 
     def _are_constant(self, tensors: Sequence[Tensor]) -> bool:
         """Whether tensors are computed from parameters, buffers and numbers alone."""
@@ -138,8 +165,25 @@ class OneExample(TorchFunctionMode):
         one = _REDUCTIONS[func](self._pick(self._rows(terms)), dtype=kwargs.get("dtype"))
         one = one.reshape([1] * terms.ndim) if keepdim else one
         if not terms.is_floating_point():
-            self._whole[one] = func(*args, **kwargs)
+            self._of_batch[one] = func(*args, **kwargs)
         return one
+
+    def _in_batch(self, value: Any) -> Any:
+        """The value for the whole batch in place of that for one example."""
+        return self._of_batch.get(value, value) if isinstance(value, Tensor) else value
+
+    def _branch(self, condition: Tensor) -> bool:
+        """The truth of a condition on one example, if it is the same for all, or can be that of the batch."""
+        each = torch._C._functorch.get_unwrapped(condition)
+        if bool(each.all()) or not bool(each.any()):
+            return bool(each.all())
+        if condition in self._of_batch:
+            return bool(self._of_batch[condition])
+        raise BranchError(
+            f"{type(self._module).__name__}.training_step branches on a value of its loss (`if loss > limit`), and not"
+            " all examples of a batch take the same branch. Define `influence_loss` (see GIFMixin), which returns the"
+            " loss of each example."
+        )
 
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A loss function of PyTorch, reduced over the terms of this example."""

@@ -1,0 +1,166 @@
+"""Steps that look at reduced values, add in place or pick rows by a mask: their batches are evaluated as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from lightning_gif import BatchError, ObjectiveError
+
+from ..conftest import blobs
+from .reference import CONVERGED, Module, cross_entropy, dense_scores, error, fitted
+from .test_batches import CLOUD_COLLATES, CLOUDS, QUERY, Clouds, Items, Tagger, exact_of_clouds, padded, query, texts
+from .test_batches import tagged as exact_of_texts
+
+WHOLE = "training_step of whole batches"
+DATA = blobs(40)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Branches on reduced values
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class MasksBySum(Tagger):
+    """Sees from the sum of a mask whether texts are padded, as models of transformers do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        mask, labels = batch["mask"], batch["labels"]
+        hidden = self.embedding(batch["words"])
+        full = mask.sum() == mask.numel()
+        logits = self.net(hidden if full else hidden * mask[..., None])
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+@pytest.mark.filterwarnings("ignore:The loss that:lightning_gif.GIFWarning")
+def test_a_branch_on_the_sum_of_a_mask_is_that_of_the_batch() -> None:
+    """The warning is that training weighs texts by their length."""
+    module, data = MasksBySum("flattened"), Items(texts())
+    report = fitted(module, data, padded).influence(query(data, padded), **CONVERGED)
+    assert report.settings["losses"] == WHOLE
+    assert error(report.scores[0], exact_of_texts(module)) < 1e-5
+
+
+class Checked(Clouds):
+    """Looks whether its loss is finite, and adds it to a counter in place, as loss metrics do."""
+
+    limit = 1e9
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        bag, y = batch
+        losses = (self.net(bag.means(self.net[0].weight.dtype))[:, 0] - y.to(self.net[0].weight.dtype)) ** 2
+        total = torch.zeros((), dtype=losses.dtype)
+        count = torch.zeros((), dtype=torch.long)
+        total += losses.sum()
+        count += torch.ones_like(losses, dtype=torch.long).sum()
+        if not torch.isfinite(total):
+            return total * 0
+        mean = total / count
+        return mean if mean < self.limit else 2 * mean
+
+
+def test_a_branch_that_all_examples_take_and_a_sum_in_place() -> None:
+    module, data, collate = Checked(), Items(CLOUDS), CLOUD_COLLATES["list"]
+    report = fitted(module, data, collate).influence(query(data, collate), **CONVERGED)
+    assert report.settings["losses"] == WHOLE
+    assert error(report.scores[0], exact_of_clouds(module)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")
+def test_examples_that_take_different_branches_are_evaluated_one_by_one() -> None:
+    module, data, collate = Checked(), Items(CLOUDS), CLOUD_COLLATES["list"]
+    trainer = fitted(module, data, collate)
+    module.limit = 0.05
+    assert trainer.influence(query(data, collate, 1)).settings["losses"] == "training_step for one example at a time"
+
+
+def test_a_rare_branch_is_refused_where_it_is_met() -> None:
+    """The examples that are tried first do not show it."""
+    module, collate = Checked(), CLOUD_COLLATES["list"]
+    many = 4 * CLOUDS
+    data = Items([*many[:118], (CLOUDS[1][0], 9.0), *many[118:]])
+    module.limit = 20.0
+    trainer = fitted(module, data, collate, epochs=1)
+    with pytest.raises(ObjectiveError, match=r"not all examples .* same branch. Define\s+`influence_loss`"):
+        trainer.influence(query(data, collate))
+
+
+class AddsInPlace(Clouds):
+    """Adds to a tensor that is used under its old name."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        bag, y = batch
+        total = torch.zeros((), dtype=self.net[0].weight.dtype)
+        total.add_(F.mse_loss(self.net(bag.means(total.dtype))[:, 0], y.to(total.dtype)))
+        return 1 * total
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")
+def test_a_sum_in_place_under_another_name_is_not_lost() -> None:
+    module, data, collate = AddsInPlace(), Items(CLOUDS), CLOUD_COLLATES["list"]
+    report = fitted(module, data, collate).influence(query(data, collate), **CONVERGED)
+    assert error(report.scores[0], exact_of_clouds(module)) < 1e-5
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows that a mask picks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Scattered(Clouds):
+    """Picks points by a mask that all pass, and adds them up by their owner: the sums have one row for each cloud."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        bag, y = batch
+        points = bag.points.to(self.net[0].weight.dtype)
+        seen = points.isfinite().all(1)
+        points, owner = points[seen], bag.owner[seen]
+        total = points.new_zeros(bag.count, 6).index_add(0, owner, points)
+        total = total / total.new_zeros(bag.count).index_add(0, owner, points.new_ones(len(owner)))[:, None]
+        return F.mse_loss(self.net(total)[:, 0], y.to(points.dtype))
+
+
+def test_rows_that_a_mask_picked_belong_to_examples_again_once_they_are_added_up() -> None:
+    module, data, collate = Scattered(), Items(CLOUDS), CLOUD_COLLATES["list"]
+    report = fitted(module, data, collate).influence(query(data, collate), **CONVERGED)
+    assert report.settings["losses"] == WHOLE
+    assert error(report.scores[0], exact_of_clouds(module)) < 1e-5
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Queries in batches whose rows are no examples
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_shown_queries_are_the_items_of_their_dataset() -> None:
+    """Here the rows of a batch are time steps, of which there are fewer than examples."""
+    x = torch.randn(20, 2, 6, generator=torch.Generator().manual_seed(0))
+    data = Items([(one, number % 3) for number, one in enumerate(x)])
+
+    def collate(items: Any) -> list[Tensor]:
+        return [torch.stack([x for x, _ in items], 1), torch.tensor([[y for _, y in items]])]
+
+    class TimeFirst(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(self.net(x).mean(0), y[0])
+
+    module = TimeFirst()
+    trainer = fitted(module, data, collate)
+    report = trainer.influence(DataLoader(Subset(data, [4, 5, 7]), 3, collate_fn=collate), **CONVERGED)
+    assert [shown.label for shown in report.queries] == [1, 2, 1]
+    examples = [(one.double(), y) for one, y in data.items]
+    exact = dense_scores(module.net, lambda net, x: net(x).mean(0), cross_entropy, examples, [4, 5, 7])
+    assert error(report.scores[0], exact) < 1e-5
+
+
+def test_an_object_as_a_query_is_refused_with_the_way_out() -> None:
+    data, collate = Items(CLOUDS), CLOUD_COLLATES["list"]
+    trainer = fitted(Clouds(), data, collate)
+    with pytest.raises(BatchError, match=r"got Bag\. .* DataLoader\(Subset\(dataset, indices\)"):
+        trainer.influence(collate([data[index] for index in QUERY])[0])
