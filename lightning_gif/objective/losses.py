@@ -19,6 +19,7 @@ from ..errors import BatchError, GIFWarning, ObjectiveError
 from .autograd import close, differs, distance, gradient_of
 from .entries import Entries
 from .reductions import BranchError, OneExample
+from .remedies import cause_of_difference, code_of_losses
 from .shadow import Shadow
 
 __all__ = ["BatchedLoss", "LossFunction", "OneByOneLoss", "OwnLoss", "VectorisedLoss", "choose_loss"]
@@ -282,7 +283,8 @@ class BatchedLoss(StepLoss):
         if not close(together, reduced):
             raise ObjectiveError(
                 f"The losses of {batch.size} examples could not be taken from {type(self.shadow.module).__name__}"
-                f".training_step: their {self.reduction} is not the loss of the batch. {_DEFINE}"
+                f".training_step: their {self.reduction} is not the loss of the batch."
+                f" {code_of_losses(self.shadow, batch)}"
             )
 
     def gradients(self, theta: Tensor, batch: Batch) -> Iterator[Tensor]:
@@ -333,7 +335,7 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
         raise ObjectiveError(
             f"{type(shadow.module).__name__}.training_step gives no losses of single examples. For a batch of one"
             f" example it raises {type(alone).__name__}: {alone}. From a larger batch they could not be taken"
-            f" ({obstacles[0]}). {_DEFINE}"
+            f" ({obstacles[0]}). {code_of_losses(shadow, probe.fewer)}"
         ) from alone
     warnings.warn(
         f"The losses of single examples are computed one after the other, which is slow: training_step could not be"
@@ -364,14 +366,6 @@ def _raise_if_all_fail(shadow: Shadow, probe: Probe) -> None:
 
 # What messages of PyTorch about tensors of two dtypes have in common.
 _OF_A_DTYPE = re.compile(r"dtype|input type|(half|float|double)\b.*\b(half|float|double)", re.IGNORECASE)
-
-_DEFINE = """Define the losses on the module, for example:
-
-    def influence_loss(self, batch):
-        x, y = batch
-        return F.cross_entropy(self(x), y, reduction="none")  # one loss for each example, (B,)
-
-Or pass such a function, whose first argument is the module, as GIFCallback(influence_loss=...)."""
 
 
 def _losses_alone(shadow: Shadow, probe: Probe) -> Tensor | Exception:
@@ -460,13 +454,11 @@ def _reduction(loss: LossFunction, batch: Batch, known: Tensor | None = None) ->
         reduction = _as_reduction(together, losses)
         if reduction is not None or not torch.isfinite(losses).all() or not torch.isfinite(together):
             return reduction
-        with shadow.seeded(shadow.seed + 1):
-            other = shadow.training_step(shadow.theta, batch.data)
-    cause = "they are coupled, or weighted" if close(together, other) else "they are random"
+        cause = cause_of_difference(shadow, batch, losses, together)
     warnings.warn(
-        f"The loss that {type(shadow.module).__name__}.training_step gives for a batch is neither the mean nor the sum"
-        f" of its losses for the single examples ({cause}). Influence and unlearning refer to the losses of single"
-        " examples. Define `influence_loss` (see GIFMixin) to choose them.",
+        f"The loss that {type(shadow.module).__name__}.training_step gives for a batch of {batch.size} is"
+        f" {float(together):.4g}, but the losses of the single examples have the mean {float(losses.mean()):.4g}"
+        f" ({cause}). Influence and unlearning refer to the losses of single examples. {code_of_losses(shadow, batch)}",
         GIFWarning,
         stacklevel=4,
     )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import textwrap
+import warnings
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -299,7 +304,7 @@ class CountedByMask(Module):
 
 def test_a_count_of_a_mask_in_the_loss_is_that_of_the_example() -> None:
     trainer = fitted(CountedByMask(), DATA)
-    with pytest.warns(GIFWarning, match="coupled, or weighted"):
+    with pytest.warns(GIFWarning, match="they are weighted"):
         report = trainer.influence([tensor[:3] for tensor in DATA.tensors], **CONVERGED)
     exact = dense_scores(trainer.lightning_module.net, lambda net, x: net(x), cross_entropy, PAIRS, range(3))
     assert report.settings["losses"] == "training_step of whole batches"
@@ -335,14 +340,108 @@ class Noisy(Module):
         return F.cross_entropy(self.net(x) + 0.1 * torch.randn(len(x), 3, dtype=x.dtype), y)
 
 
-@pytest.mark.parametrize(("kind", "cause"), [(Weighted, "coupled, or weighted"), (Noisy, "random")])
+class Centred(Module):
+    """The loss of an example depends on the mean of its batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z = self.net(batch[0])
+        return F.cross_entropy(z + z.mean(0), batch[1])
+
+
+class ByHandWeighted(Module):
+    """Each example has a weight of its own, and the loss is divided by their sum."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        weight = x[:, 0].abs() + 0.1
+        return (weight * F.cross_entropy(self.net(x), y, reduction="none")).sum() / weight.sum()
+
+
+_DRAWS = itertools.count()
+
+
+class Outside(Module):
+    """Its loss depends on how often the step was called, which no attribute of the module shows."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (1 + next(_DRAWS) % 7) * F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        (Weighted, "they are weighted"),
+        (ByHandWeighted, "they are weighted"),
+        (Centred, "they are coupled"),
+        (Noisy, "they are random"),
+    ],
+)
 def test_the_cause_is_named_where_a_batch_has_another_loss_than_its_examples(kind: type[Module], cause: str) -> None:
     """Also if the data are sorted by class, so that the first examples are alike."""
     x, y = DATA.tensors
     order = y.argsort(stable=True)
     trainer = fitted(kind(), torch.utils.data.TensorDataset(x[order], y[order]))
-    with pytest.warns(GIFWarning, match=cause):
+    with pytest.warns(GIFWarning, match=rf"for a batch of \d+ is [\d.]+, but .* have the mean [\d.]+ \({cause}"):
         trainer.influence([x[:1], y[:1]])
+
+
+@pytest.mark.filterwarnings("ignore:The losses of single examples are computed one:lightning_gif.GIFWarning")
+def test_state_outside_of_the_module_is_named() -> None:
+    trainer = fitted(Outside(), DATA)
+    with pytest.warns(GIFWarning, match="depends on state outside of the module"):
+        trainer.influence([tensor[:1] for tensor in DATA.tensors])
+
+
+class Named(Module):
+    """Its batches are mappings, and it has a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z = self(batch["image"])
+        return F.cross_entropy(z + z.mean(0), batch["label"])
+
+
+class Regression(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z = self.net(batch[0])
+        return F.mse_loss(z + z.mean(0), batch[1])
+
+
+class Several(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z = self.net(batch[0])
+        return F.cross_entropy(z + z.mean(0), batch[1], weight=torch.tensor([1.0, 2.0, 3.0], dtype=z.dtype))
+
+
+def as_mappings() -> list[Any]:
+    return [{"image": x, "label": y} for x, y in DATA]
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "line"),
+    [
+        (Centred, DATA, "F.cross_entropy(self.net(x), y, reduction"),
+        (Named, as_mappings(), "F.cross_entropy(self(x), y, reduction"),
+        (Regression, [(x, x[:3]) for x, _ in DATA], "F.mse_loss(self.net(x), y, reduction"),
+        (Several, [(x, y, 0) for x, y in DATA], "F.cross_entropy(self.net(x), y, weight=weight, reduction"),
+    ],
+)
+def test_the_lines_that_a_warning_shows_define_the_losses(kind: type[Module], data: Any, line: str) -> None:
+    module = kind()
+    trainer = fitted(module, data)
+    query = torch.utils.data.default_collate([data[0], data[1]])
+    with pytest.warns(GIFWarning, match=re.escape(line)) as caught:
+        trainer.influence(query)
+    message = next(str(warning.message) for warning in caught if line in str(warning.message))
+    code = textwrap.dedent(message[message.index("    def influence_loss") : message.index("\n\nOr pass")])
+    names = {"F": F, "weight": torch.tensor([1.0, 2.0, 3.0])}
+    exec(code, names)
+    module.influence_loss = MethodType(names["influence_loss"], module)  # type: ignore[assignment, arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GIFWarning)
+        assert trainer.influence(query).settings["losses"] == "influence_loss"
 
 
 @pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")

@@ -1,0 +1,163 @@
+"""Why a batch has another loss than its examples, and the lines of code that define the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .._compat import LightningModule
+from ..data.batch import Batch
+from ..data.structure import tensors
+from .autograd import close
+from .shadow import Shadow
+
+__all__ = ["cause_of_difference", "code_of_losses"]
+
+
+# The losses of two examples must differ by this share of the largest one, to measure a weight by their batch.
+_DISTINCT = 1e-2
+
+# A weighted mean with measured weights may differ from the loss of the batch by this share.
+_ROUNDING = 1e-2
+
+# How many weights are measured.
+_MEASURED = 16
+
+# Loss functions of PyTorch with integer labels, and with a target of the shape of the prediction.
+_OF_LABELS: dict[Any, str] = {
+    F.cross_entropy: "cross_entropy",
+    F.nll_loss: "nll_loss",
+    F.multi_margin_loss: "multi_margin_loss",
+}
+_OF_VALUES: dict[Any, str] = {
+    getattr(F, name): name
+    for name in (
+        *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "poisson_nll_loss"),
+        *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
+    )
+}
+
+
+def cause_of_difference(shadow: Shadow, batch: Batch, losses: Tensor, together: Tensor) -> str:
+    """Why the loss of a batch is neither the mean nor the sum of its losses, as a clause.
+
+    Args:
+        shadow: The module.
+        batch: The batch.
+        losses: The losses of its examples, ``(B,)``.
+        together: The loss of the batch, ``()``.
+    """
+    again = shadow.training_step(shadow.theta, batch.data)
+    with shadow.seeded(shadow.seed + 1):
+        other = shadow.training_step(shadow.theta, batch.data)
+    if not close(together, again):
+        return "the step depends on state outside of the module, and gives another loss each time"
+    if not close(together, other):
+        return "they are random: each draw gives another loss"
+    try:
+        weighted = _are_weighted(shadow, batch, losses)
+    except Exception:  # the batch cannot be divided, or two examples have no loss
+        return "they are coupled, or weighted"
+    if weighted:
+        return (
+            "they are weighted: the loss of the batch is a weighted mean, as with class weights or a mean over words."
+            " For a single example the weight cancels"
+        )
+    return "they are coupled: the loss of an example depends on the others in its batch"
+
+
+def _are_weighted(shadow: Shadow, batch: Batch, losses: Tensor) -> bool:
+    """Whether the loss of a batch is a weighted mean of its losses, with a weight that each example has by itself.
+
+    In a batch of the examples ``i`` and ``r`` such a loss is ``(wᵢℓᵢ + wᵣℓᵣ) / (wᵢ + wᵣ)``, which gives ``wᵢ / wᵣ``.
+    With these weights the loss of a larger batch is predicted.
+    """
+    scale = float(losses.abs().max())
+    reference = int(losses.argmax())
+    distinct = ((losses - losses[reference]).abs() > _DISTINCT * scale).nonzero().flatten()[:_MEASURED]
+    if len(distinct) < 2:
+        return False
+    weights = [1.0]
+    for position in distinct.tolist():
+        pair = shadow.training_step(shadow.theta, batch.take(torch.tensor([position, reference])).data)
+        own, others = float(pair - losses[position]), float(losses[reference] - pair)
+        if own * others < 0 or not own:  # not between the two
+            return False
+        weights.append(others / own)
+    chosen = torch.cat([torch.tensor([reference]), distinct.cpu()])
+    weight = torch.tensor(weights, dtype=torch.float64)
+    expected = float((weight * losses[chosen.to(losses.device)].cpu().double()).sum() / weight.sum())
+    actual = float(shadow.training_step(shadow.theta, batch.take(chosen).data))
+    return abs(expected - actual) <= _ROUNDING * scale
+
+
+class _FirstLoss(TorchFunctionMode):
+    """Inside of it, the first loss function of PyTorch that is called is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function: Callable[..., Any] | None = None
+        self.weight = ""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.function is None and (func in _OF_LABELS or func in _OF_VALUES):
+            self.function = func
+            self.weight = "weight=weight, " * isinstance((kwargs or {}).get("weight"), Tensor)
+        return func(*args, **(kwargs or {}))
+
+
+def code_of_losses(shadow: Shadow, batch: Batch) -> str:
+    """What to do, with the lines of an ``influence_loss`` for batches like this one, to be adapted by the user.
+
+    Args:
+        shadow: The module.
+        batch: A few examples.
+    """
+    first = _FirstLoss()
+    try:
+        with torch.no_grad(), first:
+            shadow.training_step(shadow.theta, batch.data)
+    except Exception:
+        first.function = None  # the step fails, and the lines are an example only
+    unpack, x, y = _unpacked(batch.data)
+    predict = f"{_callable(shadow.module)}({x})"
+    if first.function in _OF_VALUES:
+        name = _OF_VALUES[first.function]
+        losses = f'F.{name}({predict}, {y}, {first.weight}reduction="none").flatten(1).mean(1)'
+        if all(tensor.ndim < 2 for tensor in tensors(batch.data)[1:]):
+            losses = f'F.{name}({predict}.squeeze(-1), {y}, {first.weight}reduction="none")'
+    else:
+        losses = f'F.{_OF_LABELS.get(first.function, "cross_entropy")}({predict}, {y}, {first.weight}reduction="none")'
+    lines = [f"        {line}" for line in (*unpack, f"return {losses}  # one loss for each example, (B,)")]
+    return (
+        "Define the losses on the module, for example:\n\n    def influence_loss(self, batch):\n"
+        + "\n".join(lines)
+        + "\n\nOr pass such a function, whose first argument is the module, as GIFCallback(influence_loss=...)."
+    )
+
+
+def _callable(module: nn.Module) -> str:
+    """What the lines call for predictions: the module, or its first child if it defines no ``forward``."""
+    if type(module).forward is not LightningModule.forward:
+        return "self"
+    return f"self.{next((name for name, _ in module.named_children()), 'net')}"
+
+
+def _unpacked(data: Any) -> tuple[list[str], str, str]:
+    """A line that unpacks a batch, if it needs one, and the names of its input and its target."""
+    if isinstance(data, Tensor):
+        return [], "batch", "batch"
+    if isinstance(data, Mapping):
+        names = [name for name, value in data.items() if isinstance(value, Tensor)]
+        if len(names) > 1:
+            return [f"x, y = batch[{names[0]!r}], batch[{names[1]!r}]"], "x", "y"
+    if isinstance(data, (list, tuple)) and len(data) > 1:
+        return ["x, y = batch" if len(data) == 2 else "x, y, *_ = batch"], "x", "y"
+    return ["x, y = batch.x, batch.y"], "x", "y"
