@@ -24,7 +24,8 @@ class TwiceDifferentiable(TorchFunctionMode):
 
     The values are the same up to rounding. As of PyTorch 2.13 these operations have a first derivative only:
     ``F.hardsigmoid``, ``F.embedding_bag``, ``torch.cdist``, ``F.pdist``, ``F.ctc_loss``, ``F.multi_margin_loss`` and
-    ``F.multilabel_margin_loss``. An embedding with ``sparse=True`` has a dense gradient inside.
+    ``F.multilabel_margin_loss``. ``torch._weight_norm``, which layers with weight normalisation call, has a wrong
+    second derivative on a CPU: it is not symmetric. An embedding with ``sparse=True`` has a dense gradient inside.
     """
 
     def __torch_function__(
@@ -66,6 +67,13 @@ def _kept(*args: Any, **kwargs: Any) -> Iterator[None]:
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu6(input + 3) / 6
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    if dim == -1:  # the norm of the whole tensor
+        return v * (g / torch.linalg.vector_norm(v))
+    norms = torch.linalg.vector_norm(v.transpose(0, dim).reshape(v.shape[dim], -1), dim=1)
+    return v * (g / norms.reshape([-1 if each == dim else 1 for each in range(v.ndim)]))
 
 
 def _embedding(
@@ -222,6 +230,7 @@ def _ctc_loss(
 
 _EQUIVALENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.hardsigmoid: _hardsigmoid,
+    torch._weight_norm: _weight_norm,
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
     torch.cdist: _cdist,

@@ -100,6 +100,8 @@ def _is_convex(slope: Tensor, at: Tensor) -> bool:
     size = at.numel()
     if size <= _WHOLE:
         matrix = torch.stack([product(row) for row in torch.eye(size, dtype=at.dtype, device=at.device)])
+        if not torch.isfinite(matrix).all():
+            return False
         values = torch.linalg.eigvalsh((matrix + matrix.T).double().cpu() / 2)
     else:
         generator = torch.Generator().manual_seed(0)

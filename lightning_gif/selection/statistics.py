@@ -39,7 +39,7 @@ def own_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
 
     Such an attribute must not be read in training: spectral normalisation, for example, changes its buffers then.
     """
-    return layer._parameters.get(name)
+    return dict(layer.named_parameters(recurse=False)).get(name)
 
 
 def n_neurons(layer: nn.Module) -> int:

@@ -58,11 +58,10 @@ class ConjugateGradients:
         curvature = norms(image).square() + self._run.damping**2 * length
         self._largest = torch.maximum(self._largest, torch.where(length > 0, curvature / length, 0.0))
         # If the curvature along the direction, or the residual, is zero up to rounding, further iterations would follow
-        # noise, and their steps would grow. A residual that has grown beyond the precision is the result of such steps.
+        # noise, and their steps would grow.
         eps = torch.finfo(image.dtype).eps
         noise = self._largest * norms(self.difference).square() + _RESIDUAL_ROUNDING * self._first
         stuck = (curvature <= (_ROUNDING * eps) ** 2 * self._largest * length) | (self._gamma <= eps**2 * noise)
-        stuck |= self._gamma > self._first / eps**2
         alpha = torch.where(stuck, 0.0, self._gamma / curvature)
         self.stuck = stuck.cpu()
         self.x = self.x + alpha.to(image.dtype) * self._direction

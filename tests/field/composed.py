@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy
 
-__all__ = ["Composed", "Composition", "Exact", "Items", "collate_of", "compose", "exact_scores", "items_of"]
+__all__ = ["Composed", "Composition", "Exact", "Items", "Short", "collate_of", "compose", "exact_scores", "items_of"]
 
 N, WIDTH, CLASSES, STEPS, WORDS = 12, 4, 3, 4, 7
 PENALTY = 0.05
@@ -153,7 +154,59 @@ def step_by_step(z: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
     return sum(parts) / len(z)  # type: ignore[return-value]
 
 
+def stacked(z: Tensor, y: Tensor) -> Tensor:
+    losses = [F.cross_entropy(row[None], label[None]) for row, label in zip(z, y, strict=True)]
+    return torch.stack(losses).mean()
+
+
+def added_up(z: Tensor, y: Tensor) -> Tensor:
+    loss = z.new_zeros(())
+    for row, target in zip(z, y, strict=True):
+        loss = loss + (row - target).square().sum()
+    return loss / len(z)
+
+
+def focal_detached(z: Tensor, y: Tensor) -> Tensor:
+    losses = F.cross_entropy(z, y, reduction="none")
+    return ((1 - torch.exp(-losses)).detach() ** 2 * losses).mean()
+
+
+def picked(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z[y >= 0], y[y >= 0])
+
+
+def within_classes(z: Tensor, y: Tensor) -> Tensor:
+    """The mean over the classes of a batch."""
+    losses = F.cross_entropy(z, y, reduction="none")
+    return torch.stack([losses[y == label].mean() for label in y.unique()]).mean()
+
+
+def reparametrised(z: Tensor, y: Tensor) -> Tensor:
+    drawn = z + 0.3 * torch.randn_like(z)
+    return F.mse_loss(drawn, y) + 0.1 * z.square().sum(1).mean()
+
+
 LOSSES: dict[str, Loss] = {
+    "stacked": Loss(lambda m, z, y, _: stacked(z, y), "class"),
+    "categorical": Loss(lambda m, z, y, _: -torch.distributions.Categorical(logits=z).log_prob(y).mean(), "class"),
+    "soft-targets": Loss(lambda m, z, y, _: F.cross_entropy(z, 0.8 * one_hot(z, y) + 0.2 / CLASSES), "class"),
+    "focal-detached": Loss(lambda m, z, y, _: focal_detached(z, y), "class"),
+    "squared-hinge": Loss(lambda m, z, y, _: F.relu(1 - (2 * one_hot(z, y) - 1) * z).square().sum(1).mean(), "class"),
+    "within-classes": Loss(lambda m, z, y, _: within_classes(z, y), "class", "weighted"),
+    "gumbel": Loss(lambda m, z, y, _: F.nll_loss(torch.log(F.gumbel_softmax(z) + 1e-6), y), "class", "random"),
+    "added-up": Loss(lambda m, z, y, _: added_up(z, y), "real"),
+    "normal": Loss(lambda m, z, y, _: -torch.distributions.Normal(z, 1.5).log_prob(y).mean(), "real"),
+    "norm-of-difference": Loss(lambda m, z, y, _: torch.linalg.vector_norm(z - y, dim=1).mean(), "real"),
+    "root-mean-square": Loss(lambda m, z, y, _: torch.sqrt(F.mse_loss(z, y) + 1e-6), "real", "coupled"),
+    "smooth-l1": Loss(lambda m, z, y, _: F.smooth_l1_loss(z, y), "real"),
+    "vae": Loss(lambda m, z, y, _: reparametrised(z, y), "real", "random"),
+    "correlation": Loss(
+        lambda m, z, y, _: 1 - F.cosine_similarity(z - z.mean(0), y - y.mean(0), dim=0).mean(), "real", "coupled"
+    ),
+    "multilabel-soft-margin": Loss(lambda m, z, y, _: F.multilabel_soft_margin_loss(z, y), "binary"),
+    "soft-margin": Loss(lambda m, z, y, _: F.soft_margin_loss(z, 2 * y - 1), "binary"),
+    "bernoulli": Loss(lambda m, z, y, _: -torch.distributions.Bernoulli(logits=z).log_prob(y).mean(), "binary"),
+    "token-pick": Loss(lambda m, z, y, _: picked(z, y), "tokens", "lengths"),
     "ce": Loss(lambda m, z, y, _: F.cross_entropy(z, y), "class"),
     "ce-sum": Loss(lambda m, z, y, _: F.cross_entropy(z, y, reduction="sum"), "class", sums=True),
     "nll-by-hand": Loss(lambda m, z, y, _: -z.log_softmax(1).gather(1, y[:, None]).mean(), "class"),
@@ -328,6 +381,68 @@ class Hooked(nn.Module):
         return x
 
 
+class LowRank(nn.Module):
+    """A parametrization that adds a product of two small matrices to a frozen weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.randn(WIDTH, 1) / 2), nn.Parameter(torch.randn(1, WIDTH) / 2)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.left @ self.right
+
+
+def adapted() -> nn.Module:
+    layer = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+    nn.utils.parametrize.register_parametrization(layer, "weight", LowRank())
+    return layer
+
+
+def pruned() -> nn.Module:
+    return prune.random_unstructured(nn.Linear(WIDTH, WIDTH), "weight", 0.5)
+
+
+def hooked_after() -> nn.Module:
+    layer = nn.Linear(WIDTH, WIDTH)
+    layer.register_forward_hook(_doubled)
+    return layer
+
+
+def _doubled(layer: nn.Module, given: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+class Reverse(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return -0.5 * slope
+
+
+class Looked(nn.Module):
+    """Decides on values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.detach().abs().max()) < 1e6 else x / 2
+
+
+def _always_dropping(x: Tensor) -> Tensor:
+    return F.dropout(x, 0.3)
+
+
+def _sharpened(x: Tensor) -> Tensor:
+    return x - x.amax(-1, keepdim=True)
+
+
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "layernorm": lambda: nn.LayerNorm(WIDTH),
     "groupnorm": lambda: nn.GroupNorm(2, WIDTH),
@@ -353,15 +468,28 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "scale": Scaled,
     "hook": Hooked,
     "complex": Complex,
+    "adapted": adapted,
+    "pruned": pruned,
+    "lazy": lambda: nn.LazyLinear(WIDTH),
+    "forward-hook": hooked_after,
+    "reversed": lambda: Called(Reverse.apply),
+    "values-looked-at": Looked,
+    "scripted": lambda: torch.jit.script(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())),
+    "functional-dropout": lambda: Called(_always_dropping),
+    "batch-statistics": lambda: nn.BatchNorm1d(WIDTH, track_running_stats=False),
+    "softplus": nn.Softplus,
+    "max-pool": lambda: Called(_sharpened),
 }
-BY_EXAMPLE = ("groupnorm", "batchnorm")  # of features (B, C) only
+CAUSES = {"functional-dropout": "random", "batch-statistics": "coupled"}
+BY_EXAMPLE = ("groupnorm", "batchnorm", "batch-statistics")  # of features (B, C) only
 
-SEQUENCES = ("embedding", "gru", "lstm", "attention", "encoder", "conv1d")
+SEQUENCES = ("embedding", "renormed", "gru", "lstm", "cell", "attention", "encoder", "conv1d")
 BODIES = ("linear", "conv2d", "deconv", "bag", "bilinear", "bare", "in-x-out", "graph", *SEQUENCES)
 SHARINGS = ("none", "none", "two-names", "tied", "twice", "teacher", "hidden", "unused")
 STATES = (
     *("none", "counter", "epoch", "cache", "collected", "buffer", "buffer-used", "log", "array", "generator"),
     *("flags", "global-step", "manual", "dict-return", "metric-logged", "optimizer-looked-at"),
+    *("item-logged", "short-signature", "skipping"),
 )
 OPTIMIZERS = ("sgd", "adam", "adamw-groups", "scheduler", "clip", "accumulate", "left-out")
 FORMS = (
@@ -396,12 +524,12 @@ class Composition:
         return LOSSES[self.loss].target == "tokens"
 
     @property
-    def cause(self) -> str:
-        """Why the loss of a batch is not that of its examples; empty if it is."""
+    def causes(self) -> set[str]:
+        """Why the loss of a batch is not that of its examples."""
         cause = LOSSES[self.loss].cause
         if cause == "lengths":
-            return "weighted" if self.padded else ""
-        return cause
+            cause = "weighted" if self.padded else ""
+        return {cause, *(CAUSES.get(block, "") for block in self.blocks)} - {""}
 
     @property
     def refusal(self) -> str:
@@ -413,7 +541,7 @@ class Composition:
     @property
     def has_no_second_derivative(self) -> bool:
         """Whether the derivative of the gradient that training uses may not be symmetric."""
-        return self.loss == "td" or not {"once", "hook"}.isdisjoint(self.blocks)
+        return self.loss == "td" or not {"once", "hook", "reversed", "straight-through"}.isdisjoint(self.blocks)
 
     @property
     def narrow(self) -> bool:
@@ -428,7 +556,9 @@ def compose(number: int) -> Composition:
     targets = ["class", "class", "real", "binary", *(["tokens", "tokens"] if body in SEQUENCES else [])]
     target = draw.choice(targets)
     loss = draw.choice([name for name, one in LOSSES.items() if one.target == target])
-    forms = [form for form in FORMS if body not in ("bag", "embedding") or form not in ("float64", "self-dtype")]
+    forms = [
+        form for form in FORMS if body not in ("bag", "embedding", "renormed") or form not in ("float64", "self-dtype")
+    ]
     if body in SEQUENCES:
         forms += ["padded", "padded", "padded", "time-first"] if body != "conv1d" else ["time-first"]
     form = "object" if body == "graph" else draw.choice(forms)
@@ -485,7 +615,7 @@ class Graphs:
 
 SHAPES = {
     **{"linear": (6,), "bilinear": (6,), "bare": (6,), "in-x-out": (6,), "conv2d": (1, 4, 4), "deconv": (1, 3)},
-    **dict.fromkeys(("gru", "lstm", "attention", "encoder", "conv1d"), (STEPS, 3)),
+    **dict.fromkeys(("gru", "lstm", "cell", "attention", "encoder", "conv1d"), (STEPS, 3)),
 }
 
 
@@ -496,7 +626,7 @@ def items_of(spec: Composition) -> list[tuple[Tensor, Tensor]]:
     items = []
     for i in range(N):
         steps = 2 + (i * 7) % 4 if spec.padded or spec.body == "graph" else STEPS
-        if spec.body in ("embedding", "bag"):
+        if spec.body in ("embedding", "bag", "renormed"):
             x = torch.randint(1, WORDS, (steps,), generator=generator)
         elif spec.body == "graph":
             x = torch.randn(steps, 3, generator=generator)
@@ -504,7 +634,7 @@ def items_of(spec: Composition) -> list[tuple[Tensor, Tensor]]:
             shape = SHAPES[spec.body]
             x = torch.randn((steps, *shape[1:]) if spec.body in SEQUENCES else shape, generator=generator)
         target = LOSSES[spec.loss].target
-        label = i * CLASSES // N if ordered else i % CLASSES
+        label = (i if ordered else 7 * i % N) * CLASSES // (N + 3)  # the last class is rare
         if target == "class":
             y = torch.tensor(label)
         elif target == "tokens":
@@ -574,6 +704,7 @@ class Composed(pl.LightningModule):
         self.steps = 0
         self.cache: Tensor | None = None
         self.collected: list[Tensor] = []
+        self.history: list[float] = []
         self.counts = np.zeros(CLASSES)
         self.generator = torch.Generator().manual_seed(5)
 
@@ -596,6 +727,10 @@ class Composed(pl.LightningModule):
             self.body = nn.Conv1d(3, WIDTH, 3, padding=1)
         elif body == "embedding":
             self.body = nn.Embedding(WORDS, WIDTH, padding_idx=0)
+        elif body == "renormed":
+            self.body = nn.Embedding(WORDS, WIDTH, max_norm=0.8)
+        elif body == "cell":
+            self.body = nn.GRUCell(3, WIDTH)
         elif body == "bag":
             self.body = nn.EmbeddingBag(WORDS, WIDTH, mode=("mean", "sum")[self.spec.number % 2])
         elif body in ("gru", "lstm"):
@@ -641,7 +776,7 @@ class Composed(pl.LightningModule):
             x, y, mask = batch["x"], batch["y"], batch.get("mask")
             if form == "time-first":
                 x = x.transpose(0, 1)
-            if "scale" in batch and self.spec.body not in ("embedding", "bag"):
+            if "scale" in batch and self.spec.body not in ("embedding", "bag", "renormed"):
                 scale = batch["scale"]
                 x = x * (scale[0].to(x.dtype) if form == "shared-vector" else scale)
         elif isinstance(batch, Fields):
@@ -674,6 +809,12 @@ class Composed(pl.LightningModule):
             h = self.body(x.transpose(1, 2)).transpose(1, 2).tanh()
         elif body in ("gru", "lstm"):
             h = self.body(x)[0]
+        elif body == "cell":
+            state, states = x.new_zeros(len(x), WIDTH), []
+            for step in x.unbind(1):
+                state = self.body(step, state)
+                states.append(state)
+            h = torch.stack(states, 1)
         elif body == "attention":
             h = self.lift(x)
             h = h + self.body(h, h, h, key_padding_mask=None if mask is None else ~mask, need_weights=False)[0]
@@ -716,6 +857,10 @@ class Composed(pl.LightningModule):
             z = z * self.running.clone()
         return LOSSES[self.spec.loss].link(z)
 
+    @staticmethod
+    def is_empty(batch: Any) -> bool:
+        return hasattr(batch, "__len__") and len(batch) == 0
+
     def update_teacher(self) -> None:
         for slow, fast in zip(self.teacher.parameters(), self.head.parameters(), strict=True):
             slow.data.mul_(0.9).add_(0.1 * fast.data)
@@ -741,6 +886,8 @@ class Composed(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         state = self.spec.state
+        if state == "skipping" and self.is_empty(batch):
+            return None
         if state == "flags" and not self.trainer.training:
             return None
         x, y, mask = self.read(batch)
@@ -765,6 +912,8 @@ class Composed(pl.LightningModule):
             torch.rand(2, generator=self.generator)
         if state == "optimizer-looked-at":
             self.log("rate", self.optimizers().param_groups[0]["lr"], batch_size=len(y))
+        if state == "item-logged":
+            self.history.append(loss.item())
         if state == "manual":
             optimizer = self.optimizers()
             optimizer.zero_grad()
@@ -786,6 +935,13 @@ class Composed(pl.LightningModule):
         return torch.optim.SGD(own[1:] if kind == "left-out" else own, lr)
 
 
+class Short(Composed):
+    """Its step takes no batch index."""
+
+    def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+        return super().training_step(batch, 0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What scores must be
 # ----------------------------------------------------------------------------------------------------------------------
@@ -798,6 +954,16 @@ class _Stage:
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self.current_epoch, self.global_step = trainer.current_epoch, trainer.global_step
+
+
+class _WeightNorm(TorchFunctionMode):
+    """Weight normalisation from its definition: the second derivative of PyTorch's own is not symmetric."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            v, g, dim = args
+            return v * g / v.norm(dim=[d for d in range(v.ndim) if d != dim], keepdim=True)
+        return func(*args, **(kwargs or {}))
 
 
 class Exact(NamedTuple):
@@ -835,7 +1001,11 @@ def exact_scores(
         for item in Items(items_of(module.spec))
     ]
     for item in items:
-        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        with (
+            torch.random.fork_rng(),
+            _WeightNorm(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # fused attention has no second derivative
             torch.manual_seed(0)
             gradient, curvature = _of_one(module, trainer, collate([item]), kind)
         rows.append(gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -14,14 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
-from lightning_gif import GIFCallback, GIFWarning, ObjectiveError
+from lightning_gif import GIFCallback, GIFError, GIFWarning, ObjectiveError
 from lightning_gif.data.examples import Examples
 from lightning_gif.objective.objective import Objective
 
 from ..conftest import batch_of, blobs, make_trainer, same_weights, weights
-from .composed import compose, exact_scores
 from .reference import CONVERGED, Module, cross_entropy, dense_scores, error, fitted
-from .test_composed import loader_of, trained
 
 DATA = blobs(40)
 EXAMPLES = [(x.double(), y) for x, y in zip(*DATA.tensors, strict=True)]
@@ -219,11 +218,34 @@ def test_scores_keep_no_graph_of_a_hidden_layer() -> None:
     assert not trainer.self_influence().scores.requires_grad
 
 
-def test_a_tolerance_beyond_the_precision_ends_a_solve_without_an_error() -> None:
-    """Conjugate gradients that go on after that follow noise, and grow without a limit."""
-    number = 76
-    module, trainer = trained(compose(number), callback=True)
-    query = next(iter(loader_of(compose(number), [0, 5, 9])))
-    report = trainer.influence(query, damping=0.1, max_iter=400, rtol=1e-10, unconverged="ignore")
-    exact = exact_scores(module, trainer, [0, 5, 9], "hessian", 0.1)
-    assert error(report.scores[0], exact.influence) < 1e-3
+class Scripted(Module):
+    """Has a layer that TorchScript has compiled, whose parameters are in no plain dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.net(self.first(x)), y)
+
+
+def test_a_scripted_layer_can_be_edited() -> None:
+    trainer = fitted(Scripted(), DATA)
+    assert trainer.unlearn([1, 2], max_iter=3, dry_run=True).edit.indices
+
+
+class Correlated(Module):
+    """Its loss has no second derivative for one example."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        z, t = self.net(x), F.one_hot(y, 3).to(x.dtype)
+        loss = 1 - F.cosine_similarity(z - z.mean(0), t - t.mean(0), dim=0).mean()
+        return loss * (2.0 if float(loss.detach()) < -1 else 1.0)
+
+
+def test_a_loss_without_a_second_derivative_for_one_example_is_refused_or_warned_of() -> None:
+    trainer = fitted(Correlated(), DATA)
+    with pytest.warns(GIFWarning, match="coupled"), contextlib.suppress(GIFError):
+        trainer.influence(batch_of(DATA, slice(3)), **CONVERGED)
