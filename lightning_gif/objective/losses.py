@@ -27,6 +27,9 @@ __all__ = ["BatchedLoss", "LossFunction", "OneByOneLoss", "OwnLoss", "Vectorised
 # The largest number of bytes of gradients of single examples that are computed at a time.
 _GRADIENT_BYTES = 2**28
 
+# A gradient with less than this share of the norm of another one consists of rounding errors.
+_NOTHING = 1e-5
+
 Reduction = Literal["mean", "sum"]
 
 
@@ -308,6 +311,12 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
         return OwnLoss(shadow)
     alone = _losses_alone(shadow, probe)
     expected = None if isinstance(alone, Exception) else alone
+    if expected is not None and _compares_examples(shadow, probe):
+        raise ObjectiveError(
+            f"{type(shadow.module).__name__}.training_step compares the examples of a batch with each other: its loss"
+            f" for one example alone does not depend on the parameters, but its loss for {probe.together.size} examples"
+            f" does. So there are no losses of single examples. {_DEFINE}"
+        )
     obstacles = []
     if expected is not None and probe.divisible:
         vectorised = VectorisedLoss(shadow)
@@ -341,9 +350,8 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
         GIFWarning,
         stacklevel=3,
     )
-    return OneByOneLoss(
-        shadow, _reduction(OneByOneLoss(shadow), probe.many if probe.divisible else probe.together, alone)
-    )
+    batch = probe.many if probe.divisible else probe.together
+    return OneByOneLoss(shadow, _reduction(OneByOneLoss(shadow), batch, alone, probe))
 
 
 def _raise_if_all_fail(shadow: Shadow, probe: Probe) -> None:
@@ -387,6 +395,19 @@ def _losses_alone(shadow: Shadow, probe: Probe) -> Tensor | Exception:
         except Exception as error:
             return error
     return losses
+
+
+def _compares_examples(shadow: Shadow, probe: Probe) -> bool:
+    """Whether the loss of a batch depends on the parameters, but not that of any of its examples alone.
+
+    A contrastive loss is one: an example without others is distinguished from them with certainty.
+    """
+    step, theta = shadow.training_step, shadow.theta.detach().requires_grad_()
+    try:
+        size = gradient_of(step(theta, probe.together.data), theta).norm()
+        return all(gradient_of(step(theta, one.data), theta).norm() < _NOTHING * size for one in probe.singles)
+    except Exception:  # what fails here is reported where it is used
+        return False
 
 
 def _obstacle(loss: LossFunction, probe: Probe, expected: Tensor | None) -> str | None:
@@ -436,21 +457,27 @@ def _as_reduction(together: Tensor, losses: Tensor) -> Reduction | None:
     return "sum" if close(together, losses.sum()) else None
 
 
-def _reduction(loss: LossFunction, batch: Batch, known: Tensor | None = None) -> Reduction | None:
+def _reduction(
+    loss: LossFunction, batch: Batch, known: Tensor | None = None, probe: Probe | None = None
+) -> Reduction | None:
     """Whether the loss of a batch is the mean or the sum of its losses; warns with the cause if it is neither.
 
     Args:
         loss: The losses.
         batch: Many examples, since a weight or a mask may change the loss of few batches only.
         known: The losses ``(B,)``, if the batch cannot be divided.
+        probe: A few examples, whose gradients are compared, too: losses may be equal up to rounding where weights are
+            not, as those of all tokens are at the start of training.
     """
     shadow, batch = loss.shadow, loss.whole(batch)
     with torch.no_grad():
         losses = loss.losses(shadow.theta, batch) if batch.divisible or known is None else known
         together = shadow.training_step(shadow.theta, batch.data)
         reduction = _as_reduction(together, losses)
-        if reduction is not None or not torch.isfinite(losses).all() or not torch.isfinite(together):
+        if reduction is not None and (probe is None or not _weighs(loss, probe, reduction)):
             return reduction
+        if not torch.isfinite(losses).all() or not torch.isfinite(together):
+            return None
         with shadow.seeded(shadow.seed + 1):
             other = shadow.training_step(shadow.theta, batch.data)
     cause = "they are coupled, or weighted" if close(together, other) else "they are random"
@@ -462,3 +489,22 @@ def _reduction(loss: LossFunction, batch: Batch, known: Tensor | None = None) ->
         stacklevel=4,
     )
     return None
+
+
+def _weighs(loss: LossFunction, probe: Probe, reduction: Reduction) -> bool:
+    """Whether the gradient of the loss of a few examples is not the mean or the sum of their gradients."""
+    shadow = loss.shadow
+
+    def unlike(batch: Batch) -> float:
+        theta = shadow.theta.detach().requires_grad_()
+        together = gradient_of(shadow.training_step(theta, batch.data), theta)
+        alone = [shadow.widened(single).data for single in probe.singles]
+        rows = torch.stack([gradient_of(shadow.training_step(theta, data), theta) for data in alone])
+        expected = rows.mean(0) if reduction == "mean" else rows.sum(0)
+        lengths = rows.norm(dim=1)
+        return distance(
+            (together - expected).norm()[None], (lengths.mean() if reduction == "mean" else lengths.sum())[None]
+        )
+
+    with torch.enable_grad():
+        return differs(shadow, unlike, probe.together)

@@ -198,7 +198,7 @@ class Objective:
         self._counts_rows = probe.counts_rows
         self._loss = choose_loss(self.shadow, probe)
         alone = self._takes_one_at_a_time or not probe.divisible
-        outputs.choose_predictions(self._loss, probe.singles[0] if self._takes_one_at_a_time else probe.many)
+        outputs.choose_predictions(self._loss, *(probe.singles if self._takes_one_at_a_time else [probe.many]))
         self.probed = None if alone else probe.many
         return self.readable(train)
 
