@@ -39,7 +39,7 @@ class Texts(Module):
 
     def __init__(self) -> None:
         super().__init__(12, 3)
-        torch.nn.init.normal_(self.net[-1].weight, std=1e-6)
+        torch.nn.init.normal_(self.net[-1].weight, std=1e-4)
         torch.nn.init.zeros_(self.net[-1].bias)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -60,12 +60,12 @@ def test_weights_show_in_gradients_where_all_losses_are_equal() -> None:
     module = Texts()
     trainer = fitted(module, TensorDataset(words, labels), epochs=1)
     with pytest.warns(GIFWarning, match="coupled, or weighted"):
-        scores = trainer.influence([words[:3], labels[:3]], **CONVERGED).scores[0]
+        scores = trainer.influence([words[:3], labels[:3]], **{**CONVERGED, "double": False, "rtol": 1e-6}).scores[0]
     examples = [(F.one_hot(x, 12).double(), y) for x, y in zip(words, labels, strict=True)]
     exact = dense_scores(
         module.net, lambda net, x: net(x), lambda z, y: F.cross_entropy(z.view(-1, 3), y), examples, range(3)
     )
-    assert error(scores, exact) < 1e-5
+    assert error(scores, exact) < 1e-4
 
 
 class Dice(Module):
