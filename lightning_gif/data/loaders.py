@@ -45,6 +45,11 @@ def check_loader(loader: Any) -> DataLoader[Any]:
             f"{type(loader.dataset).__name__} is an IterableDataset: its examples have no stable index. Pass a"
             " DataLoader over a map-style dataset as `dataloader=`."
         )
+    if not hasattr(type(loader.dataset), "__getitem__"):
+        raise TrainingDataError(
+            f"The loader's dataset is a {type(loader.dataset).__name__}, from which no single example can be read by"
+            " its index. Pass a DataLoader over a map-style dataset as `dataloader=`."
+        )
     if loader.batch_sampler is None:
         raise TrainingDataError(
             "The loader has batch_size=None, so each item of its dataset is a batch of unknown size. Pass a DataLoader"

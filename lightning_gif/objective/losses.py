@@ -105,9 +105,18 @@ class LossFunction(ABC):
 
     def gradients(self, theta: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yields the gradients of the losses, ``(b, p)`` for the next ``b`` examples, in order."""
+        if not batch.divisible:
+            yield from self._gradients_of_whole(theta, batch)
+            return
         for position in range(batch.size):
             at = theta.detach().requires_grad_()
             yield gradient_of(self.loss_sum(at, batch.slice(position, position + 1)), at)[None]
+
+    def _gradients_of_whole(self, theta: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """The gradients ``(1, p)`` of one loss after the other, from one pass over a batch."""
+        at = theta.detach().requires_grad_()
+        for loss in self.losses(at, batch):
+            yield gradient_of(loss, at, retain_graph=True)[None]
 
 
 class OwnLoss(LossFunction):
@@ -288,9 +297,7 @@ class BatchedLoss(StepLoss):
             )
 
     def gradients(self, theta: Tensor, batch: Batch) -> Iterator[Tensor]:
-        at = theta.detach().requires_grad_()
-        for loss in self.losses(at, batch):
-            yield gradient_of(loss, at, retain_graph=True)[None]
+        return self._gradients_of_whole(theta, batch)
 
 
 def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:

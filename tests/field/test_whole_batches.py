@@ -164,3 +164,25 @@ def test_an_object_as_a_query_is_refused_with_the_way_out() -> None:
     trainer = fitted(Clouds(), data, collate)
     with pytest.raises(BatchError, match=r"got Bag\. .* DataLoader\(Subset\(dataset, indices\)"):
         trainer.influence(collate([data[index] for index in QUERY])[0])
+
+
+class OwnLosses(Clouds):
+    """A module with losses of its own for batches that cannot be divided."""
+
+    def influence_loss(self, batch: Any) -> Tensor:
+        bag, y = batch
+        dtype = self.net[0].weight.dtype
+        return (self.net(bag.means(dtype))[:, 0] - y.to(dtype)) ** 2
+
+
+def test_self_influence_with_losses_of_its_own_needs_no_rows() -> None:
+    data, collate = Items(CLOUDS), CLOUD_COLLATES["list"]
+    own, derived = OwnLosses(), Clouds()
+    derived.load_state_dict(own.state_dict())
+    options = {"double": True, "damping": 0.1}
+    torch.manual_seed(0)
+    one = fitted(own, data, collate).self_influence(**options)
+    torch.manual_seed(0)
+    other = fitted(derived, data, collate).self_influence(**options)
+    assert one.settings["losses"] == "influence_loss"
+    assert error(one.scores[0], other.scores[0]) < 1e-8
