@@ -39,6 +39,11 @@ def check_loader(loader: Any) -> DataLoader[Any]:
             f"Expected a torch DataLoader, got {type(loader).__name__}. Instead of a custom loader, pass a DataLoader"
             " over the training set as `dataloader=`."
         )
+    if not hasattr(type(loader.dataset), "__getitem__") and not isinstance(loader.dataset, IterableDataset):
+        raise TrainingDataError(
+            f"The loader's dataset is a {type(loader.dataset).__name__}, from which no single example can be read by"
+            " its index. Pass a DataLoader over a map-style dataset as `dataloader=`."
+        )
     if loader.batch_size is None and loader.batch_sampler is None:
         raise TrainingDataError(
             "The loader has batch_size=None, so each item of its dataset is a batch of unknown size. Pass a DataLoader"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import numbers
+import operator
+import pickle
 from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -21,6 +24,7 @@ __all__ = [
     "equal_values",
     "join",
     "leaves",
+    "map_object",
     "map_tensors",
     "same_form",
     "same_structure",
@@ -33,7 +37,11 @@ __all__ = [
 
 
 def map_tensors(
-    data: Any, function: Callable[[Tensor], Any], sequence: Callable[[Any], Any] | None = None, size: int = 0
+    data: Any,
+    function: Callable[[Tensor], Any],
+    sequence: Callable[[Any], Any] | None = None,
+    size: int = 0,
+    other: Callable[[Any], Any] | None = None,
 ) -> Any:
     """The same structure (tuples, lists, mappings, dataclasses, nested) with ``function`` applied to its tensors.
 
@@ -45,6 +53,7 @@ def map_tensors(
         sequence: Applied to lists and tuples of ``size`` items without a tensor at any depth, such as one string for
             each example. In other lists and tuples, each item is visited, such as each of two columns of strings.
         size: The number of examples.
+        other: Applied to everything else that is no container.
 
     Raises:
         BatchError: If a mapping is no dictionary and cannot be built from one.
@@ -52,20 +61,51 @@ def map_tensors(
     if isinstance(data, Tensor):
         return function(data)
     if isinstance(data, Mapping):
-        mapped = {key: map_tensors(value, function, sequence, size) for key, value in data.items()}
+        mapped = {key: map_tensors(value, function, sequence, size, other) for key, value in data.items()}
         return mapped if type(data) is dict else with_items(data, mapped)
     if isinstance(data, (list, tuple)):
         if sequence is not None and _is_sequence(data, size):
             return sequence(data)
-        items = [map_tensors(value, function, sequence, size) for value in data]
+        items = [map_tensors(value, function, sequence, size, other) for value in data]
         return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
     if is_dataclass(data) and not isinstance(data, type):
         changed = copy.copy(data)
         for name, value in _fields(data).items():
             # Works for frozen dataclasses, too.
-            object.__setattr__(changed, name, map_tensors(value, function, sequence, size))
+            object.__setattr__(changed, name, map_tensors(value, function, sequence, size, other))
         return changed
-    return data
+    return data if other is None else other(data)
+
+
+def map_object(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """A copy of an object with ``function`` applied to the tensors in it, at any depth.
+
+    The copy is made by ``pickle``, as for the workers of a loader. The object itself is returned if ``function``
+    returns all its tensors unchanged, or if it cannot be pickled.
+    """
+    if value is None or isinstance(value, (str, bytes, numbers.Number, np.ndarray, np.generic)):
+        return value
+    found: list[Tensor] = []
+
+    class Writer(pickle.Pickler):
+        def persistent_id(self, part: Any) -> int | None:
+            if not isinstance(part, Tensor):
+                return None
+            found.append(part)
+            return len(found) - 1
+
+    class Reader(pickle.Unpickler):
+        def persistent_load(self, position: int) -> Any:
+            return changed[position]
+
+    file = io.BytesIO()
+    try:
+        Writer(file).dump(value)
+    except Exception:  # classes raise what they like
+        return value
+    changed = [function(tensor) for tensor in found]
+    file.seek(0)
+    return value if all(map(operator.is_, changed, found)) else Reader(file).load()
 
 
 def with_items(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

@@ -19,7 +19,7 @@ from ..errors import BatchError, GIFWarning, ObjectiveError
 from .autograd import close, differs, distance, gradient_of
 from .entries import Entries
 from .reductions import BranchError, OneExample
-from .remedies import cause_of_difference, code_of_losses
+from .remedies import WEIGHTED, cause_of_difference, code_of_losses
 from .shadow import Shadow
 
 __all__ = ["BatchedLoss", "LossFunction", "OneByOneLoss", "OwnLoss", "VectorisedLoss", "choose_loss"]
@@ -27,6 +27,9 @@ __all__ = ["BatchedLoss", "LossFunction", "OneByOneLoss", "OwnLoss", "Vectorised
 
 # The largest number of bytes of gradients of single examples that are computed at a time.
 GRADIENT_BYTES = 2**28
+
+# A gradient with less than this share of the norm of another one consists of rounding errors.
+_NOTHING = 1e-5
 
 Reduction = Literal["mean", "sum"]
 
@@ -103,9 +106,18 @@ class LossFunction(ABC):
 
     def gradients(self, theta: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yields the gradients of the losses, ``(b, p)`` for the next ``b`` examples, in order."""
+        if not batch.divisible:
+            yield from self._gradients_of_whole(theta, batch)
+            return
         for position in range(batch.size):
             at = theta.detach().requires_grad_()
             yield gradient_of(self.loss_sum(at, batch.slice(position, position + 1)), at)[None]
+
+    def _gradients_of_whole(self, theta: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """The gradients ``(1, p)`` of one loss after the other, from one pass over a batch."""
+        at = theta.detach().requires_grad_()
+        for loss in self.losses(at, batch):
+            yield gradient_of(loss, at, retain_graph=True)[None]
 
 
 class OwnLoss(LossFunction):
@@ -288,9 +300,7 @@ class BatchedLoss(StepLoss):
             )
 
     def gradients(self, theta: Tensor, batch: Batch) -> Iterator[Tensor]:
-        at = theta.detach().requires_grad_()
-        for loss in self.losses(at, batch):
-            yield gradient_of(loss, at, retain_graph=True)[None]
+        return self._gradients_of_whole(theta, batch)
 
 
 def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
@@ -311,6 +321,12 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
         return OwnLoss(shadow)
     alone = _losses_alone(shadow, probe)
     expected = None if isinstance(alone, Exception) else alone
+    if expected is not None and _compares_examples(shadow, probe):
+        raise ObjectiveError(
+            f"{type(shadow.module).__name__}.training_step compares the examples of a batch with each other: its loss"
+            f" for one example alone does not depend on the parameters, but its loss for {probe.together.size} examples"
+            f" does. So there are no losses of single examples. {_DEFINE}"
+        )
     obstacles = []
     if expected is not None and probe.divisible:
         vectorised = VectorisedLoss(shadow)
@@ -344,9 +360,8 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
         GIFWarning,
         stacklevel=3,
     )
-    return OneByOneLoss(
-        shadow, _reduction(OneByOneLoss(shadow), probe.many if probe.divisible else probe.together, alone)
-    )
+    batch = probe.many if probe.divisible else probe.together
+    return OneByOneLoss(shadow, _reduction(OneByOneLoss(shadow), batch, alone, probe))
 
 
 def _raise_if_all_fail(shadow: Shadow, probe: Probe) -> None:
@@ -390,6 +405,19 @@ def _losses_alone(shadow: Shadow, probe: Probe) -> Tensor | Exception:
         except Exception as error:
             return error
     return losses
+
+
+def _compares_examples(shadow: Shadow, probe: Probe) -> bool:
+    """Whether the loss of a batch depends on the parameters, but not that of any of its examples alone.
+
+    A contrastive loss is one: an example without others is distinguished from them with certainty.
+    """
+    step, theta = shadow.training_step, shadow.theta.detach().requires_grad_()
+    try:
+        size = gradient_of(step(theta, probe.together.data), theta).norm()
+        return all(gradient_of(step(theta, one.data), theta).norm() < _NOTHING * size for one in probe.singles)
+    except Exception:  # what fails here is reported where it is used
+        return False
 
 
 def _obstacle(loss: LossFunction, probe: Probe, expected: Tensor | None) -> str | None:
@@ -439,27 +467,57 @@ def _as_reduction(together: Tensor, losses: Tensor) -> Reduction | None:
     return "sum" if close(together, losses.sum()) else None
 
 
-def _reduction(loss: LossFunction, batch: Batch, known: Tensor | None = None) -> Reduction | None:
+def _reduction(
+    loss: LossFunction, batch: Batch, known: Tensor | None = None, probe: Probe | None = None
+) -> Reduction | None:
     """Whether the loss of a batch is the mean or the sum of its losses; warns with the cause if it is neither.
 
     Args:
         loss: The losses.
         batch: Many examples, since a weight or a mask may change the loss of few batches only.
         known: The losses ``(B,)``, if the batch cannot be divided.
+        probe: A few examples, whose gradients are compared, too: losses may be equal up to rounding where weights are
+            not, as those of all tokens are at the start of training.
     """
     shadow, batch = loss.shadow, loss.whole(batch)
     with torch.no_grad():
         losses = loss.losses(shadow.theta, batch) if batch.divisible or known is None else known
         together = shadow.training_step(shadow.theta, batch.data)
         reduction = _as_reduction(together, losses)
-        if reduction is not None or not torch.isfinite(losses).all() or not torch.isfinite(together):
+        if reduction is not None and (probe is None or not _weighs(loss, probe, reduction)):
             return reduction
-        cause = cause_of_difference(shadow, batch, losses, together)
+        if not torch.isfinite(losses).all() or not torch.isfinite(together):
+            return None
+        if reduction is None:
+            found = (
+                f"is {float(together):.4g}, but the losses of the single examples have the mean"
+                f" {float(losses.mean()):.4g} ({cause_of_difference(shadow, batch, losses, together)})"
+            )
+        else:
+            found = f"has another gradient than the {reduction} of the losses of the single examples ({WEIGHTED})"
     warnings.warn(
-        f"The loss that {type(shadow.module).__name__}.training_step gives for a batch of {batch.size} is"
-        f" {float(together):.4g}, but the losses of the single examples have the mean {float(losses.mean()):.4g}"
-        f" ({cause}). Influence and unlearning refer to the losses of single examples. {code_of_losses(shadow, batch)}",
+        f"The loss that {type(shadow.module).__name__}.training_step gives for a batch of {batch.size} {found}."
+        f" Influence and unlearning refer to the losses of single examples. {code_of_losses(shadow, batch)}",
         GIFWarning,
         stacklevel=4,
     )
     return None
+
+
+def _weighs(loss: LossFunction, probe: Probe, reduction: Reduction) -> bool:
+    """Whether the gradient of the loss of a few examples is not the mean or the sum of their gradients."""
+    shadow = loss.shadow
+
+    def unlike(batch: Batch) -> float:
+        theta = shadow.theta.detach().requires_grad_()
+        together = gradient_of(shadow.training_step(theta, batch.data), theta)
+        alone = [shadow.widened(single).data for single in probe.singles]
+        rows = torch.stack([gradient_of(shadow.training_step(theta, data), theta) for data in alone])
+        expected = rows.mean(0) if reduction == "mean" else rows.sum(0)
+        lengths = rows.norm(dim=1)
+        return distance(
+            (together - expected).norm()[None], (lengths.mean() if reduction == "mean" else lengths.sum())[None]
+        )
+
+    with torch.enable_grad():
+        return differs(shadow, unlike, probe.together)

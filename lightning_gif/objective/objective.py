@@ -26,7 +26,7 @@ from .batchnorm import refreshed_statistics
 from .losses import LossFunction, OneByOneLoss, OwnLoss, choose_loss
 from .observation import observe
 from .predictions import IndicesInBounds
-from .shadow import ModelState, Shadow, widen
+from .shadow import ModelState, Shadow, widen_all
 
 __all__ = ["Objective"]
 
@@ -191,7 +191,7 @@ class Objective:
         data = strategy.precision_plugin.convert_input(data)
         data = self.module._on_before_batch_transfer(data, dataloader_idx=0)
         data = strategy.batch_to_device(data, device=self.device, dataloader_idx=0)
-        return map_tensors(data, lambda tensor: widen(tensor, self.theta.dtype))
+        return widen_all(data, self.theta.dtype)
 
     def learn_structure(self, train: Examples) -> Examples:
         """Learns from a few training examples how batches are structured and how losses are computed.
@@ -207,7 +207,7 @@ class Objective:
         self._counts_rows = probe.counts_rows
         self._loss = choose_loss(self.shadow, probe)
         alone = self._takes_one_at_a_time or not probe.divisible
-        outputs.choose_predictions(self._loss, probe.singles[0] if self._takes_one_at_a_time else probe.many)
+        outputs.choose_predictions(self._loss, *(probe.singles if self._takes_one_at_a_time else [probe.many]))
         self.probed = None if alone else probe.many
         return self.readable(train)
 

@@ -36,13 +36,13 @@ _PREDICTED = 64
 
 
 # Predictions with up to so many values have their whole second derivative computed, others products with it.
-_WHOLE, _PRODUCTS = 512, 8
+_WHOLE, _PRODUCTS = 512, 16
 
 # Gradients, and eigenvalues, that differ by less than this share of them are the same.
 _ROUNDING = 1e-3
 
 
-def choose_predictions(loss: LossFunction, batch: Batch) -> None:
+def choose_predictions(loss: LossFunction, *batches: Batch) -> None:
     """Finds the predictions of a loss that is written by hand, and notes them as ``loss.entries``.
 
     The predictions are tensors that enter a softmax, a sigmoid or a difference, such that the loss depends on the
@@ -52,15 +52,15 @@ def choose_predictions(loss: LossFunction, batch: Batch) -> None:
 
     Args:
         loss: The loss.
-        batch: A few examples.
+        batches: A few examples; several batches if the loss has to be evaluated for one example at a time.
     """
-    if _determine_the_loss(loss, batch):
+    if all(_determine_the_loss(loss, batch) for batch in batches):
         return
     for together in possible_entries():
         valid: dict[int, Entries] = {}
         for loss.entries in together:
-            if _determine_the_loss(loss, batch):
-                size = outputs(loss, loss.shadow.theta, batch).numel()
+            if all(_determine_the_loss(loss, batch) for batch in batches):
+                size = outputs(loss, loss.shadow.theta, batches[0]).numel()
                 valid.setdefault(size, loss.entries)  # of several of one size, the last one
         loss.entries = valid[max(valid)] if valid else None
         if valid:
@@ -104,10 +104,30 @@ def _is_convex(slope: Tensor, at: Tensor) -> bool:
             return False
         values = torch.linalg.eigvalsh((matrix + matrix.T).double().cpu() / 2)
     else:
-        generator = torch.Generator().manual_seed(0)
-        vectors = torch.randn(_PRODUCTS, size, generator=generator, dtype=torch.float64).to(at)
-        values = torch.stack([(product(vector) @ vector) / size for vector in vectors]).double().cpu()
+        values = _ritz_values(product, torch.randn(size, generator=torch.Generator().manual_seed(0)).to(at))
     return bool(values.max() > 0 and values.min() > -_ROUNDING * values.max())
+
+
+def _ritz_values(product: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Approximate eigenvalues of a symmetric matrix, the outermost first to converge (Lanczos, orthogonalised fully).
+
+    Args:
+        product: The product with the matrix, ``(d,) → (d,)``.
+        start: A random vector ``(d,)``.
+    """
+    basis, images = [start / start.norm()], []
+    for _ in range(_PRODUCTS):
+        images.append(product(basis[-1]))
+        rest = images[-1]
+        for _ in range(2):  # the second pass removes what rounding left of the first
+            for vector in basis:
+                rest = rest - (vector @ rest) * vector
+        if rest.norm() <= _ROUNDING * images[-1].norm():
+            break
+        basis.append(rest / rest.norm())
+    rows = torch.stack(basis[: len(images)]).double().cpu()
+    matrix = rows @ torch.stack(images).double().cpu().T
+    return torch.linalg.eigvalsh((matrix + matrix.T) / 2)
 
 
 def _recorder(loss: LossFunction, others: Tensor | None = None) -> Predictions | EntryPredictions:

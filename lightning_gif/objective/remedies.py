@@ -16,7 +16,7 @@ from ..data.structure import tensors
 from .autograd import close
 from .shadow import Shadow
 
-__all__ = ["cause_of_difference", "code_of_losses"]
+__all__ = ["WEIGHTED", "cause_of_difference", "code_of_losses"]
 
 
 # The losses of two examples must differ by this share of the largest one, to measure a weight by their batch.
@@ -43,6 +43,13 @@ _OF_VALUES: dict[Any, str] = {
 }
 
 
+WEIGHTED = (
+    "they are weighted: the loss of the batch is a weighted mean, as with class weights or a mean over words. For a"
+    " single example the weight cancels"
+)
+"""The clause about a weighted mean."""
+
+
 def cause_of_difference(shadow: Shadow, batch: Batch, losses: Tensor, together: Tensor) -> str:
     """Why the loss of a batch is neither the mean nor the sum of its losses, as a clause.
 
@@ -64,10 +71,7 @@ def cause_of_difference(shadow: Shadow, batch: Batch, losses: Tensor, together: 
     except Exception:  # the batch cannot be divided, or two examples have no loss
         return "they are coupled, or weighted"
     if weighted:
-        return (
-            "they are weighted: the loss of the batch is a weighted mean, as with class weights or a mean over words."
-            " For a single example the weight cancels"
-        )
+        return WEIGHTED
     return "they are coupled: the loss of an example depends on the others in its batch"
 
 

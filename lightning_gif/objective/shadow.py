@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .._compat import LightningModule, Trainer
 from ..data.batch import Batch
-from ..data.structure import describe, map_tensors, tensors
+from ..data.structure import describe, map_object, map_tensors, tensors
 from ..distributed import ProcessGroup
 from ..errors import ObjectiveError
 from ..mixin import LossOfModule, overrides
@@ -23,7 +24,7 @@ from ..storage.interrupts import uninterrupted
 from . import isolation
 from .isolation import Isolation
 
-__all__ = ["ModelState", "Shadow", "replaced", "widen"]
+__all__ = ["ModelState", "Shadow", "replaced", "widen", "widen_all"]
 
 
 class ModelState(NamedTuple):
@@ -165,7 +166,7 @@ class Shadow:
 
     def widened(self, batch: Batch) -> Batch:
         """A batch in the dtype of the present parameters."""
-        return replace(batch, data=map_tensors(batch.data, lambda tensor: widen(tensor, self.theta.dtype)))
+        return replace(batch, data=widen_all(batch.data, self.theta.dtype))
 
     def buffers(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Copies of all buffers by name, which a call may write to."""
@@ -257,6 +258,16 @@ def widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.to(torch.promote_types(tensor.dtype, dtype))
     narrow = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < torch.finfo(dtype).bits
     return tensor.to(dtype) if narrow else tensor
+
+
+def widen_all(data: Any, dtype: torch.dtype) -> Any:
+    """A batch with all its tensors widened, in float64 also those inside of objects, such as graphs."""
+
+    def one(tensor: Tensor) -> Tensor:
+        return widen(tensor, dtype)
+
+    inside = partial(map_object, function=one) if dtype == torch.float64 else None
+    return map_tensors(data, one, other=inside)
 
 
 def _common_buffers(module: nn.Module, processes: ProcessGroup) -> dict[str, Tensor]:

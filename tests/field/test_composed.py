@@ -32,7 +32,7 @@ REMEDY = re.compile(
     r"influence_loss|a `damping`|curvature=|DataLoader|method=|solver=|Pass |Use |Give |Define |view_as_complex|"
     r"[Ww]ithout double=True"
 )
-NOT_THE_LOSS = re.compile(r"losses of the single examples have the mean.*?\((they are .*?)\)", re.S)
+NOT_THE_LOSS = re.compile(r"losses of the single examples.*?\((they are .*?)\)", re.S)
 NOT_SYMMETRIC = re.compile(r"second derivative of the loss is not symmetric.*once_differentiable.*hook.*no_grad")
 NEVER = re.compile(r"An evaluation has changed|returns different values each time")
 

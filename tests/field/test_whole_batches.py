@@ -14,7 +14,19 @@ from lightning_gif import BatchError, ObjectiveError
 
 from ..conftest import blobs
 from .reference import CONVERGED, Module, cross_entropy, dense_scores, error, fitted
-from .test_batches import CLOUD_COLLATES, CLOUDS, QUERY, Clouds, Items, Tagger, exact_of_clouds, padded, query, texts
+from .test_batches import (
+    CLOUD_COLLATES,
+    CLOUDS,
+    QUERY,
+    Bag,
+    Clouds,
+    Items,
+    Tagger,
+    exact_of_clouds,
+    padded,
+    query,
+    texts,
+)
 from .test_batches import tagged as exact_of_texts
 
 WHOLE = "training_step of whole batches"
@@ -164,3 +176,68 @@ def test_an_object_as_a_query_is_refused_with_the_way_out() -> None:
     trainer = fitted(Clouds(), data, collate)
     with pytest.raises(BatchError, match=r"got Bag\. .* DataLoader\(Subset\(dataset, indices\)"):
         trainer.influence(collate([data[index] for index in QUERY])[0])
+
+
+class OwnLosses(Clouds):
+    """A module with losses of its own for batches that cannot be divided."""
+
+    def influence_loss(self, batch: Any) -> Tensor:
+        bag, y = batch
+        dtype = self.net[0].weight.dtype
+        return (self.net(bag.means(dtype))[:, 0] - y.to(dtype)) ** 2
+
+
+def test_self_influence_with_losses_of_its_own_needs_no_rows() -> None:
+    data, collate = Items(CLOUDS), CLOUD_COLLATES["list"]
+    own, derived = OwnLosses(), Clouds()
+    derived.load_state_dict(own.state_dict())
+    options = {"double": True, "damping": 0.1}
+    torch.manual_seed(0)
+    one = fitted(own, data, collate).self_influence(**options)
+    torch.manual_seed(0)
+    other = fitted(derived, data, collate).self_influence(**options)
+    assert one.settings["losses"] == "influence_loss"
+    assert error(one.scores[0], other.scores[0]) < 1e-8
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Float64 in objects
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class AsGiven(Clouds):
+    """Takes the points of an object in their own dtype."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        bag, y = batch
+        return F.mse_loss(self.net(bag.means(bag.points.dtype))[:, 0], y.to(bag.points.dtype))
+
+
+class Closed(Bag):
+    """An object that cannot be pickled."""
+
+    def __init__(self, points: list[Tensor]) -> None:
+        super().__init__(points)
+        self.call = lambda: None
+
+
+def test_tensors_inside_of_objects_are_in_float64_too() -> None:
+    module, data, collate = AsGiven(), Items(CLOUDS), CLOUD_COLLATES["list"]
+    trainer = fitted(module, data, collate)
+    batch = collate([data[index] for index in QUERY])
+    assert error(trainer.influence(batch, **CONVERGED).scores[0], exact_of_clouds(module)) < 1e-6
+    assert batch[0].points.dtype == torch.float32
+
+
+def test_an_object_that_cannot_be_copied_is_passed_as_it_is() -> None:
+    data = Items(CLOUDS)
+
+    def collate(items: Any) -> list[Any]:
+        return [Closed([x for x, _ in items]), torch.tensor([y for _, y in items])]
+
+    module = AsGiven()
+    trainer = fitted(module, data, collate)
+    scores = trainer.influence(query(data, collate), **{**CONVERGED, "double": False, "rtol": 1e-6}).scores[0]
+    assert error(scores, exact_of_clouds(module)) < 1e-3
+    with pytest.raises(ObjectiveError, match=r"fails in float64.*x\.to\(self\.net\.weight\.dtype\)"):
+        trainer.influence(query(data, collate), **CONVERGED)
