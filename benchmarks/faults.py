@@ -162,7 +162,7 @@ class World:
             "attributes": [sorted(vars(m)) for m in module.modules()],
             "seen": list(module.seen),
             "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in module.modules()],
-            "recording": self.trainer.callbacks[0].neurons._recording,
+            "recording": self.trainer.callbacks[0].neurons._batch is not None,
             "rng": torch.get_rng_state().tolist(),
             "python rng": random.getstate(),
             "numpy rng": numpy.random.get_state()[1].tolist(),  # noqa: NPY002

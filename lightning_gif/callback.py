@@ -202,6 +202,7 @@ class GIFCallback(TrainerCalls, Callback):
         self.tracker = TrainingTracker(self.settings, snapshots)
         self.reports = PeriodicReports()
         self.loaders = Loaders()
+        self._state_key: tuple[Settings, str] | None = None  # and the settings that it was made from
         _check_report_arguments(self)
         check_path("record", record, "file")
         check_record(record)
@@ -303,9 +304,12 @@ class GIFCallback(TrainerCalls, Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(
-            selector=self.settings.selector, ratio=self.settings.ratio, seed=self.settings.seed
-        )
+        # Lightning asks for it at each hook of each batch.
+        if self._state_key is None or self._state_key[0] is not self.settings:
+            of = self.settings
+            key = self._generate_state_key(selector=of.selector, ratio=of.ratio, seed=of.seed)
+            self._state_key = of, key
+        return self._state_key[1]
 
     @override
     def state_dict(self) -> dict[str, Any]:

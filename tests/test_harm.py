@@ -476,7 +476,8 @@ def failing(*args: Any, **kwargs: Any) -> Any:
 PLACES: dict[str, tuple[Any, str, str]] = {
     "the batch's size": (lightning_gif.selection.tracker, "batch_size", "reading the batch failed with"),
     "the batch's classes": (lightning_gif.selection.tracker, "class_targets", "reading the batch failed with"),
-    "a forward pass": (NeuronStatistics, "_rows_for", "reading what passes through a layer failed with"),
+    "a forward pass": (NeuronStatistics, "_keep", "reading what passes through a layer failed with"),
+    "sums": (NeuronStatistics, "_add", "summing the statistics of batches failed with"),
     "gradients": (GradientStatistics, "add", "reading the gradients failed with"),
     "the targets": (lightning_gif.selection.tracker, "select", "picking the target parameters failed with"),
     "a snapshot": (Snapshots, "add", "taking a snapshot of the weights failed with"),
@@ -495,12 +496,12 @@ def test_an_error_in_gathering_statistics_stops_the_gathering_and_not_the_fit(
 
 
 def test_an_error_in_a_backward_hook_stops_the_gathering_and_not_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    add = NeuronStatistics._add
+    keep = NeuronStatistics._keep
 
     def once_in_backward(self: NeuronStatistics, kind: str, *args: Any) -> None:
-        failing() if kind == "gradient" else add(self, kind, *args)
+        failing() if kind == "gradient" else keep(self, kind, *args)
 
-    monkeypatch.setattr(NeuronStatistics, "_add", once_in_backward)
+    monkeypatch.setattr(NeuronStatistics, "_keep", once_in_backward)
     callback = GIFCallback()
     check_trained_alike(callback, "in this fit: reading what passes through a layer failed with LookupError")
     assert not callback.neurons

@@ -325,7 +325,7 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
         raise ObjectiveError(
             f"{type(shadow.module).__name__}.training_step compares the examples of a batch with each other: its loss"
             f" for one example alone does not depend on the parameters, but its loss for {probe.together.size} examples"
-            f" does. So there are no losses of single examples. {_DEFINE}"
+            f" does. So there are no losses of single examples. {code_of_losses(shadow, probe.fewer)}"
         )
     obstacles = []
     if expected is not None and probe.divisible:

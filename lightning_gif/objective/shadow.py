@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from ..storage.interrupts import uninterrupted
 from . import isolation
 from .isolation import Isolation
 
-__all__ = ["ModelState", "Shadow", "replaced", "widen", "widen_all"]
+__all__ = ["ModelState", "Shadow", "widen", "widen_all"]
 
 
 class ModelState(NamedTuple):
@@ -84,6 +84,7 @@ class Shadow:
         self._common = common or {}
         defined = "influence_loss" if overrides(module, "influence_loss") else None
         self.influence_loss: LossOfModule | str | None = influence_loss or defined
+        self._members = _Members(module)
 
     @classmethod
     @contextlib.contextmanager
@@ -170,7 +171,7 @@ class Shadow:
 
     def buffers(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Copies of all buffers by name, which a call may write to."""
-        values = {**dict(self.module.named_buffers()), **self._common, **self.state.statistics}
+        values = {**self._members.buffers, **self._common, **self.state.statistics}
         return {name: widen(buffer.detach().clone(), dtype) for name, buffer in values.items()}
 
     def call(
@@ -194,7 +195,7 @@ class Shadow:
         values = self.buffers(theta.dtype) if buffers is None else buffers
         frozen = {
             name: widen(parameter.detach().clone(), theta.dtype)
-            for name, parameter in self.module.named_parameters()
+            for name, parameter in self._members.parameters.items()
             if not parameter.requires_grad
         }
         trainable = {name: value.clone() for name, value in self.space.unflatten(theta).items()}
@@ -202,7 +203,7 @@ class Shadow:
         torch.default_generator.manual_seed(self.seed)
         if self.device.type != "cpu":
             torch.manual_seed(self.seed)
-        with replaced(self.module, {**values, **frozen, **trainable}):
+        with self._members.replaced({**values, **frozen, **trainable}):
             try:
                 return getattr(self.module, method)(*args) if isinstance(method, str) else method(self.module, *args)
             finally:
@@ -244,7 +245,7 @@ class Shadow:
             )
         return values
 
-    @property
+    @cached_property
     def _batch_index(self) -> list[int]:
         """The arguments of ``training_step`` after the batch: the batch index 0, if it takes a second argument."""
         parameters = inspect.signature(self.module.training_step).parameters.values()
@@ -291,32 +292,51 @@ def _common_buffers(module: nn.Module, processes: ProcessGroup) -> dict[str, Ten
     return {name: common[name].to(buffer.device) for name, buffer in module.named_buffers()}
 
 
-@contextlib.contextmanager
-def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the block the module holds other tensors; at its end it holds its own again, in the same order.
+class _Members:
+    """The parameters, buffers and submodules of a module, which are read once: a deep module takes long to traverse.
 
     A tensor that the module holds under several names is replaced everywhere. This happens if a layer is registered
     twice or weights are tied. ``torch.func.functional_call`` handles a layer that is registered twice wrongly: it
     leaves the replacement in the module (as of PyTorch 2.13).
 
     Args:
-        module: The module.
-        values: Replacements by the names of ``named_parameters()`` and ``named_buffers()``.
+        module: The module, whose members stay the same objects outside of :meth:`replaced`.
+
+    Attributes:
+        parameters: The parameters by name.
+        buffers: The buffers by name.
     """
-    named = {**dict(module.named_buffers()), **dict(module.named_parameters())}
-    replacements = {id(named[name]): value for name, value in values.items()}
-    held: list[dict[str, Any]] = [
-        members for one in module.modules() for members in (one._parameters, one._buffers, one._modules)
-    ]
-    before = [dict(members) for members in held]
-    try:
-        with uninterrupted():
-            for members in held:
-                for name, member in list(members.items()):
-                    if id(member) in replacements:
-                        members[name] = replacements[id(member)]
-        yield
-    finally:
-        with uninterrupted():
-            for members, own in zip(held, before, strict=True):
-                isolation.restore_members(members, own)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = dict(module.named_parameters())
+        self.buffers = dict(module.named_buffers())
+        self._held: list[dict[str, Any]] = [
+            members for one in module.modules() for members in (one._parameters, one._buffers, one._modules)
+        ]
+        self._own = [dict(members) for members in self._held]
+        named = {**self.buffers, **self.parameters}
+        names = {id(tensor): name for name, tensor in named.items()}
+        self._places = [
+            (members, key, names[id(member)])
+            for members, own in zip(self._held, self._own, strict=True)
+            for key, member in own.items()
+            if id(member) in names
+        ]
+
+    @contextlib.contextmanager
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside the block the module holds other tensors; at its end it holds its own again, in the same order.
+
+        Args:
+            values: Replacements by the names of ``named_parameters()`` and ``named_buffers()``.
+        """
+        try:
+            with uninterrupted():
+                for members, key, name in self._places:
+                    if name in values:
+                        members[key] = values[name]
+            yield
+        finally:
+            with uninterrupted():
+                for members, own in zip(self._held, self._own, strict=True):
+                    isolation.restore_members(members, own)

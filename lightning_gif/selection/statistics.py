@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,10 @@ _LAYERS = (nn.Linear, *_CHANNELS_FIRST)
 
 # With more positions (pixels, tokens) than this, ``mean`` is faster than a product with a vector.
 _MANY = 128
+
+# How many values of neurons are kept before they are summed. Sums of many batches at once take few calls, whose time is
+# that of training for small networks.
+_KEPT = 2**18
 
 
 def neuron_layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d]:
@@ -56,7 +60,8 @@ class NeuronStatistics:
 
     A neuron's value for one example is the mean over its positions (pixels, tokens). Gradients refer to the loss of the
     single example: the gradient of a batch mean is multiplied by the batch size. Sums are kept in float32 for each
-    class and, in row 0, for examples of unknown class: ``O(neurons · classes)`` memory.
+    class and, in row 0, for examples of unknown class: ``O(neurons · classes)`` memory. What hooks have read is summed
+    when it is a lot, or when a sum is asked for.
 
     Attributes:
         outputs: The sums of outputs by layer name, ``(1 + classes, neurons)``.
@@ -69,19 +74,35 @@ class NeuronStatistics:
     _STATE = ("outputs", "gradients", "output_counts", "gradient_counts")
 
     def __init__(self) -> None:
-        self.outputs: dict[str, Tensor] = {}
-        self.gradients: dict[str, Tensor] = {}
-        self.output_counts: dict[str, Tensor] = {}
-        self.gradient_counts: dict[str, Tensor] = {}
+        self._sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in self._STATE}
+        self._read: list[_Values] = []
+        self._n_read = 0
         self._handles: list[RemovableHandle] = []
-        self._rows: _Rows | None = None
-        self._size: int | None = None
-        self._weight = 1.0
-        self._recording = False
+        self._batch: _BatchRead | None = None
         self._guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+
+    @property
+    def outputs(self) -> dict[str, Tensor]:
+        return self._summed("outputs")
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        return self._summed("gradients")
+
+    @property
+    def output_counts(self) -> dict[str, Tensor]:
+        return self._summed("output_counts")
+
+    @property
+    def gradient_counts(self) -> dict[str, Tensor]:
+        return self._summed("gradient_counts")
 
     def __bool__(self) -> bool:
         return bool(self.output_counts)
+
+    def _summed(self, kind: str) -> dict[str, Tensor]:
+        self.sum_batches()
+        return self._sums[kind]
 
     def attach(
         self, module: nn.Module, guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
@@ -113,35 +134,47 @@ class NeuronStatistics:
             weight: Output gradients times this factor are gradients of the batch's mean loss. It undoes gradient
                 accumulation and loss scaling.
         """
-        self._rows = None if classes is None else _Rows.of(classes)
-        self._size = size
-        self._weight = weight
-        self._recording = True
+        if self._n_read > _KEPT:
+            self.sum_batches()
+        self._batch = _BatchRead(None if classes is None else classes.clone(), size, weight)
 
     def pause(self) -> None:
         """Stops recording: the hooks ignore all passes from now on."""
-        self._recording = False
-        self._rows = None
+        self._batch = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Stops recording inside the block."""
-        before = self._recording, self._rows
+        before = self._batch
         self.pause()
         try:
             yield
         finally:
-            self._recording, self._rows = before
+            self._batch = before
 
     def reset(self) -> None:
         """Clears all sums."""
-        for kind in self._STATE:
-            setattr(self, kind, {})
+        self._read, self._n_read = [], 0
+        self._sums = {kind: {} for kind in self._STATE}
+
+    def sum_batches(self) -> None:
+        """Adds what the hooks have read to the sums. This happens by itself where a sum is asked for."""
+        if not self._read:
+            return
+        read, self._read, self._n_read = self._read, [], 0
+        device = read[0].values.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            alike: dict[tuple[Any, ...], list[_Values]] = {}
+            for one in read:
+                key = (one.kind, one.name, one.rows is None, one.values.dtype, one.values.device)
+                alike.setdefault(key, []).append(one)
+            for same in alike.values():
+                self._add(same)
 
     def sum_over(self, processes: ProcessGroup) -> None:
         """Sums the statistics over all processes, which need not have seen the same layers and classes."""
-        for kind in self._STATE:
-            setattr(self, kind, _sum_over(getattr(self, kind), processes))
+        self.sum_batches()
+        self._sums = {kind: _sum_over(sums, processes) for kind, sums in self._sums.items()}
 
     def mean(self, kind: str, layer: str, classes: Iterable[int] | None = None) -> Tensor | None:
         """The mean over examples of the outputs or output gradients of a layer, ``(neurons,)``.
@@ -183,8 +216,8 @@ class NeuronStatistics:
                     raise ValueError(f"the {kind}s of {name!r} have another shape")
                 if not (_sound(sums[name]) and _sound(counts[name]) and (counts[name] >= 0).all()):
                     raise ValueError(f"the {kind}s of {name!r} are not finite floating-point numbers")
-        for kind in self._STATE:
-            setattr(self, kind, {name: value.clone() for name, value in state[kind].items()})
+        self.reset()
+        self._sums = {kind: {name: value.clone() for name, value in state[kind].items()} for kind in self._STATE}
 
     # Compiled code would trace the hook's operations. Excluding them costs a graph break.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -193,103 +226,148 @@ class NeuronStatistics:
             self._see_output(name, layer, output)
 
     def _see_output(self, name: str, layer: nn.Module, output: Any) -> None:
-        if not self._recording or not isinstance(output, Tensor) or not torch.is_grad_enabled():
+        batch = self._batch
+        if batch is None or not isinstance(output, Tensor) or not torch.is_grad_enabled():
             return
         if not output.is_floating_point():  # neurons cannot be ranked by complex outputs
             return
         channel = 1 if isinstance(layer, _CHANNELS_FIRST) else -1
         if output.ndim < 2 or (isinstance(layer, _CHANNELS_FIRST) and output.ndim != 2 + len(layer.kernel_size)):
             return  # a single example without a batch dimension
-        rows = self._rows_for(output)
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):  # half precision cannot sum thousands
-            self._add("output", name, *_summed(_per_example(output, channel), rows))
+        self._keep("output", name, channel, output, batch, 1.0)
         if output.requires_grad:
-            output.register_hook(partial(self._after_backward, name, channel, rows, self._weight))
+            output.register_hook(partial(self._after_backward, name, channel, batch))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _after_backward(self, name: str, channel: int, rows: _Rows | None, weight: float, gradient: Tensor) -> None:
-        if not self._recording:  # an error since the forward pass has ended recording
+    def _after_backward(self, name: str, channel: int, batch: _BatchRead, gradient: Tensor) -> None:
+        if self._batch is None:  # an error since the forward pass has ended recording
             return
-        with self._guard(), torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            size = self._size if self._size is not None and rows is not None else len(gradient)
-            sums, counts, present = _summed(_per_example(gradient, channel), rows)
-            self._add("gradient", name, sums.mul_(weight * size), counts, present)
+        with self._guard():
+            size = batch.size if batch.size is not None and batch.has_classes_of(gradient) else len(gradient)
+            self._keep("gradient", name, channel, gradient, batch, batch.weight * size)
 
-    def _rows_for(self, output: Tensor) -> _Rows | None:
-        """The rows for the examples of an output; ``None`` if their classes are not known one by one."""
-        if self._rows is None or self._rows.members.shape[1] != len(output):
-            return None
-        if self._rows.members.device != output.device:
-            self._rows = self._rows.to(output.device)
-        return self._rows
+    def _keep(self, kind: str, name: str, channel: int, values: Tensor, batch: _BatchRead, scale: float) -> None:
+        """Keeps the values of a layer for one batch. They are copied, since training may overwrite them."""
+        values = _per_example(values, channel)
+        self._read.append(_Values(kind, name, values, batch if batch.has_classes_of(values) else None, scale))
+        self._n_read += values.numel()
 
-    def _add(self, kind: str, name: str, sums: Tensor, counts: Tensor, present: _Rows | None) -> None:
-        """Adds sums and counts to the rows ``present`` of a layer, or to row 0. Skips non-finite sums."""
-        if not math.isfinite(float(sums.sum())):  # an overflow under loss scaling: the optimizer skips this step, too
+    def _add(self, same: list[_Values]) -> None:
+        """Adds values of one layer to the rows of their classes, or to row 0. Skips batches with non-finite sums."""
+        kind, name = same[0].kind, same[0].name
+        sums = [one.sums() for one in same]
+        # An overflow under loss scaling is not finite: the optimizer skips this step, too.
+        if not math.isfinite(float(torch.cat(sums).sum())):
+            kept = [position for position, part in enumerate(sums) if math.isfinite(float(part.sum()))]
+            same, sums = [same[position] for position in kept], [sums[position] for position in kept]
+        if not same:
             return
-        rows = 1 if present is None else present.last + 1
-        for total, new in ((getattr(self, f"{kind}s"), sums), (getattr(self, f"{kind}_counts"), counts)):
+        summed = torch.cat(sums)
+        rows = [one.rows for one in same if one.rows is not None]
+        if rows:
+            index = torch.cat([one.positions for one in rows]).to(summed.device)
+            counts = torch.cat([one.counts for one in rows]).to(summed)
+        else:
+            index = torch.zeros(len(same), dtype=torch.long, device=summed.device)
+            counts = summed.new_tensor([len(one.values) for one in same])
+        size = max((one.last for one in rows), default=0) + 1
+        # On a GPU, the order in which one call adds several values to the same row is not fixed.
+        at_once = [len(part) for part in sums] if summed.is_cuda else [len(summed)]
+        for total, new in ((self._sums[f"{kind}s"], summed), (self._sums[f"{kind}_counts"], counts)):
             old = total.get(name)
             new = new if old is None else new.to(old.dtype)
-            if old is None or len(old) < rows or old.device != new.device:
-                total[name] = new.new_zeros(rows if old is None else max(rows, len(old)), *new.shape[1:])
+            if old is None or len(old) < size or old.device != new.device:
+                total[name] = new.new_zeros(size if old is None else max(size, len(old)), *new.shape[1:])
                 if old is not None:
                     total[name][: len(old)] = old.to(new.device)
-            if present is None:
-                total[name][0] += new[0]
-            else:
-                total[name].index_add_(0, present.rows, new)
+            for where, what in zip(index.split(at_once), new.split(at_once), strict=True):
+                total[name].index_add_(0, where, what)
+
+
+class _BatchRead:
+    """The batch that is recorded, see :meth:`NeuronStatistics.record`."""
+
+    def __init__(self, classes: Tensor | None, size: int | None, weight: float) -> None:
+        self.classes, self.size, self.weight = classes, size, weight
+
+    def has_classes_of(self, values: Tensor) -> bool:
+        """Whether the rows of ``values`` are the examples of the batch, and their classes are known."""
+        return self.classes is not None and len(self.classes) == len(values)
+
+    @cached_property
+    def rows(self) -> _Rows:
+        """The rows for the examples of the batch, if their classes are known."""
+        assert self.classes is not None
+        return _Rows.of(self.classes)
+
+
+class _Values(NamedTuple):
+    """Outputs or output gradients of a layer for one batch.
+
+    Attributes:
+        kind: ``"output"`` or ``"gradient"``.
+        name: The layer's name.
+        values: The mean over positions, ``(B, neurons)``.
+        batch: The batch, if its rows are those of ``values``, and the classes are known.
+        scale: A factor for the sums.
+    """
+
+    kind: str
+    name: str
+    values: Tensor
+    batch: _BatchRead | None
+    scale: float
+
+    @property
+    def rows(self) -> _Rows | None:
+        return None if self.batch is None else self.batch.rows
+
+    def sums(self) -> Tensor:
+        """The sums over the examples of each row, ``(r, neurons)``. Without rows, r = 1."""
+        if self.rows is None:
+            sums = self.values.sum(0, keepdim=True)
+        else:
+            sums = self.rows.members.to(self.values) @ self.values
+        return sums if self.scale == 1.0 else sums.mul_(self.scale)
 
 
 class _Rows(NamedTuple):
     """The rows of :class:`NeuronStatistics` sums to which the examples of a batch are added.
 
     Attributes:
-        rows: The rows of the batch's classes, ``(r,)``.
+        positions: The rows of the batch's classes, ``(r,)``.
         members: 1 where an example belongs to a row, else 0, ``(r, B)``. A product with it sums over examples.
         counts: The number of examples in each row, ``(r,)``.
-        last: The largest of ``rows``.
+        last: The largest of ``positions``.
     """
 
-    rows: Tensor
+    positions: Tensor
     members: Tensor
     counts: Tensor
     last: int
 
     @classmethod
     def of(cls, classes: Tensor) -> _Rows:
-        present, which = classes.long().unique(return_inverse=True)
-        members = (which == torch.arange(len(present), device=which.device)[:, None]).float()
+        present = classes.long().unique()
+        members = (present[:, None] == classes).float()
         return cls(present + 1, members, members.sum(1), int(present[-1]) + 1)
-
-    def to(self, device: torch.device) -> _Rows:
-        return _Rows(self.rows.to(device), self.members.to(device), self.counts.to(device), self.last)
-
-
-def _summed(values: Tensor, rows: _Rows | None) -> tuple[Tensor, Tensor, _Rows | None]:
-    """Sums values ``(B, neurons)`` over the examples of each row.
-
-    Returns:
-        The sums ``(r, neurons)``, the number of examples in each row ``(r,)``, and ``rows``. Without rows, r = 1.
-    """
-    if rows is None:
-        return values.sum(0, keepdim=True), values.new_full((1,), len(values)), None
-    return rows.members.to(values.dtype) @ values, rows.counts.to(values.dtype), rows
 
 
 def _per_example(values: Tensor, channel: int) -> Tensor:
-    """The mean over positions for each example and neuron, ``(B, neurons)``, in float32 or higher."""
+    """The mean over positions for each example and neuron, ``(B, neurons)``, in float32 or higher; a copy."""
     values = values.detach()
-    if values.dtype in (torch.float16, torch.bfloat16):
-        values = values.float()
+    narrow = values.dtype in (torch.float16, torch.bfloat16)
     if values.ndim == 2:
-        return values
-    if channel == -1:
-        return values.flatten(1, -2).mean(1)
-    values = values.flatten(2)
-    count = values.shape[2]
-    # Many reductions over few positions each are slower than a product with a vector.
-    return values.mean(2) if count > _MANY else values @ values.new_full((count,), 1 / count)
+        return values.float() if narrow else values.clone()
+    with torch.autocast(values.device.type, enabled=False):  # half precision cannot sum thousands
+        if narrow:
+            values = values.float()
+        if channel == -1:
+            return values.flatten(1, -2).mean(1)
+        values = values.flatten(2)
+        count = values.shape[2]
+        # Many reductions over few positions each are slower than a product with a vector.
+        return values.mean(2) if count > _MANY else values @ values.new_full((count,), 1 / count)
 
 
 def _sound(value: Tensor) -> bool:
@@ -343,16 +421,24 @@ class GradientStatistics:
     def add(self, gradients: Iterable[tuple[str, Tensor | None]]) -> None:
         """Adds the gradient of each named parameter. Skips missing, sparse, complex and non-finite gradients."""
         with torch.no_grad():
-            for name, gradient in gradients:
-                if gradient is None or gradient.is_sparse or gradient.is_complex():
-                    continue
-                values = gradient.detach().float()
-                if not torch.isfinite(torch.linalg.vector_norm(values)):  # also skips gradients whose square overflows
-                    continue
-                if name in self.squares:
-                    self.squares[name].addcmul_(values, values)
-                else:
-                    self.squares[name] = values.square()
+            added = {
+                name: gradient.detach().float()
+                for name, gradient in gradients
+                if not (gradient is None or gradient.is_sparse or gradient.is_complex())
+            }
+            if not added:
+                return
+            norms = torch._foreach_norm(list(added.values()))
+            device = norms[0].device
+            finite = torch.isfinite(torch.stack([norm.to(device) for norm in norms])).tolist()
+            # This also skips gradients whose square overflows.
+            kept = {name: values for (name, values), one in zip(added.items(), finite, strict=True) if one}
+            old = [name for name in kept if name in self.squares]
+            if old:
+                values = [kept[name] for name in old]
+                torch._foreach_addcmul_([self.squares[name] for name in old], values, values)
+            self.squares |= {name: values.square() for name, values in kept.items() if name not in self.squares}
+            for name in kept:
                 self.steps[name] = self.steps.get(name, 0) + 1
 
     def sum_over(self, processes: ProcessGroup) -> None:

@@ -77,6 +77,9 @@ class TrainingTracker:
         self.ranks_on_demand = False
         self.active = True
         self._has_warned = False  # that no targets can be picked
+        # The names of an optimizer's parameters by id, with the parameters, since another one could get the id of one
+        # that is gone.
+        self._names: dict[int, tuple[str | None, nn.Parameter]] = {}
         self._due = False  # whether statistics are gathered at the current optimizer step
         self._within_epoch = False  # whether an epoch has begun and not ended
         self._local = False  # whether the sums over neurons are of this process alone, not of all
@@ -92,6 +95,7 @@ class TrainingTracker:
         self.ranks_on_demand = False
         self.active = True
         self._has_warned = False
+        self._names = {}
         self._within_epoch = False
 
     def attach(self, module: nn.Module) -> None:
@@ -139,13 +143,13 @@ class TrainingTracker:
         if not (self._due and self.active):
             return
         with self.guard("reading the gradients"):
-            names = {id(parameter): name for name, parameter in module.named_parameters()}
-            self.gradients.add(
-                (names[id(parameter)], parameter.grad)
-                for group in optimizer.param_groups
-                for parameter in group["params"]
-                if id(parameter) in names
-            )
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            if any(id(parameter) not in self._names for parameter in parameters):
+                named = {id(parameter): name for name, parameter in module.named_parameters()}
+                self._names |= {id(parameter): (named.get(id(parameter)), parameter) for parameter in parameters}
+            names = [self._names[id(parameter)][0] for parameter in parameters]
+            pairs = zip(names, parameters, strict=True)
+            self.gradients.add((name, parameter.grad) for name, parameter in pairs if name is not None)
 
     def end_epoch(self, module: nn.Module, epoch: int, processes: ProcessGroup) -> bool:
         """Picks the targets from the statistics of the epoch.
@@ -173,6 +177,7 @@ class TrainingTracker:
     def detach(self) -> None:
         """Removes the hooks."""
         self.neurons.detach()
+        self._names = {}
 
     def abandon_epoch(self) -> None:
         """Removes the hooks after an exception. Nothing is summed over the processes, because some may have ended."""
@@ -206,6 +211,8 @@ class TrainingTracker:
         The statistics of gradients are the same on all processes already, since DDP averages gradients.
         """
         if self._local:
+            with self.guard("summing the statistics of batches"):
+                self.neurons.sum_batches()
             self._all_active(processes)
             self.neurons.sum_over(processes)
             self._local = False

@@ -59,7 +59,7 @@ def test_weights_show_in_gradients_where_all_losses_are_equal() -> None:
         labels[number, 2 + number % 5 :] = -100
     module = Texts()
     trainer = fitted(module, TensorDataset(words, labels), epochs=1)
-    with pytest.warns(GIFWarning, match="coupled, or weighted"):
+    with pytest.warns(GIFWarning, match="they are weighted"):
         scores = trainer.influence([words[:3], labels[:3]], **{**CONVERGED, "double": False, "rtol": 1e-6}).scores[0]
     examples = [(F.one_hot(x, 12).double(), y) for x, y in zip(words, labels, strict=True)]
     exact = dense_scores(

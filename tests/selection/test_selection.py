@@ -345,3 +345,46 @@ def test_statistics_survive_a_checkpoint(tmp_path: Any) -> None:
     for kind in ("outputs", "gradients"):
         torch.testing.assert_close(others[0].mean(kind, "head", [1]), neurons.mean(kind, "head", [1]))
     torch.testing.assert_close(others[1].root_mean_square("head.bias"), gradients.root_mean_square("head.bias"))
+
+
+def gathered(module: nn.Module, batches: list[tuple[Tensor, Tensor | None]]) -> NeuronStatistics:
+    neurons = NeuronStatistics()
+    neurons.attach(module)
+    for x, y in batches:
+        neurons.record(y, len(x))
+        module(x).sum().backward()
+        if y is not None:
+            y.zero_()  # as a step may do
+    neurons.detach()
+    return neurons
+
+
+def test_sums_of_many_batches_are_those_of_each_and_of_the_values_at_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Sequential(nn.Conv1d(1, 3, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 2), nn.ReLU(True))
+    xs = [torch.randn(size, 1, 5) for size in (4, 3, 4, 2)]
+    ys = [torch.randint(4, (len(x),)) for x in xs]
+    ys[3] = torch.zeros(1, dtype=torch.long)  # not one label for each example
+
+    def found() -> dict[str, dict[str, Tensor]]:
+        return gathered(module, [(x, y.clone()) for x, y in zip(xs, ys, strict=True)]).state()
+
+    together = found()
+    monkeypatch.setattr("lightning_gif.selection.statistics._KEPT", 0)
+    alone = found()
+    torch.testing.assert_close(together, alone)
+    labels, outputs = torch.cat(ys[:3]), module[0](torch.cat(xs[:3])).detach().mean(2)
+    for label in range(4):
+        torch.testing.assert_close(together["outputs"]["0"][label + 1], outputs[labels == label].sum(0))
+    torch.testing.assert_close(together["outputs"]["0"][0], module[0](xs[3]).detach().mean(2).sum(0))
+
+
+def test_batches_are_summed_before_many_values_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_gif.selection.statistics._KEPT", 100)
+    module, neurons, most = nn.Linear(3, 5), NeuronStatistics(), 0
+    neurons.attach(nn.Sequential(module))
+    for _ in range(20):
+        neurons.record(None, 4)
+        module(torch.randn(4, 3)).sum().backward()
+        most = max(most, sum(one.values.numel() for one in neurons._read))
+    assert most <= 100 + 2 * 4 * 5
+    assert neurons.output_counts["0"].tolist() == [80]
