@@ -23,6 +23,7 @@ SMALLEST: dict[str, str] = {
     "--baselines [ssd]",
     "defaults": "--data DATA --net resnet --classes 0 --epochs 1 --what step",
     "faults": "--injections 4",
+    "field": "lightning --only BoringModel",
     "forget_class": "--data DATA --net resnet --epochs 1 --seeds 1 --classes 1 --steps natural",
     "hvp": "--data DATA --examples 32 --repeats 1 --epochs 1",
     "lds": "--subsets 4 --queries 2 --seeds 1 --epochs 3 --draws 10 --only nothing",
@@ -101,3 +102,19 @@ def test_a_smallest_run_prints_a_table(
     run(file, SMALLEST[file.stem].replace("DATA", str(data)).split(), monkeypatch)
     printed = capsys.readouterr().out
     assert any(character.isdigit() for character in printed), printed
+
+
+def test_the_callback_works_on_demos_of_lightning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are compared with exact scores, and their state with that before each call."""
+    try:
+        run(BENCHMARKS / "field.py", ["lightning", "--only", "BoringModel", "LightningLSTM"], monkeypatch)
+    finally:
+        logging.disable(logging.NOTSET)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| lightning")]
+    assert [row[1] for row in rows] == ["BoringModel", "LightningLSTM"]
+    for row in rows:
+        assert row[-1] == "works as it is |"
+        assert float(row[5]) < 1e-6
+        assert (row[3], row[7]) == ("yes", "yes")
