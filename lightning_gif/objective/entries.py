@@ -41,10 +41,12 @@ class Entries:
     Attributes:
         chosen: Positions of the entries of the predictions, counted back from the last entry, 1; ``None`` for all.
         calls: At which calls of PyTorch, counted from the first, the latest evaluation made the predictions.
+        sizes: The numbers of values of these predictions.
     """
 
     chosen: tuple[int, ...] | None
     calls: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
 
 
 def possible_entries() -> Iterator[list[Entries]]:
@@ -88,7 +90,9 @@ class EntryPredictions(TorchFunctionMode):
         if not seen or (chosen is not None and len(seen) < max(chosen)):
             raise ObjectiveError("The loss of this batch has other predictions than that of the first examples.")
         self._entries.calls = sorted(seen if chosen is None else [seen[-position] for position in chosen])
-        return [self._by_call[call] for call in self._entries.calls]
+        predictions = [self._by_call[call] for call in self._entries.calls]
+        self._entries.sizes = [prediction.numel() for prediction in predictions]
+        return predictions
 
     def flat(self) -> Tensor | None:
         """All predictions as one vector."""

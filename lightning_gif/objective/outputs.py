@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +70,9 @@ def choose_predictions(loss: LossFunction, *batches: Batch) -> None:
 def _determine_the_loss(loss: LossFunction, batch: Batch) -> bool:
     """Whether the loss depends on the parameters through the predictions alone.
 
-    Predictions of a loss that is written by hand must have a second derivative that is not zero and has no negative
-    eigenvalue, too. PyTorch's loss functions are known to be convex.
+    Predictions of a loss that is written by hand must have a second derivative that has no negative eigenvalue and is
+    not zero for any of them, too. A loss may be linear in a difference that is no prediction, such as a logarithm minus
+    a constant, whose own curvature would be lost. PyTorch's loss functions are known to be convex.
     """
     theta = loss.shadow.theta.detach().requires_grad_()
     try:
@@ -87,16 +88,28 @@ def _determine_the_loss(loss: LossFunction, batch: Batch) -> bool:
         return False
     if float((through - expected).norm()) > _ROUNDING * float(expected.norm()):
         return False
-    return loss.entries is None or (slope.requires_grad and _is_convex(slope, at))
+    return loss.entries is None or (slope.requires_grad and _is_convex(slope, at, loss.entries.sizes))
 
 
-def _is_convex(slope: Tensor, at: Tensor) -> bool:
-    """Whether the derivative of a slope ``(…)`` at predictions ``(…)`` is not zero and positive semi-definite."""
+def _is_convex(slope: Tensor, at: Tensor, sizes: Sequence[int]) -> bool:
+    """Whether the derivative of a slope ``(…, d)`` at predictions ``(…, d)`` is positive semi-definite, and not zero.
+
+    Args:
+        slope: The slope.
+        at: The predictions, side by side.
+        sizes: How many of the ``d`` values belong to each of them. The derivative must not be zero for any of them.
+    """
 
     def product(vector: Tensor) -> Tensor:
         (curved,) = torch.autograd.grad(slope, at, vector.view_as(at), retain_graph=True, materialize_grads=True)
         return curved.reshape(-1)
 
+    start = torch.randn(at.shape, generator=torch.Generator().manual_seed(0)).to(at)
+    for part in torch.arange(at.shape[-1]).split(list(sizes)) if sum(sizes) == at.shape[-1] else ():
+        alone = torch.zeros_like(at)
+        alone[..., part] = start[..., part]
+        if not product(alone).any():
+            return False
     size = at.numel()
     if size <= _WHOLE:
         matrix = torch.stack([product(row) for row in torch.eye(size, dtype=at.dtype, device=at.device)])
@@ -104,7 +117,7 @@ def _is_convex(slope: Tensor, at: Tensor) -> bool:
             return False
         values = torch.linalg.eigvalsh((matrix + matrix.T).double().cpu() / 2)
     else:
-        values = _ritz_values(product, torch.randn(size, generator=torch.Generator().manual_seed(0)).to(at))
+        values = _ritz_values(product, start.reshape(-1))
     return bool(values.max() > 0 and values.min() > -_ROUNDING * values.max())
 
 

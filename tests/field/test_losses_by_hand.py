@@ -174,3 +174,27 @@ def test_a_loss_that_is_not_convex_is_said_to_take_the_hessian() -> None:
     with pytest.warns(GIFWarning, match="has no Gauss–Newton matrix.*Hessian"):
         report = trainer.influence(batch_of(DATA, slice(1)), unconverged="ignore")
     assert report.curvature["kind"] == "hessian"
+
+
+class Likelihood(Module):
+    """A density whose logarithm ends in a difference that is no prediction, and a second loss beside it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, _ = batch
+        z = self.net(x)
+        density = torch.distributions.Normal(z, 1.5).log_prob(x[:, :3])
+        return -density.mean() + 0.1 * ((z - 2 * x[:, 3:6]) ** 2).sum(1).mean()
+
+
+def test_a_difference_in_which_the_loss_is_linear_is_no_prediction() -> None:
+    trainer = fitted(Likelihood(), DATA)
+    module: Any = trainer.lightning_module
+
+    def loss(z: Tensor, x: Tensor) -> Tensor:
+        density = torch.distributions.Normal(z, 1.5).log_prob(x[:3])
+        return -density.mean() + 0.1 * ((z - 2 * x[3:6]) ** 2).sum()
+
+    examples = [(x.double(), x.double()) for x, _ in DATA]
+    exact = dense_scores(module.net, lambda net, x: net(x), loss, examples, range(2))
+    scores = trainer.influence([tensor[:2] for tensor in DATA.tensors], **CONVERGED).scores[0]
+    assert error(scores, exact) < 1e-5
