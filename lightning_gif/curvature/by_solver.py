@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..config import Settings
+from ..data.batch import Batch
 from ..data.examples import Examples
 from ..errors import ConfigurationError
 from ..objective.objective import Objective
@@ -33,7 +34,14 @@ from .sampling import curvature_sample, sample_size
 from .solve import describe, max_iter, open_curvature, solve, warn_indefinite
 from .streaming import Curvature
 
-__all__ = ["DenseInverse", "SketchInverse", "SolverInverse", "inverse_for_queries", "inverse_for_self_influence"]
+__all__ = [
+    "DenseInverse",
+    "SketchInverse",
+    "SolverInverse",
+    "inverse_for_queries",
+    "inverse_for_self_influence",
+    "n_outputs",
+]
 
 # The damping of scores as a share of the largest eigenvalue, and the power iterations that estimate this eigenvalue.
 # benchmarks/README.md, "Scores that predict retraining": on the MLP this damping is 0.061 (LDS 0.563; 0.577 at half of
@@ -79,6 +87,12 @@ def inverse_for_self_influence(settings: Settings, size: int) -> type[InverseCur
     if settings.solver not in SOLVERS:
         return INVERSES[settings.solver]
     return DenseInverse if size <= DENSE_PARAMETERS else SketchInverse
+
+
+def n_outputs(objective: Objective, batch: Batch) -> int:
+    """The number of predictions for the first example of a batch."""
+    with torch.no_grad():
+        return objective.outputs(objective.theta, batch.slice(0, 1)).numel()
 
 
 class SolverInverse(InverseCurvature):
@@ -222,8 +236,7 @@ class SketchInverse(SolverInverse):
         probed, size = objective.probed, objective.space.size
         if settings.curvature != "ggn" or probed is None or size < _JACOBIAN_PARAMETERS:
             return False
-        with torch.no_grad():
-            outputs = objective.outputs(objective.theta, probed.slice(0, 1)).numel()
+        outputs = n_outputs(objective, probed)
         bytes_of_all = n * outputs * size * objective.theta.itemsize
         return _PASSES * outputs <= max_iter(settings) and bytes_of_all <= _JACOBIAN_BYTES
 

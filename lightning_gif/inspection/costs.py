@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..config import Settings
-from ..curvature.by_solver import DENSE_PARAMETERS, POWER_ITERATIONS, SKETCH_COPIES
+from ..curvature.by_solver import DENSE_PARAMETERS, POWER_ITERATIONS, SKETCH_COPIES, SketchInverse, n_outputs
 from ..curvature.memory import bytes_to_keep
-from ..curvature.products import CURVATURES
+from ..curvature.products import CURVATURES, Linearise
 from ..curvature.sampling import sample_size
 from ..curvature.solve import max_iter, solve
 from ..curvature.streaming import graph_bytes
@@ -29,11 +30,17 @@ from ..unlearning.task import SampleSizes
 
 __all__ = ["Costs", "Estimate", "PassCosts", "measure"]
 
+# The measured part of a batch is this fraction of it.
+_PART = 8
+
 # A pass that is shorter than this is measured several times, and the median counts.
 _SHORT, _REPEATS = 0.2, 5
 
 # The largest number of parameters for which the algebra of a solver is measured. For more it grows in proportion.
 _MOST_ENTRIES = 200_000
+
+# How many rows of Jacobians are multiplied to measure a product.
+_MEASURED_ROWS = 64
 
 # How many trials a search along the influence direction evaluates, and how many a further change: the mean numbers in
 # benchmarks/README.md, "What a check predicts".
@@ -62,26 +69,43 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """The seconds of a pass over a batch: a line in its number of examples.
+
+    Attributes:
+        fixed: The seconds for any batch.
+        each: The seconds for each example in addition.
+    """
+
+    fixed: float
+    each: float
+
+    def over(self, n: float, size: int) -> float:
+        """The seconds of a pass over ``n`` examples in batches of ``size``."""
+        return math.ceil(n / size) * self.fixed + n * self.each
+
+
+@dataclass(frozen=True)
 class CurvatureCosts:
     """The costs of the curvature of one batch.
 
     Attributes:
-        first: The seconds of the first pass.
-        product: The seconds of a product after it.
-        kept: The bytes that the first pass keeps.
+        first: The first pass.
+        product: A product after it.
+        kept: The bytes that the first pass over a whole batch keeps.
     """
 
-    first: float
-    product: float
+    first: Pass
+    product: Pass
     kept: int
 
 
 @dataclass(frozen=True)
 class PassCosts:
-    """The seconds of passes over one batch.
+    """The costs of passes over one batch.
 
     Attributes:
-        size: The number of examples in the batch.
+        size: The number of examples in a whole batch.
         read: Reading and collating it.
         loss: The losses.
         gradient: The gradient of their sum.
@@ -93,18 +117,18 @@ class PassCosts:
     """
 
     size: int
-    read: float
-    loss: float
-    gradient: float
-    score: float
-    rows: float
+    read: Pass
+    loss: Pass
+    gradient: Pass
+    score: Pass
+    rows: Pass
     scores: CurvatureCosts
     edits: CurvatureCosts
     batch_bytes: int
 
 
 def measure(objective: Objective, train: Examples, kinds: tuple[str, str]) -> PassCosts:
-    """Measures passes on two batches: the first is a trial run, and the second is measured.
+    """Measures passes on two batches: the first is a trial run. The second, and a part of it, are measured.
 
     Args:
         objective: An open objective, which knows the structure of the training data.
@@ -120,27 +144,32 @@ def measure(objective: Objective, train: Examples, kinds: tuple[str, str]) -> Pa
             break
         begin = time.perf_counter()
     first, second = batches[0], batches[-1] if batches[-1].size == batches[0].size else batches[0]
+    part = second.slice(0, math.ceil(second.size / _PART)) if second.divisible else second
     theta = objective.theta
 
-    def of(run: Callable[[Batch], Any]) -> float:
-        return _seconds(lambda: run(first), lambda: run(second), objective.device)
+    def line(seconds: Callable[[Batch], float]) -> Pass:
+        whole = seconds(second)
+        if part.size == second.size:
+            return Pass(0.0, whole / second.size)
+        each = min(max(whole - seconds(part), 0.0) / (second.size - part.size), whole / second.size)
+        return Pass(whole - each * second.size, each)
+
+    def of(run: Callable[[Batch], Any]) -> Pass:
+        run(first)
+        return line(lambda batch: _seconds(lambda: run(batch), objective.device))
 
     with torch.no_grad():
         loss = of(lambda batch: objective.losses(theta, batch))
     curvatures = {}
     for kind in dict.fromkeys(kinds):
         linearise = CURVATURES[kind](objective)
-        product, graphs = linearise(theta, second)
-        start = of(lambda batch, linearise=linearise: linearise(theta, batch))  # type: ignore[misc]
-        vector = torch.ones_like(theta)
-        apply = partial(product, vector)
-        seconds = _seconds(apply, apply, objective.device)
-        curvatures[kind] = CurvatureCosts(start, seconds, graph_bytes(*graphs))
-        del product, graphs, apply
+        kept = graph_bytes(*linearise(theta, second)[1])
+        start = of(partial(linearise, theta))
+        curvatures[kind] = CurvatureCosts(start, line(partial(_product_seconds, objective, linearise)), kept)
     direction = torch.ones_like(theta)[None]
     return PassCosts(
         size=second.size,
-        read=times[-1],
+        read=Pass(0.0, times[-1] / batches[-1].size),
         loss=loss,
         gradient=of(lambda batch: _gradient(objective, batch)),
         score=of(lambda batch: objective.directional_derivatives(batch, direction)),
@@ -156,7 +185,15 @@ def _gradient(objective: Objective, batch: Batch) -> Tensor:
     return torch.autograd.grad(objective.loss_sum(theta, batch), theta, materialize_grads=True)[0]
 
 
-def _seconds(warm_up: Callable[[], Any], run: Callable[[], Any], device: torch.device) -> float:
+def _product_seconds(objective: Objective, linearise: Linearise, batch: Batch) -> float:
+    """The seconds of a product with the curvature of a batch, after its first pass."""
+    product, _ = linearise(objective.theta, batch)
+    apply = partial(product, torch.ones_like(objective.theta))
+    apply()
+    return _seconds(apply, objective.device)
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     """The seconds of ``run``: the median of several, if they are short."""
 
     def once() -> float:
@@ -166,7 +203,6 @@ def _seconds(warm_up: Callable[[], Any], run: Callable[[], Any], device: torch.d
         _wait(device)
         return time.perf_counter() - begin
 
-    warm_up()
     times = [once()]
     while times[0] < _SHORT and len(times) < _REPEATS:
         times.append(once())
@@ -225,15 +261,17 @@ class Costs:
         )
         solves, kept = self._curvature(passes.scores, settings, self._sample(settings), products)
         vectorised = n_queries > FEW_DIRECTIONS and self.objective.loss.vectorised
-        score = passes.rows if vectorised else n_queries * passes.score
-        scoring = self._over(self.n_train, passes.read + score)
+        score = (
+            self._over(self.n_train, passes.rows) if vectorised else n_queries * self._over(self.n_train, passes.score)
+        )
+        scoring = self._over(self.n_train, passes.read) + score
         copies = SKETCH_COPIES * max_iter(settings) if SOLVERS[settings.solver].is_sketch else 12
         vectors = (copies + 2 * n_queries) * self.objective.theta.nbytes
         return Estimate(
             "trainer.influence(batch)"
             if n_queries == 1
             else f"trainer.influence(batch, per_example=True), {n_queries} queries",
-            self.start + algebra + solves + passes.gradient * max(n_queries / passes.size, 1) + scoring,
+            self.start + algebra + solves + max(n_queries, 1) * self._over(1, passes.gradient) + scoring,
             (kept + vectors + max(passes.scores.kept, GRADIENT_BYTES * vectorised)) / _GIB,
             products,
         )
@@ -250,11 +288,16 @@ class Costs:
         algebra = quadratic = 0.0
         if not dense:
             sketch = low_rank(operator, rank)
-            algebra = _seconds(lambda: None, lambda: low_rank(operator, rank), theta.device) * size / measured
-            quadratic = _seconds(lambda: None, lambda: sketch.quadratic(rows, 1.0), theta.device) * size / measured
+            algebra = _seconds(lambda: low_rank(operator, rank), theta.device) * size / measured
+            quadratic = _seconds(lambda: sketch.quadratic(rows, 1.0), theta.device) * size / measured
         products = rank + damped
-        solves, kept = self._curvature(passes.scores, settings, self._sample(settings), products)
-        scoring = self._over(self.n_train, passes.read + passes.rows + quadratic)
+        n = self._sample(settings)
+        if not dense and SketchInverse.uses_jacobians(self.objective, settings, n):
+            solves, kept = self._jacobians(n, products)
+        else:
+            solves, kept = self._curvature(passes.scores, settings, n, products)
+        scoring = self._over(self.n_train, passes.read) + self._over(self.n_train, passes.rows)
+        scoring += self.n_train / passes.size * quadratic
         # By parameter, as rows, with weight decay, on the targets, and a temporary copy for norms.
         block = 5 * min(passes.size * theta.nbytes, GRADIENT_BYTES)
         held = (theta.nbytes * rank * SKETCH_COPIES if not dense else 8 * rank**2) + block
@@ -281,20 +324,23 @@ class Costs:
         compares = min(n_forget, n_unseen) >= sizes.min_compared
         n_terms = 2 if compares else 1
         n_unseen = n_unseen if compares else 0
-        trial = self._over(n_eval + n_forget_eval + n_unseen + (n_forget if compares else 0), passes.loss)
+        measured = [n_eval, n_forget_eval] + ([n_forget, n_unseen] if compares else [])
+        trial = sum(self._over(n, passes.loss) for n in measured)
         algebra, products = self._solves(replace(settings, damping=settings.damping or 0.0), 1, semidefinite=False)
         products += 1  # the curvature along the change
         influence, kept = self._curvature(passes.edits, settings, n_fit, products)
         begin = (
             self._over(n_fit + n_eval + n_unseen + 2 * n_forget, passes.read)
-            + self._over(2 * n_forget + n_eval + n_fit, passes.gradient)
-            + self._over(3 * n_forget + n_unseen, passes.loss)
+            + sum(self._over(n, passes.gradient) for n in (n_forget, n_forget, n_eval, n_fit))
+            + 3 * self._over(n_forget, passes.loss)
+            + self._over(n_unseen, passes.loss)
         )
         n_curvature = min(n_fit, sizes.descent_curvature)
         further, _ = self._curvature(passes.edits, settings, n_curvature, Goal.descent_iterations + 2)
         change = (
             n_terms * further
-            + self._over(n_fit + (n_forget if compares else 0), passes.gradient)
+            + self._over(n_fit, passes.gradient)
+            + (self._over(n_forget, passes.gradient) if compares else 0.0)
             + _CHANGE_TRIALS * trial
         )
         return Estimate(
@@ -309,19 +355,31 @@ class Costs:
         """The number of examples that the curvature is taken over."""
         return min(self.n_train, sample_size(settings) or self.n_train)
 
-    def _over(self, n: int, seconds: float) -> float:
-        """The seconds of a pass over ``n`` examples, from those for a batch."""
-        return n / self.passes.size * seconds
+    def _over(self, n: float, cost: Pass) -> float:
+        """The seconds of a pass over ``n`` examples."""
+        return cost.over(n, self.passes.size)
 
     def _curvature(self, costs: CurvatureCosts, settings: Settings, n: int, products: int) -> tuple[float, float]:
         """The seconds of products with the curvature over ``n`` examples, and the bytes that are kept for them."""
         batches = n / self.passes.size
         room = bytes_to_keep(settings, self.objective)
         held = min(batches, room / costs.kept) if costs.kept else batches
-        repeated = (batches - held) * costs.first * max(products - 1, 0)
-        seconds = batches * (self.passes.read + costs.first + products * costs.product) + repeated
+        first = self._over(n, costs.first)
+        repeated = (batches - held) / batches * first * max(products - 1, 0)
+        seconds = self._over(n, self.passes.read) + first + products * self._over(n, costs.product) + repeated
         cached = batches * self.passes.batch_bytes
         return seconds, held * costs.kept + (cached if cached <= room else 0.0)
+
+    def _jacobians(self, n: int, products: int) -> tuple[float, float]:
+        """As :meth:`_curvature`, for products with the Jacobians of single examples."""
+        theta, probed = self.objective.theta, self.objective.probed
+        assert probed is not None  # else no Jacobians are used
+        rows = n * n_outputs(self.objective, probed)
+        some = torch.ones(min(rows, _MEASURED_ROWS), len(theta), dtype=theta.dtype, device=theta.device)
+        column = torch.ones(len(theta), 1, dtype=theta.dtype, device=theta.device)
+        product = _seconds(lambda: some.T @ (some @ column), theta.device) * rows / len(some)
+        first = n * self.passes.gradient.over(1, self.passes.size) + rows * self.passes.gradient.each
+        return self._over(n, self.passes.read) + first + products * product, float(rows * theta.nbytes)
 
     def _solves(self, settings: Settings, n_queries: int, *, semidefinite: bool) -> tuple[float, int]:
         """The seconds of the algebra of a solver without its products, and the number of products."""
