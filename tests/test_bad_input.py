@@ -426,6 +426,18 @@ def test_a_loss_that_does_not_depend_on_the_targets_is_refused(call: str) -> Non
         getattr(trainer, call)(batch, selector=["net.0.*"])
 
 
+def test_a_query_without_a_gradient_is_refused_without_advice_that_was_followed() -> None:
+    class Constant(GIFMixin, Normalised):
+        def influence_measurement(self, batch: Any) -> Tensor:
+            return 0 * self(batch[0]).sum(1)
+
+    trainer, module, batch = ready(Constant())
+    with refused(module, ObjectiveError, "does not depend on the parameters", "Query other examples"):
+        trainer.influence(batch)
+    with pytest.raises(ObjectiveError, match=r"^(?!.*method='if')"):
+        trainer.influence(batch)
+
+
 def test_measurements_that_are_not_finite_or_have_another_shape_are_refused() -> None:
     class Measuring(GIFMixin, Normalised):
         def influence_loss(self, batch: Any) -> Tensor:

@@ -127,10 +127,16 @@ class Method:
         blind = (~on_targets.any(dim=0)).nonzero().flatten().tolist()
         if blind:
             which = f"The query {blind[0]}" if len(gradients) > 1 else "The query"
+            remedy = (
+                "no training example can influence it through them. Use targets='batch', a larger ratio, or method='if'."
+                if self.selects
+                else "no training example can influence it. Either the model is certain of it, or its loss alone is"
+                " constant, as that of a loss that compares examples is for one example. Query other examples, or"
+                " define `influence_loss` (see GIFMixin)."
+            )
             raise ObjectiveError(
-                f"{which} does not depend on the target parameters: its gradient on all of them is exactly zero, so"
-                " no training example can influence it through them. Use targets='batch', a larger ratio, or"
-                " method='if'."
+                f"{which} does not depend on the {'target ' if self.selects else ''}parameters: its gradient on all of"
+                f" them is exactly zero, so {remedy}"
             )
         rhs = on_targets if self.cols == "targets" else scatter(on_targets, targets, size)
         solutions = _as_list(solve(self._matrix(curvature, targets).T, rhs))
