@@ -128,7 +128,8 @@ class Method:
         if blind:
             which = f"The query {blind[0]}" if len(gradients) > 1 else "The query"
             remedy = (
-                "no training example can influence it through them. Use targets='batch', a larger ratio, or method='if'."
+                "no training example can influence it through them. Use targets='batch', a larger ratio, or"
+                " method='if'."
                 if self.selects
                 else "no training example can influence it. Either the model is certain of it, or its loss alone is"
                 " constant, as that of a loss that compares examples is for one example. Query other examples, or"
