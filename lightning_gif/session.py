@@ -366,7 +366,10 @@ def open_session(
             if is_unfitted and epoch is None:
                 _warn_if_epoch_matters(trainer, objective, train)
             repicks = not (overrides or {}).keys().isdisjoint(("selector", "ratio", "seed"))
-            yield Session(objective, train, settings, loaders, tracker, repicks)
+            try:
+                yield Session(objective, train, settings, loaders, tracker, repicks)
+            finally:
+                train.close()
 
 
 def _warn_if_epoch_matters(trainer: Trainer, objective: Objective, train: Examples) -> None:

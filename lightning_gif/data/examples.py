@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import BatchError, GIFWarning, TrainingDataError
 from .batch import Batch, joined
 from .loaders import check_loader, sampled_ids
+from .reading import Reader
 from .streams import Stream
 from .structure import describe, equal_values, tensors
 
@@ -43,8 +43,7 @@ class Examples:
         batch_size: The number of examples in each batch except the last.
         collate: Turns a list of items into a batch.
         prepare: Converts a collated batch to the structure, device and dtype that the model takes.
-        loader_options: Options of the user's loader that also apply here: workers and how they start.
-        seed: Seed of the global generators, set before each pass, so that random augmentation is the same each time.
+        reader: Reads batches of the dataset; ``None`` without a dataset.
         in_memory: The prepared batches, if they are held in memory.
         processes: The process group.
         in_memory_shard: The positions at which ``in_memory`` starts and stops, if it holds this process's shard only.
@@ -57,8 +56,7 @@ class Examples:
     batch_size: int
     collate: Callable[[list[Any]], Any]
     prepare: Callable[[Any], Any]
-    loader_options: Mapping[str, Any]
-    seed: int = 0
+    reader: Reader | None = None
     in_memory: tuple[Batch, ...] | None = None
     processes: ProcessGroup = SINGLE_PROCESS
     in_memory_shard: tuple[int, int] | None = None
@@ -83,7 +81,7 @@ class Examples:
             prepare: See the class.
             batch_size: See the class.
             most: Keep only the first ``most`` examples.
-            seed: See the class.
+            seed: The seed of random augmentation, see :class:`~.reading.Reader`.
             processes: See the class.
 
         Raises:
@@ -98,10 +96,11 @@ class Examples:
             raise TrainingDataError("The loader's dataset has no examples.")
         options = {
             name: getattr(loader, name)
-            for name in ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout")
+            for name in ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout", "persistent_workers")
             if not is_stream  # each worker would read the whole stream
         }
-        return cls(dataset, ids, batch_size, loader.collate_fn, prepare, options, seed, processes=processes)
+        reader = Reader(dataset, loader.collate_fn, options, seed)
+        return cls(dataset, ids, batch_size, loader.collate_fn, prepare, reader, processes=processes)
 
     @classmethod
     def from_batch(
@@ -123,7 +122,6 @@ class Examples:
             batch_size,
             list,
             lambda data: data,
-            {},
             in_memory=tuple(pieces),
             processes=processes,
             divisible=divisible,
@@ -262,25 +260,15 @@ class Examples:
         return torch.cat([value for part in parts for value in part])
 
     def _read(self, groups: Sequence[Tensor]) -> Iterator[Batch]:
-        """Batches of the dataset with the given ids, ``(B,)`` each.
-
-        Each pass has workers of its own, because PyTorch seeds workers when they start, and never again: with those of
-        an earlier pass, random augmentation would draw other values. There are no more workers than batches, and none
-        for a single batch, which would wait for a process to start.
-        """
-        _seed_global_generators(self.seed)
-        options = dict(self.loader_options) if len(groups) > 1 else {}
-        if "num_workers" in options:
-            options["num_workers"] = min(options["num_workers"], len(groups))
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=[group.tolist() for group in groups],
-            collate_fn=self.collate,
-            generator=torch.Generator().manual_seed(self.seed),
-            **options,
-        )
-        for ids, data in zip(groups, loader, strict=True):
+        """Batches of the dataset with the given ids, ``(B,)`` each."""
+        assert self.reader is not None  # without a dataset, all examples are in memory
+        for ids, data in zip(groups, self.reader.read([group.tolist() for group in groups]), strict=True):
             yield self.transform(Batch(self.prepare(data), ids, len(ids), divisible=self.divisible))
+
+    def close(self) -> None:
+        """Ends worker processes that were kept between passes. A later pass starts them anew."""
+        if self.reader is not None:
+            self.reader.close()
 
     # ----------------------------------------------------------------------------------------------------------------
     # Other examples from these
@@ -446,12 +434,3 @@ def _mask(predicate: Callable[[Any], Any], batch: Batch) -> Tensor:
             f" of shape [{batch.size}]; it returned {describe(mask)}."
         )
     return mask
-
-
-def _seed_global_generators(seed: int) -> None:
-    # torch.manual_seed would format a stack trace for every kind of accelerator that is not in use.
-    torch.default_generator.manual_seed(seed)
-    if torch.accelerator.is_available():
-        torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002

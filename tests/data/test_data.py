@@ -274,6 +274,30 @@ def test_random_augmentation_draws_the_same_values_in_each_pass_with_persistent_
     assert read(found) == read(found) != list(range(10))
 
 
+def test_persistent_workers_are_kept_between_passes_and_end_with_the_examples() -> None:
+    options: dict[str, Any] = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": "fork"}
+    found = examples(DataLoader(Named(*numbered().tensors), 3, **options), batch_size=3)
+    passes = [{process for batch in found.batches() for process in batch.data[2].tolist()} for _ in range(3)]
+    sample = found.subset(torch.tensor([8, 1, 5, 6]))
+    passes.append({process for batch in sample.batches() for process in batch.data[2].tolist()})
+    assert len(set().union(*passes)) == 2
+    next(found.batches())  # a pass that is not finished
+    assert read(found) == list(range(10))
+    outer = found.batches()
+    assert [batch.ids.tolist() for batch in outer if read(found)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    found.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("batch_size", [3, 10])
+def test_random_augmentation_draws_the_same_values_in_all_processes(batch_size: int) -> None:
+    data = Augmented(*numbered().tensors)
+    alone = read(examples(DataLoader(data, 3), batch_size=batch_size))
+    for persistent in (False, True):
+        loader = DataLoader(data, 3, num_workers=2, persistent_workers=persistent)
+        assert read(examples(loader, batch_size=batch_size)) == alone
+
+
 def test_reading_examples_does_not_iterate_the_loader_or_advance_its_generator() -> None:
     class Counting(DataLoader[Any]):
         iterations = 0
