@@ -50,6 +50,15 @@ COLUMNS = (
     *("state unchanged", "seconds", "outcome"),
 )
 
+# What a warning says, in short.
+WARNINGS = {
+    "no Gauss–Newton matrix": "the Hessian is used",
+    "coupled, or weighted": "the batch weighs examples",
+    "they are random": "the loss is random",
+    "computed one after the other": "one by one",
+    "No step size lowered the risk": "the edit changes nothing",
+}
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # The state that calls must leave unchanged
@@ -253,7 +262,9 @@ class Row:
             return "**obscure**"
         if self.errors:
             return "refused, remedy named"
-        works = "works, with a warning" if self.warnings else "works as it is"
+        said = " ".join(self.warnings)
+        short = [words for text, words in WARNINGS.items() if text in said] or ["other"]
+        works = f"works, with a warning ({', '.join(short)})" if self.warnings else "works as it is"
         return ", ".join([works, *(self.cells[name] for name in ("query", "double") if name in self.cells)])
 
 

@@ -73,18 +73,28 @@ class Items(Dataset[Any]):
         return self.items[index]
 
 
-def fitted(module: pl.LightningModule, data: Any, callbacks: list[Any], *, epochs: int = 2, **options: Any) -> Any:
-    """A trainer after a short fit on the CPU. ``data`` is a loader or a dataset; ``options`` are those of a loader."""
+def fitted(
+    module: pl.LightningModule, data: Any, callbacks: list[Any], *, validation: Any = None, **options: Any
+) -> Any:
+    """A trainer after a short fit on the CPU.
+
+    Args:
+        module: The module.
+        data: A loader or a dataset.
+        callbacks: The trainer's callbacks.
+        validation: A validation loader.
+        **options: Options of the loader of a dataset.
+    """
     loader = DataLoader(data, 8, shuffle=True, **options) if isinstance(data, Dataset) else data
-    trainer = pl.Trainer(**quiet(callbacks, epochs))
-    trainer.fit(module, loader)
+    trainer = pl.Trainer(**quiet(callbacks))
+    trainer.fit(module, loader, validation)
     return trainer
 
 
-def quiet(callbacks: list[Any], epochs: int = 2) -> dict[str, Any]:
+def quiet(callbacks: list[Any]) -> dict[str, Any]:
     """Options of a trainer that prints and writes nothing."""
     return {
-        "max_epochs": epochs,
+        "max_epochs": 2,
         "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,

@@ -64,7 +64,8 @@ class Reader:
     def _loader(self, batches: Any, options: Mapping[str, Any]) -> DataLoader[Any]:
         # A generator of its own, because a DataLoader draws a seed for its workers from it.
         generator = torch.Generator().manual_seed(0)
-        return DataLoader(self._items, batch_sampler=batches, collate_fn=self._collate, generator=generator, **options)
+        items: Any = self._items
+        return DataLoader(items, batch_sampler=batches, collate_fn=self._collate, generator=generator, **options)
 
 
 class _Batches:

@@ -71,8 +71,11 @@ def map_tensors(
     if is_dataclass(data) and not isinstance(data, type):
         changed = copy.copy(data)
         for name, value in _fields(data).items():
-            # Works for frozen dataclasses, too.
-            object.__setattr__(changed, name, map_tensors(value, function, sequence, size, other))
+            mapped = map_tensors(value, function, sequence, size, other)
+            if name in getattr(changed, "__dict__", {}):  # checks of assigned values are for whole batches
+                changed.__dict__[name] = mapped
+            else:
+                object.__setattr__(changed, name, mapped)  # works for frozen dataclasses, too
         return changed
     return data if other is None else other(data)
 

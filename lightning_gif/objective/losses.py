@@ -366,17 +366,38 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
 
 def _raise_if_all_fail(shadow: Shadow, probe: Probe) -> None:
     """Raises the error of ``training_step`` itself if it fails for a larger batch, too."""
+    name = type(shadow.module).__name__
     try:
         shadow.training_step(shadow.theta, probe.fewer.data)
     except Exception as error:
-        if not _OF_A_DTYPE.search(str(error)):
-            raise
-        raise ObjectiveError(
-            f"{type(shadow.module).__name__}.training_step fails in {str(shadow.theta.dtype).removeprefix('torch.')},"
-            f" in which losses are computed here: {str(error).rstrip('.')}. If it casts its inputs to a fixed dtype,"
-            " cast them to that of the weights instead, for example x.to(self.net.weight.dtype). Without double=True"
-            " a module in float32 is evaluated as it is."
-        ) from error
+        if _OF_A_DTYPE.search(str(error)):
+            raise ObjectiveError(
+                f"{name}.training_step fails in {str(shadow.theta.dtype).removeprefix('torch.')}, in which losses are"
+                f" computed here: {str(error).rstrip('.')}. If it casts its inputs to a fixed dtype, cast them to that"
+                " of the weights instead, for example x.to(self.net.weight.dtype). Without double=True a module in"
+                " float32 is evaluated as it is."
+            ) from error
+        if _works_in_training_mode(shadow, probe.fewer):
+            raise ObjectiveError(
+                f"{name}.training_step fails in evaluation mode, in which losses are computed here, but not in training"
+                f" mode: {type(error).__name__}: {error}. Probably a part of the module returns something else in"
+                f" evaluation mode. In `influence_loss` that part can be called in training mode."
+                f" {code_of_losses(shadow, probe.fewer)}"
+            ) from error
+        raise
+
+
+def _works_in_training_mode(shadow: Shadow, batch: Batch) -> bool:
+    modes = {one: one.training for one in shadow.module.modules()}
+    try:
+        shadow.module.train()
+        shadow.training_step(shadow.theta, batch.data)
+    except Exception:  # the step fails in either mode
+        return False
+    finally:
+        for one, mode in modes.items():
+            one.training = mode
+    return True
 
 
 # What messages of PyTorch about tensors of two dtypes have in common.

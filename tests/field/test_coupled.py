@@ -94,3 +94,37 @@ def test_a_loss_that_is_not_convex_takes_the_hessian(singly: bool, size: int) ->
         report = trainer.influence([x[:2], y[:2]])
     assert report.curvature["kind"] == "hessian"
     assert trainer.self_influence().scores.isfinite().all()
+
+
+class Detector(Module):
+    """Has losses in training, and only then: in evaluation mode its part returns something else."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        _, losses = (self.net(x), F.cross_entropy(self.net(x), y)) if self.net.training else (self.net(x),)
+        return losses
+
+
+class OwnMode(Detector):
+    def influence_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        self.net.train()
+        assert self.net.training
+        return F.cross_entropy(self.net(x), y, reduction="none")
+
+
+def test_a_part_that_returns_something_else_in_evaluation_mode_is_named_as_the_cause() -> None:
+    trainer = fitted(Detector(), DATA)
+    batch = [tensor[:2] for tensor in DATA.tensors]
+    trainer.lightning_module.net[1].eval()
+    with pytest.raises(ObjectiveError, match=r"not in training mode: ValueError: not enough[\s\S]*def influence_loss"):
+        trainer.influence(batch)
+    assert [part.training for part in trainer.lightning_module.net] == [True, False, True]
+
+
+def test_losses_of_ones_own_may_use_training_mode() -> None:
+    module = OwnMode()
+    trainer = fitted(module, DATA)
+    module.eval()
+    assert trainer.influence([tensor[:2] for tensor in DATA.tensors]).scores.shape == (1, 40)
+    assert not module.net.training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -241,3 +242,55 @@ def test_an_object_that_cannot_be_copied_is_passed_as_it_is() -> None:
     assert error(scores, exact_of_clouds(module)) < 1e-3
     with pytest.raises(ObjectiveError, match=r"fails in float64.*x\.to\(self\.net\.weight\.dtype\)"):
         trainer.influence(query(data, collate), **CONVERGED)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Batches that check what they hold
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """A field that accepts a tensor of whole rows only."""
+
+    def __init__(self, dims: int) -> None:
+        self.dims = dims
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else instance.__dict__[self.name]
+
+    def __set__(self, instance: Any, value: Tensor) -> None:
+        if value.ndim != self.dims or (self.dims == 2 and value.shape[1] != 6):
+            raise ValueError(f"got shape {list(value.shape)}")
+        instance.__dict__[self.name] = value
+
+
+@dataclass(init=False)
+class CheckedBatch:
+    x: Rows = Rows(2)
+    y: Rows = Rows(1)
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+
+class OfChecked(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch.x), batch.y)
+
+
+def test_a_batch_that_checks_its_fields_is_taken_apart_all_the_same() -> None:
+    def collate(items: Any) -> CheckedBatch:
+        return CheckedBatch(torch.stack([x for x, _ in items]), torch.stack([y for _, y in items]))
+
+    module = OfChecked()
+    trainer = fitted(module, DATA, collate)
+    report = trainer.influence(collate([DATA[index] for index in QUERY]), **CONVERGED)
+    examples = [(x.double(), y) for x, y in zip(*DATA.tensors, strict=True)]
+    assert (
+        error(report.scores[0], dense_scores(module.net, lambda net, x: net(x), cross_entropy, examples, QUERY)) < 1e-5
+    )
+    trainer.self_influence()
+    trainer.unlearn([1, 2], dry_run=True)
