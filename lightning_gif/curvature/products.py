@@ -43,12 +43,12 @@ def hessian(loss_sum: Callable[[Tensor, Batch], Tensor]) -> Linearise:
         loss = loss_sum(theta, batch)
         if not loss.requires_grad:
             return torch.zeros_like, ()
-        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True, materialize_grads=True)
+        gradient = _derivative(loss, theta, create_graph=True)
         if not gradient.requires_grad:  # the loss is linear in θ here, so the second derivative is zero
             return torch.zeros_like, ()
 
         def product(vector: Tensor) -> Tensor:
-            return torch.autograd.grad(gradient, theta, vector, retain_graph=True, materialize_grads=True)[0]
+            return _derivative(gradient, theta, vector)
 
         if not is_checked:
             is_checked = True
@@ -68,6 +68,26 @@ _NOT_DIFFERENTIABLE = (
     " PyTorch, without the mark), a hook on a tensor that changes gradients, or a part of the loss that depends on the"
     " parameters under torch.no_grad()."
 )
+
+
+def _derivative(value: Tensor, at: Tensor, weights: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
+    """The derivative of ``value`` with respect to ``at``, whose graph is kept.
+
+    Raises:
+        ObjectiveError: If PyTorch cannot compute it, as the second derivative of some ``torch.autograd.Function``.
+    """
+    try:
+        return torch.autograd.grad(
+            value, at, weights, create_graph=create_graph, retain_graph=True, materialize_grads=True
+        )[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ObjectiveError(
+            "The curvature needs a derivative that PyTorch cannot compute for this module:"
+            f" {str(error).splitlines()[0].rstrip('.')}. Most often a torch.autograd.Function has no second derivative:"
+            " write it with operations of PyTorch, or use another layer. There is no method without curvature."
+        ) from error
 
 
 def _are_adjoint(push: Product, pull: Product, theta: Tensor) -> bool:
@@ -119,26 +139,26 @@ def gauss_newton(
         loss = loss_sum_at(theta.detach(), batch)(at)
         slope = torch.zeros_like(at)
         if loss.requires_grad:
-            (slope,) = torch.autograd.grad(loss, at, create_graph=True, materialize_grads=True)
+            slope = _derivative(loss, at, create_graph=True)
         if check.is_due(batch):
             through = torch.zeros_like(theta)
             if out.requires_grad:
-                (through,) = torch.autograd.grad(out, theta, slope.detach(), retain_graph=True, materialize_grads=True)
+                through = _derivative(out, theta, slope.detach())
             check(theta, batch, through)
         if not (out.requires_grad and slope.requires_grad):  # no prediction depends on θ, or the loss is linear in them
             return torch.zeros_like, ()
         # Jᵀu is linear in u, so the reverse-mode derivative of vᵀJᵀu with respect to u is J v.
         dummy = torch.zeros_like(out, requires_grad=True)
-        (pulled,) = torch.autograd.grad(out, theta, dummy, create_graph=True, materialize_grads=True)
+        pulled = _derivative(out, theta, dummy, create_graph=True)
 
         def push(vector: Tensor) -> Tensor:
-            return torch.autograd.grad(pulled, dummy, vector, retain_graph=True, materialize_grads=True)[0]
+            return _derivative(pulled, dummy, vector)
 
         def pull(vector: Tensor) -> Tensor:
-            return torch.autograd.grad(out, theta, vector, retain_graph=True, materialize_grads=True)[0]
+            return _derivative(out, theta, vector)
 
         def product(vector: Tensor) -> Tensor:
-            (curved,) = torch.autograd.grad(slope, at, push(vector), retain_graph=True, materialize_grads=True)
+            curved = _derivative(slope, at, push(vector))
             return pull(curved)
 
         nonlocal is_adjoint
@@ -182,7 +202,7 @@ class _DependenceCheck:
         whole = self._loss_sum(theta, batch)
         expected = torch.zeros_like(theta)
         if whole.requires_grad:
-            (expected,) = torch.autograd.grad(whole, theta, materialize_grads=True)
+            expected = _derivative(whole, theta)
         if float((through - expected).norm()) > 1e-3 * float(expected.norm()):
             raise ObjectiveError(
                 "curvature='ggn' needs a loss that is a function of the model's predictions alone, passed to a loss"
@@ -220,7 +240,7 @@ def jacobian_products(losses: Losses) -> Linearise:
             loss = losses.loss_sum_at(theta.detach(), single)(at)
             slope = torch.zeros_like(at)
             if loss.requires_grad:
-                (slope,) = torch.autograd.grad(loss, at, create_graph=True, materialize_grads=True)
+                slope = _derivative(loss, at, create_graph=True)
             jacobians.append(_jacobian(out, theta))
             curvatures.append(_jacobian(slope, at).reshape(slope.numel(), at.numel()))
             through += slope.detach().reshape(-1) @ jacobians[-1]

@@ -272,7 +272,7 @@ class Costs:
             if n_queries == 1
             else f"trainer.influence(batch, per_example=True), {n_queries} queries",
             self.start + algebra + solves + max(n_queries, 1) * self._over(1, passes.gradient) + scoring,
-            (kept + vectors + max(passes.scores.kept, GRADIENT_BYTES * vectorised)) / _GIB,
+            (kept + vectors + max(passes.scores.kept, self._block * vectorised)) / _GIB,
             products,
         )
 
@@ -298,9 +298,7 @@ class Costs:
             solves, kept = self._curvature(passes.scores, settings, n, products)
         scoring = self._over(self.n_train, passes.read) + self._over(self.n_train, passes.rows)
         scoring += self.n_train / passes.size * quadratic
-        # By parameter, as rows, with weight decay, on the targets, and a temporary copy for norms.
-        block = 5 * min(passes.size * theta.nbytes, GRADIENT_BYTES)
-        held = (theta.nbytes * rank * SKETCH_COPIES if not dense else 8 * rank**2) + block
+        held = (theta.nbytes * rank * SKETCH_COPIES if not dense else 8 * rank**2) + self._block
         return Estimate(
             "trainer.self_influence()",
             self.start + algebra + solves + scoring,
@@ -350,6 +348,12 @@ class Costs:
             products,
             change,
         )
+
+    @property
+    def _block(self) -> int:
+        """The bytes of gradients of single examples that are computed at a time."""
+        # By parameter, as rows, with weight decay, on the targets, and a temporary copy for norms.
+        return 5 * min(self.passes.size * self.objective.theta.nbytes, GRADIENT_BYTES)
 
     def _sample(self, settings: Settings) -> int:
         """The number of examples that the curvature is taken over."""

@@ -248,3 +248,38 @@ def test_a_loss_without_a_second_derivative_for_one_example_is_refused() -> None
     trainer = fitted(Correlated(), DATA)
     with pytest.raises(ObjectiveError, match="compares the examples"):
         trainer.influence(batch_of(DATA, slice(3)), **CONVERGED)
+
+
+class InPlaceBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        result = x.exp()
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        scaled = result * 1.0
+        product = scaled * slope
+        scaled.zero_()  # a second derivative would need it
+        return product
+
+
+class WithoutSecondDerivative(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.net[2](InPlaceBackward.apply(self.net[:2](x))), y)
+
+    def influence_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.net[2](InPlaceBackward.apply(self.net[:2](x))), y, reduction="none")
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")
+@pytest.mark.parametrize("call", ["influence", "self_influence", "unlearn"])
+def test_a_second_derivative_that_cannot_be_computed_is_named(call: str) -> None:
+    trainer = fitted(WithoutSecondDerivative(), DATA)
+    arguments = {"influence": (batch_of(DATA, slice(2)),), "self_influence": (), "unlearn": ([1, 2],)}[call]
+    with pytest.raises(ObjectiveError, match=r"a derivative that PyTorch cannot compute.*inplace operation"):
+        getattr(trainer, call)(*arguments)
