@@ -237,8 +237,8 @@ def _layers(session: Session, settings: Settings) -> list[LayerShare]:
         rank_zero_warn(
             f"An edit may change {count} of {size} parameters, but ratio={settings.ratio:g} asks for"
             f" {round(settings.ratio * size)}. These layers have no target parameters: {', '.join(without[:5])}"
-            f"{' …' if len(without) > 5 else ''}. To include them, define `influence_parameters`, or pass their"
-            " names as `selector`.",
+            f"{' …' if len(without) > 5 else ''}. To include them, name them in `influence_parameters`, or pass"
+            " their names as `selector`.",
             category=GIFWarning,
         )
     return shares
