@@ -2,9 +2,10 @@
 
     python benchmarks/check.py --data MNIST/raw [--nets digits mlp tinynet resnet] [--repeats 3] [--queries 20]
 
-Each net is trained for one epoch. Then the check and the calls take turns in one process, `--repeats` times. Times are
-medians. The time of an edit is predicted for the number of changes that it made. Memory is measured in one further
-process for each call, as the growth of its peak resident set during the call (Linux only). Prints a Markdown table.
+Each network is trained for one epoch. Then the check and the calls take turns in one process, `--repeats` times. Times
+are medians. The time of an edit is predicted for the number of changes that it made. The memory of each call is
+measured in a process of its own, as the growth of the peak resident set during the call (Linux only). Prints a Markdown
+table.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Digits(pl.LightningModule):
 
 
 def fitted(net: str, options: Namespace) -> tuple[pl.Trainer, DataLoader[Any]]:
-    """A trainer after one epoch, and a loader of the queries."""
+    """A trainer after one epoch of training, and a loader of the queries."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.manual_seed(0)
@@ -136,7 +137,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder with the four idx files")
     parser.add_argument("--nets", nargs="+", default=["digits", "mlp", "tinynet", "resnet"])
-    parser.add_argument("--examples", type=int, default=6000, help="of training")
+    parser.add_argument("--examples", type=int, default=6000, help="the number of training examples")
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--forget", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)

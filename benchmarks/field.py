@@ -1,4 +1,4 @@
-"""Adds the callback to modules of real packages, uses it as their users would, and compares with exact results.
+"""Adds the callback to modules of packages, uses it as their users would, and compares scores with exact ones.
 
     python benchmarks/field.py                      # Lightning's own demos
     python benchmarks/field.py timm torch-geometric # other packages, which must be installed
@@ -7,12 +7,12 @@ Modules are small, data are synthetic, and nothing is downloaded. For each modul
 
 - fits with and without the callback: weights and random generators must be equal bit for bit;
 - computes `influence`, `self_influence` and `unlearn` with all arguments at their defaults, and undoes the edit;
-- compares scores in float64 with those of the exact, damped Gauss-Newton matrix. The losses and predictions of single
-  examples are made by the loader's collate function; one example is one batch;
+- compares scores in float64 with those of the exact, damped Gauss-Newton matrix. For these, the loader's collate
+  function makes a batch of each single example;
 - compares the module, its optimizer and the random generators before and after each call.
 
-Where a loss needs the method `influence_loss`, the same is done again with it. Prints a Markdown table, and the
-messages of errors and warnings.
+If a loss needs the method `influence_loss`, all of this is repeated with it. Prints a Markdown table, and the messages
+of errors and warnings.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ COLUMNS = (
 # What a warning says, in short.
 WARNINGS = {
     "no Gauss–Newton matrix": "the Hessian is used",
-    "coupled, or weighted": "the batch weighs examples",
+    "they are coupled": "weighted or coupled",
+    "they are weighted": "weighted or coupled",
     "they are random": "the loss is random",
     "computed one after the other": "one by one",
     "No step size lowered the risk": "the edit changes nothing",
@@ -259,9 +260,9 @@ class Row:
         if self.wrong:
             return "**silently wrong**" if not self.warnings else "wrong, with a warning"
         if self.obscure:
-            return "**obscure**"
+            return "**an unclear error**"
         if self.errors:
-            return "refused, remedy named"
+            return "an error that says what to do"
         said = " ".join(self.warnings)
         short = [words for text, words in WARNINGS.items() if text in said] or ["other"]
         works = f"works, with a warning ({', '.join(short)})" if self.warnings else "works as it is"
@@ -279,7 +280,7 @@ def fit(case: Case, callbacks: list[Any]) -> tuple[Any, list[Any]]:
 
 
 def tried(package: str, case: Case, *, own_loss: bool = False) -> Row:
-    """Does all that the module's docstring says with one case."""
+    """Runs one case as the docstring of this file says."""
     started = time.perf_counter()
     row = Row(package, case.name + (" with `influence_loss`" if own_loss else ""))
     with warnings.catch_warnings():
@@ -388,7 +389,7 @@ def show(rows: list[Row]) -> None:
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="*", metavar="package", help=f"which packages: {', '.join(MODULES)}, or all")
-    parser.add_argument("--only", nargs="+", metavar="name", help="only the modules of these names")
+    parser.add_argument("--only", nargs="+", metavar="name", help="only the modules with these names")
     given = parser.parse_args()
     chosen = given.packages or ["lightning"]
     chosen = list(MODULES) if chosen == ["all"] else chosen

@@ -1,11 +1,11 @@
-"""Measures the cost of small things: training a perceptron, the fixed cost of a call, self-influence of few examples.
+"""Measures the cost of training a perceptron, the fixed cost of a call, and the cost of self-influence of few examples.
 
     python benchmarks/small.py [--what training --what calls --what self-influence] [--net vit] [--rounds 5]
 
-- training: five epochs of a perceptron of 2410 parameters on 1300 digits, without a callback, with an empty one and
+- training: five epochs of a perceptron with 2410 parameters on 1300 digits, without a callback, with an empty one and
   with :class:`GIFCallback`, with and without its logged values.
-- calls: ``influence``, ``self_influence`` and ``unlearn`` on 64 digits and a perceptron of 1210 parameters, where time
-  goes into calls, not arithmetic. The probe is :meth:`Objective.learn_structure`.
+- calls: ``influence``, ``self_influence`` and ``unlearn`` on 64 digits and a perceptron with 1210 parameters. Most of
+  the time goes into function calls, not arithmetic. The probe is :meth:`Objective.learn_structure`.
 - self-influence: ``self_influence`` of 64 images of 64 × 64 pixels with a convolutional network or a transformer of
   about 0.3 million parameters, with and without the Jacobians of single examples.
 
@@ -192,9 +192,12 @@ def self_influence(nets: list[str], rounds: int) -> None:
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--what", choices=["training", "calls", "self-influence"], action="append", help="repeat for more"
+        "--what",
+        choices=["training", "calls", "self-influence"],
+        action="append",
+        help="by default all; may be repeated",
     )
-    parser.add_argument("--net", choices=list(NETS), action="append", help="for self-influence; repeat for more")
+    parser.add_argument("--net", choices=list(NETS), action="append", help="for self-influence; may be repeated")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     for name in ("lightning.pytorch", "lightning.fabric"):

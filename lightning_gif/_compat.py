@@ -126,7 +126,7 @@ def stage_of_training(trainer: Trainer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_epoch(trainer: Trainer, epoch: int | None) -> Iterator[None]:
-    """Inside of it ``trainer.current_epoch`` is ``epoch``; unchanged for ``None``."""
+    """Inside the block, ``trainer.current_epoch`` is ``epoch``. With ``None`` it is unchanged."""
     progress = trainer.fit_loop.epoch_progress.current
     before = progress.completed
     progress.completed = before if epoch is None else epoch

@@ -147,7 +147,7 @@ class GIFCallback(TrainerCalls, Callback):
             or undone. It is created if it does not exist; see :func:`~lightning_gif.verify`. An edit that cannot be
             recorded is not applied. ``None`` (default) records nothing.
         influence_loss: A function ``(module, batch) -> (B,)`` that returns the training loss of each example of a
-            batch. It is for modules whose code you cannot change, and replaces their own ``influence_loss``, see
+            batch, for modules whose code you cannot change. It replaces the ``influence_loss`` of the module, see
             :class:`~lightning_gif.GIFMixin`. By default, losses come from the module.
 
     Raises:
@@ -414,7 +414,7 @@ def attach(
         datamodule: A datamodule with the training data, instead of ``train_dataloaders``.
         callback: The callback to use; by default the one of the trainer, or a new one.
         epoch: The epoch of the weights, for a loss that depends on ``current_epoch``. By default the trainer's epoch,
-            which is 0 before any ``fit``. Calls warn if this matters.
+            which is 0 before any ``fit``. In that case, calls warn if the loss depends on the epoch.
 
     Returns:
         The callback, which is now among the trainer's callbacks.

@@ -47,7 +47,7 @@ _Report = TypeVar("_Report", InfluenceReport, UnlearnReport)
 
 
 class _Influence(partial):  # type: ignore[type-arg]
-    """``trainer.influence``: a call scores training examples, and ``trainer.influence.check()`` prepares for it."""
+    """``trainer.influence``: a call scores training examples, and ``trainer.influence.check()`` estimates its cost."""
 
     def check(self, **arguments: Any) -> CheckReport:
         """See :meth:`TrainerCalls.check`."""
@@ -367,7 +367,7 @@ class TrainerCalls:
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
     ) -> CheckReport:
-        """Says how the losses of the model are found, which layers an edit may change, and what calls will cost.
+        """Reports how the losses of the model are computed, which layers an edit may change, and what calls will cost.
 
         Bound to the trainer as ``trainer.influence.check(…)``. It reads about 64 examples and two batches, and computes
         no scores. Call it before the first long call.
@@ -383,7 +383,7 @@ class TrainerCalls:
             The report. Print it, or read its attributes. Estimates of time assume that the machine does nothing else.
 
         Raises:
-            GIFError: As in :meth:`influence`. A model that cannot be used is refused with the reason.
+            GIFError: As in :meth:`influence`. If the model cannot be used, the message says why.
         """
         requested = check_names(self.settings.override(overrides, keywords(self.check)))
         check_count("n_queries", n_queries)

@@ -197,7 +197,7 @@ def verify(
 
 
 def check(tool: _Tool, ckpt_path: str, n_queries: int = 1, n_forget: int = 64) -> int:
-    """Says how a model's losses are found, which layers may change, and what the commands will cost.
+    """Reports how a model's losses are computed, which layers may change, and what the other commands will cost.
 
     Args:
         tool: The trainer with the model and its data.

@@ -214,7 +214,7 @@ class Session:
         if isinstance(self.train.dataset, Stream):
             raise TrainingDataError(
                 "An edit reads the training examples many times and in samples, which an IterableDataset does not"
-                " allow. Pass a DataLoader over a map-style dataset as `dataloader=`. Scores need no such dataset."
+                " allow. Pass a DataLoader over a map-style dataset as `dataloader=`. Scores do not need one."
             )
         chosen = self.training_subset(given)
         if chosen is not None:
@@ -373,7 +373,7 @@ def open_session(
 
 
 def _warn_if_epoch_matters(trainer: Trainer, objective: Objective, train: Examples) -> None:
-    """Warns if the losses depend on the epoch of a trainer that has not finished one, and so does not know it."""
+    """Warns if the losses depend on the epoch, but the trainer has not finished one, so the epoch is unknown."""
     batch = next(train.subset(torch.arange(1)).batches())
 
     def loss() -> float:
@@ -391,7 +391,7 @@ def _warn_if_epoch_matters(trainer: Trainer, objective: Objective, train: Exampl
     if any(not math.isclose(now, other, rel_tol=1e-6, abs_tol=1e-12) for other in later):
         rank_zero_warn(
             f"The training loss of {type(objective.module).__name__} depends on the epoch, but the trainer has not"
-            " finished one. So the loss is that of epoch 0. Give the epoch of the weights, for example"
+            " finished an epoch. So the loss of epoch 0 is used. Pass the epoch of the weights, for example"
             " attach(trainer, model, epoch=10).",
             category=GIFWarning,
         )

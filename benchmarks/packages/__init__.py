@@ -1,7 +1,7 @@
-"""Modules of packages from PyPI, each fitted as the users of its package fit it, on small synthetic data.
+"""Modules of packages from PyPI, each fitted as the users of its package would fit it, on small synthetic data.
 
-There is one module for each package. It imports its package at the top, and has a list ``CASES``. Nothing is
-downloaded: networks have random weights.
+There is one file for each package. It imports its package at the top, and has a list ``CASES``. Nothing is downloaded:
+networks have random weights.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Case:
     Attributes:
         name: What is trained.
         fit: Builds the module and its data, fits it with the given callbacks, and returns the trainer.
-        predict: The predictions for a batch of one example, whose loss is convex in them; any shape. ``None`` if the
-            scores have no exact reference.
+        predict: The predictions for a batch of one example, of any shape. The loss must be convex in them. ``None`` if
+            the scores have no exact reference.
         loss: The loss ``()`` of the predictions and the batch.
         influence_loss: The losses ``(B,)`` of a batch, for a module that needs the method ``influence_loss``.
-        dataloader: The training loader that is passed as ``dataloader=`` with ``influence_loss``, from the one of the
-            package, if that cannot be used.
+        dataloader: Makes a training loader from the loader of the package, if that one cannot be used. It is passed as
+            ``dataloader=`` where ``influence_loss`` is used.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Anomaly detectors of anomalib that train without weights from elsewhere."""
+"""Anomaly detectors of anomalib that train without downloaded weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def train(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
 
 
 class GanomalyWithLosses(Ganomaly):
-    """GANomaly optimises manually; its generator is judged by how well it reconstructs an image."""
+    """GANomaly optimises manually. The loss of an image is the error with which the generator reconstructs it."""
 
     def influence_loss(self, batch: Any) -> Tensor:
         fake, _, _ = self.model.generator(batch.image)

@@ -94,7 +94,7 @@ class BYOL(TwoViews):
 
 
 def against_fixed_images(module: Any, batch: Any) -> Tensor:
-    """The contrast of an image's views with fixed other images, for single examples have no others."""
+    """The contrastive loss of the two views of each image against fixed images, not against the rest of its batch."""
     z0, z1 = (F.normalize(module.head(module.backbone(x))) for x in batch)
     fixed = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(batch[0])
     others = F.normalize(module.head(module.backbone(fixed)))

@@ -18,7 +18,7 @@ VOCABULARY = 12
 
 
 def texts(n: int = 24, length: int = 6) -> TensorDataset:
-    """Counting texts with some noise, and the same texts one token later."""
+    """Texts that count upwards with some noise, and the same texts one token later."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randint(VOCABULARY, (n, 1), generator=generator)
     noise = torch.randint(2, (n, length + 1), generator=generator)

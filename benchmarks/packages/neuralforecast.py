@@ -1,4 +1,4 @@
-"""Models of neuralforecast, fitted by its NeuralForecast."""
+"""Models of neuralforecast, fitted by its class ``NeuralForecast``."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def train(kind: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
 
 
 def last_window(module: Any, batch: Any) -> Tensor:
-    """The squared error of the last window of each series, instead of random windows of all."""
+    """The squared error of the last window of each series, instead of random windows."""
     y = batch["temporal"][:, int(batch["y_idx"])].to(next(module.parameters()).dtype)
     past, future = y[:, -INPUT - OUTPUT : -OUTPUT], y[:, -OUTPUT:]
     window = {"insample_y": past[..., None], "insample_mask": torch.ones_like(past), "futr_exog": None}

@@ -1,4 +1,4 @@
-"""Models of PyTorch Tabular, fitted by its TabularModel."""
+"""Models of PyTorch Tabular, fitted by its class ``TabularModel``."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from . import Case, Supervised, fitted
 
 
 def masks(n: int = 16, size: int = 32) -> TensorDataset:
-    """Noise with a bright square of its own size in each image."""
+    """Noise, with a bright square in each image. Its size differs between images."""
     x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0)) * 0.5
     y = torch.zeros(n, size, size, dtype=torch.long)
     for number in range(n):

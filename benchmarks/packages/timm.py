@@ -16,7 +16,7 @@ from . import Case, Supervised, fitted
 
 
 def images(n: int = 24, size: int = 32) -> TensorDataset:
-    """Noise with a bright square, whose place is the class."""
+    """Noise with a bright square. Its position is the class."""
     y = torch.arange(n) % 3
     x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0)) * 0.5
     for image, label in zip(x, y.tolist(), strict=True):

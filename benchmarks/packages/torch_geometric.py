@@ -17,7 +17,7 @@ from . import Case, Items, fitted
 
 
 def graphs(n: int = 32) -> Items:
-    """Rings with three to seven nodes and noisy features; the class is in the mean of the features."""
+    """Rings with three to seven nodes and noisy features. The mean of the features depends on the class."""
     generator, found = torch.Generator().manual_seed(0), []
     for number in range(n):
         size, label = 3 + number % 5, number % 3

@@ -14,7 +14,7 @@ from . import Case, Items, fitted
 
 
 def samples(target: str, n: int, size: int = 32) -> Items:
-    """Bright, medium and dark images, with their class, brightness or mask of bright pixels."""
+    """Bright, medium and dark images, each with its class, its brightness or a mask of its bright pixels."""
     x = torch.randn(n, 4, size, size, generator=torch.Generator().manual_seed(n)) * 0.5
     y: Any = torch.arange(n) % 3
     x = x + y[:, None, None, None]

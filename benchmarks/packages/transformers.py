@@ -29,7 +29,7 @@ PAD, IGNORED = 0, -100
 
 
 def texts(n: int = 24) -> list[Tensor]:
-    """Counting texts of four to seven tokens."""
+    """Texts of four to seven tokens that count upwards."""
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(2, VOCABULARY, (n,), generator=generator)
     return [(start + torch.arange(4 + i % 4)) % (VOCABULARY - 2) + 2 for i, start in enumerate(starts.tolist())]

@@ -194,7 +194,7 @@ class InfluenceRecord:
         }
 
     def read_shown(self, order: Tensor) -> None:
-        """Reads all examples that the report shows, if the dataset is slow to read in another order than its own.
+        """Reads all examples that the report shows, if the dataset is slow to read in any order but its own.
 
         Args:
             order: The indices ``(n,)`` of the training examples in the order of the dataset.

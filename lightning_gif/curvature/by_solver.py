@@ -232,7 +232,7 @@ class SketchInverse(SolverInverse):
 
     @classmethod
     def uses_jacobians(cls, objective: Objective, settings: Settings, n: int) -> bool:
-        """Whether products with Jacobians are faster, which arithmetic alone decides, and fit into a fixed size."""
+        """Whether products with the Jacobians are faster, as operation counts predict, and their size is limited."""
         probed, size = objective.probed, objective.space.size
         if settings.curvature != "ggn" or probed is None or size < _JACOBIAN_PARAMETERS:
             return False

@@ -131,8 +131,8 @@ class Method:
                 "no training example can influence it through them. Use targets='batch', a larger ratio, or"
                 " method='if'."
                 if self.selects
-                else "no training example can influence it. Either the model is certain of it, or its loss alone is"
-                " constant, as that of a loss that compares examples is for one example. Query other examples, or"
+                else "no training example can influence it. Either the model is certain of it, or the loss compares"
+                " examples with each other, and is constant for a single one. Query other examples, or"
                 " define `influence_loss` (see GIFMixin)."
             )
             raise ObjectiveError(

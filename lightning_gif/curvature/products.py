@@ -54,8 +54,8 @@ def hessian(loss_sum: Callable[[Tensor, Batch], Tensor]) -> Linearise:
             is_checked = True
             if not _are_adjoint(product, product, theta):
                 rank_zero_warn(
-                    "The second derivative of the loss is not symmetric, so the gradients of training are not those of"
-                    f" a function, and solves with curvature='hessian' are inexact. {_NOT_DIFFERENTIABLE}",
+                    "The second derivative of the loss is not symmetric, so the gradients are not the derivatives of"
+                    f" one function, and solves with curvature='hessian' are inexact. {_NOT_DIFFERENTIABLE}",
                     category=GIFWarning,
                 )
         return product, (gradient,)
@@ -64,9 +64,9 @@ def hessian(loss_sum: Callable[[Tensor, Batch], Tensor]) -> Linearise:
 
 
 _NOT_DIFFERENTIABLE = (
-    "Causes are a torch.autograd.Function whose backward is marked once_differentiable (write it with operations of"
-    " PyTorch, without the mark), a hook on a tensor that changes gradients, or a part of the loss that depends on the"
-    " parameters under torch.no_grad()."
+    "Possible causes are a torch.autograd.Function whose backward is marked once_differentiable (write it with"
+    " operations of PyTorch, without the mark), a hook on a tensor that changes gradients, or a part of the loss that"
+    " depends on the parameters under torch.no_grad()."
 )
 
 
@@ -166,8 +166,8 @@ def gauss_newton(
             is_adjoint = _are_adjoint(push, pull, theta)
         if not is_adjoint:
             raise ObjectiveError(
-                "curvature='ggn' needs the derivative of the predictions in a direction, which PyTorch computes wrongly"
-                f" for this module. {_NOT_DIFFERENTIABLE}"
+                "curvature='ggn' needs directional derivatives of the predictions, which PyTorch computes wrongly for"
+                f" this module. {_NOT_DIFFERENTIABLE}"
             )
 
         return product, (pulled, slope)
@@ -215,10 +215,10 @@ class _DependenceCheck:
 
 
 def jacobian_products(losses: Losses) -> Linearise:
-    """The matrix of :func:`gauss_newton` from the Jacobians of single examples, which are formed.
+    """The matrix of :func:`gauss_newton`, computed from the Jacobians of single examples.
 
-    The first pass over an example takes a backward pass for each of its ``d`` outputs, all at once, and memory for
-    ``d`` vectors ``(p,)``. Every product after that is two products of matrices. So it suits many products with few
+    The first pass over an example takes one backward pass for each of its ``d`` outputs, all at once, and memory for
+    ``d`` vectors ``(p,)``. Every product after that is two matrix products. So this suits many products with few
     outputs and few examples. The product takes columns ``(p, q)``, too, as its attribute ``takes_columns`` says.
 
     Args:

@@ -88,7 +88,7 @@ def root(examples: Examples) -> tuple[Any, Tensor]:
 
 
 def innermost(dataset: Any, indices: Tensor) -> tuple[Any, Tensor]:
-    """The dataset below all ``Subset`` views of it, and indices ``(…)`` of the outermost view as indices of it."""
+    """The dataset below all nested ``Subset`` views, and indices ``(…)`` of the outermost view as indices of it."""
     while isinstance(dataset, Subset):
         indices = torch.as_tensor(dataset.indices, dtype=torch.long)[indices]
         dataset = dataset.dataset

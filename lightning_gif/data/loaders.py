@@ -42,8 +42,8 @@ def check_loader(loader: Any) -> DataLoader[Any]:
         )
     if not hasattr(type(loader.dataset), "__getitem__") and not isinstance(loader.dataset, IterableDataset):
         raise TrainingDataError(
-            f"The loader's dataset is a {type(loader.dataset).__name__}, from which no single example can be read by"
-            " its index. Pass a DataLoader over a map-style dataset as `dataloader=`."
+            f"The loader's dataset is a {type(loader.dataset).__name__}, which has no `__getitem__`, so its examples"
+            " cannot be read by index. Pass a DataLoader over a map-style dataset as `dataloader=`."
         )
     if loader.batch_size is None and loader.batch_sampler is None:
         raise TrainingDataError(

@@ -24,8 +24,8 @@ class Probe:
     Attributes:
         together: A few examples.
         fewer: The first of them, an even number of about half, if there are two.
-        singles: Each of them in a batch of one: a row of ``together``, or what the collate function makes of it. None
-            if the function fails for one example.
+        singles: Each example in a batch of one: a row of ``together``, or the output of the collate function. Empty if
+            that function fails for one example.
         many: More examples, to see what a few may not show.
         divisible: Whether the rows of a batch are its examples.
     """

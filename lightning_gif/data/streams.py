@@ -1,4 +1,4 @@
-"""An iterable dataset whose rows have ids, as a dataset that is read by id."""
+"""Reads the rows of an iterable dataset by their ids."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _ID_FIELDS = ("id", "idx", "index", "uid", "row_id")
 class Stream:
     """Reads the rows of an iterable dataset by their ids.
 
-    Reading rows in their order takes one pass over the data. A row before the last one that was read takes a new pass.
-    So rows should be read in order, and kept if they are needed again.
+    Reading rows in their order takes one pass over the data. Reading a row before the last one starts a new pass. So
+    rows should be read in order, and kept if they are needed again.
 
     Args:
         dataset: The iterable dataset. It is read once here, to learn the ids and their order.
@@ -31,7 +31,7 @@ class Stream:
         ids: The ids ``(n,)`` in the order of the rows.
 
     Raises:
-        TrainingDataError: If a row has no id, or if an id comes twice.
+        TrainingDataError: If a row has no id, or if two rows have the same id.
     """
 
     def __init__(self, dataset: IterableDataset[Any]) -> None:
@@ -42,8 +42,8 @@ class Stream:
             index = self._id_of(row)
             if index in self._positions:
                 raise TrainingDataError(
-                    f"Two rows of {self._name} have the id {index}. An id must belong to one row, and a pass over the"
-                    " data must end."
+                    f"Two rows of {self._name} have the id {index}. Each id must belong to one row, and a pass over"
+                    " the data must end."
                 )
             self._positions[index] = position
         self.ids: Tensor = torch.tensor(list(self._positions), dtype=torch.long)
@@ -56,7 +56,7 @@ class Stream:
         """The row with an id.
 
         Raises:
-            TrainingDataError: If the rows come in another order than before.
+            TrainingDataError: If the rows come in a different order from before.
         """
         position = self._positions[index]
         if position < self._next:
@@ -67,8 +67,8 @@ class Stream:
             self._next += 1
         if row is None or self._id_of(row) != index:
             raise TrainingDataError(
-                f"{self._name} yields its rows in another order in each pass. Yield them in one order, or pass a"
-                " DataLoader over a map-style dataset as `dataloader=`."
+                f"{self._name} yields its rows in a different order in each pass. Yield them in the same order, or pass"
+                " a DataLoader over a map-style dataset as `dataloader=`."
             )
         return row
 
@@ -85,7 +85,7 @@ class Stream:
             if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
                 return value
         raise TrainingDataError(
-            f"{self._name} is an IterableDataset, and its rows have no id, so its examples have no stable index. Yield"
-            f" mappings with a whole number as one of {', '.join(map(repr, _ID_FIELDS))}, to score them. Or pass a"
+            f"{self._name} is an IterableDataset, and its rows have no id, so its examples have no stable index. To"
+            f" score them, yield mappings with a whole number as one of {', '.join(map(repr, _ID_FIELDS))}. Or pass a"
             " DataLoader over a map-style dataset as `dataloader=`."
         )

@@ -83,8 +83,8 @@ def map_tensors(
 def map_object(value: Any, function: Callable[[Tensor], Any]) -> Any:
     """A copy of an object with ``function`` applied to the tensors in it, at any depth.
 
-    The copy is made by ``pickle``, as for the workers of a loader. The object itself is returned if ``function``
-    returns all its tensors unchanged, or if it cannot be pickled.
+    The copy is made by ``pickle``, as for the workers of a loader. The object itself is returned if it cannot be
+    pickled, or if ``function`` returns all its tensors unchanged.
     """
     if value is None or isinstance(value, (str, bytes, numbers.Number, np.ndarray, np.generic)):
         return value
@@ -187,7 +187,7 @@ def batch_size(data: Any) -> int:
     sizes = {tensor.shape[0] for tensor in tensors(data) if tensor.ndim}
     if not sizes:
         raise BatchError(
-            f"Expected a batch with at least one tensor of shape (B, …), got {describe(data)}. Give other objects as a"
+            f"Expected a batch with at least one tensor of shape (B, …), got {describe(data)}. Pass other batches as a"
             " DataLoader over a map-style dataset, with the collate function of the training loader:"
             " DataLoader(Subset(dataset, indices), batch_size, collate_fn=…)."
         )

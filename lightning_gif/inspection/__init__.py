@@ -1,1 +1,1 @@
-"""What a module is to this package, and what calls will cost, before anything is computed."""
+"""The check of a module before the first call: how its losses are computed, and what calls will cost."""

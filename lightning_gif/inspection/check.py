@@ -1,4 +1,4 @@
-"""The check of a module: how its losses are found, which layers may change, and what calls will cost."""
+"""The check of a module: how its losses are computed, which layers may change, and what calls will cost."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .costs import Costs, Estimate, measure
 
 __all__ = ["Agreement", "CheckReport", "LayerShare", "check", "collected"]
 
-# On how many examples the losses are compared with `training_step`.
+# The number of examples on which the losses are compared with `training_step`.
 _COMPARED = 64
 
-# Below this share of the target parameters that `ratio` asks for, the layers without any are named.
+# If there are fewer target parameters than this share of what `ratio` asks for, a warning names layers without any.
 _COVERED = 0.5
 
 _SHOWN_LAYERS = 20
@@ -37,12 +37,12 @@ _SHOWN_LAYERS = 20
 
 @dataclass(frozen=True)
 class Agreement:
-    """The losses of single examples beside the loss of ``training_step`` for a batch of them.
+    """A comparison of the losses of single examples with the loss of ``training_step`` for a batch of them.
 
     Attributes:
         examples: The number of examples.
         step: The loss of ``training_step``, in evaluation mode.
-        losses: The mean or the sum of the losses, whichever is closer.
+        losses: The mean or the sum of the losses, whichever is closer to ``step``.
         reduction: ``"mean"`` or ``"sum"``.
     """
 
@@ -76,7 +76,7 @@ class LayerShare:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a module is to this package, and what calls will cost.
+    """How this package computes the losses of a module, which layers an edit may change, and what calls will cost.
 
     Attributes:
         module: The class of the module.
@@ -84,12 +84,12 @@ class CheckReport:
         batch_size: The number of examples in a measured batch.
         losses: How the losses of single examples are computed.
         agreement: The comparison of the losses with ``training_step``; ``None`` if the step returns no loss.
-        curvature: The kind of curvature of scores and of edits, by ``"scores"`` and ``"edits"``.
+        curvature: The kind of curvature for scores and for edits, under the keys ``"scores"`` and ``"edits"``.
         ratio: The share of the parameters that the settings ask for; ``None`` if they name parameters.
         layers: All layers with trainable parameters.
-        costs: What calls will cost. A registered inverse as ``solver`` has no estimates of scores.
+        costs: What calls will cost. If ``solver`` is a registered inverse, there are no estimates for scores.
         warnings: All warnings that the losses, the data and the targets cause.
-        seconds: The time that the check took.
+        seconds: The time that the check took, in seconds.
     """
 
     module: str
@@ -139,8 +139,8 @@ def check(
     Args:
         session: The session.
         requested: The settings that the call requested.
-        seconds: The time that it took to open the session.
-        caught: The warnings of opening it.
+        seconds: The seconds that it took to open the session.
+        caught: The messages of the warnings while it was opened.
         n_queries: The number of queries whose cost is estimated.
         n_forget: The number of forget examples whose edit is estimated.
         unseen: The unseen examples that an edit would use.
@@ -184,7 +184,7 @@ def check(
 
 @contextmanager
 def collected() -> Iterator[list[str]]:
-    """Inside the block, warnings of this package are not shown. At its end the list has their messages."""
+    """Collects the messages of this package's warnings in a list at the end of the block, and does not show them."""
     messages: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -197,7 +197,7 @@ def collected() -> Iterator[list[str]]:
 
 
 def _agreement(objective: Objective, train: Examples) -> Agreement | None:
-    """The losses of a few examples beside the loss of their batch."""
+    """Compares the losses of a few examples with the loss of their batch. ``None`` if the step returns no loss."""
     module = objective.module
     if not module.automatic_optimization:
         return None
@@ -218,7 +218,7 @@ def _agreement(objective: Objective, train: Examples) -> Agreement | None:
 def _layers(session: Session, settings: Settings) -> list[LayerShare]:
     """All layers with trainable parameters, with the numbers of their target parameters.
 
-    Targets are those that were picked in training, else those that a few examples would pick.
+    Targets are those that training picked. If it picked none, they are those that a few examples pick.
     """
     objective = session.objective
     choice: TargetsChoice = "cached" if session.tracker.targets is not None and not session.repicks else "batch"
@@ -237,8 +237,8 @@ def _layers(session: Session, settings: Settings) -> list[LayerShare]:
         rank_zero_warn(
             f"An edit may change {count} of {size} parameters, but ratio={settings.ratio:g} asks for"
             f" {round(settings.ratio * size)}. These layers have no target parameters: {', '.join(without[:5])}"
-            f"{' …' if len(without) > 5 else ''}. To include them, let influence_parameters name them, or pass their"
-            " names as `selector`.",
+            f"{' …' if len(without) > 5 else ''}. To include them, name them in `influence_parameters`, or pass"
+            " their names as `selector`.",
             category=GIFWarning,
         )
     return shares

@@ -30,13 +30,13 @@ from ..unlearning.task import SampleSizes
 
 __all__ = ["Costs", "Estimate", "PassCosts", "measure"]
 
-# The measured part of a batch is this fraction of it.
+# The measured part of a batch has one of this many examples.
 _PART = 8
 
 # A pass that is shorter than this is measured several times, and the median counts.
 _SHORT, _REPEATS = 0.2, 5
 
-# The largest number of parameters for which the algebra of a solver is measured. For more it grows in proportion.
+# The largest number of parameters for which the algebra of a solver is measured. Above, time is taken as proportional.
 _MOST_ENTRIES = 200_000
 
 # How many rows of Jacobians are multiplied to measure a product.
@@ -55,10 +55,10 @@ class Estimate:
 
     Attributes:
         call: The call, as the user writes it.
-        seconds: Its time in seconds.
-        gib: The memory in GiB that it takes in addition to that of the model and the data.
+        seconds: The time of the call in seconds.
+        gib: The memory in GiB that the call takes in addition to the model and the data.
         seconds_per_change: For an edit, the time of each change after the first, in addition to ``seconds``.
-        products: The number of products with the curvature, over all training examples that it is taken over.
+        products: The number of products with the curvature. Each is over all examples that the curvature is taken over.
     """
 
     call: str
@@ -70,11 +70,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Pass:
-    """The seconds of a pass over a batch: a line in its number of examples.
+    """The seconds of a pass over a batch, as a linear function of the number of examples.
 
     Attributes:
         fixed: The seconds for any batch.
-        each: The seconds for each example in addition.
+        each: The additional seconds for each example.
     """
 
     fixed: float
@@ -106,7 +106,7 @@ class PassCosts:
 
     Attributes:
         size: The number of examples in a whole batch.
-        read: Reading and collating it.
+        read: Reading and collating the batch.
         loss: The losses.
         gradient: The gradient of their sum.
         score: One directional derivative of each loss.
@@ -128,7 +128,7 @@ class PassCosts:
 
 
 def measure(objective: Objective, train: Examples, kinds: tuple[str, str]) -> PassCosts:
-    """Measures passes on two batches: the first is a trial run. The second, and a part of it, are measured.
+    """Measures passes on two batches. The first is a warm-up. The second, and a part of it, are measured.
 
     Args:
         objective: An open objective, which knows the structure of the training data.
@@ -194,7 +194,7 @@ def _product_seconds(objective: Objective, linearise: Linearise, batch: Batch) -
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """The seconds of ``run``: the median of several, if they are short."""
+    """The seconds of ``run``: the median of several runs, if they are short."""
 
     def once() -> float:
         _wait(device)

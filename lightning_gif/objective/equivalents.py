@@ -36,7 +36,7 @@ class TwiceDifferentiable(TorchFunctionMode):
 
 @contextlib.contextmanager
 def without_checkpoints() -> Iterator[None]:
-    """Inside of it, ``torch.utils.checkpoint`` calls its function once and keeps the activations.
+    """Inside the block, ``torch.utils.checkpoint`` calls its function once and keeps the activations.
 
     Otherwise it runs the function again in the backward pass, with the parameters that the module has by then. These
     are not the ones that the loss was evaluated at.

@@ -306,9 +306,9 @@ class BatchedLoss(StepLoss):
 def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
     """Chooses the loss function of a module after trying ``training_step`` on a few examples.
 
-    The choice is ``influence_loss`` if it is given or the module defines it. Else it is the first of these that gives
-    the losses and the gradients of one example at a time: ``training_step`` vectorised over examples, ``training_step``
-    for whole batches. Else it is one example at a time, with a warning.
+    The choice is ``influence_loss`` if it is given or the module defines it. Otherwise ``training_step`` is vectorised
+    over examples, or else evaluated for whole batches, if this gives the same losses and gradients as one example at a
+    time. If neither does, it is evaluated for one example at a time, with a warning.
 
     Args:
         shadow: The module.
@@ -325,7 +325,7 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
         raise ObjectiveError(
             f"{type(shadow.module).__name__}.training_step compares the examples of a batch with each other: its loss"
             f" for one example alone does not depend on the parameters, but its loss for {probe.together.size} examples"
-            f" does. So there are no losses of single examples. {code_of_losses(shadow, probe.fewer)}"
+            f" does. So single examples have no losses of their own. {code_of_losses(shadow, probe.fewer)}"
         )
     obstacles = []
     if expected is not None and probe.divisible:
@@ -373,15 +373,15 @@ def _raise_if_all_fail(shadow: Shadow, probe: Probe) -> None:
         if _OF_A_DTYPE.search(str(error)):
             raise ObjectiveError(
                 f"{name}.training_step fails in {str(shadow.theta.dtype).removeprefix('torch.')}, in which losses are"
-                f" computed here: {str(error).rstrip('.')}. If it casts its inputs to a fixed dtype, cast them to that"
-                " of the weights instead, for example x.to(self.net.weight.dtype). Without double=True a module in"
-                " float32 is evaluated as it is."
+                f" computed here: {str(error).rstrip('.')}. If it casts its inputs to a fixed dtype, cast them to the"
+                " dtype of the weights instead, for example x.to(self.net.weight.dtype). Without double=True, a module"
+                " in float32 is evaluated in float32."
             ) from error
         if _works_in_training_mode(shadow, probe.fewer):
             raise ObjectiveError(
                 f"{name}.training_step fails in evaluation mode, in which losses are computed here, but not in training"
                 f" mode: {type(error).__name__}: {error}. Probably a part of the module returns something else in"
-                f" evaluation mode. In `influence_loss` that part can be called in training mode."
+                f" evaluation mode. `influence_loss` can call that part in training mode."
                 f" {code_of_losses(shadow, probe.fewer)}"
             ) from error
         raise
@@ -405,10 +405,10 @@ _OF_A_DTYPE = re.compile(r"dtype|input type|(half|float|double)\b.*\b(half|float
 
 
 def _losses_alone(shadow: Shadow, probe: Probe) -> Tensor | Exception:
-    """The loss of each example ``(k,)`` as that of a batch of one; the error if such a batch has none."""
+    """The loss of each example ``(k,)`` in a batch of its own; the error if such a batch has no loss."""
     singly = OneByOneLoss(shadow)
     if not probe.singles:
-        return BatchError("the collate function makes no batch of it")
+        return BatchError("the collate function fails for one example")
 
     def evaluated() -> Tensor:
         return torch.stack([singly.evaluate(shadow.theta, single) for single in probe.singles])
@@ -422,7 +422,7 @@ def _losses_alone(shadow: Shadow, probe: Probe) -> Tensor | Exception:
             if not torch.isfinite(losses).any():  # a deviation over the examples of a batch is NaN for one
                 together = shadow.training_step(shadow.theta, probe.together.data)
                 if torch.isfinite(together):
-                    return ObjectiveError("its loss is not finite, but that of a larger batch is")
+                    return ObjectiveError("its loss is not finite, but the loss of a larger batch is")
         except Exception as error:
             return error
     return losses
@@ -511,11 +511,11 @@ def _reduction(
             return None
         if reduction is None:
             found = (
-                f"is {float(together):.4g}, but the losses of the single examples have the mean"
+                f"is {float(together):.4g}, but the mean of the losses of the single examples is"
                 f" {float(losses.mean()):.4g} ({cause_of_difference(shadow, batch, losses, together)})"
             )
         else:
-            found = f"has another gradient than the {reduction} of the losses of the single examples ({WEIGHTED})"
+            found = f"has a different gradient from the {reduction} of the losses of the single examples ({WEIGHTED})"
     warnings.warn(
         f"The loss that {type(shadow.module).__name__}.training_step gives for a batch of {batch.size} {found}."
         f" Influence and unlearning refer to the losses of single examples. {code_of_losses(shadow, batch)}",

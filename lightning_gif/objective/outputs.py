@@ -70,9 +70,9 @@ def choose_predictions(loss: LossFunction, *batches: Batch) -> None:
 def _determine_the_loss(loss: LossFunction, batch: Batch) -> bool:
     """Whether the loss depends on the parameters through the predictions alone.
 
-    Predictions of a loss that is written by hand must have a second derivative that has no negative eigenvalue and is
-    not zero for any of them, too. A loss may be linear in a difference that is no prediction, such as a logarithm minus
-    a constant, whose own curvature would be lost. PyTorch's loss functions are known to be convex.
+    If the loss is written by hand, its second derivative in the predictions must also be positive semi-definite, and
+    not zero for any of them. A loss may be linear in a difference that is no prediction, such as a logarithm minus a
+    constant. Then the curvature of that difference would be lost. PyTorch's loss functions are known to be convex.
     """
     theta = loss.shadow.theta.detach().requires_grad_()
     try:
@@ -275,7 +275,7 @@ def n_classes(loss: LossFunction, theta: Tensor, examples: Examples, seed: int) 
                 if not close(loss.losses(theta, few), as_classifier):
                     return None
             sizes.add(predicted.shape[1])
-    # Losses of couples have as many classes as the batch has examples.
+    # A loss over pairs of examples has as many classes as the batch has examples.
     return sizes.pop() if len(sizes) == 1 and min(sizes) > 1 else None
 
 

@@ -68,8 +68,8 @@ class OneExample(TorchFunctionMode):
     could only be recognised by its size, which others may have.
 
     Where a step branches on a reduced value (``if not torch.isfinite(loss)``), all examples must take the same branch.
-    A value that was reduced from a mask or from integers may differ (``if mask.sum() == mask.numel()``): there the
-    batch takes the branch that it takes in training.
+    A value that was reduced from a mask or from integers may differ (``if mask.sum() == mask.numel()``): then the
+    batch takes the same branch as in training.
 
     Args:
         module: The module; what is computed from its parameters and buffers alone does not depend on examples.

@@ -1,4 +1,4 @@
-"""Why a batch has another loss than its examples, and the lines of code that define the losses."""
+"""Why the loss of a batch differs from the losses of its examples, and example code that defines these losses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ WEIGHTED = (
 
 
 def cause_of_difference(shadow: Shadow, batch: Batch, losses: Tensor, together: Tensor) -> str:
-    """Why the loss of a batch is neither the mean nor the sum of its losses, as a clause.
+    """Why the loss of a batch is neither the mean nor the sum of the losses of its examples, as a clause.
 
     Args:
         shadow: The module.
@@ -63,9 +63,9 @@ def cause_of_difference(shadow: Shadow, batch: Batch, losses: Tensor, together: 
     with shadow.seeded(shadow.seed + 1):
         other = shadow.training_step(shadow.theta, batch.data)
     if not close(together, again):
-        return "the step depends on state outside of the module, and gives another loss each time"
+        return "training_step depends on state outside of the module, and returns a different loss each time"
     if not close(together, other):
-        return "they are random: each draw gives another loss"
+        return "they are random: each draw gives a different loss"
     try:
         weighted = _are_weighted(shadow, batch, losses)
     except Exception:  # the batch cannot be divided, or two examples have no loss
@@ -76,7 +76,7 @@ def cause_of_difference(shadow: Shadow, batch: Batch, losses: Tensor, together: 
 
 
 def _are_weighted(shadow: Shadow, batch: Batch, losses: Tensor) -> bool:
-    """Whether the loss of a batch is a weighted mean of its losses, with a weight that each example has by itself.
+    """Whether the loss of a batch is a weighted mean of its examples' losses, with weights independent of the batch.
 
     In a batch of the examples ``i`` and ``r`` such a loss is ``(wᵢℓᵢ + wᵣℓᵣ) / (wᵢ + wᵣ)``, which gives ``wᵢ / wᵣ``.
     With these weights the loss of a larger batch is predicted.
@@ -101,7 +101,7 @@ def _are_weighted(shadow: Shadow, batch: Batch, losses: Tensor) -> bool:
 
 
 class _FirstLoss(TorchFunctionMode):
-    """Inside of it, the first loss function of PyTorch that is called is noted."""
+    """Records the first loss function of PyTorch that is called inside of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class _FirstLoss(TorchFunctionMode):
 
 
 def code_of_losses(shadow: Shadow, batch: Batch) -> str:
-    """What to do, with the lines of an ``influence_loss`` for batches like this one, to be adapted by the user.
+    """What to do, with example code of an ``influence_loss`` for batches like this one, which the user adapts.
 
     Args:
         shadow: The module.
@@ -148,7 +148,7 @@ def code_of_losses(shadow: Shadow, batch: Batch) -> str:
 
 
 def _callable(module: nn.Module) -> str:
-    """What the lines call for predictions: the module, or its first child if it defines no ``forward``."""
+    """What the example code calls for predictions: the module, or its first child if it defines no ``forward``."""
     if type(module).forward is not LightningModule.forward:
         return "self"
     return f"self.{next((name for name, _ in module.named_children()), 'net')}"

@@ -262,7 +262,7 @@ def widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def widen_all(data: Any, dtype: torch.dtype) -> Any:
-    """A batch with all its tensors widened, in float64 also those inside of objects, such as graphs."""
+    """A batch with all its tensors widened. In float64, tensors inside objects, such as graphs, are widened, too."""
 
     def one(tensor: Tensor) -> Tensor:
         return widen(tensor, dtype)

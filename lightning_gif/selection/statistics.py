@@ -60,8 +60,8 @@ class NeuronStatistics:
 
     A neuron's value for one example is the mean over its positions (pixels, tokens). Gradients refer to the loss of the
     single example: the gradient of a batch mean is multiplied by the batch size. Sums are kept in float32 for each
-    class and, in row 0, for examples of unknown class: ``O(neurons · classes)`` memory. What hooks have read is summed
-    when it is a lot, or when a sum is asked for.
+    class and, in row 0, for examples of unknown class: ``O(neurons · classes)`` memory. Recorded values are added to
+    the sums when there are many, or when a sum is read.
 
     Attributes:
         outputs: The sums of outputs by layer name, ``(1 + classes, neurons)``.
@@ -158,7 +158,7 @@ class NeuronStatistics:
         self._sums = {kind: {} for kind in self._STATE}
 
     def sum_batches(self) -> None:
-        """Adds what the hooks have read to the sums. This happens by itself where a sum is asked for."""
+        """Adds the values that hooks have recorded to the sums. Reading a sum does this, too."""
         if not self._read:
             return
         read, self._read, self._n_read = self._read, [], 0

@@ -144,7 +144,7 @@ def unlearn(
         shown = ", ".join(f"{index} is {inner} there" for index, inner in itertools.islice(pairs, _SHOWN_INDICES))
         notes.append(
             "The training loader draws from a Subset, and dataset indices are positions in it. The record also has the"
-            f" indices in the dataset below it: {shown}{' …' if len(data['indices']) > _SHOWN_INDICES else ''}."
+            f" indices in the dataset below the Subset: {shown}{' …' if len(data['indices']) > _SHOWN_INDICES else ''}."
         )
     journal = None
     if solves_to is not None:

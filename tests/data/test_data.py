@@ -350,7 +350,7 @@ class Endless(Dataset[Any]):
     [
         (lambda: DataLoader(Stream(), 2), "Stream is an IterableDataset"),
         (lambda: DataLoader(numbered(), batch_size=None), "batch_size=None"),
-        (lambda: DataLoader(DataLoader(numbered()), 2), "is a DataLoader, from which no single example can be read"),
+        (lambda: DataLoader(DataLoader(numbered()), 2), "is a DataLoader, which has no `__getitem__`"),
         (lambda: [DataLoader(numbered())], "Expected a torch DataLoader, got several in a list"),
         (lambda: DataLoader(Subset(numbered(), []), 2), "no examples"),
         (lambda: DataLoader(Endless(), 2, sampler=SubsetRandomSampler([])), "no examples"),

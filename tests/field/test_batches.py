@@ -381,7 +381,9 @@ def test_the_cause_is_named_where_a_batch_has_another_loss_than_its_examples(kin
     x, y = DATA.tensors
     order = y.argsort(stable=True)
     trainer = fitted(kind(), torch.utils.data.TensorDataset(x[order], y[order]))
-    with pytest.warns(GIFWarning, match=rf"for a batch of \d+ is [\d.]+, but .* have the mean [\d.]+ \({cause}"):
+    with pytest.warns(
+        GIFWarning, match=rf"for a batch of \d+ is [\d.]+, but .* of the single examples is [\d.]+ \({cause}"
+    ):
         trainer.influence([x[:1], y[:1]])
 
 

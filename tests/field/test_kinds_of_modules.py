@@ -105,7 +105,7 @@ class Convolving(Module):
 @pytest.mark.parametrize("layer", [nn.Conv1d(2, 2, 2), nn.GRU(2, 2, batch_first=True), nn.ConvTranspose1d(2, 2, 2)])
 def test_a_fixed_dtype_is_named_as_the_cause_for_any_layer(layer: nn.Module) -> None:
     trainer = fitted(Convolving(layer), DATA)
-    with pytest.raises(ObjectiveError, match=r"fails in float64.*cast them to that of the weights"):
+    with pytest.raises(ObjectiveError, match=r"fails in float64.*cast them to the dtype of the weights"):
         trainer.influence(batch_of(DATA, slice(1)), double=True)
 
 
@@ -142,7 +142,7 @@ class Spread(Module):
 
 def test_a_loss_that_one_example_has_not_is_refused_with_what_to_do() -> None:
     trainer = fitted(Spread(), DATA)
-    with pytest.raises(ObjectiveError, match=r"(?s)not finite, but that of a larger batch is.*def influence_loss"):
+    with pytest.raises(ObjectiveError, match=r"(?s)not finite, but the loss of a larger batch is.*def influence_loss"):
         trainer.influence(batch_of(DATA, slice(1)))
 
 

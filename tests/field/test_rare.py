@@ -232,7 +232,7 @@ def test_a_step_that_casts_its_input_is_refused_in_another_dtype_with_what_to_do
     data = TensorDataset(X, Y)
     query = [X[:2], Y[:2]]
     fixed = fitted(Casting("fixed"), data)
-    with pytest.raises(ObjectiveError, match=r"fails in float64.*cast them to that of the weights.*double=True"):
+    with pytest.raises(ObjectiveError, match=r"fails in float64.*cast them to the dtype of the weights.*double=True"):
         fixed.influence(query, double=True)
     assert fixed.influence(query, unconverged="ignore").scores.isfinite().all()
     assert fitted(Casting("of the weights"), data).influence(query, double=True).scores.isfinite().all()

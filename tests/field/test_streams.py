@@ -120,9 +120,9 @@ def test_an_edit_is_refused_and_the_named_remedy_works() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (WithoutIds, r"rows have no id.*Yield mappings with a whole number as one of 'id'"),
+        (WithoutIds, r"rows have no id.*yield mappings with a whole number as one of 'id'"),
         (Endless, r"Two rows of Endless have the id 1000"),
-        (Shuffled, r"another order in each pass"),
+        (Shuffled, r"different order in each pass"),
     ],
 )
 def test_rows_without_stable_ids_are_refused(rows: type[Rows], message: str) -> None:
