@@ -413,8 +413,9 @@ def attach(
         train_dataloaders: The training data.
         datamodule: A datamodule with the training data, instead of ``train_dataloaders``.
         callback: The callback to use; by default the one of the trainer, or a new one.
-        epoch: The epoch of the weights, for a loss that depends on ``current_epoch``. By default the trainer's epoch,
-            which is 0 before any ``fit``. In that case, calls warn if the loss depends on the epoch.
+        epoch: The number of epochs that the weights were trained for, for a loss that depends on ``current_epoch``: 3
+            for a checkpoint named ``epoch=2-step=87.ckpt``. By default the trainer's epoch, which is 0 before any
+            ``fit``. In that case, calls warn if the loss depends on the epoch.
 
     Returns:
         The callback, which is now among the trainer's callbacks.

@@ -92,8 +92,11 @@ class Loaders:
         """
         datamodule, module = getattr(trainer, "datamodule", None), trainer.lightning_module
         if datamodule is not None and _defines(datamodule, hook):
-            stage = "test" if hook == "test_dataloader" else "fit"
-            if not any(owner is datamodule and done == stage for owner, done in self.ready):
+            stages = ["fit", "test"] if hook == "test_dataloader" else ["fit"]
+            # The data of training first, as in a fit: a setup that splits at random then makes the same split.
+            for stage in stages:
+                if any(owner is datamodule and done == stage for owner, done in self.ready):
+                    continue
                 on_each_node = getattr(datamodule, "prepare_data_per_node", True)
                 if trainer.local_rank == 0 if on_each_node else trainer.is_global_zero:
                     datamodule.prepare_data()
@@ -138,7 +141,7 @@ class Session:
             itself: Whether each example is scored for its own loss.
         """
         probed = self.objective.probed or next(self.train.subset(torch.arange(1)).batches())
-        ggn = has_gauss_newton(self.objective, self.objective.theta, probed)
+        ggn = self.objective.is_convex and has_gauss_newton(self.objective, self.objective.theta, probed)
         choose = partial(for_influence, asked, on_targets=on_targets, queries=queries, itself=itself)
         chosen = choose(ggn=ggn)
         if chosen.curvature != choose(ggn=True).curvature:
@@ -214,7 +217,8 @@ class Session:
         if isinstance(self.train.dataset, Stream):
             raise TrainingDataError(
                 "An edit reads the training examples many times and in samples, which an IterableDataset does not"
-                " allow. Pass a DataLoader over a map-style dataset as `dataloader=`. Scores do not need one."
+                " allow. Pass a DataLoader over a map-style dataset as `dataloader=`, and give examples by their"
+                " positions in it, not by ids. Scores do not need one."
             )
         chosen = self.training_subset(given)
         if chosen is not None:

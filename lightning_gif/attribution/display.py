@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..data.streams import Stream
 from ..reporting.loggers import log_eigenvalues, log_figure, log_histogram, log_scalars, log_table, log_text, running
 from ..reporting.notes import describe_solve
 from ..reporting.previews import figure, show
@@ -36,14 +37,13 @@ def text(record: InfluenceRecord) -> str:
     queries = record.scores.shape[0]
     on = "themselves" if record.is_self_influence else _counted(queries)
     states = record.settings.get("snapshots") or ()
-    below = record.innermost_indices()
     averaged = f", the mean over {1 + len(states)} states of training" if states else ""
     lines = [
         f"Influence of {record.n_train} training examples on {on}{averaged}"
         f" ({record.settings['method']}, {record.targets.count} target parameters{_solve(record)};"
         f" {record.seconds:.1f} s)",
         f"score = predicted change of {_owner(record)} {_measured(record)} if the example were removed; examples by"
-        f" {'dataset index' if below is None else 'index in the training Subset [and in the dataset below it]'}",
+        f" {_numbering(record)}",
     ]
     if "losses" in record.settings:
         lines.append(f"losses by {record.settings['losses']}")
@@ -55,6 +55,14 @@ def text(record: InfluenceRecord) -> str:
     if queries > MOST_QUERIES:
         lines.append(f"and {queries - MOST_QUERIES} more queries, see proponents() and opponents()")
     return "\n".join(lines)
+
+
+def _numbering(record: InfluenceRecord) -> str:
+    """What the indices of a report are."""
+    if isinstance(record.dataset, Stream):
+        return "the id of their row"
+    below = record.innermost_indices()
+    return "dataset index" if below is None else "index in the training Subset [and in the dataset below it]"
 
 
 def _names(record: InfluenceRecord, indices: Tensor) -> list[str]:

@@ -126,6 +126,7 @@ def influence(
             "snapshots": list(states or {}),
             "measures": objective.measures,
             "losses": objective.loss.origin,
+            "dataset_size": len(train.dataset) if hasattr(train.dataset, "__len__") else None,
         },
         seconds=time.perf_counter() - begin,
         context=context or CallContext(),

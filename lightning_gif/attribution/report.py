@@ -174,13 +174,19 @@ class InfluenceReport(InfluenceRecord):
 
         Raises:
             ConfigurationError: If the folder holds no report, or one of an unknown version; if files are damaged, were
-                edited or do not belong together; or if ``dataset`` has fewer items than the scored one.
+                edited or do not belong together; or if ``dataset`` has another number of items than the scored one.
             FileNotFoundError: If there is no such folder.
         """
         record, tensors = read_folder(folder, _FORMAT)
         with parse_errors_name(folder, REMEDY):
             report = cls.from_record(record, tensors)
             str(report), report.summary()  # a report that cannot be printed is damaged
+        size = report.settings.get("dataset_size")
+        if size is not None and hasattr(dataset, "__len__") and len(dataset) != size:
+            raise ConfigurationError(
+                f"`dataset` has {len(dataset)} items, but that of the report has {size}. Give the dataset of the"
+                " training loader. If that is a Subset, give the Subset and not the dataset below it."
+            )
         last = int(report.indices.max())
         if hasattr(dataset, "__len__") and len(dataset) <= last:
             raise ConfigurationError(

@@ -101,6 +101,7 @@ def self_influence(
             **asdict(replace(settings, damping=damping)),
             "snapshots": list(states or {}),
             "losses": objective.loss.origin,
+            "dataset_size": len(train.dataset) if hasattr(train.dataset, "__len__") else None,
         },
         seconds=time.perf_counter() - start,
         context=context or CallContext(),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import BatchError, GIFWarning, TrainingDataError
@@ -23,6 +23,12 @@ from .streams import Stream
 from .structure import describe, equal_values, tensors
 
 __all__ = ["Examples", "warn_if_random"]
+
+
+_SUBSET_NOTE = (
+    " These are positions in a Subset. For indices of the dataset below it, pass a loader: DataLoader(Subset(dataset,"
+    " indices), 64)."
+)
 
 
 def _unchanged(batch: Batch) -> Batch:
@@ -317,7 +323,7 @@ class Examples:
             raise TrainingDataError(
                 f"{len(missing)} of the {len(wanted)} given dataset indices belong to no training example:"
                 f" {missing[:5]}{' …' if len(missing) > 5 else ''}. Give indices that the training loader draws, from"
-                f" {int(self.ids.min())} to {int(self.ids.max())}."
+                f" {int(self.ids.min())} to {int(self.ids.max())}.{_SUBSET_NOTE * isinstance(self.dataset, Subset)}"
             )
         order = self.ids.argsort()
         return self.subset(order[torch.searchsorted(self.ids[order], wanted)])

@@ -78,6 +78,7 @@ class Stream:
 
     def _id_of(self, row: Any) -> int:
         fields = row if isinstance(row, Mapping) else getattr(row, "__dict__", {})
+        given = {name: type(fields[name]).__name__ for name in _ID_FIELDS if name in fields}
         for name in _ID_FIELDS:
             value = fields.get(name)
             if isinstance(value, (Tensor, np.ndarray, np.generic)):
@@ -85,7 +86,8 @@ class Stream:
             if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
                 return value
         raise TrainingDataError(
-            f"{self._name} is an IterableDataset, and its rows have no id, so its examples have no stable index. To"
-            f" score them, yield mappings with a whole number as one of {', '.join(map(repr, _ID_FIELDS))}. Or pass a"
+            f"{self._name} is an IterableDataset, and its rows have no whole number as id"
+            f"{f' (got {given})' if given else ''}, so its examples have no stable index. To score them, yield"
+            f" mappings with a whole number as one of {', '.join(map(repr, _ID_FIELDS))}. Or pass a"
             " DataLoader over a map-style dataset as `dataloader=`."
         )

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 
 from .._compat import rank_zero_warn
 from ..config import AUTO, Settings
@@ -17,6 +18,7 @@ from ..data.batch import Batch
 from ..data.examples import Examples
 from ..defaults import for_influence, for_unlearning
 from ..errors import GIFWarning
+from ..objective.losses import OwnLoss
 from ..objective.objective import Objective
 from ..selection import is_name
 from ..session import Session, TargetsChoice
@@ -31,6 +33,9 @@ _COMPARED = 64
 
 # If there are fewer target parameters than this share of what `ratio` asks for, a warning names layers without any.
 _COVERED = 0.5
+
+# At this relative difference from the step, a warning says that defined losses are others.
+_DIFFERENT = 0.01
 
 _SHOWN_LAYERS = 20
 
@@ -81,6 +86,7 @@ class CheckReport:
     Attributes:
         module: The class of the module.
         n_train: The number of training examples.
+        is_subset: Whether the training loader draws from a ``Subset``. Dataset indices are then positions in it.
         batch_size: The number of examples in a measured batch.
         losses: How the losses of single examples are computed.
         agreement: The comparison of the losses with ``training_step``; ``None`` if the step returns no loss.
@@ -94,6 +100,7 @@ class CheckReport:
 
     module: str
     n_train: int
+    is_subset: bool
     batch_size: int
     losses: str
     agreement: Agreement | None
@@ -167,6 +174,7 @@ def check(
     return CheckReport(
         module=type(objective.module).__name__,
         n_train=len(train),
+        is_subset=isinstance(train.dataset, Subset),
         batch_size=passes.size,
         losses=objective.loss.origin,
         agreement=agreement,
@@ -177,7 +185,7 @@ def check(
             *queries,
             costs.edit(edits, min(n_forget, len(train) - 1), 0 if unseen is None else len(unseen), SampleSizes()),
         ],
-        warnings=list(dict.fromkeys([*caught, *more])),
+        warnings=list(dict.fromkeys([*caught, *more, *_doubts(objective, agreement)])),
         seconds=seconds + time.perf_counter() - begin,
     )
 
@@ -215,6 +223,17 @@ def _agreement(objective: Objective, train: Examples) -> Agreement | None:
     return Agreement(len(sample), step, values[reduction], reduction)
 
 
+def _doubts(objective: Objective, agreement: Agreement | None) -> list[str]:
+    """A warning if losses that the user defined are others than those of the step."""
+    if agreement is None or not isinstance(objective.loss, OwnLoss) or agreement.difference < _DIFFERENT:
+        return []
+    return [
+        f"The losses of `influence_loss` are not those of training_step: on {agreement.examples} examples their"
+        f" {agreement.reduction} is {agreement.losses:.4g}, but the step returns {agreement.step:.4g}. This is right if"
+        " the step weights examples or draws at random. Otherwise scores are about another loss than training."
+    ]
+
+
 def _layers(session: Session, settings: Settings) -> list[LayerShare]:
     """All layers with trainable parameters, with the numbers of their target parameters.
 
@@ -247,6 +266,8 @@ def _layers(session: Session, settings: Settings) -> list[LayerShare]:
 def _lines(report: CheckReport) -> Iterator[str]:
     """The report as text, one line for each fact."""
     yield f"{report.module}: {report.n_train} training examples, {report.n_parameters} trainable parameters"
+    if report.is_subset:
+        yield "dataset indices are positions in the Subset that the training loader draws from"
     yield f"losses of single examples: {report.losses}"
     agreement = report.agreement
     if agreement is not None:

@@ -82,6 +82,7 @@ class Objective:
         self.divisible = True  # whether batches of the training data can be divided into examples
         self._counts_rows = True  # whether the size of a batch shows in the first dimension of its tensors
         self.probed: Batch | None = None
+        self.is_convex = True  # whether there are predictions in which the loss is convex
         self._reference: Any = None  # the structure of training batches
 
     @property
@@ -207,7 +208,8 @@ class Objective:
         self._counts_rows = probe.counts_rows
         self._loss = choose_loss(self.shadow, probe)
         alone = self._takes_one_at_a_time or not probe.divisible
-        outputs.choose_predictions(self._loss, *(probe.singles if self._takes_one_at_a_time else [probe.many]))
+        batches = probe.singles if self._takes_one_at_a_time else [probe.many]
+        self.is_convex = outputs.choose_predictions(self._loss, *batches)
         self.probed = None if alone else probe.many
         return self.readable(train)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ _WHOLE, _PRODUCTS = 512, 16
 _ROUNDING = 1e-3
 
 
-def choose_predictions(loss: LossFunction, *batches: Batch) -> None:
+def choose_predictions(loss: LossFunction, *batches: Batch) -> bool:
     """Finds the predictions of a loss that is written by hand, and notes them as ``loss.entries``.
 
     The predictions are tensors that enter a softmax, a sigmoid or a difference, such that the loss depends on the
@@ -53,9 +54,12 @@ def choose_predictions(loss: LossFunction, *batches: Batch) -> None:
     Args:
         loss: The loss.
         batches: A few examples; several batches if the loss has to be evaluated for one example at a time.
+
+    Returns:
+        Whether there are predictions in which the loss is convex.
     """
-    if all(_determine_the_loss(loss, batch) for batch in batches):
-        return
+    if all(_determine_the_loss(loss, batch) and _is_linear_in_results(loss, batch) for batch in batches):
+        return True
     for together in possible_entries():
         valid: dict[int, Entries] = {}
         for loss.entries in together:
@@ -64,7 +68,27 @@ def choose_predictions(loss: LossFunction, *batches: Batch) -> None:
                 valid.setdefault(size, loss.entries)  # of several of one size, the last one
         loss.entries = valid[max(valid)] if valid else None
         if valid:
-            return
+            return True
+    return False
+
+
+def _is_linear_in_results(loss: LossFunction, batch: Batch) -> bool:
+    """Whether the loss is a linear function of what PyTorch's loss functions return, up to a constant.
+
+    Then it is convex in their predictions. The root of a mean squared error, for example, is not: for one example it is
+    the absolute error, which has no curvature.
+    """
+
+    def scaled(factor: float, evaluate: Callable[[], Tensor]) -> Tensor:
+        with Predictions(factor=factor):
+            return evaluate()
+
+    with torch.no_grad():
+        first, middle, last = (
+            loss.map(partial(scaled, factor), loss.shadow.theta, batch) for factor in (1.0, 1.5, 2.0)
+        )
+        bend = (first - 2 * middle + last).abs()
+        return bool((bend <= _ROUNDING * torch.stack([first, middle, last]).abs().amax(0)).all())
 
 
 def _determine_the_loss(loss: LossFunction, batch: Batch) -> bool:

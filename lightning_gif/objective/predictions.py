@@ -51,10 +51,12 @@ class Predictions(TorchFunctionMode):
 
     Args:
         others: Flat predictions that replace those of the model, in the order of the calls.
+        factor: A factor for the results of all loss functions.
     """
 
-    def __init__(self, others: Tensor | None = None) -> None:
+    def __init__(self, others: Tensor | None = None, *, factor: float = 1.0) -> None:
         super().__init__()
+        self._factor = factor
         self._others = others
         self._used = 0
         self._predictions: list[Tensor] = []
@@ -105,20 +107,23 @@ class Predictions(TorchFunctionMode):
         if func in _LOSSES:
             prediction, rest = _first(args, kwargs)
             self._record_target(func, rest, kwargs)
-            return func(self._record(prediction), *rest, **kwargs)
+            return self._scaled(func(self._record(prediction), *rest, **kwargs))
         if func in _OF_LOG_PROBABILITIES:
             prediction, rest = _first(args, kwargs)
             self._record_target(func, rest, kwargs)
             if id(prediction) in self._logits:
                 _, logits, log_softmax = self._logits[id(prediction)]
-                return func(log_softmax(self._record(logits)), *rest, **kwargs)
+                return self._scaled(func(log_softmax(self._record(logits)), *rest, **kwargs))
             scores = self._record(prediction)
             if self._others is not None:
                 # F.nll_loss has the classes in the second dimension, F.kl_div in any.
                 second = min(1, scores.ndim - 1)
                 scores = _normalised(scores, [second] if func is F.nll_loss else range(scores.ndim))
-            return func(scores, *rest, **kwargs)
+            return self._scaled(func(scores, *rest, **kwargs))
         return func(*args, **kwargs)
+
+    def _scaled(self, result: Tensor) -> Tensor:
+        return result if self._factor == 1.0 else self._factor * result
 
     def _record_target(self, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         classified = func in (F.cross_entropy, F.nll_loss)

@@ -106,14 +106,14 @@ class _FirstLoss(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.function: Callable[..., Any] | None = None
-        self.weight = ""
+        self.weight: Tensor | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if self.function is None and (func in _OF_LABELS or func in _OF_VALUES):
             self.function = func
-            self.weight = "weight=weight, " * isinstance((kwargs or {}).get("weight"), Tensor)
+            self.weight = (kwargs or {}).get("weight")
         return func(*args, **(kwargs or {}))
 
 
@@ -132,19 +132,35 @@ def code_of_losses(shadow: Shadow, batch: Batch) -> str:
         first.function = None  # the step fails, and the lines are an example only
     unpack, x, y = _unpacked(batch.data)
     predict = f"{_callable(shadow.module)}({x})"
+    weight = _weight(shadow.module, first.weight)
     if first.function in _OF_VALUES:
         name = _OF_VALUES[first.function]
-        losses = f'F.{name}({predict}, {y}, {first.weight}reduction="none").flatten(1).mean(1)'
+        losses = f'F.{name}({predict}, {y}, {weight}reduction="none").flatten(1).mean(1)'
         if all(tensor.ndim < 2 for tensor in tensors(batch.data)[1:]):
-            losses = f'F.{name}({predict}.squeeze(-1), {y}, {first.weight}reduction="none")'
+            losses = f'F.{name}({predict}.squeeze(-1), {y}, {weight}reduction="none")'
+    elif first.function in _OF_LABELS:
+        losses = f'F.{_OF_LABELS[first.function]}({predict}, {y}, {weight}reduction="none")'
     else:
-        losses = f'F.{_OF_LABELS.get(first.function, "cross_entropy")}({predict}, {y}, {first.weight}reduction="none")'
+        losses = f'F.cross_entropy({predict}, {y}, reduction="none")  # or another loss of yours'
     lines = [f"        {line}" for line in (*unpack, f"return {losses}  # one loss for each example, (B,)")]
     return (
         "Define the losses on the module, for example:\n\n    def influence_loss(self, batch):\n"
         + "\n".join(lines)
         + "\n\nOr pass such a function, whose first argument is the module, as GIFCallback(influence_loss=...)."
     )
+
+
+def _weight(module: nn.Module, weight: Tensor | None) -> str:
+    """The argument ``weight`` of a loss function in the lines, by the name that the module has for it."""
+    if not isinstance(weight, Tensor):
+        return ""
+    named = {**dict(module.named_buffers()), **dict(module.named_parameters()), **vars(module)}
+    names = [f"self.{name}" for name, value in named.items() if _has_values(value, weight)]
+    return f"weight={names[0]}, " if names else f"weight=torch.tensor({[round(w, 6) for w in weight.tolist()]}), "
+
+
+def _has_values(value: Any, weight: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == weight.shape and torch.equal(value.to(weight), weight)
 
 
 def _callable(module: nn.Module) -> str:

@@ -143,7 +143,7 @@ def unlearn(
         pairs = zip(data["indices"], data["innermost_indices"], strict=True)
         shown = ", ".join(f"{index} is {inner} there" for index, inner in itertools.islice(pairs, _SHOWN_INDICES))
         notes.append(
-            "The training loader draws from a Subset, and dataset indices are positions in it. The record also has the"
+            "The training loader draws from a Subset, and dataset indices are positions in it. This report also has the"
             f" indices in the dataset below the Subset: {shown}{' …' if len(data['indices']) > _SHOWN_INDICES else ''}."
         )
     journal = None

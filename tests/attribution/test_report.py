@@ -72,7 +72,7 @@ def test_a_loaded_report_says_which_pictures_it_has_not_and_reads_them_from_the_
     more.k = report.k = 5
     assert drawn(more) == drawn(report)
     assert torch.equal(more.by_group().totals, report.by_group().totals)
-    with pytest.raises(ConfigurationError, match="10 items, but the report scores dataset indices up to 23"):
+    with pytest.raises(ConfigurationError, match="10 items, but that of the report has 24"):
         InfluenceReport.load(tmp_path / "report", Subset(dataset, range(10)))
 
 

@@ -427,7 +427,11 @@ def as_mappings() -> list[Any]:
         (Centred, DATA, "F.cross_entropy(self.net(x), y, reduction"),
         (Named, as_mappings(), "F.cross_entropy(self(x), y, reduction"),
         (Regression, [(x, x[:3]) for x, _ in DATA], "F.mse_loss(self.net(x), y, reduction"),
-        (Several, [(x, y, 0) for x, y in DATA], "F.cross_entropy(self.net(x), y, weight=weight, reduction"),
+        (
+            Several,
+            [(x, y, 0) for x, y in DATA],
+            "F.cross_entropy(self.net(x), y, weight=torch.tensor([1.0, 2.0, 3.0]), reduction",
+        ),
     ],
 )
 def test_the_lines_that_a_warning_shows_define_the_losses(kind: type[Module], data: Any, line: str) -> None:
@@ -438,7 +442,7 @@ def test_the_lines_that_a_warning_shows_define_the_losses(kind: type[Module], da
         trainer.influence(query)
     message = next(str(warning.message) for warning in caught if line in str(warning.message))
     code = textwrap.dedent(message[message.index("    def influence_loss") : message.index("\n\nOr pass")])
-    names = {"F": F, "weight": torch.tensor([1.0, 2.0, 3.0])}
+    names = {"F": F, "torch": torch}
     exec(code, names)
     module.influence_loss = MethodType(names["influence_loss"], module)  # type: ignore[assignment, arg-type]
     with warnings.catch_warnings():

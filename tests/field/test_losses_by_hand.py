@@ -198,3 +198,28 @@ def test_a_difference_in_which_the_loss_is_linear_is_no_prediction() -> None:
     exact = dense_scores(module.net, lambda net, x: net(x), loss, examples, range(2))
     scores = trainer.influence([tensor[:2] for tensor in DATA.tensors], **CONVERGED).scores[0]
     assert error(scores, exact) < 1e-5
+
+
+class Rooted(Module):
+    """The root of a mean squared error: for one example and one output it is the absolute error."""
+
+    def __init__(self, convert: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(6, 1)
+        self.convert = convert
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, _ = batch
+        return self.convert(F.mse_loss(self.net(x)[:, 0], x[:, 0]))
+
+
+@pytest.mark.parametrize("convert", [torch.sqrt, torch.log1p])
+def test_a_nonlinear_function_of_a_loss_has_no_gauss_newton_matrix(convert: Any) -> None:
+    trainer = fitted(Rooted(convert), DATA, epochs=1)
+    with pytest.warns(GIFWarning, match="has no Gauss–Newton matrix"):
+        report = trainer.influence([tensor[:2] for tensor in DATA.tensors])
+    assert report.curvature["kind"] == "hessian"
+
+
+def test_a_linear_function_of_a_loss_has_its_gauss_newton_matrix() -> None:
+    trainer = fitted(Rooted(lambda loss: 3 * loss + 1), DATA)
+    assert trainer.influence([tensor[:2] for tensor in DATA.tensors]).curvature["kind"] == "ggn"

@@ -51,6 +51,11 @@ class WithoutIds(Rows):
     name = "when"
 
 
+class Named(Rows):
+    def wrap(self, index: int) -> Any:
+        return str(index)
+
+
 class Endless(Rows):
     def __iter__(self) -> Iterator[Any]:
         return itertools.cycle(super().__iter__())
@@ -85,6 +90,7 @@ def test_scores_are_those_of_the_rows_by_id(rows: type[Rows]) -> None:
         {name: value for name, value in query.items() if name in ("x", "y", rows.name)}, **CONVERGED
     )
     assert report.indices.tolist() == IDS
+    assert "examples by the id of their row" in str(report)
     pairs = list(zip(X.double(), Y, strict=True))
     exact = dense_scores(trainer.lightning_module, lambda m, x: m.net(x[None]), cross_entropy, pairs, range(4))
     assert error(report.scores[0], exact) < 1e-5
@@ -108,7 +114,10 @@ def test_chosen_rows_and_self_influence() -> None:
 
 def test_an_edit_is_refused_and_the_named_remedy_works() -> None:
     trainer = trained(Rows())
-    with pytest.raises(TrainingDataError, match=r"An edit reads.*map-style dataset as `dataloader=`"):
+    with pytest.raises(
+        TrainingDataError,
+        match=r"An edit reads.*map-style dataset as `dataloader=`, and give examples by their positions",
+    ):
         trainer.unlearn([IDS[3]])
     rows = list(Rows())
     with warnings.catch_warnings():
@@ -120,7 +129,8 @@ def test_an_edit_is_refused_and_the_named_remedy_works() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (WithoutIds, r"rows have no id.*yield mappings with a whole number as one of 'id'"),
+        (WithoutIds, r"rows have no whole number as id, so.*yield mappings with a whole number as one of 'id'"),
+        (Named, r"no whole number as id \(got \{'id': 'str'\}\)"),
         (Endless, r"Two rows of Endless have the id 1000"),
         (Shuffled, r"different order in each pass"),
     ],

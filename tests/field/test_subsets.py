@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
-from lightning_gif import GIFCallback, GIFWarning, InfluenceReport, UnlearnReport
+from lightning_gif import ConfigurationError, GIFCallback, GIFWarning, InfluenceReport, UnlearnReport
 from lightning_gif.storage.audit_log import read
 
 from ..conftest import make_trainer
@@ -79,6 +79,14 @@ def test_an_edit_and_its_record_have_both_indices(tmp_path: Path) -> None:
     assert read(log).entries[0]["asked"]["innermost_indices"] == expected
     report.save(tmp_path / "edit")
     assert UnlearnReport.load(tmp_path / "edit").data["innermost_indices"] == expected
+
+
+def test_the_dataset_below_a_subset_is_refused_for_a_stored_report(tmp_path: Path) -> None:
+    data = split()
+    trained(data).influence([WHOLE[3][0][None], WHOLE[3][1][None]]).save(tmp_path / "report")
+    assert InfluenceReport.load(tmp_path / "report", data).innermost_indices() is not None
+    with pytest.raises(ConfigurationError, match="give the Subset and not the dataset below it"):
+        InfluenceReport.load(tmp_path / "report", WHOLE)
 
 
 def test_without_a_subset_there_is_one_numbering(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_gif import GIFCallback, GIFWarning, ObjectiveError, attach
+from lightning_gif import GIFCallback, GIFWarning, ObjectiveError, TrainingDataError, attach
 from lightning_gif.reports import CheckReport
 
 from ..conftest import make_trainer
@@ -91,6 +91,7 @@ def test_losses_of_another_size_than_the_step_show() -> None:
     assert report.losses == "influence_loss"
     assert report.agreement.difference == pytest.approx(0.5, rel=1e-4)
     assert "differs by 50.0% from the mean" in str(report)
+    assert any("not those of training_step" in message for message in report.warnings)
 
 
 def test_coupled_losses_are_in_the_warnings_of_the_report_and_only_there() -> None:
@@ -112,6 +113,16 @@ def test_the_layers_have_the_targets_of_an_edit() -> None:
         ("net.2", "Linear", 27),
     ]
     assert report.n_parameters == 83
+
+
+def test_a_subset_is_named() -> None:
+    trainer = make_trainer(GIFCallback(), max_epochs=1)
+    trainer.fit(Net(), DataLoader(Subset(DATA, range(40, 60)), 8))
+    report = trainer.influence.check()
+    assert "positions in the Subset" in str(report)
+    with pytest.raises(TrainingDataError, match=r"from 0 to 19. These are positions in a Subset.*Subset\(dataset, in"):
+        trainer.unlearn([45], dry_run=True)
+    assert trainer.unlearn(DataLoader(Subset(DATA, [45]), 64), step="natural", dry_run=True).data["indices"] == [5]
 
 
 def test_frozen_layers_are_left_out() -> None:
