@@ -1,6 +1,7 @@
 """Measures the cost of training a perceptron, the fixed cost of a call, and the cost of self-influence of few examples.
 
-    python benchmarks/small.py [--what training --what calls --what self-influence] [--net vit] [--rounds 5]
+    python benchmarks/small.py [--what training --what calls --what self-influence --what workers --what texts]
+        [--net vit] [--rounds 5]
 
 - training: five epochs of a perceptron with 2410 parameters on 1300 digits, without a callback, with an empty one and
   with :class:`GIFCallback`, with and without its logged values.
@@ -8,6 +9,10 @@
   the time goes into function calls, not arithmetic. The probe is :meth:`Objective.learn_structure`.
 - self-influence: ``self_influence`` of 64 images of 64 × 64 pixels with a convolutional network or a transformer of
   about 0.3 million parameters, with and without the Jacobians of single examples.
+- workers: calls on 600 items that take two milliseconds each to read, with two workers that are kept between passes
+  (``persistent_workers=True``), or started for each pass, and without workers. These times are wall time.
+- texts: ``influence`` and ``self_influence`` with BERT and GPT2 of the package transformers, small and random, on 96
+  padded texts, with losses from ``training_step`` and from ``influence_loss``. Without transformers it is left out.
 
 Times are CPU seconds on one thread, medians over rounds in which the variants take turns. Prints Markdown tables.
 """
@@ -189,11 +194,114 @@ def self_influence(nets: list[str], rounds: int) -> None:
         print(f"| {name} | {size} | {epoch:.2f} | {new:.1f} | {old:.1f} | {new / old:.2f} |", flush=True)
 
 
+class Slow(TensorDataset):
+    """Digits that take two milliseconds to read, as decoding a picture does."""
+
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(0.002)
+        return super().__getitem__(index)
+
+
+def workers(rounds: int) -> None:
+    data = Slow(*digits(600).tensors)
+    torch.manual_seed(0)
+    trainer = fitted(perceptron(16), TensorDataset(*data.tensors))
+    query = data[:8]
+    loaders = {
+        "kept": DataLoader(data, 32, num_workers=2, persistent_workers=True),
+        "started for each pass": DataLoader(data, 32, num_workers=2),
+        "none": DataLoader(data, 32),
+    }
+    made: dict[str, Callable[..., Any]] = {
+        "influence": partial(trainer.influence, query),
+        "self_influence": trainer.self_influence,
+        "unlearn": partial(trainer.unlearn, [1, 2], dry_run=True),
+    }
+    print("| call | workers | time (s) |\n| --- | --- | --- |")
+    for name, call in made.items():
+        times: dict[str, list[float]] = {kind: [] for kind in loaders}
+        for _ in range(rounds):
+            for kind, loader in loaders.items():
+                start = time.perf_counter()
+                call(dataloader=loader, batch_size=64)
+                times[kind].append(time.perf_counter() - start)
+        for kind, values in times.items():
+            print(f"| `{name}` | {kind} | {statistics.median(values):.2f} |", flush=True)
+
+
+class Texts(pl.LightningModule):
+    """A language model of transformers on batches of token ids, their mask, and labels."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.model(**batch).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+def losses(module: Any, batch: Any) -> Tensor:
+    """The loss of each text: of its class, or the mean over its tokens."""
+    logits = module.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"]
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, reduction="none")
+    labels = labels[:, 1:]
+    each = F.cross_entropy(logits[:, :-1].mT, labels, ignore_index=-100, reduction="none")
+    return each.sum(1) / (labels != -100).sum(1)
+
+
+def texts(rounds: int) -> None:
+    try:
+        from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+    except ModuleNotFoundError:
+        print("transformers is not installed.")
+        return
+    bert = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    gpt2 = GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, n_positions=16)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 50, (96, 12), generator=generator)
+    mask = torch.arange(12) < torch.randint(4, 13, (96, 1), generator=generator)
+    ids = ids * mask
+    both = {"input_ids": ids, "attention_mask": mask.long()}
+    data = {
+        "BERT": (BertForSequenceClassification(bert), {**both, "labels": ids[:, 0] % 2}),
+        "GPT2": (GPT2LMHeadModel(gpt2), {**both, "labels": ids.where(mask, -100)}),
+    }
+    print("| model | call | `training_step` (s) | `influence_loss` (s) | ratio |\n| --- | --- | --- | --- | --- |")
+    for name, (model, columns) in data.items():
+        items = [{key: column[i] for key, column in columns.items()} for i in range(96)]
+        loader = DataLoader(items, 16)  # type: ignore[arg-type]
+        trainers = []
+        for given in (None, losses):
+            torch.manual_seed(0)
+            callback = GIFCallback(influence_loss=given, unconverged="ignore")
+            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+            trainers.append(
+                pl.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, callbacks=[callback], **quiet)
+            )
+            trainers[-1].fit(Texts(model), loader)
+        query = {key: column[:4] for key, column in columns.items()}
+        for call in ("influence", "self_influence"):
+            times: tuple[list[float], list[float]] = ([], [])
+            for turn in range(rounds + 1):
+                for trainer, values in zip(trainers, times, strict=True):
+                    arguments = (query,) if call == "influence" else ()
+                    spent = seconds(partial(getattr(trainer, call), *arguments))
+                    if turn:  # the first round warms up
+                        values.append(spent)
+            step, own = map(statistics.median, times)
+            print(f"| {name} | `{call}` | {step:.2f} | {own:.2f} | {step / own:.2f} |", flush=True)
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "--what",
-        choices=["training", "calls", "self-influence"],
+        choices=["training", "calls", "self-influence", "workers", "texts"],
         action="append",
         help="by default all; may be repeated",
     )
@@ -204,13 +312,17 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    what = options.what or ["training", "calls", "self-influence"]
+    what = options.what or ["training", "calls", "self-influence", "workers", "texts"]
     if "training" in what:
         training(options.rounds)
     if "calls" in what:
         calls(options.rounds)
     if "self-influence" in what:
         self_influence(options.net or list(NETS), options.rounds)
+    if "workers" in what:
+        workers(options.rounds)
+    if "texts" in what:
+        texts(options.rounds)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,9 @@ def test_a_datamodule_is_set_up_once_for_each_stage() -> None:
     attach(trainer, Classifier(), datamodule=Split(), callback=callback)
     callback.loaders.find(trainer, "train_dataloader", processes)
     assert trainer.datamodule.stages == ["prepared", "fit"]
+    attach(trainer, Classifier(), datamodule=Split(), callback=callback)
+    callback.loaders.find(trainer, "test_dataloader", processes)
+    assert trainer.datamodule.stages == ["prepared", "fit", "prepared", "test"]  # so that a random split is that of fit
 
 
 def test_the_data_are_those_of_the_datamodule_or_else_of_the_module() -> None:
