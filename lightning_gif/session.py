@@ -140,7 +140,8 @@ class Session:
             queries: The number of queries.
             itself: Whether each example is scored for its own loss.
         """
-        probed = self.objective.probed or next(self.train.subset(torch.arange(1)).batches())
+        probed = self.objective.probed
+        assert probed is not None  # since the structure of the training examples is known
         ggn = self.objective.is_convex and has_gauss_newton(self.objective, self.objective.theta, probed)
         choose = partial(for_influence, asked, on_targets=on_targets, queries=queries, itself=itself)
         chosen = choose(ggn=ggn)
@@ -258,7 +259,8 @@ class Session:
         try:
             found = Examples.from_loader(loader, objective.prepare, batch_size=settings.batch_size, seed=settings.seed)
             found = objective.readable(found)
-            objective.check(found.subset(torch.arange(1)), "unseen")
+            few = torch.arange(min(2, len(found)))  # a collate function may need several examples
+            objective.check(found.subset(few), "unseen")
         except GIFError as error:  # validation batches may be structured in another way than those of training
             if given is not None:
                 raise
@@ -368,7 +370,7 @@ def open_session(
         with opened as objective:
             train = _training_examples(trainer, loader, objective, settings, given=dataloader is not None)
             if is_unfitted and epoch is None:
-                _warn_if_epoch_matters(trainer, objective, train)
+                _warn_if_epoch_matters(trainer, objective)
             repicks = not (overrides or {}).keys().isdisjoint(("selector", "ratio", "seed"))
             try:
                 yield Session(objective, train, settings, loaders, tracker, repicks)
@@ -376,9 +378,10 @@ def open_session(
                 train.close()
 
 
-def _warn_if_epoch_matters(trainer: Trainer, objective: Objective, train: Examples) -> None:
+def _warn_if_epoch_matters(trainer: Trainer, objective: Objective) -> None:
     """Warns if the losses depend on the epoch, but the trainer has not finished one, so the epoch is unknown."""
-    batch = next(train.subset(torch.arange(1)).batches())
+    batch = objective.probed
+    assert batch is not None  # since the structure of the training examples is known
 
     def loss() -> float:
         return float(objective.losses(objective.theta, batch).sum())

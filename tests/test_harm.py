@@ -552,7 +552,7 @@ def test_an_interrupt_in_a_hook_still_ends_the_fit(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("late", [False, True])
 def test_an_unexpected_error_in_a_report_stops_the_reports_and_not_the_fit(late: bool) -> None:
     class Choosy(Classifier):
-        """Fails outside of training, or after the first epoch."""
+        """Fails in every evaluation by the callback, whose weights are no parameters; or after the first epoch."""
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             in_training = isinstance(next(self.parameters()), nn.Parameter)

@@ -234,7 +234,7 @@ class SketchInverse(SolverInverse):
     def uses_jacobians(cls, objective: Objective, settings: Settings, n: int) -> bool:
         """Whether products with the Jacobians are faster, as operation counts predict, and their size is limited."""
         probed, size = objective.probed, objective.space.size
-        if settings.curvature != "ggn" or probed is None or size < _JACOBIAN_PARAMETERS:
+        if settings.curvature != "ggn" or probed is None or not probed.divisible or size < _JACOBIAN_PARAMETERS:
             return False
         outputs = n_outputs(objective, probed)
         bytes_of_all = n * outputs * size * objective.theta.itemsize

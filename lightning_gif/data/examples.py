@@ -411,8 +411,9 @@ def warn_if_random(examples: Examples) -> bool:
     if not same:
         warnings.warn(
             "The training dataset returns different values each time an example is read (random augmentation?). The"
-            " generators are seeded before each pass, so one fixed draw is used. For results that do not depend on the"
-            " draw, pass a `dataloader=` without augmentation.",
+            " global generators are seeded before each batch, so one fixed draw is used, unless the dataset has a"
+            " generator of its own. For results that do not depend on the draw, pass a `dataloader=` without"
+            " augmentation.",
             GIFWarning,
             stacklevel=2,
         )

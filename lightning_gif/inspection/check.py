@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 
 from .._compat import rank_zero_warn
 from ..config import AUTO, Settings
+from ..curvature.methods import METHODS
 from ..data.batch import Batch
 from ..data.examples import Examples
 from ..defaults import for_influence, for_unlearning
@@ -93,7 +94,8 @@ class CheckReport:
         curvature: The kind of curvature for scores and for edits, under the keys ``"scores"`` and ``"edits"``.
         ratio: The share of the parameters that the settings ask for; ``None`` if they name parameters.
         layers: All layers with trainable parameters.
-        costs: What calls will cost. If ``solver`` is a registered inverse, there are no estimates for scores.
+        costs: What calls will cost. A registered inverse as ``solver`` has no estimates of scores, and a solver that
+            cannot solve for an edit has none of an edit.
         warnings: All warnings that the losses, the data and the targets cause.
         seconds: The time that the check took, in seconds.
     """
@@ -166,11 +168,14 @@ def check(
         start = seconds + time.perf_counter() - begin
         passes = measure(objective, train, (scores.curvature, edits.curvature))
     costs = Costs(objective, passes, len(train), start)
-    queries = []
+    estimates = []
     if solves:
         one = for_influence(requested, ggn=scores.curvature == "ggn", on_targets=False)
-        queries = [costs.query(one, 1), *([costs.query(scores, n_queries)] if n_queries > 1 else [])]
-        queries.append(costs.self_influence(itself))
+        estimates = [costs.query(one, 1), *([costs.query(scores, n_queries)] if n_queries > 1 else [])]
+        estimates.append(costs.self_influence(itself))
+    if _solves_edits(edits):
+        n_forget, n_unseen = min(n_forget, len(train) - 1), 0 if unseen is None else len(unseen)
+        estimates.append(costs.edit(edits, n_forget, n_unseen, SampleSizes()))
     return CheckReport(
         module=type(objective.module).__name__,
         n_train=len(train),
@@ -181,13 +186,17 @@ def check(
         curvature={"scores": scores.curvature, "edits": edits.curvature},
         ratio=requested.ratio if is_name(requested.selector) else None,
         layers=layers,
-        costs=[
-            *queries,
-            costs.edit(edits, min(n_forget, len(train) - 1), 0 if unseen is None else len(unseen), SampleSizes()),
-        ],
+        costs=estimates,
         warnings=list(dict.fromkeys([*caught, *more, *_doubts(objective, agreement)])),
         seconds=seconds + time.perf_counter() - begin,
     )
+
+
+def _solves_edits(settings: Settings) -> bool:
+    """Whether the solver takes the matrix and the damping of an edit."""
+    solver, method = SOLVERS[settings.solver], METHODS[settings.method]
+    is_fit = method.is_symmetric or not solver.requires_symmetric_psd
+    return is_fit and bool(settings.damping or not solver.requires_damping)
 
 
 @contextmanager

@@ -229,6 +229,9 @@ class _Decaying:
 
     rmatvec = matvec
 
+    def draw(self, seed: int) -> _Decaying:
+        return self
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -259,7 +262,7 @@ class Costs:
             n_queries,
             semidefinite=CURVATURES.declared(CURVATURES[settings.curvature], "positive_semidefinite"),
         )
-        solves, kept = self._curvature(passes.scores, settings, self._sample(settings), products)
+        solves, kept = self._solve(passes.scores, settings, self._sample(settings), products)
         vectorised = n_queries > FEW_DIRECTIONS and self.objective.loss.vectorised
         score = (
             self._over(self.n_train, passes.rows) if vectorised else n_queries * self._over(self.n_train, passes.score)
@@ -326,7 +329,7 @@ class Costs:
         trial = sum(self._over(n, passes.loss) for n in measured)
         algebra, products = self._solves(replace(settings, damping=settings.damping or 0.0), 1, semidefinite=False)
         products += 1  # the curvature along the change
-        influence, kept = self._curvature(passes.edits, settings, n_fit, products)
+        influence, kept = self._solve(passes.edits, settings, n_fit, products)
         begin = (
             self._over(n_fit + n_eval + n_unseen + 2 * n_forget, passes.read)
             + sum(self._over(n, passes.gradient) for n in (n_forget, n_forget, n_eval, n_fit))
@@ -373,6 +376,13 @@ class Costs:
         seconds = self._over(n, self.passes.read) + first + products * self._over(n, costs.product) + repeated
         cached = batches * self.passes.batch_bytes
         return seconds, held * costs.kept + (cached if cached <= room else 0.0)
+
+    def _solve(self, costs: CurvatureCosts, settings: Settings, n: int, products: int) -> tuple[float, float]:
+        """As :meth:`_curvature`, for the products of the solver of the settings."""
+        if not SOLVERS[settings.solver].requires_draws:
+            return self._curvature(costs, settings, n, products)
+        few = min(n, self.passes.size)  # each product is over another batch
+        return products * sum(self._over(few, one) for one in (self.passes.read, costs.first, costs.product)), 0.0
 
     def _jacobians(self, n: int, products: int) -> tuple[float, float]:
         """As :meth:`_curvature`, for products with the Jacobians of single examples."""

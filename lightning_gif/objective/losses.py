@@ -351,7 +351,7 @@ def choose_loss(shadow: Shadow, probe: Probe) -> LossFunction:
         raise ObjectiveError(
             f"{type(shadow.module).__name__}.training_step gives no losses of single examples. For a batch of one"
             f" example it raises {type(alone).__name__}: {alone}. From a larger batch they could not be taken"
-            f" ({obstacles[0]}). {code_of_losses(shadow, probe.fewer)}"
+            f" ({obstacles[0] if obstacles else 'its batches have no rows'}). {code_of_losses(shadow, probe.fewer)}"
         ) from alone
     warnings.warn(
         f"The losses of single examples are computed one after the other, which is slow: training_step could not be"

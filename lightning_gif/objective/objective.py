@@ -81,7 +81,7 @@ class Objective:
         self._directional: derivatives.DirectionalDerivatives = derivatives.forward_mode
         self.divisible = True  # whether batches of the training data can be divided into examples
         self._counts_rows = True  # whether the size of a batch shows in the first dimension of its tensors
-        self.probed: Batch | None = None
+        self.probed: Batch | None = None  # training examples, in a batch that the losses can be computed for
         self.is_convex = True  # whether there are predictions in which the loss is convex
         self._reference: Any = None  # the structure of training batches
 
@@ -207,10 +207,9 @@ class Objective:
         self.divisible = probe.divisible
         self._counts_rows = probe.counts_rows
         self._loss = choose_loss(self.shadow, probe)
-        alone = self._takes_one_at_a_time or not probe.divisible
-        batches = probe.singles if self._takes_one_at_a_time else [probe.many]
-        self.is_convex = outputs.choose_predictions(self._loss, *batches)
-        self.probed = None if alone else probe.many
+        probed = list(probe.singles) if self._takes_one_at_a_time else [probe.many]
+        self.is_convex = outputs.choose_predictions(self._loss, *probed)
+        self.probed = replace(probed[0], divisible=probe.divisible and not self._takes_one_at_a_time)
         return self.readable(train)
 
     @property

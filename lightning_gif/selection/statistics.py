@@ -134,8 +134,6 @@ class NeuronStatistics:
             weight: Output gradients times this factor are gradients of the batch's mean loss. It undoes gradient
                 accumulation and loss scaling.
         """
-        if self._n_read > _KEPT:
-            self.sum_batches()
         self._batch = _BatchRead(None if classes is None else classes.clone(), size, weight)
 
     def pause(self) -> None:
@@ -251,6 +249,8 @@ class NeuronStatistics:
         values = _per_example(values, channel)
         self._read.append(_Values(kind, name, values, batch if batch.has_classes_of(values) else None, scale))
         self._n_read += values.numel()
+        if self._n_read > _KEPT:  # at once, since the values of one batch may need as much memory as training
+            self.sum_batches()
 
     def _add(self, same: list[_Values]) -> None:
         """Adds values of one layer to the rows of their classes, or to row 0. Skips batches with non-finite sums."""

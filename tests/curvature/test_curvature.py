@@ -481,6 +481,60 @@ def test_a_loss_that_bypasses_its_predictions_is_refused_for_each_batch_structur
             linearise(theta, Batch.of(torch.randn(4, 2, 3, dtype=torch.float64)))
 
 
+class Sine(torch.autograd.Function):
+    """A function whose second derivative PyTorch leaves out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("margin", [1, 3, 5])  # at 5 all losses are zero in float32
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_second_derivative_that_is_left_out_is_not_confused_with_rounding(margin: float, broken: bool) -> None:
+    torch.manual_seed(0)
+    x, theta = torch.randn(40, 6).abs() + 0.5, 0.1 * torch.randn(6, 3)
+    theta[:, 0] += margin
+
+    def loss_sum(theta: Tensor, batch: Batch) -> Tensor:
+        z = x @ theta.view(6, 3)
+        return F.cross_entropy(z + Sine.apply(z) if broken else z, torch.zeros(40).long(), reduction="sum")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hessian(loss_sum)(theta.flatten(), Batch.of(x))
+    assert ["is not symmetric" in str(warning.message) for warning in caught] == [True] * broken
+
+
+def test_gauss_newton_allows_for_the_rounding_of_bfloat16() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 20), torch.randint(3, (64,))
+    net = nn.Sequential(nn.Linear(20, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3))
+    names, sizes = zip(*((name, one.shape) for name, one in net.named_parameters()), strict=True)
+
+    def outputs(theta: Tensor, batch: Batch) -> Tensor:
+        parts = theta.split([size.numel() for size in sizes])
+        values = {name: part.view(size) for name, part, size in zip(names, parts, sizes, strict=True)}
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.func.functional_call(net, values, (x,)).float()
+
+    def loss_sum(theta: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(outputs(theta, batch), y, reduction="sum")
+
+    theta = nn.utils.parameters_to_vector(net.parameters()).detach()
+    linearise = gauss_newton(
+        outputs, lambda theta, batch: lambda out: F.cross_entropy(out, y, reduction="sum"), loss_sum
+    )
+    product, _ = linearise(theta, Batch.of([x, y]))
+    assert product(theta).norm() > 0
+
+
 def test_gauss_newton_without_a_loss_function_of_pytorch_is_refused() -> None:
     class ByHand(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

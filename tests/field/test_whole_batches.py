@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gif import BatchError, ObjectiveError
+from lightning_gif import BatchError, ObjectiveError, attach
 
-from ..conftest import blobs
+from ..conftest import blobs, make_trainer
 from .reference import CONVERGED, Module, cross_entropy, dense_scores, error, fitted
 from .test_batches import (
     CLOUD_COLLATES,
@@ -294,3 +294,49 @@ def test_a_batch_that_checks_its_fields_is_taken_apart_all_the_same() -> None:
     )
     trainer.self_influence()
     trainer.unlearn([1, 2], dry_run=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Steps and collate functions that need several examples
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class NormalisedClouds(Module):
+    """Normalises over the examples of a batch, which fails for a single one."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        means = torch.stack([cloud.mean(0) for cloud, _ in batch])
+        return F.cross_entropy(
+            self.net(F.batch_norm(means, None, None, training=True)), torch.stack([y for _, y in batch])
+        )
+
+
+def test_ragged_batches_of_which_a_single_example_has_no_loss_are_refused_with_the_remedy() -> None:
+    data = Items([(torch.randn(4 + index % 3, 6), torch.tensor(index % 3)) for index in range(24)])
+    trainer = fitted(NormalisedClouds(), data, list)
+    with pytest.raises(ObjectiveError, match=r"(?s)gives no losses.*its batches have no rows.*influence_loss"):
+        trainer.influence(query(data, list))
+
+
+def _collated(items: list[Any]) -> list[Tensor]:
+    if len(items) < 2:
+        raise ValueError("needs two examples")
+    return [torch.stack(column) for column in zip(*items, strict=True)]
+
+
+class Averaged(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def test_a_collate_function_that_needs_several_examples() -> None:
+    module = Averaged()
+    trainer = make_trainer()
+    attach(trainer, module, train_dataloaders=DataLoader(DATA, 8, collate_fn=_collated))  # the trainer knows no epoch
+    scores = trainer.self_influence().scores
+    plain = make_trainer()
+    attach(plain, module, train_dataloaders=DataLoader(DATA, 8))
+    assert torch.allclose(scores, plain.self_influence().scores, rtol=1e-4)
+    unseen = DataLoader(blobs(30, seed=5), 8, collate_fn=_collated)
+    report = trainer.unlearn(list(range(8)), ratio=0.5, unseen=unseen, dry_run=True, step="natural")
+    assert report.losses

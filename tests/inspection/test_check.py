@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_gif import GIFCallback, GIFWarning, ObjectiveError, TrainingDataError, attach
+from lightning_gif import (
+    SOLVERS,
+    ConfigurationError,
+    GIFCallback,
+    GIFWarning,
+    ObjectiveError,
+    TrainingDataError,
+    attach,
+)
 from lightning_gif.reports import CheckReport
 
 from ..conftest import make_trainer
@@ -155,6 +163,20 @@ def test_the_products_are_those_of_the_calls(width: int, queries: int) -> None:
     (solve,) = edit.solves
     made, expected = solve["hvps"] + 1, report.costs[-1].products  # one product is not of the solver
     assert made == expected or (solve["status"] == "converged" and made < expected)
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+def test_every_solver_has_estimates_of_the_calls_that_it_serves(solver: str) -> None:
+    trainer = trained(Net(), solver=solver, unconverged="ignore")
+    calls = [cost.call.partition("(")[0].partition(" of")[0] for cost in trainer.influence.check().costs]
+    assert calls[:2] == ["trainer.influence", "trainer.self_influence"]
+    trainer.influence([X[:1], Y[:1]])
+    try:
+        trainer.unlearn([0, 3], dry_run=True, step="natural")
+    except ConfigurationError:
+        assert calls[2:] == []
+    else:
+        assert calls[2:] == ["trainer.unlearn"]
 
 
 def test_costs_are_positive_and_grow_with_what_is_asked_for() -> None:

@@ -382,9 +382,9 @@ def test_batches_are_summed_before_many_values_are_kept(monkeypatch: pytest.Monk
     monkeypatch.setattr("lightning_gif.selection.statistics._KEPT", 100)
     module, neurons, most = nn.Linear(3, 5), NeuronStatistics(), 0
     neurons.attach(nn.Sequential(module))
-    for _ in range(20):
-        neurons.record(None, 4)
-        module(torch.randn(4, 3)).sum().backward()
+    for size in (*[4] * 20, 400):  # the last batch alone has many values
+        neurons.record(None, size)
+        module(torch.randn(size, 3)).sum().backward()
         most = max(most, sum(one.values.numel() for one in neurons._read))
-    assert most <= 100 + 2 * 4 * 5
-    assert neurons.output_counts["0"].tolist() == [80]
+    assert 0 < most <= 100
+    assert neurons.output_counts["0"].tolist() == [480]
