@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Self
 
 from ..config import Settings
@@ -66,8 +67,8 @@ SKETCH_COPIES = 5
 
 # A sketch is computed from the Jacobians of single examples if the model has at least so many parameters, since the
 # time of smaller ones goes into calls; if the rank is at least so many times the number of outputs, since a product
-# takes the time of about three backward passes, and a single example more than its share of a batch; and if all
-# Jacobians have at most so many bytes. benchmarks/README.md, "Self-influence of small data".
+# takes the time of about three backward passes, and a single example more than its share of a batch; if all Jacobians
+# have at most so many bytes; and if a pass over an example takes more operations than its Jacobian has entries. benchmarks/README.md, "Self-influence of small data".
 _JACOBIAN_PARAMETERS, _PASSES, _JACOBIAN_BYTES = 2**16, 4, 2**31
 
 
@@ -87,6 +88,17 @@ def inverse_for_self_influence(settings: Settings, size: int) -> type[InverseCur
     if settings.solver not in SOLVERS:
         return INVERSES[settings.solver]
     return DenseInverse if size <= DENSE_PARAMETERS else SketchInverse
+
+
+def _operations(objective: Objective, batch: Batch) -> int:
+    """The number of floating-point operations of a pass over the first example of a batch.
+
+    A product with its curvature takes about four times as many. A product with its Jacobian ``(d, p)`` and the
+    transpose takes ``4dp``. A layer without shared weights has ``2p``, and a convolution many times more.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        objective.loss_sum(objective.theta, batch.slice(0, 1))
+    return int(counter.get_total_flops())
 
 
 def n_outputs(objective: Objective, batch: Batch) -> int:
@@ -238,7 +250,9 @@ class SketchInverse(SolverInverse):
             return False
         outputs = n_outputs(objective, probed)
         bytes_of_all = n * outputs * size * objective.theta.itemsize
-        return _PASSES * outputs <= max_iter(settings) and bytes_of_all <= _JACOBIAN_BYTES
+        if _PASSES * outputs > max_iter(settings) or bytes_of_all > _JACOBIAN_BYTES:
+            return False
+        return _operations(objective, probed) > outputs * size
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
         """See :meth:`InverseCurvature.quadratic`. Values are too large, because the sketch misses some curvature.

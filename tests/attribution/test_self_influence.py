@@ -11,9 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_gif import ConfigurationError, ConvergenceError, ConvergenceWarning, GIFWarning, ObjectiveError, attach
+from lightning_gif import (
+    ConfigurationError,
+    ConvergenceError,
+    ConvergenceWarning,
+    GIFCallback,
+    GIFWarning,
+    ObjectiveError,
+    attach,
+)
 from lightning_gif.curvature import by_solver
 from lightning_gif.curvature.products import CURVATURES
+from lightning_gif.data.examples import Examples
+from lightning_gif.objective.objective import Objective
 
 from ..conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 from .test_influence import damped, gradients, open_trainer
@@ -166,12 +176,31 @@ def test_each_remedy_that_a_message_about_self_influence_names_works(monkeypatch
     works(by_hand.self_influence(method="if"))
 
 
-def wide(features: int = 512) -> tuple[Classifier, TensorDataset]:
-    return Classifier(nn.Sequential(nn.Linear(features, 130), nn.Tanh(), nn.Linear(130, 3))), blobs(30, features)
+def convolutions() -> nn.Module:
+    layers = (nn.Conv1d(8, 300, 28), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(300, 3))
+    return nn.Sequential(nn.Unflatten(1, (8, 64)), *layers)
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(512, 130), nn.Tanh(), nn.Linear(130, 3))
+
+
+@pytest.mark.parametrize(("net", "forms_jacobians"), [(convolutions, True), (perceptron, False)])
+def test_jacobians_are_formed_where_weights_are_shared(net: Any, forms_jacobians: bool) -> None:
+    """Products with the Jacobians of a perceptron take longer than passes through it."""
+    dataset, trainer = blobs(30, 512), make_trainer()
+    module = Classifier(net())
+    attach(trainer, module, train_dataloaders=loader(dataset))
+    with Objective.open(trainer, module) as objective:
+        train = Examples.from_loader(loader(dataset), objective.prepare, batch_size=30)
+        objective.learn_structure(train)
+        settings = GIFCallback(curvature="ggn", max_iter=64).settings
+        assert by_solver.SketchInverse.uses_jacobians(objective, settings, 30) == forms_jacobians
+        assert not by_solver.SketchInverse.uses_jacobians(objective, settings, 10**6)  # more than 2 GiB
 
 
 def test_self_influence_of_few_examples_passes_through_each_example_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, dataset = wide()
+    module, dataset = Classifier(convolutions()), blobs(30, 512)
     trainer = make_trainer()
     attach(trainer, module, train_dataloaders=loader(dataset))
     passes: list[int] = []
