@@ -68,7 +68,8 @@ SKETCH_COPIES = 5
 # A sketch is computed from the Jacobians of single examples if the model has at least so many parameters, since the
 # time of smaller ones goes into calls; if the rank is at least so many times the number of outputs, since a product
 # takes the time of about three backward passes, and a single example more than its share of a batch; if all Jacobians
-# have at most so many bytes; and if a pass over an example takes more operations than its Jacobian has entries. benchmarks/README.md, "Self-influence of small data".
+# have at most so many bytes; and if a pass over an example takes more operations than its Jacobian has entries.
+# benchmarks/README.md, "Self-influence of small data".
 _JACOBIAN_PARAMETERS, _PASSES, _JACOBIAN_BYTES = 2**16, 4, 2**31
 
 
