@@ -330,6 +330,7 @@ class TrainerCalls:
         with self.open_session(trainer, settings, targets, dataloader, overrides) as session:
             _check_files(trainer, session.objective.processes, log, folder)
             forget = session.forget(batch)
+            session.check_curvature(settings.curvature)
             _check_loaders(retain=retain, unseen=unseen or None)
             unseen_examples, why_not_unseen = session.unseen(unseen)
             report = unlearn(

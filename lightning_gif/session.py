@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from ._compat import Trainer, at_epoch, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
 from .config import Overrides, Settings
-from .curvature.products import has_gauss_newton
+from .curvature.products import has_gauss_newton, require_gauss_newton, warn_if_asymmetric
 from .curvature.sampling import sample_size
 from .data.examples import Examples, warn_if_random
 from .data.identity import check_same_everywhere, shares_examples
@@ -142,7 +142,10 @@ class Session:
         """
         probed = self.objective.probed
         assert probed is not None  # since the structure of the training examples is known
-        ggn = self.objective.is_convex and has_gauss_newton(self.objective, self.objective.theta, probed)
+        given = self.objective, self.objective.theta, probed
+        ggn = self.objective.is_convex and has_gauss_newton(*given)
+        if asked.curvature == "ggn" and not ggn:
+            require_gauss_newton(*given)  # says why there is none
         choose = partial(for_influence, asked, on_targets=on_targets, queries=queries, itself=itself)
         chosen = choose(ggn=ggn)
         if chosen.curvature != choose(ggn=True).curvature:
@@ -154,7 +157,23 @@ class Session:
                 " curvature='hessian' to go without this warning.",
                 category=GIFWarning,
             )
+        if chosen.curvature == "hessian":
+            warn_if_asymmetric(*given)
         return chosen
+
+    def check_curvature(self, kind: str) -> None:
+        """Checks that PyTorch computes the curvature of an edit.
+
+        Args:
+            kind: The curvature that the settings name. All others except ``"ggn"`` begin with the Hessian.
+
+        Raises:
+            ObjectiveError: If there is no Gauss–Newton matrix, but it was requested.
+        """
+        probed = self.objective.probed
+        assert probed is not None  # since the structure of the training examples is known
+        check = require_gauss_newton if kind == "ggn" else warn_if_asymmetric
+        check(self.objective, self.objective.theta, probed)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Examples

@@ -15,7 +15,17 @@ from ..data.structure import map_tensors, same_structure
 from ..errors import GIFWarning, ObjectiveError
 from ..registry import Registry, declares
 
-__all__ = ["CURVATURES", "Linearise", "Losses", "gauss_newton", "has_gauss_newton", "hessian", "jacobian_products"]
+__all__ = [
+    "CURVATURES",
+    "Linearise",
+    "Losses",
+    "gauss_newton",
+    "has_gauss_newton",
+    "hessian",
+    "jacobian_products",
+    "require_gauss_newton",
+    "warn_if_asymmetric",
+]
 
 
 Product = Callable[[Tensor], Tensor]
@@ -37,10 +47,7 @@ def hessian(loss_sum: Callable[[Tensor, Batch], Tensor]) -> Linearise:
         loss_sum: ``(θ, batch) → ()``, the sum of the losses of a batch's examples; twice differentiable in ``θ``.
     """
 
-    is_checked = False
-
     def linearise(theta: Tensor, batch: Batch) -> tuple[Product, tuple[Tensor, ...]]:
-        nonlocal is_checked
         theta = theta.detach().requires_grad_()
         loss = loss_sum(theta, batch)
         if not loss.requires_grad:
@@ -52,19 +59,6 @@ def hessian(loss_sum: Callable[[Tensor, Batch], Tensor]) -> Linearise:
         def product(vector: Tensor) -> Tensor:
             return _derivative(gradient, theta, vector)
 
-        if not is_checked:
-            is_checked = True
-
-            def products(point: Tensor) -> tuple[Product, Product]:
-                there = product if torch.equal(point, theta) else linearise(point, batch)[0]
-                return there, there
-
-            if not _are_adjoint(products, theta):
-                rank_zero_warn(
-                    "The second derivative of the loss is not symmetric, so the gradients are not the derivatives of"
-                    f" one function, and solves with curvature='hessian' are inexact. {_NOT_DIFFERENTIABLE}",
-                    category=GIFWarning,
-                )
         return product, (gradient,)
 
     return linearise
@@ -151,7 +145,6 @@ def gauss_newton(
         ObjectiveError: From the result, if the loss does not depend on ``θ`` through the outputs only.
     """
     check = _DependenceCheck(loss_sum, always)
-    is_adjoint: bool | None = None
 
     def linearise(theta: Tensor, batch: Batch) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()
@@ -173,21 +166,6 @@ def gauss_newton(
         def product(vector: Tensor) -> Tensor:
             curved = _derivative(slope, at, push(vector))
             return pull(curved)
-
-        def products(point: Tensor) -> tuple[Product, Product]:
-            if torch.equal(point, theta):
-                return push, pull
-            point = point.requires_grad_()
-            return _products_with_jacobian(outputs(point, batch), point)[:2]
-
-        nonlocal is_adjoint
-        if is_adjoint is None:
-            is_adjoint = _are_adjoint(products, theta)
-        if not is_adjoint:
-            raise ObjectiveError(
-                "curvature='ggn' needs directional derivatives of the predictions, which PyTorch computes wrongly for"
-                f" this module. {_NOT_DIFFERENTIABLE}"
-            )
 
         return product, (pulled, slope)
 
@@ -343,9 +321,57 @@ def gauss_newton_of(losses: Losses) -> Linearise:
 
 
 def has_gauss_newton(losses: Losses, theta: Tensor, batch: Batch) -> bool:
-    """Whether losses have a generalised Gauss–Newton matrix: whether they are a function of the predictions alone."""
+    """Whether losses have a generalised Gauss–Newton matrix, see :func:`require_gauss_newton`."""
     try:
-        CURVATURES["ggn"](losses)(theta, batch)
+        require_gauss_newton(losses, theta, batch)
     except ObjectiveError:
         return False
     return True
+
+
+def require_gauss_newton(losses: Losses, theta: Tensor, batch: Batch) -> None:
+    """Checks that losses have a generalised Gauss–Newton matrix, and that its products are right.
+
+    Args:
+        losses: The losses.
+        theta: The parameters ``(p,)``.
+        batch: A few examples.
+
+    Raises:
+        ObjectiveError: If the losses are not a function of the predictions alone, or if PyTorch computes derivatives of
+            the predictions wrongly.
+    """
+    CURVATURES["ggn"](losses)(theta, batch)
+
+    def products(point: Tensor) -> tuple[Product, Product]:
+        point = point.requires_grad_()
+        return _products_with_jacobian(losses.outputs(point, batch), point)[:2]
+
+    depends = losses.outputs(theta.detach().requires_grad_(), batch).requires_grad
+    if depends and not _are_adjoint(products, theta):
+        raise ObjectiveError(
+            "curvature='ggn' needs directional derivatives of the predictions, which PyTorch computes wrongly for"
+            f" this module. {_NOT_DIFFERENTIABLE}"
+        )
+
+
+def warn_if_asymmetric(losses: Losses, theta: Tensor, batch: Batch) -> None:
+    """Warns if the Hessian of losses is not symmetric.
+
+    Args:
+        losses: The losses.
+        theta: The parameters ``(p,)``.
+        batch: A few examples.
+    """
+    linearise = CURVATURES["hessian"](losses)
+
+    def products(point: Tensor) -> tuple[Product, Product]:
+        product, _ = linearise(point, batch)
+        return product, product
+
+    if not _are_adjoint(products, theta):
+        rank_zero_warn(
+            "The second derivative of the loss is not symmetric, so the gradients are not the derivatives of one"
+            f" function, and solves with curvature='hessian' are inexact. {_NOT_DIFFERENTIABLE}",
+            category=GIFWarning,
+        )
