@@ -461,7 +461,7 @@ def test_measurements_that_are_not_finite_or_have_another_shape_are_refused() ->
     ("loss", "words"),
     [
         (lambda losses: losses.mean(), ["[]"]),
-        (lambda losses: losses[:, None], ["[4, 1]"]),
+        (lambda losses: losses[:, None], ["[48, 1]"]),
         (lambda losses: losses[:2], ["[2]"]),
         (lambda losses: None, ["NoneType"]),
     ],

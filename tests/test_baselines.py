@@ -311,6 +311,7 @@ def test_the_best_score_is_chosen_and_nan_is_worst(trained: tuple[Classifier, Te
     assert outcome.chosen.score == 3.0
 
 
+@pytest.mark.slow
 def test_each_forgets_a_digit_at_one_of_its_settings() -> None:
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     from digits import DigitsModel, digits
@@ -331,6 +332,7 @@ def test_each_forgets_a_digit_at_one_of_its_settings() -> None:
         assert tuned(BASELINES[name], module, *loaders, score, 0).chosen.score > least, name
 
 
+@pytest.mark.slow
 def test_an_edit_and_baselines_are_compared_on_a_module_given_by_its_import_path(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

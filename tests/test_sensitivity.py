@@ -29,6 +29,7 @@ def test_each_number_is_halved_and_doubled_as_far_as_its_range_allows(goal: str)
         assert variation.tuning(goal) != default  # which checks the range
 
 
+@pytest.mark.slow
 def test_the_table_has_the_defaults_and_the_effect_of_each_number(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -247,6 +247,7 @@ def test_a_preconditioner_keeps_the_minimiser_and_weights_the_damping(method: st
         torch.testing.assert_close(damped, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pif", "if"])
 def test_lissa_inverts_a_damped_full_hessian(method: str) -> None:
     with opened() as (objective, train):

@@ -122,6 +122,7 @@ def test_an_inverse_cannot_take_the_name_of_a_solver() -> None:
         INVERSES.register("nystrom")(Identity)
 
 
+@pytest.mark.slow
 def test_every_module_of_the_curvature_is_imported_with_the_package() -> None:
     """So an inverse that registers itself in a module of its own is known to users."""
     folder = Path(curvature.__file__).parent
@@ -229,6 +230,7 @@ CALLS: dict[str, tuple[Callable[[Any, Any], Any], tuple[str, int]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_free_memory_does_not_affect_scores_solver_or_rank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, dataset = wide()

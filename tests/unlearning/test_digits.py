@@ -19,6 +19,7 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 from digits import DigitsModel, digits, logits
 
 
+@pytest.mark.slow
 def test_each_digit_can_be_forgotten_without_the_others() -> None:
     train, test = digits()
     pl.seed_everything(0)
