@@ -23,7 +23,7 @@ __all__ = ["WEIGHTED", "cause_of_difference", "code_of_losses"]
 _DISTINCT = 1e-2
 
 # A weighted mean with measured weights may differ from the loss of the batch by this share.
-_ROUNDING = 1e-2
+_ROUNDING = 1e-3
 
 # How many weights are measured.
 _MEASURED = 16

@@ -529,6 +529,8 @@ class Composition:
         cause = LOSSES[self.loss].cause
         if cause == "lengths":
             cause = "weighted" if self.padded else ""
+        if self.loss == "within-classes":  # the weight of an example depends on the classes of the others
+            return {"weighted", "coupled"}
         return {cause, *(CAUSES.get(block, "") for block in self.blocks)} - {""}
 
     @property

@@ -75,6 +75,7 @@ def test_statistics_of_normalisation_are_computed_anew_where_asked(relabel: int 
     assert same_weights(after, weights(module))
 
 
+@pytest.mark.slow
 def test_one_corrected_example_does_not_keep_statistics_from_being_computed_anew() -> None:
     trainer, module, _ = fitted(Normalised(), max_epochs=2)
     assert trainer.unlearn([3], relabel=2, refresh_statistics=True).edit.buffers

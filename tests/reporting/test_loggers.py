@@ -341,6 +341,7 @@ def test_pictures_in_tables_of_wandb_are_enlarged_and_show_the_example(monkeypat
     np.testing.assert_array_equal(shown[::8, ::8], small)
 
 
+@pytest.mark.slow
 def test_neither_the_package_nor_other_loggers_load_wandb(tmp_path: Path) -> None:
     """The package does not load matplotlib or pandas either. One fresh process answers both questions."""
     code = f"""

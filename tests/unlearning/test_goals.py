@@ -164,7 +164,7 @@ class Weighted(Classifier):
         return F.cross_entropy(self(batch[0]), batch[1], weight=weight)
 
 
-@pytest.mark.parametrize("module", [Masked, OwnLosses, Weighted])
+@pytest.mark.parametrize("module", [Masked, OwnLosses, pytest.param(Weighted, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:The loss")
 def test_classes_are_forgotten_and_labels_corrected_however_the_loss_is_made(module: type[Classifier]) -> None:
     trainer, _, dataset = fitted(module(), max_epochs=20)
