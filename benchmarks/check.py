@@ -11,7 +11,6 @@ table.
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 import subprocess
 import sys
@@ -24,10 +23,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import psutil
-import torch
 import torch.nn.functional as F
-from mnist import NETS, load
-from torch import Tensor, nn
+from mnist import NETS, TinyNet, fit, load
+from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_gif import GIFCallback
@@ -35,43 +33,26 @@ from lightning_gif import GIFCallback
 _CALLS = ("influence", "queries", "self_influence", "unlearn")
 
 
-class Digits(pl.LightningModule):
+class Digits(TinyNet):
     """A perceptron with one hidden layer for images of 8 × 8 pixels: 4810 parameters."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    @staticmethod
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
-        return F.cross_entropy(self.net(x), y)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), 1e-3)
+NETS["digits"] = Digits
 
 
 def fitted(net: str, options: Namespace) -> tuple[pl.Trainer, DataLoader[Any]]:
     """A trainer after one epoch of training, and a loader of the queries."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.manual_seed(0)
     train, test = load(options.data)
     size = min(options.examples, len(train))
     images, labels = train.tensors[0][:size], train.tensors[1][:size]
     if net == "digits":
         images = F.adaptive_avg_pool2d(images, 8)
         test = TensorDataset(F.adaptive_avg_pool2d(test.tensors[0], 8), test.tensors[1])
-    model = Digits() if net == "digits" else NETS[net]()
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        callbacks=[GIFCallback()],
-    )
-    trainer.fit(model, DataLoader(TensorDataset(images, labels), 128, shuffle=True))
+    trainer, _ = fit(TensorDataset(images, labels), [GIFCallback()], epochs=1, net=net)
     return trainer, DataLoader(Subset(test, range(options.queries)), options.queries)
 
 

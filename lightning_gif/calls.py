@@ -397,7 +397,6 @@ class TrainerCalls:
                 unseen, _ = session.unseen(None)
             return check(
                 replace(session, settings=requested),
-                requested,
                 time.perf_counter() - begin,
                 caught,
                 n_queries=n_queries,

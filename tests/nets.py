@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from .conftest import Classifier, blobs
 
-__all__ = ["NETS", "Regressor", "make"]
+__all__ = ["NETS", "Regressor", "Sine", "make"]
 
 TOKENS, LENGTH = 11, 5
 
@@ -130,3 +130,17 @@ class Regressor(Classifier):
 def make(name: str, n: int, *, large: bool = False) -> tuple[nn.Module, TensorDataset]:
     net, small, larger, data = NETS[name]
     return net(larger if large else small), data(n)
+
+
+class Sine(torch.autograd.Function):
+    """A function whose second derivative PyTorch leaves out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope * ctx.saved_tensors[0].cos()

@@ -349,10 +349,12 @@ def require_gauss_newton(losses: Losses, theta: Tensor, batch: Batch) -> None:
 
     def products(point: Tensor) -> tuple[Product, Product]:
         point = point.requires_grad_()
-        return _products_with_jacobian(losses.outputs(point, batch), point)[:2]
+        out = losses.outputs(point, batch)
+        if not out.requires_grad:  # no prediction depends on the parameters
+            return lambda vector: torch.zeros_like(out), lambda vector: torch.zeros_like(point)
+        return _products_with_jacobian(out, point)[:2]
 
-    depends = losses.outputs(theta.detach().requires_grad_(), batch).requires_grad
-    if depends and not _are_adjoint(products, theta):
+    if not _are_adjoint(products, theta):
         raise ObjectiveError(
             "curvature='ggn' needs directional derivatives of the predictions, which PyTorch computes wrongly for"
             f" this module. {_NOT_DIFFERENTIABLE}"

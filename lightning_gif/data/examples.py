@@ -20,7 +20,7 @@ from .batch import Batch, joined
 from .loaders import check_loader, sampled_ids
 from .reading import Reader
 from .streams import Stream
-from .structure import describe, equal_values, tensors
+from .structure import describe, equal_tensors
 
 __all__ = ["Examples", "warn_if_random"]
 
@@ -407,7 +407,7 @@ def warn_if_random(examples: Examples) -> bool:
         return False
     indices = examples.ids[:2].tolist()  # a collate function may need several examples
     first, second = (examples.collate([examples.dataset[index] for index in indices]) for _ in range(2))
-    same = all(equal_values(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
+    same = equal_tensors(first, second)
     if not same:
         warnings.warn(
             "The training dataset returns different values each time an example is read (random augmentation?). The"

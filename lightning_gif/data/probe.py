@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import BatchError
 from .batch import Batch
 from .examples import Examples
-from .structure import equal_values, leaves, same_structure, slice_batch, tensors
+from .structure import equal_tensors, equal_values, leaves, same_structure, slice_batch, tensors
 
 __all__ = ["Probe"]
 
@@ -75,7 +75,7 @@ class Probe:
         except Exception:  # a collate function may need several examples
             alone = ()
         # A collate function that draws at random makes other values each time, but rows all the same.
-        draws = not _are_equal(together.data, batch(positions).data)
+        draws = not equal_tensors(together.data, batch(positions).data)
         if not _rows_are_examples(together, None if draws or not alone else alone):
             return cls(together, batch(positions[:half]), alone, batch(wide), False)
         rows = replace(together, divisible=True)
@@ -86,11 +86,6 @@ class Probe:
 def _spread(size: int, count: int) -> Tensor:
     """Positions from the first to the last of ``size`` examples, at most ``count``."""
     return torch.linspace(0, size - 1, min(count, size)).long().unique()
-
-
-def _are_equal(one: Any, other: Any) -> bool:
-    """Whether the tensors of two batches have the same values."""
-    return all(equal_values(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
 def _rows_are_examples(together: Batch, singles: tuple[Batch, ...] | None) -> bool:

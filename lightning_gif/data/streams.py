@@ -78,13 +78,13 @@ class Stream:
 
     def _id_of(self, row: Any) -> int:
         fields = row if isinstance(row, Mapping) else getattr(row, "__dict__", {})
-        given = {name: type(fields[name]).__name__ for name in _ID_FIELDS if name in fields}
         for name in _ID_FIELDS:
             value = fields.get(name)
             if isinstance(value, (Tensor, np.ndarray, np.generic)):
                 value = value.item() if np.prod(value.shape) == 1 else None
             if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
                 return value
+        given = {name: type(fields[name]).__name__ for name in _ID_FIELDS if name in fields}
         raise TrainingDataError(
             f"{self._name} is an IterableDataset, and its rows have no whole number as id"
             f"{f' (got {given})' if given else ''}, so its examples have no stable index. To score them, yield"

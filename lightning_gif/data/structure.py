@@ -21,6 +21,7 @@ from ..errors import BatchError
 __all__ = [
     "batch_size",
     "describe",
+    "equal_tensors",
     "equal_values",
     "join",
     "leaves",
@@ -264,6 +265,11 @@ def equal_values(one: Tensor, other: Tensor) -> bool:
         return True
     same = one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.isnan(), other.isnan())
     return same and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def equal_tensors(one: Any, other: Any) -> bool:
+    """Whether the tensors of two structures have the same values, see :func:`equal_values`."""
+    return all(equal_values(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
 def describe(data: Any) -> str:

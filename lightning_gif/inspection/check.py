@@ -25,6 +25,7 @@ from ..selection import is_name
 from ..session import Session, TargetsChoice
 from ..solvers import SOLVERS
 from ..unlearning.task import SampleSizes
+from ..unlearning.tuning import Relinearisation
 from .costs import Costs, Estimate, measure
 
 __all__ = ["Agreement", "CheckReport", "LayerShare", "check", "collected"]
@@ -135,7 +136,6 @@ class CheckReport:
 
 def check(
     session: Session,
-    requested: Settings,
     seconds: float,
     caught: list[str],
     *,
@@ -146,8 +146,7 @@ def check(
     """Checks the module of an open session.
 
     Args:
-        session: The session.
-        requested: The settings that the call requested.
+        session: The session, with the settings that the call requested.
         seconds: The seconds that it took to open the session.
         caught: The messages of the warnings while it was opened.
         n_queries: The number of queries whose cost is estimated.
@@ -155,7 +154,7 @@ def check(
         unseen: The unseen examples that an edit would use.
     """
     begin = time.perf_counter()
-    objective, train = session.objective, session.train
+    objective, train, requested = session.objective, session.train, session.settings
     with collected() as more:
         scores = session.influence_settings(requested, on_targets=False, queries=n_queries)
         itself = for_influence(requested, ggn=scores.curvature == "ggn", on_targets=False, itself=True)
@@ -163,7 +162,7 @@ def check(
         edits = for_unlearning(requested if solves else replace(requested, solver=AUTO))
         edits = replace(edits, curvature="hessian") if edits.curvature == AUTO else edits
         agreement = _agreement(objective, train)
-        layers = _layers(session, requested)
+        layers = _layers(session)
         objective.learn_derivatives(train)
         start = seconds + time.perf_counter() - begin
         passes = measure(objective, train, (scores.curvature, edits.curvature))
@@ -243,12 +242,12 @@ def _doubts(objective: Objective, agreement: Agreement | None) -> list[str]:
     ]
 
 
-def _layers(session: Session, settings: Settings) -> list[LayerShare]:
+def _layers(session: Session) -> list[LayerShare]:
     """All layers with trainable parameters, with the numbers of their target parameters.
 
     Targets are those that training picked. If it picked none, they are those that a few examples pick.
     """
-    objective = session.objective
+    objective, settings = session.objective, session.settings
     choice: TargetsChoice = "cached" if session.tracker.targets is not None and not session.repicks else "batch"
     targets = session.choose_targets(session.train.sample(2 * session.train.batch_size, 0), choice)
     layers: dict[str, LayerShare] = {}
@@ -298,10 +297,11 @@ def _lines(report: CheckReport) -> Iterator[str]:
         )
     if len(report.layers) > _SHOWN_LAYERS:
         yield f"  … and {len(report.layers) - _SHOWN_LAYERS} further layers (`report.layers`)"
+    most = Relinearisation().max_solves - 1
     yield f"expected cost, from passes over two batches of {report.batch_size} examples:"
     for cost in report.costs:
         per_change = cost.seconds_per_change
-        change = "" if per_change is None else f", and {_time(per_change)} for each of up to 11 further changes"
+        change = "" if per_change is None else f", and {_time(per_change)} for each of up to {most} further changes"
         yield f"  {cost.call}: {_time(cost.seconds)}{change}; {max(cost.gib, 0.01):.2f} GiB"
     for message in report.warnings:
         yield f"warning: {message}"

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from ..data.batch import Batch
 from ..data.examples import Examples
 from ..data.structure import describe
-from ..errors import ConfigurationError, ObjectiveError
+from ..errors import ConfigurationError, NonFiniteError, ObjectiveError
+from ..solvers.lanczos import quadrature
 from ..storage.interrupts import uninterrupted
 from .autograd import close, gradient_of
 from .entries import Entries, EntryPredictions, possible_entries
@@ -141,30 +142,11 @@ def _is_convex(slope: Tensor, at: Tensor, sizes: Sequence[int]) -> bool:
             return False
         values = torch.linalg.eigvalsh((matrix + matrix.T).double().cpu() / 2)
     else:
-        values = _ritz_values(product, start.reshape(-1))
+        try:
+            values, _ = quadrature(product, start.reshape(-1) / start.norm(), _PRODUCTS)
+        except NonFiniteError:
+            return False
     return bool(values.max() > 0 and values.min() > -_ROUNDING * values.max())
-
-
-def _ritz_values(product: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """Approximate eigenvalues of a symmetric matrix, the outermost first to converge (Lanczos, orthogonalised fully).
-
-    Args:
-        product: The product with the matrix, ``(d,) → (d,)``.
-        start: A random vector ``(d,)``.
-    """
-    basis, images = [start / start.norm()], []
-    for _ in range(_PRODUCTS):
-        images.append(product(basis[-1]))
-        rest = images[-1]
-        for _ in range(2):  # the second pass removes what rounding left of the first
-            for vector in basis:
-                rest = rest - (vector @ rest) * vector
-        if rest.norm() <= _ROUNDING * images[-1].norm():
-            break
-        basis.append(rest / rest.norm())
-    rows = torch.stack(basis[: len(images)]).double().cpu()
-    matrix = rows @ torch.stack(images).double().cpu().T
-    return torch.linalg.eigvalsh((matrix + matrix.T) / 2)
 
 
 def _recorder(loss: LossFunction, others: Tensor | None = None) -> Predictions | EntryPredictions:

@@ -29,17 +29,10 @@ _ROUNDING = 1e-3
 _MEASURED = 16
 
 # Loss functions of PyTorch with integer labels, and with a target of the shape of the prediction.
-_OF_LABELS: dict[Any, str] = {
-    F.cross_entropy: "cross_entropy",
-    F.nll_loss: "nll_loss",
-    F.multi_margin_loss: "multi_margin_loss",
-}
-_OF_VALUES: dict[Any, str] = {
-    getattr(F, name): name
-    for name in (
-        *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "poisson_nll_loss"),
-        *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
-    )
+_OF_LABELS: set[Callable[..., Any]] = {F.cross_entropy, F.nll_loss, F.multi_margin_loss}
+_OF_VALUES: set[Callable[..., Any]] = {
+    *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.soft_margin_loss, F.poisson_nll_loss),
+    *(F.binary_cross_entropy, F.binary_cross_entropy_with_logits),
 }
 
 
@@ -129,19 +122,18 @@ def code_of_losses(shadow: Shadow, batch: Batch) -> str:
         with torch.no_grad(), first:
             shadow.training_step(shadow.theta, batch.data)
     except Exception:
-        first.function = None  # the step fails, and the lines are an example only
+        first.function = first.weight = None  # the step fails, and the lines are an example only
     unpack, x, y = _unpacked(batch.data)
     predict = f"{_callable(shadow.module)}({x})"
     weight = _weight(shadow.module, first.weight)
+    name = "cross_entropy" if first.function is None else first.function.__name__
     if first.function in _OF_VALUES:
-        name = _OF_VALUES[first.function]
         losses = f'F.{name}({predict}, {y}, {weight}reduction="none").flatten(1).mean(1)'
         if all(tensor.ndim < 2 for tensor in tensors(batch.data)[1:]):
             losses = f'F.{name}({predict}.squeeze(-1), {y}, {weight}reduction="none")'
-    elif first.function in _OF_LABELS:
-        losses = f'F.{_OF_LABELS[first.function]}({predict}, {y}, {weight}reduction="none")'
     else:
-        losses = f'F.cross_entropy({predict}, {y}, reduction="none")  # or another loss of yours'
+        losses = f'F.{name}({predict}, {y}, {weight}reduction="none")'
+        losses += "  # or another loss of yours" * (first.function is None)
     lines = [f"        {line}" for line in (*unpack, f"return {losses}  # one loss for each example, (B,)")]
     return (
         "Define the losses on the module, for example:\n\n    def influence_loss(self, batch):\n"

@@ -7,10 +7,11 @@ keeps and reorthogonalises its vectors. It gives both ends of a spectrum and its
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .base import LinearOperator
 from .vectors import require_finite
 
 __all__ = ["largest_singular_value", "quadrature"]
@@ -43,11 +44,11 @@ def largest_singular_value(alpha: Tensor, beta: Tensor, damping: float) -> tuple
     return max(squared, 0.0) ** 0.5, max(squared + uncertainty, 0.0) ** 0.5
 
 
-def quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def quadrature(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Gauss quadrature for the density of the eigenvalues of ``C``, weighted by a start vector.
 
     Args:
-        operator: The symmetric matrix ``C``, ``(n, n)``.
+        product: The product with the symmetric matrix ``C``, ``(n,) → (n,)``.
         start: A unit vector, ``(n,)``.
         steps: The largest number of products, and of vectors that are kept.
 
@@ -62,7 +63,7 @@ def quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Ten
     diagonal: list[float] = []
     side: list[float] = []
     for _ in range(steps):
-        image = operator.matvec(basis[-1])
+        image = product(basis[-1])
         require_finite(image, "The product of the Hessian with a vector")
         diagonal.append(float(basis[-1] @ image))
         scale = float(image.norm())

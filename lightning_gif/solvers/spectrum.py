@@ -54,7 +54,7 @@ def spectrum(operator: LinearOperator, count: int, *, steps: int = 0, probes: in
     values, weights = [], []
     for _ in range(probes):
         signs = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
-        nodes, shares = quadrature(operator, signs.to(operator.device, operator.dtype) / size**0.5, steps)
+        nodes, shares = quadrature(operator.matvec, signs.to(operator.device, operator.dtype) / size**0.5, steps)
         values.append(nodes)
         weights.append(shares / probes)
     nodes, shares = torch.cat(values), torch.cat(weights)

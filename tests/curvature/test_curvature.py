@@ -45,7 +45,7 @@ from lightning_gif.solvers.operators import Scaled, Submatrix
 
 from ..conftest import Classifier, blobs, loader, make_trainer
 from ..nets import NETS as NETS_OF_ALL_KINDS
-from ..nets import Regressor, make
+from ..nets import Regressor, Sine, make
 from ..solvers.test_solvers import Matrix
 
 NETS = {
@@ -488,20 +488,6 @@ def test_a_loss_that_bypasses_its_predictions_is_refused_for_each_batch_structur
             ObjectiveError, match="the gradient through the predictions is not the gradient of the loss"
         ):
             linearise(theta, Batch.of(torch.randn(4, 2, 3, dtype=torch.float64)))
-
-
-class Sine(torch.autograd.Function):
-    """A function whose second derivative PyTorch leaves out."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
-        return slope * ctx.saved_tensors[0].cos()
 
 
 @pytest.mark.parametrize("margin", [1, 3, 5])  # at 5 all losses are zero in float32

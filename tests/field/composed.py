@@ -18,9 +18,10 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy
+
+from .reference import Items
 
 __all__ = ["Composed", "Composition", "Exact", "Items", "Short", "collate_of", "compose", "exact_scores", "items_of"]
 
@@ -579,17 +580,6 @@ def compose(number: int) -> Composition:
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class Items(Dataset[Any]):
-    def __init__(self, items: list[Any]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.items[index]
 
 
 @dataclass

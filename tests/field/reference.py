@@ -34,6 +34,19 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+class Items(Dataset[Any]):
+    """A dataset of the items of a list."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
 def cross_entropy(logits: Tensor, label: Any) -> Tensor:
     return F.cross_entropy(logits.reshape(1, -1), torch.as_tensor(label).reshape(1))
 

@@ -21,21 +21,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from lightning_gif import BatchError, GIFWarning, ObjectiveError
 
 from ..conftest import blobs
-from .reference import CONVERGED, Module, cross_entropy, dense_scores, error, fitted, squared_error
+from .reference import CONVERGED, Items, Module, cross_entropy, dense_scores, error, fitted, squared_error
 
 N = 40
 QUERY = [0, 5, 7]
-
-
-class Items(Dataset[Any]):
-    def __init__(self, items: list[Any]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.items[index]
 
 
 def query(data: Dataset[Any], collate: Any, size: int = 3) -> DataLoader[Any]:

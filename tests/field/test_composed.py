@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Subset
 from lightning_gif import GIFCallback, GIFError, GIFWarning
 
 from ..conftest import make_trainer
-from .composed import SEQUENCES, Composed, Composition, Items, Short, collate_of, compose, exact_scores, items_of
-from .reference import CONVERGED, DAMPING, error
+from .composed import SEQUENCES, Composed, Composition, Short, collate_of, compose, exact_scores, items_of
+from .reference import CONVERGED, DAMPING, Items, error
 
 QUERY = [0, 5, 9]
 ALL = 200

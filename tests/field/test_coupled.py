@@ -19,7 +19,7 @@ DATA = blobs(40)
 
 
 class Contrastive(Module):
-    """Tells the examples of a batch apart. One alone is told apart with certainty, so its loss is zero."""
+    """Distinguishes the examples of a batch. A single example is certain, so its loss is zero."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         z = F.normalize(self.net(batch[0]), dim=1)

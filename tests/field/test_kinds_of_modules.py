@@ -19,6 +19,7 @@ from lightning_gif.data.examples import Examples
 from lightning_gif.objective.objective import Objective
 
 from ..conftest import batch_of, blobs, make_trainer, same_weights, weights
+from ..nets import Sine
 from .reference import CONVERGED, Module, cross_entropy, dense_scores, error, fitted
 
 DATA = blobs(40)
@@ -146,22 +147,10 @@ def test_a_loss_that_one_example_has_not_is_refused_with_what_to_do() -> None:
         trainer.influence(batch_of(DATA, slice(1)))
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
-        return slope * ctx.saved_tensors[0].cos()
-
-
 class WithoutSecond(Module):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
-        return F.cross_entropy(self.net[2](Once.apply(self.net[:2](x))), y)
+        return F.cross_entropy(self.net[2](Sine.apply(self.net[:2](x))), y)
 
 
 @pytest.mark.filterwarnings("ignore:The losses of single examples are computed one after the other")
