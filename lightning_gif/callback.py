@@ -126,8 +126,8 @@ class GIFCallback(TrainerCalls, Callback):
         cache_gradients: Whether to gather the mean squared gradients; ``True`` by default. They take 4 bytes for each
             parameter. Only ``selector="largest_gradients"`` uses them.
         cache_steps: The approximate number of optimizer steps of an epoch, spread evenly, at which statistics are
-            gathered; 64 by default. More steps slow training. ``None`` gathers at every step. Every step is also used
-            in epochs with fewer steps or of unknown length.
+            gathered; 64 by default, but at most one step in seven if that is more than 8. More steps slow training.
+            ``None`` gathers at every step. Every step is also used in epochs of unknown length.
         snapshots: The number of snapshots for ``trainer.influence(…, snapshots=True)``; 0 by default. They are spread
             over the last two thirds of the epochs. Up to twice as many copies of the weights take CPU memory, and
             space in checkpoints.
@@ -268,7 +268,7 @@ class GIFCallback(TrainerCalls, Callback):
         previous, epoch = self.targets, trainer.current_epoch
         with self.tracker.guard("picking the target parameters"):
             picked = self.tracker.end_epoch(pl_module, epoch, ProcessGroup.of(trainer))
-            if picked and self.targets is not None and self.log_reports:
+            if picked and self.targets is not None and self.log_reports and trainer.loggers:
                 values = target_metrics(self.targets, previous, pl_module)
                 # The values are equal on all processes, but Lightning warns about each one without sync_dist.
                 several = trainer.world_size > 1

@@ -220,12 +220,12 @@ class NeuronStatistics:
     # Compiled code would trace the hook's operations. Excluding them costs a graph break.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
-        with self._guard():
-            self._see_output(name, layer, output)
+        if self._batch is not None:
+            with self._guard():
+                self._see_output(name, layer, output, self._batch)
 
-    def _see_output(self, name: str, layer: nn.Module, output: Any) -> None:
-        batch = self._batch
-        if batch is None or not isinstance(output, Tensor) or not torch.is_grad_enabled():
+    def _see_output(self, name: str, layer: nn.Module, output: Any, batch: _BatchRead) -> None:
+        if not isinstance(output, Tensor) or not torch.is_grad_enabled():
             return
         if not output.is_floating_point():  # neurons cannot be ranked by complex outputs
             return

@@ -31,6 +31,10 @@ __all__ = ["Selection", "TrainingTracker", "is_due", "target_metrics"]
 # The fractional parts of its multiples are spread evenly over the unit interval (a Weyl sequence), see is_due.
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
+# Statistics are gathered at no more than this share of the steps of an epoch, but at so many in any case. A step that
+# gathers takes up to half as long again, see benchmarks/README.md, "Small networks and few examples".
+_LARGEST_SHARE, _LEAST = 1 / 7, 8
+
 
 class Selection(Protocol):
     """How targets are picked: the arguments of :func:`~lightning_gif.selection.select`."""
@@ -121,10 +125,10 @@ class TrainingTracker:
             steps: The approximate number of optimizer steps of an epoch at which to gather; ``None`` for all.
         """
         self._within_epoch = True
+        self._due = is_due(trainer, batch_idx, steps)
+        if not (neurons and self._due):
+            return
         with self.guard("reading the batch"):
-            self._due = is_due(trainer, batch_idx, steps)
-            if not (neurons and self._due):
-                return
             if not self._local and not trainer.is_global_zero:
                 self.neurons.reset()  # the sums so far are over all processes already, and rank 0 keeps them
             self._local = True  # also where gathering has ended: all processes have to agree on whether to sum
@@ -379,14 +383,17 @@ def is_due(trainer: Trainer, batch_idx: int, wanted: int | None) -> bool:
     Args:
         trainer: The trainer in ``fit``.
         batch_idx: The number of the batch in the epoch.
-        wanted: The approximate number of optimizer steps of an epoch at which to gather; ``None`` for all.
+        wanted: The approximate number of optimizer steps of an epoch at which to gather; ``None`` for all. In a short
+            epoch there are fewer: one in seven, but at least 8.
     """
+    if wanted is None:
+        return True
     step, steps = batch_idx // trainer.accumulate_grad_batches, math.inf
     if math.isfinite(trainer.num_training_batches):
         steps = trainer.num_training_batches / trainer.accumulate_grad_batches
     if trainer.max_steps > 0:
         steps = min(steps, trainer.max_steps - trainer.global_step + step)
-    share = 1.0 if wanted is None or math.isinf(steps) else wanted / max(steps, 1)
+    share = 1.0 if math.isinf(steps) else min(wanted, max(steps * _LARGEST_SHARE, _LEAST)) / max(steps, 1)
     # Taking every n-th step would be biased if the training data had the same period.
     return step * _GOLDEN_RATIO % 1 < share
 
