@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ def query_gradients(
     space: ParameterSpace,
     *,
     per_example: bool,
+    rows: Callable[[Batch], Iterable[Tensor]] | None = None,
 ) -> Tensor:
     """The gradients ``(q, p)`` of a query's measurement at ``theta``.
 
@@ -75,25 +76,30 @@ def query_gradients(
         space: The parameters, for error messages.
         per_example: Whether to return one gradient for each example (q = n). Otherwise the gradient of the mean over
             all examples is returned (q = 1).
+        rows: Returns the gradients of the examples of a batch, ``(b, p)`` for the next ``b`` ones. By default there is
+            a backward pass for each of them.
 
     Raises:
         NonFiniteError: If a gradient is not finite.
     """
     processes = examples.processes
-    rows, total = [], torch.zeros_like(theta)
+    found, total = [], torch.zeros_like(theta)
     for batch in examples.local_batches():
+        if per_example and rows is not None:
+            found += [row for some in rows(batch) for row in some]
+            continue
         at = theta.detach().requires_grad_()
         values = measurements(at, batch)
         if per_example:
-            rows += [gradient_of(value, at, retain_graph=True) for value in values]
+            found += [gradient_of(value, at, retain_graph=True) for value in values]
         else:
             total += gradient_of(values.sum(), at)
     if not per_example:
         return _require_finite(processes.sum(total)[None] / len(examples), space)
     if processes.size == 1:
-        return _require_finite(torch.stack(rows), space)
+        return _require_finite(torch.stack(found), space)
     gradients = theta.new_zeros(len(examples), space.size)
-    for position, row in enumerate(rows, examples.shard[0]):
+    for position, row in enumerate(found, examples.shard[0]):
         gradients[position] = row
     return _require_finite(processes.sum(gradients), space)
 

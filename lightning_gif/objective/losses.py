@@ -73,6 +73,10 @@ class LossFunction(ABC):
         """The batch, with examples added if :meth:`evaluate` could not give the loss ``()`` of the whole otherwise."""
         return batch
 
+    def together(self) -> LossFunction | None:
+        """A loss function whose :meth:`loss_sum` is one pass of the module over a batch; ``None`` if there is none."""
+        return self
+
     @abstractmethod
     def sum_of(self, evaluated: Tensor, batch: Batch) -> Tensor | None:
         """The sum of the losses ``()``, from the result of :meth:`evaluate`; ``None`` if it cannot be derived."""
@@ -164,6 +168,13 @@ class VectorisedLoss(StepLoss):
     origin = "training_step, vectorised over examples"
     vectorised = True
 
+    def together(self) -> LossFunction | None:
+        if self.reduction is None:
+            return None
+        loss = OneByOneLoss(self.shadow, self.reduction)
+        loss.entries = self.entries
+        return loss
+
     def losses(self, theta: Tensor, batch: Batch) -> Tensor:
         return self._vmap(partial(self.shadow.training_step, theta), batch)
 
@@ -201,6 +212,9 @@ class OneByOneLoss(StepLoss):
 
     origin = "training_step for one example at a time"
     forward_mode = False  # code that fails under vmap tends to fail under jvp, too
+
+    def together(self) -> LossFunction | None:
+        return None if self.reduction is None else self
 
     def losses(self, theta: Tensor, batch: Batch) -> Tensor:
         singles = (batch.slice(position, position + 1) for position in range(batch.size))

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ..mixin import LossOfModule, overrides
 from ..selection import GradientStatistics, NeuronStatistics
 from . import derivatives, outputs
 from .batchnorm import refreshed_statistics
+from .layer_gradients import LayerGradients
 from .losses import LossFunction, OneByOneLoss, OwnLoss, choose_loss
 from .observation import observe
 from .predictions import IndicesInBounds
@@ -40,6 +42,9 @@ _MANY = 64
 # With more directions than these, gradients of single examples are formed once. For a convolutional network this costs
 # as much as about fourteen forward-mode passes (benchmarks/attribution_time.py), for a perceptron less.
 FEW_DIRECTIONS = 14
+
+# With more directions than these, gradients of single examples are formed from the layers, if the module has them.
+FEW_DIRECTIONS_OF_LAYERS = 1
 
 
 class Objective:
@@ -328,6 +333,18 @@ class Objective:
             )
         return self._loss
 
+    @cached_property
+    def layers(self) -> LayerGradients | None:
+        """How gradients of single examples are computed by one backward pass; ``None`` if they cannot be.
+
+        A few training examples are used to find out, so it is ``None`` before :meth:`learn_structure`.
+        """
+        if self.probed is None or not self.probed.divisible:
+            return None
+        layers = LayerGradients.choose(self.loss, self.probed.slice(0, _PROBE))
+        # More examples may take more branches.
+        return layers if layers is not None and layers.record_losses(self.probed) is not None else None
+
     @property
     def finds_outputs(self) -> bool:
         """Whether :meth:`outputs` are those of a loss that is written by hand."""
@@ -369,6 +386,9 @@ class Objective:
 
     def gradients(self, batch: Batch) -> Iterator[Tensor]:
         """Yields the gradients of the losses at the present parameters, ``(b, p)`` for the next ``b`` examples."""
+        found = None if self.layers is None else self.layers.gradients(batch)
+        if found is not None:
+            return found
         # They need no graph, but a parameter that the module holds in a list, out of sight, would keep one.
         return (rows.detach() for rows in self.loss.gradients(self.theta, batch))
 
@@ -385,6 +405,10 @@ class Objective:
         Returns:
             ``(q, B)``.
         """
+        if len(directions) > FEW_DIRECTIONS_OF_LAYERS and self.layers is not None:
+            products = self.layers.products(batch, directions)
+            if products is not None:
+                return products
         if len(directions) > FEW_DIRECTIONS and self.loss.vectorised:
             return derivatives.from_gradients(self.loss, batch, directions).detach()
         return self._directional(self.loss, batch, directions).detach()
@@ -440,7 +464,14 @@ class Objective:
         Raises:
             NonFiniteError: If a gradient is not finite.
         """
-        return derivatives.query_gradients(examples, self.theta, self.measurements, self.space, per_example=per_example)
+        return derivatives.query_gradients(
+            examples,
+            self.theta,
+            self.measurements,
+            self.space,
+            per_example=per_example,
+            rows=None if self._own_measurement else self.gradients,
+        )
 
     def observe(self, examples: Examples) -> tuple[NeuronStatistics, GradientStatistics]:
         """The statistics of neurons and parameters on the examples, see :func:`~.observation.observe`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -60,6 +60,7 @@ class Shadow:
         influence_loss: What gives the losses of single examples: a function of the module and the batch, or
             ``"influence_loss"`` if the module defines that method. ``None`` if neither exists.
         metrics: The module's metrics.
+        on_parameters: Called with the parameters of each call by name, if it is not ``None``.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Shadow:
         self._common = common or {}
         defined = "influence_loss" if overrides(module, "influence_loss") else None
         self.influence_loss: LossOfModule | str | None = influence_loss or defined
+        self.on_parameters: Callable[[dict[str, Tensor]], None] | None = None
         self._members = _Members(module)
 
     @classmethod
@@ -199,6 +201,8 @@ class Shadow:
             if not parameter.requires_grad
         }
         trainable = {name: value.clone() for name, value in self.space.unflatten(theta).items()}
+        if self.on_parameters is not None:
+            self.on_parameters(trainable)
         # torch.manual_seed would format a stack trace for every kind of accelerator that is not in use.
         torch.default_generator.manual_seed(self.seed)
         if self.device.type != "cpu":

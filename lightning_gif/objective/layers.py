@@ -1,0 +1,566 @@
+"""The places where a module uses its parameters linearly, and the gradients of single examples that follow from them.
+
+A backward pass gives the gradient of a loss at the result of such a place. With the input, this is all that the
+gradient of a parameter depends on: for a Linear layer it is ``Σ δ aᵀ`` over the positions of an example, with ``a`` the
+input and ``δ`` the gradient at the output. So one backward pass over a batch gives the gradients of all its examples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
+
+__all__ = ["Elementwise", "Layer", "LayerRecorder", "Linear", "Part"]
+
+
+class Axis(NamedTuple):
+    """Where the examples are in a tensor.
+
+    Attributes:
+        dim: The dimension of the examples. It may be longer than their number ``B``.
+        strided: If it is longer, whether the rows of an example are each ``B``-th one. Otherwise they are consecutive.
+    """
+
+    dim: int
+    strided: bool = False
+
+    def first(self, values: Tensor, size: int) -> Tensor:
+        """The values of each example, ``(B, rows, …)``. The length of the dimension must be a multiple of ``B``."""
+        moved = values.movedim(self.dim, 0)
+        return moved.unflatten(0, (-1, size)).transpose(0, 1) if self.strided else moved.unflatten(0, (size, -1))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A view of a parameter.
+
+    Attributes:
+        name: The name of the parameter.
+        shape: The shape of the view.
+        positions: The position of each entry of the view in the flat parameter, ``(m,)``; ``None`` if the view is the
+            whole parameter in its own order.
+    """
+
+    name: str
+    shape: torch.Size
+    positions: Tensor | None
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Equal for equal views."""
+        ends = () if self.positions is None else (int(self.positions.sum()), int(self.positions[:1].sum()))
+        return self.name, *self.shape, *ends
+
+    def view(self, *shape: int) -> Part:
+        """The same entries in another shape."""
+        return Part(self.name, torch.Size(shape), self.positions)
+
+    def add_to(self, total: Tensor, values: Tensor) -> None:
+        """Adds values ``(…, m)`` of the view to values ``(…, size)`` of the flat parameter."""
+        if self.positions is None:
+            total += values
+        else:
+            total.index_add_(-1, self.positions, values)
+
+    def of(self, values: Tensor) -> Tensor:
+        """The entries ``(…, *shape)`` of the view, from values ``(…, size)`` of the flat parameter."""
+        chosen = values if self.positions is None else values[..., self.positions]
+        return chosen.reshape(*values.shape[:-1], *self.shape)
+
+
+class Layer(ABC):
+    """One use of parameters by an operation that is linear in them.
+
+    Attributes:
+        parts: The views of parameters that it uses.
+        shape: The shape of its result.
+    """
+
+    kind: ClassVar[str]
+    parts: list[Part]
+
+    def __init__(self, output: Tensor) -> None:
+        self._edge = torch.autograd.graph.get_gradient_edge(output)
+        self.shape = output.shape
+
+    @property
+    def edge(self) -> Any:
+        """The result in the graph of the backward pass, as ``torch.autograd.grad`` takes it."""
+        return self._edge
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Equal for equal uses, whatever the batch."""
+        return self.kind, *(part.signature for part in self.parts)
+
+    def axes(self, size: int) -> list[Axis]:
+        """The axes of the result that may be that of ``size`` examples."""
+        found = []
+        for dim, length in enumerate(self.shape[: self.n_leading][:2]):
+            if length and length % size == 0:
+                found += [Axis(dim)] if length == size else [Axis(dim), Axis(dim, strided=True)]
+        return found
+
+    @property
+    def n_leading(self) -> int:
+        """The number of dimensions of the result, without those of the features."""
+        return len(self.shape) - 1
+
+    @abstractmethod
+    def gradients(self, delta: Tensor, axis: Axis, size: int) -> list[Tensor]:
+        """The gradients of single examples for each part, ``(B, *part.shape)``.
+
+        Args:
+            delta: The gradient at the result, in its shape.
+            axis: Where the examples are, one of :meth:`axes`.
+            size: The number of examples ``B``.
+        """
+
+    def products(self, delta: Tensor, axis: Axis, size: int, directions: list[Tensor]) -> Tensor:
+        """The inner products ``(q, B)`` of the gradients of single examples with directions.
+
+        Args:
+            delta: See :meth:`gradients`.
+            axis: See :meth:`gradients`.
+            size: See :meth:`gradients`.
+            directions: For each part, ``(q, *part.shape)``.
+        """
+        gradients = self.gradients(delta, axis, size)
+        pairs = zip(directions, gradients, strict=True)
+        return sum((along.flatten(1) @ one.flatten(1).T for along, one in pairs), delta.new_zeros(()))
+
+
+class Linear(Layer):
+    """``y = a Wᵀ`` with ``W`` ``(o, i)``, at each position."""
+
+    kind = "linear"
+
+    def __init__(self, output: Tensor, given: Tensor, weight: Part, bias: Part | None = None) -> None:
+        super().__init__(output)
+        self._given = given.detach()
+        self.weight, self.bias = weight, bias
+        self.parts = [weight] if bias is None else [weight, bias]
+
+    def sides(self, delta: Tensor, axis: Axis, size: int) -> tuple[Tensor, Tensor]:
+        """The inputs ``(B, T, i)`` and the output gradients ``(B, T, o)`` of each example at its ``T`` positions."""
+        return _of_examples(self._given, axis, size), _of_examples(delta, axis, size)
+
+    @override
+    def gradients(self, delta: Tensor, axis: Axis, size: int) -> list[Tensor]:
+        inputs, outputs = self.sides(delta, axis, size)
+        weight = (outputs.mT @ inputs).reshape(size, *self.weight.shape)
+        return [weight] if self.bias is None else [weight, outputs.sum(1)]
+
+    @override
+    def products(self, delta: Tensor, axis: Axis, size: int, directions: list[Tensor]) -> Tensor:
+        inputs, outputs = self.sides(delta, axis, size)
+        if inputs.shape[1] > 1:
+            return super().products(delta, axis, size, directions)
+        # With one position, the gradients take more memory than these products, and as many operations.
+        images = inputs[:, 0] @ directions[0].mT  # (q, B, o)
+        if self.bias is not None:
+            images = images + directions[1][:, None]
+        return (images * outputs[:, 0]).sum(2)
+
+
+class Convolution(Linear):
+    """A convolution. A position is a pixel, and its input is the patch that the kernel sees."""
+
+    kind = "convolution"
+
+    def __init__(
+        self,
+        output: Tensor,
+        given: Tensor,
+        weight: Part,
+        bias: Part | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+    ) -> None:
+        super().__init__(output, given, weight, bias)
+        self._geometry = tuple(weight.shape[2:]), stride, padding, dilation
+        self.groups = groups
+
+    @property
+    @override
+    def n_leading(self) -> int:
+        return 1
+
+    @override
+    def sides(self, delta: Tensor, axis: Axis, size: int) -> tuple[Tensor, Tensor]:
+        patches = _patches(self._given, *self._geometry)  # (N, i, T)
+        return _of_examples(patches.mT, axis, size), _of_examples(delta.flatten(2).mT, axis, size)
+
+    @override
+    def gradients(self, delta: Tensor, axis: Axis, size: int) -> list[Tensor]:
+        inputs, outputs = self.sides(delta, axis, size)
+        grouped = [side.unflatten(2, (self.groups, -1)).transpose(1, 2) for side in (inputs, outputs)]
+        weight = (grouped[1].mT @ grouped[0]).reshape(size, *self.weight.shape)
+        return [weight] if self.bias is None else [weight, outputs.sum(1)]
+
+    @override
+    def products(self, delta: Tensor, axis: Axis, size: int, directions: list[Tensor]) -> Tensor:
+        return Layer.products(self, delta, axis, size, directions)
+
+
+class Embedding(Layer):
+    """``y = W[indices]``, with ``W`` ``(rows, e)``."""
+
+    kind = "embedding"
+
+    def __init__(self, output: Tensor, indices: Tensor, weight: Part, padding: int | None) -> None:
+        super().__init__(output)
+        self._indices, self._padding = indices, padding
+        self.weight = weight
+        self.parts = [weight]
+
+    def sides(self, delta: Tensor, axis: Axis, size: int) -> tuple[Tensor, Tensor]:
+        """The indices ``(B, T)`` and the output gradients ``(B, T, e)``; those of padding are zero."""
+        indices = _of_examples(self._indices[..., None], axis, size).squeeze(2)
+        outputs = _of_examples(delta, axis, size)
+        if self._padding is not None:
+            outputs = outputs * (indices != self._padding)[..., None]
+        return indices, outputs
+
+    @override
+    def gradients(self, delta: Tensor, axis: Axis, size: int) -> list[Tensor]:
+        indices, outputs = self.sides(delta, axis, size)
+        gradient = outputs.new_zeros(size, *self.weight.shape)
+        return [gradient.scatter_add_(1, indices[..., None].expand_as(outputs), outputs)]
+
+
+class Elementwise(Layer):
+    """``y = x ∘ w`` or ``y = x ± w``, where ``w`` is broadcast to the shape of the result."""
+
+    kind = "elementwise"
+
+    def __init__(self, output: Tensor, part: Part, factor: Tensor | float) -> None:
+        super().__init__(output)
+        self._factor = factor.detach() if isinstance(factor, Tensor) else factor
+        self.parts = [part]
+
+    @property
+    def _broadcast(self) -> list[int]:
+        """The shape of the part with a dimension for each one of the result."""
+        return [1] * (len(self.shape) - len(self.parts[0].shape)) + list(self.parts[0].shape)
+
+    @property
+    @override
+    def n_leading(self) -> int:
+        return len(self.shape)
+
+    @override
+    def axes(self, size: int) -> list[Axis]:
+        shape = self._broadcast
+        return [axis for axis in super().axes(size) if len(shape) == len(self.shape) and shape[axis.dim] == 1]
+
+    @override
+    def gradients(self, delta: Tensor, axis: Axis, size: int) -> list[Tensor]:
+        (part,), shape = self.parts, self._broadcast
+        values = (delta * self._factor).expand(self.shape)
+        del shape[axis.dim]
+        rows = axis.first(values, size).sum(1)
+        summed = [dim for dim, length in enumerate(shape, 1) if length == 1]
+        return [(rows.sum(summed, keepdim=True) if summed else rows).reshape(size, *part.shape)]
+
+
+class LayerRecorder(TorchFunctionMode):
+    """A block that records where parameters are used linearly.
+
+    Uses by other operations are not recorded. So the recorded uses may not be all.
+
+    Attributes:
+        layers: The uses, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: list[Layer] = []
+        self._parameters: dict[int, tuple[str, Tensor]] = {}
+        self._made: dict[int, Tensor] = {}  # results that are views of parameters
+
+    def note_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Takes the tensors by name that are the parameters from now on; each has a storage of its own."""
+        self._parameters |= {
+            tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in parameters.items() if tensor.numel()
+        }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        arrange = _ARRANGED.get(name)
+        if arrange is None or not torch.is_grad_enabled():
+            inside = _without_overrides(func)
+            if inside is None:
+                return func(*args, **kwargs)
+            with self:
+                return inside(*args, **kwargs)
+        recorded = list[Callable[[Tensor], Layer]]()
+        # Other arguments are a TypeError. Inside of vmap, tensors have no storage, which is a RuntimeError.
+        with contextlib.suppress(TypeError, RuntimeError):
+            recorded += arrange(self, *args, **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.requires_grad:
+            self.layers += [make(result) for make in recorded]
+            if recorded and name in _VIEWS:
+                self._made[id(result)] = result
+        return result
+
+    def part(self, tensor: Any) -> Part | None:
+        """The part of a parameter that a tensor is a view of; ``None`` if it is not."""
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.requires_grad:
+            return None
+        if id(tensor) in self._made:
+            return None
+        found = self._parameters.get(tensor.untyped_storage().data_ptr())
+        if found is None or found[1].dtype != tensor.dtype:
+            return None
+        name, parameter = found
+        if tensor.shape == parameter.shape and tensor.stride() == parameter.stride():
+            return Part(name, tensor.shape, None)
+        stored = torch.empty_strided(parameter.shape, parameter.stride(), dtype=torch.long, device=tensor.device)
+        stored.copy_(torch.arange(parameter.numel(), device=tensor.device).view(parameter.shape))
+        positions = stored.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return Part(name, tensor.shape, positions.reshape(-1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The operations that are linear in parameters: which layers they are, given their arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+Arranged = Iterable[Callable[[Tensor], Layer]]
+
+
+def _linear(recorder: LayerRecorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arranged:
+    matrix, added = recorder.part(weight), recorder.part(bias)
+    if matrix is not None and len(matrix.shape) == 2:
+        yield lambda output: Linear(output, input, matrix, added)
+    elif added is not None:
+        yield lambda output: Elementwise(output, added, 1.0)
+
+
+def _matmul(recorder: LayerRecorder, input: Tensor, other: Tensor) -> Arranged:
+    if isinstance(other, Tensor) and other.ndim == 2:
+        yield from _linear(recorder, input, other.mT)
+
+
+def _addmm(recorder: LayerRecorder, input: Tensor, mat1: Tensor, mat2: Tensor) -> Arranged:
+    yield from _linear(recorder, mat1, mat2.mT, input)
+
+
+def _conv(
+    recorder: LayerRecorder,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Arranged:
+    kernel, added, dims = recorder.part(weight), recorder.part(bias), weight.ndim - 2
+    if kernel is None or input.ndim != weight.ndim:
+        return
+    stride, dilation = _each(stride, dims), _each(dilation, dims)
+    sizes = weight.shape[2:]
+    if padding == "same":
+        total = [spread * (size - 1) for spread, size in zip(dilation, sizes, strict=True)]
+        input = F.pad(input, [half for length in reversed(total) for half in (length // 2, length - length // 2)])
+    padding = (0,) * dims if isinstance(padding, str) else _each(padding, dims)
+    yield lambda output: Convolution(output, input, kernel, added, stride, padding, dilation, groups)
+
+
+def _embedding(
+    recorder: LayerRecorder,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Arranged:
+    table = recorder.part(weight)
+    if table is None or scale_grad_by_freq or max_norm is not None:
+        return
+    padding = None if padding_idx is None or padding_idx == -1 else padding_idx % len(weight)
+    yield lambda output: Embedding(output, input, table, padding)
+
+
+def _add(recorder: LayerRecorder, input: Any, other: Any, *, alpha: float = 1, sign: float = 1.0) -> Arranged:
+    for part, factor in ((recorder.part(input), 1.0), (recorder.part(other), sign * alpha)):
+        if part is not None:
+            yield partial(Elementwise, part=part, factor=factor)
+
+
+def _sub(recorder: LayerRecorder, input: Any, other: Any, *, alpha: float = 1) -> Arranged:
+    yield from _add(recorder, input, other, alpha=alpha, sign=-1.0)
+
+
+def _mul(recorder: LayerRecorder, input: Any, other: Any) -> Arranged:
+    parts = recorder.part(input), recorder.part(other)
+    for part, factor in zip(parts, (other, input), strict=True):
+        if part is not None:
+            kept = factor.detach().clone() if isinstance(factor, Tensor) else factor
+            yield partial(Elementwise, part=part, factor=kept)
+
+
+def _expand(recorder: LayerRecorder, input: Tensor, *sizes: Any, **named: Any) -> Arranged:
+    part = recorder.part(input)
+    if part is not None:
+        yield lambda output: Elementwise(output, part, 1.0)
+
+
+def _affine(
+    recorder: LayerRecorder, normalised: Tensor, weight: Tensor | None, bias: Tensor | None, after: int = 0
+) -> Arranged:
+    """A factor and a summand whose last dimension has ``after`` dimensions of the result after it."""
+    for one, factor in ((recorder.part(weight), normalised), (recorder.part(bias), 1.0)):
+        if one is not None:
+            part = one.view(*one.shape, *(1,) * after)
+            yield partial(Elementwise, part=part, factor=factor)
+
+
+def _layer_norm(
+    recorder: LayerRecorder,
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Arranged:
+    normalised = F.layer_norm(input.detach(), normalized_shape, None, None, eps)
+    yield from _affine(recorder, normalised, weight, bias)
+
+
+def _rms_norm(
+    recorder: LayerRecorder,
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Arranged:
+    normalised = F.rms_norm(input.detach(), normalized_shape, None, eps)
+    yield from _affine(recorder, normalised, weight, None)
+
+
+def _group_norm(
+    recorder: LayerRecorder,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Arranged:
+    normalised = F.group_norm(input.detach(), num_groups, None, None, eps)
+    yield from _affine(recorder, normalised, weight, bias, input.ndim - 2)
+
+
+def _batch_norm(
+    recorder: LayerRecorder,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Arranged:
+    if training or running_mean is None or running_var is None:
+        return  # the loss of an example depends on the others
+    normalised = F.batch_norm(input.detach(), running_mean, running_var, None, None, False, momentum, eps)
+    yield from _affine(recorder, normalised, weight, bias, input.ndim - 2)
+
+
+def _prelu(recorder: LayerRecorder, input: Tensor, weight: Tensor) -> Arranged:
+    slope = recorder.part(weight)
+    if slope is not None:
+        after = input.ndim - 2 if weight.numel() > 1 else 0
+        below = input.detach().clamp_max(0)
+        yield lambda output: Elementwise(output, slope.view(len(weight), *(1,) * after), below)
+
+
+_ARRANGED: dict[str, Callable[..., Arranged]] = {
+    "linear": _linear,
+    **dict.fromkeys(("matmul", "mm", "__matmul__"), _matmul),
+    "addmm": _addmm,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv),
+    "embedding": _embedding,
+    **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), _add),
+    **dict.fromkeys(("sub", "sub_", "__sub__", "__isub__"), _sub),
+    **dict.fromkeys(("mul", "mul_", "__mul__", "__rmul__", "__imul__"), _mul),
+    **dict.fromkeys(("expand", "expand_as"), _expand),
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "group_norm": _group_norm,
+    "batch_norm": _batch_norm,
+    "prelu": _prelu,
+}
+
+_VIEWS = {"expand", "expand_as"}
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
+
+
+def _without_overrides(func: Any) -> Callable[..., Any] | None:
+    """A function of PyTorch that is written in Python, as a copy that calls others where a mode can see them.
+
+    Such a function passes itself to the mode first. Its copy does not, as if no argument had overrides.
+    """
+    code, names = getattr(func, "__code__", None), getattr(func, "__globals__", None)
+    if code is None or names is None or names.get("__name__") != F.__name__ or func.__closure__:
+        return None
+    if func not in _COPIES:
+        never = dict.fromkeys(
+            ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False
+        )
+        copy = type(func)(code, {**names, **never}, func.__name__, func.__defaults__)
+        copy.__kwdefaults__ = func.__kwdefaults__
+        _COPIES[func] = copy
+    return _COPIES[func]
+
+
+_COPIES: dict[Any, Callable[..., Any]] = {}
+
+
+def _of_examples(values: Tensor, axis: Axis, size: int) -> Tensor:
+    """Values with the features last as ``(B, T, features)``."""
+    return axis.first(values, size).reshape(size, -1, values.shape[-1])
+
+
+def _patches(
+    given: Tensor, sizes: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> Tensor:
+    """What the kernel of a convolution sees at each position: ``(B, channels · kernel, positions)``."""
+    if len(sizes) == 2:
+        return F.unfold(given, sizes, dilation, padding, stride)
+    if len(sizes) == 1:
+        return F.unfold(given[:, :, None], (1, *sizes), (1, *dilation), (0, *padding), (1, *stride))
+    given = F.pad(given, [length for length in reversed(padding) for _ in range(2)])
+    for dim, (size, step, spread) in enumerate(zip(sizes, stride, dilation, strict=True), 2):
+        given = given.unfold(dim, spread * (size - 1) + 1, step)[..., ::spread]
+    dims = len(sizes)
+    batch, _, *rest = given.shape
+    positions = math.prod(rest[:dims])
+    moved = given.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+    return moved.reshape(batch, -1, positions)

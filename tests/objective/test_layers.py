@@ -1,0 +1,187 @@
+"""Gradients of single examples from the layers of a module equal those of one backward pass for each example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_gif.data.batch import Batch
+from lightning_gif.data.examples import Examples
+from lightning_gif.objective.layer_gradients import LayerGradients
+from lightning_gif.objective.objective import Objective
+
+from ..conftest import make_trainer
+
+N = 14
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]).flatten(1), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@contextmanager
+def opened(net: nn.Module, x: Tensor) -> Iterator[tuple[Objective, Batch]]:
+    torch.manual_seed(0)
+    y = torch.randint(0, 3, (len(x),))
+    with Objective.open(make_trainer(), Classifier(net), double=True) as objective:
+        examples = Examples.from_batch((x, y), objective.prepare, batch_size=len(x))
+        yield objective, next(iter(objective.learn_structure(examples).batches()))
+
+
+def one_at_a_time(objective: Objective, batch: Batch) -> Tensor:
+    rows = []
+    for position in range(batch.size):
+        theta = objective.theta.detach().requires_grad_()
+        loss = objective.shadow.training_step(theta, batch.slice(position, position + 1).data)
+        rows.append(torch.autograd.grad(loss, theta)[0])
+    return torch.stack(rows)
+
+
+class Functional(nn.Module):
+    """A module that uses bare parameters of given shapes by a function."""
+
+    def __init__(self, function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.weights = nn.ParameterList([torch.randn(shape, generator=generator) / 2 for shape in shapes])
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.weights)
+
+
+class Attention(nn.Module):
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.table, self.first = nn.Embedding(11, 8, padding_idx=0), first
+        self.position, self.start = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(1, 1, 8))
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=first)
+        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.cat([self.start.expand(len(x), -1, -1), self.table(x) + self.position], dim=1)
+        hidden = self.layers(hidden if self.first else hidden.transpose(0, 1))
+        return self.head(hidden[:, 0] if self.first else hidden[0])
+
+
+VECTORS, IMAGES = torch.randn(N, 6), torch.randn(N, 2, 7, 8)
+SEQUENCES, TOKENS = torch.randn(N, 5, 6), torch.randint(0, 11, (N, 6))
+
+NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "perceptron": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)), VECTORS),
+    "positions": (lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)), SEQUENCES),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(5, 3, 3, 2, 1, 2), nn.Flatten(), nn.Linear(6, 3)), SEQUENCES),
+    "conv2d": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, (3, 2), (1, 2), (0, 1)), nn.BatchNorm2d(4), nn.ReLU(inplace=True)),
+        IMAGES,
+    ),
+    "same": (lambda: nn.Sequential(nn.Conv2d(2, 3, (2, 3), padding="same", dilation=(1, 2)), nn.PReLU(3)), IMAGES),
+    "groups": (lambda: nn.Sequential(nn.Conv2d(2, 6, 3, groups=2), nn.GroupNorm(2, 6), nn.PReLU()), IMAGES),
+    "conv3d": (
+        lambda: nn.Sequential(nn.Unflatten(2, (1, 7)), nn.Conv3d(2, 3, (1, 3, 2), (1, 2, 1), (0, 1, 0), (1, 1, 2))),
+        IMAGES,
+    ),
+    "layernorm": (lambda: nn.Sequential(nn.LayerNorm((5, 6)), nn.Flatten(), nn.Linear(30, 3)), SEQUENCES),
+    "rmsnorm": (lambda: nn.Sequential(nn.RMSNorm(6), nn.Linear(6, 3)), VECTORS),
+    "batch first": (lambda: Attention(True), TOKENS),
+    "time first": (lambda: Attention(False), TOKENS),
+    "matmul": (lambda: Functional(lambda x, w, b: x @ w - b, (6, 3), (3,)), VECTORS),
+    "addmm": (lambda: Functional(lambda x, w, b: torch.addmm(b, x, w), (6, 3), (3,)), VECTORS),
+    "rows of one": (lambda: Functional(lambda x, w: F.linear(F.linear(x, w[:6, :6]), w[:3, 1:7]), (8, 8)), VECTORS),
+    "tied": (lambda: Functional(lambda x, w: (torch.tanh(F.linear(x, w)) @ w)[:, :3], (6, 6)), VECTORS),
+    "scales": (lambda: Functional(lambda x, a, b: (a * x + x.mul(b))[:, :3], (6,), (1, 6)), VECTORS),
+    "twice": (lambda: Functional(lambda x, a: (x + a.expand(len(x), 6) + a)[:, :3], (6,)), VECTORS),
+}
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_gradients_from_layers_equal_those_of_one_example_at_a_time(name: str) -> None:
+    make, x = NETS[name]
+    torch.manual_seed(0)
+    with opened(make().eval(), x) as (objective, batch):
+        expected = one_at_a_time(objective, batch)
+        directions = torch.randn(4, objective.space.size, dtype=torch.float64)
+        assert objective.layers is not None
+        rows = objective.layers.gradients(batch)
+        assert rows is not None
+        torch.testing.assert_close(torch.cat(list(rows)), expected, rtol=1e-9, atol=1e-12)
+        products = objective.layers.products(batch, directions)
+        torch.testing.assert_close(products, directions @ expected.T, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(torch.cat(list(objective.gradients(batch))), expected, rtol=1e-9, atol=1e-12)
+        found = objective.directional_derivatives(batch, directions)
+        torch.testing.assert_close(found, directions @ expected.T, rtol=1e-9, atol=1e-12)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRU(6, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x)[0][:, -1])
+
+
+@pytest.mark.parametrize(
+    ("net", "x"),
+    [
+        (Recurrent(), SEQUENCES),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), VECTORS),
+        (Functional(lambda x, w: torch.einsum("bi,oi->bo", x, w), (3, 6)), VECTORS),
+        (Functional(lambda x, w: F.linear(x, w) * (1 + w.square().sum()), (3, 6)), VECTORS),
+    ],
+    ids=["recurrent", "weight norm", "einsum", "norm of the weights"],
+)
+def test_a_module_that_uses_parameters_in_another_way_has_no_layers(net: nn.Module, x: Tensor) -> None:
+    with opened(net, x) as (objective, batch):
+        assert objective.layers is None
+        found = torch.cat(list(objective.gradients(batch)))
+        torch.testing.assert_close(found, one_at_a_time(objective, batch), rtol=1e-9, atol=1e-12)
+
+
+class Branching(nn.Module):
+    """The result is the same in both branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,oi->bo", x, self.layer.weight) if len(x) > 9 else self.layer(x)
+
+
+def test_a_batch_that_takes_another_branch_is_computed_in_another_way() -> None:
+    with opened(Branching(), VECTORS) as (objective, batch):
+        layers = LayerGradients.choose(objective.loss, batch.slice(0, 5))
+        assert layers is not None
+        assert layers.gradients(batch) is None
+        assert layers.products(batch, torch.ones(2, 18)) is None
+        assert layers.gradients(batch.slice(0, 8)) is not None
+        assert objective.layers is None  # which tries more examples
+        found = torch.cat(list(objective.gradients(batch)))
+        torch.testing.assert_close(found, one_at_a_time(objective, batch), rtol=1e-9, atol=1e-12)
+
+
+def test_recording_leaves_nothing_behind() -> None:
+    with opened(Attention(True), TOKENS) as (objective, batch):
+        assert objective.layers is not None
+        assert objective.shadow.on_parameters is None
+        before = objective.losses(objective.theta, batch)
+        list(objective.layers.gradients(batch) or ())
+        assert torch.equal(objective.losses(objective.theta, batch), before)
+        assert objective.shadow.on_parameters is None
