@@ -70,6 +70,11 @@ class ParameterSpace:
         parameters = dict(module.named_parameters())
         return torch.cat([parameters[name].detach().reshape(-1).to(dtype) for name in self.slots])
 
+    def of(self, name: str, vectors: Tensor) -> Tensor:
+        """The entries of one parameter as a view ``(…, size)`` of flat vectors ``(…, p)``."""
+        slot = self.slots[name]
+        return vectors[..., slot.offset : slot.offset + slot.size]
+
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a flat vector ``(p,)`` in the shapes of the parameters, by name; differentiable."""
         pieces = vector.split([slot.size for slot in self.slots.values()])

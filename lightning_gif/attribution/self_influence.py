@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import Settings
 from ..curvature.by_solver import inverse_for_self_influence
+from ..curvature.inverse import InverseCurvature
 from ..curvature.methods import METHODS
 from ..data.examples import Examples
 from ..errors import ConfigurationError
@@ -79,9 +80,9 @@ def self_influence(
     summaries = list[tuple[dict[str, Any], float]]()  # how the curvature was computed, and the damping, of each state
     for state in model_states:
         with objective.at_state(state):
-            quadratic, curvature, damping = _fit(objective, train, settings, targets)
-            summaries.append((curvature, damping))
-            values, gradients = _scores(objective, scored, settings.weight_decay, quadratic)
+            inverse = _fit(objective, train, settings, targets)
+            values, gradients = _scores(objective, scored, settings.weight_decay, inverse)
+            summaries.append(({**inverse.summary(), "inverse": inverse.kind}, inverse.damping))
         scores += values / len(model_states) / max(len(train) - 1, 1)
         any_gradient += gradients
     warn_without_gradients(objective.processes.total(any_gradient))
@@ -108,31 +109,31 @@ def self_influence(
     )
 
 
-def _fit(
-    objective: Objective, train: Examples, settings: Settings, targets: Targets
-) -> tuple[Callable[[Tensor], Tensor], dict[str, Any], float]:
-    """The quadratic form of the inverse curvature at the present weights, how it was computed, and its damping."""
+def _fit(objective: Objective, train: Examples, settings: Settings, targets: Targets) -> InverseCurvature:
+    """The inverse of the curvature at the present weights."""
     positions = targets.flat(objective.space).to(objective.device)
-    method = METHODS[settings.method]
     with objective.progress("Hessian products") as bar:
         inverse_class = inverse_for_self_influence(settings, len(positions))
-        inverse = inverse_class.fit(objective, train, settings, method, positions, on_product=bar.update)
-        quadratic = inverse.quadratic()
-        return quadratic, {**inverse.summary(), "inverse": inverse.kind}, inverse.damping
+        return inverse_class.fit(objective, train, settings, METHODS[settings.method], positions, on_product=bar.update)
 
 
 def _scores(
-    objective: Objective, scored: Examples, weight_decay: float, quadratic: Callable[[Tensor], Tensor]
+    objective: Objective, scored: Examples, weight_decay: float, inverse: InverseCurvature
 ) -> tuple[Tensor, float]:
     """The quadratic form of each example's gradient, ``(n,)``, and a number that is positive if a gradient is not zero.
 
     Removing an example does not reduce weight decay. So each example's gradient includes the gradient of weight decay.
     """
-    values, any_gradient = [], 0.0
+    values, any_gradient, quadratic = [], 0.0, inverse.quadratic()
     with objective.progress("Scoring training examples", len(scored)) as bar:
         for batch in scored.local_batches():
-            for gradients in objective.gradients(batch):
-                any_gradient += float(gradients.any())
-                values.append(quadratic(gradients + weight_decay * objective.theta).cpu())
+            found = inverse.of_losses(objective, batch)
+            if found is not None:
+                any_gradient += float(found.any())
+                values.append(found.cpu())
+            else:
+                for gradients in objective.gradients(batch):
+                    any_gradient += float(gradients.any())
+                    values.append(quadratic(gradients + weight_decay * objective.theta).cpu())
             bar.update(batch.size * objective.processes.size)
     return scored.all_gather(values).double(), any_gradient

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..config import Settings
+from ..data.batch import Batch
 from ..data.examples import Examples
 from ..errors import ConfigurationError
 from ..objective.objective import Objective
@@ -99,6 +100,18 @@ class InverseCurvature(ABC):
             f"{type(self).__name__} has no quadratic form, which self-influence needs. Use another solver, or"
             " omit `solver`."
         )
+
+    def of_losses(self, objective: Objective, batch: Batch) -> Tensor | None:
+        """:meth:`quadratic` of the gradient of each loss of a batch, ``(B,)``, if this needs no whole gradients.
+
+        Args:
+            objective: The objective, open.
+            batch: The batch.
+
+        Returns:
+            The values; ``None`` if gradients have to be passed to :meth:`quadratic`.
+        """
+        return None
 
     @property
     @abstractmethod

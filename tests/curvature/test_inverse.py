@@ -252,10 +252,10 @@ def test_a_sketch_that_does_not_fit_is_refused_with_a_remedy(monkeypatch: pytest
     queries = batch_of(dataset, slice(0, 30))
     words = r"A sketch of rank 512 .* over 35203 parameters takes 0\.336 GiB, but"
     with pytest.raises(ConfigurationError, match=rf"{words} memory=0\.1 allows .*`max_iter`.*'cg'.*a larger `memory`"):
-        trainer.influence(queries, per_example=True, memory=0.1)
+        trainer.influence(queries, per_example=True, solver="nystrom", max_iter=512, memory=0.1)
     monkeypatch.setattr(memory, "free_memory", lambda device: 0.2 * 2**30)
     with pytest.raises(ConfigurationError, match=rf"{words} 0\.2 GiB are free .*`max_iter`.*'cg'.*free some memory"):
-        trainer.influence(queries, per_example=True)
+        trainer.influence(queries, per_example=True, solver="nystrom", max_iter=512)
     with pytest.raises(ConfigurationError, match=r"A sketch of rank 500 .* takes 0\.328 GiB"):
         trainer.self_influence(max_iter=500)
     for remedy in ({"max_iter": 64}, {"solver": "cg", "max_iter": 2}):

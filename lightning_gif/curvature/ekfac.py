@@ -1,0 +1,418 @@
+"""EK-FAC: the Gauss–Newton matrix in a basis of Kronecker products, with corrected eigenvalues.
+
+George, Laurent, Bouthillier, Ballas and Vincent, NeurIPS 2018; for influence functions Grosse et al., arXiv 2308.03296.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ..config import Settings
+from ..data.batch import Batch
+from ..data.examples import Examples
+from ..errors import ConfigurationError
+from ..objective import outputs
+from ..objective.layer_gradients import LayerGradients, RecordedPass
+from ..objective.layers import Convolution, Embedding, Layer, Linear, Part
+from ..objective.objective import Objective
+from ..parameters import ParameterSpace
+from ..solvers import Solution, require_finite
+from .inverse import INVERSES, InverseCurvature
+from .memory import bytes_to_keep
+from .methods import Method
+from .output_curvature import output_vectors
+from .sampling import curvature_sample, sample_size
+
+__all__ = ["EKFACInverse", "KroneckerBlock"]
+
+# The default damping of a layer as a share of its mean eigenvalue. benchmarks/README.md, "Scores on several tasks".
+RELATIVE_DAMPING = 0.3
+
+# A matrix with more rows or columns than these keeps its own basis on that side: eigenvectors would take too long.
+_LARGEST_SIDE = 8192
+
+# With fewer examples, several random vectors are drawn for each, up to so many for all of them.
+_DRAWS = 256
+
+
+Values = Callable[[str], Tensor]
+"""From the name of a parameter to the values ``(m, size)`` of its entries."""
+
+
+@dataclass
+class KroneckerBlock:
+    """The matrix ``W`` ``(o, i)`` of a layer, with its bias as one more column, and its curvature in a Kronecker basis.
+
+    Attributes:
+        weight: Where the matrix is.
+        bias: Where the bias is, if there is one.
+        is_table: Whether the matrix is the transpose of the table of an embedding, whose inputs are unit vectors.
+        outer: The eigenvectors ``U`` of the second moment of output gradients, ``(o, o)``; ``None`` for the unit
+            vectors, if there are too many outputs.
+        inner: The eigenvectors ``V`` of the second moment of inputs, ``(i, i)``, or ``(i + 1, i + 1)`` with a bias;
+            ``None`` for the unit vectors, which are the inputs of a table, or if there are too many inputs.
+        values: The corrected eigenvalues, ``(o, i)`` or ``(o, i + 1)``.
+    """
+
+    weight: Part
+    bias: Part | None
+    is_table: bool
+    outer: Tensor | None = None
+    inner: Tensor | None = None
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def parts(self) -> list[Part]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def matrix(self, values: Values) -> Tensor:
+        """The entries of the block as matrices ``(m, o, i)``."""
+        weight = self.weight.of(values(self.weight.name))
+        matrix = weight.mT if self.is_table else weight.flatten(2)
+        return matrix if self.bias is None else torch.cat([matrix, self.bias.of(values(self.bias.name))[..., None]], 2)
+
+    def write(self, matrix: Tensor, values: Values) -> None:
+        """Adds matrices ``(m, o, i)`` to the entries of the block."""
+        if self.bias is not None:
+            matrix, bias = matrix[..., :-1], matrix[..., -1]
+            self.bias.add_to(values(self.bias.name), bias)
+        weight = matrix.mT if self.is_table else matrix
+        self.weight.add_to(values(self.weight.name), weight.reshape(len(matrix), -1))
+
+    def sides(self, recorded: RecordedPass, deltas: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields inputs ``(B, T, i)`` and output gradients ``(B, T, o)`` of each use of the matrix."""
+        for layer, delta, axis in zip(recorded.layers, deltas, recorded.axes, strict=True):
+            if isinstance(layer, (Linear, Embedding)) and layer.weight.name == self.weight.name:
+                inputs, outer = layer.sides(delta, axis, recorded.size)
+                if self.bias is not None:
+                    inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], 2)
+                yield inputs, outer
+
+    def rotate(self, matrix: Tensor) -> Tensor:
+        """``UᵀMV`` for matrices ``M`` ``(m, o, i)``: their coordinates in the Kronecker basis."""
+        rotated = matrix if self.outer is None else self.outer.T @ matrix
+        return rotated if self.inner is None else rotated @ self.inner
+
+    def rotate_back(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`rotate`."""
+        rotated = matrix if self.outer is None else self.outer @ matrix
+        return rotated if self.inner is None else rotated @ self.inner.T
+
+
+def kronecker_blocks(layers: Sequence[Layer], space: ParameterSpace) -> list[KroneckerBlock]:
+    """The blocks of the parameters that are matrices of Linear or Conv layers, or tables of embeddings.
+
+    A matrix that several layers use is one block if they use all of it in the same shape. Convolutions with groups have
+    no block.
+    """
+    uses: dict[str, list[Layer]] = {}
+    for layer in layers:
+        for part in layer.parts:
+            uses.setdefault(part.name, []).append(layer)
+    blocks = []
+    for name, users in uses.items():
+        matrices = [one for one in users if isinstance(one, Linear) and one.weight.name == name]
+        tables = [one for one in users if isinstance(one, Embedding)]
+        of_block: Sequence[Linear | Embedding] = matrices or tables
+        if not of_block or any(isinstance(one, Convolution) and one.groups > 1 for one in of_block):
+            continue
+        first = of_block[0]
+        size = space.slots[name].size
+        positions = first.weight.positions
+        whole = positions is None or (len(positions) == size and len(positions.unique()) == size)
+        if not whole or any(one.weight.signature != first.weight.signature for one in of_block):
+            continue
+        bias = first.bias if isinstance(first, Linear) else None
+        if bias is not None:
+            own = bias.positions is None and uses[bias.name] == matrices
+            bias = bias if own and all(one.bias is not None for one in matrices) else None
+        blocks.append(KroneckerBlock(first.weight, bias, is_table=not matrices))
+    return blocks
+
+
+@INVERSES.register("ekfac")
+class EKFACInverse(InverseCurvature):
+    """The inverse of the Gauss–Newton matrix in its EK-FAC approximation, plus a damping.
+
+    Parameters that are no matrix of a layer, such as the scales of a normalisation, get the diagonal of the matrix.
+
+    Args:
+        space: The parameters.
+        blocks: The blocks of the matrices.
+        diagonal: The diagonal of the Gauss–Newton matrix for all other parameters, ``(p,)``, by name.
+        settings: The settings.
+        facts: How the curvature was computed, for :meth:`summary`.
+    """
+
+    name = "ekfac"
+    block_size = None
+
+    def __init__(
+        self,
+        space: ParameterSpace,
+        blocks: list[KroneckerBlock],
+        diagonal: dict[str, Tensor],
+        settings: Settings,
+        facts: dict[str, Any],
+    ) -> None:
+        self._space, self._blocks, self._diagonal = space, blocks, diagonal
+        self._settings, self._facts = settings, facts
+        self._own_damping = settings.damping is None
+        if settings.damping is None:  # the mean of the dampings of all parameters
+            values = [block.values for block in blocks] + list(diagonal.values())
+            self.damping = RELATIVE_DAMPING * sum(float(part.double().sum()) for part in values) / space.size
+        else:
+            self.damping = float(settings.damping)
+
+    def _damped(self, values: Tensor) -> Tensor:
+        """The eigenvalues of a layer plus its damping and the weight decay."""
+        damping = RELATIVE_DAMPING * float(values.double().mean()) if self._own_damping else self.damping
+        return values + (damping + self._settings.weight_decay)
+
+    @classmethod
+    def fit(
+        cls,
+        objective: Objective,
+        train: Examples,
+        settings: Settings,
+        method: Method,
+        positions: Tensor,
+        *,
+        on_product: Callable[[], Any] = lambda: None,
+    ) -> Self:
+        layers = _require_layers(objective, settings, method)
+        examples = curvature_sample(objective, train, sample_size(settings), settings.curvature_sampling, settings.seed)
+        examples = examples.cached(bytes_to_keep(settings, objective))
+        passes = _Passes(objective, layers, examples, settings.seed, on_product)
+        return cls(objective.space, *_fit(passes), settings, {"kind": "ggn", "products": 0, "examples": len(examples)})
+
+    def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
+        start, space = time.perf_counter(), self._space
+        result = torch.zeros_like(gradients)
+        for block in self._blocks:
+            rotated = block.rotate(block.matrix(lambda name: space.of(name, gradients)))
+            rotated /= self._damped(block.values)
+            block.write(block.rotate_back(rotated), lambda name: space.of(name, result))
+        for name, values in self._diagonal.items():
+            space.of(name, result).copy_(space.of(name, gradients) / self._damped(values))
+        require_finite(result, "The iHVP")
+        seconds = (time.perf_counter() - start) / len(gradients)
+        return result, [Solution.direct(row, self.damping, seconds, solver=self.kind) for row in result]
+
+    def quadratic(self) -> Callable[[Tensor], Tensor]:
+        def values_of(gradients: Tensor) -> Tensor:
+            total, space = gradients.new_zeros(len(gradients), dtype=torch.float64), self._space
+            for block in self._blocks:
+                rotated = block.rotate(block.matrix(lambda name: space.of(name, gradients)))
+                total += (rotated.square() / self._damped(block.values)).sum((1, 2))
+            for name, values in self._diagonal.items():
+                total += (space.of(name, gradients).square() / self._damped(values)).sum(1)
+            return total
+
+        return values_of
+
+    def of_losses(self, objective: Objective, batch: Batch) -> Tensor | None:
+        if objective.layers is None or self._settings.weight_decay:
+            return None
+        values, space = [], self._space
+        for part in objective.layers.parts(batch):
+            recorded = objective.layers.record_losses(part)
+            if recorded is None:
+                return None
+            deltas = recorded.output_gradients()
+            total = recorded.value.new_zeros(recorded.size, dtype=torch.float64)
+            for block in self._blocks:
+                total += _weighted_squares(block, recorded, deltas, space, 1 / self._damped(block.values))
+            for name, diagonal in self._diagonal.items():
+                gradients = recorded.of_parameter(name, len(diagonal), deltas)
+                total += (gradients.square() / self._damped(diagonal)).sum(1)
+            values.append(total[: part.size])
+        return torch.cat(values)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the factors and of the eigenvalues."""
+        held = [one for block in self._blocks for one in (block.outer, block.inner, block.values) if one is not None]
+        return sum(tensor.nbytes for tensor in (*held, *self._diagonal.values()))
+
+    @property
+    def kind(self) -> str:
+        return self.name
+
+    def summary(self) -> dict[str, Any]:
+        """The kind of curvature, and how many parameters are in blocks, and how many have the diagonal only."""
+        diagonal = sum(len(values) for values in self._diagonal.values())
+        return {**self._facts, "in_blocks": self._space.size - diagonal, "on_diagonal": diagonal}
+
+
+def _require_layers(objective: Objective, settings: Settings, method: Method) -> LayerGradients:
+    """The layers of the module.
+
+    Raises:
+        ConfigurationError: If the method or the curvature is another one, or if the module has no such layers.
+    """
+    if method.rows != "all" or method.cols != "all":
+        raise ConfigurationError(
+            "solver='ekfac' inverts the curvature of all parameters, so it needs method='if' or 'pif'. For scores over"
+            " target parameters, omit `solver`."
+        )
+    if settings.curvature != "ggn":
+        raise ConfigurationError(
+            f"solver='ekfac' approximates the Gauss–Newton matrix, got curvature={settings.curvature!r}. Use"
+            " curvature='ggn', or another solver."
+        )
+    layers = objective.layers
+    if layers is None:
+        raise ConfigurationError(
+            f"solver='ekfac' needs a module that uses all its parameters in layers that are linear in them, for whole"
+            f" batches. {type(objective.module).__name__} does not; recurrent layers, for example, are not linear in"
+            " theirs. Omit `solver`."
+        )
+    return layers
+
+
+@dataclass
+class _Passes:
+    """Backward passes over examples, from random vectors at the predictions, see :func:`output_vectors`."""
+
+    objective: Objective
+    layers: LayerGradients
+    examples: Examples
+    seed: int
+    on_product: Callable[[], Any]
+
+    def __iter__(self) -> Iterator[tuple[RecordedPass, list[Tensor], float]]:
+        """Yields each pass with the gradients at the results of its layers, and its weight."""
+        loss, theta = self.layers.together, self.objective.theta
+        count = max(_DRAWS // len(self.examples), 1)
+        for batch in self.examples.local_batches():
+            for part in self.layers.parts(batch):
+                recorded = self.layers.record(partial(outputs.outputs, loss), part)
+                if recorded is None:
+                    raise ConfigurationError(
+                        f"EK-FAC needs the same layers for all examples, but those of"
+                        f" {type(self.objective.module).__name__} differ between batches. Use solver='cg'."
+                    )
+                ids = loss.whole(part).ids
+                at = outputs.loss_sum_at(loss, theta, part)
+                vectors = list(output_vectors(at, recorded.value, ids, count=count, seed=self.seed))
+                for vector in vectors:
+                    yield recorded, recorded.output_gradients(vector, keep=True), 1 / len(vectors)
+            self.on_product()
+
+
+def _fit(passes: _Passes) -> tuple[list[KroneckerBlock], dict[str, Tensor]]:
+    """The blocks, and the diagonal of the Gauss–Newton matrix for the other parameters by name."""
+    space, processes, n = passes.objective.space, passes.objective.processes, len(passes.examples)
+    blocks = list[KroneckerBlock]()
+    moments = list[tuple[Tensor | None, Tensor | None]]()
+    for recorded, deltas, weight in passes:
+        if not blocks:
+            blocks = kronecker_blocks(recorded.layers, space)
+            moments = [_no_moments(block, space, passes.objective.theta) for block in blocks]
+        for block, (outer, inner) in zip(blocks, moments, strict=True):
+            for inputs, slopes in block.sides(recorded, deltas):
+                if outer is not None:
+                    rows = slopes.flatten(0, 1)
+                    outer += weight * (rows.T @ rows)
+                if inner is not None:
+                    rows = inputs.flatten(0, 1)
+                    inner += weight * (rows.T @ rows)
+    for block, (outer, inner) in zip(blocks, moments, strict=True):
+        block.outer = None if outer is None else _eigenvectors(processes.sum(outer))
+        block.inner = None if inner is None else _eigenvectors(processes.sum(inner))
+        block.values = passes.objective.theta.new_zeros(_shape(block, space))
+    inside = {part.name for block in blocks for part in block.parts}
+    diagonal = {name: _zeros(space, name, passes.objective.theta)[0] for name in space.slots if name not in inside}
+    for recorded, deltas, weight in passes:
+        for block in blocks:
+            block.values += weight * _squares(block, recorded, deltas, space)
+        for name, values in diagonal.items():
+            values += weight * recorded.of_parameter(name, len(values), deltas).square().sum(0)
+    for block in blocks:
+        block.values = processes.sum(block.values) / n
+        require_finite(block.values, "The curvature")
+    return blocks, {name: processes.sum(values) / n for name, values in diagonal.items()}
+
+
+def _weighted_squares(
+    block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Tensor], space: ParameterSpace, weights: Tensor
+) -> Tensor:
+    """``Σ w (UᵀGV)²`` for the gradient ``G`` ``(o, i)`` of each example, ``(B,)``, with weights ``w`` ``(o, i)``."""
+    one_position = _one_position(block, recorded, deltas)
+    if one_position is not None:
+        left, right = one_position
+        return ((left @ weights) * right).sum(1)
+    return (_rotated(block, recorded, deltas, space).square() * weights).sum((1, 2))
+
+
+def _squares(block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Tensor], space: ParameterSpace) -> Tensor:
+    """The sum over examples of ``(UᵀGV)²``, ``(o, i)``."""
+    one_position = _one_position(block, recorded, deltas)
+    if one_position is not None:
+        left, right = one_position
+        return left.T @ right
+    return _rotated(block, recorded, deltas, space).square().sum(0)
+
+
+def _one_position(
+    block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """If gradients have rank one, the squares of their factors in the Kronecker basis, ``(B, o)`` and ``(B, i)``."""
+    if block.is_table or not _is_used_once(block, recorded):
+        return None
+    ((inputs, slopes),) = block.sides(recorded, deltas)
+    if inputs.shape[1] != 1:
+        return None
+    sides = (slopes[:, 0], block.outer), (inputs[:, 0], block.inner)
+    left, right = ((rows if basis is None else rows @ basis).square() for rows, basis in sides)
+    return left, right
+
+
+def _rotated(block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Tensor], space: ParameterSpace) -> Tensor:
+    """The gradients of all examples in the Kronecker basis, ``(B, o, i)``."""
+    if not block.is_table and _is_used_once(block, recorded):
+        ((inputs, slopes),) = block.sides(recorded, deltas)
+        (rows, columns), positions = block.values.shape, inputs.shape[1]
+        if positions * (rows**2 + columns**2) >= rows * columns * (rows + columns):
+            return block.rotate(slopes.mT @ inputs)
+        sides = (slopes, block.outer), (inputs, block.inner)
+        left, right = (side if basis is None else side @ basis for side, basis in sides)
+        return left.mT @ right
+    return block.rotate(block.matrix(lambda name: recorded.of_parameter(name, space.slots[name].size, deltas)))
+
+
+def _is_used_once(block: KroneckerBlock, recorded: RecordedPass) -> bool:
+    names = {part.name for part in block.parts}
+    return sum(not names.isdisjoint(part.name for part in layer.parts) for layer in recorded.layers) == 1
+
+
+def _no_moments(block: KroneckerBlock, space: ParameterSpace, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Second moments that are zero; ``None`` for a side that keeps its own basis."""
+    rows, columns = _shape(block, space)
+    outer = like.new_zeros(rows, rows) if rows <= _LARGEST_SIDE else None
+    inner = like.new_zeros(columns, columns) if columns <= _LARGEST_SIDE and not block.is_table else None
+    return outer, inner
+
+
+def _shape(block: KroneckerBlock, space: ParameterSpace) -> tuple[int, int]:
+    """The shape ``(o, i)`` or ``(o, i + 1)`` of a block."""
+    _, rows, columns = block.matrix(lambda name: torch.empty(1, space.slots[name].size)).shape
+    return rows, columns
+
+
+def _zeros(space: ParameterSpace, name: str, like: Tensor) -> Tensor:
+    return like.new_zeros(1, space.slots[name].size)
+
+
+def _eigenvectors(moment: Tensor) -> Tensor:
+    require_finite(moment, "The curvature")
+    return torch.linalg.eigh(moment.double())[1].to(moment)

@@ -1,0 +1,255 @@
+"""EK-FAC against the dense Gauss–Newton matrix, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gif import GIFCallback, attach
+from lightning_gif.curvature import ekfac
+from lightning_gif.curvature.ekfac import EKFACInverse
+from lightning_gif.curvature.methods import METHODS
+from lightning_gif.curvature.output_curvature import _root_product, output_vectors
+from lightning_gif.curvature.solve import open_curvature
+from lightning_gif.data.examples import Examples
+from lightning_gif.errors import ConfigurationError
+from lightning_gif.objective.objective import Objective
+from lightning_gif.solvers import to_matrix
+
+from ..conftest import Classifier as Blobs
+from ..conftest import blobs, make_trainer
+
+DAMPING = 0.1
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self, net: nn.Module, regression: bool = False) -> None:
+        super().__init__()
+        self.net, self.regression = net, regression
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.regression:
+            return F.mse_loss(self.net(batch[0]), batch[0].flatten(1)[:, :2])
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.scale, self.head = nn.Embedding(7, 4), nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.table(x) * self.scale).mean(1))
+
+
+VECTORS, IMAGES, WORDS = torch.randn(20, 5), torch.randn(20, 1, 6, 6), torch.randint(0, 7, (20, 6))
+NETS: dict[str, tuple[Any, Tensor, bool]] = {
+    "perceptron": (lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), VECTORS, False),
+    "regression": (lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)), VECTORS, True),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.GroupNorm(1, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)),
+        IMAGES,
+        False,
+    ),
+    "tokens": (Tokens, WORDS, False),
+}
+SETTINGS = GIFCallback(solver="ekfac", curvature="ggn", method="if", damping=DAMPING).settings
+
+
+@contextmanager
+def opened(name: str, batch_size: int = 8) -> Iterator[tuple[Objective, Examples]]:
+    make, x, regression = NETS[name]
+    torch.manual_seed(0)
+    module, y = Classifier(make(), regression), torch.arange(len(x)) % 3
+    with Objective.open(make_trainer(), module, double=True) as objective:
+        examples = Examples.from_batch((x, y), objective.prepare, batch_size=batch_size)
+        yield objective, objective.learn_structure(examples)
+
+
+def fit(objective: Objective, examples: Examples) -> EKFACInverse:
+    return EKFACInverse.fit(objective, examples, SETTINGS, METHODS["if"], torch.arange(objective.space.size))
+
+
+def dense(objective: Objective, examples: Examples) -> tuple[Tensor, Tensor]:
+    """The Gauss–Newton matrix, and the damped inverse of EK-FAC, ``(p, p)``."""
+    matrix = to_matrix(open_curvature(SETTINGS, objective, examples))
+    inverse, _ = fit(objective, examples).ihvp(torch.eye(len(matrix), dtype=torch.float64))
+    return matrix, inverse
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_it_has_the_trace_of_the_matrix_and_is_close_to_its_inverse(name: str) -> None:
+    with opened(name) as (objective, examples):
+        matrix, inverse = dense(objective, examples)
+    torch.testing.assert_close(inverse, inverse.T, rtol=1e-9, atol=1e-9)
+    approximation = torch.linalg.inv(inverse) - DAMPING * torch.eye(len(matrix))
+    torch.testing.assert_close(approximation.trace(), matrix.trace())
+    assert torch.linalg.eigvalsh(approximation).min() > -1e-8
+    exact = torch.linalg.inv(matrix + DAMPING * torch.eye(len(matrix)))
+    assert (inverse - exact).norm() < 0.5 * exact.norm()
+    assert (inverse - exact).norm() < (torch.eye(len(matrix)) / DAMPING - exact).norm()
+
+
+def test_for_one_example_and_one_position_each_layer_is_exact() -> None:
+    """Then the matrix of a layer is a Kronecker product."""
+    with opened("perceptron") as (objective, examples):
+        matrix, inverse = dense(objective, examples.subset(torch.tensor([3])))
+        blocks = torch.zeros_like(matrix)
+        for part in (slice(0, 24), slice(24, len(matrix))):
+            blocks[part, part] = matrix[part, part]
+    exact = torch.linalg.inv(blocks + DAMPING * torch.eye(len(matrix)))
+    torch.testing.assert_close(inverse, exact, rtol=1e-7, atol=1e-7)
+
+
+def test_parameters_outside_of_layers_have_the_diagonal() -> None:
+    with opened("convolution") as (objective, examples):
+        matrix, inverse = dense(objective, examples)
+        for name in ("net.1.weight", "net.1.bias"):
+            of = objective.space.of(name, torch.arange(len(matrix)))
+            torch.testing.assert_close(inverse[of, of], 1 / (matrix.diag()[of] + DAMPING))
+        assert fit(objective, examples).summary()["on_diagonal"] == 6
+
+
+def test_a_side_that_is_too_long_keeps_its_own_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened("perceptron") as (objective, examples):
+        monkeypatch.setattr(ekfac, "_LARGEST_SIDE", 1)
+        matrix, inverse = dense(objective, examples)
+    torch.testing.assert_close(inverse, torch.diag(1 / (matrix.diag() + DAMPING)))
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_the_quadratic_form_of_losses_is_that_of_their_gradients(name: str) -> None:
+    with opened(name) as (objective, examples):
+        inverse = fit(objective, examples)
+        for batch in examples.batches():
+            rows = torch.cat(list(objective.gradients(batch)))
+            expected = (inverse.ihvp(rows)[0] * rows).sum(1)
+            torch.testing.assert_close(inverse.quadratic()(rows), expected)
+            torch.testing.assert_close(inverse.of_losses(objective, batch), expected)
+
+
+@pytest.mark.parametrize("name", ["perceptron", "convolution"])
+def test_it_does_not_depend_on_the_size_of_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ekfac, "_DRAWS", 20)  # one random vector for each example
+    found = []
+    for size in (3, 20):
+        with opened(name, size) as (objective, examples):
+            found.append(dense(objective, examples)[1])
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
+
+
+def loss_at(targets: Tensor) -> Any:
+    return lambda predicted: F.cross_entropy(predicted.view(len(targets), -1), targets, reduction="sum")
+
+
+def test_the_second_moment_of_output_vectors_is_the_second_derivative() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+    hessian = torch.autograd.functional.hessian(loss_at(targets), logits).view(12, 12)
+    whole = list(output_vectors(loss_at(targets), logits, torch.arange(4), count=3, seed=0))
+    moment = torch.zeros(12, 12, dtype=torch.float64)
+    for row in range(4):
+        of = slice(3 * row, 3 * row + 3)
+        moment[of, of] = sum(torch.outer(v[row], v[row]) for v in whole) / len(whole)
+    torch.testing.assert_close(moment, hessian)
+    drawn = torch.stack(
+        [next(output_vectors(loss_at(targets), logits, torch.arange(4), count=1, seed=s)) for s in range(4000)]
+    ).view(-1, 12)
+    assert (drawn.T @ drawn / len(drawn) - hessian).norm() < 0.05 * hessian.norm()
+
+
+def test_the_product_with_a_root_is_right_for_any_layout() -> None:
+    torch.manual_seed(0)
+    root = torch.randn(9, 9, dtype=torch.float64)
+    matrix, vector = root @ root.T, torch.randn(9, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(matrix)
+    expected = vectors @ (values.sqrt() * (vectors.T @ vector))
+    torch.testing.assert_close(_root_product(lambda v: matrix @ v, vector), expected)
+
+
+def wide(n: int = 60) -> tuple[pl.Trainer, TensorDataset]:
+    torch.manual_seed(0)
+    module, data = Blobs(), blobs(n)
+    module.net = nn.Sequential(nn.Linear(6, 300), nn.ReLU(), nn.Linear(300, 3))
+    trainer = make_trainer()
+    attach(trainer, module, train_dataloaders=DataLoader(data, 16))
+    return trainer, data
+
+
+def test_it_is_the_default_for_models_with_many_parameters() -> None:
+    trainer, data = wide()
+    batch = [tensor[:5] for tensor in data.tensors]
+    report = trainer.influence(batch, per_example=True)
+    assert {solution.solver for solution in report.solutions} == {"ekfac"}
+    assert report.curvature["kind"] == "ggn"
+    assert report.settings["damping"] > 0
+    one = trainer.influence(batch)
+    torch.testing.assert_close(one.scores[0], report.scores.mean(0), rtol=1e-3, atol=1e-9)
+    for options in ({"max_iter": 5}, {"rtol": 1e-2}, {"eigenvalues": 2}, {"targets": "batch"}):
+        assert trainer.influence(batch, unconverged="ignore", **options).solution.solver != "ekfac"
+
+
+def test_it_serves_self_influence() -> None:
+    trainer, _ = wide()
+    exact = trainer.self_influence(max_iter=64)
+    found = trainer.self_influence(solver="ekfac", damping=exact.settings["damping"])
+    assert (found.scores > 0).all()
+    both = torch.stack([exact.scores[0].argsort().argsort(), found.scores[0].argsort().argsort()]).double()
+    assert torch.corrcoef(both)[0, 1] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "gif"}, "needs method='if'"),
+        ({"targets": "batch"}, "For scores over target parameters, omit `solver`"),
+        ({"curvature": "hessian"}, "Use curvature='ggn'"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_with_a_remedy(options: dict[str, Any], message: str) -> None:
+    trainer, data = wide()
+    batch = [tensor[:5] for tensor in data.tensors]
+    with pytest.raises(ConfigurationError, match=message):
+        trainer.influence(batch, solver="ekfac", **options)
+    for remedy in ({"method": "if", "solver": "ekfac"}, {"targets": "batch"}, {"curvature": "ggn", "solver": "ekfac"}):
+        assert trainer.influence(batch, unconverged="ignore", **remedy).scores.isfinite().all()
+
+
+def test_a_module_without_layers_is_refused() -> None:
+    trainer, data = wide()
+    trainer.lightning_module.net = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
+    batch = [tensor[:5] for tensor in data.tensors]
+    with pytest.raises(ConfigurationError, match=r"layers that are linear in them.*Omit `solver`"):
+        trainer.influence(batch, solver="ekfac")
+    assert trainer.influence(batch, unconverged="ignore").scores.isfinite().all()
+
+
+class Branching(nn.Module):
+    """The result is the same in both branches."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.first, self.last, self.most = nn.Linear(6, 300), nn.Linear(300, 3, bias=False), most
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        return self.last(hidden) if len(x) <= self.most else torch.einsum("bi,oi->bo", hidden, self.last.weight)
+
+
+def test_layers_that_differ_between_batches_are_refused_with_a_remedy() -> None:
+    trainer, data = wide(n=100)
+    batch = [tensor[:5] for tensor in data.tensors]
+    trainer.lightning_module.net = Branching(70)  # more examples than are used to choose how to compute gradients
+    with pytest.raises(ConfigurationError, match=r"Classifier differ between batches\. Use solver='cg'"):
+        trainer.influence(batch)
+    assert trainer.influence(batch, solver="cg").scores.isfinite().all()
+    trainer.lightning_module.net = Branching(9)
+    assert trainer.influence(batch).solution.solver == "cg"
