@@ -77,16 +77,19 @@ class GIFCallback(TrainerCalls, Callback):
         solver: The algorithm for the linear system. ``"lsmr"``, ``"cgls"``, ``"lissa"``, ``"plain_lissa"``,
             ``"stochastic_lissa"`` and ``"dense"`` (small networks) accept any curvature. ``"cg"`` and ``"nystrom"``
             need a symmetric curvature without negative eigenvalues. ``"cg"`` takes one product per iteration.
-            ``"nystrom"`` takes as many products for many queries as for one. You can register your own solver in
-            ``lightning_gif.SOLVERS``. ``"auto"`` (default): for scores ``"cg"``, or ``"nystrom"`` for 13 queries or
-            more. ``"lsmr"`` for edits, for ``"gif"``, and with the Hessian.
+            ``"nystrom"`` takes as many products for many queries as for one. ``"ekfac"``, for scores only, takes no
+            products: it approximates the Gauss–Newton matrix layer by layer. You can register your own solver in
+            ``lightning_gif.SOLVERS``. ``"auto"`` (default): for scores ``"ekfac"`` if the module has more than 1024
+            parameters, all in layers that are linear in them, and neither ``max_iter`` nor ``rtol`` is given. Otherwise
+            ``"cg"``, or ``"nystrom"`` for 13 queries or more. ``"lsmr"`` for edits, for ``"gif"``, and with the
+            Hessian.
         damping: The damping λ, in the unit of the curvature's eigenvalues. Every solver adds it to the eigenvalues of
             the Gauss–Newton matrix. With ``"gif"`` and with the Hessian, ``‖Ax − g‖² + λ²‖x‖²`` is minimised instead,
             where an eigenvalue ``c`` counts as ``√(c² + λ²)``. More damping gives smaller and more cautious results.
-            ``None`` (default): for scores a thousandth of the largest eigenvalue (three extra products); for
-            ``"gif"`` and edits 0. The first label-correction solves of a classifier use ``‖Aᵀg‖ / (5‖g‖)`` (one extra
-            product), and more after a rejected step. The values used are in ``report.solution.damping`` and
-            ``report.solves[i]["damping"]``.
+            ``None`` (default): for scores a thousandth of the largest eigenvalue (three extra products), or with
+            ``"ekfac"`` 0.3 times the mean eigenvalue of each layer; for ``"gif"`` and edits 0. The first
+            label-correction solves of a classifier use ``‖Aᵀg‖ / (5‖g‖)`` (one extra product), and more after a
+            rejected step. The values used are in ``report.solution.damping`` and ``report.solves[i]["damping"]``.
         max_iter: The largest number of iterations of one solve; for ``"nystrom"`` the rank of the sketch. An iteration
             takes two Hessian-vector products, or one for ``"cg"`` and Newton steps. Fewer iterations regularise.
             ``None`` (default): 200 if ``rtol`` is given. Otherwise 20 for scores by ``"cg"``, at most 512 by

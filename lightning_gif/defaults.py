@@ -30,6 +30,10 @@ __all__ = [
 # each query) is as good as conjugate gradients for each query (0.556, 20 products).
 LEAST_SQUARES, SYMMETRIC, SKETCH = lsmr.name, cg.name, nystrom.name
 
+# The inverse for models with many parameters, all in layers. "Scores on several tasks": it predicts retraining better
+# than solves with the Gauss–Newton matrix itself on six of seven tasks, and takes a sixth of the time or less.
+LAYERS = "ekfac"
+
 # The `rtol` of the least-squares solves of "gif" for scores. "What the tolerance buys for influence": LDS 0.071 at 1e-2
 # and 21 products, 0.121 at 1e-3 and 78, 0.175 at 1e-4 and 376. For two queries in five, 200 iterations do not reach
 # 1e-4.
@@ -96,7 +100,7 @@ def for_unlearning(settings: Settings) -> Settings:
 
 
 def for_influence(
-    settings: Settings, *, ggn: bool, on_targets: bool, queries: int = 1, itself: bool = False
+    settings: Settings, *, ggn: bool, on_targets: bool, queries: int = 1, itself: bool = False, layers: bool = False
 ) -> Settings:
     """The settings of scores, with everything chosen except a damping that has to be measured.
 
@@ -108,15 +112,20 @@ def for_influence(
         on_targets: Whether scores are restricted to target parameters.
         queries: The number of queries.
         itself: Whether each example is scored for its own loss.
+        layers: Whether the parameters are many, and all in layers that are linear in them.
     """
     method = _chosen(settings.method, "fif" if on_targets else "if")
     square = METHODS[method].is_square
     matrix = _chosen(settings.curvature, "ggn" if square and ggn else "hessian")
     rank = min(SKETCH_RANK, queries * INFLUENCE_ITERATIONS) if settings.max_iter is None else settings.max_iter
     to_tolerance = settings.rtol is not None or settings.discrepancy > 0  # a sketch cannot solve to a tolerance
+    # What only products with the curvature can give has been requested.
+    iterates = to_tolerance or settings.max_iter is not None or settings.eigenvalues > 0
     shared = queries >= SKETCH_QUERIES and rank >= LEAST_SKETCH_RANK and not to_tolerance
     symmetric = SKETCH if shared else SYMMETRIC
     semidefinite = square and CURVATURES.declared(CURVATURES[matrix], "positive_semidefinite")
+    if settings.solver == AUTO and matrix == "ggn" and layers and not iterates and METHODS[method].cols == "all":
+        return replace(settings, method=method, curvature=matrix, solver=LAYERS)
     solver = _chosen(settings.solver, symmetric if semidefinite else LEAST_SQUARES)
     chosen = replace(settings, method=method, curvature=matrix, solver=solver)
     if not square:  # least squares without damping, as in GIF, until convergence

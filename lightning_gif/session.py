@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from ._compat import Trainer, at_epoch, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
 from .config import Overrides, Settings
+from .curvature.by_solver import DENSE_PARAMETERS
 from .curvature.products import has_gauss_newton, require_gauss_newton, warn_if_asymmetric
 from .curvature.sampling import sample_size
 from .data.examples import Examples, warn_if_random
@@ -146,7 +147,12 @@ class Session:
         ggn = self.objective.is_convex and has_gauss_newton(*given)
         if asked.curvature == "ggn" and not ggn:
             require_gauss_newton(*given)  # says why there is none
-        choose = partial(for_influence, asked, on_targets=on_targets, queries=queries, itself=itself)
+        layers = (
+            not (on_targets or itself)
+            and self.objective.space.size > DENSE_PARAMETERS
+            and self.objective.layers is not None
+        )
+        choose = partial(for_influence, asked, on_targets=on_targets, queries=queries, itself=itself, layers=layers)
         chosen = choose(ggn=ggn)
         if chosen.curvature != choose(ggn=True).curvature:
             rank_zero_warn(

@@ -17,7 +17,7 @@ from ..config import AUTO, Settings
 from ..curvature.methods import METHODS
 from ..data.batch import Batch
 from ..data.examples import Examples
-from ..defaults import for_influence, for_unlearning
+from ..defaults import for_unlearning
 from ..errors import GIFWarning
 from ..objective.losses import OwnLoss
 from ..objective.objective import Objective
@@ -157,7 +157,7 @@ def check(
     objective, train, requested = session.objective, session.train, session.settings
     with collected() as more:
         scores = session.influence_settings(requested, on_targets=False, queries=n_queries)
-        itself = for_influence(requested, ggn=scores.curvature == "ggn", on_targets=False, itself=True)
+        itself = session.influence_settings(requested, on_targets=False, queries=len(train), itself=True)
         solves = requested.solver == AUTO or requested.solver in SOLVERS  # else a registered inverse, for scores only
         edits = for_unlearning(requested if solves else replace(requested, solver=AUTO))
         edits = replace(edits, curvature="hessian") if edits.curvature == AUTO else edits
@@ -165,11 +165,12 @@ def check(
         layers = _layers(session)
         objective.learn_derivatives(train)
         start = seconds + time.perf_counter() - begin
-        passes = measure(objective, train, (scores.curvature, edits.curvature))
+        passes = measure(objective, train, (scores.curvature, edits.curvature), scores)
     costs = Costs(objective, passes, len(train), start)
     estimates = []
-    if solves:
-        one = for_influence(requested, ggn=scores.curvature == "ggn", on_targets=False)
+    if solves or passes.layers is not None:
+        with collected():  # the same warnings as before
+            one = session.influence_settings(requested, on_targets=False, queries=1)
         estimates = [costs.query(one, 1), *([costs.query(scores, n_queries)] if n_queries > 1 else [])]
         estimates.append(costs.self_influence(itself))
     if _solves_edits(edits):

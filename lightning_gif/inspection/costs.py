@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ..config import Settings
 from ..curvature.by_solver import DENSE_PARAMETERS, POWER_ITERATIONS, SKETCH_COPIES, SketchInverse, n_outputs
+from ..curvature.ekfac import EKFACInverse
 from ..curvature.memory import bytes_to_keep
+from ..curvature.methods import METHODS
 from ..curvature.products import CURVATURES, Linearise
 from ..curvature.sampling import sample_size
 from ..curvature.solve import max_iter, solve
@@ -24,7 +26,7 @@ from ..data.batch import Batch
 from ..data.examples import Examples
 from ..objective.autograd import gradient_of
 from ..objective.losses import GRADIENT_BYTES
-from ..objective.objective import FEW_DIRECTIONS, Objective
+from ..objective.objective import FEW_DIRECTIONS, FEW_DIRECTIONS_OF_LAYERS, Objective
 from ..solvers import SOLVERS, low_rank
 from ..unlearning.goals import Goal
 from ..unlearning.task import SampleSizes
@@ -115,6 +117,8 @@ class PassCosts:
         scores: The curvature that scores use.
         edits: The curvature that an edit uses first.
         batch_bytes: The size of the batch.
+        layers: The EK-FAC inverse, whose fixed time is spent once for all examples; ``None`` if scores do not use it.
+        layers_bytes: The size of that inverse.
     """
 
     size: int
@@ -126,15 +130,18 @@ class PassCosts:
     scores: CurvatureCosts
     edits: CurvatureCosts
     batch_bytes: int
+    layers: Pass | None
+    layers_bytes: int
 
 
-def measure(objective: Objective, train: Examples, kinds: tuple[str, str]) -> PassCosts:
+def measure(objective: Objective, train: Examples, kinds: tuple[str, str], scores: Settings) -> PassCosts:
     """Measures passes on two batches. The first is a warm-up. The second, and a part of it, are measured.
 
     Args:
         objective: An open objective, which knows the structure of the training data.
         train: The training examples.
         kinds: The kinds of curvature of scores and of edits.
+        scores: The settings of scores.
     """
     sample = train.sample(2 * train.batch_size, 0)
     begin, times, batches = time.perf_counter(), list[float](), list[Batch]()
@@ -167,6 +174,9 @@ def measure(objective: Objective, train: Examples, kinds: tuple[str, str]) -> Pa
         kept = graph_bytes(*linearise(theta, second)[1])
         start = of(partial(linearise, theta))
         curvatures[kind] = CurvatureCosts(start, line(partial(_product_seconds, objective, linearise)), kept)
+    layers, layers_bytes = None, 0
+    if scores.solver == EKFACInverse.name:
+        layers, layers_bytes = _inverse(objective, sample, scores)
     direction, differentiated = torch.ones_like(theta)[None], theta.detach().requires_grad_()
     return PassCosts(
         size=second.size,
@@ -178,7 +188,23 @@ def measure(objective: Objective, train: Examples, kinds: tuple[str, str]) -> Pa
         scores=curvatures[kinds[0]],
         edits=curvatures[kinds[1]],
         batch_bytes=second.nbytes,
+        layers=layers,
+        layers_bytes=layers_bytes,
     )
+
+
+def _inverse(objective: Objective, sample: Examples, settings: Settings) -> tuple[Pass, int]:
+    """The seconds of the EK-FAC inverse over all examples of a sample, and over a part of it, and its bytes."""
+    method, everything = METHODS[settings.method], torch.arange(objective.space.size)
+    sample = sample.cached(math.inf)
+    part = sample.subset(torch.arange(math.ceil(len(sample) / _PART)))
+    held = [EKFACInverse.fit(objective, sample, settings, method, everything).nbytes]  # a warm-up
+    whole, few = (
+        _seconds(lambda of=of: EKFACInverse.fit(objective, of, settings, method, everything), objective.device)  # type: ignore[misc]
+        for of in (sample, part)
+    )
+    each = max(whole - few, 0.0) / max(len(sample) - len(part), 1)
+    return Pass(whole - each * len(sample), each), held[0]
 
 
 def _product_seconds(objective: Objective, linearise: Linearise, batch: Batch) -> float:
@@ -253,18 +279,24 @@ class Costs:
             n_queries: The number of queries.
         """
         passes = self.passes
-        algebra, products = self._solves(
-            settings,
-            n_queries,
-            semidefinite=CURVATURES.declared(CURVATURES[settings.curvature], "positive_semidefinite"),
-        )
-        solves, kept = self._solve(passes.scores, settings, self._sample(settings), products)
-        vectorised = n_queries > FEW_DIRECTIONS and self.objective.loss.vectorised
+        if passes.layers is None:
+            algebra, products = self._solves(
+                settings,
+                n_queries,
+                semidefinite=CURVATURES.declared(CURVATURES[settings.curvature], "positive_semidefinite"),
+            )
+            solves, kept = self._solve(passes.scores, settings, self._sample(settings), products)
+            copies = SKETCH_COPIES * max_iter(settings) if SOLVERS[settings.solver].is_sketch else 12
+        else:
+            algebra, products, copies = 0.0, 0, 2
+            solves, kept = self._layers(passes.layers, settings)
+        layers = self.objective.layers is not None
+        vectorised = n_queries > (FEW_DIRECTIONS_OF_LAYERS if layers else FEW_DIRECTIONS)
+        vectorised = vectorised and (layers or self.objective.loss.vectorised)
         score = (
             self._over(self.n_train, passes.rows) if vectorised else n_queries * self._over(self.n_train, passes.score)
         )
         scoring = self._over(self.n_train, passes.read) + score
-        copies = SKETCH_COPIES * max_iter(settings) if SOLVERS[settings.solver].is_sketch else 12
         vectors = (copies + 2 * n_queries) * self.objective.theta.nbytes
         return Estimate(
             "trainer.influence(batch)"
@@ -278,6 +310,12 @@ class Costs:
     def self_influence(self, settings: Settings) -> Estimate:
         """The cost of ``trainer.self_influence()``."""
         passes, theta = self.passes, self.objective.theta
+        scoring = self._over(self.n_train, passes.read) + self._over(self.n_train, passes.rows)
+        if passes.layers is not None and settings.solver not in SOLVERS:
+            solves, kept = self._layers(passes.layers, settings)
+            return Estimate(
+                "trainer.self_influence()", self.start + solves + scoring, (kept + self._block) / _GIB, products=0
+            )
         size, measured = len(theta), min(len(theta), _MOST_ENTRIES)
         dense = size <= DENSE_PARAMETERS
         operator = _Decaying(measured, theta, True)
@@ -295,7 +333,6 @@ class Costs:
             solves, kept = self._jacobians(n, products)
         else:
             solves, kept = self._curvature(passes.scores, settings, n, products)
-        scoring = self._over(self.n_train, passes.read) + self._over(self.n_train, passes.rows)
         scoring += self.n_train / passes.size * quadratic
         held = (theta.nbytes * rank * SKETCH_COPIES if not dense else 8 * rank**2) + self._block
         return Estimate(
@@ -353,6 +390,11 @@ class Costs:
         """The bytes of gradients of single examples that are computed at a time."""
         # By parameter, as rows, with weight decay, on the targets, and a temporary copy for norms.
         return 5 * min(self.passes.size * self.objective.theta.nbytes, GRADIENT_BYTES)
+
+    def _layers(self, cost: Pass, settings: Settings) -> tuple[float, float]:
+        """The seconds of the EK-FAC inverse, and the bytes that are kept."""
+        n = self._sample(settings)
+        return self._over(n, self.passes.read) + cost.fixed + n * cost.each, 3.0 * self.passes.layers_bytes
 
     def _sample(self, settings: Settings) -> int:
         """The number of examples that the curvature is taken over."""
