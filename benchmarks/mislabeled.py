@@ -97,6 +97,8 @@ def tracin(trainer: pl.Trainer, model: nn.Module, train: TensorDataset, checkpoi
 RANKINGS: dict[str, tuple[str, Suspicion]] = {
     "`trainer.self_influence()`": ("lightning_gif", self_influence),
     "`trainer.self_influence(snapshots=True)`": ("lightning_gif", partial(self_influence, snapshots=True)),
+    "`solver='ekfac'`": ("lightning_gif", partial(self_influence, solver="ekfac")),
+    "`solver='ekfac', snapshots=True`": ("lightning_gif", partial(self_influence, solver="ekfac", snapshots=True)),
     "loss": ("torch", loss),
     "gradient norm": ("torch", gradient_length),
     "kronfluence EK-FAC": ("kronfluence", kronfluence),
