@@ -216,10 +216,16 @@ def wide(**given: Any) -> tuple[Any, Any]:
     return trainer, dataset
 
 
-CALLS: dict[str, tuple[Callable[[Any, Any], Any], tuple[str, int]]] = {
-    "one query": (lambda trainer, data: trainer.influence(batch_of(data, slice(0, 4))), ("cg", 20)),
+CALLS: dict[str, tuple[Callable[[Any, Any], Any], tuple[str, int | None]]] = {
+    "one query": (lambda trainer, data: trainer.influence(batch_of(data, slice(0, 4))), ("ekfac", None)),
     "30 queries": (
         lambda trainer, data: trainer.influence(batch_of(data, slice(0, 30)), per_example=True),
+        ("ekfac", None),
+    ),
+    "30 queries, a sketch": (
+        lambda trainer, data: trainer.influence(
+            batch_of(data, slice(0, 30)), per_example=True, solver="nystrom", max_iter=512
+        ),
         ("nystrom", 512),
     ),
     "20 queries, one solve each": (
@@ -236,7 +242,7 @@ def test_free_memory_does_not_affect_scores_solver_or_rank(name: str, monkeypatc
     trainer, dataset = wide()
     call, expected = CALLS[name]
     reports = []
-    for gibibytes in (2, 200) if name == "30 queries" else (0.01, 2, 200):
+    for gibibytes in (2, 200) if name == "30 queries, a sketch" else (0.01, 2, 200):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=gibibytes * 2**30: free)
         reports.append(call(trainer, dataset))
     for report in reports:
