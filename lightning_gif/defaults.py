@@ -131,7 +131,7 @@ def for_influence(
     if not square:  # least squares without damping, as in GIF, until convergence
         tolerance = INFLUENCE_RTOL if settings.rtol is None else settings.rtol
         return replace(chosen, damping=0.0 if settings.damping is None else settings.damping, rtol=tolerance)
-    if itself:  # self-influence uses a sketch, not the solver for queries
+    if itself and solver in SOLVERS:  # self-influence uses a sketch, not the solver for queries
         return replace(chosen, max_iter=settings.max_iter or SELF_INFLUENCE_RANK)
     if settings.max_iter is not None or settings.rtol is not None or solver not in SOLVERS:
         return chosen

@@ -6,7 +6,7 @@ George, Laurent, Bouthillier, Ballas and Vincent, NeurIPS 2018; for influence fu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from ..data.examples import Examples
 from ..errors import ConfigurationError
 from ..objective import outputs
 from ..objective.layer_gradients import LayerGradients, RecordedPass
-from ..objective.layers import Convolution, Embedding, Layer, Linear, Part
+from ..objective.layers import Convolution, Embedding, Linear, Part, Use
 from ..objective.objective import Objective
 from ..parameters import ParameterSpace
 from ..solvers import Solution, require_finite
@@ -30,6 +30,7 @@ from .memory import bytes_to_keep
 from .methods import Method
 from .output_curvature import output_vectors
 from .sampling import curvature_sample, sample_size
+from .streaming import warn_of_zero_curvature
 
 __all__ = ["EKFACInverse", "KroneckerBlock"]
 
@@ -38,6 +39,12 @@ RELATIVE_DAMPING = 0.3
 
 # A matrix with more rows or columns than these keeps its own basis on that side: eigenvectors would take too long.
 _LARGEST_SIDE = 8192
+
+_MATRICES = (Linear.kind, Convolution.kind)
+
+# A layer whose mean eigenvalue is below this share of the mean of all consists of rounding errors. Its damping is that
+# of a layer with this mean.
+_NEGLIGIBLE = 1e-8
 
 # With fewer examples, several random vectors are drawn for each, up to so many for all of them.
 _DRAWS = 256
@@ -90,7 +97,8 @@ class KroneckerBlock:
     def sides(self, recorded: RecordedPass, deltas: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields inputs ``(B, T, i)`` and output gradients ``(B, T, o)`` of each use of the matrix."""
         for layer, delta, axis in zip(recorded.layers, deltas, recorded.axes, strict=True):
-            if isinstance(layer, (Linear, Embedding)) and layer.weight.name == self.weight.name:
+            kind = Embedding if self.is_table else Linear
+            if isinstance(layer, kind) and layer.weight.signature == self.weight.signature:
                 inputs, outer = layer.sides(delta, axis, recorded.size)
                 if self.bias is not None:
                     inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], 2)
@@ -107,34 +115,32 @@ class KroneckerBlock:
         return rotated if self.inner is None else rotated @ self.inner.T
 
 
-def kronecker_blocks(layers: Sequence[Layer], space: ParameterSpace) -> list[KroneckerBlock]:
+def kronecker_blocks(uses: Iterable[Use], space: ParameterSpace) -> list[KroneckerBlock]:
     """The blocks of the parameters that are matrices of Linear or Conv layers, or tables of embeddings.
 
     A matrix that several layers use is one block if they use all of it in the same shape. Convolutions with groups have
     no block.
     """
-    uses: dict[str, list[Layer]] = {}
-    for layer in layers:
-        for part in layer.parts:
-            uses.setdefault(part.name, []).append(layer)
+    of_parameter: dict[str, list[Use]] = {}
+    for use in uses:
+        for part in use.parts:
+            of_parameter.setdefault(part.name, []).append(use)
     blocks = []
-    for name, users in uses.items():
-        matrices = [one for one in users if isinstance(one, Linear) and one.weight.name == name]
-        tables = [one for one in users if isinstance(one, Embedding)]
-        of_block: Sequence[Linear | Embedding] = matrices or tables
-        if not of_block or any(isinstance(one, Convolution) and one.groups > 1 for one in of_block):
+    for name, users in of_parameter.items():
+        matrices = [one for one in users if one.kind in _MATRICES and one.parts[0].name == name]
+        of_block = matrices or [one for one in users if one.kind == Embedding.kind]
+        if not of_block or any(one.groups > 1 for one in of_block):
             continue
-        first = of_block[0]
+        weight = of_block[0].parts[0]
         size = space.slots[name].size
-        positions = first.weight.positions
-        whole = positions is None or (len(positions) == size and len(positions.unique()) == size)
-        if not whole or any(one.weight.signature != first.weight.signature for one in of_block):
+        whole = weight.positions is None or (len(weight.positions) == size and len(weight.positions.unique()) == size)
+        if not whole or any(one.parts[0].signature != weight.signature for one in of_block):
             continue
-        bias = first.bias if isinstance(first, Linear) else None
-        if bias is not None:
-            own = bias.positions is None and uses[bias.name] == matrices
-            bias = bias if own and all(one.bias is not None for one in matrices) else None
-        blocks.append(KroneckerBlock(first.weight, bias, is_table=not matrices))
+        biases = {one.parts[1].signature if len(one.parts) > 1 else None for one in of_block}
+        bias = of_block[0].parts[1] if len(of_block[0].parts) > 1 and len(biases) == 1 else None
+        if bias is not None and (bias.positions is not None or of_parameter[bias.name] != matrices):
+            bias = None
+        blocks.append(KroneckerBlock(weight, bias, is_table=not matrices))
     return blocks
 
 
@@ -142,12 +148,12 @@ def kronecker_blocks(layers: Sequence[Layer], space: ParameterSpace) -> list[Kro
 class EKFACInverse(InverseCurvature):
     """The inverse of the Gauss–Newton matrix in its EK-FAC approximation, plus a damping.
 
-    Parameters that are no matrix of a layer, such as the scales of a normalisation, get the diagonal of the matrix.
+    Parameters that are not a matrix of a layer, such as the scales of a normalisation, get the diagonal of the matrix.
 
     Args:
         space: The parameters.
         blocks: The blocks of the matrices.
-        diagonal: The diagonal of the Gauss–Newton matrix for all other parameters, ``(p,)``, by name.
+        diagonal: The diagonal of the Gauss–Newton matrix for each other parameter, ``(size,)``, by name.
         settings: The settings.
         facts: How the curvature was computed, for :meth:`summary`.
     """
@@ -166,16 +172,18 @@ class EKFACInverse(InverseCurvature):
         self._space, self._blocks, self._diagonal = space, blocks, diagonal
         self._settings, self._facts = settings, facts
         self._own_damping = settings.damping is None
-        if settings.damping is None:  # the mean of the dampings of all parameters
-            values = [block.values for block in blocks] + list(diagonal.values())
-            self.damping = RELATIVE_DAMPING * sum(float(part.double().sum()) for part in values) / space.size
-        else:
-            self.damping = float(settings.damping)
+        values = [block.values for block in blocks] + list(diagonal.values())
+        self._mean = sum(float(part.double().sum()) for part in values) / space.size
+        # For the report, the default is the mean over all parameters.
+        self.damping = RELATIVE_DAMPING * self._mean if settings.damping is None else float(settings.damping)
 
     def _damped(self, values: Tensor) -> Tensor:
-        """The eigenvalues of a layer plus its damping and the weight decay."""
-        damping = RELATIVE_DAMPING * float(values.double().mean()) if self._own_damping else self.damping
-        return values + (damping + self._settings.weight_decay)
+        """The eigenvalues of a layer plus its damping and the weight decay; infinite if all of this is zero."""
+        damping = self.damping
+        if self._own_damping:
+            damping = RELATIVE_DAMPING * max(float(values.double().mean()), _NEGLIGIBLE * self._mean)
+        damped = values + (damping + self._settings.weight_decay)
+        return torch.where(damped > 0, damped, torch.inf)
 
     @classmethod
     def fit(
@@ -226,7 +234,8 @@ class EKFACInverse(InverseCurvature):
         for part in objective.layers.parts(batch):
             recorded = objective.layers.record_losses(part)
             if recorded is None:
-                return None
+                values += [self.quadratic()(rows.detach()) for rows in objective.loss.gradients(objective.theta, part)]
+                continue
             deltas = recorded.output_gradients()
             total = recorded.value.new_zeros(recorded.size, dtype=torch.float64)
             for block in self._blocks:
@@ -249,6 +258,8 @@ class EKFACInverse(InverseCurvature):
 
     def summary(self) -> dict[str, Any]:
         """The kind of curvature, and how many parameters are in blocks, and how many have the diagonal only."""
+        if not self._mean:
+            warn_of_zero_curvature()
         diagonal = sum(len(values) for values in self._diagonal.values())
         return {**self._facts, "in_blocks": self._space.size - diagonal, "on_diagonal": diagonal}
 
@@ -268,6 +279,12 @@ def _require_layers(objective: Objective, settings: Settings, method: Method) ->
         raise ConfigurationError(
             f"solver='ekfac' approximates the Gauss–Newton matrix, got curvature={settings.curvature!r}. Use"
             " curvature='ggn', or another solver."
+        )
+    given = [f"`{name}`" for name in ("max_iter", "rtol", "discrepancy", "eigenvalues") if getattr(settings, name)]
+    if given:
+        raise ConfigurationError(
+            f"solver='ekfac' takes no {', '.join(given)}, because it does not iterate and forms no products with the"
+            " curvature. Omit them, or use solver='cg'."
         )
     layers = objective.layers
     if layers is None:
@@ -294,13 +311,7 @@ class _Passes:
         loss, theta = self.layers.together, self.objective.theta
         count = max(_DRAWS // len(self.examples), 1)
         for batch in self.examples.local_batches():
-            for part in self.layers.parts(batch):
-                recorded = self.layers.record(partial(outputs.outputs, loss), part)
-                if recorded is None:
-                    raise ConfigurationError(
-                        f"EK-FAC needs the same layers for all examples, but those of"
-                        f" {type(self.objective.module).__name__} differ between batches. Use solver='cg'."
-                    )
+            for part, recorded in self.layers.passes(partial(outputs.outputs, loss), batch):
                 ids = loss.whole(part).ids
                 at = outputs.loss_sum_at(loss, theta, part)
                 vectors = list(output_vectors(at, recorded.value, ids, count=count, seed=self.seed))
@@ -312,12 +323,11 @@ class _Passes:
 def _fit(passes: _Passes) -> tuple[list[KroneckerBlock], dict[str, Tensor]]:
     """The blocks, and the diagonal of the Gauss–Newton matrix for the other parameters by name."""
     space, processes, n = passes.objective.space, passes.objective.processes, len(passes.examples)
-    blocks = list[KroneckerBlock]()
-    moments = list[tuple[Tensor | None, Tensor | None]]()
+    theta = passes.objective.theta
+    # The first examples, whose uses these are, are the same on all processes.
+    blocks = kronecker_blocks(passes.layers.uses.values(), space)
+    moments = [_no_moments(block, space, theta) for block in blocks]
     for recorded, deltas, weight in passes:
-        if not blocks:
-            blocks = kronecker_blocks(recorded.layers, space)
-            moments = [_no_moments(block, space, passes.objective.theta) for block in blocks]
         for block, (outer, inner) in zip(blocks, moments, strict=True):
             for inputs, slopes in block.sides(recorded, deltas):
                 if outer is not None:
@@ -329,9 +339,9 @@ def _fit(passes: _Passes) -> tuple[list[KroneckerBlock], dict[str, Tensor]]:
     for block, (outer, inner) in zip(blocks, moments, strict=True):
         block.outer = None if outer is None else _eigenvectors(processes.sum(outer))
         block.inner = None if inner is None else _eigenvectors(processes.sum(inner))
-        block.values = passes.objective.theta.new_zeros(_shape(block, space))
+        block.values = theta.new_zeros(_shape(block, space))
     inside = {part.name for block in blocks for part in block.parts}
-    diagonal = {name: _zeros(space, name, passes.objective.theta)[0] for name in space.slots if name not in inside}
+    diagonal = {name: theta.new_zeros(slot.size) for name, slot in space.slots.items() if name not in inside}
     for recorded, deltas, weight in passes:
         for block in blocks:
             block.values += weight * _squares(block, recorded, deltas, space)
@@ -409,10 +419,9 @@ def _shape(block: KroneckerBlock, space: ParameterSpace) -> tuple[int, int]:
     return rows, columns
 
 
-def _zeros(space: ParameterSpace, name: str, like: Tensor) -> Tensor:
-    return like.new_zeros(1, space.slots[name].size)
-
-
 def _eigenvectors(moment: Tensor) -> Tensor:
     require_finite(moment, "The curvature")
-    return torch.linalg.eigh(moment.double())[1].to(moment)
+    try:
+        return torch.linalg.eigh(moment)[1]
+    except torch.linalg.LinAlgError:  # too ill-conditioned for float32
+        return torch.linalg.eigh(moment.double())[1].to(moment)

@@ -17,6 +17,9 @@ _WHOLE = 256
 # With more, the root's product with a vector is computed by so many steps of the Lanczos method.
 _STEPS = 32
 
+# What is added to a diagonal before a triangular root, as a share of its mean.
+_SHIFT = 1e-12
+
 # A multiplier that spreads consecutive numbers over 32 bits (Knuth, *The Art of Computer Programming* 3, section 6.4).
 _SPREAD = 2654435761
 
@@ -74,8 +77,15 @@ def _root(product: Callable[[Tensor], Tensor], at: Tensor, size: int) -> Tensor 
     found = (blocks @ test[..., None]).squeeze(2)
     if float((found - expected).norm()) > _ROUNDING * float(expected.norm()):
         return None  # the predictions of an example are not side by side
-    values, vectors = torch.linalg.eigh(((blocks + blocks.mT) / 2).double())
-    return ((vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT).to(at)
+    blocks = ((blocks + blocks.mT) / 2).double()
+    # A triangular root costs far less than a symmetric one. It needs a positive definite matrix.
+    means = blocks.diagonal(dim1=1, dim2=2).mean(1)
+    shift = _SHIFT * (means + _SHIFT * means.max()) + torch.finfo(blocks.dtype).tiny
+    roots, failed = torch.linalg.cholesky_ex(blocks + torch.diag_embed(shift[:, None].expand(rows.shape)))
+    if failed.any():
+        values, vectors = torch.linalg.eigh(blocks)
+        roots = vectors * values.clamp_min(0).sqrt()[:, None, :]
+    return roots.to(at)
 
 
 def _root_product(product: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ..data.examples import Examples
 from ..errors import GIFWarning
 from .products import Linearise, Product
 
-__all__ = ["Curvature", "graph_bytes"]
+__all__ = ["Curvature", "graph_bytes", "warn_of_zero_curvature"]
 
 
 class Curvature:
@@ -107,14 +107,7 @@ class Curvature:
     def warn_if_zero(self) -> None:
         """Warns if all products so far were exactly zero, apart from weight decay."""
         if self.products and self._is_zero:
-            rank_zero_warn(
-                "The curvature of the training loss is exactly zero in all directions that were evaluated. Only damping"
-                " and weight decay were inverted, so the results have the directions of gradients but no meaningful"
-                " size. Either the loss is linear in the model's predictions (F.nll_loss of scores that are not"
-                " log-probabilities: use F.cross_entropy), or the predictions do not depend on the parameters"
-                " (saturated or dead units). curvature='hessian' includes the curvature of the model itself.",
-                category=GIFWarning,
-            )
+            warn_of_zero_curvature()
 
     def _passes(self) -> Iterator[Product]:
         """Yields the product of each micro-batch: first the kept ones, then the others, computed one at a time."""
@@ -190,3 +183,15 @@ def graph_bytes(*results: Tensor) -> int:
                     sizes[storage.data_ptr()] = max(used, sizes.get(storage.data_ptr(), 0))
         queue += [following for following, _ in node.next_functions]
     return sum(sizes.values())
+
+
+def warn_of_zero_curvature() -> None:
+    """Warns that the curvature was zero in all directions that were evaluated."""
+    rank_zero_warn(
+        "The curvature of the training loss is exactly zero in all directions that were evaluated. Only damping and"
+        " weight decay were inverted, so the results have the directions of gradients but no meaningful size. Either"
+        " the loss is linear in the model's predictions (F.nll_loss of scores that are not log-probabilities: use"
+        " F.cross_entropy), or the predictions do not depend on the parameters (saturated or dead units)."
+        " curvature='hessian' includes the curvature of the model itself.",
+        category=GIFWarning,
+    )

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,7 +22,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-__all__ = ["Elementwise", "Layer", "LayerRecorder", "Linear", "Part"]
+__all__ = ["Axis", "Elementwise", "Layer", "LayerRecorder", "Linear", "Part", "Use"]
+
+Edge = tuple[Any, int]
+"""A result of an operation in the graph of the backward pass: the node, and the number of the result."""
 
 
 class Axis(NamedTuple):
@@ -50,21 +54,30 @@ class Part:
         shape: The shape of the view.
         positions: The position of each entry of the view in the flat parameter, ``(m,)``; ``None`` if the view is the
             whole parameter in its own order.
+        place: The offset and the strides of the view in memory.
     """
 
     name: str
     shape: torch.Size
     positions: Tensor | None
+    place: tuple[int, ...] = ()
 
     @property
     def signature(self) -> tuple[Any, ...]:
         """Equal for equal views."""
-        ends = () if self.positions is None else (int(self.positions.sum()), int(self.positions[:1].sum()))
-        return self.name, *self.shape, *ends
+        return self.name, *self.shape, *self.place
 
     def view(self, *shape: int) -> Part:
         """The same entries in another shape."""
-        return Part(self.name, torch.Size(shape), self.positions)
+        return replace(self, shape=torch.Size(shape))
+
+    def rows(self, indices: Tensor) -> Part:
+        """The rows ``(*indices.shape, columns)`` of a table ``(rows, columns)``."""
+        positions = (
+            torch.arange(self.shape.numel(), device=indices.device) if self.positions is None else self.positions
+        )
+        shape = torch.Size((*indices.shape, self.shape[1]))
+        return Part(self.name, shape, positions.view(self.shape)[indices].reshape(-1), (*self.place, -1))
 
     def add_to(self, total: Tensor, values: Tensor) -> None:
         """Adds values ``(…, m)`` of the view to values ``(…, size)`` of the flat parameter."""
@@ -79,6 +92,20 @@ class Part:
         return chosen.reshape(*values.shape[:-1], *self.shape)
 
 
+class Use(NamedTuple):
+    """What a use of parameters is, whatever the batch.
+
+    Attributes:
+        kind: The kind of the operation.
+        parts: The views of parameters that it uses: the weight, and the bias if there is one.
+        groups: The number of groups of a convolution; 1 for other operations.
+    """
+
+    kind: str
+    parts: list[Part]
+    groups: int
+
+
 class Layer(ABC):
     """One use of parameters by an operation that is linear in them.
 
@@ -88,11 +115,13 @@ class Layer(ABC):
     """
 
     kind: ClassVar[str]
+    groups: int = 1
     parts: list[Part]
 
     def __init__(self, output: Tensor) -> None:
         self._edge = torch.autograd.graph.get_gradient_edge(output)
         self.shape = output.shape
+        self._itemsize = output.element_size()
 
     @property
     def edge(self) -> Any:
@@ -103,6 +132,14 @@ class Layer(ABC):
     def signature(self) -> tuple[Any, ...]:
         """Equal for equal uses, whatever the batch."""
         return self.kind, *(part.signature for part in self.parts)
+
+    @property
+    def use(self) -> Use:
+        return Use(self.kind, self.parts, self.groups)
+
+    def bytes_per_example(self, size: int) -> int:
+        """The memory that :meth:`gradients` takes for each of ``size`` examples, apart from its results."""
+        return math.prod(self.shape) * self._itemsize // size
 
     def axes(self, size: int) -> list[Axis]:
         """The axes of the result that may be that of ``size`` examples."""
@@ -138,7 +175,8 @@ class Layer(ABC):
         """
         gradients = self.gradients(delta, axis, size)
         pairs = zip(directions, gradients, strict=True)
-        return sum((along.flatten(1) @ one.flatten(1).T for along, one in pairs), delta.new_zeros(()))
+        rows = ((along.reshape(len(along), -1), one.reshape(size, -1)) for along, one in pairs)
+        return sum((along @ one.T for along, one in rows), delta.new_zeros(()))
 
 
 class Linear(Layer):
@@ -165,10 +203,10 @@ class Linear(Layer):
     @override
     def products(self, delta: Tensor, axis: Axis, size: int, directions: list[Tensor]) -> Tensor:
         inputs, outputs = self.sides(delta, axis, size)
-        if inputs.shape[1] > 1:
+        if inputs.shape[1] > 1 or self.groups > 1:
             return super().products(delta, axis, size, directions)
         # With one position, the gradients take more memory than these products, and as many operations.
-        images = inputs[:, 0] @ directions[0].mT  # (q, B, o)
+        images = inputs[:, 0] @ directions[0].flatten(2).mT  # (q, B, o)
         if self.bias is not None:
             images = images + directions[1][:, None]
         return (images * outputs[:, 0]).sum(2)
@@ -212,8 +250,9 @@ class Convolution(Linear):
         return [weight] if self.bias is None else [weight, outputs.sum(1)]
 
     @override
-    def products(self, delta: Tensor, axis: Axis, size: int, directions: list[Tensor]) -> Tensor:
-        return Layer.products(self, delta, axis, size, directions)
+    def bytes_per_example(self, size: int) -> int:
+        values = self.weight.shape[1:].numel() * self.groups + self.weight.shape[0]
+        return self.shape[0] * math.prod(self.shape[2:]) * values * self._itemsize // size
 
 
 class Embedding(Layer):
@@ -226,6 +265,12 @@ class Embedding(Layer):
         self._indices, self._padding = indices, padding
         self.weight = weight
         self.parts = [weight]
+
+    @property
+    def rows(self) -> Part | None:
+        """The rows that were looked up; ``None`` if there is padding among them, which has no gradient."""
+        has_padding = self._padding is not None and bool((self._indices == self._padding).any())
+        return None if has_padding else self.weight.rows(self._indices)
 
     def sides(self, delta: Tensor, axis: Axis, size: int) -> tuple[Tensor, Tensor]:
         """The indices ``(B, T)`` and the output gradients ``(B, T, e)``; those of padding are zero."""
@@ -277,10 +322,34 @@ class Elementwise(Layer):
         return [(rows.sum(summed, keepdim=True) if summed else rows).reshape(size, *part.shape)]
 
 
+class _Call(NamedTuple):
+    """Where a recorded operation begins in the graph of the backward pass.
+
+    Attributes:
+        parts: The edges of the parts of its layers.
+        inputs: The edges of its other arguments.
+    """
+
+    parts: set[Edge]
+    inputs: set[Edge]
+
+
+class Trace(NamedTuple):
+    """What the graph of a backward pass shows.
+
+    Attributes:
+        is_complete: Whether the recorded layers are all uses of the parameters.
+        moves: Whether values may be moved in a way that depends on data, such as sorting or masking.
+    """
+
+    is_complete: bool
+    moves: bool
+
+
 class LayerRecorder(TorchFunctionMode):
     """A block that records where parameters are used linearly.
 
-    Uses by other operations are not recorded. So the recorded uses may not be all.
+    Uses by other operations are not recorded. :meth:`trace` tells whether there are any.
 
     Attributes:
         layers: The uses, in order.
@@ -290,7 +359,9 @@ class LayerRecorder(TorchFunctionMode):
         super().__init__()
         self.layers: list[Layer] = []
         self._parameters: dict[int, tuple[str, Tensor]] = {}
-        self._made: dict[int, Tensor] = {}  # results that are views of parameters
+        self._views: dict[int, Tensor] = {}  # results that are views of parameters, but layers of their own
+        self._looked_up: dict[int, tuple[Tensor, Embedding]] = {}  # results of embeddings
+        self._calls: dict[Any, _Call] = {}
 
     def note_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Takes the tensors by name that are the parameters from now on; each has a storage of its own."""
@@ -303,29 +374,102 @@ class LayerRecorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        arrange = _ARRANGED.get(name)
-        if arrange is None or not torch.is_grad_enabled():
+        operation = _OPERATIONS.get(name)
+        if operation is None or not torch.is_grad_enabled():
             inside = _without_overrides(func)
             if inside is None:
                 return func(*args, **kwargs)
             with self:
                 return inside(*args, **kwargs)
-        recorded = list[Callable[[Tensor], Layer]]()
+        constructors, edges = list[Callable[[Tensor], Layer]](), list[tuple[str | None, Edge]]()
         # Other arguments are a TypeError. Inside of vmap, tensors have no storage, which is a RuntimeError.
         with contextlib.suppress(TypeError, RuntimeError):
-            recorded += arrange(self, *args, **kwargs)
+            constructors += operation(self, *args, **kwargs)
+            edges = self._edges(*args, **kwargs) if constructors else []
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor) and result.requires_grad:
-            self.layers += [make(result) for make in recorded]
-            if recorded and name in _VIEWS:
-                self._made[id(result)] = result
+        if constructors and isinstance(result, Tensor) and result.requires_grad:
+            self._add([make(result) for make in constructors], edges)
+            if name in _VIEWS:
+                self._views[id(result)] = result
+            if isinstance(self.layers[-1], Embedding):
+                self._looked_up[id(result)] = result, self.layers[-1]
         return result
+
+    def _edges(self, *args: Any, **kwargs: Any) -> list[tuple[str | None, Edge]]:
+        """The edges of the arguments of an operation, each with the name of the parameter that the argument is of."""
+        found = list[tuple[str | None, Edge]]()
+        for given in (*args, *kwargs.values()):
+            for one in given if isinstance(given, (list, tuple)) else [given]:
+                if isinstance(one, Tensor) and one.requires_grad:
+                    looked_up = self._looked_up.get(id(one))
+                    part = self.part(one) if looked_up is None else looked_up[1].weight
+                    found.append((None if part is None else part.name, _edge(one)))
+        return found
+
+    def _add(self, layers: list[Layer], edges: list[tuple[str | None, Edge]]) -> None:
+        """Adds the layers of one operation with the edges of its arguments."""
+        self.layers += layers
+        used = Counter(part.name for layer in layers for part in layer.parts)
+        call = self._calls.setdefault(layers[0].edge.node, _Call(set(), set()))
+        for name, edge in edges:
+            is_part = name is not None and used[name] > 0
+            used[name or ""] -= is_part
+            (call.parts if is_part else call.inputs).add(edge)
+
+    def trace(self, value: Tensor, theta: Tensor) -> Trace:
+        """Follows the graph of the backward pass of a value.
+
+        Args:
+            value: The value. It requires a gradient.
+            theta: The leaf tensor that all parameters are computed from.
+        """
+        leaf, moves = _edge(theta)[0], False
+        waiting, seen = [_edge(value)[0]], set[Any]()
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node is leaf:
+                return Trace(is_complete=False, moves=moves)
+            call = self._calls.get(node)
+            if call is None:
+                moves = moves or _moves(node)
+                waiting += [following for following, _ in node.next_functions if following is not None]
+                continue
+            within, stop = [node], call.inputs | call.parts
+            while within:  # the nodes of the operation itself
+                for edge in within.pop().next_functions:
+                    if edge[0] is leaf or (edge in call.inputs):
+                        waiting.append(edge[0])
+                    elif edge[0] is not None and edge not in stop:
+                        within.append(edge[0])
+        return Trace(is_complete=True, moves=moves)
+
+    def without_examples(self, tensor: Any, other: Any) -> Part | None:
+        """The part of a parameter that a tensor is, if it is the same for all examples of another tensor.
+
+        It is a view of a parameter, or rows of a table, such as those of positions, that are broadcast over examples.
+        """
+        part = self.part(tensor)
+        looked_up = self._looked_up.get(id(tensor))
+        if part is not None or looked_up is None or not isinstance(other, Tensor):
+            return part
+        is_broadcast = tensor.ndim < other.ndim or (tensor.ndim == other.ndim and len(tensor) == 1 < len(other))
+        if not is_broadcast:
+            return None
+        layer = looked_up[1]
+        rows = layer.rows
+        if rows is not None and layer in self.layers:
+            self.layers.remove(layer)
+            del self._calls[layer.edge.node]
+        return rows
 
     def part(self, tensor: Any) -> Part | None:
         """The part of a parameter that a tensor is a view of; ``None`` if it is not."""
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.requires_grad:
             return None
-        if id(tensor) in self._made:
+        if id(tensor) in self._views:
             return None
         found = self._parameters.get(tensor.untyped_storage().data_ptr())
         if found is None or found[1].dtype != tensor.dtype:
@@ -336,17 +480,40 @@ class LayerRecorder(TorchFunctionMode):
         stored = torch.empty_strided(parameter.shape, parameter.stride(), dtype=torch.long, device=tensor.device)
         stored.copy_(torch.arange(parameter.numel(), device=tensor.device).view(parameter.shape))
         positions = stored.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-        return Part(name, tensor.shape, positions.reshape(-1))
+        place = int(tensor.storage_offset()), *tensor.stride()
+        return Part(name, tensor.shape, positions.reshape(-1), place)
+
+
+def _edge(tensor: Tensor) -> Edge:
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+# Operations that move values to places that depend on data, by their names in the graph of the backward pass.
+_MOVES = {
+    *("CopySlices", "Embedding", "EmbeddingBag", "Gather", "IndexAdd", "IndexCopy", "IndexFill", "Index", "IndexPut"),
+    *("IndexReduce", "IndexSelect", "MaskedScatter", "MaskedSelect", "PackPaddedSequence", "Put", "Scatter"),
+    *("ScatterAdd", "ScatterReduce", "SegmentReduce", "Sort", "SparseMask", "Take", "Topk"),
+}
+
+
+def _moves(node: Any) -> bool:
+    """Whether an operation may move values in a way that depends on data: also one that is written by a user."""
+    name = node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+    if name in _MOVES or isinstance(node, torch.autograd.function.BackwardCFunction):
+        return True
+    return name == "Cat" and node._saved_dim == 0  # of parts that may have any lengths
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The operations that are linear in parameters: which layers they are, given their arguments
 # ----------------------------------------------------------------------------------------------------------------------
 
-Arranged = Iterable[Callable[[Tensor], Layer]]
+Constructors = Iterable[Callable[[Tensor], Layer]]
+"""Functions from the result of an operation to its layers."""
 
 
-def _linear(recorder: LayerRecorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arranged:
+def _linear(recorder: LayerRecorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Constructors:
     matrix, added = recorder.part(weight), recorder.part(bias)
     if matrix is not None and len(matrix.shape) == 2:
         yield lambda output: Linear(output, input, matrix, added)
@@ -354,12 +521,12 @@ def _linear(recorder: LayerRecorder, input: Tensor, weight: Tensor, bias: Tensor
         yield lambda output: Elementwise(output, added, 1.0)
 
 
-def _matmul(recorder: LayerRecorder, input: Tensor, other: Tensor) -> Arranged:
+def _matmul(recorder: LayerRecorder, input: Tensor, other: Tensor) -> Constructors:
     if isinstance(other, Tensor) and other.ndim == 2:
         yield from _linear(recorder, input, other.mT)
 
 
-def _addmm(recorder: LayerRecorder, input: Tensor, mat1: Tensor, mat2: Tensor) -> Arranged:
+def _addmm(recorder: LayerRecorder, input: Tensor, mat1: Tensor, mat2: Tensor) -> Constructors:
     yield from _linear(recorder, mat1, mat2.mT, input)
 
 
@@ -372,9 +539,13 @@ def _conv(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> Arranged:
+) -> Constructors:
     kernel, added, dims = recorder.part(weight), recorder.part(bias), weight.ndim - 2
-    if kernel is None or input.ndim != weight.ndim:
+    if input.ndim != weight.ndim:
+        return
+    if kernel is None:
+        if added is not None:
+            yield partial(Elementwise, part=added.view(*added.shape, *(1,) * dims), factor=1.0)
         return
     stride, dilation = _each(stride, dims), _each(dilation, dims)
     sizes = weight.shape[2:]
@@ -394,7 +565,7 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Arranged:
+) -> Constructors:
     table = recorder.part(weight)
     if table is None or scale_grad_by_freq or max_norm is not None:
         return
@@ -402,17 +573,18 @@ def _embedding(
     yield lambda output: Embedding(output, input, table, padding)
 
 
-def _add(recorder: LayerRecorder, input: Any, other: Any, *, alpha: float = 1, sign: float = 1.0) -> Arranged:
-    for part, factor in ((recorder.part(input), 1.0), (recorder.part(other), sign * alpha)):
+def _add(recorder: LayerRecorder, input: Any, other: Any, *, alpha: float = 1, sign: float = 1.0) -> Constructors:
+    parts = recorder.without_examples(input, other), recorder.without_examples(other, input)
+    for part, factor in zip(parts, (1.0, sign * alpha), strict=True):
         if part is not None:
             yield partial(Elementwise, part=part, factor=factor)
 
 
-def _sub(recorder: LayerRecorder, input: Any, other: Any, *, alpha: float = 1) -> Arranged:
+def _sub(recorder: LayerRecorder, input: Any, other: Any, *, alpha: float = 1) -> Constructors:
     yield from _add(recorder, input, other, alpha=alpha, sign=-1.0)
 
 
-def _mul(recorder: LayerRecorder, input: Any, other: Any) -> Arranged:
+def _mul(recorder: LayerRecorder, input: Any, other: Any) -> Constructors:
     parts = recorder.part(input), recorder.part(other)
     for part, factor in zip(parts, (other, input), strict=True):
         if part is not None:
@@ -420,7 +592,7 @@ def _mul(recorder: LayerRecorder, input: Any, other: Any) -> Arranged:
             yield partial(Elementwise, part=part, factor=kept)
 
 
-def _expand(recorder: LayerRecorder, input: Tensor, *sizes: Any, **named: Any) -> Arranged:
+def _expand(recorder: LayerRecorder, input: Tensor, *sizes: Any, **named: Any) -> Constructors:
     part = recorder.part(input)
     if part is not None:
         yield lambda output: Elementwise(output, part, 1.0)
@@ -428,7 +600,7 @@ def _expand(recorder: LayerRecorder, input: Tensor, *sizes: Any, **named: Any) -
 
 def _affine(
     recorder: LayerRecorder, normalised: Tensor, weight: Tensor | None, bias: Tensor | None, after: int = 0
-) -> Arranged:
+) -> Constructors:
     """A factor and a summand whose last dimension has ``after`` dimensions of the result after it."""
     for one, factor in ((recorder.part(weight), normalised), (recorder.part(bias), 1.0)):
         if one is not None:
@@ -444,7 +616,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enable: bool = True,
-) -> Arranged:
+) -> Constructors:
     normalised = F.layer_norm(input.detach(), normalized_shape, None, None, eps)
     yield from _affine(recorder, normalised, weight, bias)
 
@@ -455,7 +627,7 @@ def _rms_norm(
     normalized_shape: list[int],
     weight: Tensor | None = None,
     eps: float | None = None,
-) -> Arranged:
+) -> Constructors:
     normalised = F.rms_norm(input.detach(), normalized_shape, None, eps)
     yield from _affine(recorder, normalised, weight, None)
 
@@ -468,7 +640,7 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
-) -> Arranged:
+) -> Constructors:
     normalised = F.group_norm(input.detach(), num_groups, None, None, eps)
     yield from _affine(recorder, normalised, weight, bias, input.ndim - 2)
 
@@ -483,14 +655,14 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Arranged:
+) -> Constructors:
     if training or running_mean is None or running_var is None:
         return  # the loss of an example depends on the others
     normalised = F.batch_norm(input.detach(), running_mean, running_var, None, None, False, momentum, eps)
     yield from _affine(recorder, normalised, weight, bias, input.ndim - 2)
 
 
-def _prelu(recorder: LayerRecorder, input: Tensor, weight: Tensor) -> Arranged:
+def _prelu(recorder: LayerRecorder, input: Tensor, weight: Tensor) -> Constructors:
     slope = recorder.part(weight)
     if slope is not None:
         after = input.ndim - 2 if weight.numel() > 1 else 0
@@ -498,7 +670,7 @@ def _prelu(recorder: LayerRecorder, input: Tensor, weight: Tensor) -> Arranged:
         yield lambda output: Elementwise(output, slope.view(len(weight), *(1,) * after), below)
 
 
-_ARRANGED: dict[str, Callable[..., Arranged]] = {
+_OPERATIONS: dict[str, Callable[..., Constructors]] = {
     "linear": _linear,
     **dict.fromkeys(("matmul", "mm", "__matmul__"), _matmul),
     "addmm": _addmm,
@@ -527,14 +699,12 @@ def _without_overrides(func: Any) -> Callable[..., Any] | None:
 
     Such a function passes itself to the mode first. Its copy does not, as if no argument had overrides.
     """
-    code, names = getattr(func, "__code__", None), getattr(func, "__globals__", None)
-    if code is None or names is None or names.get("__name__") != F.__name__ or func.__closure__:
+    code, module = getattr(func, "__code__", None), getattr(func, "__globals__", None)
+    if code is None or module is None or module.get("__name__") != F.__name__ or func.__closure__:
         return None
     if func not in _COPIES:
-        never = dict.fromkeys(
-            ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False
-        )
-        copy = type(func)(code, {**names, **never}, func.__name__, func.__defaults__)
+        tests = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+        copy = type(func)(code, {**module, **dict.fromkeys(tests, lambda *_: False)}, func.__name__, func.__defaults__)
         copy.__kwdefaults__ = func.__kwdefaults__
         _COPIES[func] = copy
     return _COPIES[func]

@@ -341,9 +341,7 @@ class Objective:
         """
         if self.probed is None or not self.probed.divisible:
             return None
-        layers = LayerGradients.choose(self.loss, self.probed.slice(0, _PROBE))
-        # More examples may take more branches.
-        return layers if layers is not None and layers.record_losses(self.probed) is not None else None
+        return LayerGradients.choose(self.loss, self.probed)
 
     @property
     def finds_outputs(self) -> bool:
@@ -386,9 +384,8 @@ class Objective:
 
     def gradients(self, batch: Batch) -> Iterator[Tensor]:
         """Yields the gradients of the losses at the present parameters, ``(b, p)`` for the next ``b`` examples."""
-        found = None if self.layers is None else self.layers.gradients(batch)
-        if found is not None:
-            return found
+        if self.layers is not None:
+            return self.layers.gradients(batch)
         # They need no graph, but a parameter that the module holds in a list, out of sight, would keep one.
         return (rows.detach() for rows in self.loss.gradients(self.theta, batch))
 
@@ -406,9 +403,7 @@ class Objective:
             ``(q, B)``.
         """
         if len(directions) > FEW_DIRECTIONS_OF_LAYERS and self.layers is not None:
-            products = self.layers.products(batch, directions)
-            if products is not None:
-                return products
+            return self.layers.products(batch, directions)
         if len(directions) > FEW_DIRECTIONS and self.loss.vectorised:
             return derivatives.from_gradients(self.loss, batch, directions).detach()
         return self._directional(self.loss, batch, directions).detach()

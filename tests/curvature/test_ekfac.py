@@ -20,7 +20,7 @@ from lightning_gif.curvature.methods import METHODS
 from lightning_gif.curvature.output_curvature import _root_product, output_vectors
 from lightning_gif.curvature.solve import open_curvature
 from lightning_gif.data.examples import Examples
-from lightning_gif.errors import ConfigurationError
+from lightning_gif.errors import ConfigurationError, GIFWarning
 from lightning_gif.objective.objective import Objective
 from lightning_gif.solvers import to_matrix
 
@@ -212,6 +212,7 @@ def test_it_serves_self_influence() -> None:
         ({"method": "gif"}, "needs method='if'"),
         ({"targets": "batch"}, "For scores over target parameters, omit `solver`"),
         ({"curvature": "hessian"}, "Use curvature='ggn'"),
+        ({"max_iter": 5, "rtol": 1e-2}, "takes no `max_iter`, `rtol`"),
     ],
 )
 def test_what_it_cannot_do_is_refused_with_a_remedy(options: dict[str, Any], message: str) -> None:
@@ -244,12 +245,87 @@ class Branching(nn.Module):
         return self.last(hidden) if len(x) <= self.most else torch.einsum("bi,oi->bo", hidden, self.last.weight)
 
 
-def test_layers_that_differ_between_batches_are_refused_with_a_remedy() -> None:
+def test_examples_with_other_layers_are_computed_one_at_a_time() -> None:
     trainer, data = wide(n=100)
     batch = [tensor[:5] for tensor in data.tensors]
+    state = trainer.lightning_module.net.state_dict()
     trainer.lightning_module.net = Branching(70)  # more examples than are used to choose how to compute gradients
-    with pytest.raises(ConfigurationError, match=r"Classifier differ between batches\. Use solver='cg'"):
-        trainer.influence(batch)
-    assert trainer.influence(batch, solver="cg").scores.isfinite().all()
+    trainer.lightning_module.net.first.load_state_dict({name: state[f"0.{name}"] for name in ("weight", "bias")})
+    trainer.lightning_module.net.last.load_state_dict({"weight": state["2.weight"]})
+    report = trainer.influence(batch)
+    assert report.solution.solver == "ekfac"
+    torch.testing.assert_close(report.scores, trainer.influence(batch, batch_size=50).scores, rtol=1e-3, atol=1e-8)
     trainer.lightning_module.net = Branching(9)
     assert trainer.influence(batch).solution.solver == "cg"
+
+
+class Partly(nn.Module):
+    """A network with parameters that no example, or only some rounding error, depends on."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.last, self.kind = nn.Linear(6, 300), nn.Linear(300, 3), kind
+        self.other, self.back = nn.Linear(6, 8), nn.Linear(8, 3)
+        with torch.no_grad():
+            self.other.bias.fill_(-1e3)  # a dead unit
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.last(self.first(x).relu())
+        if self.kind == "unused":
+            return result
+        if self.kind == "without gradient":
+            with torch.no_grad():
+                hidden = self.other(x)
+            return result + self.back(hidden)
+        return result + (self.back(self.other(x).relu()) - self.back.bias) * (1e-20 if self.kind == "tiny" else 1.0)
+
+
+@pytest.mark.parametrize("kind", ["unused", "without gradient", "dead", "tiny"])
+def test_parameters_without_curvature_change_nothing(kind: str) -> None:
+    trainer, data = wide()
+    batch = [tensor[:5] for tensor in data.tensors]
+    torch.manual_seed(0)
+    trainer.lightning_module.net = Partly(kind)
+    report = trainer.influence(batch, per_example=True)
+    assert report.solution.solver == "ekfac"
+    assert trainer.self_influence(solver="ekfac").scores.isfinite().all()
+    if kind == "unused":
+        for parameter in (
+            *trainer.lightning_module.net.other.parameters(),
+            *trainer.lightning_module.net.back.parameters(),
+        ):
+            parameter.requires_grad_(False)
+        torch.testing.assert_close(report.scores, trainer.influence(batch, per_example=True).scores)
+
+
+def test_a_curvature_of_zero_is_warned_of() -> None:
+    trainer, data = wide()
+    trainer.lightning_module.training_step = lambda batch, index: F.nll_loss(
+        trainer.lightning_module.net(batch[0]), batch[1]
+    )
+    batch = [tensor[:5] for tensor in data.tensors]
+    with pytest.warns(GIFWarning, match="exactly zero in all directions"):
+        report = trainer.influence(batch, solver="ekfac", curvature="ggn")
+    assert report.scores.isfinite().all()
+
+
+class TiedText(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = nn.Embedding(9, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.inner(self.table(x).mean(1)).tanh(), self.table.weight)[:, :3]
+
+
+def test_a_table_that_is_the_head_too_is_one_block() -> None:
+    torch.manual_seed(0)
+    module, words = Classifier(TiedText()), torch.randint(0, 9, (20, 4))
+    with Objective.open(make_trainer(), module, double=True) as objective:
+        examples = Examples.from_batch((words, torch.arange(20) % 3), objective.prepare, batch_size=8)
+        matrix, inverse = dense(objective, objective.learn_structure(examples))
+        assert fit(objective, examples).summary()["on_diagonal"] == 0
+    approximation = torch.linalg.inv(inverse) - DAMPING * torch.eye(len(matrix))
+    torch.testing.assert_close(approximation.trace(), matrix.trace())
+    exact = torch.linalg.inv(matrix + DAMPING * torch.eye(len(matrix)))
+    assert (inverse - exact).norm() < 0.5 * exact.norm()
