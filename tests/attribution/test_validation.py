@@ -447,6 +447,6 @@ def test_a_distributed_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = ridge()
     monkeypatch.setattr(pl.Trainer, "world_size", 2)
     with pytest.raises(
-        ConfigurationError, match=r"the trainer has 2 processes. Use one: .* attach\(Trainer\(devices=1\)"
+        ConfigurationError, match=r"the trainer has 2 processes. Use one: .*attach\(Trainer\(devices=1\)"
     ):
         trainer.validate_influence(QUERY, Solve(stop_after=0))
