@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,7 +150,7 @@ def validate(
         folder=losses,
         targets=targets,
         snapshots=snapshots,
-        dataloader=tool.loader("train"),
+        dataloader=tool.train_loader,
     )
     report.save(output)
     print(report)
@@ -471,6 +472,11 @@ class _Tool(LightningCLI):
         """Runs the command with its arguments."""
         return self._command(self, **{name: self.config[name] for name in self._names})
 
+    @cached_property
+    def train_loader(self) -> DataLoader[Any]:
+        """The training loader. It is made once, because one that splits data at random may differ each time."""
+        return self.loader("train")
+
     def check_retraining(self) -> None:
         """Checks that :meth:`retrain` will train as the checkpoint was trained.
 
@@ -484,7 +490,7 @@ class _Tool(LightningCLI):
                 "New models must be trained as long as the checkpoint: give --trainer.max_epochs, or the config file of"
                 " its training."
             )
-        _restricted(self.loader("train"), [0], 0, allow_empty=True)
+        _restricted(self.train_loader, [0], 0, allow_empty=True)
 
     def retrain(self, indices: list[int], seed: int) -> LightningModule:
         """A new model from the same configuration, trained on some of the training examples.
@@ -497,7 +503,7 @@ class _Tool(LightningCLI):
         """
         config = self.config.clone()
         config.data, config.trainer.logger = None, False
-        loader = _restricted(self.loader("train"), indices, seed)
+        loader = _restricted(self.train_loader, indices, seed)
         own = self.config_init, self.model
         try:
             self.config_init = self.parser.instantiate_classes(config)

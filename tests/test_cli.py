@@ -26,7 +26,7 @@ from lightning_gif.storage.audit_log import read
 from lightning_gif.storage.checkpoints import read_checkpoint
 from lightning_gif.unlearning import EditProblem
 
-from .conftest import loader, make_trainer, same_weights
+from .conftest import blobs, loader, make_trainer, same_weights
 from .line import Blobs, Net, Tied
 
 OPTIONS = ["--model", "tests.line.Net", "--data", "tests.line.Blobs"]
@@ -298,6 +298,23 @@ def test_scores_are_tested_by_new_models_of_the_same_configuration(
     assert validate("--n_queries", "4") == 2
     assert "answer-retrainings are of another call, which differs in: queries, share" in capsys.readouterr().err
     assert sorted(path.name for path in Path().iterdir()) == ["a.ckpt", "answer", "answer-retrainings"]
+
+
+def test_retraining_takes_the_data_of_a_model_without_a_datamodule(
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+
+    def train_dataloader(self: Net) -> Any:
+        made.append(loader(Subset(blobs(), torch.randperm(48).tolist()[:40])))  # another split each time
+        return made[-1]
+
+    monkeypatch.setattr(Net, "train_dataloader", train_dataloader, raising=False)
+    command = ["validate", *OPTIONS[:2], "--ckpt_path", "a.ckpt", "--output", "answer", "--trainer.max_epochs", "1"]
+    command += ["--trainer.accelerator", "cpu", "--n_subsets", "3", "--split", "train", "--indices", "[1,2]"]
+    assert main(command) == 0, capsys.readouterr().err
+    assert ValidationReport.load("answer").removed.shape == (3, 40)
+    assert len(made) == 2  # one for the queries
 
 
 def test_an_interrupted_test_of_scores_resumes(
