@@ -41,11 +41,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peers import PEERS
-from scipy.stats import rankdata
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lightning_gif import GIFCallback
+from lightning_gif.attribution.lds import spearman as rank_correlation
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import digits
@@ -210,16 +210,9 @@ ROWS: dict[str, dict[str, Score]] = {
 }
 
 
-def correlation(a: Any, b: Any, axis: int) -> Any:
-    """Pearson's correlation along an axis; 0 if one of the two is constant."""
-    a, b = a - a.mean(axis, keepdims=True), b - b.mean(axis, keepdims=True)
-    scale = np.sqrt((a * a).sum(axis) * (b * b).sum(axis))
-    return (a * b).sum(axis) / np.where(scale > 0, scale, 1)
-
-
 def spearman(predicted: Any, truth: Any) -> Any:
     """Spearman's correlation over subsets: ``(…, subsets, queries), (subsets, queries) → (…, queries)``."""
-    return correlation(rankdata(predicted, axis=-2), rankdata(truth, axis=-2), axis=-2)
+    return rank_correlation(torch.as_tensor(predicted), torch.as_tensor(truth)).numpy()
 
 
 def bootstrap(predicted: Any, truth: Any, draws: int) -> Any:

@@ -8,6 +8,7 @@ the batch. After Lyu, Jang, Ryu and Yang, "Generalized Influence Functions", arX
 from ._moved import Finder
 from ._version import __version__
 from .attribution.report import InfluenceReport
+from .attribution.validation import ValidationReport
 from .callback import GIFCallback, attach
 from .curvature.methods import METHODS
 from .curvature.sampling import SAMPLERS
@@ -56,6 +57,7 @@ __all__ = [
     "SelectionError",
     "TrainingDataError",
     "UnlearnReport",
+    "ValidationReport",
     "Verification",
     "__version__",
     "attach",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ __all__ = [
     "brings_own",
     "isolate_rng",
     "lightning_version",
+    "no_messages",
     "rank_zero_info",
     "rank_zero_warn",
     "stage_of_training",
@@ -75,6 +77,21 @@ def isolate_rng() -> Iterator[None]:
         yield
     finally:
         isolation.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def no_messages() -> Iterator[None]:
+    """Inside the block Lightning logs no messages, such as those about devices that each trainer repeats."""
+    packages = Trainer.__module__.rpartition(".trainer.")[0], MisconfigurationException.__module__.split(".util")[0]
+    loggers = [logging.getLogger(package) for package in packages]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def trainer_of(module: Any) -> Trainer | None:

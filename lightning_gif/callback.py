@@ -1,4 +1,4 @@
-"""The callback: it gathers statistics in training, picks target parameters, and adds three methods to the trainer."""
+"""The callback: it gathers statistics in training, picks target parameters, and adds methods to the trainer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CHECKPOINT_KEY = "lightning_gif"
 
 
 class GIFCallback(TrainerCalls, Callback):
-    """Adds ``trainer.influence``, ``trainer.self_influence`` and ``trainer.unlearn`` to a trainer.
+    """Adds ``influence``, ``self_influence``, ``validate_influence`` and ``unlearn`` to a trainer.
 
     During ``fit`` the callback gathers statistics from the forward and backward passes of training: the mean output and
     the mean output gradient of every Linear and Conv neuron, by class, and the mean squared gradient of every
@@ -405,7 +405,7 @@ def attach(
     callback: GIFCallback | None = None,
     epoch: int | None = None,
 ) -> GIFCallback:
-    """Adds ``influence``, ``self_influence`` and ``unlearn`` to a trainer for a model that was trained elsewhere.
+    """Adds the methods of :class:`GIFCallback` to a trainer for a model that was trained elsewhere.
 
     There are no statistics from training, unless the callback's state is loaded from a checkpoint. The first call that
     needs them computes them in one pass over ``curvature_examples`` training examples.

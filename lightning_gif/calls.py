@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -18,9 +18,12 @@ from torch.utils.data import DataLoader
 from typing_extensions import Unpack
 
 from ._compat import Trainer, rank_zero_warn
+from .attribution.groups import Grouping
 from .attribution.influence import influence
 from .attribution.report import InfluenceReport
+from .attribution.retraining import Retrain
 from .attribution.self_influence import self_influence
+from .attribution.validation import Opened, ValidationReport, check_validation, validate
 from .config import Overrides, Settings, check_count
 from .data.structure import describe
 from .defaults import check_names, for_influence, for_unlearning
@@ -43,7 +46,10 @@ __all__ = ["TrainerCalls", "check_path", "check_record", "keywords", "log_to_eac
 
 _SCORES_FOLDER = "lightning_gif_scores"
 
-_Report = TypeVar("_Report", InfluenceReport, UnlearnReport)
+# The settings that matter to a validation of scores that are given.
+_OF_MEASURING = ("batch_size", "double", "memory", "seed")
+
+_Report = TypeVar("_Report", InfluenceReport, UnlearnReport, ValidationReport)
 
 
 class _Influence(partial):  # type: ignore[type-arg]
@@ -145,6 +151,37 @@ class TrainerCalls:
             NonFiniteError: If a loss, a gradient or a product is NaN or infinite.
             ConvergenceError: If a solve diverges, or does not converge and ``unconverged="raise"``.
         """
+        report = self._influence(
+            trainer,
+            batch,
+            k=k,
+            per_example=per_example,
+            targets=targets,
+            among=among,
+            scores_to=scores_to,
+            keep=keep,
+            snapshots=snapshots,
+            dataloader=dataloader,
+            **overrides,
+        )
+        return _logged(trainer, report, self.log_reports)
+
+    def _influence(
+        self,
+        trainer: Trainer,
+        batch: Any,
+        *,
+        k: int = 10,
+        per_example: bool = False,
+        targets: TargetsChoice | None = None,
+        among: Sequence[int] | Callable[[Any], Tensor] | None = None,
+        scores_to: str | os.PathLike[str] | None = None,
+        keep: int | None = None,
+        snapshots: bool = False,
+        dataloader: DataLoader[Any] | None = None,
+        **overrides: Unpack[Overrides],
+    ) -> InfluenceReport:
+        """:meth:`influence` without logging."""
         requested = check_names(self.settings.override(overrides, keywords(self.influence)))
         check_count("k", k)
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < k):
@@ -178,7 +215,100 @@ class TrainerCalls:
                 context=_context(trainer),
             )
             report.read_shown(session.train.ids)
-        return _logged(trainer, report, self.log_reports)
+        return report
+
+    def validate_influence(
+        self,
+        trainer: Trainer,
+        batch: Any,
+        retrain: Retrain,
+        *,
+        n_subsets: int = 8,
+        n_seeds: int = 1,
+        share: float = 0.5,
+        groups: Grouping | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        report: InfluenceReport | None = None,
+        targets: TargetsChoice | None = None,
+        scores_to: str | os.PathLike[str] | None = None,
+        snapshots: bool = False,
+        dataloader: DataLoader[Any] | None = None,
+        **overrides: Unpack[Overrides],
+    ) -> ValidationReport:
+        """Tests how well the scores predict retraining: on random subsets of the training examples.
+
+        Bound to the trainer as ``trainer.validate_influence(batch, retrain, …)``. The call trains
+        ``n_subsets * n_seeds`` models. For each subset it compares the sum of the scores of the examples that it leaves
+        out with the change of each query's loss. The result is the linear datamodeling score (LDS).
+
+        Args:
+            trainer: The trainer; ``trainer.validate_influence`` fills it in.
+            batch: The query: a batch as the training loader yields them, or a ``DataLoader``. Each example is a query
+                of its own. 20 or more give a precise result.
+            retrain: A function ``(indices, seed)``. It trains a new model with a new ``Trainer`` on the training
+                examples with these dataset indices only, and otherwise as the model with the scores was trained. It
+                returns the ``LightningModule``. Global random generators are seeded with ``seed`` before each call, and
+                restored afterwards.
+            n_subsets: The number of random subsets, 3 or more; 8 by default. More subsets make the interval narrower.
+            n_seeds: How many models are trained on each subset; 1 by default. With 2 or more the report has a noise
+                ceiling.
+            share: The share of the training examples that each subset keeps; 0.5 by default. With 0.99 each subset
+                leaves out one example in a hundred. The effect of few examples is hard to tell from that of the seed.
+            groups: Groups of training examples that are kept or left out together, such as the photos of one person; in
+                one of the forms of :meth:`~lightning_gif.InfluenceReport.by_group`. By default each example is drawn on
+                its own.
+            folder: A folder to which the losses of each retrained model are written. After an interruption, the same
+                call trains only the missing models. A call for more subsets or seeds continues, too. A call with other
+                weights, queries, subsets or data raises an error. By default nothing is written.
+            report: A report of ``trainer.influence`` with all scores for this query, which is tested instead of
+                computing scores. If it has one query, the query is the mean over the batch.
+            targets: As in :meth:`influence`.
+            scores_to: As in :meth:`influence`.
+            snapshots: As in :meth:`influence`.
+            dataloader: As in :meth:`influence`.
+            **overrides: As in :meth:`influence`. ``seed`` also decides the subsets.
+
+        Returns:
+            The report, with the LDS, its interval, the noise ceiling, and a verdict in one line.
+
+        Raises:
+            ConfigurationError: If an argument is invalid; if the trainer has several processes; or if ``retrain``
+                returns a model with other parameters, or changes the model with the scores.
+            GIFError: As in :meth:`influence`.
+        """
+        begin = time.perf_counter()
+        settings = check_names(self.settings.override(overrides, keywords(self.validate_influence)))
+        check_validation(retrain, n_subsets, n_seeds, share)
+        check_path("folder", folder, "folder")
+        _check_one_process(trainer)
+        scoring = {"targets": targets, "scores_to": scores_to, "snapshots": snapshots or None, **overrides}
+        if report is None:
+            given: dict[str, Any] = {**scoring, "snapshots": snapshots, "dataloader": dataloader}
+            report = self._influence(trainer, batch, per_example=True, **given)
+        else:
+            _check_only_measuring(scoring)
+        validation = validate(
+            partial(self._opened, trainer, settings, dataloader, batch),
+            report,
+            retrain,
+            n_subsets=n_subsets,
+            n_seeds=n_seeds,
+            share=share,
+            seed=settings.seed,
+            groups=groups,
+            folder=None if folder is None else Path(folder),
+            context=_context(trainer),
+        )
+        validation.seconds = time.perf_counter() - begin
+        return _logged(trainer, validation, self.log_reports)
+
+    @contextlib.contextmanager
+    def _opened(
+        self, trainer: Trainer, settings: Settings, dataloader: DataLoader[Any] | None, batch: Any
+    ) -> Iterator[Opened]:
+        """The block of a part of a validation: the objective, the training examples and the query."""
+        with self.open_session(trainer, settings, "batch", dataloader) as session:
+            yield Opened(session.objective, session.train, session.examples(batch))
 
     def self_influence(
         self,
@@ -409,6 +539,7 @@ class TrainerCalls:
         # Partial objects can be pickled with the trainer; lambdas could not.
         trainer.influence = _Influence(self.influence, trainer)
         trainer.self_influence = partial(self.self_influence, trainer)
+        trainer.validate_influence = partial(self.validate_influence, trainer)
         trainer.unlearn = partial(self.unlearn, trainer)
 
 
@@ -455,6 +586,27 @@ def _check_loaders(**loaders: Any) -> None:
                 f"`{name}` must be a DataLoader, got {type(given).__name__}. By default, `retain` is the rest of the"
                 " training data, and `unseen` is the validation data of `fit`."
             )
+
+
+def _check_one_process(trainer: Trainer) -> None:
+    """Checks that a trainer has one process. Models that ``retrain`` trains cannot share a process group with it."""
+    if trainer.world_size > 1:
+        raise ConfigurationError(
+            "trainer.validate_influence trains other models, which it cannot do inside of a distributed run; the"
+            f" trainer has {trainer.world_size} processes. Use one: load a checkpoint, and call"
+            " lightning_gif.attach(Trainer(devices=1), model, …). `retrain` may start processes of its own, such as a"
+            " script under torchrun, and load the checkpoint that they write."
+        )
+
+
+def _check_only_measuring(given: Mapping[str, Any]) -> None:
+    """Checks that arguments do not ask for other scores than those of a given report."""
+    others = [name for name, value in given.items() if value is not None and name not in _OF_MEASURING]
+    if others:
+        raise ConfigurationError(
+            f"`report` has the scores already, but {', '.join(f'`{name}`' for name in others)} would change how they"
+            " are computed. Pass them to trainer.influence, or omit `report`."
+        )
 
 
 def _are_on_targets(targets: TargetsChoice | None, overrides: Overrides) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: explain and edit a checkpoint, undo an edit, and verify the audit log.
+"""The command line: explain and edit a checkpoint, test scores, undo an edit, and verify the audit log.
 
 Models, data, trainers and config files are given as for ``LightningCLI``, on which it is built.
 """
@@ -7,21 +7,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import difflib
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset
 from typing_extensions import override
 
-from ._compat import LightningArgumentParser, LightningCLI, MisconfigurationException
+from ._compat import (
+    LightningArgumentParser,
+    LightningCLI,
+    LightningModule,
+    MisconfigurationException,
+    no_messages,
+)
 from .callback import GIFCallback, attach
+from .config import check_count
 from .data.structure import describe, tensors
 from .distributed import ProcessGroup
 from .edit import Edit
@@ -37,6 +46,9 @@ from .unlearning.report import UnlearnReport
 from .verification import verify as _verify
 
 __all__ = ["main"]
+
+# Callbacks that are left out of retraining: they write files, or need a logger.
+_NOT_IN_RETRAINING = {"GIFCallback", "Checkpoint", "LearningRateMonitor", "DeviceStatsMonitor"}
 
 _LOADERS = {"train": "train_dataloader", "val": "val_dataloader", "test": "test_dataloader"}
 
@@ -81,6 +93,68 @@ def influence(
     report.save(output)
     print(report)
     print(f"The report is in {output}.")
+    return 0
+
+
+def validate(
+    tool: _Tool,
+    ckpt_path: str,
+    output: str,
+    split: Literal["train", "val", "test"] = "test",
+    indices: list[int] | int | None = None,
+    indices_file: str | None = None,
+    n_queries: int = 50,
+    n_subsets: int = 8,
+    n_seeds: int = 1,
+    share: float = 0.5,
+    folder: str | None = None,
+    targets: TargetsChoice | None = None,
+    snapshots: bool = False,
+) -> int:
+    """Tests how well the scores of a checkpoint predict retraining, by training new models on random subsets.
+
+    The new models are trained with the same model, data and trainer arguments as the checkpoint. So give those of its
+    training. After an interruption, the same command resumes after the last model that was trained.
+
+    Args:
+        tool: The trainer with the model and its data.
+        ckpt_path: The checkpoint whose scores are tested. It must be the end of its training, not its best epoch.
+        output: The folder to save the report to.
+        split: The dataset that the query examples are from.
+        indices: Dataset indices of the query examples, such as ``17`` or ``[17,4031]``.
+        indices_file: A text file with these indices, separated by white space or commas.
+        n_queries: The number of query examples that are drawn at random if no indices are given.
+        n_subsets: The number of random subsets of the training examples.
+        n_seeds: The number of models that are trained on each subset. Two or more measure a noise ceiling.
+        share: The share of the training examples that each subset keeps.
+        folder: A folder for the losses of the new models; by default the output with ``-retrainings`` added.
+        targets: The parameters that scores are restricted to; by default all parameters are used.
+        snapshots: Average over the snapshots in the checkpoint. Set ``gif.snapshots`` to their number.
+    """
+    check_count("n_queries", n_queries)
+    tool.check_retraining()
+    loader = tool.loader(split)
+    wanted = _indices(indices, indices_file)
+    if wanted is None:
+        size = len(loader.dataset)  # type: ignore[arg-type]
+        drawn = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:n_queries]
+        wanted = drawn.sort().values.tolist()
+    losses = f"{output.rstrip('/')}-retrainings" if folder is None else folder
+    report = tool.callback.validate_influence(
+        tool.trainer,
+        _subset(loader, wanted, split),
+        tool.retrain,
+        n_subsets=n_subsets,
+        n_seeds=n_seeds,
+        share=share,
+        folder=losses,
+        targets=targets,
+        snapshots=snapshots,
+        dataloader=tool.train_loader,
+    )
+    report.save(output)
+    print(report)
+    print(f"The report is in {output}, the losses of the new models in {losses}.")
     return 0
 
 
@@ -213,7 +287,12 @@ def check(tool: _Tool, ckpt_path: str, n_queries: int = 1, n_forget: int = 64) -
 # From arguments to a model with its data
 # --------------------------------------------------------------------------------------------------------------------
 
-_WITH_MODEL: dict[str, Callable[..., int]] = {"check": check, "influence": influence, "unlearn": unlearn}
+_WITH_MODEL: dict[str, Callable[..., int]] = {
+    "check": check,
+    "influence": influence,
+    "validate": validate,
+    "unlearn": unlearn,
+}
 _WITHOUT_MODEL: dict[str, Callable[..., int]] = {"undo": undo, "verify": verify}
 
 
@@ -254,6 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(interrupt) or "No file was written in part."
         if not str(interrupt) and command == "unlearn":
             message += " With --solves_to, the same command resumes after the last finished solve."
+        if command == "validate":
+            message += " The same command resumes after the last model that was trained."
         return _fail(command, f"interrupted. {message}", code=130)
 
 
@@ -391,6 +472,62 @@ class _Tool(LightningCLI):
         """Runs the command with its arguments."""
         return self._command(self, **{name: self.config[name] for name in self._names})
 
+    @cached_property
+    def train_loader(self) -> DataLoader[Any]:
+        """The training loader. It is made once, because one that splits data at random may differ each time."""
+        return self.loader("train")
+
+    def check_retraining(self) -> None:
+        """Checks that :meth:`retrain` will train as the checkpoint was trained.
+
+        Raises:
+            ConfigurationError: If the length of training is not known.
+            TrainingDataError: If the training loader cannot be restricted to some examples.
+        """
+        length = self.config.trainer
+        if length.max_epochs is None and length.max_steps == -1 and length.max_time is None:
+            raise ConfigurationError(
+                "New models must be trained as long as the checkpoint: give --trainer.max_epochs, or the config file of"
+                " its training."
+            )
+        _restricted(self.train_loader, [0], 0, allow_empty=True)
+
+    def retrain(self, indices: list[int], seed: int) -> LightningModule:
+        """A new model from the same configuration, trained on some of the training examples.
+
+        Its trainer has no loggers and writes no checkpoints. Random generators are seeded by the caller.
+
+        Args:
+            indices: The dataset indices of the training examples.
+            seed: The seed of the order of the examples.
+        """
+        config = self.config.clone()
+        config.data, config.trainer.logger = None, False
+        loader = _restricted(self.train_loader, indices, seed)
+        own = self.config_init, self.model
+        try:
+            self.config_init = self.parser.instantiate_classes(config)
+            self.model = self.config_init.model
+            self._add_configure_optimizers_method_to_model(None)
+            options, model = dict(self.config_init.trainer), self.model
+        finally:
+            self.config_init, self.model = own
+        given = options["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        options |= {
+            "callbacks": [one for one in given if _NOT_IN_RETRAINING.isdisjoint(k.__name__ for k in type(one).__mro__)],
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        with no_messages():
+            trainer = self.trainer_class(**options)
+            if self.datamodule is None:
+                trainer.fit(model, train_dataloaders=loader)
+            else:
+                trainer.fit(model, datamodule=_with_training_loader(self.datamodule, loader))
+        return model
+
     def loader(self, split: str) -> DataLoader[Any]:
         """The training, validation or test loader of the datamodule, or else of the model.
 
@@ -448,6 +585,58 @@ def _subset(loader: DataLoader[Any], indices: list[int], split: str) -> DataLoad
             f" {outside[0] if outside else 'none'}."
         )
     return DataLoader(Subset(loader.dataset, indices), loader.batch_size or 1, collate_fn=loader.collate_fn)
+
+
+def _restricted(
+    loader: DataLoader[Any], indices: list[int], seed: int, *, allow_empty: bool = False
+) -> DataLoader[Any]:
+    """A loader like the given one, but of some of its examples.
+
+    Args:
+        loader: The loader.
+        indices: The dataset indices of the examples.
+        seed: The seed of their order, if the loader shuffles.
+        allow_empty: Whether the loader may have no batch.
+
+    Raises:
+        TrainingDataError: If it draws examples in another way than in the order of the dataset or by ``shuffle=True``,
+            or if there is no whole batch and the loader drops others.
+    """
+    sampler = loader.sampler
+    shuffles = isinstance(sampler, RandomSampler) and not sampler.replacement and sampler._num_samples is None
+    known = type(loader.batch_sampler) is BatchSampler and loader.batch_size is not None
+    if not known or not (shuffles or isinstance(sampler, SequentialSampler)):
+        raise TrainingDataError(
+            f"The training loader draws examples by {type(sampler).__name__} and {type(loader.batch_sampler).__name__},"
+            " which the command cannot restrict to a subset: it needs a map-style dataset with a batch_size, in order"
+            " or with shuffle=True. In Python, trainer.validate_influence takes your own function for retraining."
+        )
+    if loader.drop_last and len(indices) < (loader.batch_size or 1) and not allow_empty:
+        raise TrainingDataError(
+            f"A subset has {len(indices)} training examples, fewer than the batch size {loader.batch_size}, and the"
+            " training loader drops the last batch. Give a larger --share."
+        )
+    same = ("collate_fn", "num_workers", "pin_memory", "drop_last", "timeout", "worker_init_fn", "prefetch_factor")
+    return DataLoader(
+        Subset(loader.dataset, indices),
+        loader.batch_size,
+        shuffle=shuffles,
+        generator=torch.Generator().manual_seed(seed),
+        multiprocessing_context=loader.multiprocessing_context,
+        persistent_workers=loader.persistent_workers,
+        **{name: getattr(loader, name) for name in same},
+    )
+
+
+def _with_training_loader(datamodule: Any, loader: DataLoader[Any]) -> Any:
+    """A datamodule with the same data, which are ready already, and another training loader."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    other = copy.copy(datamodule)
+    other.prepare_data = other.setup = other.teardown = nothing
+    other.train_dataloader = lambda: loader
+    return other
 
 
 def _check_output(path: str, what: str, *, new: bool = False) -> Path:

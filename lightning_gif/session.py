@@ -1,4 +1,4 @@
-"""One call of ``influence``, ``self_influence`` or ``unlearn``: the open objective, the data, and the targets."""
+"""One call of a method of the trainer: the open objective, the data, and the targets."""
 
 from __future__ import annotations
 

@@ -17,15 +17,16 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
+from torch.utils.data import Subset, WeightedRandomSampler
 
-from lightning_gif import GIFCallback, GIFWarning, InfluenceReport, UnlearnReport, verify
-from lightning_gif.cli import _remedy, main
+from lightning_gif import GIFCallback, GIFWarning, InfluenceReport, UnlearnReport, ValidationReport, verify
+from lightning_gif.cli import _remedy, _Tool, main
 from lightning_gif.storage import atomic
 from lightning_gif.storage.audit_log import read
 from lightning_gif.storage.checkpoints import read_checkpoint
 from lightning_gif.unlearning import EditProblem
 
-from .conftest import make_trainer, same_weights
+from .conftest import blobs, loader, make_trainer, same_weights
 from .line import Blobs, Net, Tied
 
 OPTIONS = ["--model", "tests.line.Net", "--data", "tests.line.Blobs"]
@@ -264,6 +265,134 @@ def test_influence_takes_queries_from_a_split(
     torch.testing.assert_close(InfluenceReport.load("answer").scores, expected.scores)
 
 
+def validate(*args: str) -> int:
+    length = [] if any(arg.startswith("--trainer.max") for arg in args) else ["--trainer.max_epochs", "2"]
+    command = ["validate", *OPTIONS, "--ckpt_path", "a.ckpt", "--output", "answer", "--trainer.accelerator", "cpu"]
+    return main([*command, "--n_subsets", "3", *length, *args])
+
+
+def test_scores_are_tested_by_new_models_of_the_same_configuration(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert validate("--indices", "[5,2,7,8]", "--share", "0.6") == 0
+    assert "compared with 3 retrainings on 3 random subsets with 60 % of the data" in capsys.readouterr().out
+    report, data = ValidationReport.load("answer"), Blobs()
+    data.setup("fit")
+    seeds = []
+
+    def retrain(indices: list[int], seed: int) -> Net:
+        seeds.append(seed)
+        net, order = Net(width=5), torch.Generator().manual_seed(seed)
+        make_trainer().fit(net, loader(Subset(data.train, indices), generator=order), data.val_dataloader())
+        return net
+
+    trainer = make_trainer(GIFCallback())
+    trainer.validate(Net(width=5), datamodule=data, ckpt_path="a.ckpt", verbose=False)
+    query = tuple(part[[5, 2, 7, 8]] for part in data.held_out.tensors)
+    expected = trainer.validate_influence(query, retrain, n_subsets=3, share=0.6)
+    torch.testing.assert_close(report.predicted, expected.predicted)
+    torch.testing.assert_close(report.losses, expected.losses)
+    assert validate("--indices", "[5,2,7,8]", "--share", "0.6", "--n_seeds", "2") == 0
+    assert "6 retrainings (3 of an earlier call)" in capsys.readouterr().out
+    assert ValidationReport.load("answer").noise_ceiling is not None
+    assert validate("--n_queries", "4") == 2
+    assert "answer-retrainings are of another call, which differs in: queries, share" in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == ["a.ckpt", "answer", "answer-retrainings"]
+
+
+def test_retraining_takes_the_data_of_a_model_without_a_datamodule(
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+
+    def train_dataloader(self: Net) -> Any:
+        made.append(loader(Subset(blobs(), torch.randperm(48).tolist()[:40])))  # another split each time
+        return made[-1]
+
+    monkeypatch.setattr(Net, "train_dataloader", train_dataloader, raising=False)
+    command = ["validate", *OPTIONS[:2], "--ckpt_path", "a.ckpt", "--output", "answer", "--trainer.max_epochs", "1"]
+    command += ["--trainer.accelerator", "cpu", "--n_subsets", "3", "--split", "train", "--indices", "[1,2]"]
+    assert main(command) == 0, capsys.readouterr().err
+    assert ValidationReport.load("answer").removed.shape == (3, 40)
+    assert len(made) == 2  # one for the queries
+
+
+def test_an_interrupted_test_of_scores_resumes(
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, calls = _Tool.retrain, []
+
+    def interrupted(self: Any, indices: list[int], seed: int) -> Any:
+        calls.append(seed)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, indices, seed)
+
+    monkeypatch.setattr(_Tool, "retrain", interrupted)
+    assert validate("--n_queries", "3") == 130
+    assert "The same command resumes after the last model that was trained." in capsys.readouterr().err
+    assert validate("--n_queries", "3") == 0
+    assert len(calls) == 4
+    assert "(2 of an earlier call)" in capsys.readouterr().out
+
+
+def test_retraining_that_would_not_be_that_of_the_checkpoint_is_refused(
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert validate("--trainer.max_steps", "-1") == 2
+    assert "give --trainer.max_epochs" in capsys.readouterr().err
+    sampler = WeightedRandomSampler([1.0] * 48, 48)
+    for options, told in (
+        ({"sampler": sampler, "shuffle": False}, "draws examples by WeightedRandomSampler and BatchSampler"),
+        ({"batch_size": 30, "drop_last": True}, "24 training examples, fewer than the batch size 30"),
+    ):
+        monkeypatch.setattr(Blobs, "train_dataloader", lambda self, options=options: loader(self.train, **options))
+        assert validate("--n_queries", "3") == 2
+        assert told in capsys.readouterr().err
+
+
+def test_loggers_and_files_of_the_run_are_left_out_of_retraining(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["GIFCallback", "ModelCheckpoint", "LearningRateMonitor", "EarlyStopping"]
+    callbacks: list[dict[str, Any]] = [
+        {"class_path": f"{'lightning_gif' if name == 'GIFCallback' else 'lightning.pytorch.callbacks'}.{name}"}
+        for name in names
+    ]
+    callbacks[3]["init_args"] = {"monitor": "val_loss"}
+    config = {
+        "trainer": {**FIT, "default_root_dir": "runs", "logger": True, "enable_checkpointing": True},
+        "model": {"class_path": "tests.line.Net"},
+        "data": {"class_path": "tests.line.Blobs"},
+        "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}},
+    }
+    config["trainer"]["callbacks"] = callbacks
+    seen = []
+
+    class Tool(_Tool):
+        def retrain(self, indices: list[int], seed: int) -> Any:
+            found = super().retrain(indices, seed)
+            seen.append((found.trainer, found.trainer.optimizers))
+            return found
+
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        Path("fit.yaml").write_text(yaml.safe_dump(config))
+        cli = LightningCLI(args=["fit", "--config", "fit.yaml"])
+        cli.trainer.save_checkpoint("a.ckpt")
+        patch.setattr("lightning_gif.cli._Tool", Tool)
+        before = sorted(Path("runs").rglob("checkpoints/*"))
+        command = ["validate", "--config", "fit.yaml", "--ckpt_path", "a.ckpt", "--output", "answer"]
+        assert main([*command, "--n_subsets", "3", "--n_queries", "3"]) == 0, capsys.readouterr().err
+    for trainer, (optimizer,) in seen:
+        assert "EarlyStopping" in {type(callback).__name__ for callback in trainer.callbacks}
+        assert not {"ModelCheckpoint", "LearningRateMonitor", "GIFCallback"} & {
+            type(callback).__name__ for callback in trainer.callbacks
+        }
+        assert trainer.loggers == []
+        assert isinstance(optimizer, torch.optim.Adam)
+    assert len({id(trainer) for trainer, _ in seen}) == 3
+    assert sorted(Path("runs").rglob("checkpoints/*")) == before
+
+
 def test_the_config_file_of_a_fit_is_enough(capsys: pytest.CaptureFixture[str]) -> None:
     trainer = {**FIT, "default_root_dir": ".", "callbacks": [{"class_path": "lightning_gif.GIFCallback"}]}
     trainer["callbacks"][0]["init_args"] = {"ratio": 0.3, "record": "deletions.jsonl"}  # type: ignore[index]
@@ -300,9 +429,9 @@ def test_hyperparameters_come_from_the_checkpoint_unless_they_are_given(
     assert "--model.init_args" in told
 
 
-@pytest.mark.parametrize("command", ["influence", "unlearn", "undo", "verify"])
+@pytest.mark.parametrize("command", ["influence", "validate", "unlearn", "undo", "verify"])
 def test_every_command_prints_its_config(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = OPTIONS if command in ("influence", "unlearn") else []
+    options = OPTIONS if command in ("influence", "validate", "unlearn") else []
     with pytest.raises(SystemExit) as end:
         main([command, *options, "--print_config"])
     assert end.value.code in (0, None)
@@ -312,7 +441,7 @@ def test_every_command_prints_its_config(command: str, capsys: pytest.CaptureFix
 
 
 def test_every_command_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("influence", "unlearn", "undo", "verify"):
+    for command in ("influence", "validate", "unlearn", "undo", "verify"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0

@@ -17,7 +17,7 @@ from ..errors import ConfigurationError
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Grouping", "Groups", "group_scores", "import_pandas", "values_of"]
+__all__ = ["Grouping", "Groups", "group_numbers", "group_scores", "import_pandas", "values_of"]
 
 
 Grouping: TypeAlias = "Sequence[Any] | Tensor | Mapping[int, Any] | Callable[[Any], Any]"
@@ -104,6 +104,19 @@ def group_scores(names: Iterable[Hashable], scores: Tensor, meaning: str) -> Gro
     Raises:
         ConfigurationError: If a name cannot be hashed.
     """
+    members, groups = group_numbers(names)
+    totals = torch.zeros(len(groups), dtype=scores.dtype).index_add_(0, members, scores)
+    counts = torch.bincount(members, minlength=len(groups))
+    order = totals.sort(descending=True, stable=True).indices
+    return Groups([groups[i] for i in order.tolist()], totals[order], counts[order], meaning)
+
+
+def group_numbers(names: Iterable[Hashable]) -> tuple[Tensor, list[Any]]:
+    """The number of the group of each example, ``(n,)``, and the names of the groups.
+
+    Raises:
+        ConfigurationError: If a name cannot be hashed.
+    """
     numbers: dict[Any, int] = {}
     try:
         members = torch.tensor([numbers.setdefault(_plain(name), len(numbers)) for name in names])
@@ -111,11 +124,7 @@ def group_scores(names: Iterable[Hashable], scores: Tensor, meaning: str) -> Gro
         raise ConfigurationError(
             f"`groups` must give one name or number for each example ({error}). Combine several values into a tuple."
         ) from error
-    totals = torch.zeros(len(numbers), dtype=scores.dtype).index_add_(0, members, scores)
-    counts = torch.bincount(members, minlength=len(numbers))
-    order = totals.sort(descending=True, stable=True).indices
-    groups = list(numbers)
-    return Groups([groups[i] for i in order.tolist()], totals[order], counts[order], meaning)
+    return members, list(numbers)
 
 
 def values_of(column: Sequence[Any] | Tensor | Mapping[int, Any], indices: Tensor, size: int | None) -> list[Any]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._compat import LightningModule, Trainer
@@ -180,6 +180,37 @@ class Objective:
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in state}
         common = self.processes.broadcast({name: state[name] for name in buffers})
         return ModelState(theta, {name: common[name].to(buffer) for name, buffer in buffers.items()})
+
+    def state_of(self, other: LightningModule) -> ModelState:
+        """The state of another module of the same architecture, for :meth:`at_state`. Frozen parameters belong to it.
+
+        Raises:
+            ConfigurationError: If its parameters or buffers have other names, or its parameters other shapes.
+        """
+        own, values = _members(self.module), _members(other)
+        shapes, given = (
+            {name: list(value.shape) if isinstance(value, nn.Parameter) else None for name, value in members.items()}
+            for members in (own, values)
+        )
+        differing = sorted(name for name in {*shapes, *given} if shapes.get(name, ...) != given.get(name, ...))
+        if differing:
+            name = differing[0]
+            what = [
+                "no such name"
+                if name not in of
+                else "a buffer"
+                if of[name] is None
+                else f"a parameter of shape {of[name]}"
+                for of in (given, shapes)
+            ]
+            raise ConfigurationError(
+                f"The {type(other).__name__} has other parameters or buffers than the {type(self.module).__name__}, at"
+                f" {len(differing)} names. {name!r} is {what[0]} there, and {what[1]} here."
+            )
+        state = self.model_state({name: value.detach() for name, value in values.items()})
+        frozen = {name: value for name, value in values.items() if isinstance(value, nn.Parameter)}
+        rest = {name: value.detach().to(own[name]) for name, value in frozen.items() if name not in self.space.slots}
+        return ModelState(state.theta, {**state.statistics, **rest})
 
     def at_state(self, state: ModelState) -> contextlib.AbstractContextManager[None]:
         """Inside the block, computations use the parameters and buffers of another state. The module keeps its own."""
@@ -475,3 +506,8 @@ class Objective:
     def refreshed_statistics(self, theta: Tensor, *examples: Examples) -> dict[str, Tensor]:
         """The running statistics of BatchNorm at ``theta``, see :func:`~.batchnorm.refreshed_statistics`."""
         return refreshed_statistics(self.loss, theta, *examples)
+
+
+def _members(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

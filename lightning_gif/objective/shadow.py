@@ -32,7 +32,7 @@ class ModelState(NamedTuple):
 
     Attributes:
         theta: The parameters ``(p,)``.
-        statistics: Buffers by name that replace the module's own.
+        statistics: Buffers, and possibly frozen parameters, by name that replace the module's own.
     """
 
     theta: Tensor
@@ -198,7 +198,7 @@ class Shadow:
         frozen = {
             name: widen(parameter.detach().clone(), theta.dtype)
             for name, parameter in self._members.parameters.items()
-            if not parameter.requires_grad
+            if not parameter.requires_grad and name not in self.state.statistics
         }
         trainable = {name: value.clone() for name, value in self.space.unflatten(theta).items()}
         if self.on_parameters is not None:
