@@ -167,7 +167,7 @@ class TrainerCalls:
                 session.train,
                 query,
                 session.influence_settings(requested, on_targets=on_targets, queries=len(query) if per_example else 1),
-                partial(session.choose_targets, query, choice),
+                partial(session.choose_targets, query, choice, measured=True),
                 per_example=per_example,
                 among=scored,
                 scores_to=None if scores_to is None else Path(scores_to),
