@@ -36,6 +36,9 @@ __all__ = ["EKFACInverse", "KroneckerBlock"]
 # The default damping of a layer as a share of its mean eigenvalue. benchmarks/README.md, "Scores on several tasks".
 RELATIVE_DAMPING = 0.3
 
+# The smallest damping of a layer, as a share of that of all parameters: a layer of dead units has eigenvalues of 0.
+LEAST_DAMPING = 1e-6
+
 # A matrix with more rows or columns than these keeps its own basis on that side: eigenvectors would take too long.
 _LARGEST_SIDE = 8192
 
@@ -174,7 +177,9 @@ class EKFACInverse(InverseCurvature):
 
     def _damped(self, values: Tensor) -> Tensor:
         """The eigenvalues of a layer plus its damping and the weight decay."""
-        damping = RELATIVE_DAMPING * float(values.double().mean()) if self._own_damping else self.damping
+        damping = self.damping
+        if self._own_damping:
+            damping = max(RELATIVE_DAMPING * float(values.double().mean()), LEAST_DAMPING * damping)
         return values + (damping + self._settings.weight_decay)
 
     @classmethod
