@@ -354,8 +354,9 @@ class Session:
         if choice == "cached":
             raise SelectionError(
                 f"The selector {settings.selector!r} ranks parameters by the gradient of the examples in question,"
-                " which are not known in training. So there are no cached targets. Pass targets='batch', or targets='class'"
-                " for the gradient of the training examples of their classes. Without a batch, use another selector."
+                " which are not known in training. So there are no cached targets. Pass targets='batch', or"
+                " targets='class' for the gradient of the training examples of their classes. Without a batch, use"
+                " another selector."
             )
         if choice == "class":
             known, classes = _known_classes(examples), self.train.classes

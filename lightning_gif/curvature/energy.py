@@ -13,15 +13,12 @@ from ..data.examples import Examples
 from ..errors import NonFiniteError, SelectionError
 from ..objective.objective import Objective
 from ..registry import Registry
-from .ekfac import RELATIVE_DAMPING, EKFACInverse
+from .ekfac import LEAST_DAMPING, RELATIVE_DAMPING, EKFACInverse
 from .methods import METHODS
 from .products import require_gauss_newton
 from .sampling import curvature_sample, sample_size
 
 __all__ = ["ENERGIES", "GradientEnergy", "gradient_energies", "gradient_share"]
-
-# A parameter whose diagonal is zero gets this share of the mean of all diagonals instead, so that it can be divided by.
-_LEAST_SHARE = 1e-6
 
 GradientEnergy = Callable[[Objective, Examples, Settings, Tensor], Tensor]
 """``(objective, training examples, settings, g (p,)) → F⁻¹g (p,)`` for a positive definite matrix ``F``."""
@@ -68,7 +65,7 @@ def by_fisher_diagonal(objective: Objective, train: Examples, settings: Settings
                 total += rows.square().sum(0)
             bar.update(batch.size * objective.processes.size)
     diagonal = objective.processes.sum(total) / len(examples)
-    least = _LEAST_SHARE * float(diagonal.double().mean())
+    least = LEAST_DAMPING * float(diagonal.double().mean())
     for part in objective.space.unflatten(diagonal).values():
         part += RELATIVE_DAMPING * max(float(part.double().mean()), least) + settings.weight_decay
     return torch.where(gradient == 0, 0.0, gradient / diagonal)
@@ -83,9 +80,9 @@ def by_ekfac(objective: Objective, train: Examples, settings: Settings, gradient
     """
     if objective.layers is None:
         raise SelectionError(
-            "A selector with the energy of EK-FAC needs a module that uses all its parameters in layers that are linear in them, for"
-            f" whole batches. {type(objective.module).__name__} does not; recurrent layers, for example, are not linear"
-            " in theirs. Use selector='caps', which needs gradients only."
+            "A selector with the energy of EK-FAC needs a module that uses all its parameters in layers that are linear"
+            f" in them, for whole batches. {type(objective.module).__name__} does not; recurrent layers, for example,"
+            " are not linear in theirs. Use selector='caps', which needs gradients only."
         )
     assert objective.probed is not None  # since there are layers
     require_gauss_newton(objective, objective.theta, objective.probed)
@@ -99,10 +96,15 @@ def gradient_share(gradients: Tensor, positions: Tensor) -> float:
     """The share of the squared norm of gradients that target parameters hold, ``‖g[S]‖² / ‖g‖²``.
 
     Args:
-        gradients: Gradients ``(q, p)``; the mean of their shares is returned. A gradient of zero has the share 0.
+        gradients: Gradients ``(q, p)``; the mean of their shares is returned. A gradient of zero has the share 0, if
+            the targets are not all parameters.
         positions: The target parameters ``S``, ``(k,)``.
     """
-    squares = gradients.double().square()
-    totals = squares.sum(1)
-    shares = squares[:, positions].sum(1) / totals.clamp_min(torch.finfo(totals.dtype).tiny)
-    return min(float(shares.mean()), 1.0)
+    if len(positions) == gradients.shape[1]:
+        return 1.0
+    shares = []
+    for gradient in gradients:
+        gradient = gradient.double()
+        total = float(gradient.square().sum())
+        shares.append(float(gradient[positions].square().sum()) / total if total else 0.0)
+    return sum(shares) / len(shares)

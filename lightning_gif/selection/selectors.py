@@ -212,8 +212,8 @@ def caps(blocks: Blocks, ratio: float, generator: torch.Generator) -> Tensor:
     """The blocks with the most gradient energy for each entry, with one budget for all layers.
 
     The energy of an entry is ``g²/(F + λ)``: ``g`` is the gradient of the examples in question, and ``F`` the diagonal
-    of the Fisher matrix of the training examples. The blocks have at most ``⌊ratio · size⌋`` entries together, of all that
-    may be changed. So a layer can have all of its entries picked, and another none.
+    of the Fisher matrix of the training examples. Together the blocks have at most ``⌊ratio · size⌋`` of all entries
+    that may be changed. So a layer can have all of its entries picked, and another none.
 
     This is a newer selector of the authors of the GIF paper. Theirs divides the budget among the layers by their sizes.
     """
@@ -306,14 +306,7 @@ def select(
     space = ParameterSpace(module)
     may_change = set(match_names(space.slots, list(allowed)))
     if not is_name(selector):
-        patterns = [selector] if isinstance(selector, str) else list(selector)
-        named = [name for name in match_names(space.slots, patterns) if name in may_change]
-        if not named:
-            raise SelectionError(
-                f"`influence_parameters` {list(allowed)} excludes all parameters that `selector` {patterns} matches."
-                " Name other parameters, or let influence_parameters include these."
-            )
-        return Targets.whole(space, named)
+        return _named(space, [selector] if isinstance(selector, str) else list(selector), allowed)
 
     pick = SELECTORS[str(selector)]
     generator = torch.Generator().manual_seed(seed)
@@ -323,15 +316,8 @@ def select(
                 f"The selector {selector!r} ranks parameters by the gradient of the examples in question, but there are"
                 " none. Use targets='batch'."
             )
-        names = [name for name in space.slots if name in may_change]
-        blocks = Blocks.of(module, {name: space.of(name, energies) for name in names})
-        picked = pick(blocks, ratio, generator)
-        if not len(picked):
-            raise SelectionError(
-                f"The selection is empty: ratio={ratio} allows {int(ratio * blocks.size)} entries, but the smallest"
-                f" block has {int(blocks.sizes.min())}. Raise `ratio`, or name parameters explicitly."
-            )
-        return Targets(blocks.entries(picked))
+        named = {name: space.of(name, energies) for name in space.slots if name in may_change}
+        return _whole_blocks(Blocks.of(module, named), pick, ratio, generator)
     classes = None if classes is None else sorted(set(classes))
     views = _Views(module, may_change, neurons, gradients, classes)
     chosen, unknown = views.pick(lambda view: pick(view, ratio, generator))
@@ -354,6 +340,33 @@ def select(
             " some."
         )
     return Targets(chosen)
+
+
+def _named(space: ParameterSpace, patterns: list[str], allowed: Sequence[str]) -> Targets:
+    """All entries of the parameters with given names or patterns, see :func:`select`."""
+    may_change = set(match_names(space.slots, list(allowed)))
+    named = [name for name in match_names(space.slots, patterns) if name in may_change]
+    if not named:
+        raise SelectionError(
+            f"`influence_parameters` {list(allowed)} excludes all parameters that `selector` {patterns} matches."
+            " Name other parameters, or let influence_parameters include these."
+        )
+    return Targets.whole(space, named)
+
+
+def _whole_blocks(blocks: Blocks, pick: Callable[..., Tensor], ratio: float, generator: torch.Generator) -> Targets:
+    """The entries of the blocks that a selector picks.
+
+    Raises:
+        SelectionError: If it picks none.
+    """
+    picked = pick(blocks, ratio, generator)
+    if not len(picked):
+        raise SelectionError(
+            f"The selection is empty: ratio={ratio} allows {int(ratio * blocks.size)} entries, but the smallest"
+            f" block has {int(blocks.sizes.min())}. Raise `ratio`, or name parameters explicitly."
+        )
+    return Targets(blocks.entries(picked))
 
 
 @dataclass(frozen=True)
