@@ -31,7 +31,7 @@ from .methods import Method
 from .output_curvature import output_vectors
 from .sampling import curvature_sample, sample_size
 
-__all__ = ["EKFACInverse", "KroneckerBlock"]
+__all__ = ["LEAST_DAMPING", "RELATIVE_DAMPING", "EKFACInverse", "KroneckerBlock", "kronecker_blocks", "sum_of_squares"]
 
 # The default damping of a layer as a share of its mean eigenvalue. benchmarks/README.md, "Scores on several tasks".
 RELATIVE_DAMPING = 0.3
@@ -339,7 +339,7 @@ def _fit(passes: _Passes) -> tuple[list[KroneckerBlock], dict[str, Tensor]]:
     diagonal = {name: _zeros(space, name, passes.objective.theta)[0] for name in space.slots if name not in inside}
     for recorded, deltas, weight in passes:
         for block in blocks:
-            block.values += weight * _squares(block, recorded, deltas, space)
+            block.values += weight * sum_of_squares(block, recorded, deltas, space)
         for name, values in diagonal.items():
             values += weight * recorded.of_parameter(name, len(values), deltas).square().sum(0)
     for block in blocks:
@@ -359,8 +359,10 @@ def _weighted_squares(
     return (_rotated(block, recorded, deltas, space).square() * weights).sum((1, 2))
 
 
-def _squares(block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Tensor], space: ParameterSpace) -> Tensor:
-    """The sum over examples of ``(UᵀGV)²``, ``(o, i)``."""
+def sum_of_squares(
+    block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Tensor], space: ParameterSpace
+) -> Tensor:
+    """The sum over examples of ``(UᵀGV)²``, ``(o, i)``; of ``G²`` for a block without eigenvectors."""
     one_position = _one_position(block, recorded, deltas)
     if one_position is not None:
         left, right = one_position
@@ -386,7 +388,7 @@ def _rotated(block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Ten
     """The gradients of all examples in the Kronecker basis, ``(B, o, i)``."""
     if not block.is_table and _is_used_once(block, recorded):
         ((inputs, slopes),) = block.sides(recorded, deltas)
-        (rows, columns), positions = block.values.shape, inputs.shape[1]
+        rows, columns, positions = slopes.shape[2], inputs.shape[2], inputs.shape[1]
         if positions * (rows**2 + columns**2) >= rows * columns * (rows + columns):
             return block.rotate(slopes.mT @ inputs)
         sides = (slopes, block.outer), (inputs, block.inner)

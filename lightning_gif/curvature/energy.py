@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..config import Settings
+from ..data.batch import Batch
 from ..data.examples import Examples
 from ..errors import NonFiniteError, SelectionError
 from ..objective.objective import Objective
 from ..registry import Registry
-from .ekfac import LEAST_DAMPING, RELATIVE_DAMPING, EKFACInverse
+from .ekfac import LEAST_DAMPING, RELATIVE_DAMPING, EKFACInverse, kronecker_blocks, sum_of_squares
 from .methods import METHODS
 from .products import require_gauss_newton
 from .sampling import curvature_sample, sample_size
@@ -61,14 +62,35 @@ def by_fisher_diagonal(objective: Objective, train: Examples, settings: Settings
     total = torch.zeros_like(gradient)
     with objective.progress("Gradients of training examples", len(examples)) as bar:
         for batch in examples.local_batches():
-            for rows in objective.gradients(batch):
-                total += rows.square().sum(0)
+            _add_squares(objective, batch, total)
             bar.update(batch.size * objective.processes.size)
     diagonal = objective.processes.sum(total) / len(examples)
     least = LEAST_DAMPING * float(diagonal.double().mean())
     for part in objective.space.unflatten(diagonal).values():
         part += RELATIVE_DAMPING * max(float(part.double().mean()), least) + settings.weight_decay
     return torch.where(gradient == 0, 0.0, gradient / diagonal)
+
+
+def _add_squares(objective: Objective, batch: Batch, total: Tensor) -> None:
+    """Adds the squares of the gradients of the losses of a batch to ``total`` ``(p,)``.
+
+    The sum over examples is taken layer by layer if the module allows it. Then most gradients need not be formed.
+    """
+    layers, space = objective.layers, objective.space
+    for part in [batch] if layers is None else layers.parts(batch):
+        recorded = None if layers is None else layers.record_losses(part)
+        if recorded is None or recorded.size != part.size:
+            for rows in objective.gradients(part):
+                total.add_(rows.square().sum(0))
+            continue
+        deltas, blocks = recorded.output_gradients(), kronecker_blocks(recorded.layers, space)
+        for block in blocks:
+            squares = sum_of_squares(block, recorded, deltas, space)
+            block.write(squares[None], lambda name: space.of(name, total[None]))
+        inside = {one.name for block in blocks for one in block.parts}
+        for name, slot in space.slots.items():
+            if name not in inside:
+                space.of(name, total).add_(recorded.of_parameter(name, slot.size, deltas).square().sum(0))
 
 
 @ENERGIES.register("ekfac")
