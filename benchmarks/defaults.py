@@ -48,6 +48,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"selector": "highest_k_outputs"},
         {"selector": "largest_gradients"},
         {"selector": "random"},
+        {"selector": "caps"},
+        {"selector": "ekfac_caps"},
         {"targets": "class"},
         {"targets": "cached"},
     ],

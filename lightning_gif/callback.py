@@ -58,16 +58,20 @@ class GIFCallback(TrainerCalls, Callback):
         report.undo()                      # restores the weights bit for bit
 
     Args:
-        selector: How target parameters are picked in each layer. ``"highest_k_gradients"`` (default),
-            ``"highest_k_outputs"``, ``"lowest_k_gradients"``, ``"lowest_k_outputs"``, ``"exclusive_k_gradients"``,
-            ``"exclusive_k_outputs"``, ``"random"`` and ``"threshold"`` are the selectors of the GIF paper.
-            ``"largest_gradients"`` picks single entries. You can register your own in ``lightning_gif.SELECTORS``.
-            Selectors rank the neurons of Linear and Conv layers. If these have less than half of the parameters that
-            ``ratio`` asks for, the units of all other parameters are ranked as well, by their gradients. To pick
+        selector: How target parameters are picked. ``"highest_k_gradients"`` (default), ``"highest_k_outputs"``,
+            ``"lowest_k_gradients"``, ``"lowest_k_outputs"``, ``"exclusive_k_gradients"``, ``"exclusive_k_outputs"``,
+            ``"random"`` and ``"threshold"`` are the selectors of the GIF paper. ``"largest_gradients"`` picks single
+            entries. These rank the neurons of Linear and Conv layers. If these layers have less than half of the
+            parameters that ``ratio`` asks for, the units of all other parameters are ranked as well, by their
+            gradients. ``"caps"`` and ``"ekfac_caps"`` are newer selectors of the paper's authors. They rank blocks
+            (neurons, attention heads, rows) of all layers at once, by the energy of the gradient of the examples in
+            question relative to the curvature: to the diagonal of the Fisher matrix, or to EK-FAC. Calls then need
+            ``targets="batch"`` or ``"class"``. You can register your own in ``lightning_gif.SELECTORS``. To pick
             parameters yourself, pass names or patterns, such as ``["head.*", "*.norm.weight"]``. All entries of the
             parameters that match become targets.
         ratio: The share of each layer's parameters that become targets, in (0, 1]; at most 0.5 for the ``exclusive_k``
-            selectors. With a larger share an edit can do more, but changes more of the model.
+            selectors. For ``"caps"`` and ``"ekfac_caps"``, the share of all parameters. With a larger share an edit can
+            do more, but changes more of the model.
         method: Which linear system is solved. ``"gif"`` changes the targets to cancel the gradient on all parameters.
             ``"fif"`` ignores all other parameters. ``"if"`` is the full influence function on all parameters, and
             ``"pif"`` is its part on the targets. ``"sif"`` is the second-order influence of a group on all

@@ -122,8 +122,10 @@ class TrainerCalls:
             per_example: Whether each example of the batch is a query of its own. By default the query is their mean.
             targets: The parameters that scores are restricted to; by default all parameters are used. ``"cached"``: the
                 targets picked at the end of the last epoch. ``"class"``: neurons are ranked by the training statistics
-                of the batch's classes. ``"batch"``: neurons are ranked on the batch, as in the GIF paper. If
-                ``selector``, ``ratio`` or a method with targets is given, the default is ``"cached"``.
+                of the batch's classes. ``"batch"``: neurons are ranked on the batch, as in the GIF paper. The selectors
+                ``"caps"`` and ``"ekfac_caps"`` take the gradient of the batch, or with ``"class"`` of the training
+                examples of its classes, and have no cached targets. If ``selector``, ``ratio`` or a method with targets
+                is given, the default is ``"cached"``.
             among: The training examples to score: dataset indices, or a function from a batch to one truth value for
                 each of its examples. By default all. The scores of an example do not depend on this choice.
             scores_to: A folder to which scores are written as they are computed, if they do not fit into memory. After
@@ -204,7 +206,7 @@ class TrainerCalls:
                 session.train,
                 query,
                 session.influence_settings(requested, on_targets=on_targets, queries=len(query) if per_example else 1),
-                partial(session.choose_targets, query, choice),
+                partial(session.choose_targets, query, choice, measured=True),
                 per_example=per_example,
                 among=scored,
                 scores_to=None if scores_to is None else Path(scores_to),

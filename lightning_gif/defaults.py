@@ -9,12 +9,13 @@ from dataclasses import replace
 
 from .config import AUTO, Settings
 from .curvature import INVERSES
+from .curvature.energy import ENERGIES
 from .curvature.methods import METHODS
 from .curvature.products import CURVATURES
 from .curvature.sampling import SAMPLERS
 from .errors import ConfigurationError
 from .registry import nearest
-from .selection import SELECTORS, check_selector, is_name
+from .selection import SELECTORS, check_selector, energy_of, is_name
 from .solvers import SOLVERS, cg, lsmr, nystrom
 
 __all__ = [
@@ -63,6 +64,9 @@ def check_names(settings: Settings) -> Settings:
         ConfigurationError: If a name is not registered, or the selector does not accept ``ratio``.
     """
     check_selector(settings.selector, settings.ratio)
+    energy = energy_of(settings.selector)
+    if energy is not None:
+        ENERGIES[energy]
     for registry, name in ((METHODS, settings.method), (CURVATURES, settings.curvature)):
         if name != AUTO:
             registry[name]

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from ._compat import Trainer, at_epoch, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
 from .config import Overrides, Settings
 from .curvature.by_solver import DENSE_PARAMETERS
+from .curvature.energy import gradient_energies
 from .curvature.products import has_gauss_newton, require_gauss_newton, warn_if_asymmetric
 from .curvature.sampling import sample_size
 from .data.examples import Examples, warn_if_random
@@ -29,6 +30,7 @@ from .errors import BatchError, ConfigurationError, GIFError, GIFWarning, Select
 from .mixin import LossOfModule
 from .objective.objective import Objective
 from .parameters import Targets
+from .selection import energy_of
 from .selection.tracker import TrainingTracker
 
 __all__ = ["Loaders", "Session", "TargetsChoice", "open_session"]
@@ -306,17 +308,20 @@ class Session:
     # Targets
     # ----------------------------------------------------------------------------------------------------------------
 
-    def choose_targets(self, examples: Examples, choice: TargetsChoice) -> Targets:
+    def choose_targets(self, examples: Examples, choice: TargetsChoice, *, measured: bool = False) -> Targets:
         """The target parameters.
 
         Args:
             examples: The query or the forget examples, on which ``"class"`` and ``"batch"`` depend.
             choice: How targets are chosen.
+            measured: Whether a selector by gradient energy takes the gradient of what a query measures, not the loss.
 
         Raises:
             SelectionError: If no targets can be picked.
         """
         module, settings, tracker = self.objective.module, self.settings, self.tracker
+        if energy_of(settings.selector) is not None:
+            return self._by_energy(examples, choice, measured=measured)
         if choice == "batch":
             if needs_no_cache(settings):
                 return tracker.select(module, settings)
@@ -334,6 +339,41 @@ class Session:
         if tracker.targets is None:
             tracker.targets = tracker.select(module, tracker.selection)
         return tracker.targets
+
+    def _by_energy(self, examples: Examples, choice: TargetsChoice, *, measured: bool) -> Targets:
+        """The target parameters by a selector that ranks by the energy of the gradient of the examples in question.
+
+        With ``"class"`` these are the training examples of the classes that occur among ``examples``.
+
+        Raises:
+            SelectionError: If ``choice`` is ``"cached"``, or ``"class"`` without labels.
+        """
+        objective, settings = self.objective, self.settings
+        energy = energy_of(settings.selector)
+        assert energy is not None
+        if choice == "cached":
+            raise SelectionError(
+                f"The selector {settings.selector!r} ranks parameters by the gradient of the examples in question,"
+                " which are not known in training. So there are no cached targets. Pass targets='batch', or"
+                " targets='class' for the gradient of the training examples of their classes. Without a batch, use"
+                " another selector."
+            )
+        if choice == "class":
+            known, classes = _known_classes(examples), self.train.classes
+            if classes is None:
+                raise SelectionError("targets='class' needs training examples with labels. Use targets='batch'.")
+            examples = self.train.subset(torch.isin(classes, torch.tensor(known)).nonzero().squeeze(1))
+            if not len(examples):
+                raise SelectionError("No training example has a label of these examples. Use targets='batch'.")
+        examples = examples.sample(sample_size(settings), settings.seed)
+        if measured and choice == "batch":
+            gradient = objective.query_gradients(examples, per_example=False)[0]
+        else:
+            gradient = objective.gradient(examples)
+        energies = gradient_energies(energy, objective, self.train, settings, gradient)
+        targets = self.tracker.select(objective.module, settings, energies=energies.cpu())
+        # Rounding may differ between machines, but all processes must change the same parameters.
+        return Targets(objective.processes.broadcast(dict(targets)))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.streams import Stream
 from ..reporting.loggers import log_eigenvalues, log_figure, log_histogram, log_scalars, log_table, log_text, running
-from ..reporting.notes import describe_solve
+from ..reporting.notes import describe_share, describe_solve
 from ..reporting.previews import figure, show
 from ..solvers import Status
 from .ranking import Ranking
@@ -40,7 +40,7 @@ def text(record: InfluenceRecord) -> str:
     averaged = f", the mean over {1 + len(states)} states of training" if states else ""
     lines = [
         f"Influence of {record.n_train} training examples on {on}{averaged}"
-        f" ({record.settings['method']}, {record.targets.count} target parameters{_solve(record)};"
+        f" ({record.settings['method']}, {record.targets.count} target parameters{_share(record)}{_solve(record)};"
         f" {record.seconds:.1f} s)",
         f"score = predicted change of {_owner(record)} {_measured(record)} if the example were removed; examples by"
         f" {_numbering(record)}",
@@ -55,6 +55,13 @@ def text(record: InfluenceRecord) -> str:
     if queries > MOST_QUERIES:
         lines.append(f"and {queries - MOST_QUERIES} more queries, see proponents() and opponents()")
     return "\n".join(lines)
+
+
+def _share(record: InfluenceRecord) -> str:
+    """Which share of the gradient the target parameters hold, if this is known and they are not all parameters."""
+    held = describe_share(record.gradient_share)
+    mean = " on average" if held and (record.is_self_influence or record.scores.shape[0] > 1) else ""
+    return f"; {held}{mean}" if held else ""
 
 
 def _numbering(record: InfluenceRecord) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .._compat import rank_zero_info, rank_zero_warn
 from ..config import Settings
 from ..curvature.by_solver import inverse_for_queries
+from ..curvature.energy import gradient_share
 from ..curvature.memory import is_large
 from ..curvature.methods import METHODS
 from ..data.batch import Batch
@@ -110,19 +111,19 @@ def influence(
         kept = store or InMemory(call.n_queries, len(call.scored))
         _score(call, solved, kept, store)
         scores, indices = kept.scores, call.scored.ids
-    present = solved[0]
     return InfluenceReport(
         scores=scores,
         indices=indices,
         n_train=len(call.scored),
-        solutions=present.solutions,
-        curvature=present.curvature,
+        solutions=solved[0].solutions,
+        curvature=solved[0].curvature,
         targets=call.targets,
+        gradient_share=solved[0].gradient_share,
         k=k,
         dataset=train.dataset,
         queries=first_shown(query),
         settings={
-            **asdict(replace(settings, damping=present.damping)),
+            **asdict(replace(settings, damping=solved[0].damping)),
             "snapshots": list(states or {}),
             "measures": objective.measures,
             "losses": objective.loss.origin,
@@ -228,12 +229,15 @@ class SolvedQueries:
         solutions: The diagnostics of each query's solve.
         curvature: How the curvature was computed, in plain values.
         damping: The damping ``λ``.
+        gradient_share: The share of the queries' gradients that the target parameters hold; ``None`` if an earlier
+            version has stored the iHVPs.
     """
 
     ihvps: Tensor
     solutions: list[Solution]
     curvature: dict[str, Any]
     damping: float
+    gradient_share: float | None
 
     def record(self) -> dict[str, Any]:
         """All fields except the iHVPs, as plain values."""
@@ -241,6 +245,7 @@ class SolvedQueries:
             "solutions": [solution.record() for solution in self.solutions],
             "curvature": self.curvature,
             "damping": self.damping,
+            "gradient_share": self.gradient_share,
         }
 
     @classmethod
@@ -253,7 +258,8 @@ class SolvedQueries:
         ihvps, record = stored
         with store.parse_errors_name(state):
             solutions = [Solution.of_record(one) for one in record["solutions"]]
-            return cls(ihvps.to(objective.device), solutions, record["curvature"], record["damping"])
+            known = record["curvature"], record["damping"], record.get("gradient_share")
+            return cls(ihvps.to(objective.device), solutions, *known)
 
     def save(self, store: ScoreStore, state: int) -> None:
         """Stores the iHVPs and the record for a state."""
@@ -297,6 +303,7 @@ def _solve(call: _Call) -> SolvedQueries:
             solutions=solutions,
             curvature=inverse.summary(),
             damping=inverse.damping,
+            gradient_share=gradient_share(gradients, positions),
         )
 
 

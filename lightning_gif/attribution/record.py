@@ -60,6 +60,9 @@ class InfluenceRecord:
         solutions: The diagnostics of the solves, one for each query; empty for self-influence.
         curvature: How the curvature was computed, and its largest and smallest eigenvalues if ``eigenvalues`` was set.
         targets: The target parameters that the scores are restricted to.
+        gradient_share: The share of the squared norm of the query's gradient that the target parameters hold: the mean
+            over queries, or over training examples for self-influence; 1 if they are all parameters. ``None`` if the
+            file or folder of an earlier version does not have it.
         k: How many proponents and opponents are shown and logged.
         dataset: The training dataset, to look at examples; ``None`` in a report that was loaded without it.
         queries: Labels and pictures or texts of up to eight examples of the query.
@@ -80,6 +83,7 @@ class InfluenceRecord:
     queries: list[Shown]
     settings: dict[str, Any]
     seconds: float
+    gradient_share: float | None = None
     examples: dict[int, Shown] = field(default_factory=dict)
     context: CallContext = field(default_factory=CallContext)
 
@@ -186,6 +190,7 @@ class InfluenceRecord:
             "n_queries": self.scores.shape[0],
             "n_train": self.n_train,
             "n_targets": self.targets.count,
+            **({} if self.gradient_share is None else {"gradient_share": self.gradient_share}),
             "score_max": float(self.scores.max()),
             "score_min": float(self.scores.min()),
             "seconds": self.seconds,
@@ -228,6 +233,7 @@ class InfluenceRecord:
         }
         record = {
             **{name: getattr(self, name) for name in _PLAIN},
+            **({} if self.gradient_share is None else {"gradient_share": self.gradient_share}),
             "global_step": self.context.global_step,
             "solutions": [solution.record() for solution in self.solutions],
             "looks": {name: {"label": example.label, "text": example.text} for name, example in looks.items()},
@@ -285,6 +291,7 @@ class InfluenceRecord:
             targets=Targets(targets),
             dataset=None,
             queries=[queries[position] for position in range(len(queries))],
+            gradient_share=restored(float | None, record.get("gradient_share"), "gradient_share"),
             examples=examples,
             context=CallContext(global_step=restored(int, record["global_step"], "global_step")),
             **plain,

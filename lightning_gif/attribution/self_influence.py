@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..config import Settings
 from ..curvature.by_solver import inverse_for_self_influence
+from ..curvature.energy import gradient_share
 from ..curvature.inverse import InverseCurvature
 from ..curvature.methods import METHODS
 from ..data.examples import Examples
@@ -77,17 +79,19 @@ def self_influence(
     scored = train if among is None else among
     model_states = [objective.model_state(), *map(objective.model_state, (states or {}).values())]
     scores, any_gradient = torch.zeros(1, len(scored), dtype=torch.float64), 0.0
-    summaries = list[tuple[dict[str, Any], float]]()  # how the curvature was computed, and the damping, of each state
+    # How the curvature was computed, the damping and the gradient share, of each state.
+    summaries = list[tuple[dict[str, Any], float, float | None]]()
     for state in model_states:
         with objective.at_state(state):
-            inverse = _fit(objective, train, settings, targets)
-            values, gradients = _scores(objective, scored, settings.weight_decay, inverse)
-            summaries.append(({**inverse.summary(), "inverse": inverse.kind}, inverse.damping))
+            positions = targets.flat(objective.space).to(objective.device)
+            inverse = _fit(objective, train, settings, positions)
+            values, gradients, share = _scores(objective, scored, settings.weight_decay, inverse, positions)
+            summaries.append(({**inverse.summary(), "inverse": inverse.kind}, inverse.damping, share))
         scores += values / len(model_states) / max(len(train) - 1, 1)
         any_gradient += gradients
     warn_without_gradients(objective.processes.total(any_gradient))
     require_finite_scores(scores, scored.ids)
-    curvature, damping = summaries[0]  # at the present weights
+    curvature, damping, share = summaries[0]  # at the present weights
     return InfluenceReport(
         scores=scores,
         indices=scored.ids,
@@ -95,6 +99,7 @@ def self_influence(
         solutions=[],
         curvature=curvature,
         targets=targets,
+        gradient_share=share,
         k=k,
         dataset=train.dataset,
         queries=[],
@@ -109,31 +114,34 @@ def self_influence(
     )
 
 
-def _fit(objective: Objective, train: Examples, settings: Settings, targets: Targets) -> InverseCurvature:
+def _fit(objective: Objective, train: Examples, settings: Settings, positions: Tensor) -> InverseCurvature:
     """The inverse of the curvature at the present weights."""
-    positions = targets.flat(objective.space).to(objective.device)
     with objective.progress("Hessian products") as bar:
         inverse_class = inverse_for_self_influence(settings, len(positions))
         return inverse_class.fit(objective, train, settings, METHODS[settings.method], positions, on_product=bar.update)
 
 
 def _scores(
-    objective: Objective, scored: Examples, weight_decay: float, inverse: InverseCurvature
-) -> tuple[Tensor, float]:
-    """The quadratic form of each example's gradient, ``(n,)``, and a number that is positive if a gradient is not zero.
+    objective: Objective, scored: Examples, weight_decay: float, inverse: InverseCurvature, positions: Tensor
+) -> tuple[Tensor, float, float | None]:
+    """The quadratic form of each example's gradient, ``(n,)``; a number that is positive if a gradient is not zero; and
+    the mean share of the gradients that the targets ``positions`` hold, ``None`` if no whole gradients were formed.
 
     Removing an example does not reduce weight decay. So each example's gradient includes the gradient of weight decay.
     """
-    values, any_gradient, quadratic = [], 0.0, inverse.quadratic()
+    values, any_gradient, quadratic, share = [], 0.0, inverse.quadratic(), 0.0
+    whole = len(positions) == objective.space.size
     with objective.progress("Scoring training examples", len(scored)) as bar:
         for batch in scored.local_batches():
             found = inverse.of_losses(objective, batch)
             if found is not None:
-                any_gradient += float(found.any())
+                any_gradient, share = any_gradient + float(found.any()), math.nan
                 values.append(found.cpu())
             else:
                 for gradients in objective.gradients(batch):
                     any_gradient += float(gradients.any())
+                    share += 0.0 if whole else len(gradients) * gradient_share(gradients, positions)
                     values.append(quadratic(gradients + weight_decay * objective.theta).cpu())
             bar.update(batch.size * objective.processes.size)
-    return scored.all_gather(values).double(), any_gradient
+    share = 1.0 if whole else objective.processes.total(share) / len(scored)
+    return scored.all_gather(values).double(), any_gradient, None if math.isnan(share) else share

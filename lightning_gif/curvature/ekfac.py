@@ -32,19 +32,18 @@ from .output_curvature import output_vectors
 from .sampling import curvature_sample, sample_size
 from .streaming import warn_of_zero_curvature
 
-__all__ = ["EKFACInverse", "KroneckerBlock"]
+__all__ = ["LEAST_DAMPING", "RELATIVE_DAMPING", "EKFACInverse", "KroneckerBlock", "kronecker_blocks", "sum_of_squares"]
 
 # The default damping of a layer as a share of its mean eigenvalue. benchmarks/README.md, "Scores on several tasks".
 RELATIVE_DAMPING = 0.3
+
+# The smallest damping of a layer, as a share of that of all parameters: a layer of dead units has eigenvalues of 0.
+LEAST_DAMPING = 1e-6
 
 # A matrix with more rows or columns than these keeps its own basis on that side: eigenvectors would take too long.
 _LARGEST_SIDE = 8192
 
 _MATRICES = (Linear.kind, Convolution.kind)
-
-# A layer whose mean eigenvalue is below this share of the mean of all consists of rounding errors. Its damping is that
-# of a layer with this mean.
-_NEGLIGIBLE = 1e-8
 
 # With fewer examples, several random vectors are drawn for each, up to so many for all of them.
 _DRAWS = 256
@@ -181,7 +180,7 @@ class EKFACInverse(InverseCurvature):
         """The eigenvalues of a layer plus its damping and the weight decay; infinite if all of this is zero."""
         damping = self.damping
         if self._own_damping:
-            damping = RELATIVE_DAMPING * max(float(values.double().mean()), _NEGLIGIBLE * self._mean)
+            damping = RELATIVE_DAMPING * max(float(values.double().mean()), LEAST_DAMPING * self._mean)
         damped = values + (damping + self._settings.weight_decay)
         return torch.where(damped > 0, damped, torch.inf)
 
@@ -344,7 +343,7 @@ def _fit(passes: _Passes) -> tuple[list[KroneckerBlock], dict[str, Tensor]]:
     diagonal = {name: theta.new_zeros(slot.size) for name, slot in space.slots.items() if name not in inside}
     for recorded, deltas, weight in passes:
         for block in blocks:
-            block.values += weight * _squares(block, recorded, deltas, space)
+            block.values += weight * sum_of_squares(block, recorded, deltas, space)
         for name, values in diagonal.items():
             values += weight * recorded.of_parameter(name, len(values), deltas).square().sum(0)
     for block in blocks:
@@ -364,8 +363,10 @@ def _weighted_squares(
     return (_rotated(block, recorded, deltas, space).square() * weights).sum((1, 2))
 
 
-def _squares(block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Tensor], space: ParameterSpace) -> Tensor:
-    """The sum over examples of ``(UᵀGV)²``, ``(o, i)``."""
+def sum_of_squares(
+    block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Tensor], space: ParameterSpace
+) -> Tensor:
+    """The sum over examples of ``(UᵀGV)²``, ``(o, i)``; of ``G²`` for a block without eigenvectors."""
     one_position = _one_position(block, recorded, deltas)
     if one_position is not None:
         left, right = one_position
@@ -391,7 +392,7 @@ def _rotated(block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Ten
     """The gradients of all examples in the Kronecker basis, ``(B, o, i)``."""
     if not block.is_table and _is_used_once(block, recorded):
         ((inputs, slopes),) = block.sides(recorded, deltas)
-        (rows, columns), positions = block.values.shape, inputs.shape[1]
+        rows, columns, positions = slopes.shape[2], inputs.shape[2], inputs.shape[1]
         if positions * (rows**2 + columns**2) >= rows * columns * (rows + columns):
             return block.rotate(slopes.mT @ inputs)
         sides = (slopes, block.outer), (inputs, block.inner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .._compat import rank_zero_warn
 from ..errors import GIFWarning
 
-__all__ = ["describe_solve", "warn_and_note"]
+__all__ = ["describe_share", "describe_solve", "warn_and_note"]
 
 
 def warn_and_note(notes: list[str], text: str) -> None:
@@ -27,3 +27,14 @@ def describe_solve(solver: str, status: object | None, iterations: int, residual
     parts.append(f"{iterations} iteration{'' if iterations == 1 else 's'}")
     parts += [] if residual is None else [f"residual {residual:.1e}"]
     return ", ".join(parts)
+
+
+def describe_share(share: float | None) -> str:
+    """The gradient share of target parameters in one phrase; empty if it is unknown, or if these are all parameters.
+
+    Args:
+        share: The share; ``None`` if it is unknown.
+    """
+    if share is None or share == 1.0:
+        return ""
+    return f"targets hold {100 * share:.{0 if share >= 0.1 else 1}f} % of the gradient"

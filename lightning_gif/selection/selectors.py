@@ -1,4 +1,4 @@
-"""The selectors of the GIF paper: which parameters of a layer become targets."""
+"""The selectors: which parameters become targets."""
 
 from __future__ import annotations
 
@@ -12,9 +12,20 @@ from torch import Tensor, nn
 from ..errors import ConfigurationError, SelectionError
 from ..parameters import ParameterSpace, Targets, match_names
 from ..registry import Registry, declares
+from .blocks import Blocks, densest, rows_of
 from .statistics import GradientStatistics, NeuronStatistics, n_neurons, neuron_layers, own_parameter
 
-__all__ = ["SELECTORS", "Layer", "Selector", "check_selector", "select", "whole_neurons"]
+__all__ = [
+    "SELECTORS",
+    "BlockSelector",
+    "Layer",
+    "LayerSelector",
+    "Selector",
+    "check_selector",
+    "energy_of",
+    "select",
+    "whole_neurons",
+]
 
 
 # Parameters outside of Linear and Conv layers are ranked too, if these layers give less than this share of the targets.
@@ -73,14 +84,22 @@ class Layer:
         return value
 
 
-Selector = Callable[[Layer, float, torch.Generator], Tensor]
+LayerSelector = Callable[[Layer, float, torch.Generator], Tensor]
 """``selector(layer, ratio, generator) → entries``: the numbers of the entries that become targets, each once."""
 
-SELECTORS: Registry[Selector] = Registry("selector", needs_statistics=True, max_ratio=1.0)
+BlockSelector = Callable[[Blocks, float, torch.Generator], Tensor]
+"""``selector(blocks, ratio, generator) → chosen``: the numbers of the blocks that become targets, each once."""
+
+Selector = LayerSelector | BlockSelector
+"""A selector, which is called for each layer, or once for the blocks of all layers."""
+
+SELECTORS: Registry[Callable[..., Tensor]] = Registry("selector", needs_statistics=True, max_ratio=1.0, energy=None)
 """All selectors by name; add your own with :meth:`Registry.register`.
 
 A selector can declare by :func:`~lightning_gif.registry.declares`: ``needs_statistics``, whether it uses statistics of
-the layer (by default yes), and ``max_ratio``, the largest ``ratio`` that it takes (by default 1).
+the layer (by default yes), and ``max_ratio``, the largest ``ratio`` that it takes (by default 1). If it declares an
+``energy``, it chooses among the :class:`~lightning_gif.selection.blocks.Blocks` of all layers. Then ``energy`` is the
+name of the gradient energy, in :data:`~lightning_gif.curvature.energy.ENERGIES`, that the blocks have.
 """
 
 
@@ -114,14 +133,14 @@ def _ranked(values: Tensor, *, descending: bool) -> list[int]:
     return order
 
 
-def _by_rank(kind: str, *, descending: bool) -> Selector:
+def _by_rank(kind: str, *, descending: bool) -> LayerSelector:
     def selector(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
         return whole_neurons(layer, _ranked(layer.need(kind), descending=descending), ratio, generator)
 
     return selector
 
 
-def _outside_the_top(kind: str) -> Selector:
+def _outside_the_top(kind: str) -> LayerSelector:
     @declares(max_ratio=0.5)
     def selector(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
         top = int(ratio * layer.size) // (layer.fan_in + layer.bias)
@@ -187,6 +206,40 @@ def largest_gradients(layer: Layer, ratio: float, generator: torch.Generator) ->
     return torch.tensor(_ranked(layer.need("entries"), descending=True)[: int(ratio * layer.size)], dtype=torch.long)
 
 
+@SELECTORS.register("caps")
+@declares(needs_statistics=False, energy="fisher_diagonal")
+def caps(blocks: Blocks, ratio: float, generator: torch.Generator) -> Tensor:
+    """The blocks with the most gradient energy for each entry, with one budget for all layers.
+
+    The energy of an entry is ``g²/(F + λ)``: ``g`` is the gradient of the examples in question, and ``F`` the diagonal
+    of the Fisher matrix of the training examples. Together the blocks have at most ``⌊ratio · size⌋`` of all entries
+    that may be changed. So a layer can have all of its entries picked, and another none.
+
+    This is a newer selector of the authors of the GIF paper. Theirs divides the budget among the layers by their sizes.
+    """
+    return densest(blocks, int(ratio * blocks.size))
+
+
+@SELECTORS.register("ekfac_caps")
+@declares(needs_statistics=False, energy="ekfac")
+def ekfac_caps(blocks: Blocks, ratio: float, generator: torch.Generator) -> Tensor:
+    """As :func:`caps`, with the energy ``gᵀF⁻¹g``, where ``F`` is the EK-FAC approximation of the Gauss–Newton matrix.
+
+    The energy of an entry is its term of this product. This is a newer selector of the authors of the GIF paper. Theirs
+    takes the blocks with the most energy first, not those with the most for each entry.
+    """
+    return densest(blocks, int(ratio * blocks.size))
+
+
+def energy_of(selector: str | Sequence[str]) -> str | None:
+    """The gradient energy by which a selector ranks the blocks of all layers; ``None`` if it picks in each layer.
+
+    Args:
+        selector: The name of a selector, or names or patterns of parameters.
+    """
+    return SELECTORS.declared(SELECTORS[str(selector)], "energy") if is_name(selector) else None
+
+
 def check_selector(selector: str | Sequence[str], ratio: float) -> None:
     """Checks a selector and a ratio as far as possible without a model.
 
@@ -209,7 +262,7 @@ def check_selector(selector: str | Sequence[str], ratio: float) -> None:
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= most:
         raise ConfigurationError(
             f"`ratio` must be above 0 and at most {most} for selector {selector!r}, got {ratio!r}. It is the share of"
-            " each layer's parameters that become targets."
+            " the parameters that become targets."
         )
 
 
@@ -228,19 +281,22 @@ def select(
     gradients: GradientStatistics | None = None,
     classes: Iterable[int] | None = None,
     seed: int = 0,
+    energies: Tensor | None = None,
 ) -> Targets:
     """Picks the target parameters of a model.
 
     Args:
         module: The model.
-        selector: The name of a selector, which is applied to each Linear and Conv layer; or names or patterns of
-            parameters of any kind. All entries of a parameter that matches become targets.
-        ratio: The share of each layer's entries; ignored for names and patterns of parameters.
+        selector: The name of a selector, which is applied to each Linear and Conv layer, or to the blocks of all layers
+            at once; or names or patterns of parameters of any kind. All entries of a parameter that matches become
+            targets.
+        ratio: The share of each layer's entries, or of all entries; ignored for names and patterns of parameters.
         allowed: Names or patterns of parameters that may be changed (``GIFMixin.influence_parameters``).
         neurons: Statistics that rank neurons.
         gradients: Statistics that rank single entries.
         classes: Rank neurons by examples of these classes only; ``None`` for all classes.
         seed: Seed of all random draws.
+        energies: The gradient energy of each parameter, ``(p,)``, by which a selector ranks the blocks of all layers.
 
     Raises:
         ConfigurationError: For an unknown selector or a ratio out of range.
@@ -250,17 +306,18 @@ def select(
     space = ParameterSpace(module)
     may_change = set(match_names(space.slots, list(allowed)))
     if not is_name(selector):
-        patterns = [selector] if isinstance(selector, str) else list(selector)
-        named = [name for name in match_names(space.slots, patterns) if name in may_change]
-        if not named:
-            raise SelectionError(
-                f"`influence_parameters` {list(allowed)} excludes all parameters that `selector` {patterns} matches."
-                " Name other parameters, or let influence_parameters include these."
-            )
-        return Targets.whole(space, named)
+        return _named(space, [selector] if isinstance(selector, str) else list(selector), allowed)
 
     pick = SELECTORS[str(selector)]
     generator = torch.Generator().manual_seed(seed)
+    if energy_of(selector) is not None:
+        if energies is None:
+            raise SelectionError(
+                f"The selector {selector!r} ranks parameters by the gradient of the examples in question, but there are"
+                " none. Use targets='batch'."
+            )
+        named = {name: space.of(name, energies) for name in space.slots if name in may_change}
+        return _whole_blocks(Blocks.of(module, named), pick, ratio, generator)
     classes = None if classes is None else sorted(set(classes))
     views = _Views(module, may_change, neurons, gradients, classes)
     chosen, unknown = views.pick(lambda view: pick(view, ratio, generator))
@@ -283,6 +340,33 @@ def select(
             " some."
         )
     return Targets(chosen)
+
+
+def _named(space: ParameterSpace, patterns: list[str], allowed: Sequence[str]) -> Targets:
+    """All entries of the parameters with given names or patterns, see :func:`select`."""
+    may_change = set(match_names(space.slots, list(allowed)))
+    named = [name for name in match_names(space.slots, patterns) if name in may_change]
+    if not named:
+        raise SelectionError(
+            f"`influence_parameters` {list(allowed)} excludes all parameters that `selector` {patterns} matches."
+            " Name other parameters, or let influence_parameters include these."
+        )
+    return Targets.whole(space, named)
+
+
+def _whole_blocks(blocks: Blocks, pick: Callable[..., Tensor], ratio: float, generator: torch.Generator) -> Targets:
+    """The entries of the blocks that a selector picks.
+
+    Raises:
+        SelectionError: If it picks none.
+    """
+    picked = pick(blocks, ratio, generator)
+    if not len(picked):
+        raise SelectionError(
+            f"The selection is empty: ratio={ratio} allows {int(ratio * blocks.size)} entries, but the smallest"
+            f" block has {int(blocks.sizes.min())}. Raise `ratio`, or name parameters explicitly."
+        )
+    return Targets(blocks.entries(picked))
 
 
 @dataclass(frozen=True)
@@ -335,28 +419,18 @@ def _other_units(
 ) -> Iterator[tuple[Layer, Tensor]]:
     """Units of parameters that are not in a Linear or Conv layer, each with the flat index of its entries.
 
-    A unit is an output of a layer with the layout in × out, known by the length of its bias, as of a transposed
-    convolution. In any other parameter it is a row: a gate of a recurrent layer, a token of an embedding, a scale of a
-    normalisation. Units are ranked by the root-mean-square gradient of their entries.
+    A unit is a row, see :func:`~lightning_gif.selection.blocks.rows_of`. Units are ranked by the root-mean-square
+    gradient of their entries.
     """
     for name, parameter in module.named_parameters():
         if name not in names or not parameter.ndim or not parameter.numel():
             continue
-        order = torch.arange(parameter.numel()).view(parameter.shape)
-        bias = own_parameter(module.get_submodule(name.rpartition(".")[0]), "bias")
-        if parameter.ndim > 1 and bias is not None and _is_output(bias, parameter):
-            order = order.transpose(0, 1)
-        order = order.reshape(len(order), -1)
+        order = rows_of(module, name, parameter)
         entries = gradients.root_mean_square(name) if gradients else None
         entries = None if entries is None else entries.flatten().cpu()[order.flatten()]
         rows = None if entries is None else entries.view_as(order).square().mean(1).sqrt()
         layer = Layer(name, len(order), order.shape[1], False, outputs=rows, gradients=rows, entries=entries)
         yield layer, order.flatten()
-
-
-def _is_output(bias: Tensor, weight: Tensor) -> bool:
-    """Whether a bias belongs to the second dimension of a weight, and not to its first."""
-    return bias.ndim == 1 and len(bias) == weight.shape[1] != weight.shape[0]
 
 
 def _view(

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._compat import rank_zero_warn
@@ -19,7 +19,7 @@ from ..data.targets import class_targets
 from ..distributed import ProcessGroup
 from ..errors import BatchError, GIFWarning, RankError, SelectionError
 from ..parameters import Targets
-from .selectors import select
+from .selectors import energy_of, select
 from .snapshots import Snapshots
 from .statistics import GradientStatistics, NeuronStatistics
 
@@ -229,6 +229,7 @@ class TrainingTracker:
         classes: Sequence[int] | None = None,
         neurons: NeuronStatistics | None = None,
         gradients: GradientStatistics | None = None,
+        energies: Tensor | None = None,
     ) -> Targets:
         """Picks targets without keeping them.
 
@@ -238,6 +239,7 @@ class TrainingTracker:
             classes: Rank neurons by the examples of these classes only; by all if ``None``.
             neurons: Statistics of neurons; by default those gathered in training.
             gradients: Statistics of gradients; by default those gathered in training.
+            energies: The gradient energy of each parameter, ``(p,)``, if the selector ranks by it.
 
         Raises:
             SelectionError: See :func:`~lightning_gif.selection.select`.
@@ -252,15 +254,21 @@ class TrainingTracker:
             gradients=self.gradients if gradients is None else gradients,
             classes=classes,
             seed=selection.seed,
+            energies=energies,
         )
 
     def pick(self, module: nn.Module, when: str) -> None:
         """Sets :attr:`targets`. If none can be picked, it warns and sets ``None``.
 
+        A selector that ranks by the gradient of the examples in question has no targets until there are such examples.
+
         Args:
             module: The module.
             when: When this happens, for the warning.
         """
+        if energy_of(self.selection.selector) is not None:
+            self.targets = None
+            return
         try:
             self.targets = self.select(module, self.selection)
         except SelectionError as error:

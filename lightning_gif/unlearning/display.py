@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..reporting.loggers import log_eigenvalues, log_figure, log_scalars, log_table, log_text, running
-from ..reporting.notes import describe_solve
+from ..reporting.notes import describe_share, describe_solve
 from ..reporting.previews import figure
 from .goals import GOALS
 from .protocol import Trial
@@ -57,7 +57,8 @@ def text(record: EditRecord) -> str:
 
 def _headline(record: EditRecord) -> str:
     share = 100 * record.edit.count / record.n_parameters
-    changed = f"{record.edit.count} of {record.n_parameters} parameters ({share:.1f} %)"
+    held = describe_share(record.gradient_share)
+    changed = f"{record.edit.count} of {record.n_parameters} parameters ({share:.1f} %{', ' * bool(held)}{held})"
     several = len(record.step_sizes) > 1
     how = f"in {len(record.step_sizes)} changes (each relinearised)" if several else f"with step size {record.step:.3g}"
     return (

@@ -115,6 +115,9 @@ class EditRecord:
         n_retain: The number of retained training examples.
         n_unseen: The number of unseen examples that the forget examples were compared with.
         n_parameters: The number of trainable parameters of the model.
+        gradient_share: The share of the squared norm of the gradient of the forget examples that the target parameters
+            hold; 1 if they are all parameters. For label correction it is the gradient of the difference between the
+            losses with the old and the new labels. ``None`` in files of earlier versions.
         trials: All trials, in order. The first one is the trained model.
         solves: The diagnostics of the solve of each change, see :meth:`~lightning_gif.solvers.Solution.summary`, with
             the ``curvature`` and the ``max_iter`` that it used (files of earlier versions do not have these). If a
@@ -158,6 +161,7 @@ class EditRecord:
     notes: list[str]
     seconds: float
     data: dict[str, Any] = field(default_factory=dict, repr=False)
+    gradient_share: float | None = None
     context: EditContext = field(default_factory=EditContext, repr=False)
     version: int = field(default=FORMAT.versions[-1], repr=False)
 
@@ -212,6 +216,7 @@ class EditRecord:
             "n_retain": self.n_retain,
             "n_changed": self.edit.count,
             "share_changed": self.edit.count / self.n_parameters,
+            **({} if self.gradient_share is None else {"gradient_share": self.gradient_share}),
             "seconds": self.seconds,
             **{
                 f"{name}_loss_{when}": value
@@ -233,6 +238,8 @@ class EditRecord:
                 record[name] = [asdict(trial) for trial in self.trials]
             elif name not in _OWN_FORM:
                 record[name] = getattr(self, name)
+        if self.gradient_share is None:  # the digest of a file of an earlier version must stay the same
+            del record["gradient_share"]
         record["global_step"] = self.context.global_step
         record["edit"] = {e.name: getattr(self.edit, e.name) for e in fields(self.edit) if e.name not in _PARTS}
         return (_renamed(record, _NAMES_OF_3) if self.version == 3 else record), tensors
@@ -265,6 +272,7 @@ class EditRecord:
             _trial(stored, i) for i, stored in enumerate(restored(list[dict[str, Any]], values.pop("trials"), "trials"))
         ]
         context = EditContext(global_step=restored(int, values.pop("global_step"), "global_step"))
+        values.setdefault("gradient_share", None)
         plain = restored_fields(EditRecord, values, without=_OWN_FORM)
         report = cls(edit=edit, trials=trials, context=context, version=version, **plain)
         if not report.step_sizes or not report.solves or not report.trials or report.n_parameters < edit.count:

@@ -233,6 +233,12 @@ class Task:
         """The gradient ``(p,)`` of the mean loss of the retained examples that trials are measured on."""
         return self.objective.gradient(self.retain_eval)
 
+    @property
+    def given_gradient(self) -> Tensor:
+        """The gradient ``(p,)`` of the forget examples; for new labels, the difference between old and new ones."""
+        new = self.relabelled_gradient
+        return self.forget_gradient if new is None else self.forget_gradient - new
+
     @cached_property
     def influence_gradient(self) -> Tensor:
         """The gradient ``g`` ``(p,)`` of the influence direction, see :func:`~.unlearn.unlearn`."""

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import Settings
+from ..curvature.energy import gradient_share
 from ..curvature.methods import METHODS
 from ..data.examples import Examples
 from ..data.identity import check_same_everywhere, contents_digest, data_digest, fingerprints, innermost, locate
@@ -362,6 +363,7 @@ def _report(
         n_retain=len(request.retained),
         n_unseen=0 if task.unseen is None else len(task.unseen),
         n_parameters=task.objective.space.size,
+        gradient_share=gradient_share(task.given_gradient[None], problem.positions),
         trials=problem.trials,
         solves=[{**solution.summary(), **used} for solution, used in zip(problem.solutions, problem.used, strict=True)],
         residuals=problem.solutions[0].residuals,
