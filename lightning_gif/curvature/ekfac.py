@@ -424,5 +424,5 @@ def _eigenvectors(moment: Tensor) -> Tensor:
     require_finite(moment, "The curvature")
     try:
         return torch.linalg.eigh(moment)[1]
-    except torch.linalg.LinAlgError:  # too ill-conditioned for float32
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # too ill-conditioned for float32
         return torch.linalg.eigh(moment.double())[1].to(moment)
