@@ -26,6 +26,7 @@ from .errors import (
     SelectionError,
     TrainingDataError,
 )
+from .fits import influence_over_fits
 from .mixin import GIFMixin
 from .selection import SELECTORS
 from .solvers import SOLVERS
@@ -59,6 +60,7 @@ __all__ = [
     "Verification",
     "__version__",
     "attach",
+    "influence_over_fits",
     "verify",
 ]
 

@@ -21,6 +21,7 @@ from ..parameters import Targets
 from ..reporting.context import CallContext
 from .influence import require_finite_scores, warn_without_gradients
 from .report import InfluenceReport
+from .uncertainty import Spread, agreement_of
 
 __all__ = ["self_influence"]
 
@@ -76,7 +77,7 @@ def self_influence(
     targets = METHODS[settings.method].targets(objective.space, choose_targets)
     scored = train if among is None else among
     model_states = [objective.model_state(), *map(objective.model_state, (states or {}).values())]
-    scores, any_gradient = torch.zeros(1, len(scored), dtype=torch.float64), 0.0
+    scores, any_gradient, spread = torch.zeros(1, len(scored), dtype=torch.float64), 0.0, Spread()
     summaries = list[tuple[dict[str, Any], float]]()  # how the curvature was computed, and the damping, of each state
     for state in model_states:
         with objective.at_state(state):
@@ -84,9 +85,11 @@ def self_influence(
             values, gradients = _scores(objective, scored, settings.weight_decay, inverse)
             summaries.append(({**inverse.summary(), "inverse": inverse.kind}, inverse.damping))
         scores += values / len(model_states) / max(len(train) - 1, 1)
+        spread.add(values[None] / max(len(train) - 1, 1))
         any_gradient += gradients
     warn_without_gradients(objective.processes.total(any_gradient))
     require_finite_scores(scores, scored.ids)
+    errors = spread.standard_errors()
     curvature, damping = summaries[0]  # at the present weights
     return InfluenceReport(
         scores=scores,
@@ -105,6 +108,8 @@ def self_influence(
             "dataset_size": len(train.dataset) if hasattr(train.dataset, "__len__") else None,
         },
         seconds=time.perf_counter() - start,
+        standard_errors=errors,
+        agreement=agreement_of(scores, errors, len(model_states)),
         context=context or CallContext(),
     )
 
