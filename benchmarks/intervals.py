@@ -55,7 +55,8 @@ def interval(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def agreement(values: Tensor) -> float:
     found = agreement_of(values.mean(0), values.std(0) / len(values) ** 0.5, len(values))
-    return float("nan") if found is None else found
+    assert found is not None
+    return found
 
 
 def ends(scores: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def ends(scores: Tensor) -> Tensor:
 def cells(fits: Tensor) -> list[str]:
     """The row of a task from the scores ``(fits, S, queries, n)``."""
     means, count = fits.mean(1), len(fits)
-    found = [f"{sum(map(agreement, fits)) / count:.2f}", f"{agreement(means):.2f}"]
+    found = [f"{sum(map(agreement, fits)) / count:.2f}", f"{agreement(means):.2f}" if count > 1 else "–"]
     if count < 2 * TOGETHER:
         return [*found, *["–"] * 6]
     held = []

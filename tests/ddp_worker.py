@@ -123,7 +123,7 @@ def results(world: int, folder: Path) -> dict[str, Any]:
         report = trainer.influence(query, per_example=True, snapshots=True, **few, **options)
         scores(f"averaged {place}", report)
         found[f"errors {place}"] = report.standard_errors.clone()
-        found[f"agreement {place}"] = torch.tensor(report.agreement)
+        found[f"agreement {place}"] = torch.tensor(report.agreement, dtype=torch.float64)
     report = trainer.self_influence(snapshots=True)
     scores("averaged self", report)
     found["errors self"] = report.standard_errors

@@ -280,7 +280,10 @@ def _draw_histogram(axes: Axes, record: InfluenceRecord, query: int) -> None:
     axes.hist(record.scores[query].numpy(), bins=80, log=True)
     axes.axvline(0.0, color="grey", linestyle=":")
     which = "scores" if record.n_kept is None else f"the {record.n_kept} strongest scores of each end"
-    axes.set_title(f"{which}: change of {_owner(record)} {_measured(record)} without the example", fontsize=8)
+    title = f"{which}: change of {_owner(record)} {_measured(record)} without the example"
+    if record.standard_errors is not None:  # beside two other plots
+        title = textwrap.fill(title, 40)
+    axes.set_title(title, fontsize=8)
     axes.set_ylabel("examples", fontsize=8)
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))  # scores of large datasets are small
 
