@@ -74,10 +74,11 @@ def _error_notes(record: InfluenceRecord, uncertain: bool) -> Iterator[str]:
         yield "no error bars: one state of one fit; pass snapshots=True or average the reports of several fits"
         return
     averaged = f"{record.n_averaged} {'fits' if record.n_fits > 1 else 'states'}"
+    source = averaged if record.n_fits > 1 else f"{averaged} of one fit (too short for other fits)"
     mark = "; ? = the interval holds 0, so the sign may be wrong" if uncertain else ""
-    yield f"± = {LEVEL * 100:.0f} % interval from {averaged}{mark}"
+    yield f"± = {LEVEL * 100:.0f} % interval from {source}{mark}"
     if record.agreement is not None:
-        yield f"agreement of the {averaged}: {record.agreement:.2f} (intraclass correlation of their scores)"
+        yield f"agreement of the {averaged}: {record.agreement:.2f} (1: the same scores, 0: nothing in common)"
 
 
 def _numbering(record: InfluenceRecord) -> str:

@@ -167,7 +167,8 @@ class InfluenceReport(InfluenceRecord):
             ConfigurationError: If there are fewer than two reports; if one is a mean itself, or was made with ``keep``;
                 or if queries, training examples, measurements or settings differ.
         """
-        first, *others = check_same_call(reports)
+        reports = check_same_call(reports)
+        first, *others = reports
         spread, order = Spread(), first.indices.argsort(stable=True)
         scores = torch.zeros_like(first.scores)
         for report in (first, *others):

@@ -141,7 +141,7 @@ def test_standard_errors_of_self_influence_are_those_of_separate_calls() -> None
     torch.testing.assert_close(report.standard_errors, states.std(0) / 3**0.5, rtol=1e-6, atol=1e-12)
     assert report.agreement == pytest.approx(agreement_of(states.mean(0), states.std(0) / 3**0.5, 3), rel=1e-6)
     assert "highest: " in str(report)
-    assert "± = 90 % interval from 3 states" in str(report)
+    assert "± = 90 % interval from 3 states of one fit (too short for other fits)" in str(report)
 
 
 def test_standard_errors_do_not_depend_on_batch_size_or_on_where_scores_are_kept(
@@ -247,13 +247,14 @@ def test_scores_are_printed_with_intervals_and_marked_if_these_hold_zero() -> No
     assert "proponents: 100 (+0.5 ± 0.063), 102 (+0.3 ± 0.32)?" in lines
     assert "opponents: 101 (-0.2 ± 0.013), 102 (+0.3 ± 0.32)?" in lines
     assert lines[-2:] == [
-        "± = 90 % interval from 2 states; ? = the interval holds 0, so the sign may be wrong",
-        "agreement of the 2 states: 0.62 (intraclass correlation of their scores)",
+        "± = 90 % interval from 2 states of one fit (too short for other fits); ? = the interval holds 0, so the sign"
+        " may be wrong",
+        "agreement of the 2 states: 0.62 (1: the same scores, 0: nothing in common)",
     ]
     assert "strongest proponent 100 (+0.5 ± 0.063), strongest opponent 101 (-0.2 ± 0.013)" in repr(report)
     assert report.summary()["agreement"] == 0.625
     sure = with_errors([[0.5, -0.2, 0.3]], [[0.01, 0.002, 0.01]])
-    assert "± = 90 % interval from 2 states\n" in str(sure)
+    assert "± = 90 % interval from 2 states of one fit (too short for other fits)\n" in str(sure)
     assert "?" not in str(sure)
 
 
