@@ -27,6 +27,7 @@ from .errors import (
     SelectionError,
     TrainingDataError,
 )
+from .fits import influence_over_fits
 from .mixin import GIFMixin
 from .selection import SELECTORS
 from .solvers import SOLVERS
@@ -61,6 +62,7 @@ __all__ = [
     "Verification",
     "__version__",
     "attach",
+    "influence_over_fits",
     "verify",
 ]
 

@@ -136,7 +136,8 @@ class TrainerCalls:
             keep: Keep only this many of the highest, and of the lowest, scores of each query; at least ``k``. By
                 default all scores are kept. Use it for many queries.
             snapshots: Whether to average the scores over the current weights and the snapshots of training. This
-                predicts retraining better, and costs a solve and a scoring pass for each snapshot.
+                predicts retraining better, gives scores error bars, and costs a solve and a scoring pass for each
+                snapshot.
             dataloader: A loader of the training data; by default the one of ``fit``.
             **overrides: Arguments of the constructor to change for this call: those from ``selector`` to
                 ``unconverged``, and ``seed``.

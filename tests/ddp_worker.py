@@ -109,6 +109,26 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     scores("file", trainer.influence(query, per_example=True, **few, scores_to=folder / f"scores {world}"))
     scores("file again", trainer.influence(query, per_example=True, **few, scores_to=folder / f"scores {world}"))
 
+    snapshots = trainer.callbacks[0].tracker.snapshots
+    kept_before = dict(snapshots.kept), snapshots.last, snapshots.count
+    earlier = {name: 0.9 * value.detach() for name, value in module.state_dict().items()}
+    snapshots.kept, snapshots.last, snapshots.count = {0: earlier}, 1, 1
+    places: dict[str, dict[str, Any]] = {
+        "in memory": {},
+        "in a file": {"scores_to": folder / f"averaged {world}"},
+        "in a file again": {"scores_to": folder / f"averaged {world}"},
+        "strongest": {"k": 2, "keep": 6},
+    }
+    for place, options in places.items():
+        report = trainer.influence(query, per_example=True, snapshots=True, **few, **options)
+        scores(f"averaged {place}", report)
+        found[f"errors {place}"] = report.standard_errors.clone()
+        found[f"agreement {place}"] = torch.tensor(report.agreement, dtype=torch.float64)
+    report = trainer.self_influence(snapshots=True)
+    scores("averaged self", report)
+    found["errors self"] = report.standard_errors
+    snapshots.kept, snapshots.last, snapshots.count = kept_before
+
     def edit(name: str, *args: Any, **options: Any) -> None:
         before = {key: value.clone() for key, value in module.state_dict().items()}
         report = trainer.unlearn(*args, **options)

@@ -26,6 +26,7 @@ SMALLEST: dict[str, str] = {
     "field": "lightning --only BoringModel",
     "forget_class": "--data DATA --net resnet --epochs 1 --seeds 1 --classes 1 --steps natural",
     "hvp": "--data DATA --examples 32 --repeats 1 --epochs 1",
+    "intervals": "--tasks cancer --fits 6",
     "lds": "--subsets 4 --queries 2 --seeds 1 --epochs 3 --draws 10 --only nothing",
     "leave_one_out": "--left_out 2 --queries 2",
     "memory": "--data DATA --counts 60 --budgets 0.25",

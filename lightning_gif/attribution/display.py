@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from ..reporting.loggers import log_eigenvalues, log_figure, log_histogram, log_
 from ..reporting.notes import describe_share, describe_solve
 from ..reporting.previews import figure, show
 from ..solvers import Status
-from .ranking import Ranking
 from .record import MOST_QUERIES, InfluenceRecord
+from .uncertainty import LEVEL, Intervals
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,8 +36,11 @@ def text(record: InfluenceRecord) -> str:
     """The report as text, with the proponents and opponents of up to eight queries."""
     queries = record.scores.shape[0]
     on = "themselves" if record.is_self_influence else _counted(queries)
-    states = record.settings.get("snapshots") or ()
-    averaged = f", the mean over {1 + len(states)} states of training" if states else ""
+    if record.n_fits > 1:
+        each = f" of {record.n_states} states each" if record.n_states > 1 else ""
+        averaged = f", the mean over {record.n_fits} fits{each}"
+    else:
+        averaged = f", the mean over {record.n_states} states of training" if record.n_states > 1 else ""
     lines = [
         f"Influence of {record.n_train} training examples on {on}{averaged}"
         f" ({record.settings['method']}, {record.targets.count} target parameters{_share(record)}{_solve(record)};"
@@ -47,14 +50,35 @@ def text(record: InfluenceRecord) -> str:
     ]
     if "losses" in record.settings:
         lines.append(f"losses by {record.settings['losses']}")
+    ends, uncertain = _ends(record), False
     for query in range(min(queries, MOST_QUERIES)):
-        for end, ranking in _rankings(record).items():
-            pairs = zip(_names(record, ranking.indices[query]), ranking.scores[query].tolist(), strict=True)
-            start = end if queries == 1 else f"query {query} {end}"
-            lines.append(f"{start}: " + ", ".join(f"{name} ({score:+.2g})" for name, score in pairs))
+        for name, end in ends.items():
+            amounts = end.amounts(query, brackets=True)
+            uncertain |= any(amount.endswith("?") for amount in amounts)
+            pairs = zip(_names(record, end.indices[query]), amounts, strict=True)
+            start = name if queries == 1 else f"query {query} {name}"
+            lines.append(f"{start}: " + ", ".join(f"{index} {amount}" for index, amount in pairs))
     if queries > MOST_QUERIES:
         lines.append(f"and {queries - MOST_QUERIES} more queries, see proponents() and opponents()")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_error_notes(record, uncertain)])
+
+
+def _error_notes(record: InfluenceRecord, uncertain: bool) -> Iterator[str]:
+    """The lines on the error bars, or on how to get them.
+
+    Args:
+        record: The report.
+        uncertain: Whether a shown score has an interval that holds 0.
+    """
+    if record.standard_errors is None:
+        yield "no error bars: one state of one fit; pass snapshots=True or average the reports of several fits"
+        return
+    averaged = f"{record.n_averaged} {'fits' if record.n_fits > 1 else 'states'}"
+    source = averaged if record.n_fits > 1 else f"{averaged} of one fit (too short for other fits)"
+    mark = "; ? = the interval holds 0, so the sign may be wrong" if uncertain else ""
+    yield f"± = {LEVEL * 100:.0f} % interval from {source}{mark}"
+    if record.agreement is not None:
+        yield f"agreement of the {averaged}: {record.agreement:.2f} (1: the same scores, 0: nothing in common)"
 
 
 def _share(record: InfluenceRecord) -> str:
@@ -100,14 +124,14 @@ def short_text(record: InfluenceRecord) -> str:
     queries = record.scores.shape[0]
     size = f"{_counted(queries)} × {record.n_train} training examples"
     ends = []
-    for end, ranking, best in (
-        ("proponent", record.proponents(1), torch.argmax),
-        ("opponent", record.opponents(1), torch.argmin),
+    for name, end, best in (
+        ("proponent", _End.of(record, 1, largest=True), torch.argmax),
+        ("opponent", _End.of(record, 1, largest=False), torch.argmin),
     ):
-        query = int(best(ranking.scores))
+        query = int(best(end.scores))
         of = "" if queries == 1 else f" of query {query}"
-        score = float(ranking.scores[query, 0])
-        ends.append(f"strongest {end}{of} {int(ranking.indices[query, 0])} ({score:+.2g})")
+        (amount,) = end.amounts(query, brackets=True)
+        ends.append(f"strongest {name}{of} {int(end.indices[query, 0])} {amount}")
     solved = f", {record.solution.solver} {record.solution.status}" if record.solution else ""
     size = f"{record.n_train} training examples for themselves" if record.is_self_influence else size
     return f"InfluenceReport({size}, {', '.join(ends)}, {record.settings['method']}{solved})"
@@ -117,10 +141,44 @@ def _counted(queries: int) -> str:
     return f"{queries} quer{'y' if queries == 1 else 'ies'}"
 
 
-def _rankings(record: InfluenceRecord, k: int | None = None) -> dict[str, Ranking]:
+class _End(NamedTuple):
+    """One end of the ranking of each query, strongest first.
+
+    Attributes:
+        indices: Dataset indices, ``(n_queries, k)``.
+        scores: Their scores.
+        intervals: The intervals of the scores; ``None`` if there are none.
+    """
+
+    indices: Tensor
+    scores: Tensor
+    intervals: Intervals | None
+
+    @classmethod
+    def of(cls, record: InfluenceRecord, k: int | None = None, *, largest: bool) -> _End:
+        """The examples with the highest or the lowest scores; arguments as for ``record.proponents``."""
+        columns = record.columns_of_end(k, largest=largest)
+        indices, scores = record.at_columns(columns)
+        errors = record.standard_errors
+        return cls(indices, scores, None if errors is None else record.intervals_of(scores, errors.gather(1, columns)))
+
+    def amounts(self, query: int, *, brackets: bool = False) -> list[str]:
+        """The scores of a query as text: ``"+0.0021 ± 0.0004"``, with a mark if the interval holds 0."""
+        scores = self.scores[query].tolist()
+        if self.intervals is None:
+            texts, marks = [f"{score:+.2g}" for score in scores], [""] * len(scores)
+        else:
+            halves = (self.intervals.high - self.intervals.low)[query].div(2).tolist()
+            texts = [f"{score:+.2g} ± {half:.2g}" for score, half in zip(scores, halves, strict=True)]
+            marks = ["?" if uncertain else "" for uncertain in self.intervals.hold_zero[query].tolist()]
+        return [f"({text}){mark}" if brackets else f"{text}{mark}" for text, mark in zip(texts, marks, strict=True)]
+
+
+def _ends(record: InfluenceRecord, k: int | None = None) -> dict[str, _End]:
     """Both ends of the ranking by name. Self-influence has no query, so its ends are no proponents and opponents."""
     names = ("highest", "lowest") if record.is_self_influence else ("proponents", "opponents")
-    return dict(zip(names, (record.proponents(k), record.opponents(k)), strict=True))
+    ends = (_End.of(record, k, largest=largest) for largest in (True, False))
+    return dict(zip(names, ends, strict=True))
 
 
 def _owner(record: InfluenceRecord) -> str:
@@ -131,7 +189,8 @@ def log(record: InfluenceRecord, loggers: Iterable[Any], prefix: str) -> None:
     """Logs the report, see :meth:`InfluenceReport.log`."""
     loggers, step = running(loggers), record.context.global_step
     log_scalars(loggers, record.summary(), prefix=prefix, step=step)
-    columns = ["query", "kind", "rank", "index", "score", "target", "example"]
+    bounds = [] if record.standard_errors is None else ["low", "high"]
+    columns = ["query", "kind", "rank", "index", "score", *bounds, "target", "example"]
     log_table(loggers, f"{prefix}/examples", columns, rows(record))
     if record.solution is not None:
         log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], enumerate(record.solution.residuals))
@@ -143,21 +202,27 @@ def log(record: InfluenceRecord, loggers: Iterable[Any], prefix: str) -> None:
 
 
 def rows(record: InfluenceRecord) -> Iterator[list[Any]]:
-    """The rows of the table of examples: query, kind, rank, dataset index, score, target, and picture or text."""
+    """The rows of the table of examples: query, kind, rank, dataset index, score, target, and picture or text.
+
+    With standard errors, the ends of the interval follow the score.
+    """
     several = record.scores.shape[0] > 1
+    none = [] if record.standard_errors is None else [None, None]
     for position, shown in enumerate(record.queries):
-        yield [position if several else 0, "query", position + 1, None, None, shown.label, shown.look]
-    for kind, ranking in (("proponent", record.proponents()), ("opponent", record.opponents())):
-        for query, (indices, scores) in enumerate(zip(*ranking, strict=True)):
+        yield [position if several else 0, "query", position + 1, None, None, *none, shown.label, shown.look]
+    for kind, largest in (("proponent", True), ("opponent", False)):
+        end = _End.of(record, largest=largest)
+        values = torch.stack([end.scores, *(end.intervals or ())], dim=2)
+        for query, (indices, of_query) in enumerate(zip(end.indices, values, strict=True)):
             if query == MOST_QUERIES:
                 break
-            for rank, (index, score) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True), 1):
+            for rank, (index, numbers) in enumerate(zip(indices.tolist(), of_query.tolist(), strict=True), 1):
                 shown = record.shown(index)
-                yield [query, kind, rank, index, score, shown.label, shown.look]
+                yield [query, kind, rank, index, *numbers, shown.label, shown.look]
 
 
 def draw(record: InfluenceRecord, query: int = 0, k: int | None = None) -> Figure:
-    """Draws a query's strongest examples and two plots of its scores, see :meth:`InfluenceReport.plot`.
+    """Draws a query's strongest examples and plots of its scores, see :meth:`InfluenceReport.plot`.
 
     Raises:
         ConfigurationError: If there is no such query, or ``k`` is not a whole number of at least 1.
@@ -168,25 +233,44 @@ def draw(record: InfluenceRecord, query: int = 0, k: int | None = None) -> Figur
     drawn, axes = figure(3, count + 1, width=max(1.3 * (count + 1), 6.5), height=5.8)
     _draw_query(axes[0][0], record, query)
     axes[1][0].set_axis_off()
-    for row, (end, ranking) in zip(axes, _rankings(record, count).items(), strict=False):
-        row[1].set_ylabel(end)
-        for axis, index, score in zip(row[1:], ranking.indices[query], ranking.scores[query], strict=True):
-            shown = record.shown(int(index))
+    ends = _ends(record, count)
+    for row, (name, end) in zip(axes, ends.items(), strict=False):
+        row[1].set_ylabel(name)
+        for axis, index, amount in zip(row[1:], end.indices[query].tolist(), end.amounts(query), strict=True):
+            shown = record.shown(index)
             label = "" if shown.label is None else f": {shorten(shown.label)}"
-            show(axis, shown, f"#{int(index)}{label}\n{float(score):+.2g}")
+            show(axis, shown, f"#{index}{label}\n{amount}")
     grid = axes[2][0].get_gridspec()
     for axis in axes[2]:
         axis.remove()
-    halves = grid[2, :].subgridspec(1, 2)
-    histogram, shares = drawn.add_subplot(halves[0]), drawn.add_subplot(halves[1])
+    parts = grid[2, :].subgridspec(1, 2 if record.standard_errors is None else 3)
+    histogram, shares, *bars = (drawn.add_subplot(part) for part in parts)
     _draw_histogram(histogram, record, query)
     if record.n_kept is None:
         draw_shares(shares, record.scores[query].abs())
     else:
         shares.set_axis_off()  # with `keep`, the sum over all scores is not known
-    for axis in (histogram, shares):
+    for axis in bars:
+        _draw_intervals(axis, list(ends.values()), query)
+    for axis in (histogram, shares, *bars):
         axis.tick_params(which="both", labelsize=7)
     return drawn
+
+
+def _draw_intervals(axes: Axes, ends: list[_End], query: int) -> None:
+    """Draws the scores of the shown examples with their intervals, the highest at the top."""
+    highest, lowest = ends
+    assert highest.intervals is not None
+    assert lowest.intervals is not None
+    pairs = zip((*highest[:2], *highest.intervals), (*lowest[:2], *lowest.intervals), strict=True)
+    indices, scores, low, high = (torch.cat([up[query], down[query].flip(0)]) for up, down in pairs)
+    places = -torch.arange(len(scores))
+    distances = torch.stack([scores - low, high - scores]).numpy()
+    axes.errorbar(scores.numpy(), places.numpy(), xerr=distances, fmt=".", elinewidth=1, markersize=4)
+    axes.axvline(0.0, color="grey", linestyle=":")
+    axes.set_yticks(places.tolist(), [f"#{index}" for index in indices.tolist()])
+    axes.set_title(f"{LEVEL * 100:.0f} % intervals", fontsize=8)
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
 
 
 def _draw_query(axes: Axes, record: InfluenceRecord, query: int) -> None:
@@ -204,7 +288,10 @@ def _draw_histogram(axes: Axes, record: InfluenceRecord, query: int) -> None:
     axes.hist(record.scores[query].numpy(), bins=80, log=True)
     axes.axvline(0.0, color="grey", linestyle=":")
     which = "scores" if record.n_kept is None else f"the {record.n_kept} strongest scores of each end"
-    axes.set_title(f"{which}: change of {_owner(record)} {_measured(record)} without the example", fontsize=8)
+    title = f"{which}: change of {_owner(record)} {_measured(record)} without the example"
+    if record.standard_errors is not None:  # beside two other plots
+        title = textwrap.fill(title, 40)
+    axes.set_title(title, fontsize=8)
     axes.set_ylabel("examples", fontsize=8)
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))  # scores of large datasets are small
 

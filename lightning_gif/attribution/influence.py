@@ -20,7 +20,6 @@ from ..curvature.methods import METHODS
 from ..data.batch import Batch
 from ..data.examples import Examples
 from ..data.identity import data_digest, fingerprints
-from ..distributed import ProcessGroup
 from ..errors import ConfigurationError, GIFWarning, NonFiniteError
 from ..objective.objective import Objective
 from ..objective.shadow import ModelState
@@ -31,6 +30,7 @@ from ..storage.digests import Fingerprint, digest
 from .ranking import Strongest
 from .report import InfluenceReport, first_shown
 from .score_store import InMemory, ScoreStore
+from .uncertainty import Spread, agreement_of
 
 __all__ = ["influence"]
 
@@ -103,14 +103,18 @@ def influence(
     partial = keep is not None and 2 * keep < len(call.scored)
     store = _open_store(call, scores_to, None if partial else spill_to)
     solved = [_solved_at(call, number, store) for number in range(len(call.states))]
+    kept: Strongest | ScoreStore | InMemory
+    averaged = len(call.states)
     if keep is not None and partial:
-        strongest = Strongest(call.n_queries, call.scored.ids, keep)
-        _score(call, solved, strongest, store)
-        scores, indices = strongest.both()
+        kept = Strongest(call.n_queries, call.scored.ids, keep, with_errors=call.with_errors)
+        _score(call, solved, kept, store)
+        scores, indices = kept.both()
+        agreement = kept.agreement.value(averaged)
     else:
-        kept = store or InMemory(call.n_queries, len(call.scored))
+        kept = store or InMemory(call.n_queries, len(call.scored), with_errors=call.with_errors)
         _score(call, solved, kept, store)
         scores, indices = kept.scores, call.scored.ids
+        agreement = agreement_of(scores, kept.standard_errors, averaged)
     return InfluenceReport(
         scores=scores,
         indices=indices,
@@ -130,6 +134,8 @@ def influence(
             "dataset_size": len(train.dataset) if hasattr(train.dataset, "__len__") else None,
         },
         seconds=time.perf_counter() - begin,
+        standard_errors=kept.standard_errors,
+        agreement=agreement,
         context=context or CallContext(),
     )
 
@@ -159,9 +165,14 @@ class _Call:
         return len(self.query) if self.per_example else 1
 
     @property
+    def with_errors(self) -> bool:
+        """Whether scores have standard errors, from several states."""
+        return len(self.states) > 1
+
+    @property
     def n_bytes(self) -> int:
-        """The size of all scores in bytes."""
-        return _BYTES * self.n_queries * len(self.scored)
+        """The size of all scores and their standard errors in bytes."""
+        return (1 + self.with_errors) * _BYTES * self.n_queries * len(self.scored)
 
     def fingerprint(self) -> Fingerprint:
         """Digests and values of everything that the scores depend on.
@@ -189,7 +200,7 @@ def _open_store(call: _Call, scores_to: Path | None, spill_to: Path | None) -> S
         return None
     mark = processes.broadcast(call.fingerprint())
     folder = scores_to or spill_to / digest({}, mark)[:_NAMED]  # type: ignore[operator]
-    store = _open_everywhere(processes, folder, call.n_queries, len(call.scored), mark)
+    store = _open_everywhere(call, folder, mark)
     if scores_to is None:
         rank_zero_info(
             f"The scores take {call.n_bytes / 2**30:.1f} GiB and are written to {folder}. If this call is interrupted,"
@@ -198,12 +209,11 @@ def _open_store(call: _Call, scores_to: Path | None, spill_to: Path | None) -> S
     return store
 
 
-def _open_everywhere(
-    processes: ProcessGroup, folder: Path, queries: int, examples: int, mark: Fingerprint
-) -> ScoreStore:
+def _open_everywhere(call: _Call, folder: Path, mark: Fingerprint) -> ScoreStore:
     """Opens the store on all processes. The first one creates and writes it, the others only read it."""
+    processes, n = call.objective.processes, len(call.scored)
     if processes.rank == 0:
-        store = ScoreStore.open(folder, queries, examples, mark)
+        store = ScoreStore.open(folder, call.n_queries, n, mark, with_errors=call.with_errors)
     processes.gather(None)  # the other processes wait until the store exists
     if processes.rank > 0:
         if not folder.exists():
@@ -211,7 +221,7 @@ def _open_everywhere(
                 f"Rank {processes.rank} does not see the folder {folder}, which rank 0 has created for the scores."
                 " Give a folder that all processes see, on a file system that the machines share."
             )
-        store = ScoreStore.open(folder, queries, examples, mark)
+        store = ScoreStore.open(folder, call.n_queries, n, mark, with_errors=call.with_errors)
     return store
 
 
@@ -322,7 +332,7 @@ def _score(
     with objective.progress("Scoring training examples", len(call.scored)) as bar:
         for start, stop, block in processes.interleave(scoring.blocks()):
             if block is not None and (store is None or processes.rank == 0):  # only the first process writes files
-                kept.write(start, block)
+                kept.write(start, *block)
             bar.update(stop - start)
     warn_without_gradients(processes.total(scoring.any_gradient))
     if store is not None and processes.rank == 0:
@@ -351,8 +361,8 @@ class _ScoringPass:
             for state, one in zip(call.states, solved, strict=True)
         ]
 
-    def blocks(self) -> Iterator[tuple[int, int, Tensor | None]]:
-        """Yields the start, the stop and the scores of each batch; ``None`` for scores that are stored already."""
+    def blocks(self) -> Iterator[tuple[int, int, tuple[Tensor, Tensor | None] | None]]:
+        """Yields the start, the stop, and the result of :meth:`_scores` of each batch; ``None`` if it is stored."""
         start, _ = self._call.scored.shard
         for batch in self._call.scored.local_batches():
             stop = start + batch.size
@@ -360,18 +370,19 @@ class _ScoringPass:
             yield start, stop, None if done else self._scores(batch)
             start = stop
 
-    def _scores(self, batch: Batch) -> Tensor:
-        """The scores of a batch, ``(n_queries, b)`` in float64."""
-        call = self._call
+    def _scores(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The scores of a batch and their standard errors, ``(n_queries, b)`` in float64."""
+        call, spread = self._call, Spread()
         block = torch.zeros(call.n_queries, batch.size, dtype=torch.float64)
         for state, one, decay in zip(call.states, self._solved, self._decays, strict=True):
             with call.objective.at_state(state):
                 part = call.objective.directional_derivatives(batch, one.ihvps).cpu().double()
             self.any_gradient += float(part.any())
             block += (part + decay) / len(call.states)
+            spread.add((part + decay) / max(len(call.train) - 1, 1))
         block /= max(len(call.train) - 1, 1)
         require_finite_scores(block, batch.ids)
-        return block
+        return block, spread.standard_errors()
 
 
 def require_finite_scores(scores: Tensor, ids: Tensor) -> None:

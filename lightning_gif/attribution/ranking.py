@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .uncertainty import Agreement
+
 __all__ = ["Ranking", "Strongest", "strongest"]
 
 
@@ -24,28 +26,46 @@ class Ranking(NamedTuple):
     indices: Tensor
     scores: Tensor
 
-    def add(self, positions: Tensor, scores: Tensor, k: int, *, largest: bool) -> Ranking:
-        """The ``k`` strongest of the ranked examples and ``b`` others. Equal scores are ordered by position.
 
-        For use with positions in place of dataset indices.
+class _End(NamedTuple):
+    """One end of the ranking of the examples so far, strongest first.
+
+    Attributes:
+        positions: The positions of the examples, ``(n_queries, k)``.
+        scores: Their scores.
+        errors: The standard errors of the scores; ``None`` if there are none.
+    """
+
+    positions: Tensor
+    scores: Tensor
+    errors: Tensor | None
+
+    def add(self, positions: Tensor, scores: Tensor, errors: Tensor | None, k: int, *, largest: bool) -> _End:
+        """The ``k`` strongest of these examples and ``b`` others. Equal scores are ordered by position.
 
         Args:
             positions: The positions of the other examples, ``(b,)``.
             scores: Their scores, ``(n_queries, b)``.
+            errors: Their standard errors; ``None`` if there are none.
             k: The number of examples to keep.
             largest: Whether the highest scores count as the strongest; otherwise the lowest do.
         """
-        all_positions = torch.cat([self.indices, positions.expand(len(scores), -1)], dim=1)
+        all_positions = torch.cat([self.positions, positions.expand(len(scores), -1)], dim=1)
         values = torch.cat([self.scores, scores.to(self.scores)], dim=1)
         order = all_positions.argsort(dim=1)
-        all_positions, values = all_positions.gather(1, order), values.gather(1, order)
-        best = values.sort(dim=1, descending=largest, stable=True).indices[:, :k]
-        return Ranking(all_positions.gather(1, best), values.gather(1, best))
+        best = values.gather(1, order).sort(dim=1, descending=largest, stable=True).indices[:, :k]
+        best = order.gather(1, best)
+        return _End(
+            all_positions.gather(1, best),
+            values.gather(1, best),
+            None if errors is None or self.errors is None else torch.cat([self.errors, errors], dim=1).gather(1, best),
+        )
 
     @classmethod
-    def empty(cls, queries: int) -> Ranking:
-        """A ranking without examples."""
-        return cls(torch.empty(queries, 0, dtype=torch.int64), torch.empty(queries, 0, dtype=torch.float64))
+    def empty(cls, queries: int, *, with_errors: bool) -> _End:
+        """An end without examples."""
+        none = torch.empty(queries, 0, dtype=torch.float64)
+        return cls(none.long(), none, none if with_errors else None)
 
 
 def strongest(scores: Tensor, indices: Tensor, k: int, *, largest: bool) -> Ranking:
@@ -57,10 +77,10 @@ def strongest(scores: Tensor, indices: Tensor, k: int, *, largest: bool) -> Rank
         k: The number of scores to return for each query.
         largest: Whether to return the highest scores; otherwise the lowest.
     """
-    ranking, columns = Ranking.empty(len(scores)), max(_BLOCK // len(scores), k)
+    end, columns = _End.empty(len(scores), with_errors=False), max(_BLOCK // len(scores), k)
     for positions in torch.arange(len(indices)).split(columns):
-        ranking = ranking.add(positions, scores[:, positions[0] : positions[-1] + 1], k, largest=largest)
-    return Ranking(indices[ranking.indices], ranking.scores)
+        end = end.add(positions, scores[:, positions[0] : positions[-1] + 1], None, k, largest=largest)
+    return Ranking(indices[end.positions], end.scores)
 
 
 class Strongest:
@@ -70,19 +90,32 @@ class Strongest:
         queries: The number of queries.
         indices: Dataset indices ``(n,)`` of all examples that will be scored.
         k: The number of scores to keep at each end.
+        with_errors: Whether scores have standard errors.
+
+    Attributes:
+        agreement: The agreement of the states on all scores, if they have standard errors.
     """
 
-    def __init__(self, queries: int, indices: Tensor, k: int) -> None:
+    def __init__(self, queries: int, indices: Tensor, k: int, *, with_errors: bool = False) -> None:
+        self.agreement = Agreement(queries)
         self._indices, self._k = indices, k
-        self._highest = self._lowest = Ranking.empty(queries)
+        self._highest = self._lowest = _End.empty(queries, with_errors=with_errors)
 
-    def write(self, start: int, block: Tensor) -> None:
-        """Adds the scores ``(n_queries, b)`` of the examples from position ``start`` on."""
+    def write(self, start: int, block: Tensor, errors: Tensor | None = None) -> None:
+        """Adds the scores ``(n_queries, b)``, and their standard errors, of the examples from position ``start`` on."""
+        if errors is not None:
+            self.agreement.add(block, errors)
         positions = torch.arange(start, start + block.shape[1])
-        self._highest = self._highest.add(positions, block, self._k, largest=True)
-        self._lowest = self._lowest.add(positions, block, self._k, largest=False)
+        self._highest = self._highest.add(positions, block, errors, self._k, largest=True)
+        self._lowest = self._lowest.add(positions, block, errors, self._k, largest=False)
 
     def both(self) -> tuple[Tensor, Tensor]:
         """Scores and dataset indices, ``(n_queries, 2k)`` each, in descending order: the highest, then the lowest."""
-        positions = torch.cat([self._highest.indices, self._lowest.indices.flip(1)], dim=1)
+        positions = torch.cat([self._highest.positions, self._lowest.positions.flip(1)], dim=1)
         return torch.cat([self._highest.scores, self._lowest.scores.flip(1)], dim=1), self._indices[positions]
+
+    @property
+    def standard_errors(self) -> Tensor | None:
+        """The standard errors of the scores of :meth:`both`; ``None`` if they have none."""
+        highest, lowest = self._highest.errors, self._lowest.errors
+        return None if highest is None or lowest is None else torch.cat([highest, lowest.flip(1)], dim=1)

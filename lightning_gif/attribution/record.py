@@ -22,6 +22,7 @@ from ..reporting.previews import Shown
 from ..solvers import Solution
 from ..storage.schema import restored
 from .ranking import Ranking, strongest
+from .uncertainty import LEVEL, Intervals, check_level, t_quantile
 
 __all__ = ["MOST_QUERIES", "InfluenceRecord"]
 
@@ -68,6 +69,11 @@ class InfluenceRecord:
         queries: Labels and pictures or texts of up to eight examples of the query.
         settings: The method, the solver and their parameters.
         seconds: The wall time of the whole call in seconds.
+        standard_errors: The standard error of each score, in the shape of ``scores``: the standard deviation over the
+            averaged states or fits, divided by the root of their number. ``None`` for one state of one fit.
+        agreement: How well the averaged states or fits agree on the scores of a query, at most 1: their
+            :class:`intraclass correlation <lightning_gif.attribution.uncertainty.Agreement>`, the mean over the
+            queries. ``None`` for one state of one fit.
         examples: Labels and pictures or texts of training examples, by dataset index; filled on demand.
         context: The trainer's loggers, step count and process group. Only ``global_step`` is saved.
     """
@@ -84,6 +90,8 @@ class InfluenceRecord:
     settings: dict[str, Any]
     seconds: float
     gradient_share: float | None = None
+    standard_errors: Tensor | None = None
+    agreement: float | None = None
     examples: dict[int, Shown] = field(default_factory=dict)
     context: CallContext = field(default_factory=CallContext)
 
@@ -110,6 +118,57 @@ class InfluenceRecord:
     def is_self_influence(self) -> bool:
         """Whether each example was scored for its own loss, by ``trainer.self_influence``, without a query."""
         return not self.solutions
+
+    @property
+    def n_fits(self) -> int:
+        """The number of fits over which scores are averaged, see :meth:`InfluenceReport.mean`; 1 for a single fit."""
+        return self.settings.get("fits", 1)
+
+    @property
+    def n_states(self) -> int:
+        """The number of states of each fit over which scores are averaged: the last one and the snapshots."""
+        return 1 + len(self.settings.get("snapshots") or ())
+
+    @property
+    def n_averaged(self) -> int:
+        """The number of values behind each standard error: fits if there are several, otherwise states of one fit."""
+        return self.n_fits if self.n_fits > 1 else self.n_states
+
+    def intervals(self, level: float = LEVEL) -> Intervals:
+        """An interval around each score, by Student's t: the score ± ``t`` standard errors.
+
+        With several fits, ``t`` has one degree of freedom less than there are fits, and the interval is for the mean
+        score over all fits. With snapshots of one fit, ``t`` has one degree of freedom less than there are states. The
+        states of one fit are not independent, so this interval says how much scores change in training, and not how
+        much they differ between fits.
+
+        Args:
+            level: The share of intervals that are to hold the mean score, between 0 and 1.
+
+        Returns:
+            The lower and the upper ends, in the shape of :attr:`scores`.
+
+        Raises:
+            ConfigurationError: If scores have no standard errors, or ``level`` is not between 0 and 1.
+        """
+        return self.intervals_of(self.scores, self.standard_errors, level)
+
+    def intervals_of(self, scores: Tensor, errors: Tensor | None, level: float = LEVEL) -> Intervals:
+        """The intervals of some of the scores, see :meth:`intervals`.
+
+        Args:
+            scores: Scores of any shape.
+            errors: Their standard errors.
+            level: As for :meth:`intervals`.
+        """
+        check_level(level)
+        if errors is None:
+            raise ConfigurationError(
+                "The scores have no standard errors, because they are of one state of one fit. Pass snapshots=True to"
+                " the call, or average the reports of several fits: InfluenceReport.mean([report, …])."
+            )
+        half = t_quantile(level, self.n_averaged - 1) * errors
+        return Intervals(scores - half, scores + half)
 
     @property
     def n_kept(self) -> int | None:
@@ -141,11 +200,23 @@ class InfluenceRecord:
         return self._top(k, largest=False)
 
     def _top(self, k: int | None, *, largest: bool) -> Ranking:
-        count = self.check_k(k, self.k)
+        return self.at_columns(self.columns_of_end(k, largest=largest))
+
+    def at_columns(self, columns: Tensor) -> Ranking:
+        """The dataset indices and the scores at some columns of :attr:`scores`, ``(n_queries, k)``."""
+        indices = self.indices[columns] if self.n_kept is None else self.indices.gather(1, columns)
+        return Ranking(indices, self.scores.gather(1, columns))
+
+    def columns_of_end(self, k: int | None, *, largest: bool) -> Tensor:
+        """The columns of :attr:`scores` with the ``k`` highest or lowest scores, ``(n_queries, k)``, strongest first.
+
+        Arguments and errors are as for :meth:`proponents`.
+        """
+        count, (queries, width) = self.check_k(k, self.k), self.scores.shape
         if self.n_kept is None:
-            return strongest(self.scores, self.indices, count, largest=largest)
-        ends = Ranking(self.indices, self.scores) if largest else Ranking(self.indices.flip(1), self.scores.flip(1))
-        return Ranking(*(end[:, :count] for end in ends))
+            return strongest(self.scores, torch.arange(width), count, largest=largest).indices
+        columns = torch.arange(count) if largest else width - 1 - torch.arange(count)
+        return columns.expand(queries, -1)
 
     def check_k(self, k: int | None, default: int) -> int:
         """The number of examples to rank: ``k``, or ``default`` for ``None``, limited to the number of examples.
@@ -194,6 +265,7 @@ class InfluenceRecord:
             "score_max": float(self.scores.max()),
             "score_min": float(self.scores.min()),
             "seconds": self.seconds,
+            **({} if self.agreement is None else {"agreement": self.agreement}),
             **{f"curvature_{name}": value for name, value in self.curvature.items() if not isinstance(value, list)},
             **{f"solve_{name}": value for name, value in (self.solution.summary() if self.solution else {}).items()},
         }
@@ -228,12 +300,14 @@ class InfluenceRecord:
         tensors = {
             "scores": self.scores,
             "indices": self.indices,
+            **({} if self.standard_errors is None else {"standard_errors": self.standard_errors}),
             **{f"targets/{name}": _packed(entries) for name, entries in self.targets.items()},
             **{name: torch.as_tensor(example.image) for name, example in looks.items() if example.image is not None},
         }
         record = {
             **{name: getattr(self, name) for name in _PLAIN},
             **({} if self.gradient_share is None else {"gradient_share": self.gradient_share}),
+            **({} if self.agreement is None else {"agreement": self.agreement}),
             "global_step": self.context.global_step,
             "solutions": [solution.record() for solution in self.solutions],
             "looks": {name: {"label": example.label, "text": example.text} for name, example in looks.items()},
@@ -264,6 +338,15 @@ class InfluenceRecord:
                 " n_train) in float64, all finite; indices (n_train,) in int64, at least 0 (or both (n_queries, 2·keep)"
                 " with 2·keep < n_train); and n_queries or no solves. Copy the folder again from where it was saved."
             )
+        errors = tensors.get("standard_errors")
+        if errors is not None and (
+            errors.shape != scores.shape or errors.dtype != torch.float64 or not _at_least_0(errors)
+        ):
+            raise ConfigurationError(
+                f"The standard errors {list(errors.shape)} ({errors.dtype}) do not fit the scores"
+                f" {list(scores.shape)}. Expected: one for each score, in float64, finite, and at least 0. Copy the"
+                " folder again from where it was saved."
+            )
         looks = {
             name: Shown(
                 restored(bool | int | float | str | None, stored["label"], f"the label of {name}"),
@@ -284,9 +367,11 @@ class InfluenceRecord:
         plain = {name: restored(kind, record[name], name) for name, kind in _PLAIN.items()}
         if plain["k"] < 1:
             raise ValueError(f"k is {plain['k']}, expected at least 1")
-        return cls(
+        report = cls(
             scores=scores,
             indices=indices,
+            standard_errors=errors,
+            agreement=restored(float | None, record.get("agreement"), "agreement"),
             solutions=solutions,
             targets=Targets(targets),
             dataset=None,
@@ -296,6 +381,15 @@ class InfluenceRecord:
             context=CallContext(global_step=restored(int, record["global_step"], "global_step")),
             **plain,
         )
+        restored(int, report.n_fits, "fits")
+        if errors is not None and report.n_averaged < 2:
+            raise ValueError("there are standard errors, but only one state of one fit")
+        return report
+
+
+def _at_least_0(values: Tensor) -> bool:
+    """Whether all values are finite and at least 0."""
+    return bool((torch.isfinite(values) & (values >= 0)).all())
 
 
 def _packed(entries: Tensor) -> Tensor:

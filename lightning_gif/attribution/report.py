@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._compat import isolate_rng
+from .._compat import isolate_rng, rank_zero_warn
 from .._moved import renamed
 from ..data.examples import Examples
 from ..data.structure import map_tensors
 from ..distributed import ProcessGroup
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, GIFWarning
 from ..reporting.context import ContextAttribute
 from ..reporting.previews import Shown, label_of
 from ..storage.artifact import REMEDY, read_folder, write_folder
@@ -21,6 +21,8 @@ from ..storage.schema import parse_errors_name
 from . import display
 from .groups import Grouping, Groups, group_scores, import_pandas, values_of
 from .record import MOST_QUERIES, InfluenceRecord
+from .same_call import check_same_call
+from .uncertainty import Spread, agreement_of
 
 if TYPE_CHECKING:
     import pandas
@@ -57,7 +59,7 @@ class InfluenceReport(InfluenceRecord):
         part of the data. For a large group the sum is mostly too small: without ``m`` of ``n`` examples each remaining
         example has more weight, which alone makes the effect ``(n−1)/(n−m)`` times as large (see also Koh et al., arXiv
         1905.13289). The sum can also be too large, because the curvature changes without the group. The order of the
-        groups is more reliable than the numbers.
+        groups is more reliable than the numbers. Sums have no error bars, because the scores of a group vary together.
 
         In a report of ``trainer.self_influence`` each score is about another loss. There compare the means: groups with
         a larger mean are memorized more.
@@ -119,6 +121,7 @@ class InfluenceReport(InfluenceRecord):
     def to_dataframe(self) -> pandas.DataFrame:
         """All kept scores as a table with columns ``query``, ``index`` (the dataset index) and ``score``.
 
+        With standard errors there are also ``standard_error``, and the ends ``low`` and ``high`` of the 90 % interval.
         If the training loader draws from a ``Subset``, there is also ``innermost_index``, the index in the dataset
         below it.
 
@@ -131,10 +134,74 @@ class InfluenceReport(InfluenceRecord):
             "index": self.indices.expand(queries, -1).flatten().numpy(),
             "score": self.scores.flatten().numpy(),
         }
+        if self.standard_errors is not None:
+            low, high = self.intervals()
+            ends = {"standard_error": self.standard_errors, "low": low, "high": high}
+            columns |= {name: values.flatten().numpy() for name, values in ends.items()}
         below = self.innermost_indices()
         if below is not None:
             columns["innermost_index"] = below.expand(queries, -1).flatten().numpy()
         return import_pandas().DataFrame(columns)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Several fits
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def mean(cls, reports: Sequence[InfluenceReport]) -> InfluenceReport:
+        """The mean of reports on the same query and training examples, from fits that differ in chance only.
+
+        Fit the same network several times with different seeds, and make the same call for each. The fits are
+        independent, so their spread shows how much scores depend on chance. The states of one fit are not independent.
+        Standard errors are therefore the standard deviation over the fits divided by the root of their number, also if
+        the reports were made with ``snapshots=True``.
+
+        Args:
+            reports: The reports of two or more fits. Their training examples may be in any order.
+
+        Returns:
+            A report with the settings, the curvature, the targets, the shown examples and the loggers of the first
+            one. For each query it has the solve with the largest residual. Its ``seconds`` are the sum over the fits.
+
+        Raises:
+            ConfigurationError: If there are fewer than two reports; if one is a mean itself, or was made with ``keep``;
+                or if queries, training examples, measurements or settings differ.
+        """
+        reports = check_same_call(reports)
+        first, *others = reports
+        spread, order = Spread(), first.indices.argsort(stable=True)
+        scores = torch.zeros_like(first.scores)
+        for report in (first, *others):
+            own = torch.empty_like(order).index_copy_(0, order, report.indices.argsort(stable=True))
+            scores += report.scores[:, own] / len(reports)
+            spread.add(report.scores[:, own])
+        errors = spread.standard_errors()
+        if any(torch.equal(report.scores, first.scores) for report in others):
+            rank_zero_warn(
+                "Several of the averaged reports have exactly the same scores, so the standard errors are too small."
+                " Fit with different seeds, and average one report of each fit.",
+                category=GIFWarning,
+            )
+        return cls(
+            scores=scores,
+            indices=first.indices,
+            n_train=first.n_train,
+            solutions=[
+                max(of_query, key=lambda solution: solution.residual)
+                for of_query in zip(*(report.solutions for report in reports), strict=True)
+            ],
+            curvature=first.curvature,
+            targets=first.targets,
+            k=first.k,
+            dataset=next((report.dataset for report in reports if report.dataset is not None), None),
+            queries=first.queries,
+            settings={**first.settings, "fits": len(reports)},
+            seconds=sum(report.seconds for report in reports),
+            standard_errors=errors,
+            agreement=agreement_of(scores, errors, len(reports)),
+            examples={index: shown for report in reversed(reports) for index, shown in report.examples.items()},
+            context=first.context,
+        )
 
     # ----------------------------------------------------------------------------------------------------------------
     # Files
@@ -207,8 +274,9 @@ class InfluenceReport(InfluenceRecord):
 
         - every logger: the numbers of :meth:`summary` as ``gif/influence/NAME``;
         - with tables (W&B): ``…/examples``, up to the first eight queries with their proponents and opponents: label,
-          score, and picture or values of each; ``…/scores``, the histogram of the scores; ``…/solve``, the residual
-          after each iteration of the solve with the largest residual; ``…/eigenvalues``, if they were computed;
+          score (with standard errors also its 90 % interval), and picture or values of each; ``…/scores``, the
+          histogram of the scores; ``…/solve``, the residual after each iteration of the solve with the largest
+          residual; ``…/eigenvalues``, if they were computed;
         - with figures, histograms and texts (TensorBoard): ``…/plot``, the figure of the first query, if matplotlib is
           installed; ``…/scores``, the histogram of the scores; ``…/report``, the report as it is printed.
 
@@ -219,10 +287,11 @@ class InfluenceReport(InfluenceRecord):
         display.log(self, self.loggers if loggers is None else loggers, prefix)
 
     def plot(self, query: int = 0, k: int | None = None) -> Figure:
-        """Draws the strongest proponents and opponents of a query, and two plots of its scores.
+        """Draws the strongest proponents and opponents of a query, and plots of its scores.
 
         One plot is the histogram of the scores. The other shows how concentrated they are: which share of the sum of
-        all ``|score|`` the strongest examples have. It is left out with ``keep``.
+        all ``|score|`` the strongest examples have. It is left out with ``keep``. With standard errors, a third one
+        shows the scores of the drawn examples with their 90 % intervals.
 
         Args:
             query: The number of the query.

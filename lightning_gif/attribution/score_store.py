@@ -31,7 +31,8 @@ _VERSION = 4
 # The number of examples whose checksums are verified at a time.
 _CHECKED = 65536
 
-_MANIFEST, _SCORES, _DONE, _DIRECTIONS = "manifest.json", "scores.bin", "done.bin", "directions-*.safetensors"
+_MANIFEST, _SCORES, _ERRORS, _DONE = "manifest.json", "scores.bin", "standard_errors.bin", "done.bin"
+_DIRECTIONS = "directions-*.safetensors"
 
 
 def _unversioned(metadata: Mapping[str, str]) -> tuple[Any, object]:
@@ -52,40 +53,60 @@ _DIRECTIONS_FORMAT = Format(
 class InMemory:
     """Scores ``(n_queries, n)`` in float64 as a tensor.
 
+    Args:
+        queries: The number of queries.
+        examples: The number of examples, ``n``.
+        with_errors: Whether scores have standard errors.
+
     Attributes:
         scores: The scores. Values that were not written yet are arbitrary.
+        standard_errors: Their standard errors; ``None`` if they have none.
     """
 
-    def __init__(self, queries: int, examples: int) -> None:
+    def __init__(self, queries: int, examples: int, *, with_errors: bool = False) -> None:
         self.scores = torch.empty(queries, examples, dtype=torch.float64)
+        self.standard_errors = torch.empty_like(self.scores) if with_errors else None
 
-    def write(self, start: int, block: Tensor) -> None:
-        """Writes the scores ``(n_queries, b)`` of the examples from position ``start`` on."""
+    def write(self, start: int, block: Tensor, errors: Tensor | None = None) -> None:
+        """Writes the scores ``(n_queries, b)``, and their errors, of the examples from position ``start`` on."""
         self.scores[:, start : start + block.shape[1]] = block
+        if self.standard_errors is not None and errors is not None:
+            self.standard_errors[:, start : start + block.shape[1]] = errors
 
 
 @dataclass
 class ScoreStore:
     """Scores ``(n_queries, n)`` in float64 in a folder, with a checksum for the scores of each example.
 
-    Scores are written to disk before their checksum. So scores that match their checksum are complete, even after an
+    Standard errors, if scores have them, are in a file of their own, and the checksum is of both. Scores are written to
+    disk before their checksum. So scores that match their checksum are complete, even after an
     interruption or later damage. The iHVPs are kept until all scores are written, so that a call that resumes does not
     repeat the solves. The diagnostics of the solves are kept permanently.
 
     Attributes:
         folder: The folder with the files.
         scores: The scores ``(n_queries, n)``, a view of the file.
+        standard_errors: Their standard errors, a view of another file; ``None`` if they have none.
         done: The examples with complete scores, ``(n,)`` bool.
     """
 
     folder: Path
     scores: Tensor
+    standard_errors: Tensor | None
     done: Tensor
     _marks: Tensor
-    _maps: tuple[mmap.mmap, mmap.mmap]
+    _maps: dict[str, mmap.mmap]
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], queries: int, examples: int, fingerprint: Fingerprint) -> ScoreStore:
+    def open(
+        cls,
+        folder: str | os.PathLike[str],
+        queries: int,
+        examples: int,
+        fingerprint: Fingerprint,
+        *,
+        with_errors: bool = False,
+    ) -> ScoreStore:
         """Opens a new store, or the store that an interrupted call left in the folder.
 
         Args:
@@ -93,6 +114,7 @@ class ScoreStore:
             queries: The number of queries.
             examples: The number of examples, ``n``.
             fingerprint: Digests and values of everything that the scores depend on.
+            with_errors: Whether scores have standard errors.
 
         Raises:
             ConfigurationError: If the folder holds other files, links, files of another size, or scores of other
@@ -105,31 +127,40 @@ class ScoreStore:
                 f"Scores are written to a folder, but {str(folder)!r} is a file. Give another path."
             )
         manifest = {"format": _VERSION, "n_queries": queries, "n_examples": examples, **fingerprint}
-        sizes = {_SCORES: 8 * queries * examples, _DONE: 4 * examples}
+        values = [_SCORES, _ERRORS] if with_errors else [_SCORES]
+        sizes = {**dict.fromkeys(values, 8 * queries * examples), _DONE: 4 * examples}
         if not folder.exists() or all(path.name.startswith(f".{_MANIFEST}.") for path in folder.iterdir()):
             folder.mkdir(parents=True, exist_ok=True)
             replace_file(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
         cls._check(folder, manifest)
-        if not (folder / _DONE).exists():  # this file is created last, so no scores have been written
-            _reserve(folder / _SCORES, sizes[_SCORES])
+        # An earlier version wrote no standard errors. Its scores are computed again.
+        earlier = (folder / _DONE).exists() and with_errors and not (folder / _ERRORS).exists()
+        if earlier or not (folder / _DONE).exists():  # this file is created last, so no scores have been written
+            for name in values:
+                if not (earlier and name == _SCORES):
+                    _reserve(folder / name, sizes[name])
             replace_file(folder / _DONE, bytes(sizes[_DONE]))
-        maps = tuple(_map(folder / name, size) for name, size in sizes.items())
-        scores = torch.frombuffer(maps[0], dtype=torch.float64).view(examples, queries).T
-        marks = torch.frombuffer(maps[1], dtype=torch.int32)
+        maps = {name: _map(folder / name, size) for name, size in sizes.items()}
+        scores, errors = (
+            torch.frombuffer(maps[name], dtype=torch.float64).view(examples, queries).T if name in maps else None
+            for name in (_SCORES, _ERRORS)
+        )
+        assert scores is not None
+        marks = torch.frombuffer(maps[_DONE], dtype=torch.int32)
         done = marks != 0
         written = done.nonzero().squeeze(1)
         for part in written.split(_CHECKED):
-            done[part] = _marks_of(scores[:, part]) == marks[part]
+            done[part] = _marks_of(scores[:, part], None if errors is None else errors[:, part]) == marks[part]
         if damaged := len(written) - int(done.sum()):
             rank_zero_warn(
                 f"The scores of {damaged} of {examples} examples in {folder} are damaged. They are computed again.",
                 category=GIFWarning,
             )
-        return cls(folder, scores, done, marks, (maps[0], maps[1]))
+        return cls(folder, scores, errors, done, marks, maps)
 
     @staticmethod
     def _check(folder: Path, manifest: dict[str, Any]) -> None:
-        paths = [folder / name for name in (_MANIFEST, _SCORES, _DONE)] + sorted(folder.glob(_DIRECTIONS))
+        paths = [folder / name for name in (_MANIFEST, _SCORES, _ERRORS, _DONE)] + sorted(folder.glob(_DIRECTIONS))
         linked = [path.name for path in paths if path.is_symlink()]
         if linked:  # scores would overwrite the file that a link points to
             raise ConfigurationError(f"{folder} holds links ({', '.join(linked)}). Give another folder.")
@@ -145,13 +176,16 @@ class ScoreStore:
                 " them. Give another folder, or delete this one."
             )
 
-    def write(self, start: int, block: Tensor) -> None:
-        """Writes the scores ``(n_queries, b)`` of the examples from position ``start`` on."""
+    def write(self, start: int, block: Tensor, errors: Tensor | None = None) -> None:
+        """Writes the scores ``(n_queries, b)``, and their errors, of the examples from position ``start`` on."""
         stop = start + block.shape[1]
         self.scores[:, start:stop] = block
-        self._maps[0].flush()
-        self._marks[start:stop] = _marks_of(block.double())
-        self._maps[1].flush()
+        self._maps[_SCORES].flush()
+        if self.standard_errors is not None and errors is not None:
+            self.standard_errors[:, start:stop] = errors
+            self._maps[_ERRORS].flush()
+        self._marks[start:stop] = _marks_of(block.double(), errors)
+        self._maps[_DONE].flush()
         self.done[start:stop] = True
 
     def save_directions(self, state: int, directions: Tensor, values: dict[str, Any]) -> None:
@@ -218,9 +252,10 @@ def _reserve(path: Path, size: int) -> None:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 
-def _marks_of(scores: Tensor) -> Tensor:
-    """A checksum of each example's scores ``(n_queries, b)``: ``(b,)`` int32, never 0."""
-    rows = scores.T.contiguous().numpy()
+def _marks_of(scores: Tensor, errors: Tensor | None) -> Tensor:
+    """A checksum of each example's scores and standard errors ``(n_queries, b)``: ``(b,)`` int32, never 0."""
+    values = scores if errors is None else torch.cat([scores, errors])
+    rows = values.T.contiguous().numpy()
     return torch.tensor([zlib.crc32(row) or 1 for row in rows], dtype=torch.int64).to(torch.int32)
 
 

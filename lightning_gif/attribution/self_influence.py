@@ -23,6 +23,7 @@ from ..parameters import Targets
 from ..reporting.context import CallContext
 from .influence import require_finite_scores, warn_without_gradients
 from .report import InfluenceReport
+from .uncertainty import Spread, agreement_of
 
 __all__ = ["self_influence"]
 
@@ -78,7 +79,7 @@ def self_influence(
     targets = METHODS[settings.method].targets(objective.space, choose_targets)
     scored = train if among is None else among
     model_states = [objective.model_state(), *map(objective.model_state, (states or {}).values())]
-    scores, any_gradient = torch.zeros(1, len(scored), dtype=torch.float64), 0.0
+    scores, any_gradient, spread = torch.zeros(1, len(scored), dtype=torch.float64), 0.0, Spread()
     # How the curvature was computed, the damping and the gradient share, of each state.
     summaries = list[tuple[dict[str, Any], float, float | None]]()
     for state in model_states:
@@ -88,10 +89,12 @@ def self_influence(
             values, gradients, share = _scores(objective, scored, settings.weight_decay, inverse, positions)
             summaries.append(({**inverse.summary(), "inverse": inverse.kind}, inverse.damping, share))
         scores += values / len(model_states) / max(len(train) - 1, 1)
+        spread.add(values[None] / max(len(train) - 1, 1))
         any_gradient += gradients
     warn_without_gradients(objective.processes.total(any_gradient))
     require_finite_scores(scores, scored.ids)
     curvature, damping, share = summaries[0]  # at the present weights
+    errors = spread.standard_errors()
     return InfluenceReport(
         scores=scores,
         indices=scored.ids,
@@ -110,6 +113,8 @@ def self_influence(
             "dataset_size": len(train.dataset) if hasattr(train.dataset, "__len__") else None,
         },
         seconds=time.perf_counter() - start,
+        standard_errors=errors,
+        agreement=agreement_of(scores, errors, len(model_states)),
         context=context or CallContext(),
     )
 
