@@ -9,6 +9,8 @@ Modules are small, data are synthetic, and nothing is downloaded. For each modul
 - computes `influence`, `self_influence` and `unlearn` with all arguments at their defaults, and undoes the edit;
 - compares scores in float64 with those of the exact, damped Gauss-Newton matrix. For these, the loader's collate
   function makes a batch of each single example;
+- correlates the scores of EK-FAC with the same exact scores, where all parameters are in layers that are linear in
+  them;
 - compares the module, its optimizer and the random generators before and after each call.
 
 If a loss needs the method `influence_loss`, all of this is repeated with it. Prints a Markdown table, and the messages
@@ -38,7 +40,7 @@ from packages import MODULES, Case
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gif import GIFCallback, GIFError, GIFWarning
+from lightning_gif import ConfigurationError, GIFCallback, GIFError, GIFWarning
 from lightning_gif._compat import stage_of_training
 
 DAMPING = 0.1
@@ -46,8 +48,8 @@ QUERY = [0, 5, 7]
 FORGET = [1, 2, 3]
 TOLERANCE = 1e-3
 COLUMNS = (
-    *("package", "module", "parameters", "training unchanged", "losses", "error of the scores", "changed by the edit"),
-    *("state unchanged", "seconds", "outcome"),
+    *("package", "module", "parameters", "training unchanged", "losses", "solver", "error of the scores"),
+    *("correlation of EK-FAC", "changed by the edit", "state unchanged", "seconds", "outcome"),
 )
 
 # What a warning says, in short.
@@ -324,7 +326,7 @@ def tried(package: str, case: Case, *, own_loss: bool = False) -> Row:
             del row.errors[0]
             row.cells["query"] = "query as a loader"
     if report is not None:
-        row.cells["losses"] = report.settings["losses"]
+        row.cells["losses"], row.cells["solver"] = report.settings["losses"], report.settings["solver"]
         if not report.scores.isfinite().all() or report.scores.shape[1] != len(loader.dataset):
             row.wrong.append(f"scores {list(report.scores.shape)}")
     if report is not None and case.predict is not None:
@@ -340,6 +342,10 @@ def tried(package: str, case: Case, *, own_loss: bool = False) -> Row:
             row.cells["error of the scores"] = f"{error:.0e}"
             if not error < TOLERANCE:
                 row.wrong.append(f"scores are wrong by {error:.1e}")
+        by_layers = checked("EK-FAC", lambda: by_ekfac(trainer, query, options))
+        if by_layers is not None:
+            correlation = torch.stack([by_layers.double(), exact]).corrcoef()[0, 1]
+            row.cells["correlation of EK-FAC"] = f"{float(correlation):.2f}"
     checked("self_influence", lambda: trainer.self_influence(**options))
     edit = row.call("unlearn", lambda: trainer.unlearn(FORGET, **options))
     if edit is not None:
@@ -354,6 +360,16 @@ def tried(package: str, case: Case, *, own_loss: bool = False) -> Row:
     row.wrong.extend(sorted(changed)[:5])
     row.cells["seconds"] = f"{time.perf_counter() - started:.0f}"
     return row
+
+
+def by_ekfac(trainer: Any, query: Any, options: dict[str, Any]) -> Tensor | None:
+    """The scores of EK-FAC, ``(n,)``; ``None`` if the module has parameters outside of layers."""
+    try:
+        return trainer.influence(query, **options, solver="ekfac", damping=DAMPING).scores[0]
+    except ConfigurationError as error:
+        if "in layers that are linear in them" not in str(error):
+            raise
+    return None
 
 
 def rows_of(package: str, only: list[str] | None) -> list[Row]:

@@ -202,7 +202,8 @@ class Shadow:
         }
         trainable = {name: value.clone() for name, value in self.space.unflatten(theta).items()}
         if self.on_parameters is not None:
-            self.on_parameters(trainable)
+            with torch._C.DisableTorchFunction():  # modes count the operations of the module alone
+                self.on_parameters(trainable)
         # torch.manual_seed would format a stack trace for every kind of accelerator that is not in use.
         torch.default_generator.manual_seed(self.seed)
         if self.device.type != "cpu":

@@ -136,6 +136,48 @@ def test_the_quadratic_form_of_losses_is_that_of_their_gradients(name: str) -> N
             torch.testing.assert_close(inverse.of_losses(objective, batch), expected)
 
 
+def smoothed(z: Tensor, y: Tensor) -> Tensor:
+    logs = F.log_softmax(z, dim=-1)
+    return -(0.9 * logs.gather(1, y[:, None]).squeeze(1) + 0.1 * logs.mean(-1)).mean()
+
+
+def squares(z: Tensor, y: Tensor) -> Tensor:
+    return ((z - F.one_hot(y, 3)) ** 2).mean()
+
+
+def squares_with_a_branch(z: Tensor, y: Tensor) -> Tensor:  # cannot be vectorised over examples
+    return squares(z, y) if z.isfinite().all() else z.sum()
+
+
+class WithLoss(pl.LightningModule):
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.net, self.loss = NETS["perceptron"][0](), loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "of_torch"),
+    [
+        (smoothed, nn.CrossEntropyLoss(label_smoothing=0.1)),
+        (squares, lambda z, y: F.mse_loss(z, F.one_hot(y, 3).to(z))),
+        (squares_with_a_branch, lambda z, y: F.mse_loss(z, F.one_hot(y, 3).to(z))),
+    ],
+    ids=["softmax", "difference", "whole batches"],
+)
+def test_a_loss_by_hand_has_the_scores_of_the_loss_of_pytorch(by_hand: Any, of_torch: Any) -> None:
+    y = torch.arange(20) % 3
+    scores = []
+    for loss in (by_hand, of_torch):
+        torch.manual_seed(0)
+        trainer, module = make_trainer(), WithLoss(loss)
+        attach(trainer, module, train_dataloaders=DataLoader(TensorDataset(VECTORS, y), 8))
+        scores.append(trainer.influence((VECTORS[:3], y[:3]), solver="ekfac", damping=DAMPING, double=True).scores)
+    assert torch.allclose(scores[0], scores[1], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["perceptron", "convolution"])
 def test_it_does_not_depend_on_the_size_of_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ekfac, "_DRAWS", 20)  # one random vector for each example
