@@ -29,6 +29,7 @@ from .inverse import INVERSES, InverseCurvature
 from .memory import bytes_to_keep
 from .methods import Method
 from .output_curvature import output_vectors
+from .products import require_gauss_newton
 from .sampling import curvature_sample, sample_size
 from .streaming import warn_of_zero_curvature
 
@@ -292,6 +293,8 @@ def _require_layers(objective: Objective, settings: Settings, method: Method) ->
             f" batches. {type(objective.module).__name__} does not; recurrent layers, for example, are not linear in"
             " theirs. Omit `solver`."
         )
+    assert objective.probed is not None  # since there are layers
+    require_gauss_newton(objective, objective.theta, objective.probed)
     return layers
 
 

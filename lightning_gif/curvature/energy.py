@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from ..objective.objective import Objective
 from ..registry import Registry
 from .ekfac import LEAST_DAMPING, RELATIVE_DAMPING, EKFACInverse, kronecker_blocks, sum_of_squares
 from .methods import METHODS
-from .products import require_gauss_newton
 from .sampling import curvature_sample, sample_size
 
 __all__ = ["ENERGIES", "GradientEnergy", "gradient_energies", "gradient_share"]
@@ -26,6 +26,10 @@ GradientEnergy = Callable[[Objective, Examples, Settings, Tensor], Tensor]
 
 ENERGIES: Registry[GradientEnergy] = Registry("gradient energy")
 """All matrices ``F`` by name; a selector declares the name of the one that it ranks by."""
+
+
+# Options of solves, at the values that an inverse without solves takes.
+_OF_SOLVES: dict[str, Any] = {"max_iter": None, "rtol": None, "discrepancy": 0.0, "eigenvalues": 0}
 
 
 def gradient_energies(name: str, objective: Objective, train: Examples, settings: Settings, gradient: Tensor) -> Tensor:
@@ -106,9 +110,7 @@ def by_ekfac(objective: Objective, train: Examples, settings: Settings, gradient
             f" in them, for whole batches. {type(objective.module).__name__} does not; recurrent layers, for example,"
             " are not linear in theirs. Use selector='caps', which needs gradients only."
         )
-    assert objective.probed is not None  # since there are layers
-    require_gauss_newton(objective, objective.theta, objective.probed)
-    settings = replace(settings, solver=EKFACInverse.name, curvature="ggn", damping=None)
+    settings = replace(settings, solver=EKFACInverse.name, curvature="ggn", damping=None, **_OF_SOLVES)
     everything = torch.arange(objective.space.size, device=objective.device)
     inverse = EKFACInverse.fit(objective, train, settings, METHODS["if"], everything)
     return inverse.ihvp(gradient[None])[0][0]
