@@ -135,9 +135,10 @@ class GIFCallback(TrainerCalls, Callback):
         cache_steps: The approximate number of optimizer steps of an epoch, spread evenly, at which statistics are
             gathered; 64 by default, but at most one step in seven if that is more than 8. More steps slow training.
             ``None`` gathers at every step. Every step is also used in epochs of unknown length.
-        snapshots: The number of snapshots for ``trainer.influence(…, snapshots=True)``; 0 by default. They are spread
-            over the last two thirds of the epochs. Up to twice as many copies of the weights take CPU memory, and
-            space in checkpoints.
+        snapshots: The number of snapshots over which :meth:`influence` averages scores, in addition to the present
+            weights. They are from a third of the epochs on. Up to twice as many copies of the weights, and at least 4,
+            take CPU memory. ``"auto"`` (default): 1, unless the copies would take more than 256 MiB; they are not added
+            to checkpoints. With a number, checkpoints have the copies, too. 0 keeps none.
         log_reports: Whether to log each report, and the targets of each epoch, to the trainer's loggers; ``True`` by
             default.
         report_every_n_epochs: Compute and log an influence report for ``query`` at the end of every n-th epoch of
@@ -184,7 +185,7 @@ class GIFCallback(TrainerCalls, Callback):
         cache_neurons: bool = True,
         cache_gradients: bool = True,
         cache_steps: int | None = 64,
-        snapshots: int = 0,
+        snapshots: int | Literal["auto"] = "auto",
         log_reports: bool = True,
         report_every_n_epochs: int | None = None,
         query: Any = None,

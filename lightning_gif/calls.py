@@ -104,7 +104,7 @@ class TrainerCalls:
         among: Sequence[int] | Callable[[Any], Tensor] | None = None,
         scores_to: str | os.PathLike[str] | None = None,
         keep: int | None = None,
-        snapshots: bool = False,
+        snapshots: bool | None = None,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
     ) -> InfluenceReport:
@@ -135,9 +135,9 @@ class TrainerCalls:
                 trainer's ``default_root_dir`` is used, and a message names it.
             keep: Keep only this many of the highest, and of the lowest, scores of each query; at least ``k``. By
                 default all scores are kept. Use it for many queries.
-            snapshots: Whether to average the scores over the current weights and the snapshots of training. This
-                predicts retraining better, gives scores error bars, and costs a solve and a scoring pass for each
-                snapshot.
+            snapshots: Whether to average the scores over the present weights and the snapshots of training. This
+                predicts retraining better, and costs a solve and a scoring pass for each snapshot. ``None`` (default):
+                if there are snapshots. ``True`` raises an error if there are none.
             dataloader: A loader of the training data; by default the one of ``fit``.
             **overrides: Arguments of the constructor to change for this call: those from ``selector`` to
                 ``unconverged``, and ``seed``.
@@ -180,7 +180,7 @@ class TrainerCalls:
         among: Sequence[int] | Callable[[Any], Tensor] | None = None,
         scores_to: str | os.PathLike[str] | None = None,
         keep: int | None = None,
-        snapshots: bool = False,
+        snapshots: bool | None = None,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
     ) -> InfluenceReport:
@@ -234,7 +234,7 @@ class TrainerCalls:
         report: InfluenceReport | None = None,
         targets: TargetsChoice | None = None,
         scores_to: str | os.PathLike[str] | None = None,
-        snapshots: bool = False,
+        snapshots: bool | None = None,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
     ) -> ValidationReport:
@@ -284,7 +284,7 @@ class TrainerCalls:
         check_validation(retrain, n_subsets, n_seeds, share)
         check_path("folder", folder, "folder")
         _check_one_process(trainer)
-        scoring = {"targets": targets, "scores_to": scores_to, "snapshots": snapshots or None, **overrides}
+        scoring = {"targets": targets, "scores_to": scores_to, "snapshots": snapshots, **overrides}
         if report is None:
             given: dict[str, Any] = {**scoring, "snapshots": snapshots, "dataloader": dataloader}
             report = self._influence(trainer, batch, per_example=True, **given)
@@ -337,8 +337,9 @@ class TrainerCalls:
             targets: ``"cached"`` restricts scores to the cached targets; by default all parameters are used, see
                 :meth:`influence`.
             among: As in :meth:`influence`.
-            snapshots: As in :meth:`influence`, at the cost of a sketch and a pass for each snapshot. With snapshots,
-                scores also show wrong labels that are fully memorized at the end of training.
+            snapshots: Whether to average over the snapshots, too, see :meth:`influence`; ``False`` by default. Each
+                costs a sketch and a pass. With snapshots, scores also show wrong labels that are fully memorized at the
+                end of training.
             dataloader: As in :meth:`influence`.
             **overrides: As in :meth:`influence`. With more than 1024 parameters, ``max_iter`` is the rank of a sketch,
                 64 by default. A higher rank makes the size of scores more accurate; their order hardly changes.
@@ -617,16 +618,20 @@ def _are_on_targets(targets: TargetsChoice | None, overrides: Overrides) -> bool
     return targets is not None or not overrides.keys().isdisjoint(("selector", "ratio"))
 
 
-def _snapshot_states(tracker: TrainingTracker, wanted: bool) -> dict[int, dict[str, Tensor]]:
-    """The snapshots of training by epoch; empty unless they are wanted.
+def _snapshot_states(tracker: TrainingTracker, wanted: bool | None) -> dict[int, dict[str, Tensor]]:
+    """The snapshots of training by epoch.
+
+    Args:
+        tracker: It has the snapshots.
+        wanted: ``False`` for none, and ``None`` for those that there are.
 
     Raises:
         ConfigurationError: If they are wanted, but there are none.
     """
-    states = tracker.snapshots.chosen() if wanted else {}
+    states = {} if wanted is False else tracker.snapshots.chosen()
     if wanted and not states:
         raise ConfigurationError(
-            "snapshots=True needs snapshots of the weights, but there are none. Fit with GIFCallback(snapshots=4), or"
+            "snapshots=True needs snapshots of the weights, but there are none. Fit with GIFCallback(snapshots=1), or"
             " load a checkpoint of such a fit with that callback. A fit of one epoch has no snapshots, only the final"
             " weights."
         )

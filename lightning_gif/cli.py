@@ -68,7 +68,7 @@ def influence(
     per_example: bool = False,
     k: int = 10,
     targets: TargetsChoice | None = None,
-    snapshots: bool = False,
+    snapshots: bool | None = None,
 ) -> int:
     """Scores the training examples by their influence on the loss of some examples.
 
@@ -82,7 +82,8 @@ def influence(
         per_example: Whether each example is a query of its own. By default the query is their mean.
         k: The number of proponents, and of opponents, that are shown.
         targets: The parameters that scores are restricted to; by default all parameters are used.
-        snapshots: Average over the snapshots in the checkpoint. Set ``gif.snapshots`` to their number.
+        snapshots: Average over the snapshots in the checkpoint, if there are any (default). Set ``gif.snapshots`` to
+            their number.
     """
     loader = tool.loader(split)
     wanted = _indices(indices, indices_file)
@@ -109,7 +110,7 @@ def validate(
     share: float = 0.5,
     folder: str | None = None,
     targets: TargetsChoice | None = None,
-    snapshots: bool = False,
+    snapshots: bool | None = None,
 ) -> int:
     """Tests how well the scores of a checkpoint predict retraining, by training new models on random subsets.
 
@@ -129,7 +130,8 @@ def validate(
         share: The share of the training examples that each subset keeps.
         folder: A folder for the losses of the new models; by default the output with ``-retrainings`` added.
         targets: The parameters that scores are restricted to; by default all parameters are used.
-        snapshots: Average over the snapshots in the checkpoint. Set ``gif.snapshots`` to their number.
+        snapshots: Average over the snapshots in the checkpoint, if there are any (default). Set ``gif.snapshots`` to
+            their number.
     """
     check_count("n_queries", n_queries)
     tool.check_retraining()

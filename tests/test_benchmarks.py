@@ -114,9 +114,11 @@ def test_the_callback_works_on_demos_of_lightning(
         run(BENCHMARKS / "field.py", ["lightning", "--only", "BoringModel", "LightningLSTM"], monkeypatch)
     finally:
         logging.disable(logging.NOTSET)
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| lightning")]
-    assert [row[1] for row in rows] == ["BoringModel", "LightningLSTM"]
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    columns = next(line for line in lines if line[0] == "package")
+    rows = [dict(zip(columns, line, strict=True)) for line in lines if line[0].startswith("lightning")]
+    assert [row["module"] for row in rows] == ["BoringModel", "LightningLSTM"]
     for row in rows:
-        assert row[-1] == "works as it is |"
-        assert float(row[5]) < 1e-6
-        assert (row[3], row[7]) == ("yes", "yes")
+        assert row["outcome"] == "works as it is"
+        assert float(row["error of the scores"]) < 1e-6
+        assert (row["training unchanged"], row["state unchanged"]) == ("yes", "yes")

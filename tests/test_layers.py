@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_gif"
 FLOORS = (
     *("_version", "_moved", "_compat", "errors", "mixin", "registry"),
     *("storage", "distributed", "config", "parameters", "solvers", "data", "edit", "selection", "reporting"),
-    *("metrics", "objective", "curvature", "defaults", "attribution", "session", "unlearning"),
+    *("metrics", "objective", "curvature", "defaults", "attribution", "fits", "session", "unlearning"),
     *("inspection", "reports", "calls", "callback", "verification", "cli", "__init__", "__main__"),
 )
 

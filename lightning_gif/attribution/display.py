@@ -71,7 +71,9 @@ def _error_notes(record: InfluenceRecord, uncertain: bool) -> Iterator[str]:
         uncertain: Whether a shown score has an interval that holds 0.
     """
     if record.standard_errors is None:
-        yield "no error bars: one state of one fit; pass snapshots=True or average the reports of several fits"
+        if record.n_states == 1 and not record.is_self_influence:
+            yield "of one state of training; averaged with an earlier one (fit with GIFCallback), scores predict better"
+        yield "no error bars: they need several fits (influence_over_fits), or GIFCallback(snapshots=2)"
         return
     averaged = f"{record.n_averaged} {'fits' if record.n_fits > 1 else 'states'}"
     source = averaged if record.n_fits > 1 else f"{averaged} of one fit (too short for other fits)"

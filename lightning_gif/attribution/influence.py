@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from ..storage.digests import Fingerprint, digest
 from .ranking import Strongest
 from .report import InfluenceReport, first_shown
 from .score_store import InMemory, ScoreStore
-from .uncertainty import Spread, agreement_of
+from .uncertainty import LEAST_STATES, Spread, agreement_of
 
 __all__ = ["influence"]
 
@@ -103,21 +103,10 @@ def influence(
     partial = keep is not None and 2 * keep < len(call.scored)
     store = _open_store(call, scores_to, None if partial else spill_to)
     solved = [_solved_at(call, number, store) for number in range(len(call.states))]
-    kept: Strongest | ScoreStore | InMemory
-    averaged = len(call.states)
-    if keep is not None and partial:
-        kept = Strongest(call.n_queries, call.scored.ids, keep, with_errors=call.with_errors)
-        _score(call, solved, kept, store)
-        scores, indices = kept.both()
-        agreement = kept.agreement.value(averaged)
-    else:
-        kept = store or InMemory(call.n_queries, len(call.scored), with_errors=call.with_errors)
-        _score(call, solved, kept, store)
-        scores, indices = kept.scores, call.scored.ids
-        agreement = agreement_of(scores, kept.standard_errors, averaged)
+    found = _all_scores(call, solved, store, keep if partial else None)
     return InfluenceReport(
-        scores=scores,
-        indices=indices,
+        scores=found.scores,
+        indices=found.indices,
         n_train=len(call.scored),
         solutions=solved[0].solutions,
         curvature=solved[0].curvature,
@@ -134,10 +123,32 @@ def influence(
             "dataset_size": len(train.dataset) if hasattr(train.dataset, "__len__") else None,
         },
         seconds=time.perf_counter() - begin,
-        standard_errors=kept.standard_errors,
-        agreement=agreement,
+        standard_errors=found.standard_errors,
+        agreement=found.agreement,
         context=context or CallContext(),
     )
+
+
+class _Scores(NamedTuple):
+    """Scores, and their spread over the states; the fields are those of the report."""
+
+    scores: Tensor
+    indices: Tensor
+    standard_errors: Tensor | None
+    agreement: float | None
+
+
+def _all_scores(call: _Call, solved: list[SolvedQueries], store: ScoreStore | None, keep: int | None) -> _Scores:
+    """Scores the training examples; only the ``keep`` highest and lowest scores of each query are kept, if given."""
+    averaged = len(call.states)
+    if keep is not None:
+        ends = Strongest(call.n_queries, call.scored.ids, keep, with_errors=call.with_errors)
+        _score(call, solved, ends, store)
+        return _Scores(*ends.both(), ends.standard_errors, ends.agreement.value(averaged))
+    kept = store or InMemory(call.n_queries, len(call.scored), with_errors=call.with_errors)
+    _score(call, solved, kept, store)
+    errors = kept.standard_errors
+    return _Scores(kept.scores, call.scored.ids, errors, agreement_of(kept.scores, errors, averaged))
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,7 @@ class _Call:
     @property
     def with_errors(self) -> bool:
         """Whether scores have standard errors, from several states."""
-        return len(self.states) > 1
+        return len(self.states) >= LEAST_STATES
 
     @property
     def n_bytes(self) -> int:

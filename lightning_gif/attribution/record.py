@@ -164,8 +164,9 @@ class InfluenceRecord:
         check_level(level)
         if errors is None:
             raise ConfigurationError(
-                "The scores have no standard errors, because they are of one state of one fit. Pass snapshots=True to"
-                " the call, or average the reports of several fits: InfluenceReport.mean([report, …])."
+                "The scores have no standard errors, because they are of fewer than three states of one fit. Fit with"
+                " GIFCallback(snapshots=2) and pass snapshots=True to the call, or average the reports of several fits:"
+                " InfluenceReport.mean([report, …])."
             )
         half = t_quantile(level, self.n_averaged - 1) * errors
         return Intervals(scores - half, scores + half)
@@ -339,14 +340,7 @@ class InfluenceRecord:
                 " with 2·keep < n_train); and n_queries or no solves. Copy the folder again from where it was saved."
             )
         errors = tensors.get("standard_errors")
-        if errors is not None and (
-            errors.shape != scores.shape or errors.dtype != torch.float64 or not _at_least_0(errors)
-        ):
-            raise ConfigurationError(
-                f"The standard errors {list(errors.shape)} ({errors.dtype}) do not fit the scores"
-                f" {list(scores.shape)}. Expected: one for each score, in float64, finite, and at least 0. Copy the"
-                " folder again from where it was saved."
-            )
+        _check_errors(errors, scores)
         looks = {
             name: Shown(
                 restored(bool | int | float | str | None, stored["label"], f"the label of {name}"),
@@ -387,9 +381,17 @@ class InfluenceRecord:
         return report
 
 
-def _at_least_0(values: Tensor) -> bool:
-    """Whether all values are finite and at least 0."""
-    return bool((torch.isfinite(values) & (values >= 0)).all())
+def _check_errors(errors: Tensor | None, scores: Tensor) -> None:
+    """Checks that standard errors in a file, if there are any, are those of the scores."""
+    if errors is None:
+        return
+    fit = errors.shape == scores.shape and errors.dtype == torch.float64
+    if not fit or not bool((torch.isfinite(errors) & (errors >= 0)).all()):
+        raise ConfigurationError(
+            f"The standard errors {list(errors.shape)} ({errors.dtype}) do not fit the scores {list(scores.shape)}."
+            " Expected: one for each score, in float64, finite, and at least 0. Copy the folder again from where it was"
+            " saved."
+        )
 
 
 def _packed(entries: Tensor) -> Tensor:

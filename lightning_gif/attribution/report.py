@@ -175,7 +175,7 @@ class InfluenceReport(InfluenceRecord):
             own = torch.empty_like(order).index_copy_(0, order, report.indices.argsort(stable=True))
             scores += report.scores[:, own] / len(reports)
             spread.add(report.scores[:, own])
-        errors = spread.standard_errors()
+        errors = spread.standard_errors(least=2)
         if any(torch.equal(report.scores, first.scores) for report in others):
             rank_zero_warn(
                 "Several of the averaged reports have exactly the same scores, so the standard errors are too small."

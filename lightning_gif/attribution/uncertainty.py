@@ -10,11 +10,14 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 
-__all__ = ["LEVEL", "Agreement", "Intervals", "Spread", "agreement_of", "check_level", "t_quantile"]
+__all__ = ["LEAST_STATES", "LEVEL", "Agreement", "Intervals", "Spread", "agreement_of", "check_level", "t_quantile"]
 
 
 LEVEL = 0.9
 """The level of the intervals that reports show."""
+
+LEAST_STATES = 3
+"""The smallest number of states of one fit that give error bars: the interval of two is 6 standard errors long."""
 
 # Halvings of an angle between 0 and π/2, after which it is exact to rounding.
 _HALVINGS = 60
@@ -96,9 +99,9 @@ class Spread:
         self._mean = self._mean + difference / self._count
         self._squares = self._squares + difference * (values - self._mean)
 
-    def standard_errors(self) -> Tensor | None:
-        """The standard deviation over the additions by their root, in the shape of the values; ``None`` for one."""
-        if self._count < 2:
+    def standard_errors(self, least: int = LEAST_STATES) -> Tensor | None:
+        """The standard deviation over the additions by the root of their number; ``None`` for fewer than ``least``."""
+        if self._count < least:
             return None
         return (self._squares / ((self._count - 1) * self._count)).sqrt()
 

@@ -33,10 +33,7 @@ from .products import require_gauss_newton
 from .sampling import curvature_sample, sample_size
 from .streaming import warn_of_zero_curvature
 
-__all__ = ["LEAST_DAMPING", "RELATIVE_DAMPING", "EKFACInverse", "KroneckerBlock", "kronecker_blocks", "sum_of_squares"]
-
-# The default damping of a layer as a share of its mean eigenvalue. benchmarks/README.md, "Scores on several tasks".
-RELATIVE_DAMPING = 0.3
+__all__ = ["LEAST_DAMPING", "EKFACInverse", "KroneckerBlock", "kronecker_blocks", "sum_of_squares"]
 
 # The smallest damping of a layer, as a share of that of all parameters: a layer of dead units has eigenvalues of 0.
 LEAST_DAMPING = 1e-6
@@ -155,6 +152,7 @@ class EKFACInverse(InverseCurvature):
         blocks: The blocks of the matrices.
         diagonal: The diagonal of the Gauss–Newton matrix for each other parameter, ``(size,)``, by name.
         settings: The settings.
+        rank: The largest possible rank of the Gauss–Newton matrix: the number of predictions for all examples.
         facts: How the curvature was computed, for :meth:`summary`.
     """
 
@@ -166,22 +164,29 @@ class EKFACInverse(InverseCurvature):
         space: ParameterSpace,
         blocks: list[KroneckerBlock],
         diagonal: dict[str, Tensor],
+        rank: int,
         settings: Settings,
         facts: dict[str, Any],
     ) -> None:
-        self._space, self._blocks, self._diagonal = space, blocks, diagonal
+        self._space, self._blocks, self._diagonal, self._rank = space, blocks, diagonal, rank
         self._settings, self._facts = settings, facts
         self._own_damping = settings.damping is None
         values = [block.values for block in blocks] + list(diagonal.values())
-        self._mean = sum(float(part.double().sum()) for part in values) / space.size
         # For the report, the default is the mean over all parameters.
-        self.damping = RELATIVE_DAMPING * self._mean if settings.damping is None else float(settings.damping)
+        mean = sum(self._mean(part) * part.numel() for part in values) / space.size
+        self.damping = mean if settings.damping is None else float(settings.damping)
+
+    def _mean(self, values: Tensor) -> float:
+        """The mean of the eigenvalues of a layer that can differ from zero: no more than the rank."""
+        return float(values.double().sum()) / min(values.numel(), self._rank)
 
     def _damped(self, values: Tensor) -> Tensor:
-        """The eigenvalues of a layer plus its damping and the weight decay; infinite if all of this is zero."""
-        damping = self.damping
-        if self._own_damping:
-            damping = RELATIVE_DAMPING * max(float(values.double().mean()), LEAST_DAMPING * self._mean)
+        """The eigenvalues of a layer plus its damping and the weight decay; infinite if all of this is zero.
+
+        The default damping of a layer is the mean of its eigenvalues that can differ from zero. A mean over all would
+        be smaller the wider the layer is, and scores larger. benchmarks/README.md, "Scores on several tasks".
+        """
+        damping = max(self._mean(values), LEAST_DAMPING * self.damping) if self._own_damping else self.damping
         damped = values + (damping + self._settings.weight_decay)
         return torch.where(damped > 0, damped, torch.inf)
 
@@ -258,7 +263,7 @@ class EKFACInverse(InverseCurvature):
 
     def summary(self) -> dict[str, Any]:
         """The kind of curvature, and how many parameters are in blocks, and how many have the diagonal only."""
-        if not self._mean:
+        if not any(values.any() for values in (*(block.values for block in self._blocks), *self._diagonal.values())):
             warn_of_zero_curvature()
         diagonal = sum(len(values) for values in self._diagonal.values())
         return {**self._facts, "in_blocks": self._space.size - diagonal, "on_diagonal": diagonal}
@@ -300,21 +305,27 @@ def _require_layers(objective: Objective, settings: Settings, method: Method) ->
 
 @dataclass
 class _Passes:
-    """Backward passes over examples, from random vectors at the predictions, see :func:`output_vectors`."""
+    """Backward passes over examples, from random vectors at the predictions, see :func:`output_vectors`.
+
+    Attributes:
+        n_predictions: The number of predictions for all examples of this process, after an iteration.
+    """
 
     objective: Objective
     layers: LayerGradients
     examples: Examples
     seed: int
     on_product: Callable[[], Any]
+    n_predictions: int = 0
 
     def __iter__(self) -> Iterator[tuple[RecordedPass, list[Tensor], float]]:
         """Yields each pass with the gradients at the results of its layers, and its weight."""
         loss, theta = self.layers.together, self.objective.theta
-        count = max(_DRAWS // len(self.examples), 1)
+        count, self.n_predictions = max(_DRAWS // len(self.examples), 1), 0
         for batch in self.examples.local_batches():
             for part, recorded in self.layers.passes(partial(outputs.outputs, loss), batch):
                 ids = loss.whole(part).ids
+                self.n_predictions += recorded.value.numel()
                 at = outputs.loss_sum_at(loss, theta, part)
                 vectors = list(output_vectors(at, recorded.value, ids, count=count, seed=self.seed))
                 for vector in vectors:
@@ -322,8 +333,8 @@ class _Passes:
             self.on_product()
 
 
-def _fit(passes: _Passes) -> tuple[list[KroneckerBlock], dict[str, Tensor]]:
-    """The blocks, and the diagonal of the Gauss–Newton matrix for the other parameters by name."""
+def _fit(passes: _Passes) -> tuple[list[KroneckerBlock], dict[str, Tensor], int]:
+    """The blocks, the diagonal of the Gauss–Newton matrix for the other parameters by name, and its largest rank."""
     space, processes, n = passes.objective.space, passes.objective.processes, len(passes.examples)
     theta = passes.objective.theta
     # The first examples, whose uses these are, are the same on all processes.
@@ -352,7 +363,8 @@ def _fit(passes: _Passes) -> tuple[list[KroneckerBlock], dict[str, Tensor]]:
     for block in blocks:
         block.values = processes.sum(block.values) / n
         require_finite(block.values, "The curvature")
-    return blocks, {name: processes.sum(values) / n for name, values in diagonal.items()}
+    rank = int(processes.total(float(passes.n_predictions)))
+    return blocks, {name: processes.sum(values) / n for name, values in diagonal.items()}, rank
 
 
 def _weighted_squares(

@@ -15,7 +15,7 @@ from ..data.examples import Examples
 from ..errors import NonFiniteError, SelectionError
 from ..objective.objective import Objective
 from ..registry import Registry
-from .ekfac import LEAST_DAMPING, RELATIVE_DAMPING, EKFACInverse, kronecker_blocks, sum_of_squares
+from .ekfac import LEAST_DAMPING, EKFACInverse, kronecker_blocks, sum_of_squares
 from .methods import METHODS
 from .sampling import curvature_sample, sample_size
 
@@ -27,6 +27,9 @@ GradientEnergy = Callable[[Objective, Examples, Settings, Tensor], Tensor]
 ENERGIES: Registry[GradientEnergy] = Registry("gradient energy")
 """All matrices ``F`` by name; a selector declares the name of the one that it ranks by."""
 
+
+# The damping of a parameter tensor as a share of the mean of its diagonal.
+RELATIVE_DAMPING = 0.3
 
 # Options of solves, at the values that an inverse without solves takes.
 _OF_SOLVES: dict[str, Any] = {"max_iter": None, "rtol": None, "discrepancy": 0.0, "eigenvalues": 0}
@@ -60,7 +63,7 @@ def gradient_energies(name: str, objective: Objective, train: Examples, settings
 def by_fisher_diagonal(objective: Objective, train: Examples, settings: Settings, gradient: Tensor) -> Tensor:
     """Divides by the mean square of the gradients of single training examples, which is a diagonal Fisher matrix.
 
-    The damping of each parameter tensor is 0.3 times the mean of its diagonal, the rule of EK-FAC for a layer.
+    The damping of each parameter tensor is 0.3 times the mean of its diagonal.
     """
     examples = curvature_sample(objective, train, sample_size(settings), settings.curvature_sampling, settings.seed)
     total = torch.zeros_like(gradient)

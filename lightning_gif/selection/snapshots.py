@@ -2,53 +2,69 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-from ..config import check_count
+from ..config import AUTO, check_count
 
 __all__ = ["Snapshots"]
 
+# The smallest number of copies: with fewer, the earliest one could not always be from about a third of the epochs.
+_LEAST_KEPT = 4
+
+# The largest size of the copies that are kept without being asked for.
+_AUTOMATIC_BYTES = 2**28
+
 
 class Snapshots:
-    """Up to ``2·count`` states of a module, spread evenly over the last two thirds of the epochs so far.
+    """States of a module at the end of earlier epochs, from about a third of the epochs so far on.
 
-    The number of epochs need not be known. When there are more than ``2·count`` states, every other one is dropped, and
-    from then on half as many epochs are kept.
+    The number of epochs need not be known: each state that is kept is from an epoch that is a constant factor later
+    than the one before. The earliest is the last one that is not after a third of the epochs.
 
     Args:
-        count: The largest number of states that :meth:`chosen` returns; 0 for none.
+        count: The largest number of states that :meth:`chosen` returns; 0 for none. ``"auto"`` is 1, unless the
+            module is so large that all copies of its values would take more than 256 MiB.
 
     Attributes:
-        count: The argument.
-        kept: Copies of the parameters and buffers on the CPU, by epoch.
+        count: The largest number of states that :meth:`chosen` returns.
+        is_automatic: Whether the argument was ``"auto"``.
+        kept: Copies of the parameters and buffers on the CPU, by epoch. At most ``2·count`` and at least 4.
         last: The last epoch that has ended; -1 before the first.
 
     Raises:
-        ConfigurationError: If ``count`` is not a whole number of at least 0.
+        ConfigurationError: If ``count`` is neither ``"auto"`` nor a whole number of at least 0.
     """
 
-    def __init__(self, count: int) -> None:
-        check_count("snapshots", count, least=0)
-        self.count = count
+    def __init__(self, count: int | Literal["auto"]) -> None:
+        self.is_automatic = count == AUTO
+        if count != AUTO:
+            check_count("snapshots", count, least=0, others="'auto' or ")
+        self.count = 1 if isinstance(count, str) else count
         self.kept: dict[int, dict[str, Tensor]] = {}
         self.last = -1
 
+    @property
+    def argument(self) -> int | Literal["auto"]:
+        """The argument of the constructor."""
+        return "auto" if self.is_automatic else self.count
+
     def add(self, epoch: int, module: nn.Module) -> None:
-        """Adds the state at the end of an epoch, if the spacing requires this epoch."""
-        if not self.count:
+        """Adds the state at the end of an epoch, if it is far enough from the one before."""
+        values, most = _values(module), max(2 * self.count, _LEAST_KEPT)
+        if not self.count or (self.is_automatic and most * sum(map(_nbytes, values.values())) > _AUTOMATIC_BYTES):
             return
         self.last = epoch
-        # Epochs from ``epoch`` on are dropped too: they are from an earlier fit, because each fit begins at epoch 0.
-        early = (epoch + 1) / 3
-        self.kept = {past: state for past, state in self.kept.items() if early <= past + 1 and past < epoch}
-        epochs = sorted(self.kept)
-        stride = epochs[-1] - epochs[-2] if len(epochs) > 1 else 1
-        if epochs and (epoch - epochs[-1]) % stride:
-            return
-        self.kept[epoch] = {name: value.detach().to("cpu", copy=True) for name, value in _values(module).items()}
-        if len(self.kept) > 2 * self.count:  # keep the latest epoch and every other one before it
-            self.kept = {past: state for past, state in self.kept.items() if (epoch - past) % (2 * stride) == 0}
+        # Epochs from ``epoch`` on are dropped: they are from an earlier fit, because each fit begins at epoch 0.
+        epochs = sorted(past for past in self.kept if past < epoch)
+        while len(epochs) > 1 and 3 * (epochs[1] + 1) <= epoch + 1:
+            del epochs[0]
+        self.kept = {past: self.kept[past] for past in epochs}
+        # With this factor, the states from a third of the epochs on are no more than may be kept.
+        if not epochs or epoch + 1 >= 3 ** (1 / (most - 1.5)) * (epochs[-1] + 1):
+            self.kept[epoch] = {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
 
     def chosen(self) -> dict[int, dict[str, Tensor]]:
         """At most ``count`` states by epoch, evenly spread. Not the last epoch: its weights are the current ones."""
@@ -57,8 +73,8 @@ class Snapshots:
         return {late[place]: self.kept[late[place]] for place in places}
 
     def state(self) -> dict[str, object]:
-        """The state, for a checkpoint."""
-        return {"last": self.last, "kept": self.kept}
+        """The state, for a checkpoint. It is empty if nobody asked for snapshots, since they may be large."""
+        return {} if self.is_automatic else {"last": self.last, "kept": self.kept}
 
     def load_state(self, last: int, kept: dict[int, dict[str, Tensor]], module: nn.Module) -> None:
         """Restores what :meth:`state` returned.
@@ -71,6 +87,10 @@ class Snapshots:
             if epoch > last or {name: value.shape for name, value in state.items()} != shapes:
                 raise ValueError(f"the snapshot of epoch {epoch} is of another module")
         self.last, self.kept = last, dict(kept)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _values(module: nn.Module) -> dict[str, Tensor]:

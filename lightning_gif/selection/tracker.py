@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class TrainingTracker:
         active: Whether the current fit gathers statistics; false after an error in gathering.
     """
 
-    def __init__(self, selection: Selection, snapshots: int) -> None:
+    def __init__(self, selection: Selection, snapshots: int | Literal["auto"]) -> None:
         self.selection = selection
         self.snapshots = Snapshots(snapshots)
         self.neurons = NeuronStatistics()
@@ -201,7 +201,7 @@ class TrainingTracker:
         """Drops statistics, targets and snapshots."""
         self.neurons, self.gradients = NeuronStatistics(), GradientStatistics()
         self.targets = self.targets_epoch = None
-        self.snapshots = Snapshots(self.snapshots.count)
+        self.snapshots = Snapshots(self.snapshots.argument)
         self._local = False
 
     @property
@@ -361,7 +361,7 @@ class TrainingTracker:
                 targets.check_fit(module)
             self.neurons.load_state(state["neurons"], module)
             self.gradients.load_state(state["gradients"], module)
-            if "snapshots" in state:
+            if state.get("snapshots"):
                 self.snapshots.load_state(**state["snapshots"], module=module)
             same = state["state_key"] == key
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:

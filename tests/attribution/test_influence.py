@@ -595,7 +595,7 @@ def test_invalid_choices_of_examples_to_score_are_refused() -> None:
 
 
 def test_scores_in_a_folder_resume_after_an_interruption(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, _, dataset = fitted()
+    trainer, _, dataset = fitted(callback=GIFCallback(snapshots=0))
     query = batch_of(dataset, slice(0, 3))
     options: dict[str, Any] = {"per_example": True, "batch_size": 16}
     expected = trainer.influence(query, **options)
@@ -643,7 +643,7 @@ def test_scores_in_a_folder_resume_after_an_interruption(tmp_path: Any, monkeypa
 
 
 def test_damaged_scores_of_a_finished_call_are_computed_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, _, dataset = fitted()
+    trainer, _, dataset = fitted(callback=GIFCallback(snapshots=0))
     query = batch_of(dataset, slice(0, 3))
     expected = trainer.influence(query, scores_to=tmp_path / "scores").scores.clone()
     content = bytearray((tmp_path / "scores" / "scores.bin").read_bytes())

@@ -120,7 +120,9 @@ def test_standard_errors_are_those_of_separate_calls_at_each_state(weight_decay:
     options: dict[str, Any] = {"per_example": True, "weight_decay": weight_decay, **STEADY}
     query = batch_of(dataset, slice(0, 3))
     report = trainer.influence(query, snapshots=True, **options)
-    states = of_each_state(trainer, dataset, report.settings["snapshots"], lambda one: one.influence(query, **options))
+    states = of_each_state(
+        trainer, dataset, report.settings["snapshots"], lambda one: one.influence(query, snapshots=False, **options)
+    )
     assert len(states) == report.n_states == report.n_averaged == 3
     torch.testing.assert_close(report.standard_errors, states.std(0) / 3**0.5, rtol=1e-6, atol=1e-12)
     assert report.standard_errors.dtype == torch.float64
@@ -214,17 +216,23 @@ def test_a_store_of_an_earlier_version_gets_standard_errors(tmp_path: Path) -> N
 
 
 def test_one_state_has_no_error_bars_and_the_report_says_how_to_get_them() -> None:
-    trainer, _, dataset = fitted()
+    trainer, _, dataset = fitted(callback=GIFCallback(snapshots=0))
     report = trainer.influence(batch_of(dataset, slice(0, 3)))
     assert report.standard_errors is None
     assert report.agreement is None
-    lines = str(report).splitlines()
-    assert lines[-1] == (
-        "no error bars: one state of one fit; pass snapshots=True or average the reports of several fits"
+    *_, advice, last = str(report).splitlines()
+    assert (
+        advice == "of one state of training; averaged with an earlier one (fit with GIFCallback), scores predict better"
     )
+    assert last == "no error bars: they need several fits (influence_over_fits), or GIFCallback(snapshots=2)"
+    trainer, _, dataset = fitted(max_epochs=4)
+    two = trainer.influence(batch_of(dataset, slice(0, 3)))
+    assert two.n_states == 2
+    assert str(two).splitlines()[-1] == last
+    assert "predict better" not in str(two)
     assert "±" not in str(report)
     assert "agreement" not in report.summary()
-    with pytest.raises(ConfigurationError, match=r"Pass snapshots=True .* or average .* InfluenceReport\.mean"):
+    with pytest.raises(ConfigurationError, match=r"pass snapshots=True .* or average .* InfluenceReport\.mean"):
         report.intervals()
 
 
@@ -342,10 +350,10 @@ def test_the_mean_of_fits_has_the_spread_of_the_fits_as_standard_errors(tmp_path
 
     def fit_and_remember(seed: int) -> Any:
         trainer = fit(seed)
-        made.append(trainer.influence(query, per_example=True, k=3))
+        made.append(trainer.influence(query, per_example=True, k=3, snapshots=False))
         return trainer
 
-    report = influence_over_fits(fit_and_remember, query, seeds=(3, 4, 5, 6), per_example=True, k=3)
+    report = influence_over_fits(fit_and_remember, query, seeds=(3, 4, 5, 6), per_example=True, k=3, snapshots=False)
     scores = torch.stack([one.scores for one in made])
     assert torch.equal(report.indices, made[0].indices)
     torch.testing.assert_close(report.scores, scores.mean(0), rtol=1e-10, atol=1e-14)

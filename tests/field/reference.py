@@ -59,7 +59,7 @@ def fitted(
     module: pl.LightningModule, data: Dataset[Any], collate: Any = None, epochs: int = 3, **options: Any
 ) -> pl.Trainer:
     """A trainer with the callback after a short fit."""
-    trainer = make_trainer(GIFCallback(ratio=0.5, **options), max_epochs=epochs)
+    trainer = make_trainer(GIFCallback(**{"ratio": 0.5, "snapshots": 0, **options}), max_epochs=epochs)
     trainer.fit(module, DataLoader(data, 8, shuffle=True, collate_fn=collate))
     return trainer
 

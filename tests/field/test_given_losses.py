@@ -55,7 +55,7 @@ def losses(module: Any, batch: Any) -> Tensor:
 @pytest.mark.parametrize("module", [ByHand, WithLosses])
 def test_the_scores_are_those_of_the_given_losses(module: type[Module]) -> None:
     one = module()
-    trainer = make_trainer(GIFCallback(influence_loss=losses), max_epochs=3)
+    trainer = make_trainer(GIFCallback(influence_loss=losses, snapshots=0), max_epochs=3)
     trainer.fit(one, DataLoader(DATA, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("error", GIFWarning)
@@ -67,7 +67,7 @@ def test_the_scores_are_those_of_the_given_losses(module: type[Module]) -> None:
 
 def test_an_edit_with_given_losses_can_be_undone() -> None:
     one = ByHand()
-    trainer = make_trainer(GIFCallback(influence_loss=losses, ratio=0.5), max_epochs=3)
+    trainer = make_trainer(GIFCallback(influence_loss=losses, ratio=0.5, snapshots=0), max_epochs=3)
     trainer.fit(one, DataLoader(DATA, 8))
     before = [p.detach().clone() for p in one.parameters()]
     with warnings.catch_warnings():

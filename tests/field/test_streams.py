@@ -77,7 +77,7 @@ QUERY = {"x": X[:4], "y": Y[:4], "id": torch.arange(4)}
 
 
 def trained(rows: Rows, **options: Any) -> Any:
-    trainer = make_trainer(GIFCallback(ratio=0.5, **options), max_epochs=3, limit_train_batches=3)
+    trainer = make_trainer(GIFCallback(ratio=0.5, snapshots=0, **options), max_epochs=3, limit_train_batches=3)
     trainer.fit(Net(), DataLoader(rows, 8))
     return trainer
 
