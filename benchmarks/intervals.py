@@ -40,10 +40,10 @@ def scores_of_states(task: Task, folders: dict[str, Path], seed: int) -> Tensor:
     """The scores at the last state of a fit and at its snapshots, ``(S, queries, n)``."""
     x, y = task.data(folders)
     of = scored(task, x[QUERIES:], y[QUERIES:], (x[:QUERIES], y[:QUERIES]), seed)
-    parts = [ours()(of)]
-    for state in of.callback.tracker.snapshots.kept.values():
+    parts = [ours("none")(of)]
+    for state in of.kept["four"].chosen().values():
         of.module.load_state_dict(state)
-        parts.append(ours()(of))
+        parts.append(ours("none")(of))
     return torch.stack(parts)
 
 

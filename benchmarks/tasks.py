@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gif import GIFCallback, attach
+from lightning_gif.selection.snapshots import Snapshots
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import digits
@@ -183,12 +184,12 @@ ASIDE = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def train(task: Task, x: Tensor, y: Tensor, seed: int) -> tuple[nn.Module, dict[int, dict[str, Tensor]]]:
-    """A trained network, and its states after 0.4, 0.6 and 0.8 of the epochs."""
+def train(task: Task, x: Tensor, y: Tensor, seed: int) -> tuple[Module, dict[str, Snapshots]]:
+    """A trained network, and the snapshots that the callback keeps: by default, and four of them."""
     torch.manual_seed(seed)
-    net, states = task.net(), dict[int, dict[str, Tensor]]()
+    net, kept = task.net(), {"default": Snapshots("auto"), "four": Snapshots(4)}
+    module = Module(net)
     optimizer = task.optimizer(net.parameters())
-    kept = {round(share * task.epochs) - 1 for share in (0.4, 0.6, 0.8)}
     for epoch in range(task.epochs):
         for rows in torch.randperm(len(x)).split(BATCH):
             if len(rows) < BATCH:
@@ -196,9 +197,9 @@ def train(task: Task, x: Tensor, y: Tensor, seed: int) -> tuple[nn.Module, dict[
             optimizer.zero_grad()
             losses(net(x[rows]), y[rows], "mean").backward()
             optimizer.step()
-        if epoch in kept:
-            states[epoch] = {f"net.{name}": value.clone() for name, value in net.state_dict().items()}
-    return net.eval(), states
+        for snapshots in kept.values():
+            snapshots.add(epoch, module)
+    return module.eval(), kept
 
 
 def truth(
@@ -214,9 +215,9 @@ def truth(
     found = torch.empty(halves, seeds, len(asked[0]), dtype=torch.float64)
     for half, row in enumerate(removed):
         for seed in range(seeds):
-            net, _ = train(task, x[row == 0], y[row == 0], 1000 + half * seeds + seed)
+            module, _ = train(task, x[row == 0], y[row == 0], 1000 + half * seeds + seed)
             with torch.no_grad():
-                found[half, seed] = losses(net(asked[0]).double(), asked[1].to(_target_type(asked[1])), "none")
+                found[half, seed] = losses(module(asked[0]).double(), asked[1].to(_target_type(asked[1])), "none")
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         torch.save(found, cache)
@@ -236,26 +237,25 @@ class Scored:
     module: Module
     train: TensorDataset
     queries: TensorDataset
+    kept: dict[str, Snapshots]
 
 
 def scored(task: Task, x: Tensor, y: Tensor, asked: tuple[Tensor, Tensor], seed: int = 0) -> Scored:
-    net, states = train(task, x, y, seed)
-    module, data = Module(net), TensorDataset(x, y)
+    module, kept = train(task, x, y, seed)
+    data = TensorDataset(x, y)
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_epochs=task.epochs
     )
     callback = attach(trainer, module, train_dataloaders=DataLoader(data, 256))
-    callback.tracker.snapshots.count = len(states)
-    callback.tracker.snapshots.last = task.epochs
-    callback.tracker.snapshots.kept = states
-    return Scored(callback, trainer, module, data, TensorDataset(*asked))
+    return Scored(callback, trainer, module, data, TensorDataset(*asked), kept)
 
 
 Score = Callable[[Scored], Tensor]
 
 
-def ours(**options: Any) -> Score:
+def ours(snapshots: str = "default", **options: Any) -> Score:
     def score(of: Scored) -> Tensor:
+        of.callback.tracker.snapshots = of.kept.get(snapshots, Snapshots(0))
         report = of.trainer.influence(of.queries.tensors, per_example=True, unconverged="ignore", **options)
         values = torch.zeros(report.scores.shape, dtype=torch.float64)
         values[:, report.indices] = report.scores
@@ -270,10 +270,14 @@ def theirs(name: str) -> Score:
 
 
 ROWS: dict[str, dict[str, Score]] = {
-    "defaults": {"defaults": ours(), "`snapshots=True`": ours(snapshots=True)},
+    "defaults": {
+        "defaults": ours(),
+        "the last state only, `snapshots=False`": ours("none"),
+        "five states, `GIFCallback(snapshots=4)`": ours("four"),
+    },
     "sketch": {
+        "`solver='nystrom', max_iter=512, snapshots=False`": ours("none", solver="nystrom", max_iter=512),
         "`solver='nystrom', max_iter=512`": ours(solver="nystrom", max_iter=512),
-        "`solver='nystrom', max_iter=512, snapshots=True`": ours(solver="nystrom", max_iter=512, snapshots=True),
     },
     "peers": {name: theirs(name) for name in ("kronfluence EK-FAC", "gradient dot product")},
 }

@@ -36,7 +36,7 @@ def loaders(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["dict", "list", "combined"])
 def test_several_loaders_are_refused_with_a_dataset_that_works(kind: str) -> None:
-    module, trainer = Pairs(), make_trainer(GIFCallback(ratio=0.5))
+    module, trainer = Pairs(), make_trainer(GIFCallback(ratio=0.5, snapshots=0))
     trainer.fit(module, loaders(kind))
     stacked = StackDataset(FIRST, SECOND) if kind == "list" else StackDataset(a=FIRST, b=SECOND)
     named = r"StackDataset\(dataset_0, dataset_1\)" if kind == "list" else r"StackDataset\(a=a_dataset, b=b_dataset\)"
