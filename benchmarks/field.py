@@ -332,7 +332,14 @@ def tried(package: str, case: Case, *, own_loss: bool = False) -> Row:
     if report is not None and case.predict is not None:
         batches = [loader.collate_fn([loader.dataset[index]]) for index in range(len(loader.dataset))]
         exact = exact_scores(case, trainer, module, batches, loader.collate_fn([loader.dataset[0]] * 2))
-        converged = {**options, "damping": DAMPING, "max_iter": 400, "rtol": 1e-10, "unconverged": "ignore"}
+        converged = {
+            **options,
+            "snapshots": False,
+            "damping": DAMPING,
+            "max_iter": 400,
+            "rtol": 1e-10,
+            "unconverged": "ignore",
+        }
         scores = checked("exact influence", lambda: trainer.influence(query, double=True, **converged))
         if scores is None:
             row.cells["double"] = "float32 only"
@@ -365,7 +372,7 @@ def tried(package: str, case: Case, *, own_loss: bool = False) -> Row:
 def by_ekfac(trainer: Any, query: Any, options: dict[str, Any]) -> Tensor | None:
     """The scores of EK-FAC, ``(n,)``; ``None`` if the module has parameters outside of layers."""
     try:
-        return trainer.influence(query, **options, solver="ekfac", damping=DAMPING).scores[0]
+        return trainer.influence(query, **options, snapshots=False, solver="ekfac", damping=DAMPING).scores[0]
     except ConfigurationError as error:
         if "in layers that are linear in them" not in str(error):
             raise

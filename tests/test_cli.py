@@ -573,7 +573,9 @@ def test_snapshots_of_a_checkpoint_are_used(tmp_path: Path, capsys: pytest.Captu
     assert main([*asked, "--gif.snapshots", "2"]) == 0
     assert "the mean over 3 states of training" in capsys.readouterr().out
     assert len(InfluenceReport.load("report").settings["snapshots"]) == 2
-    assert main(asked) == 2
+    assert main(asked) == 0
+    assert len(InfluenceReport.load("report").settings["snapshots"]) == 1
+    assert main([*asked, "--gif.snapshots", "0"]) == 2
     assert "there are none. Fit with GIFCallback(snapshots" in capsys.readouterr().err
 
 

@@ -44,7 +44,7 @@ def net() -> nn.Module:
 
 
 def quick(**options: Any) -> GIFCallback:
-    return GIFCallback(**{"ratio": 0.5, "unconverged": "ignore", **options})
+    return GIFCallback(**{"ratio": 0.5, "unconverged": "ignore", "snapshots": 0, **options})
 
 
 def story(

@@ -147,7 +147,7 @@ STORIES: dict[str, tuple[type[pl.LightningModule], Dataset[Any], Any]] = {
 
 def trained(name: str, epochs: int = 5) -> tuple[pl.Trainer, pl.LightningModule, DataLoader[Any]]:
     module, dataset, collate = STORIES[name]
-    trainer, model = make_trainer(GIFCallback(unconverged="ignore"), max_epochs=epochs), module()
+    trainer, model = make_trainer(GIFCallback(unconverged="ignore", snapshots=0), max_epochs=epochs), module()
     trainer.fit(model, DataLoader(dataset, 10, shuffle=True, collate_fn=collate))
     return trainer, model, DataLoader(dataset, 7, collate_fn=collate)
 
