@@ -64,11 +64,12 @@ class GIFCallback(TrainerCalls, Callback):
             entries. These rank the neurons of Linear and Conv layers. If these layers have less than half of the
             parameters that ``ratio`` asks for, the units of all other parameters are ranked as well, by their
             gradients. ``"caps"`` and ``"ekfac_caps"`` are newer selectors of the paper's authors. They rank blocks
-            (neurons, attention heads, rows) of all layers at once, by the energy of the gradient of the examples in
-            question relative to the curvature: to the diagonal of the Fisher matrix, or to EK-FAC. Calls then need
-            ``targets="batch"`` or ``"class"``. You can register your own in ``lightning_gif.SELECTORS``. To pick
-            parameters yourself, pass names or patterns, such as ``["head.*", "*.norm.weight"]``. All entries of the
-            parameters that match become targets.
+            (neurons, attention heads, rows) of all layers at once by gradient energy: the squared gradient of the query
+            or the forget examples, relative to the curvature. The curvature is the diagonal of the Fisher matrix for
+            ``"caps"``, and EK-FAC for ``"ekfac_caps"``. With these two, there are no cached targets: calls that use
+            targets need ``targets="batch"`` or ``"class"``. You can register your own in ``lightning_gif.SELECTORS``.
+            To pick parameters yourself, pass names or patterns, such as ``["head.*", "*.norm.weight"]``. All entries of
+            the parameters that match become targets.
         ratio: The share of each layer's parameters that become targets, in (0, 1]; at most 0.5 for the ``exclusive_k``
             selectors. For ``"caps"`` and ``"ekfac_caps"``, the share of all parameters. With a larger share an edit can
             do more, but changes more of the model.
@@ -84,16 +85,17 @@ class GIFCallback(TrainerCalls, Callback):
             ``"nystrom"`` takes as many products for many queries as for one. ``"ekfac"``, for scores only, takes no
             products: it approximates the Gauss–Newton matrix layer by layer. You can register your own solver in
             ``lightning_gif.SOLVERS``. ``"auto"`` (default): for scores ``"ekfac"`` if the module has more than 1024
-            parameters, all in layers that are linear in them, and neither ``max_iter`` nor ``rtol`` is given. Otherwise
-            ``"cg"``, or ``"nystrom"`` for 13 queries or more. ``"lsmr"`` for edits, for ``"gif"``, and with the
-            Hessian.
+            parameters, all in layers that are linear in them, and none of ``max_iter``, ``rtol``, ``discrepancy`` and
+            ``eigenvalues`` is given. Otherwise ``"cg"``, or ``"nystrom"`` for 13 queries or more. ``"lsmr"`` for edits,
+            for ``"gif"``, and with the Hessian.
         damping: The damping λ, in the unit of the curvature's eigenvalues. Every solver adds it to the eigenvalues of
             the Gauss–Newton matrix. With ``"gif"`` and with the Hessian, ``‖Ax − g‖² + λ²‖x‖²`` is minimised instead,
             where an eigenvalue ``c`` counts as ``√(c² + λ²)``. More damping gives smaller and more cautious results.
-            ``None`` (default): for scores a thousandth of the largest eigenvalue (three extra products), or with
-            ``"ekfac"`` the mean of the eigenvalues of each layer that can differ from zero; for ``"gif"`` and edits 0.
-            The first label-correction solves of a classifier use ``‖Aᵀg‖ / (5‖g‖)`` (one extra product), and more after
-            a rejected step. The values used are in ``report.solution.damping`` and ``report.solves[i]["damping"]``.
+            ``None`` (default): for scores a thousandth of the largest eigenvalue (three extra products). With
+            ``"ekfac"``, each layer has its own: the mean of those of its eigenvalues that can differ from zero. For
+            ``"gif"`` and edits 0. The first label-correction solves of a classifier use ``‖Aᵀg‖ / (5‖g‖)`` (one extra
+            product), and more after a rejected step. The values used are in ``report.solution.damping`` and
+            ``report.solves[i]["damping"]``.
         max_iter: The largest number of iterations of one solve; for ``"nystrom"`` the rank of the sketch. An iteration
             takes two Hessian-vector products, or one for ``"cg"`` and Newton steps. Fewer iterations regularise.
             ``None`` (default): 200 if ``rtol`` is given. Otherwise 20 for scores by ``"cg"``, at most 512 by
@@ -135,21 +137,24 @@ class GIFCallback(TrainerCalls, Callback):
         cache_steps: The approximate number of optimizer steps of an epoch, spread evenly, at which statistics are
             gathered; 64 by default, but at most one step in seven if that is more than 8. More steps slow training.
             ``None`` gathers at every step. Every step is also used in epochs of unknown length.
-        snapshots: The number of snapshots over which :meth:`influence` averages scores, in addition to the present
-            weights. They are from a third of the epochs on. Up to twice as many copies of the weights, and at least 4,
-            take CPU memory. ``"auto"`` (default): 1, unless the copies would take more than 256 MiB; they are not added
-            to checkpoints. With a number, checkpoints have the copies, too. 0 keeps none.
+        snapshots: The number of snapshots: weights at the end of earlier epochs, over which :meth:`influence` averages
+            scores together with the present weights. They are spread from about a third of the epochs to the last one.
+            Up to twice as many copies of the weights are kept in CPU memory, or up to four for one snapshot.
+            ``"auto"`` (default): 1, or 0 if four copies would take more than 256 MiB; checkpoints do not have the
+            copies. If you give a number, checkpoints have them, too. 0 keeps none. Each snapshot makes a call take as
+            long again. Error bars need 2 or more.
         log_reports: Whether to log each report, and the targets of each epoch, to the trainer's loggers; ``True`` by
             default.
         report_every_n_epochs: Compute and log an influence report for ``query`` at the end of every n-th epoch of
             ``fit``. ``None`` (default) for no reports. W&B also gets a table ``gif/influence/history`` with the
             proponents and opponents of all reports, which shows when examples become influential. A report takes about
-            as long as an epoch: 20 products over ``curvature_examples``, and a pass over the training data that costs
-            about three forward passes. :attr:`last_report` is the latest report.
+            as long as an epoch: a solve over ``curvature_examples``, and a pass over the training data that costs about
+            three forward passes. With a snapshot it takes twice as long, see ``report_options``. :attr:`last_report` is
+            the latest report.
         query: The query of these reports: a batch or a ``DataLoader``, as in :meth:`influence`. If it does not fit the
             model or the training data, a warning says so before training, and there are no reports in that fit.
-        report_options: Arguments of :meth:`influence` for these reports, such as ``{"k": 20, "among": indices}``. With
-            fewer examples in ``among``, a report is cheaper.
+        report_options: Arguments of :meth:`influence` for these reports, such as ``{"k": 20, "among": indices}``. A
+            report is cheaper with fewer examples in ``among``, and with ``"snapshots": False``.
         seed: The seed of all random draws of the computations; 0 by default.
         record: The audit log: a file, such as ``"deletions.jsonl"``, that gets an entry for each edit that is applied
             or undone. It is created if it does not exist; see :func:`~lightning_gif.verify`. An edit that cannot be

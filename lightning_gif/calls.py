@@ -123,9 +123,9 @@ class TrainerCalls:
             targets: The parameters that scores are restricted to; by default all parameters are used. ``"cached"``: the
                 targets picked at the end of the last epoch. ``"class"``: neurons are ranked by the training statistics
                 of the batch's classes. ``"batch"``: neurons are ranked on the batch, as in the GIF paper. The selectors
-                ``"caps"`` and ``"ekfac_caps"`` take the gradient of the batch, or with ``"class"`` of the training
-                examples of its classes, and have no cached targets. If ``selector``, ``ratio`` or a method with targets
-                is given, the default is ``"cached"``.
+                ``"caps"`` and ``"ekfac_caps"`` have no cached targets. With ``"batch"`` they use the gradient of the
+                batch, and with ``"class"`` that of all training examples of its classes. If ``selector``, ``ratio`` or
+                a method with targets is given, the default is ``"cached"``.
             among: The training examples to score: dataset indices, or a function from a batch to one truth value for
                 each of its examples. By default all. The scores of an example do not depend on this choice.
             scores_to: A folder to which scores are written as they are computed, if they do not fit into memory. After
@@ -136,8 +136,8 @@ class TrainerCalls:
             keep: Keep only this many of the highest, and of the lowest, scores of each query; at least ``k``. By
                 default all scores are kept. Use it for many queries.
             snapshots: Whether to average the scores over the present weights and the snapshots of training. This
-                predicts retraining better, and costs a solve and a scoring pass for each snapshot. ``None`` (default):
-                if there are snapshots. ``True`` raises an error if there are none.
+                predicts retraining better, and costs a solve and a scoring pass for each snapshot. With ``None``
+                (default), scores are averaged if there are snapshots. ``True`` raises an error if there are none.
             dataloader: A loader of the training data; by default the one of ``fit``.
             **overrides: Arguments of the constructor to change for this call: those from ``selector`` to
                 ``unconverged``, and ``seed``.
@@ -238,33 +238,37 @@ class TrainerCalls:
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
     ) -> ValidationReport:
-        """Tests how well the scores predict retraining: on random subsets of the training examples.
+        """Tests how well scores predict retraining, by training models on random subsets of the training examples.
 
         Bound to the trainer as ``trainer.validate_influence(batch, retrain, …)``. The call trains
-        ``n_subsets * n_seeds`` models. For each subset it compares the sum of the scores of the examples that it leaves
-        out with the change of each query's loss. The result is the linear datamodeling score (LDS).
+        ``n_subsets * n_seeds`` models. For each subset, and for each query, it compares two numbers: the sum of the
+        scores of the examples that the subset leaves out, and how much the loss of the models trained on the subset
+        differs from that of the original model. Their rank correlation over the subsets, averaged over the queries, is
+        the linear datamodeling score (LDS).
 
         Args:
             trainer: The trainer; ``trainer.validate_influence`` fills it in.
             batch: The query: a batch as the training loader yields them, or a ``DataLoader``. Each example is a query
-                of its own. 20 or more give a precise result.
-            retrain: A function ``(indices, seed)``. It trains a new model with a new ``Trainer`` on the training
-                examples with these dataset indices only, and otherwise as the model with the scores was trained. It
-                returns the ``LightningModule``. Global random generators are seeded with ``seed`` before each call, and
+                of its own. With 20 or more, the result is more precise.
+            retrain: A function ``(indices, seed)``. It trains a new model with a new ``Trainer``, only on the training
+                examples with these dataset indices, and otherwise just as the original model was trained. It returns
+                the new ``LightningModule``. Global random generators are seeded with ``seed`` before each call, and
                 restored afterwards.
             n_subsets: The number of random subsets, 3 or more; 8 by default. More subsets make the interval narrower.
             n_seeds: How many models are trained on each subset; 1 by default. With 2 or more the report has a noise
                 ceiling.
             share: The share of the training examples that each subset keeps; 0.5 by default. With 0.99 each subset
-                leaves out one example in a hundred. The effect of few examples is hard to tell from that of the seed.
+                leaves out one example in a hundred, but the effect of few examples is hard to tell from that of the
+                seed.
             groups: Groups of training examples that are kept or left out together, such as the photos of one person; in
                 one of the forms of :meth:`~lightning_gif.InfluenceReport.by_group`. By default each example is drawn on
                 its own.
             folder: A folder to which the losses of each retrained model are written. After an interruption, the same
-                call trains only the missing models. A call for more subsets or seeds continues, too. A call with other
+                call trains only the missing models. So does a call for more subsets or seeds. A call with other
                 weights, queries, subsets or data raises an error. By default nothing is written.
-            report: A report of ``trainer.influence`` with all scores for this query, which is tested instead of
-                computing scores. If it has one query, the query is the mean over the batch.
+            report: A report of ``trainer.influence`` for this batch, with all scores. Its scores are tested, and no
+                others are computed. If the report was made without ``per_example=True``, the query is the mean over the
+                batch.
             targets: As in :meth:`influence`.
             scores_to: As in :meth:`influence`.
             snapshots: As in :meth:`influence`.
@@ -276,7 +280,7 @@ class TrainerCalls:
 
         Raises:
             ConfigurationError: If an argument is invalid; if the trainer has several processes; or if ``retrain``
-                returns a model with other parameters, or changes the model with the scores.
+                returns a model with other parameters, or changes the original model.
             GIFError: As in :meth:`influence`.
         """
         begin = time.perf_counter()
@@ -337,9 +341,9 @@ class TrainerCalls:
             targets: ``"cached"`` restricts scores to the cached targets; by default all parameters are used, see
                 :meth:`influence`.
             among: As in :meth:`influence`.
-            snapshots: Whether to average over the snapshots, too, see :meth:`influence`; ``False`` by default. Each
-                costs a sketch and a pass. With snapshots, scores also show wrong labels that are fully memorized at the
-                end of training.
+            snapshots: Whether to average the scores over the present weights and the snapshots, see :meth:`influence`;
+                ``False`` by default. Each snapshot makes the call take as long again. With snapshots, wrong labels that
+                are fully memorized at the end of training have high scores as well.
             dataloader: As in :meth:`influence`.
             **overrides: As in :meth:`influence`. With more than 1024 parameters, ``max_iter`` is the rank of a sketch,
                 64 by default. A higher rank makes the size of scores more accurate; their order hardly changes.

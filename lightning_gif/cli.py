@@ -82,8 +82,8 @@ def influence(
         per_example: Whether each example is a query of its own. By default the query is their mean.
         k: The number of proponents, and of opponents, that are shown.
         targets: The parameters that scores are restricted to; by default all parameters are used.
-        snapshots: Average over the snapshots in the checkpoint, if there are any (default). Set ``gif.snapshots`` to
-            their number.
+        snapshots: Whether to average over the present weights and the snapshots in the checkpoint; by default if there
+            are any. Without ``gif.snapshots``, one of them is used. Set it to their number to use all.
     """
     loader = tool.loader(split)
     wanted = _indices(indices, indices_file)
@@ -114,8 +114,8 @@ def validate(
 ) -> int:
     """Tests how well the scores of a checkpoint predict retraining, by training new models on random subsets.
 
-    The new models are trained with the same model, data and trainer arguments as the checkpoint. So give those of its
-    training. After an interruption, the same command resumes after the last model that was trained.
+    The new models are trained with the model, data and trainer arguments of this command. So give those with which the
+    checkpoint was trained. After an interruption, the same command resumes after the last model that was trained.
 
     Args:
         tool: The trainer with the model and its data.
@@ -126,12 +126,13 @@ def validate(
         indices_file: A text file with these indices, separated by white space or commas.
         n_queries: The number of query examples that are drawn at random if no indices are given.
         n_subsets: The number of random subsets of the training examples.
-        n_seeds: The number of models that are trained on each subset. Two or more measure a noise ceiling.
+        n_seeds: The number of models that are trained on each subset. With two or more, the report has a noise ceiling:
+            the LDS that perfect predictions would have.
         share: The share of the training examples that each subset keeps.
-        folder: A folder for the losses of the new models; by default the output with ``-retrainings`` added.
+        folder: A folder for the losses of the new models; by default ``output`` with ``-retrainings`` added.
         targets: The parameters that scores are restricted to; by default all parameters are used.
-        snapshots: Average over the snapshots in the checkpoint, if there are any (default). Set ``gif.snapshots`` to
-            their number.
+        snapshots: Whether to average over the present weights and the snapshots in the checkpoint; by default if there
+            are any. Without ``gif.snapshots``, one of them is used. Set it to their number to use all.
     """
     check_count("n_queries", n_queries)
     tool.check_retraining()

@@ -1,4 +1,4 @@
-"""Influence over several fits: scores with error bars for the chance in training."""
+"""Influence over several fits: scores with error bars that show how much they depend on chance in training."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ __all__ = ["influence_over_fits"]
 def influence_over_fits(
     fit: Callable[[int], Any], query: Any, seeds: Sequence[int] = (0, 1, 2), **arguments: Any
 ) -> InfluenceReport:
-    """Fits with several seeds, and averages the scores of the fits.
+    """Fits a network once with each seed, and averages the scores over the fits.
 
     Scores of one fit depend on its initial weights and on the order of its batches. The mean over fits depends less on
-    them, and predicts the average effect of removing an example. Its standard errors come from the spread of the fits.
-    It costs as many fits as there are seeds.
+    them: it predicts the average effect of removing an example. Its standard errors come from the spread of the fits.
 
     Args:
-        fit: A function from a seed to a fitted trainer with a ``GIFCallback``. It must make a new model, and use the
-            seed for its initial weights and the order of batches.
-        query: The query of ``trainer.influence``.
-        seeds: The seeds, two or more.
-        **arguments: The arguments of ``trainer.influence``.
+        fit: A function that takes a seed, and returns a fitted trainer with a ``GIFCallback``. It must make a new
+            model, and use the seed for the initial weights and the order of batches.
+        query: The query, as for ``trainer.influence``.
+        seeds: Two or more different seeds; 0, 1 and 2 by default.
+        **arguments: Other arguments of ``trainer.influence``, except ``keep``.
 
     Returns:
         The mean report, see :meth:`InfluenceReport.mean`. Each trainer logs its own report. To log the mean, call
         ``report.log()``.
 
     Raises:
-        GIFError: As in ``trainer.influence`` and :meth:`InfluenceReport.mean`, or if ``seeds`` are not different.
+        GIFError: As in ``trainer.influence`` and :meth:`InfluenceReport.mean`, or if there are not two or more
+            different ``seeds``, or ``keep`` is given.
 
     Example::
 

@@ -353,10 +353,10 @@ class Session:
         assert energy is not None
         if choice == "cached":
             raise SelectionError(
-                f"The selector {settings.selector!r} ranks parameters by the gradient of the examples in question,"
-                " which are not known in training. So there are no cached targets. Pass targets='batch', or"
-                " targets='class' for the gradient of the training examples of their classes. Without a batch, use"
-                " another selector."
+                f"The selector {settings.selector!r} ranks parameters by the gradient of the query or the forget"
+                " examples, which are not known during training. So there are no cached targets. Pass targets='batch',"
+                " or targets='class' for the gradient of all training examples of their classes. For self-influence,"
+                " use another selector."
             )
         if choice == "class":
             known, classes = _known_classes(examples), self.train.classes
@@ -364,7 +364,9 @@ class Session:
                 raise SelectionError("targets='class' needs training examples with labels. Use targets='batch'.")
             examples = self.train.subset(torch.isin(classes, torch.tensor(known)).nonzero().squeeze(1))
             if not len(examples):
-                raise SelectionError("No training example has a label of these examples. Use targets='batch'.")
+                raise SelectionError(
+                    "No training example has one of the labels of these examples. Use targets='batch'."
+                )
         examples = examples.sample(sample_size(settings), settings.seed)
         if measured and choice == "batch":
             gradient = objective.query_gradients(examples, per_example=False)[0]

@@ -296,7 +296,7 @@ def test_scores_are_tested_by_new_models_of_the_same_configuration(
     assert "6 retrainings (3 of an earlier call)" in capsys.readouterr().out
     assert ValidationReport.load("answer").noise_ceiling is not None
     assert validate("--n_queries", "4") == 2
-    assert "answer-retrainings are of another call, which differs in: queries, share" in capsys.readouterr().err
+    assert "answer-retrainings are from another call, which differs in: queries, share" in capsys.readouterr().err
     assert sorted(path.name for path in Path().iterdir()) == ["a.ckpt", "answer", "answer-retrainings"]
 
 
@@ -571,7 +571,7 @@ def test_snapshots_of_a_checkpoint_are_used(tmp_path: Path, capsys: pytest.Captu
     trainer.save_checkpoint("long.ckpt")
     asked = ["influence", *OPTIONS, "--ckpt_path", "long.ckpt", "--output", "report", "--snapshots", "true"]
     assert main([*asked, "--gif.snapshots", "2"]) == 0
-    assert "the mean over 3 states of training" in capsys.readouterr().out
+    assert "averaged over 3 states of training" in capsys.readouterr().out
     assert len(InfluenceReport.load("report").settings["snapshots"]) == 2
     assert main(asked) == 0
     assert len(InfluenceReport.load("report").settings["snapshots"]) == 1

@@ -38,9 +38,9 @@ def text(record: InfluenceRecord) -> str:
     on = "themselves" if record.is_self_influence else _counted(queries)
     if record.n_fits > 1:
         each = f" of {record.n_states} states each" if record.n_states > 1 else ""
-        averaged = f", the mean over {record.n_fits} fits{each}"
+        averaged = f", averaged over {record.n_fits} fits{each}"
     else:
-        averaged = f", the mean over {record.n_states} states of training" if record.n_states > 1 else ""
+        averaged = f", averaged over {record.n_states} states of training" if record.n_states > 1 else ""
     lines = [
         f"Influence of {record.n_train} training examples on {on}{averaged}"
         f" ({record.settings['method']}, {record.targets.count} target parameters{_share(record)}{_solve(record)};"
@@ -68,16 +68,25 @@ def _error_notes(record: InfluenceRecord, uncertain: bool) -> Iterator[str]:
 
     Args:
         record: The report.
-        uncertain: Whether a shown score has an interval that holds 0.
+        uncertain: Whether a shown score has an interval that contains 0.
     """
     if record.standard_errors is None:
         if record.n_states == 1 and not record.is_self_influence:
-            yield "of one state of training; averaged with an earlier one (fit with GIFCallback), scores predict better"
-        yield "no error bars: they need several fits (influence_over_fits), or GIFCallback(snapshots=2)"
+            yield (
+                "scores of the present weights alone; averaged with a snapshot, which GIFCallback keeps in fit, they"
+                " would predict retraining better"
+            )
+        if record.is_self_influence:
+            yield (
+                "no error bars: they need several fits (InfluenceReport.mean), or GIFCallback(snapshots=2) and then"
+                " trainer.self_influence(snapshots=True)"
+            )
+        else:
+            yield "no error bars: they need several fits (influence_over_fits), or one with GIFCallback(snapshots=2)"
         return
     averaged = f"{record.n_averaged} {'fits' if record.n_fits > 1 else 'states'}"
-    source = averaged if record.n_fits > 1 else f"{averaged} of one fit (too short for other fits)"
-    mark = "; ? = the interval holds 0, so the sign may be wrong" if uncertain else ""
+    source = averaged if record.n_fits > 1 else f"{averaged} of one fit (too narrow to cover other fits)"
+    mark = "; ? = interval contains 0, sign uncertain" if uncertain else ""
     yield f"± = {LEVEL * 100:.0f} % interval from {source}{mark}"
     if record.agreement is not None:
         yield f"agreement of the {averaged}: {record.agreement:.2f} (1: the same scores, 0: nothing in common)"
@@ -165,7 +174,7 @@ class _End(NamedTuple):
         return cls(indices, scores, None if errors is None else record.intervals_of(scores, errors.gather(1, columns)))
 
     def amounts(self, query: int, *, brackets: bool = False) -> list[str]:
-        """The scores of a query as text: ``"+0.0021 ± 0.0004"``, with a mark if the interval holds 0."""
+        """The scores of a query as text: ``"+0.0021 ± 0.0004"``, with a mark if the interval contains 0."""
         scores = self.scores[query].tolist()
         if self.intervals is None:
             texts, marks = [f"{score:+.2g}" for score in scores], [""] * len(scores)

@@ -76,7 +76,7 @@ def bootstrap_interval(
 
 
 def noise_ceiling(losses: Tensor) -> float | None:
-    """The LDS that the expected losses of retraining would have; ``None`` if there is only one seed.
+    """The LDS that predictions of the expected losses would have; ``None`` if there is only one seed.
 
     Training is random, so even these do not predict the measured losses exactly. The losses of two seeds correlate by
     ``r``, on average over pairs and queries. By the formula of Spearman and Brown, the mean over ``k`` seeds has the

@@ -70,10 +70,11 @@ class InfluenceRecord:
         settings: The method, the solver and their parameters.
         seconds: The wall time of the whole call in seconds.
         standard_errors: The standard error of each score, in the shape of ``scores``: the standard deviation over the
-            averaged states or fits, divided by the root of their number. ``None`` for one state of one fit.
+            averaged states or fits, divided by the square root of their number. ``None`` for fewer than three states of
+            one fit.
         agreement: How well the averaged states or fits agree on the scores of a query, at most 1: their
             :class:`intraclass correlation <lightning_gif.attribution.uncertainty.Agreement>`, the mean over the
-            queries. ``None`` for one state of one fit.
+            queries. ``None`` for fewer than three states of one fit.
         examples: Labels and pictures or texts of training examples, by dataset index; filled on demand.
         context: The trainer's loggers, step count and process group. Only ``global_step`` is saved.
     """
@@ -137,13 +138,13 @@ class InfluenceRecord:
     def intervals(self, level: float = LEVEL) -> Intervals:
         """An interval around each score, by Student's t: the score ± ``t`` standard errors.
 
-        With several fits, ``t`` has one degree of freedom less than there are fits, and the interval is for the mean
-        score over all fits. With snapshots of one fit, ``t`` has one degree of freedom less than there are states. The
-        states of one fit are not independent, so this interval says how much scores change in training, and not how
-        much they differ between fits.
+        With several fits, the degrees of freedom of ``t`` are the number of fits minus one, and the interval is for the
+        mean score over all possible fits. With one fit, they are the number of its states minus one. The states of one
+        fit are not independent. So this interval shows how much scores change during training, and is too narrow to
+        cover the scores of other fits.
 
         Args:
-            level: The share of intervals that are to hold the mean score, between 0 and 1.
+            level: The share of intervals that should contain the mean score, between 0 and 1.
 
         Returns:
             The lower and the upper ends, in the shape of :attr:`scores`.
@@ -164,9 +165,9 @@ class InfluenceRecord:
         check_level(level)
         if errors is None:
             raise ConfigurationError(
-                "The scores have no standard errors, because they are of fewer than three states of one fit. Fit with"
-                " GIFCallback(snapshots=2) and pass snapshots=True to the call, or average the reports of several fits:"
-                " InfluenceReport.mean([report, …])."
+                "The scores have no standard errors, because they are from fewer than three states of one fit. Fit with"
+                " GIFCallback(snapshots=2), and repeat the call (trainer.self_influence with snapshots=True); or"
+                " average the reports of several fits: InfluenceReport.mean([report, …])."
             )
         half = t_quantile(level, self.n_averaged - 1) * errors
         return Intervals(scores - half, scores + half)

@@ -149,19 +149,20 @@ class InfluenceReport(InfluenceRecord):
 
     @classmethod
     def mean(cls, reports: Sequence[InfluenceReport]) -> InfluenceReport:
-        """The mean of reports on the same query and training examples, from fits that differ in chance only.
+        """The mean of reports on the same query and training examples, from fits that differ only by chance.
 
         Fit the same network several times with different seeds, and make the same call for each. The fits are
-        independent, so their spread shows how much scores depend on chance. The states of one fit are not independent.
-        Standard errors are therefore the standard deviation over the fits divided by the root of their number, also if
-        the reports were made with ``snapshots=True``.
+        independent, so their spread shows how much scores depend on chance. Standard errors are the standard deviation
+        over the fits, divided by the square root of their number. The spread over the states of one fit is not used,
+        because these are not independent.
 
         Args:
             reports: The reports of two or more fits. Their training examples may be in any order.
 
         Returns:
             A report with the settings, the curvature, the targets, the shown examples and the loggers of the first
-            one. For each query it has the solve with the largest residual. Its ``seconds`` are the sum over the fits.
+            one. For each query it has the solve with the largest residual among the fits. Its ``seconds`` are the sum
+            over the fits.
 
         Raises:
             ConfigurationError: If there are fewer than two reports; if one is a mean itself, or was made with ``keep``;
@@ -179,7 +180,7 @@ class InfluenceReport(InfluenceRecord):
         if any(torch.equal(report.scores, first.scores) for report in others):
             rank_zero_warn(
                 "Several of the averaged reports have exactly the same scores, so the standard errors are too small."
-                " Fit with different seeds, and average one report of each fit.",
+                " Fit with different seeds, and average one report from each fit.",
                 category=GIFWarning,
             )
         return cls(

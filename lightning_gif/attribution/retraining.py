@@ -169,11 +169,11 @@ class LossStore:
             other = differences(read(path), manifest)
         except (OSError, ValueError):
             raise ConfigurationError(
-                f"{folder} is not empty, but holds no retrainings of an earlier call. Give another folder."
+                f"{folder} is not empty, but does not hold the losses of an earlier call. Give another folder."
             ) from None
         if other:
             raise ConfigurationError(
-                f"The retrainings in {folder} are of another call, which differs in: {other}. This call cannot resume"
+                f"The losses in {folder} are from another call, which differs in: {other}. This call cannot resume"
                 " from them. Give another folder, or delete this one."
             )
         return cls(folder, n_queries)
@@ -221,7 +221,7 @@ def retrain_all(
         subsets: The subsets.
         n_seeds: The number of models for each subset.
         retrain: The function that trains.
-        scored: The model with the scores, which the function must not change.
+        scored: The original model, which the function must not change.
         measure: Returns the losses ``(n_queries,)`` of a retrained model.
         store: The losses of earlier models, to which those of new models are added; or ``None``.
 
@@ -255,10 +255,10 @@ def _retrained(retrain: Retrain, indices: list[int], training: Training, scored:
         retrain: The function.
         indices: The dataset indices of the subset.
         training: The retraining.
-        scored: The model with the scores, which the function must not change.
+        scored: The original model, which the function must not change.
 
     Raises:
-        ConfigurationError: If the function returns no new LightningModule, or changes the model with the scores.
+        ConfigurationError: If the function returns no new LightningModule, or changes the original model.
     """
     before = _marks(scored)
     with isolate_rng():
@@ -274,8 +274,8 @@ def _retrained(retrain: Retrain, indices: list[int], training: Training, scored:
         )
     if found is scored or _marks(scored) != before:
         raise ConfigurationError(
-            "`retrain` has trained the model with the scores, whose weights are no longer those of before. Load them"
-            f" from a checkpoint. {told}"
+            "`retrain` has trained the original model, whose scores are tested, instead of a new one. Load the weights"
+            f" of the original model from a checkpoint. {told}"
         )
     return found
 

@@ -34,8 +34,8 @@ def check_same_call(reports: Sequence[_Report]) -> Sequence[_Report]:
             raise ConfigurationError(f"`reports` must be influence reports, but number {number} is {report!r:.80}.")
         if report.n_kept is not None:
             raise ConfigurationError(
-                f"Report {number} kept only {report.n_kept} scores of each end of the ranking, which differ between"
-                " fits. Repeat the call without `keep`."
+                f"Report {number} kept only {report.n_kept} scores of each end of the ranking, which are of other"
+                " examples in each fit. Repeat the call without `keep`."
             )
         if report.n_fits > 1:
             raise ConfigurationError(

@@ -39,7 +39,7 @@ class Intervals(NamedTuple):
 
     @property
     def hold_zero(self) -> Tensor:
-        """Whether each interval holds 0, so that the sign of the score is not certain."""
+        """Whether each interval contains 0, so that the sign of the score is not certain."""
         return (self.low <= 0) & (self.high >= 0)
 
 

@@ -54,18 +54,17 @@ class ValidationReport:
 
     For each subset and query there is a predicted and a measured change of the query's measurement (by default its
     loss). The predicted change is the sum of the scores of the examples that the subset leaves out. The measured one is
-    the mean over the models that were retrained on the subset, minus the value of the model with the scores. Both are
-    positive if the query's loss is higher without these examples.
+    the mean over the models that were retrained on the subset, minus the value of the original model, whose scores are
+    tested. A positive change means that the query's loss is higher without these examples.
 
     Attributes:
         predicted: The predicted changes ``(n_subsets, n_queries)``.
-        losses: What each retrained model measures, ``(n_subsets, n_seeds, n_queries)``.
-        present: What the model with the scores measures, ``(n_queries,)``.
+        losses: The query's measurements of the retrained models, ``(n_subsets, n_seeds, n_queries)``.
+        present: The query's measurements of the original model, ``(n_queries,)``.
         removed: Which training examples each subset leaves out, ``(n_subsets, n_train)`` bool.
         indices: The dataset index of each column of ``removed``, ``(n_train,)``.
         share: The share of the training examples, or of the groups, that each subset keeps.
-        n_trained: How many models this call has trained. The losses of the others were in the folder of an earlier
-            call.
+        n_trained: How many models this call has trained. The losses of the others were already in ``folder``.
         seconds: The wall time of this call in seconds.
         settings: The settings of the scores.
         context: The trainer's loggers, step count and process group. Only ``global_step`` is saved.
@@ -101,7 +100,7 @@ class ValidationReport:
     def correlations(self) -> Tensor:
         """Spearman's correlation of predicted and measured changes over the subsets, for each query ``(n_queries,)``.
 
-        It is 0 if one of the two does not change.
+        It is 0 for a query for which one of the two is the same in all subsets.
         """
         return spearman(self.predicted, self.measured)
 
@@ -118,15 +117,15 @@ class ValidationReport:
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the LDS, by a bootstrap over subsets and queries.
 
-        It does not include how the scores would differ for a model that was trained with another seed.
+        It does not include how scores vary between models that were trained with other seeds.
         """
         return bootstrap_interval(self.predicted, self.measured)
 
     @cached_property
     def noise_ceiling(self) -> float | None:
-        """The LDS that the expected losses of retraining would have; ``None`` if there is only one seed.
+        """The LDS that perfect predictions of the expected losses would have; ``None`` if there is only one seed.
 
-        See :func:`~lightning_gif.attribution.lds.noise_ceiling`.
+        It is below 1, because training is random. See :func:`~lightning_gif.attribution.lds.noise_ceiling`.
         """
         return noise_ceiling(self.losses)
 
@@ -136,7 +135,7 @@ class ValidationReport:
         low, high = self.interval
         ceiling = self.noise_ceiling
         found = f"LDS {self.lds:.2f} ({low:.2f} to {high:.2f})"
-        of = "" if ceiling is None else f" of a ceiling of {ceiling:.2f}"
+        of = "" if ceiling is None else f", noise ceiling {ceiling:.2f}"
         if low > 0:
             return f"Scores predict retraining: {found}{of}."
         if high < 0:
@@ -149,8 +148,8 @@ class ValidationReport:
         if ceiling is None or ceiling < _LOW_CEILING:
             more.insert(0 if ceiling is not None else 1, f"more seeds (n_seeds={2 * seeds})")
         return (
-            f"No evidence that scores predict retraining: {found}{of}, and the interval holds 0. Use"
-            f" {' or '.join(more)}, or other scores, such as those with snapshots=True."
+            f"No evidence that scores predict retraining: {found}{of}, and the interval contains 0. Use"
+            f" {' or '.join(more)}, or other scores, such as those of a fit with GIFCallback(snapshots=4)."
         )
 
     def summary(self) -> dict[str, Any]:
@@ -321,7 +320,7 @@ def validate(
     """Retrains on random subsets, and compares the losses with the scores of a report.
 
     Args:
-        opened: Opens the objective of the model with the scores. It is closed while ``retrain`` runs, because an open
+        opened: Opens the objective of the original model. It is closed while ``retrain`` runs, because an open
             objective changes the global state of PyTorch.
         report: The scores.
         retrain: See :data:`~lightning_gif.attribution.retraining.Retrain`.
@@ -340,7 +339,7 @@ def validate(
         per_example = len(report.scores) == len(query)
         subsets = Subsets.draw(train, n_subsets, share, seed, groups)
         predicted = subsets.removed.double() @ _scores_of(report, train).mT
-        present = _measurements(objective, query, per_example, "the model with the scores")
+        present = _measurements(objective, query, per_example, "the original model")
         store = None
         if folder is not None:
             mark = _fingerprint(objective, train, query, subsets, share=share, per_example=per_example)
@@ -410,7 +409,7 @@ def _check_report(report: Any, train: Examples, query: Examples) -> None:
     if len(report.scores) not in (1, len(query)):
         raise ConfigurationError(
             f"`report` has {len(report.scores)} queries, but the query has {len(query)} examples. Pass the batch of the"
-            " report, which was made with per_example=True, or for their mean without it."
+            " report, and make the report with per_example=True, or without it for their mean."
         )
 
 

@@ -54,7 +54,7 @@ def gradient_energies(name: str, objective: Objective, train: Examples, settings
     if not torch.isfinite(energies).all():
         raise NonFiniteError(
             "The gradient energies of parameters are not finite: gradients are too large for float32 (try double=True),"
-            " or training examples have none. Use another selector, such as 'highest_k_gradients'."
+            " or those of all training examples are zero. Use another selector, such as 'highest_k_gradients'."
         )
     return energies
 

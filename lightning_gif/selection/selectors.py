@@ -209,11 +209,12 @@ def largest_gradients(layer: Layer, ratio: float, generator: torch.Generator) ->
 @SELECTORS.register("caps")
 @declares(needs_statistics=False, energy="fisher_diagonal")
 def caps(blocks: Blocks, ratio: float, generator: torch.Generator) -> Tensor:
-    """The blocks with the most gradient energy for each entry, with one budget for all layers.
+    """The blocks with the most gradient energy per entry, with one budget for all layers.
 
-    The energy of an entry is ``g²/(F + λ)``: ``g`` is the gradient of the examples in question, and ``F`` the diagonal
-    of the Fisher matrix of the training examples. Together the blocks have at most ``⌊ratio · size⌋`` of all entries
-    that may be changed. So a layer can have all of its entries picked, and another none.
+    The energy of an entry is ``g²/(F + λ)``: ``g`` is the gradient of the query or the forget examples, ``F`` the
+    diagonal of the Fisher matrix of the training examples, and ``λ`` a damping. Together the blocks have at most
+    ``⌊ratio · size⌋`` of all entries that may be changed. So one layer may have all of its entries picked, and another
+    none.
 
     This is a newer selector of the authors of the GIF paper. Theirs divides the budget among the layers by their sizes.
     """
@@ -226,7 +227,7 @@ def ekfac_caps(blocks: Blocks, ratio: float, generator: torch.Generator) -> Tens
     """As :func:`caps`, with the energy ``gᵀF⁻¹g``, where ``F`` is the EK-FAC approximation of the Gauss–Newton matrix.
 
     The energy of an entry is its term of this product. This is a newer selector of the authors of the GIF paper. Theirs
-    takes the blocks with the most energy first, not those with the most for each entry.
+    first takes the blocks with the most energy in total, not per entry.
     """
     return densest(blocks, int(ratio * blocks.size))
 
@@ -290,7 +291,8 @@ def select(
         selector: The name of a selector, which is applied to each Linear and Conv layer, or to the blocks of all layers
             at once; or names or patterns of parameters of any kind. All entries of a parameter that matches become
             targets.
-        ratio: The share of each layer's entries, or of all entries; ignored for names and patterns of parameters.
+        ratio: The share of each layer's entries, or of all entries for a selector that ranks blocks; ignored for names
+            and patterns of parameters.
         allowed: Names or patterns of parameters that may be changed (``GIFMixin.influence_parameters``).
         neurons: Statistics that rank neurons.
         gradients: Statistics that rank single entries.
@@ -313,8 +315,8 @@ def select(
     if energy_of(selector) is not None:
         if energies is None:
             raise SelectionError(
-                f"The selector {selector!r} ranks parameters by the gradient of the examples in question, but there are"
-                " none. Use targets='batch'."
+                f"The selector {selector!r} ranks parameters by the gradient of the query or the forget examples, but"
+                " it was not given. Use targets='batch'."
             )
         named = {name: space.of(name, energies) for name in space.slots if name in may_change}
         return _whole_blocks(Blocks.of(module, named), pick, ratio, generator)

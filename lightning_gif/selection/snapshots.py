@@ -11,7 +11,7 @@ from ..config import AUTO, check_count
 
 __all__ = ["Snapshots"]
 
-# The smallest number of copies: with fewer, the earliest one could not always be from about a third of the epochs.
+# The least number of copies to keep: with fewer, there would not always be one from about a third of the epochs.
 _LEAST_KEPT = 4
 
 # The largest size of the copies that are kept without being asked for.
@@ -19,7 +19,7 @@ _AUTOMATIC_BYTES = 2**28
 
 
 class Snapshots:
-    """States of a module at the end of earlier epochs, from about a third of the epochs so far on.
+    """States of a module at the end of earlier epochs, from about a third of the epochs so far to the last one.
 
     The number of epochs need not be known: each state that is kept is from an epoch that is a constant factor later
     than the one before. The earliest is the last one that is not after a third of the epochs.
@@ -31,7 +31,7 @@ class Snapshots:
     Attributes:
         count: The largest number of states that :meth:`chosen` returns.
         is_automatic: Whether the argument was ``"auto"``.
-        kept: Copies of the parameters and buffers on the CPU, by epoch. At most ``2·count`` and at least 4.
+        kept: Copies of the parameters and buffers on the CPU, by epoch. At most ``2·count``, or 4 if that is more.
         last: The last epoch that has ended; -1 before the first.
 
     Raises:

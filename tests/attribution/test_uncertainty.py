@@ -143,7 +143,7 @@ def test_standard_errors_of_self_influence_are_those_of_separate_calls() -> None
     torch.testing.assert_close(report.standard_errors, states.std(0) / 3**0.5, rtol=1e-6, atol=1e-12)
     assert report.agreement == pytest.approx(agreement_of(states.mean(0), states.std(0) / 3**0.5, 3), rel=1e-6)
     assert "highest: " in str(report)
-    assert "± = 90 % interval from 3 states of one fit (too short for other fits)" in str(report)
+    assert "± = 90 % interval from 3 states of one fit (too narrow to cover other fits)" in str(report)
 
 
 def test_standard_errors_do_not_depend_on_batch_size_or_on_where_scores_are_kept(
@@ -222,17 +222,18 @@ def test_one_state_has_no_error_bars_and_the_report_says_how_to_get_them() -> No
     assert report.agreement is None
     *_, advice, last = str(report).splitlines()
     assert (
-        advice == "of one state of training; averaged with an earlier one (fit with GIFCallback), scores predict better"
+        advice == "scores of the present weights alone; averaged with a snapshot, which GIFCallback keeps in fit, they"
+        " would predict retraining better"
     )
-    assert last == "no error bars: they need several fits (influence_over_fits), or GIFCallback(snapshots=2)"
+    assert last == "no error bars: they need several fits (influence_over_fits), or one with GIFCallback(snapshots=2)"
     trainer, _, dataset = fitted(max_epochs=4)
     two = trainer.influence(batch_of(dataset, slice(0, 3)))
     assert two.n_states == 2
     assert str(two).splitlines()[-1] == last
-    assert "predict better" not in str(two)
+    assert "predict retraining better" not in str(two)
     assert "±" not in str(report)
     assert "agreement" not in report.summary()
-    with pytest.raises(ConfigurationError, match=r"pass snapshots=True .* or average .* InfluenceReport\.mean"):
+    with pytest.raises(ConfigurationError, match=r"snapshots=2\), and repeat .* or average .* InfluenceReport\.mean"):
         report.intervals()
 
 
@@ -255,14 +256,14 @@ def test_scores_are_printed_with_intervals_and_marked_if_these_hold_zero() -> No
     assert "proponents: 100 (+0.5 ± 0.063), 102 (+0.3 ± 0.32)?" in lines
     assert "opponents: 101 (-0.2 ± 0.013), 102 (+0.3 ± 0.32)?" in lines
     assert lines[-2:] == [
-        "± = 90 % interval from 2 states of one fit (too short for other fits); ? = the interval holds 0, so the sign"
-        " may be wrong",
+        "± = 90 % interval from 2 states of one fit (too narrow to cover other fits); ? = interval contains 0, sign"
+        " uncertain",
         "agreement of the 2 states: 0.62 (1: the same scores, 0: nothing in common)",
     ]
     assert "strongest proponent 100 (+0.5 ± 0.063), strongest opponent 101 (-0.2 ± 0.013)" in repr(report)
     assert report.summary()["agreement"] == 0.625
     sure = with_errors([[0.5, -0.2, 0.3]], [[0.01, 0.002, 0.01]])
-    assert "± = 90 % interval from 2 states of one fit (too short for other fits)\n" in str(sure)
+    assert "± = 90 % interval from 2 states of one fit (too narrow to cover other fits)\n" in str(sure)
     assert "?" not in str(sure)
 
 
@@ -361,7 +362,7 @@ def test_the_mean_of_fits_has_the_spread_of_the_fits_as_standard_errors(tmp_path
     assert report.settings == {**made[0].settings, "fits": 4}
     assert report.agreement == pytest.approx(agreement_of(scores.mean(0), scores.std(0) / 2, 4))
     first_line, *_, last_line = str(report).splitlines()
-    assert first_line.startswith("Influence of 48 training examples on 2 queries, the mean over 4 fits (if, ")
+    assert first_line.startswith("Influence of 48 training examples on 2 queries, averaged over 4 fits (if, ")
     assert last_line.startswith("agreement of the 4 fits: ")
     assert "± = 90 % interval from 4 fits" in str(report)
     best = int(scores.mean(0)[1].argmax())
@@ -385,11 +386,11 @@ def test_reports_with_snapshots_are_averaged_with_the_spread_of_the_fits() -> No
         report.standard_errors, (made[0].scores - made[1].scores).abs() / 2, rtol=1e-8, atol=1e-14
     )
     states = made[0].n_states
-    assert f"the mean over 2 fits of {states} states each (" in str(report)
+    assert f"averaged over 2 fits of {states} states each (" in str(report)
     assert report.n_averaged == 2
     mean = InfluenceReport.mean([fit(seed).self_influence() for seed in (0, 1)])
     assert mean.is_self_influence
-    assert "on themselves, the mean over 2 fits (" in str(mean)
+    assert "on themselves, averaged over 2 fits (" in str(mean)
 
 
 def test_training_examples_in_another_order_are_matched() -> None:

@@ -165,7 +165,7 @@ def test_exact_scores_predict_retraining_and_negated_ones_predict_the_opposite(f
         QUERY, never, share=0.9, folder=folder, report=dataclasses.replace(report, scores=drawn)
     )
     assert noise.interval[0] < 0 < noise.interval[1]
-    assert re.search(r"No evidence .* holds 0\. Use more subsets \(n_subsets=16\)", noise.verdict)
+    assert re.search(r"No evidence .* contains 0\. Use more subsets \(n_subsets=16\)", noise.verdict)
 
 
 def test_changes_are_those_of_the_closed_form(folder: Path) -> None:
@@ -296,7 +296,7 @@ def test_a_folder_of_another_call_is_refused(folder: Path, changes: dict[str, An
 def test_other_files_and_damaged_losses_are_refused(tmp_path: Path) -> None:
     ask = ridge().validate_influence
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigurationError, match="holds no retrainings of an earlier call"):
+    with pytest.raises(ConfigurationError, match="does not hold the losses of an earlier call"):
         ask(QUERY, Solve(stop_after=0), folder=tmp_path)
     with pytest.raises(ConfigurationError, match="is a file"):
         ask(QUERY, Solve(stop_after=0), folder=tmp_path / "notes.txt")
@@ -423,7 +423,7 @@ def test_what_retrain_returns_is_checked() -> None:
         ConfigurationError, match=r"must return the LightningModule that it trained, got None.*new model"
     ):
         ask(lambda indices, seed: None)
-    with pytest.raises(ConfigurationError, match=r"`retrain` has trained the model with the scores"):
+    with pytest.raises(ConfigurationError, match=r"`retrain` has trained the original model"):
         ask(lambda indices, seed: module)
     with pytest.raises(ConfigurationError, match=r"1 names. 'net.0.weight' is a parameter of shape \[9, 6\] there"):
         ask(lambda indices, seed: Classifier(_widened(nn.Linear(6, 9, bias=False))))
@@ -433,7 +433,7 @@ def test_what_retrain_returns_is_checked() -> None:
         ask(lambda indices, seed: Classifier(nn.Sequential(*copy.deepcopy(module.net), nn.Linear(3, 3))))
     with pytest.raises(NonFiniteError, match=r"3 of 3 values .* the model of subset 0 and seed \d+.* diverged"):
         ask(lambda indices, seed: Diverged())
-    with pytest.raises(ConfigurationError, match="weights are no longer those of before"):
+    with pytest.raises(ConfigurationError, match="Load the weights of the original model from a checkpoint"):
         ask(ruin)
 
 

@@ -103,7 +103,7 @@ def test_scores_over_snapshots_are_the_mean_of_the_scores_of_each_state(tmp_path
     epochs = report.settings["snapshots"]
     assert len(epochs) == 2
     assert str(report).startswith(
-        "Influence of 48 training examples on 3 queries, the mean over 3 states of training ("
+        "Influence of 48 training examples on 3 queries, averaged over 3 states of training ("
     )
     parts = [trainer.influence(query, per_example=True, snapshots=False).scores]
     for epoch in epochs:
