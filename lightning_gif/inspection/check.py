@@ -171,7 +171,9 @@ def check(
     if solves or passes.layers is not None:
         with collected():  # the same warnings as before
             one = session.influence_settings(requested, on_targets=False, queries=1)
-        estimates = [costs.query(one, 1), *([costs.query(scores, n_queries)] if n_queries > 1 else [])]
+        n_states = 1 + len(session.tracker.snapshots.chosen())
+        estimates = [costs.query(one, 1, n_states)]
+        estimates += [costs.query(scores, n_queries, n_states)] if n_queries > 1 else []
         estimates.append(costs.self_influence(itself))
     if _solves_edits(edits):
         n_forget, n_unseen = min(n_forget, len(train) - 1), 0 if unseen is None else len(unseen)

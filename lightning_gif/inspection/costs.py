@@ -271,12 +271,13 @@ class Costs:
     n_train: int
     start: float
 
-    def query(self, settings: Settings, n_queries: int) -> Estimate:
+    def query(self, settings: Settings, n_queries: int, n_states: int = 1) -> Estimate:
         """The cost of ``trainer.influence`` on one batch, as a whole or with ``n_queries`` queries.
 
         Args:
             settings: The settings of its scores.
             n_queries: The number of queries.
+            n_states: The number of states of training over which scores are averaged.
         """
         passes = self.passes
         if passes.layers is None:
@@ -296,15 +297,15 @@ class Costs:
         score = (
             self._over(self.n_train, passes.rows) if vectorised else n_queries * self._over(self.n_train, passes.score)
         )
-        scoring = self._over(self.n_train, passes.read) + score
-        vectors = (copies + 2 * n_queries) * self.objective.theta.nbytes
+        each = algebra + solves + n_queries * self._over(1, passes.gradient) + score
+        vectors = (copies + (1 + n_states) * n_queries + n_states - 1) * self.objective.theta.nbytes
         return Estimate(
             "trainer.influence(batch)"
             if n_queries == 1
             else f"trainer.influence(batch, per_example=True), {n_queries} queries",
-            self.start + algebra + solves + n_queries * self._over(1, passes.gradient) + scoring,
+            self.start + self._over(self.n_train, passes.read) + n_states * each,
             (kept + vectors + max(passes.scores.kept, self._block * vectorised)) / _GIB,
-            products,
+            n_states * products,
         )
 
     def self_influence(self, settings: Settings) -> Estimate:

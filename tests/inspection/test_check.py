@@ -157,7 +157,8 @@ def test_the_products_are_those_of_the_calls(width: int, queries: int) -> None:
     made = trainer.influence([X[:queries], Y[:queries]], per_example=True)
     # A solve that converges early takes fewer products.
     early = any(solution.converged for solution in made.solutions)
-    assert made.curvature["products"] == query.products or (early and made.curvature["products"] < query.products)
+    products = made.n_states * made.curvature["products"]  # those of the present state in a report
+    assert products == query.products or (early and products < query.products)
     assert trainer.self_influence().curvature["products"] == itself.products
     edit = trainer.unlearn([0, 3], dry_run=True, step="natural")
     (solve,) = edit.solves
@@ -187,6 +188,18 @@ def test_costs_are_positive_and_grow_with_what_is_asked_for() -> None:
         assert cost.gib > 0
     one, many = trainer.influence.check(n_queries=40).costs[:2]
     assert many.products > one.products
+
+
+def test_scores_over_several_states_cost_as_many_times_the_products() -> None:
+    products = []
+    for snapshots in (0, 1, 3):
+        trainer = make_trainer(GIFCallback(snapshots=snapshots, unconverged="ignore"), max_epochs=9)
+        trainer.fit(Net(), DataLoader(DATA, 20))
+        query, itself, *_ = trainer.influence.check().costs
+        products.append((query.products, itself.products))
+        assert len(trainer.influence([X[:1], Y[:1]]).settings["snapshots"]) == snapshots
+    (once, itself), *others = products
+    assert others == [(2 * once, itself), (4 * once, itself)]
 
 
 def test_the_report_is_text_and_plain_values() -> None:

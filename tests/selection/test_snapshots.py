@@ -34,7 +34,7 @@ def test_snapshots_are_spread_from_a_third_of_the_epochs_on(count: int, epochs: 
         assert len(chosen) == count
         assert chosen[-1] >= 0.6 * epochs
         steps = [later / earlier for earlier, later in itertools.pairwise(chosen)]
-        assert max(steps) < 2.6
+        assert max(steps) < 3
 
 
 def test_snapshots_are_copies_and_a_new_fit_discards_them() -> None:
