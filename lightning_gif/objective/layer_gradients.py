@@ -233,8 +233,7 @@ class LayerGradients:
         size = whole.size
         if size > 1 and not whole.divisible:
             return None
-        cycle = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-        order = torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))  # each example in another place
+        order = _other_order(size)
         passes = [self._loss_pass(one) for one in (whole, whole.take(order))]
         layers, before = passes[0]
         after = passes[1][1]
@@ -338,6 +337,18 @@ class LayerGradients:
 def _key(layers: list[Layer]) -> Any:
     """Equal for passes through the same layers with results of the same shapes."""
     return tuple((layer.signature, tuple(layer.shape)) for layer in layers)
+
+
+def _other_order(size: int) -> Tensor:
+    """A random order ``(B,)`` in which no example comes right after the one that it follows in a batch.
+
+    Otherwise two neighbours of different lengths could stay together, and the rows of one count as those of the other.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = torch.arange(size)
+    while (order.diff() == 1).any():
+        order = torch.randperm(size, generator=generator)
+    return order
 
 
 def _is_axis(axis: Axis, before: Tensor, after: Tensor, order: Tensor) -> bool:

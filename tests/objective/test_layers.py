@@ -303,6 +303,23 @@ def test_gradients_are_right_where_layers_depend_on_the_data(net: nn.Module, x: 
                 torch.testing.assert_close(torch.cat(rows), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 7, 12])
+def test_neighbours_of_different_lengths_are_not_mixed_up(size: int) -> None:
+    """All texts have three words, apart from one with four and the next one with two: three on average."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, 5, 6, generator=generator)
+    with opened(Packed(), torch.randn(N, 5, 6, generator=generator)) as (objective, batch):
+        layers = LayerGradients.choose(objective.loss, batch)
+        assert layers is not None
+        for first in range(size - 1):
+            lengths = [3] * size
+            lengths[first], lengths[first + 1] = 4, 2
+            present = torch.arange(5) < torch.tensor(lengths)[:, None]
+            part = Batch.of((x.double() * present[..., None], torch.arange(size) % 3))
+            found = torch.cat(list(layers.gradients(part)))
+            torch.testing.assert_close(found, one_at_a_time(objective, part), rtol=1e-9, atol=1e-12)
+
+
 def test_recording_leaves_nothing_behind() -> None:
     with opened(Attention(True), TOKENS) as (objective, batch):
         assert objective.layers is not None
