@@ -267,15 +267,15 @@ def _retrained(retrain: Retrain, indices: list[int], training: Training, scored:
         torch.manual_seed(training.seed)
         found = retrain(indices, training.seed)
     found = getattr(found, "_orig_mod", found)  # a compiled module
-    told = "Build a new model inside of `retrain`, train it with a new Trainer, and return it."
+    advice = "Build a new model inside of `retrain`, train it with a new Trainer, and return it."
     if "LightningModule" not in (base.__name__ for base in type(found).__mro__):  # of either of Lightning's packages
         raise ConfigurationError(
-            f"`retrain` must return the LightningModule that it trained, got {describe(found)}. {told}"
+            f"`retrain` must return the LightningModule that it trained, got {describe(found)}. {advice}"
         )
     if found is scored or _marks(scored) != before:
         raise ConfigurationError(
             "`retrain` has trained the original model, whose scores are tested, instead of a new one. Load the weights"
-            f" of the original model from a checkpoint. {told}"
+            f" of the original model from a checkpoint. {advice}"
         )
     return found
 

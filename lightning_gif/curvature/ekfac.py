@@ -235,11 +235,11 @@ class EKFACInverse(InverseCurvature):
     def of_losses(self, objective: Objective, batch: Batch) -> Tensor | None:
         if objective.layers is None or self._settings.weight_decay:
             return None
-        values, space = [], self._space
+        values, space = list[Tensor](), self._space
         for part in objective.layers.parts(batch):
             recorded = objective.layers.record_losses(part)
             if recorded is None:
-                values += [self.quadratic()(rows.detach()) for rows in objective.loss.gradients(objective.theta, part)]
+                values += map(self.quadratic(), objective.layers.without_layers(part))
                 continue
             deltas = recorded.output_gradients()
             total = recorded.value.new_zeros(recorded.size, dtype=torch.float64)

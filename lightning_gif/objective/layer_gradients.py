@@ -20,7 +20,7 @@ from .layers import Axis, Layer, LayerRecorder, Use
 from .losses import GRADIENT_BYTES, LossFunction
 from .shadow import Shadow
 
-__all__ = ["LayerGradients", "RecordedPass"]
+__all__ = ["LayerGradients", "RecordedPass", "gradients_of"]
 
 # The number of examples whose gradients are compared with those that are computed in another way.
 _COMPARED = 5
@@ -140,7 +140,7 @@ class LayerGradients:
 
     @classmethod
     def choose(cls, loss: LossFunction, examples: Batch) -> LayerGradients | None:
-        """The gradients for a loss; ``None`` if a parameter is used in another way, or examples cannot be told apart.
+        """The gradients for a loss; ``None`` if :meth:`record` gives no pass, or if gradients are not right.
 
         Args:
             loss: The loss function.
@@ -152,7 +152,7 @@ class LayerGradients:
         chosen = cls(loss, together)
         few = examples.slice(0, max(min(_COMPARED, GRADIENT_BYTES // loss.shadow.theta.nbytes), 2))
         try:
-            if chosen.record_losses(few) is None or differs(loss.shadow, chosen._distance, few):
+            if differs(loss.shadow, chosen._distance, few):
                 return None
             parts = chosen.parts(examples)
             return chosen if all(chosen.record_losses(part) is not None for part in parts) else None
@@ -162,7 +162,10 @@ class LayerGradients:
             return None
 
     def _distance(self, few: Batch) -> float:
-        """The difference from gradients that are computed in another way, see :func:`~.autograd.distance`."""
+        """The difference from gradients that are computed in another way, see :func:`~.autograd.distance`.
+
+        It is infinite if the layers do not give gradients.
+        """
         recorded = self.record_losses(few)
         if recorded is None:
             return math.inf
@@ -175,7 +178,8 @@ class LayerGradients:
         return worst
 
     def record(self, evaluate: Callable[[Tensor, Batch], Tensor], batch: Batch) -> RecordedPass | None:
-        """A pass over a batch; ``None`` if a parameter is used in another way, or examples cannot be told apart.
+        """A pass over a batch; ``None`` if a parameter is used in another way, or if the results of layers
+        do not show which example they belong to.
 
         Args:
             evaluate: A differentiable function of parameters ``(p,)`` and the batch.
@@ -261,8 +265,7 @@ class LayerGradients:
         for part in self.parts(batch, rows=True):
             recorded = self.record_losses(part)
             if recorded is None:
-                # They need no graph, but a parameter that the module holds in a list, out of sight, would keep one.
-                yield from (rows.detach() for rows in self._loss.gradients(self.shadow.theta, part))
+                yield from self.without_layers(part)
             else:
                 yield recorded.rows(self.shadow.space, recorded.output_gradients())[: part.size]
 
@@ -280,12 +283,15 @@ class LayerGradients:
         for part in self.parts(batch):
             recorded = self.record_losses(part)
             if recorded is None:
-                rows = self._loss.gradients(self.shadow.theta, part)
-                columns += [directions @ some.detach().T for some in rows]
+                columns += [directions @ rows.T for rows in self.without_layers(part)]
             else:
                 deltas = recorded.output_gradients()
                 columns.append(recorded.products(space, directions, deltas)[:, : part.size])
         return torch.cat(columns, dim=1)
+
+    def without_layers(self, batch: Batch) -> Iterator[Tensor]:
+        """Yields the gradients of the losses, ``(b, p)`` for the next ``b`` examples, computed in another way."""
+        return gradients_of(self._loss, batch)
 
     def record_losses(self, batch: Batch) -> RecordedPass | None:
         """A pass that gives the sum of the losses, see :meth:`record`."""
@@ -365,6 +371,12 @@ def _is_axis(axis: Axis, before: Tensor, after: Tensor, order: Tensor) -> bool:
     lengths = expected.norm(dim=1)
     differences = (axis.first(after, size).reshape(size, -1) - expected).norm(dim=1)
     return not distance(differences, lengths.clamp_min(_SMALL * float(lengths.mean())))
+
+
+def gradients_of(loss: LossFunction, batch: Batch) -> Iterator[Tensor]:
+    """Yields the gradients of losses at the present parameters, ``(b, p)`` for the next ``b`` examples."""
+    # They need no graph, but a parameter that the module holds in a list, out of sight, would keep one.
+    return (rows.detach() for rows in loss.gradients(loss.shadow.theta, batch))
 
 
 @contextlib.contextmanager

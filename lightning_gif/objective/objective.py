@@ -24,7 +24,7 @@ from ..mixin import LossOfModule, overrides
 from ..selection import GradientStatistics, NeuronStatistics
 from . import derivatives, outputs
 from .batchnorm import refreshed_statistics
-from .layer_gradients import LayerGradients
+from .layer_gradients import LayerGradients, gradients_of
 from .losses import LossFunction, OneByOneLoss, OwnLoss, choose_loss
 from .observation import observe
 from .predictions import IndicesInBounds
@@ -417,8 +417,7 @@ class Objective:
         """Yields the gradients of the losses at the present parameters, ``(b, p)`` for the next ``b`` examples."""
         if self.layers is not None:
             return self.layers.gradients(batch)
-        # They need no graph, but a parameter that the module holds in a list, out of sight, would keep one.
-        return (rows.detach() for rows in self.loss.gradients(self.theta, batch))
+        return gradients_of(self.loss, batch)
 
     def directional_derivatives(self, batch: Batch, directions: Tensor) -> Tensor:
         """``wᵀ∇ℓ(zᵢ)`` for each direction ``w`` and each example ``zᵢ``, at the present parameters.

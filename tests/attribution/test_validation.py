@@ -366,7 +366,7 @@ def test_a_report_is_saved_loaded_and_printed(tmp_path: Path, folder: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"retrain": 3}, r"`retrain` must be a function \(indices, seed\).*, got"),
         ({"n_subsets": 2}, "`n_subsets` must be a whole number of at least 3, got 2"),
@@ -380,19 +380,19 @@ def test_a_report_is_saved_loaded_and_printed(tmp_path: Path, folder: Path) -> N
         ({"report": "scores"}, "must be a report of trainer.influence"),
     ],
 )
-def test_invalid_arguments_are_refused(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigurationError, match=told):
+def test_invalid_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         ridge().validate_influence(QUERY, **{"retrain": Solve(stop_after=0), **options})
 
 
 def test_a_report_that_does_not_fit_is_refused() -> None:
     trainer, never = ridge(), Solve(stop_after=0)
-    for options, told in (
+    for options, message in (
         ({"keep": 10}, "kept only 10 scores"),
         ({"among": [1, 2, 3]}, "scores of 3 training examples, but there are 60"),
     ):
         report = trainer.influence(QUERY, per_example=True, **options)
-        with pytest.raises(ConfigurationError, match=told):
+        with pytest.raises(ConfigurationError, match=message):
             trainer.validate_influence(QUERY, never, report=report)
     report = trainer.influence(points(3, 5).tensors, per_example=True)
     with pytest.raises(ConfigurationError, match="has 3 queries, but the query has 8 examples"):
