@@ -135,7 +135,7 @@ class GIFCallback(TrainerCalls, Callback):
         cache_gradients: Whether to gather the mean squared gradients; ``True`` by default. They take 4 bytes for each
             parameter. Only ``selector="largest_gradients"`` uses them.
         cache_steps: The approximate number of optimizer steps of an epoch, spread evenly, at which statistics are
-            gathered; 64 by default, but at most one step in seven if that is more than 8. More steps slow training.
+            gathered; 64 by default, but at most one step in ten if that is more than 4. More steps slow training.
             ``None`` gathers at every step. Every step is also used in epochs of unknown length.
         snapshots: The number of snapshots: weights at the end of earlier epochs, over which :meth:`influence` averages
             scores together with the present weights. They are spread from about a third of the epochs to the last one.

@@ -82,7 +82,7 @@ def needs_no_cache(settings: Settings) -> bool:
     whole = settings.method != AUTO and not METHODS[settings.method].selects
     if whole or not is_name(settings.selector):
         return True
-    return not SELECTORS.declared(SELECTORS[str(settings.selector)], "needs_statistics")
+    return not SELECTORS.declared(SELECTORS[str(settings.selector)], "statistics")
 
 
 def for_unlearning(settings: Settings) -> Settings:

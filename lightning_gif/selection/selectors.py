@@ -93,11 +93,14 @@ BlockSelector = Callable[[Blocks, float, torch.Generator], Tensor]
 Selector = LayerSelector | BlockSelector
 """A selector, which is called for each layer, or once for the blocks of all layers."""
 
-SELECTORS: Registry[Callable[..., Tensor]] = Registry("selector", needs_statistics=True, max_ratio=1.0, energy=None)
+_STATISTICS = ("outputs", "gradients", "entries")
+
+SELECTORS: Registry[Callable[..., Tensor]] = Registry("selector", statistics=_STATISTICS, max_ratio=1.0, energy=None)
 """All selectors by name; add your own with :meth:`Registry.register`.
 
-A selector can declare by :func:`~lightning_gif.registry.declares`: ``needs_statistics``, whether it uses statistics of
-the layer (by default yes), and ``max_ratio``, the largest ``ratio`` that it takes (by default 1). If it declares an
+A selector can declare by :func:`~lightning_gif.registry.declares`: ``statistics``, which of ``"outputs"``,
+``"gradients"`` and ``"entries"`` of a :class:`Layer` it uses (by default all; the others may be ``None``), and
+``max_ratio``, the largest ``ratio`` that it takes (by default 1). If it declares an
 ``energy``, it chooses among the :class:`~lightning_gif.selection.blocks.Blocks` of all layers. Then ``energy`` is the
 name of the gradient energy, in :data:`~lightning_gif.curvature.energy.ENERGIES`, that the blocks have.
 """
@@ -134,6 +137,7 @@ def _ranked(values: Tensor, *, descending: bool) -> list[int]:
 
 
 def _by_rank(kind: str, *, descending: bool) -> LayerSelector:
+    @declares(statistics=(kind,))
     def selector(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
         return whole_neurons(layer, _ranked(layer.need(kind), descending=descending), ratio, generator)
 
@@ -141,7 +145,7 @@ def _by_rank(kind: str, *, descending: bool) -> LayerSelector:
 
 
 def _outside_the_top(kind: str) -> LayerSelector:
-    @declares(max_ratio=0.5)
+    @declares(statistics=(kind,), max_ratio=0.5)
     def selector(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
         top = int(ratio * layer.size) // (layer.fan_in + layer.bias)
         rest = _ranked(layer.need(kind), descending=True)[top:]
@@ -160,7 +164,7 @@ SELECTORS.register("exclusive_k_gradients")(_outside_the_top("gradients"))
 
 
 @SELECTORS.register("random")
-@declares(needs_statistics=False)
+@declares(statistics=())
 def random(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
     """``⌊ratio · n⌋`` of a layer's ``n`` weights and the same share of its biases, drawn at random."""
     weights = layer.neurons * layer.fan_in
@@ -174,6 +178,7 @@ def random(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
 
 
 @SELECTORS.register("threshold")
+@declares(statistics=("outputs",))
 def threshold(layer: Layer, ratio: float, generator: torch.Generator, *, start: float = 1.0) -> Tensor:
     """Weights and biases drawn from the neurons with an absolute mean output above a threshold.
 
@@ -201,13 +206,14 @@ def threshold(layer: Layer, ratio: float, generator: torch.Generator, *, start: 
 
 
 @SELECTORS.register("largest_gradients")
+@declares(statistics=("entries",))
 def largest_gradients(layer: Layer, ratio: float, generator: torch.Generator) -> Tensor:
     """The ``⌊ratio · size⌋`` entries with the largest root-mean-square gradient. Not from the GIF paper."""
     return torch.tensor(_ranked(layer.need("entries"), descending=True)[: int(ratio * layer.size)], dtype=torch.long)
 
 
 @SELECTORS.register("caps")
-@declares(needs_statistics=False, energy="fisher_diagonal")
+@declares(statistics=(), energy="fisher_diagonal")
 def caps(blocks: Blocks, ratio: float, generator: torch.Generator) -> Tensor:
     """The blocks with the most gradient energy per entry, with one budget for all layers.
 
@@ -222,7 +228,7 @@ def caps(blocks: Blocks, ratio: float, generator: torch.Generator) -> Tensor:
 
 
 @SELECTORS.register("ekfac_caps")
-@declares(needs_statistics=False, energy="ekfac")
+@declares(statistics=(), energy="ekfac")
 def ekfac_caps(blocks: Blocks, ratio: float, generator: torch.Generator) -> Tensor:
     """As :func:`caps`, with the energy ``gᵀF⁻¹g``, where ``F`` is the EK-FAC approximation of the Gauss–Newton matrix.
 
@@ -321,7 +327,7 @@ def select(
         named = {name: space.of(name, energies) for name in space.slots if name in may_change}
         return _whole_blocks(Blocks.of(module, named), pick, ratio, generator)
     classes = None if classes is None else sorted(set(classes))
-    views = _Views(module, may_change, neurons, gradients, classes)
+    views = _Views(module, may_change, neurons, gradients, classes, SELECTORS.declared(pick, "statistics"))
     chosen, unknown = views.pick(lambda view: pick(view, ratio, generator))
     if unknown is not None and not neurons:  # nothing was gathered, which is no reason to rank something else
         raise unknown
@@ -381,6 +387,7 @@ class _Views:
         neurons: Statistics that rank neurons.
         gradients: Statistics that rank single entries.
         classes: Rank neurons by examples of these classes only.
+        statistics: Which statistics the selector uses.
     """
 
     module: nn.Module
@@ -388,6 +395,7 @@ class _Views:
     neurons: NeuronStatistics | None
     gradients: GradientStatistics | None
     classes: list[int] | None
+    statistics: Sequence[str]
 
     def pick(self, pick: Callable[[Layer], Tensor]) -> tuple[dict[str, Tensor], SelectionError | None]:
         """The picked entries by parameter; and the error of a layer that has no statistics."""
@@ -400,7 +408,7 @@ class _Views:
             use_weight, use_bias = weight in self.may_change, bias in self.may_change
             if not (use_weight or use_bias) or weight in chosen:
                 continue
-            view = _view(layer, name, weight, bias, use_weight, use_bias, self.neurons, self.gradients, self.classes)
+            view = self._view(layer, name, [weight] * use_weight, [bias] * use_bias)
             try:
                 entries = pick(view).sort().values
             except SelectionError as error:
@@ -414,6 +422,27 @@ class _Views:
             if use_bias:
                 chosen[bias] = entries[entries >= weights] - weights
         return chosen, unknown
+
+    def _view(self, layer: Any, name: str, weight: list[str], bias: list[str]) -> Layer:
+        """One layer with the statistics that the selector uses. The lists hold the names of what may change."""
+        means: dict[str, Tensor] = {}
+        for kind in ("outputs", "gradients"):
+            if self.neurons is not None and kind in self.statistics:
+                mean = self.neurons.mean(kind, name, self.classes)
+                if mean is not None:
+                    means[kind] = mean.abs()
+        parts: list[Tensor | None] = []
+        if self.gradients and "entries" in self.statistics:
+            parts = [self.gradients.root_mean_square(parameter) for parameter in weight + bias]
+        known = [part.flatten().cpu() for part in parts if part is not None]
+        return Layer(
+            name=name,
+            neurons=n_neurons(layer),
+            fan_in=layer.weight[0].numel() if weight else 0,
+            bias=bool(bias),
+            entries=torch.cat(known) if known and len(known) == len(parts) else None,
+            **means,
+        )
 
 
 def _other_units(
@@ -433,32 +462,3 @@ def _other_units(
         rows = None if entries is None else entries.view_as(order).square().mean(1).sqrt()
         layer = Layer(name, len(order), order.shape[1], False, outputs=rows, gradients=rows, entries=entries)
         yield layer, order.flatten()
-
-
-def _view(
-    layer: Any,
-    name: str,
-    weight: str,
-    bias: str,
-    use_weight: bool,
-    use_bias: bool,
-    neurons: NeuronStatistics | None,
-    gradients: GradientStatistics | None,
-    classes: Iterable[int] | None,
-) -> Layer:
-    means = {
-        kind: None if neurons is None or (mean := neurons.mean(kind, name, classes)) is None else mean.abs()
-        for kind in ("outputs", "gradients")
-    }
-    parts = [gradients.root_mean_square(p) if gradients else None for p in [weight] * use_weight + [bias] * use_bias]
-    return Layer(
-        name=name,
-        neurons=n_neurons(layer),
-        fan_in=layer.weight[0].numel() if use_weight else 0,
-        bias=use_bias,
-        outputs=means["outputs"],
-        gradients=means["gradients"],
-        entries=torch.cat([part.flatten().cpu() for part in parts if part is not None])
-        if parts and all(part is not None for part in parts)
-        else None,
-    )

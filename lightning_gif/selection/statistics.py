@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ def own_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
 
     Such an attribute must not be read in training: spectral normalisation, for example, changes its buffers then.
     """
-    return dict(layer.named_parameters(recurse=False)).get(name)
+    return next((value for key, value in layer.named_parameters(recurse=False) if key == name), None)
 
 
 def n_neurons(layer: nn.Module) -> int:
@@ -164,10 +164,11 @@ class NeuronStatistics:
         with torch.no_grad(), torch.autocast(device, enabled=False):
             alike: dict[tuple[Any, ...], list[_Values]] = {}
             for one in read:
-                key = (one.kind, one.name, one.rows is None, one.values.dtype, one.values.device)
+                key = (one.kind, one.name, one.batch is None, one.values.dtype, one.values.device)
                 alike.setdefault(key, []).append(one)
+            rows_of = _RowsOf()
             for same in alike.values():
-                self._add(same)
+                self._add(same, rows_of)
 
     def sum_over(self, processes: ProcessGroup) -> None:
         """Sums the statistics over all processes, which need not have seen the same layers and classes."""
@@ -247,41 +248,39 @@ class NeuronStatistics:
     def _keep(self, kind: str, name: str, channel: int, values: Tensor, batch: _BatchRead, scale: float) -> None:
         """Keeps the values of a layer for one batch. They are copied, since training may overwrite them."""
         values = _per_example(values, channel)
-        self._read.append(_Values(kind, name, values, batch if batch.has_classes_of(values) else None, scale))
+        if scale != 1.0:
+            values.mul_(scale)
+        self._read.append(_Values(kind, name, values, batch if batch.has_classes_of(values) else None))
         self._n_read += values.numel()
         if self._n_read > _KEPT:  # at once, since the values of one batch may need as much memory as training
             self.sum_batches()
 
-    def _add(self, same: list[_Values]) -> None:
+    def _add(self, same: list[_Values], rows_of: _RowsOf) -> None:
         """Adds values of one layer to the rows of their classes, or to row 0. Skips batches with non-finite sums."""
         kind, name = same[0].kind, same[0].name
-        sums = [one.sums() for one in same]
+        values = torch.cat([one.values for one in same])
         # An overflow under loss scaling is not finite: the optimizer skips this step, too.
-        if not math.isfinite(float(torch.cat(sums).sum())):
-            kept = [position for position, part in enumerate(sums) if math.isfinite(float(part.sum()))]
-            same, sums = [same[position] for position in kept], [sums[position] for position in kept]
-        if not same:
-            return
-        summed = torch.cat(sums)
-        rows = [one.rows for one in same if one.rows is not None]
-        if rows:
-            index = torch.cat([one.positions for one in rows]).to(summed.device)
-            counts = torch.cat([one.counts for one in rows]).to(summed)
-        else:
-            index = torch.zeros(len(same), dtype=torch.long, device=summed.device)
-            counts = summed.new_tensor([len(one.values) for one in same])
-        size = max((one.last for one in rows), default=0) + 1
-        # On a GPU, the order in which one call adds several values to the same row is not fixed.
-        at_once = [len(part) for part in sums] if summed.is_cuda else [len(summed)]
-        for total, new in ((self._sums[f"{kind}s"], summed), (self._sums[f"{kind}_counts"], counts)):
+        if not math.isfinite(float(values.sum())):
+            same = [one for one in same if math.isfinite(float(one.values.sum()))]
+            if not same:
+                return
+            values = torch.cat([one.values for one in same])
+        rows, size = rows_of(same)
+        for total, new in (
+            (self._sums[f"{kind}s"], values),
+            (self._sums[f"{kind}_counts"], values.new_ones(len(rows))),
+        ):
             old = total.get(name)
             new = new if old is None else new.to(old.dtype)
             if old is None or len(old) < size or old.device != new.device:
                 total[name] = new.new_zeros(size if old is None else max(size, len(old)), *new.shape[1:])
                 if old is not None:
                     total[name][: len(old)] = old.to(new.device)
-            for where, what in zip(index.split(at_once), new.split(at_once), strict=True):
-                total[name].index_add_(0, where, what)
+            # Both add the examples one after the other, so sums do not depend on how many batches are added at once.
+            if new.is_cuda:
+                total[name].index_put_((rows,), new, accumulate=True)
+            else:
+                total[name].index_add_(0, rows, new)
 
 
 class _BatchRead:
@@ -294,12 +293,6 @@ class _BatchRead:
         """Whether the rows of ``values`` are the examples of the batch, and their classes are known."""
         return self.classes is not None and len(self.classes) == len(values)
 
-    @cached_property
-    def rows(self) -> _Rows:
-        """The rows for the examples of the batch, if their classes are known."""
-        assert self.classes is not None
-        return _Rows.of(self.classes)
-
 
 class _Values(NamedTuple):
     """Outputs or output gradients of a layer for one batch.
@@ -309,48 +302,32 @@ class _Values(NamedTuple):
         name: The layer's name.
         values: The mean over positions, ``(B, neurons)``.
         batch: The batch, if its rows are those of ``values``, and the classes are known.
-        scale: A factor for the sums.
     """
 
     kind: str
     name: str
     values: Tensor
     batch: _BatchRead | None
-    scale: float
-
-    @property
-    def rows(self) -> _Rows | None:
-        return None if self.batch is None else self.batch.rows
-
-    def sums(self) -> Tensor:
-        """The sums over the examples of each row, ``(r, neurons)``. Without rows, r = 1."""
-        if self.rows is None:
-            sums = self.values.sum(0, keepdim=True)
-        else:
-            sums = self.rows.members.to(self.values) @ self.values
-        return sums if self.scale == 1.0 else sums.mul_(self.scale)
 
 
-class _Rows(NamedTuple):
-    """The rows of :class:`NeuronStatistics` sums to which the examples of a batch are added.
+class _RowsOf:
+    """Finds the rows of :class:`NeuronStatistics` sums to which examples are added, once for all layers."""
 
-    Attributes:
-        positions: The rows of the batch's classes, ``(r,)``.
-        members: 1 where an example belongs to a row, else 0, ``(r, B)``. A product with it sums over examples.
-        counts: The number of examples in each row, ``(r,)``.
-        last: The largest of ``positions``.
-    """
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], tuple[Tensor, int]] = {}
 
-    positions: Tensor
-    members: Tensor
-    counts: Tensor
-    last: int
-
-    @classmethod
-    def of(cls, classes: Tensor) -> _Rows:
-        present = classes.long().unique()
-        members = (present[:, None] == classes).float()
-        return cls(present + 1, members, members.sum(1), int(present[-1]) + 1)
+    def __call__(self, same: Sequence[_Values]) -> tuple[Tensor, int]:
+        """The row of each example, ``(B,)``, and the number of rows that a sum must have at least."""
+        device = same[0].values.device
+        known = device, *((id(one.batch), len(one.values)) for one in same)
+        if known not in self._known:
+            classes = [one.batch.classes for one in same if one.batch is not None and one.batch.classes is not None]
+            if classes:
+                rows = torch.cat(classes).to(device).long() + 1
+            else:
+                rows = torch.zeros(sum(len(one.values) for one in same), dtype=torch.long, device=device)
+            self._known[known] = rows, int(rows.max()) + 1
+        return self._known[known]
 
 
 def _per_example(values: Tensor, channel: int) -> Tensor:
@@ -422,7 +399,7 @@ class GradientStatistics:
         """Adds the gradient of each named parameter. Skips missing, sparse, complex and non-finite gradients."""
         with torch.no_grad():
             added = {
-                name: gradient.detach().float()
+                name: gradient.float()
                 for name, gradient in gradients
                 if not (gradient is None or gradient.is_sparse or gradient.is_complex())
             }
@@ -430,9 +407,11 @@ class GradientStatistics:
                 return
             norms = torch._foreach_norm(list(added.values()))
             device = norms[0].device
-            finite = torch.isfinite(torch.stack([norm.to(device) for norm in norms])).tolist()
+            sizes = torch.stack([norm.to(device) for norm in norms]).tolist()
             # This also skips gradients whose square overflows.
-            kept = {name: values for (name, values), one in zip(added.items(), finite, strict=True) if one}
+            kept = {
+                name: values for (name, values), size in zip(added.items(), sizes, strict=True) if math.isfinite(size)
+            }
             old = [name for name in kept if name in self.squares]
             if old:
                 values = [kept[name] for name in old]

@@ -26,14 +26,14 @@ from .statistics import GradientStatistics, NeuronStatistics
 if TYPE_CHECKING:
     from .._compat import Trainer
 
-__all__ = ["Selection", "TrainingTracker", "is_due", "target_metrics"]
+__all__ = ["Selection", "TrainingTracker", "share_of_steps", "target_metrics"]
 
-# The fractional parts of its multiples are spread evenly over the unit interval (a Weyl sequence), see is_due.
+# The fractional parts of its multiples are spread evenly over the unit interval (a Weyl sequence).
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 # Statistics are gathered at no more than this share of the steps of an epoch, but at so many in any case. A step that
 # gathers takes up to half as long again, see benchmarks/README.md, "Small networks and few examples".
-_LARGEST_SHARE, _LEAST = 1 / 7, 8
+_LARGEST_SHARE, _LEAST = 1 / 10, 4
 
 
 class Selection(Protocol):
@@ -84,6 +84,7 @@ class TrainingTracker:
         # The names of an optimizer's parameters by id, with the parameters, since another one could get the id of one
         # that is gone.
         self._names: dict[int, tuple[str | None, nn.Parameter]] = {}
+        self._share: float | None = None  # of the optimizer steps of this epoch, at which statistics are gathered
         self._due = False  # whether statistics are gathered at the current optimizer step
         self._within_epoch = False  # whether an epoch has begun and not ended
         self._local = False  # whether the sums over neurons are of this process alone, not of all
@@ -101,6 +102,7 @@ class TrainingTracker:
         self._has_warned = False
         self._names = {}
         self._within_epoch = False
+        self._share = None
 
     def attach(self, module: nn.Module) -> None:
         """Adds the hooks that read outputs and output gradients."""
@@ -113,19 +115,23 @@ class TrainingTracker:
         self.neurons.reset()
         self.gradients.reset()
         self._local = True
+        self._share = None
 
     def start_batch(self, trainer: Trainer, batch: Any, batch_idx: int, *, neurons: bool, steps: int | None) -> None:
-        """Starts recording a training batch, if statistics are gathered at its optimizer step (:func:`is_due`).
+        """Starts recording a training batch, if statistics are gathered at its optimizer step.
 
         Args:
             trainer: The trainer in ``fit``.
             batch: The next batch that passes through the model.
             batch_idx: Its number in the epoch.
             neurons: Whether to gather statistics of neurons.
-            steps: The approximate number of optimizer steps of an epoch at which to gather; ``None`` for all.
+            steps: The approximate number of optimizer steps of an epoch at which to gather, see :func:`share_of_steps`.
         """
         self._within_epoch = True
-        self._due = is_due(trainer, batch_idx, steps)
+        if self._share is None:
+            self._share = share_of_steps(trainer, batch_idx, steps)
+        # Taking every n-th step would be biased if the training data had the same period.
+        self._due = batch_idx // trainer.accumulate_grad_batches * _GOLDEN_RATIO % 1 < self._share
         if not (neurons and self._due):
             return
         with self.guard("reading the batch"):
@@ -385,25 +391,23 @@ class TrainingTracker:
                 self.pick(module, "from the checkpoint")
 
 
-def is_due(trainer: Trainer, batch_idx: int, wanted: int | None) -> bool:
-    """Whether statistics are gathered at the optimizer step that a batch belongs to.
+def share_of_steps(trainer: Trainer, batch_idx: int, wanted: int | None) -> float:
+    """The share of the optimizer steps of an epoch at which statistics are gathered.
 
     Args:
         trainer: The trainer in ``fit``.
-        batch_idx: The number of the batch in the epoch.
+        batch_idx: The number of the next batch in the epoch.
         wanted: The approximate number of optimizer steps of an epoch at which to gather; ``None`` for all. In a short
-            epoch there are fewer: one in seven, but at least 8.
+            epoch there are fewer: one in ten, but at least 4.
     """
     if wanted is None:
-        return True
-    step, steps = batch_idx // trainer.accumulate_grad_batches, math.inf
+        return 1.0
+    steps = math.inf
     if math.isfinite(trainer.num_training_batches):
         steps = trainer.num_training_batches / trainer.accumulate_grad_batches
     if trainer.max_steps > 0:
-        steps = min(steps, trainer.max_steps - trainer.global_step + step)
-    share = 1.0 if math.isinf(steps) else min(wanted, max(steps * _LARGEST_SHARE, _LEAST)) / max(steps, 1)
-    # Taking every n-th step would be biased if the training data had the same period.
-    return step * _GOLDEN_RATIO % 1 < share
+        steps = min(steps, trainer.max_steps - trainer.global_step + batch_idx // trainer.accumulate_grad_batches)
+    return 1.0 if math.isinf(steps) else min(wanted, max(steps * _LARGEST_SHARE, _LEAST)) / max(steps, 1)
 
 
 def target_metrics(targets: Targets, previous: Targets | None, module: nn.Module) -> dict[str, float]:

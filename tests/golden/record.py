@@ -61,7 +61,7 @@ def fitted(name: str, world: int) -> tuple[Any, Classifier, TensorDataset]:
     net, data = make(name, 2 * N)
     train, unseen = (TensorDataset(*(tensor[part] for tensor in data.tensors)) for part in (slice(N), slice(N, None)))
     module = Classifier(net, lr=0.3)
-    callback = GIFCallback(ratio=0.3, unconverged="ignore", memory=1.0, batch_size=16, snapshots=1)
+    callback = GIFCallback(ratio=0.3, unconverged="ignore", memory=1.0, batch_size=16, snapshots=1, cache_steps=None)
     strategy = "auto" if world == 1 else DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=180))
     trainer = make_trainer(callback, max_epochs=3, devices=world, strategy=strategy)
     trainer.fit(module, DataLoader(train, 12 // world, shuffle=True, generator=torch.Generator().manual_seed(0)))
