@@ -15,7 +15,7 @@ from ._compat import Callback, LightningModule, Trainer, attach_model, unsupport
 from .attribution.periodic import HISTORY_COLUMNS, PeriodicReports
 from .attribution.report import InfluenceReport
 from .calls import TrainerCalls, check_path, check_record, keywords, log_to_each
-from .config import AUTO, Settings, check_count
+from .config import AUTO, RATIO, SELECTOR, Settings, check_count
 from .defaults import check_names
 from .distributed import ProcessGroup
 from .errors import ConfigurationError
@@ -170,8 +170,8 @@ class GIFCallback(TrainerCalls, Callback):
     # Many arguments instead of one object, because LightningCLI reads a flat list of options from the signature.
     def __init__(
         self,
-        selector: str | list[str] = "highest_k_gradients",
-        ratio: float = 0.1,
+        selector: str | list[str] = SELECTOR,
+        ratio: float = RATIO,
         method: str = AUTO,
         solver: str = AUTO,
         damping: float | None = None,
@@ -264,7 +264,8 @@ class GIFCallback(TrainerCalls, Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Reads the gradients: accumulated over micro-batches, unscaled, and not yet clipped."""
+        """Reads the learning rates, and the gradients, which are accumulated and unscaled, and not yet clipped."""
+        self.tracker.count_step(optimizer)
         if self.cache_gradients:
             self.tracker.add_gradients(pl_module, optimizer)
 
@@ -298,7 +299,7 @@ class GIFCallback(TrainerCalls, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes the hooks, and stores the loaders, because ``trainer.test`` removes them from the trainer."""
         self.loaders.remember(trainer)
-        self.tracker.detach()
+        self.tracker.end_fit(pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

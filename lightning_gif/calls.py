@@ -24,9 +24,9 @@ from .attribution.report import InfluenceReport
 from .attribution.retraining import Retrain
 from .attribution.self_influence import self_influence
 from .attribution.validation import Opened, ValidationReport, check_validation, validate
-from .config import Overrides, Settings, check_count
+from .config import AUTO, RATIO, SELECTOR, Overrides, Settings, check_count
 from .data.structure import describe
-from .defaults import check_names, for_influence, for_unlearning
+from .defaults import check_names, for_influence, for_matching, for_unlearning
 from .distributed import ProcessGroup
 from .errors import ConfigurationError, GIFWarning
 from .inspection.check import CheckReport, check, collected
@@ -394,7 +394,7 @@ class TrainerCalls:
         relabel: Tensor | int | Callable[[Any], Tensor] | None = None,
         retain: DataLoader[Any] | None = None,
         unseen: DataLoader[Any] | Literal[False] | None = None,
-        step: Step = "relinearise",
+        step: Step = AUTO,
         targets: TargetsChoice = "batch",
         dataloader: DataLoader[Any] | None = None,
         refresh_statistics: bool = False,
@@ -428,9 +428,12 @@ class TrainerCalls:
                 its batches have the structure of training batches, else a note in the report says why not; ``False``
                 for none. Fewer than 20 examples are not used. Never pass test data, because unseen data decide how far
                 an edit goes.
-            step: How far the edit goes. This is decided on the forget, retained and unseen data.
-                ``"relinearise"`` (default): up to twelve changes that lower the risk, each solved at the weights after
-                the previous one. ``"search"``: one change, with the best step size for the goal. ``"natural"``: one
+            step: How far the edit goes. This is decided on the forget, retained and unseen data. ``"auto"`` (default)
+                is ``"match"`` for the removal of single examples, and ``"relinearise"`` for other goals and where the
+                model has no Gauss–Newton matrix. ``"match"``: a change towards the predictions of a model trained
+                without the examples. It changes all parameters, unless `targets`, `selector` or `ratio` is given.
+                ``"relinearise"``: up to twelve changes that lower the risk, each solved at the weights after the
+                previous one. ``"search"``: one change, with the best step size for the goal. ``"natural"``: one
                 change with step size 1, which theory predicts. A number: one change with this step size. A function, or
                 a name in ``lightning_gif.STRATEGIES``: a strategy, see :mod:`lightning_gif.unlearning.strategies`.
                 :class:`~lightning_gif.unlearning.goals.Goal` describes the goals.
@@ -462,7 +465,9 @@ class TrainerCalls:
         check_path("record", log, "file")
         check_path("solves_to", solves_to, "folder")
         folder = None if solves_to is None else Path(solves_to)
-        settings = for_unlearning(check_names(self.settings.override(overrides, keywords(self.unlearn))))
+        requested = check_names(self.settings.override(overrides, keywords(self.unlearn)))
+        settings = for_unlearning(requested)
+        matching = for_matching(requested, whole=targets == "batch" and not _selects(requested, overrides))
         check_step(step)
         check_tuning(tuning)
         with self.open_session(trainer, settings, targets, dataloader, overrides) as session:
@@ -482,6 +487,8 @@ class TrainerCalls:
                 unseen=unseen_examples,
                 why_not_unseen=why_not_unseen,
                 step=step,
+                matching=matching,
+                training=self.tracker.length,
                 refresh_statistics=refresh_statistics,
                 solves_to=folder,
                 tuning=tuning,
@@ -620,6 +627,12 @@ def _check_only_measuring(given: Mapping[str, Any]) -> None:
 def _are_on_targets(targets: TargetsChoice | None, overrides: Overrides) -> bool:
     """Whether the arguments of a call restrict scores to target parameters, apart from ``method``."""
     return targets is not None or not overrides.keys().isdisjoint(("selector", "ratio"))
+
+
+def _selects(settings: Settings, overrides: Overrides) -> bool:
+    """Whether the user has chosen a selector or a ratio, in the call or in the callback."""
+    given = "selector" in overrides or "ratio" in overrides
+    return given or settings.selector != SELECTOR or settings.ratio != RATIO
 
 
 def _snapshot_states(tracker: TrainingTracker, wanted: bool | None) -> dict[int, dict[str, Tensor]]:

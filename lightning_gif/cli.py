@@ -169,7 +169,7 @@ def unlearn(
     indices: list[int] | int | None = None,
     indices_file: str | None = None,
     relabel: int | float | list[int] | list[float] | None = None,
-    step: float | str = "relinearise",
+    step: float | str = "auto",
     unseen: bool = True,
     targets: TargetsChoice = "batch",
     refresh_statistics: bool = False,
@@ -187,7 +187,7 @@ def unlearn(
         indices_file: A text file with these indices, separated by white space or commas.
         relabel: Their new labels, in the order of the indices, or one label for all. By default the examples are
             removed.
-        step: How far the edit goes: ``relinearise``, ``search``, ``natural`` or a step size.
+        step: How far the edit goes: ``auto``, ``match``, ``relinearise``, ``search``, ``natural`` or a step size.
         unseen: Use the validation data as unseen examples, if there are any.
         targets: The parameters that may change.
         refresh_statistics: Recompute the running statistics of BatchNorm.

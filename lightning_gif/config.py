@@ -14,11 +14,14 @@ from .errors import ConfigurationError
 from .registry import nearest
 from .storage.digests import Fingerprint
 
-__all__ = ["AUTO", "Overrides", "Settings", "check_count"]
+__all__ = ["AUTO", "RATIO", "SELECTOR", "Overrides", "Settings", "check_count"]
 
 
 AUTO = "auto"
 """The value of a setting for which :mod:`lightning_gif.defaults` chooses."""
+
+SELECTOR, RATIO = "highest_k_gradients", 0.1
+"""The default selector and ratio. If neither is given, the removal of single examples changes all parameters."""
 
 
 def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False, others: str = "") -> None:

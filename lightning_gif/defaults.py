@@ -21,6 +21,7 @@ from .solvers import SOLVERS, cg, lsmr, nystrom
 __all__ = [
     "check_names",
     "for_influence",
+    "for_matching",
     "for_unlearning",
     "needs_no_cache",
 ]
@@ -101,6 +102,22 @@ def for_unlearning(settings: Settings) -> Settings:
             f" {', '.join(SOLVERS)}. Pass one to the call: trainer.unlearn(…, solver={LEAST_SQUARES!r})."
         )
     return replace(settings, method=_chosen(settings.method, "gif"), solver=solver)
+
+
+def for_matching(settings: Settings, *, whole: bool) -> Settings | None:
+    """The settings of an edit by ``step="match"``; ``None`` if a setting excludes it.
+
+    Args:
+        settings: The settings that the call requested.
+        whole: Whether the method changes all parameters if none is given. Otherwise it changes the targets.
+    """
+    method = _chosen(settings.method, "if" if whole else "fif")
+    curvature = _chosen(settings.curvature, "ggn")
+    solver = _chosen(settings.solver, SYMMETRIC)
+    symmetric = METHODS[method].is_symmetric and CURVATURES.declared(CURVATURES[curvature], "positive_semidefinite")
+    if not symmetric or solver not in SOLVERS:
+        return None
+    return replace(settings, method=method, curvature=curvature, solver=solver)
 
 
 def for_influence(

@@ -23,6 +23,7 @@ __all__ = [
     "has_gauss_newton",
     "hessian",
     "jacobian_products",
+    "output_derivative",
     "require_gauss_newton",
     "warn_if_asymmetric",
 ]
@@ -194,6 +195,26 @@ def _products_with_jacobian(out: Tensor, theta: Tensor) -> tuple[Product, Produc
         return _derivative(out, theta, vector)
 
     return push, pull, pulled
+
+
+def output_derivative(
+    outputs: Callable[[Tensor, Batch], Tensor], theta: Tensor, batch: Batch, direction: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The predictions for a batch, and their derivative ``J v`` in a direction ``v`` ``(p,)``.
+
+    Args:
+        outputs: ``(θ, batch) → (…)``, the predictions.
+        theta: The parameters ``(p,)``.
+        batch: The batch.
+        direction: The direction ``v``.
+    """
+    theta = theta.detach().requires_grad_()
+    with torch.enable_grad():
+        out = outputs(theta, batch)
+        if not out.requires_grad:
+            return out, torch.zeros_like(out)
+        push, _, _ = _products_with_jacobian(out, theta)
+        return out.detach(), push(direction).detach()
 
 
 class _DependenceCheck:

@@ -19,6 +19,7 @@ from ..data.targets import class_targets
 from ..distributed import ProcessGroup
 from ..errors import BatchError, GIFWarning, RankError, SelectionError
 from ..parameters import Targets
+from ..training_length import TrainingLength
 from .selectors import energy_of, select
 from .snapshots import Snapshots
 from .statistics import GradientStatistics, NeuronStatistics
@@ -63,6 +64,7 @@ class TrainingTracker:
         neurons: Mean outputs and output gradients of neurons, by class.
         gradients: Mean squares of the gradients of parameters.
         snapshots: Weights at the end of earlier epochs.
+        length: How far the optimizers could move each parameter.
         targets: The targets of the last selection, or ``None``.
         targets_epoch: The epoch at whose end they were picked, or ``None``.
         module: The module that the statistics and the targets belong to; ``None`` before the first ``fit``.
@@ -75,6 +77,7 @@ class TrainingTracker:
         self.snapshots = Snapshots(snapshots)
         self.neurons = NeuronStatistics()
         self.gradients = GradientStatistics()
+        self.length = TrainingLength()
         self.targets: Targets | None = None
         self.targets_epoch: int | None = None
         self.module: nn.Module | None = None
@@ -103,6 +106,7 @@ class TrainingTracker:
         self._names = {}
         self._within_epoch = False
         self._share = None
+        self.length.start()
 
     def attach(self, module: nn.Module) -> None:
         """Adds the hooks that read outputs and output gradients."""
@@ -161,6 +165,16 @@ class TrainingTracker:
             pairs = zip(names, parameters, strict=True)
             self.gradients.add((name, parameter.grad) for name, parameter in pairs if name is not None)
 
+    def count_step(self, optimizer: Optimizer) -> None:
+        """Adds the learning rates of an optimizer step to :attr:`length`."""
+        if not self.active:
+            return
+        try:
+            self.length.add(optimizer)
+        except Exception:  # each step counts, and entering the guard takes longer than this
+            with self.guard("reading the learning rates"):
+                raise
+
     def end_epoch(self, module: nn.Module, epoch: int, processes: ProcessGroup) -> bool:
         """Picks the targets from the statistics of the epoch.
 
@@ -168,6 +182,8 @@ class TrainingTracker:
             Whether there are new targets; the same on all processes.
         """
         self._within_epoch = False
+        with self.guard("reading the state of the optimizer"):
+            self.length.close(module)
         self.sum_over(processes)
         if not self._all_active(processes):
             return False
@@ -184,6 +200,12 @@ class TrainingTracker:
             if self.active:
                 self.snapshots.add(epoch, module)
 
+    def end_fit(self, module: nn.Module) -> None:
+        """Ends a fit."""
+        with self.guard("reading the state of the optimizer"):
+            self.length.end(module)
+        self.detach()
+
     def detach(self) -> None:
         """Removes the hooks."""
         self.neurons.detach()
@@ -199,15 +221,16 @@ class TrainingTracker:
     # ----------------------------------------------------------------------------------------------------------------
 
     def follow(self, module: nn.Module) -> None:
-        """Drops statistics, targets and snapshots, if they belong to another module."""
+        """Drops everything that was gathered, if it belongs to another module."""
         if self.module is not None and self.module is not module:
             self.forget()
 
     def forget(self) -> None:
-        """Drops statistics, targets and snapshots."""
+        """Drops everything that was gathered."""
         self.neurons, self.gradients = NeuronStatistics(), GradientStatistics()
         self.targets = self.targets_epoch = None
         self.snapshots = Snapshots(self.snapshots.argument)
+        self.length = TrainingLength()
         self._local = False
 
     @property
@@ -347,12 +370,15 @@ class TrainingTracker:
             processes: The processes to sum the statistics over.
         """
         self.sum_over(processes)
+        if self.module is not None:
+            self.length.close(self.module)
         return {
             "state_key": key,
             "targets": None if self.targets is None else dict(self.targets),
             "neurons": self.neurons.state(),
             "gradients": self.gradients.state(),
             "snapshots": self.snapshots.state(),
+            "length": self.length.state(),
         }
 
     def load_state(self, state: Mapping[str, Any], module: nn.Module, key: str) -> None:
@@ -369,6 +395,8 @@ class TrainingTracker:
             self.gradients.load_state(state["gradients"], module)
             if state.get("snapshots"):
                 self.snapshots.load_state(**state["snapshots"], module=module)
+            if state.get("length"):  # files of earlier versions have none
+                self.length = TrainingLength.of_state(**state["length"])
             same = state["state_key"] == key
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             self.forget()

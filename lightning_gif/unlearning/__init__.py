@@ -7,6 +7,7 @@
 from .._moved import forward
 from .goals import GOALS, ClassRemoval, ExampleRemoval, Goal, LabelCorrection
 from .line_search import LineSearch
+from .matching import Matching
 from .preconditioner import Preconditioner
 from .problem import EditProblem
 from .protocol import QuadraticModel, Trial
@@ -25,6 +26,7 @@ __all__ = [
     "Goal",
     "LabelCorrection",
     "LineSearch",
+    "Matching",
     "Preconditioner",
     "QuadraticModel",
     "Relinearisation",

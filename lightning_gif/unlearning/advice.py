@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
+import math
+
 from ..reporting.notes import warn_and_note
 from .goals import Goal
 from .protocol import Trial
 from .task import Scales
 
-__all__ = ["warn_cost", "warn_refreshed_statistics", "warn_unfinished"]
+__all__ = ["note_removal", "warn_cost", "warn_refreshed_statistics", "warn_unfinished"]
+
+
+# Which share of the predicted change of the loss counts as done, and which as done in part.
+_DONE, _PARTLY = 0.75, 0.25
+
+# A predicted change of the loss by less than this share of the loss, or of one nat, counts as none.
+_SMALL = 0.02
+
+
+def note_removal(
+    before: dict[str, float], after: dict[str, float], predicted: dict[str, float], notes: list[str]
+) -> None:
+    """Notes how much of the predicted change of the forget loss an edit made.
+
+    Args:
+        before: Mean losses at the trained weights, by name.
+        after: Mean losses of the edited model.
+        predicted: The losses that are predicted for training without the forget examples.
+        notes: The notes of the report, which are extended.
+    """
+    start, end, goal = (losses["forget"] for losses in (before, after, predicted))
+    wanted = goal - start
+    told = f"The loss of the forget examples was {start:.4g}. Without them in training it would be about {goal:.4g}"
+    if not math.isfinite(wanted):
+        return
+    if abs(wanted) <= _SMALL * max(abs(start), 1.0):
+        notes.append(
+            f"Not much to forget. {told}: the model hardly depends on these examples. The edit gives {end:.4g}."
+        )
+        return
+    share = (end - start) / wanted
+    verdict = "Done" if share >= _DONE else "Partly done" if share >= _PARTLY else "Not done"
+    message = f"{verdict}. {told}, by theory. The edit gives {end:.4g}, which is {100 * share:.0f} % of this change."
+    if verdict == "Not done":
+        warn_and_note(notes, f"{message} Retrain without these examples if they must be forgotten.")
+    else:
+        notes.append(message)
 
 
 def warn_unfinished(goal: Goal, before: Trial, chosen: Trial, target: float | None, notes: list[str]) -> None:

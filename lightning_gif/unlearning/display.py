@@ -60,7 +60,7 @@ def _headline(record: EditRecord) -> str:
     held = describe_share(record.gradient_share)
     changed = f"{record.edit.count} of {record.n_parameters} parameters ({share:.1f} %{', ' * bool(held)}{held})"
     several = len(record.step_sizes) > 1
-    how = f"in {len(record.step_sizes)} changes (each relinearised)" if several else f"with step size {record.step:.3g}"
+    how = f"in {len(record.step_sizes)} changes" if several else f"with step size {record.step:.3g}"
     return (
         f"Edit for {record.n_forget} example{'' if record.n_forget == 1 else 's'} (goal: {record.goal};"
         f" {record.n_retain} retained) by changing {changed if any(record.step_sizes) else 'nothing'} {how};"
@@ -172,7 +172,7 @@ def _positions(record: EditRecord, trials: list[Trial]) -> tuple[list[float], fl
 
 def _label_trials(axes: Axes, record: EditRecord, trials: list[Trial]) -> None:
     if len(record.step_sizes) > 1:
-        axes.set_xlabel("number of changes (each relinearised)")
+        axes.set_xlabel("number of changes")
         axes.set_xticks(range(len(record.step_sizes) + 1))
         return
     axes.axvline(record.step, color="grey", linestyle=":", label=f"step size {record.step:.3g}")

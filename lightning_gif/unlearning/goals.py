@@ -45,6 +45,7 @@ class Goal(CheckedNumbers):
 
     Attributes:
         name: The name of the goal in reports and files: that which it is registered under.
+        strategy: The name of the strategy that an edit has by default, if the model and the settings allow it.
         compares_with_unseen: Whether the losses of forget examples are compared with those of unseen examples.
         influence_first: Whether ``"relinearise"`` starts along the influence direction. If so, a search along it takes
             the natural step if the predicted change of the risk is below rounding.
@@ -70,6 +71,7 @@ class Goal(CheckedNumbers):
     """
 
     name: ClassVar[str]
+    strategy: ClassVar[str] = "relinearise"
     compares_with_unseen: ClassVar[bool] = False
     influence_first: ClassVar[bool] = False
     smallest_step: ClassVar[bool] = False
@@ -246,6 +248,7 @@ class ExampleRemoval(Goal):
         max_step_size: The largest step size along the influence direction.
     """
 
+    strategy = "match"
     compares_with_unseen = True
     influence_first = True
     bounded_risk = False

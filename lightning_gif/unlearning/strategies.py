@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from ..registry import Registry, declares
 from .problem import EditProblem
 from .protocol import QuadraticModel, Trial
 
-__all__ = ["STRATEGIES", "Strategy", "natural", "relinearise", "search"]
+__all__ = ["STRATEGIES", "Strategy", "match", "natural", "relinearise", "search"]
 
 
 Strategy = Callable[[EditProblem], Trial]
 """A function from an edit problem to one of the trials that it evaluated there."""
 
-STRATEGIES: Registry[Strategy] = Registry("`step` strategy", reports_shortfall=True, repeats_solves=False)
+STRATEGIES: Registry[Strategy] = Registry(
+    "`step` strategy", reports_shortfall=True, repeats_solves=False, predicts_losses=False
+)
 """All strategies by name; :meth:`Registry.register` adds one.
 
-A strategy can declare by :func:`~lightning_gif.registry.declares`: ``reports_shortfall``, whether an edit that misses
-its target or costs too much is reported (by default yes), and ``repeats_solves``, whether it solves for up to
-:attr:`Relinearisation.max_solves` changes, so that the report says if this limit ended the edit (by default no).
+A strategy can declare by :func:`~lightning_gif.registry.declares`:
+
+- ``reports_shortfall``: whether an edit that misses its target or costs too much is reported (by default yes);
+- ``repeats_solves``: whether it solves for up to :attr:`Relinearisation.max_solves` changes, so that the report says if
+  this limit ended the edit (by default no);
+- ``predicts_losses``: whether the report compares the loss of the forget examples with its prediction (by default no).
 """
 
 
@@ -39,6 +45,22 @@ def search(problem: EditProblem) -> Trial:
     risk.
     """
     return _best_along_influence(problem, problem.influence_direction())
+
+
+@STRATEGIES.register("match")
+@declares(predicts_losses=True)
+def match(problem: EditProblem) -> Trial:
+    """Makes the predictions on the forget examples those that theory predicts for training without these examples.
+
+    The first change is the predicted change of the weights, and the second a short training towards the predictions,
+    which holds those on retained examples. It is for the removal of examples by a model with a Gauss–Newton matrix.
+    """
+    problem.leave_out()
+    stepped = problem.evaluate(1.0)
+    problem.match()
+    matched = problem.evaluate(1.0, 1.0)
+    measured = [trial for trial in (matched, stepped) if math.isfinite(trial.retain_loss)]
+    return measured[0] if measured else problem.trials[0]
 
 
 @STRATEGIES.register("relinearise")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,6 +19,7 @@ from ..data.targets import find_targets
 from ..errors import BatchError, TrainingDataError
 from ..objective.objective import Objective
 from ..reporting.notes import warn_and_note
+from ..training_length import TrainingLength
 from .budget import MemoryBudget
 from .checked import CheckedNumbers, number
 from .risk import OutputLoss, cross_entropy
@@ -82,6 +83,7 @@ class Request:
         unseen: Examples that the model was not trained on; ``None`` if there are none.
         forget_weight: ``m/(n−m)``: the weight of the forget examples relative to the retained ones.
         n_classes: The number of classes that the model predicts; ``None`` if its predictions are not known.
+        training: How far the optimizers of the training could move each parameter; empty if this is not known.
     """
 
     objective: Objective
@@ -93,6 +95,7 @@ class Request:
     unseen: Examples | None
     forget_weight: float
     n_classes: int | None
+    training: TrainingLength = field(default_factory=TrainingLength)
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ class Task:
             goal does not depend on predictions, or if they are not known.
         sizes: The numbers of examples to draw.
         budget: The memory that the edit may keep.
+        retained: All retained examples.
+        training: How far the optimizers of the training could move each parameter; empty if this is not known.
     """
 
     objective: Objective
@@ -153,6 +158,8 @@ class Task:
     forgotten_classes: Tensor | None
     sizes: SampleSizes
     budget: MemoryBudget
+    retained: Examples
+    training: TrainingLength
 
     @classmethod
     def prepare(
@@ -216,6 +223,8 @@ class Task:
             forgotten_classes=forgotten_classes,
             sizes=sizes,
             budget=budget,
+            retained=request.retained,
+            training=request.training,
         )
 
     @cached_property

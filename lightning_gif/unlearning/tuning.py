@@ -11,6 +11,7 @@ from ..storage.digests import Fingerprint
 from .checked import CheckedNumbers, number
 from .goals import GOALS, Goal
 from .line_search import LineSearch
+from .matching import Matching
 from .preconditioner import Preconditioner
 from .task import SampleSizes
 from .trust_region import TrustRegion
@@ -46,6 +47,7 @@ class Tuning:
         line_search: The step size along the influence direction.
         sample_sizes: The numbers of examples that an edit uses.
         preconditioner: The scale of entries in a solve.
+        matching: The numbers of the strategy ``"match"``.
 
     Raises:
         ConfigurationError: If a part has a wrong type, a goal is not registered, or two goals are of the same class.
@@ -66,6 +68,7 @@ got 2.0. The default is 0.25.
     line_search: LineSearch = field(default_factory=LineSearch)
     sample_sizes: SampleSizes = field(default_factory=SampleSizes)
     preconditioner: Preconditioner = field(default_factory=Preconditioner)
+    matching: Matching = field(default_factory=Matching)
 
     def __post_init__(self) -> None:
         kinds = [type(goal) for goal in self.goals] if isinstance(self.goals, tuple) else []

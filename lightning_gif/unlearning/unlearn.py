@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import Settings
+from ..config import AUTO, Settings
 from ..curvature.energy import gradient_share
 from ..curvature.methods import METHODS
+from ..curvature.products import has_gauss_newton, require_gauss_newton
 from ..data.examples import Examples
 from ..data.identity import check_same_everywhere, contents_digest, data_digest, fingerprints, innermost, locate
 from ..data.relabel import relabelled
@@ -24,7 +25,8 @@ from ..errors import ConfigurationError, NonFiniteError
 from ..objective.objective import Objective
 from ..parameters import Targets, state_digest
 from ..storage.digests import Fingerprint, digest
-from .advice import warn_cost, warn_refreshed_statistics, warn_unfinished
+from ..training_length import TrainingLength
+from .advice import note_removal, warn_cost, warn_refreshed_statistics, warn_unfinished
 from .goals import Goal, choose_goal
 from .journal import Journal
 from .problem import EditProblem
@@ -40,6 +42,9 @@ __all__ = ["Step", "check_step", "check_tuning", "unlearn"]
 
 Step = str | float | Strategy
 
+# The name of the strategy that needs settings of its own.
+MATCH = "match"
+
 # How many pairs of indices a note shows.
 _SHOWN_INDICES = 5
 
@@ -51,12 +56,13 @@ def check_step(step: Step) -> None:
         ConfigurationError: If ``step`` is not a strategy, the name of one, or a finite number.
     """
     if isinstance(step, str):
-        STRATEGIES[step]
+        if step != AUTO:
+            STRATEGIES[step]
     elif not callable(step) and (
         isinstance(step, bool) or not isinstance(step, numbers.Real) or not math.isfinite(step)
     ):
         raise ConfigurationError(
-            f"`step` must be one of {', '.join(map(repr, STRATEGIES))}, a finite number, or a function from an"
+            f"`step` must be one of {', '.join(map(repr, (AUTO, *STRATEGIES)))}, a finite number, or a function from an"
             f" EditProblem to one of its trials (see lightning_gif.unlearning), got {step!r}."
         )
 
@@ -85,7 +91,9 @@ def unlearn(
     retain: Examples | None = None,
     unseen: Examples | None = None,
     why_not_unseen: str = "",
-    step: Step = "relinearise",
+    step: Step = AUTO,
+    matching: Settings | None = None,
+    training: TrainingLength | None = None,
     refresh_statistics: bool = False,
     solves_to: Path | None = None,
     tuning: Tuning | None = None,
@@ -109,7 +117,10 @@ def unlearn(
         retain: All retained examples; by default the examples of ``train`` that are not forget examples.
         unseen: Examples like the training data that the model was not trained on.
         why_not_unseen: Why the validation data do not serve as such, for a note if the goal would use them.
-        step: A strategy, its name, or a number, which is a step size along the influence direction.
+        step: A strategy, its name, or a number, which is a step size along the influence direction. ``"auto"`` is the
+            :attr:`~.goals.Goal.strategy` of the goal, or ``"relinearise"`` if the model or the settings exclude it.
+        matching: The settings for the strategy ``"match"``; ``None`` if the settings exclude it.
+        training: How far the optimizers of the training could move each parameter; ``None`` if this is not known.
         refresh_statistics: Recompute the running statistics of BatchNorm over retained and corrected examples.
         solves_to: A folder for the changes, see :class:`~lightning_gif.unlearning.journal.Journal`. By default they are
             not stored, and lost if the call is interrupted.
@@ -130,12 +141,20 @@ def unlearn(
     tuning = Tuning() if tuning is None else tuning
     found, request = _make_request(objective, train, forget, settings, relabel, retain, unseen, notes)
     goal = choose_goal(request, tuning.goals, notes)
+    step = _chosen_step(step, goal, objective, matching, notes)
+    if step == MATCH:
+        assert matching is not None  # since this step was chosen
+        settings = matching
+        request = replace(request, settings=settings, training=training or TrainingLength())
     if goal.compares_with_unseen and why_not_unseen:
         notes.append(
             f"The validation data of `fit` are not used as unseen examples: {why_not_unseen.rstrip('.')}. Pass a loader"
             " as `unseen`, or unseen=False."
         )
-    task = _draw_samples(request, goal, tuning, notes)
+    n_fit = goal.sample_size(settings)
+    if step == MATCH and isinstance(settings.curvature_examples, str):
+        n_fit = tuning.matching.curvature_examples
+    task = _draw_samples(request, goal, tuning, n_fit, notes)
 
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
@@ -222,12 +241,48 @@ def _describe_data(train: Examples, found: Tensor, request: Request) -> dict[str
     }
 
 
-def _draw_samples(request: Request, goal: Goal, tuning: Tuning, notes: list[str]) -> Task:
+def _chosen_step(step: Step, goal: Goal, objective: Objective, matching: Settings | None, notes: list[str]) -> Step:
+    """The strategy of an edit, see :func:`unlearn`.
+
+    Raises:
+        ConfigurationError: If ``step="match"`` was given, but the goal or a setting excludes it.
+        ObjectiveError: If ``step="match"`` was given, but there is no Gauss–Newton matrix.
+    """
+    if step == MATCH:
+        if goal.strategy != MATCH:
+            raise ConfigurationError(
+                f"step='match' is for the removal of single examples, but the goal of this edit is {goal.name!r}. Use"
+                " step='relinearise', or omit `step`."
+            )
+        if matching is None:
+            raise ConfigurationError(
+                "step='match' solves with the Gauss–Newton matrix on the parameters that change. Omit `method`,"
+                " `curvature` and `solver`, or use method='if' or 'fif', curvature='ggn' and a solver such as 'cg'."
+            )
+        assert objective.probed is not None  # since the structure of the training examples is known
+        require_gauss_newton(objective, objective.theta, objective.probed)
+        return step
+    if step != AUTO:
+        return step
+    if goal.strategy != MATCH or matching is None:
+        return goal.strategy if goal.strategy != MATCH else "relinearise"
+    probed = objective.probed
+    if probed is None or not objective.is_convex or not has_gauss_newton(objective, objective.theta, probed):
+        notes.append(
+            "The predictions that the losses are computed from are not recognised, or the loss is not convex in them."
+            " So the edit could not aim at the predictions of a model trained without the examples (step='match'). It"
+            " lowers the loss of the retained examples instead (step='relinearise'), which forgets less."
+        )
+        return "relinearise"
+    return MATCH
+
+
+def _draw_samples(request: Request, goal: Goal, tuning: Tuning, n_fit: int | None, notes: list[str]) -> Task:
     """The task of a request with a goal."""
     task = Task.prepare(
         request,
         tuning.sample_sizes,
-        n_fit=goal.sample_size(request.settings),
+        n_fit=n_fit,
         compares_with_unseen=goal.compares_with_unseen,
         forgotten_classes=goal.forgotten_classes(request),
         notes=notes,
@@ -323,7 +378,11 @@ def _advise(problem: EditProblem, task: Task, outcome: _Outcome, strategy: Strat
     """Warns if the edit missed its target or cost too much, and notes if more solves would have lowered the risk."""
     goal, start = problem.goal, problem.trials[0]
     chosen = replace(outcome.chosen, memorization=outcome.memorization)
-    warn_unfinished(goal, start, chosen, problem.target_memorization, notes)
+    if STRATEGIES.declared(strategy, "predicts_losses"):
+        predicted = problem.predicted_losses(outcome.before, outcome.chosen)
+        note_removal(outcome.before, outcome.after, predicted, notes)
+    else:
+        warn_unfinished(goal, start, chosen, problem.target_memorization, notes)
     after = outcome.after if outcome.unrefreshed is None else outcome.unrefreshed
     warn_cost(goal, task.scales(start.retain_loss), outcome.before, after, notes)
     max_solves = problem.tuning.relinearisation.max_solves
@@ -394,6 +453,7 @@ def _fingerprint(task: Task, goal: Goal, tuning: Tuning, targets: Targets, train
         marks = [None if part is None else [mark.hex() for mark in fingerprints(part)] for part in parts]
         return digest({str(i): part.ids for i, part in enumerate(parts) if part is not None}, marks)
 
+    damping = task.training.damping(task.objective.space, task.objective.theta)
     return {
         "weights": digest({"theta": task.objective.theta}, state_digest(task.objective.module)),
         "training data": train,
@@ -403,6 +463,7 @@ def _fingerprint(task: Task, goal: Goal, tuning: Tuning, targets: Targets, train
         "unseen examples": of(task.unseen),
         "goal": str(goal.name),
         "target parameters": digest(dict(targets)),
+        "damping of the training": digest({} if damping is None else {"damping": damping}),
         **tuning.fingerprint(goal),
         **task.settings.fingerprint(),
     }

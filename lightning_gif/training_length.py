@@ -1,0 +1,145 @@
+"""How far the optimizers of a fit could move each parameter, and the damping that this is equivalent to."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import Self
+
+from .parameters import ParameterSpace
+
+__all__ = ["TrainingLength"]
+
+# The state of an optimizer that holds the mean of squared gradients, and the option that is the weight of earlier ones.
+_SECOND_MOMENTS = {"exp_avg_sq": "betas", "square_avg": "alpha"}
+
+# Optimizers whose weight decay does not pass through the division by the root of the second moment.
+_DECOUPLED = ("AdamW",)
+
+
+class TrainingLength:
+    """The sum of learning rates over the optimizer steps of ``fit``, for each parameter.
+
+    Gradient descent with learning rates ``η_t`` and momentum ``μ`` moves a direction of curvature ``c`` by about the
+    share ``c / (c + 1/s)`` of the way to its minimum, where ``s = Σ_t η_t / (1 − μ)``. So training that ends early acts
+    like a quadratic penalty with the factor ``1/s``, in addition to weight decay (Goodfellow, Bengio and Courville,
+    *Deep Learning*, section 7.8). An optimizer such as Adam divides the gradient of each entry by a root of its second
+    moment ``d``. Its ``s`` is ``Σ_t η_t / d_t``, with the root mean square over a parameter's entries as ``d_t``, read
+    at the end of each epoch.
+
+    Attributes:
+        lengths: ``s`` of each parameter by name.
+        decays: The weight decay of each parameter by name, as the factor of a quadratic penalty on the loss.
+        seconds: The wall time of all fits in seconds.
+    """
+
+    def __init__(self) -> None:
+        self.lengths: dict[str, float] = {}
+        self.decays: dict[str, float] = {}
+        self.seconds = 0.0
+        self._rates: dict[int, tuple[Optimizer, list[float]]] = {}  # sums of learning rates since the last `close`
+        self._started: float | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.lengths)
+
+    def start(self) -> None:
+        """Begins a fit."""
+        self._rates, self._started = {}, time.perf_counter()
+
+    def add(self, optimizer: Optimizer) -> None:
+        """Adds an optimizer step."""
+        groups = optimizer.param_groups
+        known = self._rates.get(id(optimizer))
+        if known is None:
+            known = self._rates[id(optimizer)] = optimizer, []
+        rates = known[1]
+        rates += [0.0] * (len(groups) - len(rates))
+        for number, group in enumerate(groups):
+            rates[number] += float(group.get("lr", 0.0))
+
+    def close(self, module: nn.Module) -> None:
+        """Adds the steps since the last call to :attr:`lengths`, as at the end of an epoch."""
+        now = time.perf_counter()
+        self.seconds += 0.0 if self._started is None else now - self._started
+        self._started = None if self._started is None else now
+        names = {id(parameter): name for name, parameter in module.named_parameters()} if self._rates else {}
+        for optimizer, rates in self._rates.values():
+            for group, rate in zip(optimizer.param_groups, rates, strict=False):
+                named = [(names[id(one)], one) for one in group["params"] if id(one) in names]
+                for (name, _), divisor in zip(named, _divisors(optimizer, group, named), strict=True):
+                    self.lengths[name] = self.lengths.get(name, 0.0) + rate / divisor
+                    decay = float(group.get("weight_decay", 0.0) or 0.0)
+                    self.decays[name] = decay * divisor if _is_decoupled(optimizer, group) else decay
+        self._rates = {}
+
+    def end(self, module: nn.Module) -> None:
+        """Ends a fit."""
+        self.close(module)
+        self._started = None
+
+    def damping(self, space: ParameterSpace, like: Tensor, *, decay: bool = True) -> Tensor | None:
+        """The factor of the equivalent penalty for each entry, ``(p,)``; ``None`` if a parameter was not trained.
+
+        Args:
+            space: The parameters.
+            like: A tensor of the dtype and the device of the result.
+            decay: Whether the weight decay of the optimizers is a part of it.
+        """
+        found = like.new_zeros(space.size)
+        for name in space.slots:
+            length = self.lengths.get(name, 0.0)
+            if not (math.isfinite(length) and length > 0):
+                return None
+            space.of(name, found).fill_(1 / length + (self.decays.get(name, 0.0) if decay else 0.0))
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """The sums as plain values, for a checkpoint."""
+        return {"lengths": dict(self.lengths), "decays": dict(self.decays), "seconds": self.seconds}
+
+    @classmethod
+    def of_state(cls, lengths: Mapping[str, float], decays: Mapping[str, float], seconds: float) -> Self:
+        """The object whose :meth:`state` this is.
+
+        Raises:
+            ValueError: If a value is no number.
+            TypeError: If a value is no number.
+        """
+        made = cls()
+        made.lengths = {str(name): float(value) for name, value in lengths.items()}
+        made.decays = {str(name): float(value) for name, value in decays.items()}
+        made.seconds = float(seconds)
+        return made
+
+
+def _divisors(optimizer: Optimizer, group: Mapping[str, Any], named: Iterable[tuple[str, nn.Parameter]]) -> list[float]:
+    """What an optimizer divides the gradient of each parameter by, in the long run."""
+    return [_divisor(optimizer.state.get(parameter, {}), group) for _, parameter in named]
+
+
+def _divisor(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
+    for key, option in _SECOND_MOMENTS.items():
+        moment = state.get(key)
+        if not isinstance(moment, Tensor) or not moment.numel():
+            continue
+        weight = group.get(option, 0.0)
+        weight = float(weight[1]) if isinstance(weight, (tuple, list)) else float(weight)
+        step = float(state.get("step", math.inf))
+        mean = float(moment.mean(dtype=torch.float32))
+        corrected = mean / (1 - weight**step) if key == "exp_avg_sq" and step > 0 else mean
+        return max(math.sqrt(max(corrected, 0.0)) + float(group.get("eps", 0.0)), 1e-12)
+    momentum = float(group.get("momentum", 0.0) or 0.0)
+    return (1 - momentum) / (1 - float(group.get("dampening", 0.0) or 0.0)) if 0 <= momentum < 1 else 1.0
+
+
+def _is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether weight decay is scaled by the learning rate alone, as in AdamW."""
+    by_option = bool(group.get("decoupled_weight_decay"))
+    return by_option or any(base.__name__ in _DECOUPLED for base in type(optimizer).__mro__)
