@@ -39,8 +39,9 @@ from .storage.interrupts import uninterrupted
 from .unlearning.journal import Journal
 from .unlearning.record import EditContext
 from .unlearning.report import UnlearnReport
+from .unlearning.step import Step, check_step
 from .unlearning.tuning import Tuning
-from .unlearning.unlearn import Step, check_step, check_tuning, unlearn
+from .unlearning.unlearn import check_tuning, unlearn
 
 __all__ = ["TrainerCalls", "check_path", "check_record", "keywords", "log_to_each"]
 

@@ -33,7 +33,7 @@ from .products import require_gauss_newton
 from .sampling import curvature_sample, sample_size
 from .streaming import warn_of_zero_curvature
 
-__all__ = ["LEAST_DAMPING", "EKFACInverse", "KroneckerBlock", "kronecker_blocks", "sum_of_squares"]
+__all__ = ["LEAST_DAMPING", "EKFACInverse", "KroneckerBlock", "inverse_root", "kronecker_blocks", "sum_of_squares"]
 
 # The smallest damping of a layer, as a share of that of all parameters: a layer of dead units has eigenvalues of 0.
 LEAST_DAMPING = 1e-6
@@ -267,6 +267,43 @@ class EKFACInverse(InverseCurvature):
             warn_of_zero_curvature()
         diagonal = sum(len(values) for values in self._diagonal.values())
         return {**self._facts, "in_blocks": self._space.size - diagonal, "on_diagonal": diagonal}
+
+
+def inverse_root(
+    objective: Objective, examples: Examples, damping: Tensor, seed: int
+) -> Callable[[Tensor], Tensor] | None:
+    """The map ``v ↦ (G + D)^(−1/2) v``, where ``G`` is the EK-FAC approximation of the Gauss–Newton matrix.
+
+    With it as a preconditioner from both sides, conjugate gradients take fewer products.
+
+    Args:
+        objective: An open objective.
+        examples: The examples that ``G`` is the mean over.
+        damping: The diagonal ``D``, ``(p,)``. A matrix of a layer gets the mean over its entries.
+        seed: The seed of random vectors.
+
+    Returns:
+        A function from ``(p,)`` to ``(p,)``; ``None`` if the module does not use all its parameters in layers.
+    """
+    if objective.layers is None:
+        return None
+    space = objective.space
+    blocks, diagonal, _ = _fit(_Passes(objective, objective.layers, examples, seed, lambda: None))
+    roots = [
+        (block.values + block.matrix(lambda name: space.of(name, damping[None])).mean()).rsqrt() for block in blocks
+    ]
+    others = {name: (values + space.of(name, damping)).rsqrt() for name, values in diagonal.items()}
+
+    def apply(vector: Tensor) -> Tensor:
+        rows, result = vector[None], torch.zeros_like(vector)[None]
+        for block, root in zip(blocks, roots, strict=True):
+            rotated = block.rotate(block.matrix(lambda name: space.of(name, rows))) * root
+            block.write(block.rotate_back(rotated), lambda name: space.of(name, result))
+        for name, root in others.items():
+            space.of(name, result).copy_(space.of(name, rows) * root)
+        return result[0]
+
+    return apply
 
 
 def _require_layers(objective: Objective, settings: Settings, method: Method) -> LayerGradients:

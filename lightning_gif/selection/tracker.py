@@ -19,10 +19,10 @@ from ..data.targets import class_targets
 from ..distributed import ProcessGroup
 from ..errors import BatchError, GIFWarning, RankError, SelectionError
 from ..parameters import Targets
-from ..training_length import TrainingLength
 from .selectors import energy_of, select
 from .snapshots import Snapshots
 from .statistics import GradientStatistics, NeuronStatistics
+from .training_length import TrainingLength
 
 if TYPE_CHECKING:
     from .._compat import Trainer

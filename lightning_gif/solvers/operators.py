@@ -5,12 +5,14 @@ An operator that is known to be positive semi-definite has a true attribute ``po
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .base import LinearOperator
 
-__all__ = ["Combination", "Scaled", "Shifted", "Submatrix", "damped_system", "is_positive_semidefinite"]
+__all__ = ["Combination", "Scaled", "Shifted", "Submatrix", "Transformed", "damped_system", "is_positive_semidefinite"]
 
 
 def is_positive_semidefinite(operator: LinearOperator) -> bool:
@@ -130,6 +132,40 @@ class Scaled(_View):
     def draw(self, seed: int) -> Scaled:
         """The curvature over a random batch with the same scale, see :meth:`Curvature.draw`."""
         return Scaled(self._operator.draw(seed), self._units, rows=self._rows)  # type: ignore[attr-defined]
+
+
+class Transformed(_View):
+    """``W (A + diag(d)) W`` with a symmetric map ``W``, such as the root of an approximate inverse of ``A + diag(d)``.
+
+    Args:
+        operator: The symmetric matrix ``A``, ``(n, n)``.
+        diagonal: ``d``, ``(n,)``.
+        transform: ``W``, from ``(n,)`` to ``(n,)``.
+    """
+
+    def __init__(self, operator: LinearOperator, diagonal: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(operator)
+        self._diagonal, self._transform, self.shape = diagonal, transform, operator.shape
+
+    @property
+    def positive_semidefinite(self) -> bool:
+        """Whether ``A`` is positive semi-definite."""
+        return is_positive_semidefinite(self._operator)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``(n,) → (n,)``, or ``(n, q) → (n, q)``."""
+        inner = self._columns(vectors)
+        diagonal = self._diagonal if inner.ndim == 1 else self._diagonal[:, None]
+        return self._columns(self._operator.matvec(inner) + diagonal * inner)
+
+    def rmatvec(self, vectors: Tensor) -> Tensor:
+        """As :meth:`matvec`, since the matrix is symmetric."""
+        return self.matvec(vectors)
+
+    def _columns(self, vectors: Tensor) -> Tensor:
+        if vectors.ndim == 1:
+            return self._transform(vectors)
+        return torch.stack([self._transform(column) for column in vectors.T], dim=1)
 
 
 class Shifted(_View):

@@ -47,7 +47,7 @@ class Matching(CheckedNumbers):
     """
 
     curvature_examples: int = number(600, low=1, open_low=False)
-    iterations: int = number(20, low=1, open_low=False)
+    iterations: int = number(6, low=1, open_low=False)
     unknown_damping: float = number(5e-4)
     steps: int = number(40, low=0, open_low=False)
     retained: int = number(64, low=1, open_low=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,7 +14,6 @@ from torch import Tensor
 from .._moved import renamed
 from ..config import AUTO, Settings
 from ..curvature.methods import Group, Method, Solve
-from ..curvature.products import output_derivative
 from ..curvature.solve import (
     describe,
     max_iter,
@@ -26,16 +24,14 @@ from ..curvature.solve import (
     warn_unconverged,
 )
 from ..curvature.streaming import Curvature
-from ..data.batch import Batch
 from ..errors import ConfigurationError, NonFiniteError, ObjectiveError
 from ..solvers import LinearOperator, Solution
 from ..solvers.operators import Combination, Scaled, Submatrix
-from ..solvers.vectors import norms
 from ..storage.digests import digest
 from ..storage.schema import restored_fields
+from . import leave_out
 from .goals import Goal
 from .journal import Journal
-from .matching import Rounds, from_trained, match, predicted, to_predicted
 from .memorization import measure
 from .preconditioner import gradient_second_moment, preconditioner
 from .protocol import QuadraticModel, Trial
@@ -43,10 +39,6 @@ from .task import Task
 from .tuning import Tuning
 
 __all__ = ["EditProblem"]
-
-
-# The number of products that estimate a largest eigenvalue from the gradient of the forget examples.
-_POWER_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -270,7 +262,7 @@ class EditProblem:
         if settings.max_iter is None and settings.rtol is None:
             settings = replace(settings, max_iter=self.tuning.matching.iterations)
         model, _ = self._recalled_or_solved(["leave out"], settings, partial(self._solve_leave_out, settings))
-        self._predicted = {"forget": self._loss_after(self._changes[-1])}
+        self._predicted = {"forget": leave_out.loss_after(self._task, self.positions, self._changes[-1])}
         return model
 
     def match(self) -> None:
@@ -366,96 +358,24 @@ class EditProblem:
 
     def _solve_leave_out(self, settings: Settings) -> tuple[QuadraticModel, bool]:
         objective, task = self._objective, self._task
-        gradient = task.influence_gradient[self.positions]
-        self._require_effect(gradient)
+        self._require_effect(task.influence_gradient[self.positions])
         with objective.progress("Curvature products") as bar:
-            kept = task.budget.for_curvatures(settings, 1)
-            curvature = open_curvature(kept, objective, task.retain_fit, on_product=bar.update)
-            matrix = Submatrix(curvature, self.positions, self.positions)
-            damping = self._training_damping()
-            if damping is None:
-                share = self.tuning.matching.unknown_damping
-                damping = torch.full_like(
-                    gradient, max(share * _largest(matrix, gradient), torch.finfo(gradient.dtype).tiny)
-                )
-            units = damping.rsqrt()
-            (solution,) = solve(replace(settings, damping=1.0), Scaled(matrix, units, rows=True), units * gradient)
-            change = units * solution.x
-            self._require_change(change)
-            curvature.warn_if_zero()
-            self.description = self.description or describe(settings, curvature)
-            self._add(change, replace(solution, damping=float(damping.mean())), settings)
-            along = float(change @ matrix.matvec(change))
+            found = leave_out.solve_step(task, settings, self.tuning.matching, self.positions, bar.update)
+        self._require_change(found.change)
+        self._add(found.change, found.solution, settings)
+        self.description = self.description or found.products
         slope = self._decay * objective.theta
         for term in self._terms:
             slope = slope + term.weight * term.eval_gradient(objective)
-        return QuadraticModel(float(slope[self.positions] @ change), along), False
-
-    def _training_damping(self) -> Tensor | None:
-        """The damping of each target, ``(k,)``; ``None`` if none is given and the training was not recorded."""
-        settings, like = self._settings, self._objective.theta
-        if settings.damping is not None:
-            return torch.full_like(like[self.positions], max(float(settings.damping), torch.finfo(like.dtype).tiny))
-        found = self._task.training.damping(self._objective.space, like, decay=not settings.weight_decay)
-        return None if found is None else found[self.positions]
-
-    def _loss_after(self, change: Tensor) -> float:
-        """The mean loss of the forget examples after a change ``(k,)`` if predictions were linear in parameters."""
-        objective = self._objective
-        direction = torch.zeros_like(objective.theta)
-        direction[self.positions] = change
-
-        def loss_sum(theta: Tensor, batch: Batch) -> Tensor:
-            out, derivative = output_derivative(objective.outputs, theta, batch, direction)
-            return objective.loss_sum_at(theta, batch)(out + derivative)
-
-        return objective.mean(self._task.forget_eval, loss_sum, objective.theta)
+        return QuadraticModel(float(slope[self.positions] @ found.change), found.curvature), False
 
     def _solve_match(self) -> tuple[QuadraticModel, bool]:
-        objective, task, numbers, started = self._objective, self._task, self.tuning.matching, time.perf_counter()
         (change,), (solution,) = self._changes, self.solutions
-        classifies = task.n_classes is not None
-        outputs = objective.logits if classifies else objective.outputs
-        direction = torch.zeros_like(objective.theta)
-        direction[self.positions] = change
-        damping = self._training_damping()
-        damping = torch.full_like(change, solution.damping) if damping is None else damping
-        settings, start = self._settings, objective.theta + direction
-        wanted = predicted(objective, outputs, direction)
-        to_forget = to_predicted(objective, outputs, classifies=classifies)
-        to_retain = from_trained(objective, outputs, classifies=classifies)
-        budget, seed = task.budget, settings.seed
-        few = budget.sample(task.retain_fit, numbers.rate_examples, seed)
-        aimed = task.forget.sample(numbers.rate_examples // 4, seed).map(wanted)
-        kept = budget.for_curvatures(settings, 2)
-        units = damping.rsqrt()
-        with objective.progress("Steps", numbers.steps) as bar:
-            # The rate of the steps follows from the curvature at their start, which is larger than before.
-            both = Combination(
-                (1.0, open_curvature(kept, objective, few, start, losses=to_retain, weight_decay=0.0)),
-                (
-                    numbers.forget_weight,
-                    open_curvature(kept, objective, aimed, start, losses=to_forget, weight_decay=0.0),
-                ),
+        numbers = self.tuning.matching
+        with self._objective.progress("Steps", numbers.steps) as bar:
+            found, done = leave_out.match_predictions(
+                self._task, self._settings, numbers, self.positions, change, solution.damping, bar.update
             )
-            matrix = Scaled(Submatrix(both, self.positions, self.positions), units, rows=True)
-            largest = _largest(matrix, units * task.influence_gradient[self.positions])
-            count = numbers.steps * numbers.retained
-            retained = task.retained.sample(max(count, 1), seed)
-            end = match(
-                objective,
-                start,
-                self.positions,
-                Rounds(task.forget, numbers.forgotten, to_forget, budget, seed, wanted),
-                Rounds(retained, numbers.retained, to_retain, budget, seed),
-                1 / damping,
-                largest,
-                numbers if largest else replace(numbers, steps=0),
-                bar.update,
-            )
-        found = (end - objective.theta - direction)[self.positions]
-        seconds = time.perf_counter() - started
-        done = replace(Solution.direct(found, solution.damping, seconds, solver="match"), iterations=numbers.steps)
         self._add(found, done, self._settings)
         return QuadraticModel(0.0, 0.0), False
 
@@ -585,17 +505,6 @@ class EditProblem:
     answer = renamed("walk.answer", "influence_direction")
     descend = renamed("walk.descend", "descent_direction")
     measure = renamed("walk.measure", "evaluate")
-
-
-def _largest(matrix: LinearOperator, start: Tensor) -> float:
-    """A lower estimate of the largest eigenvalue of a positive semi-definite matrix, by a few products."""
-    vector, length = start, 0.0
-    for _ in range(_POWER_STEPS):
-        vector = matrix.matvec(vector / norms(vector))
-        length = float(norms(vector))
-        if not math.isfinite(length) or not length:
-            return 0.0
-    return length
 
 
 def _with_curvature(settings: Settings, default: str) -> Settings:

@@ -19,7 +19,7 @@ from ..data.targets import find_targets
 from ..errors import BatchError, TrainingDataError
 from ..objective.objective import Objective
 from ..reporting.notes import warn_and_note
-from ..training_length import TrainingLength
+from ..selection.training_length import TrainingLength
 from .budget import MemoryBudget
 from .checked import CheckedNumbers, number
 from .risk import OutputLoss, cross_entropy

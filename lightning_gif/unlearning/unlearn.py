@@ -16,7 +16,6 @@ from torch import Tensor
 from ..config import AUTO, Settings
 from ..curvature.energy import gradient_share
 from ..curvature.methods import METHODS
-from ..curvature.products import has_gauss_newton, require_gauss_newton
 from ..data.examples import Examples
 from ..data.identity import check_same_everywhere, contents_digest, data_digest, fingerprints, innermost, locate
 from ..data.relabel import relabelled
@@ -24,8 +23,8 @@ from ..edit import Edit
 from ..errors import ConfigurationError, NonFiniteError
 from ..objective.objective import Objective
 from ..parameters import Targets, state_digest
+from ..selection.training_length import TrainingLength
 from ..storage.digests import Fingerprint, digest
-from ..training_length import TrainingLength
 from .advice import note_removal, warn_cost, warn_refreshed_statistics, warn_unfinished
 from .goals import Goal, choose_goal
 from .journal import Journal
@@ -33,38 +32,16 @@ from .problem import EditProblem
 from .protocol import Trial
 from .record import Change, EditContext
 from .report import UnlearnReport
+from .step import MATCH, Step, choose_step, strategy_of
 from .strategies import STRATEGIES, Strategy
 from .task import Request, Task, all_but, check_new_labels, retained_examples, without_forgotten
 from .tuning import Tuning
 
-__all__ = ["Step", "check_step", "check_tuning", "unlearn"]
+__all__ = ["check_tuning", "unlearn"]
 
-
-Step = str | float | Strategy
-
-# The name of the strategy that needs settings of its own.
-MATCH = "match"
 
 # How many pairs of indices a note shows.
 _SHOWN_INDICES = 5
-
-
-def check_step(step: Step) -> None:
-    """Checks ``step``.
-
-    Raises:
-        ConfigurationError: If ``step`` is not a strategy, the name of one, or a finite number.
-    """
-    if isinstance(step, str):
-        if step != AUTO:
-            STRATEGIES[step]
-    elif not callable(step) and (
-        isinstance(step, bool) or not isinstance(step, numbers.Real) or not math.isfinite(step)
-    ):
-        raise ConfigurationError(
-            f"`step` must be one of {', '.join(map(repr, (AUTO, *STRATEGIES)))}, a finite number, or a function from an"
-            f" EditProblem to one of its trials (see lightning_gif.unlearning), got {step!r}."
-        )
 
 
 def check_tuning(tuning: Tuning | None) -> None:
@@ -139,33 +116,20 @@ def unlearn(
     start = time.perf_counter()
     notes: list[str] = []
     tuning = Tuning() if tuning is None else tuning
-    found, request = _make_request(objective, train, forget, settings, relabel, retain, unseen, notes)
+    found, request = _make_request(objective, train, forget, settings, relabel, retain, unseen, training, notes)
     goal = choose_goal(request, tuning.goals, notes)
-    step = _chosen_step(step, goal, objective, matching, notes)
-    if step == MATCH:
-        assert matching is not None  # since this step was chosen
-        settings = matching
-        request = replace(request, settings=settings, training=training or TrainingLength())
+    step, settings = choose_step(step, goal, objective, settings, matching, notes)
+    request = replace(request, settings=settings)
     if goal.compares_with_unseen and why_not_unseen:
         notes.append(
             f"The validation data of `fit` are not used as unseen examples: {why_not_unseen.rstrip('.')}. Pass a loader"
             " as `unseen`, or unseen=False."
         )
-    n_fit = goal.sample_size(settings)
-    if step == MATCH and isinstance(settings.curvature_examples, str):
-        n_fit = tuning.matching.curvature_examples
-    task = _draw_samples(request, goal, tuning, n_fit, notes)
+    task = _draw_samples(request, goal, tuning, step, notes)
 
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
-    data = _describe_data(train, found, request)
-    if data["innermost_indices"]:
-        pairs = zip(data["indices"], data["innermost_indices"], strict=True)
-        shown = ", ".join(f"{index} is {inner} there" for index, inner in itertools.islice(pairs, _SHOWN_INDICES))
-        notes.append(
-            "The training loader draws from a Subset, and dataset indices are positions in it. This report also has the"
-            f" indices in the dataset below the Subset: {shown}{' …' if len(data['indices']) > _SHOWN_INDICES else ''}."
-        )
+    data = _describe_data(train, found, request, notes)
     journal = None
     if solves_to is not None:
         mark = _fingerprint(task, goal, tuning, targets, str(data["train"]))
@@ -177,8 +141,8 @@ def unlearn(
         notes.append(f"Solves recalled from {str(solves_to)!r}: {journal.recalled} of {len(problem.solutions)}.")
 
     outcome = _realise(problem, task, request, targets, chosen, refresh_statistics)
-    if not isinstance(step, numbers.Real) and STRATEGIES.declared(_strategy(step), "reports_shortfall"):
-        _advise(problem, task, outcome, _strategy(step), notes)
+    if not isinstance(step, numbers.Real) and STRATEGIES.declared(strategy_of(step), "reports_shortfall"):
+        _advise(problem, task, outcome, strategy_of(step), notes)
     if outcome.unrefreshed is not None:
         warn_refreshed_statistics(goal, outcome.unrefreshed, outcome.after, notes)
     context = EditContext() if context is None else context
@@ -198,6 +162,7 @@ def _make_request(
     relabel: Tensor | int | Callable[[Any], Tensor] | None,
     retain: Examples | None,
     unseen: Examples | None,
+    training: TrainingLength | None,
     notes: list[str],
 ) -> tuple[Tensor, Request]:
     """The positions ``(r,)`` of the forget examples in ``train``, and the request; see :func:`unlearn`."""
@@ -225,13 +190,24 @@ def _make_request(
         unseen=unseen,
         forget_weight=members / len(retained),
         n_classes=n_classes,
+        training=TrainingLength() if training is None else training,
     )
 
 
-def _describe_data(train: Examples, found: Tensor, request: Request) -> dict[str, Any]:
-    """Indices and digests of the data, see :attr:`~lightning_gif.unlearning.record.EditRecord.data`."""
+def _describe_data(train: Examples, found: Tensor, request: Request, notes: list[str]) -> dict[str, Any]:
+    """Indices and digests of the data, see :attr:`~lightning_gif.unlearning.record.EditRecord.data`.
+
+    If there are indices of two datasets, a note shows some of both.
+    """
     corrected, indices = request.relabelled, train.ids[found]
     dataset, below = innermost(train.dataset, indices)
+    if dataset is not train.dataset:
+        pairs = zip(indices.tolist(), below.tolist(), strict=True)
+        shown = ", ".join(f"{index} is {inner} there" for index, inner in itertools.islice(pairs, _SHOWN_INDICES))
+        notes.append(
+            "The training loader draws from a Subset, and dataset indices are positions in it. This report also has the"
+            f" indices in the dataset below the Subset: {shown}{' …' if len(indices) > _SHOWN_INDICES else ''}."
+        )
     return {
         "indices": indices.tolist(),
         "innermost_indices": None if dataset is train.dataset else below.tolist(),
@@ -241,44 +217,11 @@ def _describe_data(train: Examples, found: Tensor, request: Request) -> dict[str
     }
 
 
-def _chosen_step(step: Step, goal: Goal, objective: Objective, matching: Settings | None, notes: list[str]) -> Step:
-    """The strategy of an edit, see :func:`unlearn`.
-
-    Raises:
-        ConfigurationError: If ``step="match"`` was given, but the goal or a setting excludes it.
-        ObjectiveError: If ``step="match"`` was given, but there is no Gauss–Newton matrix.
-    """
-    if step == MATCH:
-        if goal.strategy != MATCH:
-            raise ConfigurationError(
-                f"step='match' is for the removal of single examples, but the goal of this edit is {goal.name!r}. Use"
-                " step='relinearise', or omit `step`."
-            )
-        if matching is None:
-            raise ConfigurationError(
-                "step='match' solves with the Gauss–Newton matrix on the parameters that change. Omit `method`,"
-                " `curvature` and `solver`, or use method='if' or 'fif', curvature='ggn' and a solver such as 'cg'."
-            )
-        assert objective.probed is not None  # since the structure of the training examples is known
-        require_gauss_newton(objective, objective.theta, objective.probed)
-        return step
-    if step != AUTO:
-        return step
-    if goal.strategy != MATCH or matching is None:
-        return goal.strategy if goal.strategy != MATCH else "relinearise"
-    probed = objective.probed
-    if probed is None or not objective.is_convex or not has_gauss_newton(objective, objective.theta, probed):
-        notes.append(
-            "The predictions that the losses are computed from are not recognised, or the loss is not convex in them."
-            " So the edit could not aim at the predictions of a model trained without the examples (step='match'). It"
-            " lowers the loss of the retained examples instead (step='relinearise'), which forgets less."
-        )
-        return "relinearise"
-    return MATCH
-
-
-def _draw_samples(request: Request, goal: Goal, tuning: Tuning, n_fit: int | None, notes: list[str]) -> Task:
+def _draw_samples(request: Request, goal: Goal, tuning: Tuning, step: Step, notes: list[str]) -> Task:
     """The task of a request with a goal."""
+    n_fit = goal.sample_size(request.settings)
+    if step == MATCH and isinstance(request.settings.curvature_examples, str):
+        n_fit = tuning.matching.curvature_examples
     task = Task.prepare(
         request,
         tuning.sample_sizes,
@@ -300,7 +243,7 @@ def _run_strategy(problem: EditProblem, step: Step) -> Trial:
     if isinstance(step, numbers.Real):
         problem.influence_direction()
         return problem.evaluate(float(step))
-    chosen = _strategy(step)(problem)
+    chosen = strategy_of(step)(problem)
     if not any(chosen is trial for trial in problem.trials) or not problem.solutions:
         raise ConfigurationError(
             "The strategy must solve for a change (problem.influence_direction or problem.descent_direction) and return"
@@ -308,11 +251,6 @@ def _run_strategy(problem: EditProblem, step: Step) -> Trial:
             " solves."
         )
     return chosen
-
-
-def _strategy(step: Step) -> Strategy:
-    """The strategy of a ``step`` that is not a number."""
-    return STRATEGIES[step] if isinstance(step, str) else step  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

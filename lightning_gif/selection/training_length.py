@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from .parameters import ParameterSpace
+from ..parameters import ParameterSpace
 
 __all__ = ["TrainingLength"]
 

@@ -1,0 +1,190 @@
+"""The change that training without some examples would have made, and the match of its predictions."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Settings
+from ..curvature.ekfac import inverse_root
+from ..curvature.products import output_derivative
+from ..curvature.solve import describe, open_curvature, solve
+from ..data.batch import Batch
+from ..solvers import LinearOperator, Solution
+from ..solvers.operators import Combination, Scaled, Submatrix, Transformed, scatter
+from ..solvers.vectors import norms
+from .matching import Matching, Rounds, from_trained, match, predicted, to_predicted
+from .task import Task
+
+__all__ = ["LeaveOutStep", "loss_after", "match_predictions", "solve_step"]
+
+# The number of products that estimate a largest eigenvalue from the gradient of the forget examples.
+_POWER_STEPS = 4
+
+
+@dataclass(frozen=True)
+class LeaveOutStep:
+    """The change of the targets for training without the forget examples.
+
+    Attributes:
+        change: The change ``x = (G + D)⁻¹g``, ``(k,)``.
+        solution: The solution of the solve, with the mean of ``D`` as its damping.
+        curvature: ``xᵀGx``.
+        products: How the products with ``G`` were computed.
+    """
+
+    change: Tensor
+    solution: Solution
+    curvature: float
+    products: dict[str, Any]
+
+
+def solve_step(
+    task: Task, settings: Settings, numbers: Matching, positions: Tensor, on_product: Callable[[], Any]
+) -> LeaveOutStep:
+    """Solves ``(G + D) x = g`` by conjugate gradients, with EK-FAC as the preconditioner if the module allows it.
+
+    Args:
+        task: The data of the edit.
+        settings: Its settings.
+        numbers: The tuned numbers.
+        positions: The targets, ``(k,)``.
+        on_product: Called for each product with ``G``.
+    """
+    objective, gradient = task.objective, task.influence_gradient[positions]
+    kept = task.budget.for_curvatures(settings, 1)
+    curvature = open_curvature(kept, objective, task.retain_fit, on_product=on_product)
+    matrix = Submatrix(curvature, positions, positions)
+    damping = _damping(task, settings, positions)
+    if damping is None:
+        least = torch.finfo(gradient.dtype).tiny
+        damping = torch.full_like(gradient, max(numbers.unknown_damping * _largest(matrix, gradient), least))
+    root = _preconditioner(task, settings.seed, damping, positions)
+    (solution,) = solve(replace(settings, damping=0.0), Transformed(matrix, damping, root), root(gradient))
+    change = root(solution.x)
+    curvature.warn_if_zero()
+    return LeaveOutStep(
+        change=change,
+        solution=replace(solution, damping=float(damping.mean())),
+        curvature=float(change @ matrix.matvec(change)),
+        products=describe(settings, curvature),
+    )
+
+
+def _damping(task: Task, settings: Settings, positions: Tensor) -> Tensor | None:
+    """The damping of each target, ``(k,)``; ``None`` if none is given and the training was not recorded."""
+    like = task.objective.theta
+    if settings.damping is not None:
+        return torch.full_like(like[positions], max(float(settings.damping), torch.finfo(like.dtype).tiny))
+    found = task.training.damping(task.objective.space, like, decay=not settings.weight_decay)
+    return None if found is None else found[positions]
+
+
+def _preconditioner(task: Task, seed: int, damping: Tensor, positions: Tensor) -> Callable[[Tensor], Tensor]:
+    """A symmetric map ``(k,) → (k,)`` that makes the condition number of ``G + D`` smaller.
+
+    Args:
+        task: The data of the edit.
+        seed: The seed of random vectors.
+        damping: The damping of each target, ``(k,)``.
+        positions: The targets, ``(k,)``.
+    """
+    whole = torch.full_like(task.objective.theta, float(damping.mean()))
+    whole[positions] = damping
+    root = inverse_root(task.objective, task.retain_fit, whole, seed)
+    if root is None:
+        return lambda vector: vector * damping.rsqrt()
+
+    def on_targets(vector: Tensor) -> Tensor:
+        return root(scatter(vector, positions, len(whole)))[positions]
+
+    return on_targets
+
+
+def _largest(matrix: LinearOperator, start: Tensor) -> float:
+    """A lower estimate of the largest eigenvalue of a positive semi-definite matrix, by a few products."""
+    vector, length = start, 0.0
+    for _ in range(_POWER_STEPS):
+        vector = matrix.matvec(vector / norms(vector))
+        length = float(norms(vector))
+        if not math.isfinite(length) or not length:
+            return 0.0
+    return length
+
+
+def loss_after(task: Task, positions: Tensor, change: Tensor) -> float:
+    """The mean loss of the forget examples after a change ``(k,)`` if predictions were linear in the parameters."""
+    objective = task.objective
+    direction = scatter(change, positions, len(objective.theta))
+
+    def loss_sum(theta: Tensor, batch: Batch) -> Tensor:
+        out, derivative = output_derivative(objective.outputs, theta, batch, direction)
+        return objective.loss_sum_at(theta, batch)(out + derivative)
+
+    return objective.mean(task.forget_eval, loss_sum, objective.theta)
+
+
+def match_predictions(
+    task: Task,
+    settings: Settings,
+    numbers: Matching,
+    positions: Tensor,
+    change: Tensor,
+    damping: float,
+    on_step: Callable[[], Any],
+) -> tuple[Tensor, Solution]:
+    """A further change, after which the predictions on the forget examples are those that a first one predicts.
+
+    Args:
+        task: The data of the edit.
+        settings: Its settings.
+        numbers: The tuned numbers.
+        positions: The targets, ``(k,)``.
+        change: The first change, ``(k,)``.
+        damping: The damping of its solve, if the training was not recorded.
+        on_step: Called after each step.
+
+    Returns:
+        The further change ``(k,)``, and a solution with the number of steps.
+    """
+    started, objective, budget, seed = time.perf_counter(), task.objective, task.budget, settings.seed
+    classifies = task.n_classes is not None
+    outputs = objective.logits if classifies else objective.outputs
+    direction = scatter(change, positions, len(objective.theta))
+    start, wanted = objective.theta + direction, predicted(objective, outputs, direction)
+    known = _damping(task, settings, positions)
+    scale = 1 / (torch.full_like(change, damping) if known is None else known)
+    to_forget = to_predicted(objective, outputs, classifies=classifies)
+    to_retain = from_trained(objective, outputs, classifies=classifies)
+
+    # The rate of the steps follows from the curvature at their start, which is larger than before.
+    few = budget.sample(task.retain_fit, numbers.rate_examples, seed)
+    aimed = task.forget.sample(max(numbers.rate_examples // 4, 1), seed).map(wanted)
+    kept = budget.for_curvatures(settings, 2)
+    both = Combination(
+        (1.0, open_curvature(kept, objective, few, start, losses=to_retain, weight_decay=0.0)),
+        (numbers.forget_weight, open_curvature(kept, objective, aimed, start, losses=to_forget, weight_decay=0.0)),
+    )
+    matrix = Scaled(Submatrix(both, positions, positions), scale.sqrt(), rows=True)
+    largest = _largest(matrix, scale.sqrt() * task.influence_gradient[positions])
+    retained = task.retained.sample(max(numbers.steps * numbers.retained, 1), seed)
+    end = match(
+        objective,
+        start,
+        positions,
+        Rounds(task.forget, numbers.forgotten, to_forget, budget, seed, wanted),
+        Rounds(retained, numbers.retained, to_retain, budget, seed),
+        scale,
+        largest,
+        numbers if largest else replace(numbers, steps=0),
+        on_step,
+    )
+    found = (end - start)[positions]
+    done = Solution.direct(found, damping, time.perf_counter() - started, solver="match")
+    return found, replace(done, iterations=numbers.steps)

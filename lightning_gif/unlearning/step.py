@@ -1,0 +1,95 @@
+"""The argument ``step`` of an edit: how far it goes."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+from ..config import AUTO, Settings
+from ..curvature.products import has_gauss_newton, require_gauss_newton
+from ..errors import ConfigurationError
+from ..objective.objective import Objective
+from .goals import Goal
+from .strategies import STRATEGIES, Strategy
+
+__all__ = ["MATCH", "Step", "check_step", "choose_step", "strategy_of"]
+
+
+Step = str | float | Strategy
+"""A strategy, its name, ``"auto"``, or a step size along the influence direction."""
+
+MATCH = "match"
+"""The name of the strategy that has settings of its own."""
+
+_OTHERWISE = "relinearise"
+
+
+def check_step(step: Step) -> None:
+    """Checks ``step``.
+
+    Raises:
+        ConfigurationError: If ``step`` is not a strategy, the name of one, or a finite number.
+    """
+    if isinstance(step, str):
+        if step != AUTO:
+            STRATEGIES[step]
+    elif not callable(step) and (
+        isinstance(step, bool) or not isinstance(step, numbers.Real) or not math.isfinite(step)
+    ):
+        raise ConfigurationError(
+            f"`step` must be one of {', '.join(map(repr, (AUTO, *STRATEGIES)))}, a finite number, or a function from an"
+            f" EditProblem to one of its trials (see lightning_gif.unlearning), got {step!r}."
+        )
+
+
+def strategy_of(step: Step) -> Strategy:
+    """The strategy of a ``step`` that is not a number."""
+    return STRATEGIES[step] if isinstance(step, str) else step  # type: ignore[return-value]
+
+
+def choose_step(
+    step: Step, goal: Goal, objective: Objective, settings: Settings, matching: Settings | None, notes: list[str]
+) -> tuple[Step, Settings]:
+    """The step of an edit, and its settings.
+
+    Args:
+        step: The given step.
+        goal: The goal of the edit.
+        objective: An open objective.
+        settings: The settings for all strategies except ``"match"``.
+        matching: The settings for ``"match"``; ``None`` if a setting excludes it.
+        notes: The notes of the report, which may be extended.
+
+    Raises:
+        ConfigurationError: If ``step="match"`` was given, but the goal or a setting excludes it.
+        ObjectiveError: If ``step="match"`` was given, but there is no Gauss–Newton matrix.
+    """
+    probed = objective.probed
+    assert probed is not None  # since the structure of the training examples is known
+    if step == MATCH:
+        if goal.strategy != MATCH:
+            raise ConfigurationError(
+                f"step='match' is for the removal of single examples, but the goal of this edit is {goal.name!r}. Use"
+                " step='relinearise', or omit `step`."
+            )
+        if matching is None:
+            raise ConfigurationError(
+                "step='match' solves with the Gauss–Newton matrix on the parameters that change. Omit `method`,"
+                " `curvature` and `solver`, or use method='if' or 'fif', curvature='ggn' and a solver such as 'cg'."
+            )
+        require_gauss_newton(objective, objective.theta, probed)
+        return step, matching
+    if step != AUTO:
+        return step, settings
+    if goal.strategy != MATCH:
+        return goal.strategy, settings
+    if matching is None:
+        return _OTHERWISE, settings
+    if not objective.is_convex or not has_gauss_newton(objective, objective.theta, probed):
+        notes.append(
+            "The predictions that the losses are computed from are not recognised, or the loss is not convex in them."
+            " So the edit could not aim at the predictions of a model trained without the examples (step='match'). It"
+            " lowers the loss of the retained examples instead (step='relinearise'), which forgets less."
+        )
+        return _OTHERWISE, settings
+    return MATCH, matching
