@@ -109,7 +109,7 @@ MOVED: dict[str, dict[str, str]] = {
         "attribution.score_store": "InMemory ScoreStore",
     },
     "unlearning": {
-        "unlearning.unlearn": "Step check_step",
+        "unlearning.step": "Step check_step",
     },
     "writing": {
         "storage.atomic": "replace_file replacing sync",

@@ -460,7 +460,7 @@ def test_every_command_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> No
         (["--ckpt_path", "none.ckpt"], "none.ckpt"),
         (["--indices", "[1,99]"], "belong to no training example: [99]"),
         (["--gif.solver", "lsmt"], "lsmr"),
-        (["--step", "far"], "Known: natural, relinearise, search"),
+        (["--step", "far"], "Known: match, natural, relinearise, search"),
         (["--output", "."], "is a folder"),
         (["--output", "x", "--edit", "x"], "different files"),
         (["--edit", "a.ckpt"], "exists already"),

@@ -16,6 +16,8 @@ from ..curvature.ekfac import inverse_root
 from ..curvature.products import output_derivative
 from ..curvature.solve import describe, open_curvature, solve
 from ..data.batch import Batch
+from ..data.examples import Examples
+from ..objective.objective import Objective
 from ..solvers import LinearOperator, Solution
 from ..solvers.operators import Combination, Scaled, Submatrix, Transformed, scatter
 from ..solvers.vectors import norms
@@ -118,16 +120,15 @@ def _largest(matrix: LinearOperator, start: Tensor) -> float:
     return length
 
 
-def loss_after(task: Task, positions: Tensor, change: Tensor) -> float:
-    """The mean loss of the forget examples after a change ``(k,)`` if predictions were linear in the parameters."""
-    objective = task.objective
+def loss_after(objective: Objective, examples: Examples, positions: Tensor, change: Tensor) -> float:
+    """The mean loss of examples after a change ``(k,)``, if predictions were linear in the parameters."""
     direction = scatter(change, positions, len(objective.theta))
 
     def loss_sum(theta: Tensor, batch: Batch) -> Tensor:
         out, derivative = output_derivative(objective.outputs, theta, batch, direction)
         return objective.loss_sum_at(theta, batch)(out + derivative)
 
-    return objective.mean(task.forget_eval, loss_sum, objective.theta)
+    return objective.mean(examples, loss_sum, objective.theta)
 
 
 def match_predictions(

@@ -262,7 +262,9 @@ class EditProblem:
         if settings.max_iter is None and settings.rtol is None:
             settings = replace(settings, max_iter=self.tuning.matching.iterations)
         model, _ = self._recalled_or_solved(["leave out"], settings, partial(self._solve_leave_out, settings))
-        self._predicted = {"forget": leave_out.loss_after(self._task, self.positions, self._changes[-1])}
+        task, change = self._task, self._changes[-1]
+        for name, examples in (("forget", task.forget_eval), ("retain", task.retain_eval)):
+            self._predicted[name] = leave_out.loss_after(self._objective, examples, self.positions, change)
         return model
 
     def match(self) -> None:
@@ -271,7 +273,8 @@ class EditProblem:
         It is found by a short training, which holds the predictions on retained examples, see
         :func:`~lightning_gif.unlearning.matching.match`.
         """
-        self._recalled_or_solved(["match", 1.0], self._settings, self._solve_match)
+        settings = replace(self._settings, max_iter=max(self.tuning.matching.steps, 1))
+        self._recalled_or_solved(["match", 1.0], settings, partial(self._solve_match, settings))
 
     def descent_direction(self, at: Trial) -> QuadraticModel:
         """Solves, at the weights of a trial, for a change that lowers the risk.
@@ -369,14 +372,14 @@ class EditProblem:
             slope = slope + term.weight * term.eval_gradient(objective)
         return QuadraticModel(float(slope[self.positions] @ found.change), found.curvature), False
 
-    def _solve_match(self) -> tuple[QuadraticModel, bool]:
+    def _solve_match(self, settings: Settings) -> tuple[QuadraticModel, bool]:
         (change,), (solution,) = self._changes, self.solutions
         numbers = self.tuning.matching
         with self._objective.progress("Steps", numbers.steps) as bar:
             found, done = leave_out.match_predictions(
-                self._task, self._settings, numbers, self.positions, change, solution.damping, bar.update
+                self._task, settings, numbers, self.positions, change, solution.damping, bar.update
             )
-        self._add(found, done, self._settings)
+        self._add(found, done, settings)
         return QuadraticModel(0.0, 0.0), False
 
     def _solve_descent(self, at: Trial, settings: Settings) -> tuple[QuadraticModel, bool]:

@@ -47,9 +47,10 @@ class Change(NamedTuple):
     Attributes:
         before: The loss at the weights before the edit.
         after: The loss at the weights after the edit.
-        predicted: ``before`` plus the predicted effect of the influence direction: to first order for the forget
-            examples, to second order for the retained ones. It is accurate for small step sizes only. NaN if the edit
-            makes other changes, too.
+        predicted: With ``step="match"`` the loss for predictions that are linear in the parameters, after the first
+            change. Otherwise ``before`` plus the predicted effect of the influence direction: to first order for the
+            forget examples, to second order for the retained ones. It is accurate for small step sizes only. NaN if the
+            edit makes other changes, too, or if nothing is predicted.
     """
 
     before: float

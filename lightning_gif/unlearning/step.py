@@ -8,9 +8,9 @@ import numbers
 from ..config import AUTO, Settings
 from ..curvature.products import has_gauss_newton, require_gauss_newton
 from ..errors import ConfigurationError
-from ..objective.objective import Objective
 from .goals import Goal
 from .strategies import STRATEGIES, Strategy
+from .task import Request
 
 __all__ = ["MATCH", "Step", "check_step", "choose_step", "strategy_of"]
 
@@ -48,15 +48,14 @@ def strategy_of(step: Step) -> Strategy:
 
 
 def choose_step(
-    step: Step, goal: Goal, objective: Objective, settings: Settings, matching: Settings | None, notes: list[str]
+    step: Step, goal: Goal, request: Request, matching: Settings | None, notes: list[str]
 ) -> tuple[Step, Settings]:
     """The step of an edit, and its settings.
 
     Args:
         step: The given step.
         goal: The goal of the edit.
-        objective: An open objective.
-        settings: The settings for all strategies except ``"match"``.
+        request: The request, with the settings for all strategies except ``"match"``.
         matching: The settings for ``"match"``; ``None`` if a setting excludes it.
         notes: The notes of the report, which may be extended.
 
@@ -64,10 +63,11 @@ def choose_step(
         ConfigurationError: If ``step="match"`` was given, but the goal or a setting excludes it.
         ObjectiveError: If ``step="match"`` was given, but there is no Gauss–Newton matrix.
     """
+    objective, settings, removes = request.objective, request.settings, request.relabelled is None
     probed = objective.probed
     assert probed is not None  # since the structure of the training examples is known
     if step == MATCH:
-        if goal.strategy != MATCH:
+        if goal.strategy != MATCH or not removes:
             raise ConfigurationError(
                 f"step='match' is for the removal of single examples, but the goal of this edit is {goal.name!r}. Use"
                 " step='relinearise', or omit `step`."
@@ -83,7 +83,7 @@ def choose_step(
         return step, settings
     if goal.strategy != MATCH:
         return goal.strategy, settings
-    if matching is None:
+    if matching is None or not removes:
         return _OTHERWISE, settings
     if not objective.is_convex or not has_gauss_newton(objective, objective.theta, probed):
         notes.append(

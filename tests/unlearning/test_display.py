@@ -25,7 +25,7 @@ def test_print_of_an_edit_has_both_sides_and_the_notes() -> None:
 
 def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
     trainer, _, dataset = fitted()
-    report = trainer.unlearn(batch_of(dataset, [0, 1]))
+    report = trainer.unlearn(batch_of(dataset, [0, 1]), step="search")
     search, solve = report.plot().axes
     assert search.get_title() == "losses along the change, goal: examples"
     assert solve.get_title() == f"first solve: lsmr, {report.solve['iterations']} iterations"

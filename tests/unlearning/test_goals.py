@@ -44,7 +44,7 @@ def test_memorised_examples_get_the_loss_of_unseen_examples(curvature: str) -> N
     assert math.isnan(plain.memorization[0])
     assert plain.n_unseen == 0
     assert trainer.unlearn(list(range(6)), unseen=loader(unseen), dry_run=True).n_unseen == 0  # too few to tell
-    report = trainer.unlearn(list(range(24)), unseen=loader(unseen))
+    report = trainer.unlearn(list(range(24)), unseen=loader(unseen), step="relinearise")
     assert report.n_unseen == 60
     assert report.memorization[0] > 0.6
     assert report.memorization[1] < report.memorization[0]
@@ -189,9 +189,9 @@ class Scaled(Classifier):
 def test_what_removal_may_cost_does_not_depend_on_what_the_loss_is_multiplied_by(factor: float) -> None:
     trainer, module, _ = fitted(Scaled(), max_epochs=20)
     forget = list(range(12))
-    plain = trainer.unlearn(forget, unseen=False, dry_run=True)
+    plain = trainer.unlearn(forget, unseen=False, dry_run=True, step="relinearise")
     module.scale = factor
-    scaled = trainer.unlearn(forget, unseen=False, dry_run=True)
+    scaled = trainer.unlearn(forget, unseen=False, dry_run=True, step="relinearise")
     assert scaled.step_sizes == pytest.approx(plain.step_sizes, rel=0.05)
     assert scaled.retain.after / factor == pytest.approx(plain.retain.after, rel=0.05)
 

@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a class": {"batch": lambda batch: batch[1] == 1},
     "labels": {"batch": [0, 3, 6, 9], "relabel": torch.tensor([1, 2, 1, 2])},
     "examples": {"batch": list(range(24)), "unseen": loader(blobs(40, seed=3))},
+    "examples, relinearised": {"batch": list(range(24)), "unseen": loader(blobs(40, seed=3)), "step": "relinearise"},
     "the theory alone": {"batch": [1, 2], "step": "search"},
 }
 
@@ -35,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def counting(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[str]:
     """A list of the solves from now on. One of them is replaced by an interrupt."""
     made: list[str] = []
-    for name in ("_solve_influence", "_solve_descent"):
+    for name in ("_solve_influence", "_solve_descent", "_solve_leave_out", "_solve_match"):
         original = getattr(EditProblem, name)
 
         def solve(self: Any, *args: Any, original: Callable[..., Any] = original, name: str = name) -> Any:

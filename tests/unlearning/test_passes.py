@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gif import GIFCallback, attach
+from lightning_gif.unlearning import Matching, Tuning
 
 from ..conftest import Classifier, blobs, make_trainer
 
@@ -69,7 +70,8 @@ def test_examples_given_by_index_are_removed_without_a_pass_over_the_retained_da
     counted: tuple[pl.Trainer, Counting],
 ) -> None:
     trainer, dataset = counted
-    report = trainer.unlearn(list(range(9)))
+    few = Matching(curvature_examples=32, steps=4, retained=8)
+    report = trainer.unlearn(list(range(9)), tuning=Tuning(matching=few))
     assert report.goal.value == "examples"
     assert dataset.passes(torch.arange(9, N)) == 0
     assert sum(count > 0 for index, count in dataset.reads.items() if index >= 9) < N // 2

@@ -38,7 +38,7 @@ def test_the_natural_step_is_retraining_with_weight_decay_too(m: int) -> None:
     torch.testing.assert_close(module.flat(), expected, rtol=1e-8, atol=1e-10)
     assert report.retain.predicted == pytest.approx(report.retain.after, rel=1e-8)
     report.undo()
-    assert trainer.unlearn((x[:m], y[:m])).step_sizes == [1.0]
+    assert trainer.unlearn((x[:m], y[:m]), step="relinearise").step_sizes == [1.0]
 
 
 def test_the_second_order_of_a_group_is_closer_than_the_first_over_all_data() -> None:

@@ -93,7 +93,7 @@ def test_what_was_recorded_of_an_edit_cannot_be_assigned_to_and_what_is_known_of
 
 def test_a_search_with_its_path_comes_back(tmp_path: Path) -> None:
     trainer, _, dataset = fitted()
-    report = trainer.unlearn(batch_of(dataset, [0, 1, 2]))
+    report = trainer.unlearn(batch_of(dataset, [0, 1, 2]), step="search")
     report.save(tmp_path / "edit")
     loaded = UnlearnReport.load(tmp_path / "edit")
     assert len(loaded.trials) > 2

@@ -45,7 +45,8 @@ def test_tuned_numbers_out_of_range_are_refused(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("goal", "options", "expected"),
     [
-        ("examples", {}, [("hessian", 10), ("hessian", 5)]),
+        ("examples", {"step": "relinearise"}, [("hessian", 10), ("hessian", 5)]),
+        ("examples", {}, [("ggn", 6), ("ggn", 40)]),
         ("labels", {}, [("ggn", 8), ("ggn", 8)]),
         ("labels", {"curvature": "hessian", "max_iter": 3}, [("hessian", 3), ("hessian", 3)]),
         ("labels", {"rtol": 0.5}, [("ggn", 200), ("ggn", 200)]),
@@ -92,7 +93,7 @@ def test_the_tolerance_decides_whether_the_influence_direction_is_enough() -> No
     solves = []
     for tolerance in (0.05, 0.1):
         tuning = Tuning(relinearisation=Relinearisation(prediction_tolerance=tolerance))
-        solves.append(len(trainer.unlearn(list(range(20)), tuning=tuning, dry_run=True).solves))
+        solves.append(len(trainer.unlearn(list(range(20)), tuning=tuning, dry_run=True, step="relinearise").solves))
     assert solves == [12, 1]
 
 
