@@ -67,7 +67,9 @@ class Predictions(TorchFunctionMode):
         """All predictions as one vector; ``None`` if no loss function was called."""
         if not self._predictions:
             return None
-        return torch.cat([prediction.reshape(-1) for prediction in self._predictions])
+        parts = [prediction.reshape(-1) for prediction in self._predictions]
+        # A concatenation may move values, so places of examples would be looked for in each batch.
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def classified(self) -> tuple[Tensor, Tensor] | None:
         """The logits ``(B, C)`` and targets ``(B,)`` of a cross-entropy over classes.
