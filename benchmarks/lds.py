@@ -14,14 +14,15 @@ chooses the defaults.
 
 Groups of rows (`--rows`):
 
-- `defaults`: `trainer.influence` with its defaults, and with one setting changed at a time.
+- `defaults`: `trainer.influence` with its defaults, with other numbers of snapshots, and averaged over three fits.
+- `sketch`: one sketch of the curvature for all queries, and with one setting changed at a time.
 - `solve`: the plain least squares of the paper, by tolerance.
 - `peers`: other libraries (`pip install kronfluence dattri captum`), as their documentation says.
 
 Brackets are 95 % intervals of a bootstrap over queries and halves. They do not include the variation between scored
 models. All rows use the same bootstrap draws, so differences from the first row are more precise than the rows.
-`--cache` keeps the losses of the retrained networks, and resumes from them. Prints a Markdown table; progress goes to
-stderr.
+`--cache` keeps the losses of the retrained networks, and resumes from them. Prints a Markdown table, whose seconds are
+processor time; progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ from peers import PEERS
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_gif import GIFCallback
+from lightning_gif import GIFCallback, InfluenceReport
 from lightning_gif.attribution.lds import spearman as rank_correlation
+from lightning_gif.selection.snapshots import Snapshots as Kept
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import digits
@@ -60,13 +62,19 @@ class Model:
 
     Attributes:
         trainer: The trainer, with ``influence``.
+        callback: The callback of the fit.
         module: The network, in evaluation mode, on the CPU.
         checkpoints: The states of the network after some of the epochs, the last one included.
+        four: The snapshots that the callback would have kept with ``snapshots=4``.
+        refit: Trains the network with another seed, and returns the trainer.
     """
 
     trainer: pl.Trainer
+    callback: GIFCallback
     module: pl.LightningModule
     checkpoints: list[dict[str, Tensor]]
+    four: Kept
+    refit: Callable[[int], pl.Trainer]
 
     def on_its_device(self, *data: TensorDataset) -> tuple[pl.LightningModule, list[TensorDataset]]:
         """A copy of the network and the data, on the trainer's device."""
@@ -81,13 +89,15 @@ Score = Callable[[Model, TensorDataset, TensorDataset], tuple[Tensor, str]]
 
 
 class Snapshots(pl.Callback):
-    """Keeps the weights at the end of six epochs, spread evenly, for TracIn."""
+    """Keeps the weights of six epochs, spread evenly, for TracIn, and those that ``GIFCallback(snapshots=4)`` keeps."""
 
     def __init__(self, epochs: int) -> None:
         self.kept: list[dict[str, Tensor]] = []
+        self.four = Kept(4)
         self._when = {round((i + 1) * epochs / 6) - 1 for i in range(6)}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.four.add(trainer.current_epoch, pl_module)
         if trainer.current_epoch in self._when:
             self.kept.append({name: value.detach().clone() for name, value in pl_module.state_dict().items()})
 
@@ -157,17 +167,48 @@ def retrain(
     return removed, losses[:subsets]
 
 
-def ours(**options: Any) -> Score:
-    """The scores of ``trainer.influence``."""
+def report(trainer: pl.Trainer, queries: TensorDataset, **options: Any) -> InfluenceReport:
+    return trainer.influence(queries.tensors, per_example=True, unconverged="ignore", **options)
+
+
+def values_of(report: InfluenceReport) -> Tensor:
+    """The scores ``(queries, n)``, in the order of the dataset."""
+    values = torch.zeros(report.scores.shape, dtype=torch.float64)
+    values[:, report.indices] = report.scores
+    return values
+
+
+def ours(*, four: bool = False, **options: Any) -> Score:
+    """The scores of ``trainer.influence``.
+
+    Args:
+        four: Whether four snapshots are used, and not those that the callback keeps by default.
+        options: Arguments of the call.
+    """
 
     def score(model: Model, train: TensorDataset, queries: TensorDataset) -> tuple[Tensor, str]:
-        report = model.trainer.influence(queries.tensors, per_example=True, unconverged="ignore", **options)
-        values = torch.zeros(report.scores.shape, dtype=torch.float64)
-        values[:, report.indices] = report.scores
-        products = sum(solution.hvps for solution in report.solutions) / len(report.solutions)
-        return values, f"{products:.3g} products a query, damping {report.settings['damping']:.2g}"
+        tracker = model.callback.tracker
+        before = tracker.snapshots
+        tracker.snapshots = model.four if four else before
+        try:
+            found = report(model.trainer, queries, **options)
+        finally:
+            tracker.snapshots = before
+        products = sum(solution.hvps for solution in found.solutions) / len(found.solutions)
+        products_of = f"{products:.3g} products a query, " if products else ""
+        states = 1 + len(found.settings["snapshots"])
+        return values_of(found), f"{products_of}damping {found.settings['damping']:.2g}, states {states}"
 
     return score
+
+
+def ensemble(model: Model, train: TensorDataset, queries: TensorDataset) -> tuple[Tensor, str]:
+    """The mean of the scores of three fits, with two other seeds than that of the scored network."""
+    start = time.process_time()
+    trainers = [model.trainer, *map(model.refit, (1, 2))]
+    seconds = time.process_time() - start
+    mean = InfluenceReport.mean([report(trainer, queries) for trainer in trainers])
+    return values_of(mean), f"two more fits, {seconds:.0f} of the seconds"
 
 
 def theirs(function: Callable[..., Tensor]) -> Score:
@@ -180,33 +221,38 @@ def theirs(function: Callable[..., Tensor]) -> Score:
     return score
 
 
+SKETCH: dict[str, Any] = {"solver": "nystrom", "max_iter": 512, "snapshots": False}
+
+DEFAULTS: dict[str, Score] = {
+    "defaults": ours(),
+    "the last state only, `snapshots=False`": ours(snapshots=False),
+    "five states, `GIFCallback(snapshots=4)`": ours(four=True),
+    "three fits, `InfluenceReport.mean`": ensemble,
+}
+
 ROWS: dict[str, dict[str, Score]] = {
-    "defaults": {
-        "defaults": ours(),
-        "`snapshots=True`, four snapshots": ours(snapshots=True),
-        "each query on its own (`solver='cg'`)": ours(solver="cg"),
-        "`solver='cg', max_iter=10`": ours(solver="cg", max_iter=10),
-        "`solver='cg', max_iter=5`": ours(solver="cg", max_iter=5),
-        "`max_iter=128`": ours(max_iter=128),
-        "`max_iter=64`": ours(max_iter=64),
-        "`damping=1`": ours(damping=1.0),
-        "`damping=0.3`": ours(damping=0.3),
-        "`damping=0.1`": ours(damping=0.1),
-        "`damping=0.03`": ours(damping=0.03),
-        "`damping=0.01`": ours(damping=0.01),
-        "`curvature_examples=512`": ours(curvature_examples=512),
-        "all examples (`curvature_examples=None`)": ours(curvature_examples=None),
-        "`curvature='hessian', damping=0.03`": ours(curvature="hessian", damping=0.03),
-        "a tenth of the neurons (`targets='cached'`)": ours(targets="cached"),
-        "`targets='cached', ratio=0.5`": ours(targets="cached", ratio=0.5),
-        "`method='gif'`": ours(method="gif"),
+    "defaults": DEFAULTS,
+    "sketch": {
+        "`solver='nystrom', max_iter=512, snapshots=False`": ours(**SKETCH),
+        "five states, `GIFCallback(snapshots=4)`": ours(**{**SKETCH, "snapshots": True}, four=True),
+        "each query on its own (`solver='cg'`)": ours(solver="cg", snapshots=False),
+        "`solver='cg', max_iter=10`": ours(solver="cg", max_iter=10, snapshots=False),
+        "`solver='cg', max_iter=5`": ours(solver="cg", max_iter=5, snapshots=False),
+        "`max_iter=128`": ours(**{**SKETCH, "max_iter": 128}),
+        "`max_iter=64`": ours(**{**SKETCH, "max_iter": 64}),
+        **{f"`damping={value:g}`": ours(**SKETCH, damping=value) for value in (1.0, 0.3, 0.1, 0.03, 0.01)},
+        "`curvature_examples=512`": ours(**SKETCH, curvature_examples=512),
+        "all examples (`curvature_examples=None`)": ours(**SKETCH, curvature_examples=None),
+        "`curvature='hessian', damping=0.03`": ours(curvature="hessian", damping=0.03, snapshots=False),
+        "a tenth of the neurons (`targets='cached'`)": ours(**SKETCH, targets="cached"),
+        "`targets='cached', ratio=0.5`": ours(**SKETCH, targets="cached", ratio=0.5),
+        "`method='gif'`": ours(method="gif", snapshots=False),
     },
-    "solve": {f"`method='gif', rtol={rtol:g}`": ours(method="gif", rtol=rtol) for rtol in (1e-1, 1e-2, 1e-3, 1e-4)},
-    "peers": {
-        "defaults": ours(),
-        "`snapshots=True`, four snapshots": ours(snapshots=True),
-        **{name: theirs(function) for name, function in PEERS.items()},
+    "solve": {
+        f"`method='gif', rtol={rtol:g}`": ours(method="gif", rtol=rtol, snapshots=False)
+        for rtol in (1e-1, 1e-2, 1e-3, 1e-4)
     },
+    "peers": {**DEFAULTS, **{name: theirs(function) for name, function in PEERS.items()}},
 }
 
 
@@ -271,9 +317,13 @@ def main() -> None:
 
     models = []
     for seed in range(options.models):
-        snapshots = Snapshots(options.epochs)
-        trainer, module = fit(train, seed, [GIFCallback(snapshots=4), snapshots])
-        models.append(Model(trainer, module.eval(), snapshots.kept))
+        snapshots, callback = Snapshots(options.epochs), GIFCallback()
+        trainer, module = fit(train, seed, [callback, snapshots])
+
+        def refit(other: int, seed: int = seed) -> pl.Trainer:
+            return fit(train, seed + 100 * other, [GIFCallback()])[0]
+
+        models.append(Model(trainer, callback, module.eval(), snapshots.kept, snapshots.four, refit))
         right = (module(queries.tensors[0]).argmax(1) == queries.tensors[1]).double().mean()
         loss = query_losses(module, queries).mean()
         say(f"model {seed}: {100 * float(right):.1f} % of the queries are correct, mean loss {float(loss):.4f}")
@@ -285,9 +335,9 @@ def main() -> None:
     # (rows, models, subsets, queries): scores are changes by removal, so those of the removed examples are summed.
     predicted, costs, seconds = [], [], []
     for name, score in rows.items():
-        start = time.perf_counter()
+        start = time.process_time()
         found = [score(model, train, queries) for model in models]
-        seconds.append((time.perf_counter() - start) / len(models))
+        seconds.append((time.process_time() - start) / len(models))
         predicted.append(np.stack([(removed @ values.double().mT).numpy() for values, _ in found]))
         costs.append(found[0][1])
         say(f"{name}: {spearman(predicted[-1], truth).mean():.3f}, {seconds[-1]:.0f} s")
