@@ -2,9 +2,9 @@
 
     python benchmarks/mislabeled.py --data path/to/FashionMNIST/raw --nets mlp cnn
 
-The training examples are ranked by `trainer.self_influence()` with its defaults and over snapshots, by the training
-loss, by the norm of the gradient, and by other libraries (`pip install kronfluence captum`). Libraries that are not
-installed are skipped.
+The training examples are ranked by `trainer.self_influence()` with its defaults, over snapshots and with EK-FAC, by the
+training loss, by the norm of the gradient, and by other libraries (`pip install kronfluence captum`). Libraries that
+are not installed are skipped.
 
 Prints a Markdown table: the AUC, and the share of the wrong labels among the first 10 and 20 % of the ranking. Values
 are means over seeds of the labels and of the network. Seconds are processor time.
@@ -41,9 +41,15 @@ Suspicion = Callable[[pl.Trainer, nn.Module, TensorDataset, list[dict[str, Tenso
 
 
 def self_influence(
-    trainer: pl.Trainer, model: nn.Module, train: TensorDataset, checkpoints: Any, **options: Any
+    trainer: pl.Trainer, model: nn.Module, train: TensorDataset, checkpoints: Any, *, four: bool = False, **options: Any
 ) -> Tensor:
+    """The scores of ``trainer.self_influence``, with the snapshots that the callback has kept, or with four of them."""
+    tracker = next(one for one in trainer.callbacks if isinstance(one, GIFCallback)).tracker
+    before = tracker.snapshots
+    if four:
+        tracker.snapshots = next(one for one in trainer.callbacks if isinstance(one, Snapshots)).four
     report = trainer.self_influence(**options)
+    tracker.snapshots = before
     return torch.zeros(len(train), dtype=torch.float64).index_copy(0, report.indices, report.scores[0])
 
 
@@ -95,10 +101,12 @@ def tracin(trainer: pl.Trainer, model: nn.Module, train: TensorDataset, checkpoi
 
 
 RANKINGS: dict[str, tuple[str, Suspicion]] = {
-    "`trainer.self_influence()`": ("lightning_gif", self_influence),
-    "`trainer.self_influence(snapshots=True)`": ("lightning_gif", partial(self_influence, snapshots=True)),
-    "`solver='ekfac'`": ("lightning_gif", partial(self_influence, solver="ekfac")),
-    "`solver='ekfac', snapshots=True`": ("lightning_gif", partial(self_influence, solver="ekfac", snapshots=True)),
+    "trainer.self_influence": ("lightning_gif", self_influence),
+    "one snapshot": ("lightning_gif", partial(self_influence, snapshots=True)),
+    "four snapshots": ("lightning_gif", partial(self_influence, snapshots=True, four=True)),
+    "EK-FAC": ("lightning_gif", partial(self_influence, solver="ekfac")),
+    "EK-FAC, one snapshot": ("lightning_gif", partial(self_influence, solver="ekfac", snapshots=True)),
+    "EK-FAC, four snapshots": ("lightning_gif", partial(self_influence, solver="ekfac", snapshots=True, four=True)),
     "loss": ("torch", loss),
     "gradient norm": ("torch", gradient_length),
     "kronfluence EK-FAC": ("kronfluence", kronfluence),
@@ -113,6 +121,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=5000, help="training examples")
     parser.add_argument("--epochs", type=int, default=15, help="training epochs")
     parser.add_argument("--seeds", type=int, default=3, help="draws of wrong labels, each with its own network")
+    parser.add_argument("--only", nargs="+", choices=list(RANKINGS), default=list(RANKINGS), help="the rankings")
     options = parser.parse_args()
     whole, _ = load(options.data)
     print("| network | ranking | AUC | found in the first 10 % | in the first 20 % | seconds |")
@@ -130,7 +139,7 @@ def main() -> None:
             snapshots = Snapshots(options.epochs)
             trainer, model = fit(
                 train,
-                [GIFCallback(snapshots=4), snapshots],
+                [GIFCallback(), snapshots],
                 epochs=options.epochs,
                 seed=seed,
                 net=net,
@@ -138,7 +147,7 @@ def main() -> None:
                 batch_size=64,
             )
             for name, (package, rank) in RANKINGS.items():
-                if find_spec(package) is None:
+                if name not in options.only or find_spec(package) is None:
                     continue
                 start = time.process_time()
                 suspicion = rank(trainer, model.eval(), train, snapshots.kept).double()
