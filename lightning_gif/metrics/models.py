@@ -1,28 +1,26 @@
-"""Metrics of unlearning for ``torchmetrics``: how well a model has forgotten. They need no other part of this package.
-
-The best reference is a model that was retrained without the forget examples. :class:`AccuracyGap`,
-:class:`PredictionAgreement` and :class:`JensenShannonDivergence` take its predictions as an input. For
-:class:`MembershipInference` and :class:`RelearnTime`, compute the metric for both models and compare the values.
-
-A metric is NaN until it has seen an example of each group that it needs. All metrics work in distributed runs.
-"""
+"""Metrics that compare one model with a reference, or with examples that it never saw."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
 
-from .errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from ..errors import ConfigurationError
+from .base import (
+    UnlearningMetric,
+    joined,
+    labels_of,
+    log_odds,
+    log_probabilities,
+    mask_of,
+    same_length,
+    targets_of,
+    twice_in_order,
+)
 
 __all__ = [
     "AccuracyGap",
@@ -34,40 +32,11 @@ __all__ = [
     "RemovalF1",
 ]
 
-# The largest distance of a sum of probabilities from 1. A softmax over many classes in half precision needs so much.
-_SUM_TOLERANCE = 1e-2
-
 # Replaces the logarithm of 0: its exponential is 0 in float64, and its product with 0 is not NaN.
 _LOG_ZERO = -1e4
 
 
-class _UnlearningMetric(Metric):
-    """The base class of the metrics.
-
-    Values are computed in float32 or higher, even if half precision is the default dtype. ``update`` replaces states
-    instead of changing them in place, because a tensor created in inference mode cannot be changed outside it.
-    """
-
-    is_differentiable = False
-    full_state_update = False
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure | None, Axes]:
-        """Draws one value, or a series of values.
-
-        Args:
-            val: A result of ``compute`` or ``forward``, or a list of results; by default the result of ``compute``.
-            ax: The axes to draw on; by default a new figure is created.
-
-        Returns:
-            The figure (``None`` if ``ax`` is given) and the axes.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        return self._plot(val, ax)  # type: ignore[return-value] # torchmetrics' type says arrays of axes too
-
-
-class _GroupsF1(_UnlearningMetric):
+class _GroupsF1(UnlearningMetric):
     """The harmonic mean of the shares of good predictions in two groups of examples."""
 
     higher_is_better = True
@@ -142,8 +111,8 @@ class RemovalF1(_GroupsF1):
         self.classes = _class_indices(classes)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        labels = _labels("preds", preds)
-        target = _targets(target, preds)
+        labels = labels_of("preds", preds)
+        target = targets_of(target, preds)
         if preds.ndim == 2 and self.classes[-1] >= preds.shape[1]:
             raise ConfigurationError(
                 f"`classes` has class {self.classes[-1]}, but `preds` has {preds.shape[1]} columns, for the"
@@ -192,12 +161,12 @@ class RelabelF1(_GroupsF1):
     """
 
     def update(self, preds: Tensor, target: Tensor, relabelled: Tensor) -> None:
-        labels = _labels("preds", preds)
-        target = _targets(target, preds)
-        self._count(_mask("relabelled", relabelled, len(preds)), labels == target)
+        labels = labels_of("preds", preds)
+        target = targets_of(target, preds)
+        self._count(mask_of("relabelled", relabelled, len(preds)), labels == target)
 
 
-class AccuracyGap(_UnlearningMetric):
+class AccuracyGap(UnlearningMetric):
     """The accuracy of a model minus the accuracy of a reference model, on the same examples, in percentage points.
 
     With a retrained model as the reference, the best value is 0 on every set of examples. Use one instance of the
@@ -244,9 +213,9 @@ class AccuracyGap(_UnlearningMetric):
         self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, reference: Tensor, target: Tensor) -> None:
-        labels, others = _labels("preds", preds), _labels("reference", reference)
-        _same_length(preds, reference)
-        target = _targets(target, preds)
+        labels, others = labels_of("preds", preds), labels_of("reference", reference)
+        same_length(preds, reference)
+        target = targets_of(target, preds)
         self.difference = self.difference + (labels == target).sum() - (others == target).sum()
         self.seen = self.seen + len(labels)
 
@@ -254,7 +223,7 @@ class AccuracyGap(_UnlearningMetric):
         return 100 * self.difference.float() / self.seen
 
 
-class PredictionAgreement(_UnlearningMetric):
+class PredictionAgreement(UnlearningMetric):
     """The share of examples for which two models predict the same label, correct or not.
 
     As input to ``forward`` and ``update`` the metric accepts:
@@ -293,8 +262,8 @@ class PredictionAgreement(_UnlearningMetric):
         self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, reference: Tensor) -> None:
-        labels, others = _labels("preds", preds), _labels("reference", reference)
-        _same_length(preds, reference)
+        labels, others = labels_of("preds", preds), labels_of("reference", reference)
+        same_length(preds, reference)
         self.same = self.same + (labels == others).sum()
         self.seen = self.seen + len(labels)
 
@@ -302,7 +271,7 @@ class PredictionAgreement(_UnlearningMetric):
         return self.same.float() / self.seen
 
 
-class JensenShannonDivergence(_UnlearningMetric):
+class JensenShannonDivergence(UnlearningMetric):
     r"""The mean Jensen–Shannon divergence between the predicted distributions of two models,
 
     .. math::
@@ -372,8 +341,8 @@ class JensenShannonDivergence(_UnlearningMetric):
         return math.log(2) / math.log(self.base)
 
     def update(self, preds: Tensor, reference: Tensor) -> None:
-        log_p = _log_probabilities("preds", preds, self.from_logits).clamp_min(_LOG_ZERO)
-        log_q = _log_probabilities("reference", reference, self.from_logits).clamp_min(_LOG_ZERO)
+        log_p = log_probabilities("preds", preds, self.from_logits).clamp_min(_LOG_ZERO)
+        log_q = log_probabilities("reference", reference, self.from_logits).clamp_min(_LOG_ZERO)
         if log_p.shape != log_q.shape:
             raise ConfigurationError(
                 f"`preds` has the shape {tuple(preds.shape)} and `reference` {tuple(reference.shape)}; expected the"
@@ -389,7 +358,7 @@ class JensenShannonDivergence(_UnlearningMetric):
         return (self.total / self.seen / math.log(self.base)).float()
 
 
-class MembershipInference(_UnlearningMetric):
+class MembershipInference(UnlearningMetric):
     r"""How well an attacker can distinguish the forget examples from examples that the model never saw.
 
     The attacker computes one score for each example. Examples with a score above a threshold are taken for members of
@@ -461,16 +430,16 @@ class MembershipInference(_UnlearningMetric):
         self.add_state("others", [], dist_reduce_fx="cat")
 
     def update(self, preds: Tensor, target: Tensor | None, member: Tensor) -> None:
-        logs = _log_probabilities("preds", preds, self.from_logits)
-        member = _mask("member", member, len(preds))
+        logs = log_probabilities("preds", preds, self.from_logits)
+        member = mask_of("member", member, len(preds))
         if self.score == "confidence":
-            scores = _log_odds(logs, logs.argmax(1))
+            scores = log_odds(logs, logs.argmax(1))
         elif target is None:
             raise ConfigurationError(
                 "`target` is None, but score='loss' needs the true labels (N,); give them, or use score='confidence'."
             )
         else:
-            scores = _log_odds(logs, _targets(target, preds).long())
+            scores = log_odds(logs, targets_of(target, preds).long())
         # torchmetrics gathers float32 from a process without examples, and all processes need the same dtype.
         scores = scores.detach().float()
         self.members.append(scores[member])
@@ -479,25 +448,11 @@ class MembershipInference(_UnlearningMetric):
     def compute(self) -> Tensor:
         # Counts of pairs are exact. torchmetrics' ROC curve is not: it is in float32, and it passes scores outside
         # [0, 1] through a sigmoid, which can make different scores equal.
-        members, others = _joined(self.members), _joined(self.others)
+        members, others = joined(self.members), joined(self.others)
         return twice_in_order(others, members).float() / (2 * len(members) * len(others))
 
 
-def twice_in_order(low: Tensor, high: Tensor) -> Tensor:
-    """Twice the number of pairs in which the value of ``high`` is the larger one, where ties count half; exact.
-
-    Divided by twice the number of all pairs, it is an AUROC.
-
-    Args:
-        low: Values ``(m,)``.
-        high: Values ``(n,)``.
-    """
-    high = high.sort().values
-    above, not_below = (len(high) - torch.searchsorted(high, low, side=side) for side in ("right", "left"))
-    return (above + not_below).sum()
-
-
-class RelearnTime(_UnlearningMetric):
+class RelearnTime(UnlearningMetric):
     """How many optimizer steps on the forget examples a model needs to learn them again.
 
     If a model relearns the examples much faster than a model that was retrained without them, it had not forgotten them
@@ -622,102 +577,3 @@ def _class_indices(classes: int | Iterable[int]) -> tuple[int, ...]:
             " from 0 up: RemovalF1(classes=3) or RemovalF1(classes=[3, 5])."
         )
     return tuple(sorted(set(indices.tolist())))
-
-
-def _described(given: Any) -> str:
-    return f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-
-
-def _labels(name: str, given: Tensor) -> Tensor:
-    """The predicted labels ``(N,)``, from logits or probabilities ``(N, C)`` or from labels ``(N,)``."""
-    if isinstance(given, Tensor):
-        if given.ndim == 2 and given.is_floating_point() and given.shape[1] > 1:
-            if given.isnan().any():
-                raise ConfigurationError(f"`{name}` has NaN, so there is no predicted label; check the model.")
-            return given.argmax(1)
-        if given.ndim == 1 and not given.is_floating_point() and not given.is_complex():
-            return given
-    raise ConfigurationError(
-        f"`{name}` is {_described(given)}; expected logits or probabilities, floating-point (N, C) with a column for"
-        " each of two or more classes, or predicted labels, integers (N,). If there is one score for each example, pass"
-        " (scores > threshold).long()."
-    )
-
-
-def _targets(target: Tensor, preds: Tensor) -> Tensor:
-    """Checks that true labels ``(N,)`` fit the predictions, and returns them."""
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex() or target.ndim != 1:
-        raise ConfigurationError(
-            f"`target` is {_described(target)}; expected labels, integers (N,). For one-hot or soft targets, pass"
-            " target.argmax(1)."
-        )
-    if len(target) != len(preds):
-        raise ConfigurationError(
-            f"`target` has {len(target)} labels for {len(preds)} predictions; expected one label for each prediction."
-        )
-    below = preds.shape[1] if preds.ndim == 2 else math.inf
-    extremes = (int(target.min()), int(target.max())) if len(target) else ()
-    if wrong := [label for label in extremes if not 0 <= label < below]:
-        raise ConfigurationError(
-            f"`target` has the label {wrong[0]}; expected labels from 0 up"
-            f"{f', below {below}' if preds.ndim == 2 else ''}. Leave out examples without a label, such as those with"
-            " -100."
-        )
-    return target
-
-
-def _mask(name: str, mask: Tensor, size: int) -> Tensor:
-    """Checks a mask of the examples ``(N,)``, and returns it."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (size,):
-        raise ConfigurationError(
-            f"`{name}` is {_described(mask)}; expected a mask, torch.bool of shape ({size},), one entry for each"
-            " prediction. If it holds 0 and 1, pass it with .bool()."
-        )
-    return mask
-
-
-def _same_length(preds: Tensor, reference: Tensor) -> None:
-    if len(preds) != len(reference):
-        raise ConfigurationError(
-            f"`preds` has {len(preds)} predictions and `reference` {len(reference)}; expected predictions of both"
-            " models for the same examples."
-        )
-
-
-def _log_probabilities(name: str, given: Tensor, from_logits: bool) -> Tensor:
-    """Log-probabilities ``(N, C)`` in float64. In float32, that of a well-fitted example would be rounding error."""
-    if not isinstance(given, Tensor) or given.ndim != 2 or not given.is_floating_point() or given.shape[1] < 2:
-        raise ConfigurationError(
-            f"`{name}` is {_described(given)}; expected {'logits' if from_logits else 'probabilities'}, floating-point"
-            " (N, C) with a column for each of two or more classes. If there is one logit z for each example, pass"
-            " torch.stack([-z / 2, z / 2], 1); for one probability p, pass torch.stack([1 - p, p], 1)."
-        )
-    given = given.double()
-    if from_logits:
-        logs = given.log_softmax(1)
-        if logs.isnan().any():
-            raise ConfigurationError(
-                f"`{name}` has logits without a softmax: NaN, +inf, or -inf for all classes; check the model."
-            )
-        return logs
-    total = given.sum(1, keepdim=True)
-    if not ((given >= 0).all() and ((total - 1).abs() <= _SUM_TOLERANCE).all()):
-        raise ConfigurationError(
-            f"`{name}` should be probabilities, but has rows with negative values or NaN, or rows that do not sum to 1;"
-            " pass the softmax, or pass logits with from_logits=True."
-        )
-    return given.log() - total.log()
-
-
-def _log_odds(logs: Tensor, classes: Tensor) -> Tensor:
-    """``log(p / (1 − p))`` of one class of each row of log-probabilities, ``(N,)``.
-
-    It ranks examples as ``p`` does, and distinguishes probabilities that are rounded to 1.
-    """
-    others = logs.scatter(1, classes[:, None], -torch.inf)
-    return logs.gather(1, classes[:, None])[:, 0] - others.logsumexp(1)
-
-
-def _joined(scores: list[Tensor] | Tensor) -> Tensor:
-    """A list state as one tensor; empty if the list is."""
-    return dim_zero_cat(scores) if len(scores) else torch.empty(0)
