@@ -104,17 +104,17 @@ def small(load: Callable[..., Any]) -> Callable[[dict[str, Path]], tuple[Tensor,
     return standardised
 
 
-def friedman(folders: dict[str, Path]) -> tuple[Tensor, Tensor]:
-    x, y = datasets.make_friedman1(1000 + QUERIES, noise=1.0, random_state=0)
+def friedman(folders: dict[str, Path], count: int = 1000 + QUERIES) -> tuple[Tensor, Tensor]:
+    x, y = datasets.make_friedman1(count, noise=1.0, random_state=0)
     x, y = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
     return 2 * x - 1, (y - y.mean()) / y.std()
 
 
-def chains(folders: dict[str, Path]) -> tuple[Tensor, Tensor]:
+def chains(folders: dict[str, Path], count: int = 1500 + QUERIES) -> tuple[Tensor, Tensor]:
     """Sequences of 16 tokens from one Markov chain for each of four classes."""
     generator = torch.Generator().manual_seed(0)
     steps = torch.softmax(1.5 * torch.randn(4, 32, 32, generator=generator), dim=2)
-    labels = torch.randint(0, 4, (1500 + QUERIES,), generator=generator)
+    labels = torch.randint(0, 4, (count,), generator=generator)
     tokens = [torch.randint(0, 32, (len(labels),), generator=generator)]
     for _ in range(15):
         tokens.append(torch.multinomial(steps[labels, tokens[-1]], 1, generator=generator).squeeze(1))

@@ -41,6 +41,8 @@ SMALLEST: dict[str, str] = {
     "synthetic": "--size 30 --columns 5 --sigma 1 --condition 100 --max-iter 10 --budgets 5 --most-products 100",
     "tasks": "--tasks digits --halves 3 --seeds 1",
     "tinynet_forget": "--data DATA --epochs 1",
+    "unlearning_ensembles": "--tasks regression --epochs 2 --models 4 --members 2 --sets cluster "
+    "--methods nothing oracle",
 }
 
 
