@@ -115,7 +115,8 @@ def for_matching(settings: Settings, *, whole: bool) -> Settings | None:
     curvature = _chosen(settings.curvature, "ggn")
     solver = _chosen(settings.solver, SYMMETRIC)
     symmetric = METHODS[method].is_symmetric and CURVATURES.declared(CURVATURES[curvature], "positive_semidefinite")
-    if not symmetric or solver not in SOLVERS:
+    # The damping is a part of the matrix, and the matrix is that of a fixed sample.
+    if not symmetric or solver not in SOLVERS or SOLVERS[solver].requires_damping or SOLVERS[solver].requires_draws:
         return None
     return replace(settings, method=method, curvature=curvature, solver=solver)
 

@@ -17,13 +17,15 @@ from ..config import AUTO, Settings
 from ..curvature.methods import METHODS
 from ..data.batch import Batch
 from ..data.examples import Examples
-from ..defaults import for_unlearning
+from ..defaults import for_matching, for_unlearning
 from ..errors import GIFWarning
 from ..objective.losses import OwnLoss
 from ..objective.objective import Objective
 from ..selection import is_name
 from ..session import Session, TargetsChoice
 from ..solvers import SOLVERS
+from ..unlearning.matching import Matching
+from ..unlearning.step import can_match
 from ..unlearning.task import SampleSizes
 from ..unlearning.tuning import Relinearisation
 from .costs import Costs, Estimate, measure
@@ -99,6 +101,7 @@ class CheckReport:
             cannot solve for an edit has none of an edit.
         warnings: All warnings that the losses, the data and the targets cause.
         seconds: The time that the check took, in seconds.
+        matches: Whether single examples are removed by ``step="match"``, which changes all parameters by default.
     """
 
     module: str
@@ -113,6 +116,7 @@ class CheckReport:
     costs: list[Estimate]
     warnings: list[str]
     seconds: float
+    matches: bool = False
 
     @property
     def n_parameters(self) -> int:
@@ -161,6 +165,9 @@ def check(
         solves = requested.solver == AUTO or requested.solver in SOLVERS  # else a registered inverse, for scores only
         edits = for_unlearning(requested if solves else replace(requested, solver=AUTO))
         edits = replace(edits, curvature="hessian") if edits.curvature == AUTO else edits
+        matching = for_matching(requested, whole=True)
+        if matching is not None and can_match(objective):
+            edits = matching
         agreement = _agreement(objective, train)
         layers = _layers(session)
         objective.learn_derivatives(train)
@@ -175,9 +182,12 @@ def check(
         estimates = [costs.query(one, 1, n_states)]
         estimates += [costs.query(scores, n_queries, n_states)] if n_queries > 1 else []
         estimates.append(costs.self_influence(itself))
-    if _solves_edits(edits):
+    if edits is matching or _solves_edits(edits):
         n_forget, n_unseen = min(n_forget, len(train) - 1), 0 if unseen is None else len(unseen)
-        estimates.append(costs.edit(edits, n_forget, n_unseen, SampleSizes()))
+        if edits is matching:
+            estimates.append(costs.match(edits, n_forget, n_unseen, SampleSizes(), Matching()))
+        else:
+            estimates.append(costs.edit(edits, n_forget, n_unseen, SampleSizes()))
     return CheckReport(
         module=type(objective.module).__name__,
         n_train=len(train),
@@ -186,6 +196,7 @@ def check(
         losses=objective.loss.origin,
         agreement=agreement,
         curvature={"scores": scores.curvature, "edits": edits.curvature},
+        matches=edits is matching,
         ratio=requested.ratio if is_name(requested.selector) else None,
         layers=layers,
         costs=estimates,
@@ -291,7 +302,10 @@ def _lines(report: CheckReport) -> Iterator[str]:
     kinds = {use: names.get(kind, kind) for use, kind in report.curvature.items()}
     yield f"curvature: {kinds['scores']} for scores, {kinds['edits']} for the first change of an edit"
     asked = "" if report.ratio is None else f" (ratio={report.ratio:g})"
-    yield f"an edit may change {report.n_targets} parameters, {report.n_targets / report.n_parameters:.1%}{asked}:"
+    if report.matches:
+        yield "the removal of single examples changes all parameters, unless `ratio`, `selector` or `targets` is given"
+    which = "another edit" if report.matches else "an edit"
+    yield f"{which} may change {report.n_targets} parameters, {report.n_targets / report.n_parameters:.1%}{asked}:"
     width = max(len(layer.name or "(module)") for layer in report.layers)
     for layer in report.layers[:_SHOWN_LAYERS]:
         yield (

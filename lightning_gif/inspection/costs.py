@@ -29,6 +29,7 @@ from ..objective.losses import GRADIENT_BYTES
 from ..objective.objective import FEW_DIRECTIONS, FEW_DIRECTIONS_OF_LAYERS, Objective
 from ..solvers import SOLVERS, low_rank
 from ..unlearning.goals import Goal
+from ..unlearning.matching import Matching
 from ..unlearning.task import SampleSizes
 
 __all__ = ["Costs", "Estimate", "PassCosts", "measure"]
@@ -384,6 +385,46 @@ class Costs:
             (kept + 12 * self.objective.theta.nbytes + passes.edits.kept) / _GIB,
             products,
             change,
+        )
+
+    def match(
+        self, settings: Settings, n_forget: int, n_unseen: int, sizes: SampleSizes, numbers: Matching
+    ) -> Estimate:
+        """The cost of ``trainer.unlearn`` for examples that are removed by ``step="match"``.
+
+        Args:
+            settings: The settings of the edit.
+            n_forget: The number of forget examples.
+            n_unseen: The number of unseen examples.
+            sizes: The numbers of examples that an edit uses.
+            numbers: The tuned numbers of the strategy.
+        """
+        passes, n_retain = self.passes, max(self.n_train - n_forget, 1)
+        automatic = isinstance(settings.curvature_examples, str)
+        n_fit = min(n_retain, numbers.curvature_examples if automatic else self._sample(settings))
+        n_eval = min(n_retain, n_fit, sizes.evaluation)
+        n_unseen = min(n_unseen, n_fit) if min(n_forget, n_unseen) >= sizes.min_compared else 0
+        few, aimed = min(numbers.rate_examples, n_fit), min(numbers.rate_examples // 4, n_forget)
+        trial = sum(self._over(n, passes.loss) for n in (n_eval, min(n_forget, n_eval), n_forget, n_unseen))
+        products = (settings.max_iter or numbers.iterations) + 1  # the last is the curvature along the change
+        solves, kept = self._curvature(passes.edits, settings, n_fit, products)
+        root = 0.0 if passes.layers is None else passes.layers.fixed + n_fit * passes.layers.each
+        rate = sum(self._curvature(passes.edits, settings, n, POWER_ITERATIONS)[0] for n in (few, aimed))
+        parts = min(numbers.retained, n_retain), min(numbers.forgotten, n_forget)
+        stepping = sum(self._over(n, one) for n in parts for one in (passes.loss, passes.gradient))
+        predicted = sum(
+            self._over(n, passes.edits.first) + self._over(n, passes.edits.product) / 2 for n in (n_eval, 2 * n_forget)
+        )
+        begin = (
+            self._over(n_fit + n_eval + n_unseen + 2 * n_forget + numbers.steps * numbers.retained, passes.read)
+            + sum(self._over(n, passes.gradient) for n in (n_forget, n_forget, n_eval, n_fit))
+            + self._over(n_unseen, passes.loss)
+        )
+        return Estimate(
+            f"trainer.unlearn of {n_forget} example{'s' * (n_forget != 1)}",
+            self.start + begin + solves + root + rate + numbers.steps * stepping + predicted + 5 * trial,
+            (kept + 12 * self.objective.theta.nbytes + passes.edits.kept) / _GIB,
+            products,
         )
 
     @property

@@ -36,6 +36,8 @@ class Matching(CheckedNumbers):
         iterations: The largest number of iterations of the solve, if neither ``max_iter`` nor ``rtol`` is given.
         unknown_damping: The damping if the training was not recorded and none is given, as a share of the largest
             eigenvalue of the curvature.
+        prediction_tolerance: The first change is enough if the loss of the forget examples is as predicted, up to this
+            share of the predicted change, and that of the retained examples up to this share of the loss.
         steps: The number of steps of gradient descent.
         retained: The number of retained examples of each step.
         forgotten: The largest number of forget examples of each step.
@@ -49,6 +51,7 @@ class Matching(CheckedNumbers):
     curvature_examples: int = number(600, low=1, open_low=False)
     iterations: int = number(6, low=1, open_low=False)
     unknown_damping: float = number(5e-4)
+    prediction_tolerance: float = number(0.1, open_low=False)
     steps: int = number(40, low=0, open_low=False)
     retained: int = number(64, low=1, open_low=False)
     forgotten: int = number(32, low=1, open_low=False)

@@ -267,6 +267,15 @@ class EditProblem:
             self._predicted[name] = leave_out.loss_after(self._objective, examples, self.positions, change)
         return model
 
+    def is_as_predicted(self, trial: Trial) -> bool:
+        """Whether the losses of a trial are those that the change of :meth:`leave_out` predicts, up to a tolerance."""
+        start, share = self.trials[0], self.tuning.matching.prediction_tolerance
+        errors = [
+            abs(trial.forget_loss - self._predicted["forget"]) / abs(self._predicted["forget"] - start.forget_loss),
+            abs(trial.retain_loss - self._predicted["retain"]) / abs(start.retain_loss),
+        ]
+        return all(error <= share for error in errors)
+
     def match(self) -> None:
         """Adds a change after that of :meth:`leave_out`: the predictions on the forget examples become as predicted.
 

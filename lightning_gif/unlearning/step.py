@@ -8,11 +8,12 @@ import numbers
 from ..config import AUTO, Settings
 from ..curvature.products import has_gauss_newton, require_gauss_newton
 from ..errors import ConfigurationError
+from ..objective.objective import Objective
 from .goals import Goal
 from .strategies import STRATEGIES, Strategy
 from .task import Request
 
-__all__ = ["MATCH", "Step", "check_step", "choose_step", "strategy_of"]
+__all__ = ["MATCH", "Step", "can_match", "check_step", "choose_step", "note_unknown_damping", "strategy_of"]
 
 
 Step = str | float | Strategy
@@ -45,6 +46,12 @@ def check_step(step: Step) -> None:
 def strategy_of(step: Step) -> Strategy:
     """The strategy of a ``step`` that is not a number."""
     return STRATEGIES[step] if isinstance(step, str) else step  # type: ignore[return-value]
+
+
+def can_match(objective: Objective) -> bool:
+    """Whether the losses are convex functions of predictions, and so have a Gauss–Newton matrix to match with."""
+    probed = objective.probed
+    return probed is not None and objective.is_convex and has_gauss_newton(objective, objective.theta, probed)
 
 
 def choose_step(
@@ -85,7 +92,7 @@ def choose_step(
         return goal.strategy, settings
     if matching is None or not removes:
         return _OTHERWISE, settings
-    if not objective.is_convex or not has_gauss_newton(objective, objective.theta, probed):
+    if not can_match(objective):
         notes.append(
             "The predictions that the losses are computed from are not recognised, or the loss is not convex in them."
             " So the edit could not aim at the predictions of a model trained without the examples (step='match'). It"
@@ -93,3 +100,19 @@ def choose_step(
         )
         return _OTHERWISE, settings
     return MATCH, matching
+
+
+def note_unknown_damping(request: Request, notes: list[str]) -> None:
+    """Notes that the damping of ``"match"`` is a guess, if it is.
+
+    Args:
+        request: The request, with its settings.
+        notes: The notes of the report, which may be extended.
+    """
+    objective = request.objective
+    if request.settings.damping is None and request.training.damping(objective.space, objective.theta) is None:
+        notes.append(
+            "The training was not recorded, so the damping is a share of the largest eigenvalue of the curvature. For a"
+            " better one, have the GIFCallback in `fit`, load a checkpoint of such a fit, or pass `damping`: weight"
+            " decay plus (1 − momentum) / (sum of the learning rates of all steps)."
+        )

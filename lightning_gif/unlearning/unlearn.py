@@ -32,7 +32,7 @@ from .problem import EditProblem
 from .protocol import Trial
 from .record import Change, EditContext
 from .report import UnlearnReport
-from .step import MATCH, Step, choose_step, strategy_of
+from .step import MATCH, Step, choose_step, note_unknown_damping, strategy_of
 from .strategies import STRATEGIES, Strategy
 from .task import Request, Task, all_but, check_new_labels, retained_examples, without_forgotten
 from .tuning import Tuning
@@ -220,8 +220,10 @@ def _describe_data(train: Examples, found: Tensor, request: Request, notes: list
 def _draw_samples(request: Request, goal: Goal, tuning: Tuning, step: Step, notes: list[str]) -> Task:
     """The task of a request with a goal."""
     n_fit = goal.sample_size(request.settings)
-    if step == MATCH and isinstance(request.settings.curvature_examples, str):
-        n_fit = tuning.matching.curvature_examples
+    if step == MATCH:
+        note_unknown_damping(request, notes)
+        if isinstance(request.settings.curvature_examples, str):
+            n_fit = tuning.matching.curvature_examples
     task = Task.prepare(
         request,
         tuning.sample_sizes,
