@@ -172,7 +172,7 @@ def check(
         layers = _layers(session)
         objective.learn_derivatives(train)
         start = seconds + time.perf_counter() - begin
-        passes = measure(objective, train, (scores.curvature, edits.curvature), scores)
+        passes = measure(objective, train, (scores.curvature, edits.curvature), scores, n_queries)
     costs = Costs(objective, passes, len(train), start)
     estimates = []
     if solves or passes.layers is not None:

@@ -26,7 +26,7 @@ from ..data.batch import Batch
 from ..data.examples import Examples
 from ..objective.autograd import gradient_of
 from ..objective.losses import GRADIENT_BYTES
-from ..objective.objective import FEW_DIRECTIONS, FEW_DIRECTIONS_OF_LAYERS, Objective
+from ..objective.objective import FEW_DIRECTIONS, Objective
 from ..solvers import SOLVERS, low_rank
 from ..unlearning.goals import Goal
 from ..unlearning.matching import Matching
@@ -114,6 +114,7 @@ class PassCosts:
         loss: The losses.
         gradient: The gradient of their sum.
         score: One directional derivative of each loss.
+        queries: One directional derivative of each loss for each of the queries.
         rows: The gradient of each loss.
         scores: The curvature that scores use.
         edits: The curvature that an edit uses first.
@@ -127,6 +128,7 @@ class PassCosts:
     loss: Pass
     gradient: Pass
     score: Pass
+    queries: Pass
     rows: Pass
     scores: CurvatureCosts
     edits: CurvatureCosts
@@ -135,7 +137,9 @@ class PassCosts:
     layers_bytes: int
 
 
-def measure(objective: Objective, train: Examples, kinds: tuple[str, str], scores: Settings) -> PassCosts:
+def measure(
+    objective: Objective, train: Examples, kinds: tuple[str, str], scores: Settings, n_queries: int = 1
+) -> PassCosts:
     """Measures passes on two batches. The first is a warm-up. The second, and a part of it, are measured.
 
     Args:
@@ -143,6 +147,7 @@ def measure(objective: Objective, train: Examples, kinds: tuple[str, str], score
         train: The training examples.
         kinds: The kinds of curvature of scores and of edits.
         scores: The settings of scores.
+        n_queries: The number of queries.
     """
     sample = train.sample(2 * train.batch_size, 0)
     begin, times, batches = time.perf_counter(), list[float](), list[Batch]()
@@ -179,12 +184,18 @@ def measure(objective: Objective, train: Examples, kinds: tuple[str, str], score
     if scores.solver == EKFACInverse.name:
         layers, layers_bytes = _inverse(objective, sample, scores)
     direction, differentiated = torch.ones_like(theta)[None], theta.detach().requires_grad_()
+    score = of(lambda batch: objective.directional_derivatives(batch, direction))
+    queries = score
+    if n_queries > 1:
+        directions = direction.expand(n_queries, -1).contiguous()
+        queries = of(lambda batch: objective.directional_derivatives(batch, directions))
     return PassCosts(
         size=second.size,
         read=Pass(0.0, times[-1] / batches[-1].size),
         loss=loss,
         gradient=of(lambda batch: gradient_of(objective.loss_sum(differentiated, batch), differentiated)),
-        score=of(lambda batch: objective.directional_derivatives(batch, direction)),
+        score=score,
+        queries=queries,
         rows=of(lambda batch: [rows.sum() for rows in objective.gradients(batch)]),
         scores=curvatures[kinds[0]],
         edits=curvatures[kinds[1]],
@@ -292,12 +303,9 @@ class Costs:
         else:
             algebra, products, copies = 0.0, 0, 2
             solves, kept = self._layers(passes.layers, settings)
-        layers = self.objective.layers is not None
-        vectorised = n_queries > (FEW_DIRECTIONS_OF_LAYERS if layers else FEW_DIRECTIONS)
-        vectorised = vectorised and (layers or self.objective.loss.vectorised)
-        score = (
-            self._over(self.n_train, passes.rows) if vectorised else n_queries * self._over(self.n_train, passes.score)
-        )
+        # Layers give the derivatives without gradients of single examples.
+        forms_rows = n_queries > FEW_DIRECTIONS and self.objective.layers is None and self.objective.loss.vectorised
+        score = self._over(self.n_train, passes.queries if n_queries > 1 else passes.score)
         each = algebra + solves + n_queries * self._over(1, passes.gradient) + score
         vectors = (copies + (1 + n_states) * n_queries + n_states - 1) * self.objective.theta.nbytes
         return Estimate(
@@ -305,7 +313,7 @@ class Costs:
             if n_queries == 1
             else f"trainer.influence(batch, per_example=True), {n_queries} queries",
             self.start + self._over(self.n_train, passes.read) + n_states * each,
-            (kept + vectors + max(passes.scores.kept, self._block * vectorised)) / _GIB,
+            (kept + vectors + max(passes.scores.kept, self._block * forms_rows)) / _GIB,
             n_states * products,
         )
 

@@ -270,11 +270,9 @@ class EditProblem:
     def is_as_predicted(self, trial: Trial) -> bool:
         """Whether the losses of a trial are those that the change of :meth:`leave_out` predicts, up to a tolerance."""
         start, share = self.trials[0], self.tuning.matching.prediction_tolerance
-        errors = [
-            abs(trial.forget_loss - self._predicted["forget"]) / abs(self._predicted["forget"] - start.forget_loss),
-            abs(trial.retain_loss - self._predicted["retain"]) / abs(start.retain_loss),
-        ]
-        return all(error <= share for error in errors)
+        forget, retain = self._predicted["forget"], self._predicted["retain"]
+        is_forgotten = abs(trial.forget_loss - forget) <= share * abs(forget - start.forget_loss)
+        return is_forgotten and abs(trial.retain_loss - retain) <= share * abs(start.retain_loss)
 
     def match(self) -> None:
         """Adds a change after that of :meth:`leave_out`: the predictions on the forget examples become as predicted.

@@ -53,8 +53,8 @@ def match(problem: EditProblem) -> Trial:
     """Makes the predictions on the forget examples those that theory predicts for training without these examples.
 
     The first change is the predicted change of the weights, and the second a short training towards the predictions,
-    which holds those on retained examples. The second is omitted if the losses after the first are as predicted, as for a
-    model that is linear in its parameters. It is for the removal of examples by a model with a Gauss–Newton matrix.
+    which holds those on retained examples. The second is omitted if the losses after the first are as predicted, as
+    for a model that is linear in its parameters. It is for the removal of examples, and needs a Gauss–Newton matrix.
     """
     problem.leave_out()
     stepped = problem.evaluate(1.0)
