@@ -12,9 +12,10 @@ KLOM is the Kullback-Leibler divergence of the margins' normal distributions ove
 is in processor seconds, as a share of those of a plain training in the same run.
 
 Methods may use training and unseen examples. Those that are the best of several settings are so by the distance, which
-nobody knows who does not retrain. The oracle even matches the outputs of the retrained models. Test examples occur in
-the report only. `--cache` keeps the outputs of all trained models; those to edit are fitted again in each run, since
-the callback records things in `fit`. Prints three Markdown tables for each task; progress goes to stderr.
+nobody knows who does not retrain. The oracle even matches the outputs of the retrained models, those that it is then
+compared with, so its distance is too small. Test examples occur in the report only. `--cache` keeps the outputs of all
+trained models. Those to edit are fitted again in each run, since the callback records things in `fit`. Prints three
+Markdown tables for each task; progress goes to stderr.
 """
 
 from __future__ import annotations
