@@ -304,7 +304,7 @@ class GIFCallback(TrainerCalls, Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Removes the hooks, because ``teardown`` does not run after an exception."""
-        self.tracker.abandon_epoch()
+        self.tracker.abandon_epoch(pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -24,9 +24,9 @@ from .attribution.report import InfluenceReport
 from .attribution.retraining import Retrain
 from .attribution.self_influence import self_influence
 from .attribution.validation import Opened, ValidationReport, check_validation, validate
-from .config import AUTO, RATIO, SELECTOR, Overrides, Settings, check_count
+from .config import AUTO, Overrides, Settings, check_count
 from .data.structure import describe
-from .defaults import check_names, for_influence, for_matching, for_unlearning
+from .defaults import check_names, for_influence, for_matching, for_unlearning, is_selective
 from .distributed import ProcessGroup
 from .errors import ConfigurationError, GIFWarning
 from .inspection.check import CheckReport, check, collected
@@ -632,8 +632,7 @@ def _are_on_targets(targets: TargetsChoice | None, overrides: Overrides) -> bool
 
 def _selects(settings: Settings, overrides: Overrides) -> bool:
     """Whether the user has chosen a selector or a ratio, in the call or in the callback."""
-    given = "selector" in overrides or "ratio" in overrides
-    return given or settings.selector != SELECTOR or settings.ratio != RATIO
+    return "selector" in overrides or "ratio" in overrides or is_selective(settings)
 
 
 def _snapshot_states(tracker: TrainingTracker, wanted: bool | None) -> dict[int, dict[str, Tensor]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .config import AUTO, Settings
+from .config import AUTO, RATIO, SELECTOR, Settings
 from .curvature import INVERSES
 from .curvature.energy import ENERGIES
 from .curvature.methods import METHODS
@@ -23,6 +23,7 @@ __all__ = [
     "for_influence",
     "for_matching",
     "for_unlearning",
+    "is_selective",
     "needs_no_cache",
 ]
 
@@ -102,6 +103,11 @@ def for_unlearning(settings: Settings) -> Settings:
             f" {', '.join(SOLVERS)}. Pass one to the call: trainer.unlearn(…, solver={LEAST_SQUARES!r})."
         )
     return replace(settings, method=_chosen(settings.method, "gif"), solver=solver)
+
+
+def is_selective(settings: Settings) -> bool:
+    """Whether the settings of the callback name another selector or ratio than the default ones."""
+    return settings.selector != SELECTOR or settings.ratio != RATIO
 
 
 def for_matching(settings: Settings, *, whole: bool) -> Settings | None:

@@ -17,7 +17,7 @@ from ..config import AUTO, Settings
 from ..curvature.methods import METHODS
 from ..data.batch import Batch
 from ..data.examples import Examples
-from ..defaults import for_matching, for_unlearning
+from ..defaults import for_matching, for_unlearning, is_selective
 from ..errors import GIFWarning
 from ..objective.losses import OwnLoss
 from ..objective.objective import Objective
@@ -101,7 +101,7 @@ class CheckReport:
             cannot solve for an edit has none of an edit.
         warnings: All warnings that the losses, the data and the targets cause.
         seconds: The time that the check took, in seconds.
-        matches: Whether single examples are removed by ``step="match"``, which changes all parameters by default.
+        matches: Whether the removal of single examples changes all parameters (by ``step="match"``).
     """
 
     module: str
@@ -165,7 +165,7 @@ def check(
         solves = requested.solver == AUTO or requested.solver in SOLVERS  # else a registered inverse, for scores only
         edits = for_unlearning(requested if solves else replace(requested, solver=AUTO))
         edits = replace(edits, curvature="hessian") if edits.curvature == AUTO else edits
-        matching = for_matching(requested, whole=True)
+        matching = for_matching(requested, whole=not is_selective(requested))
         if matching is not None and can_match(objective):
             edits = matching
         agreement = _agreement(objective, train)
@@ -196,7 +196,7 @@ def check(
         losses=objective.loss.origin,
         agreement=agreement,
         curvature={"scores": scores.curvature, "edits": edits.curvature},
-        matches=edits is matching,
+        matches=edits is matching and not METHODS[edits.method].selects,
         ratio=requested.ratio if is_name(requested.selector) else None,
         layers=layers,
         costs=estimates,
@@ -303,7 +303,7 @@ def _lines(report: CheckReport) -> Iterator[str]:
     yield f"curvature: {kinds['scores']} for scores, {kinds['edits']} for the first change of an edit"
     asked = "" if report.ratio is None else f" (ratio={report.ratio:g})"
     if report.matches:
-        yield "the removal of single examples changes all parameters, unless `ratio`, `selector` or `targets` is given"
+        yield "the removal of single examples changes all parameters, unless a call names `ratio` or `selector`"
     which = "another edit" if report.matches else "an edit"
     yield f"{which} may change {report.n_targets} parameters, {report.n_targets / report.n_parameters:.1%}{asked}:"
     width = max(len(layer.name or "(module)") for layer in report.layers)

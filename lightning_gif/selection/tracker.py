@@ -211,9 +211,11 @@ class TrainingTracker:
         self.neurons.detach()
         self._names = {}
 
-    def abandon_epoch(self) -> None:
+    def abandon_epoch(self, module: nn.Module) -> None:
         """Removes the hooks after an exception. Nothing is summed over the processes, because some may have ended."""
         self._local = False
+        with self.guard("reading the state of the optimizer"):
+            self.length.end(module)
         self.neurons.detach()
 
     # ----------------------------------------------------------------------------------------------------------------

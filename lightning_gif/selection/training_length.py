@@ -19,6 +19,12 @@ __all__ = ["TrainingLength"]
 # The state of an optimizer that holds the mean of squared gradients, and the option that is the weight of earlier ones.
 _SECOND_MOMENTS = {"exp_avg_sq": "betas", "square_avg": "alpha"}
 
+# What an optimizer without a second moment may have in its state.
+_PLAIN_STATE = {"step", "momentum_buffer"}
+
+# A length of 0 counts as this share of the longest one.
+_SHORTEST = 1e-6
+
 # Optimizers whose weight decay does not pass through the division by the root of the second moment.
 _DECOUPLED = ("AdamW",)
 
@@ -31,18 +37,20 @@ class TrainingLength:
     like a quadratic penalty with the factor ``1/s``, in addition to weight decay (Goodfellow, Bengio and Courville,
     *Deep Learning*, section 7.8). An optimizer such as Adam divides the gradient of each entry by a root of its second
     moment ``d``. Its ``s`` is ``Σ_t η_t / d_t``, with the root mean square over a parameter's entries as ``d_t``, read
-    at the end of each epoch.
+    at the end of each epoch. Clipping of gradients is not taken into account.
 
     Attributes:
-        lengths: ``s`` of each parameter by name.
+        lengths: ``s`` of each parameter by name; NaN if its optimizer is of a kind that this does not know.
         decays: The weight decay of each parameter by name, as the factor of a quadratic penalty on the loss.
         seconds: The wall time of all fits in seconds.
+        unknown: The names of optimizers of a kind that this does not know.
     """
 
     def __init__(self) -> None:
         self.lengths: dict[str, float] = {}
         self.decays: dict[str, float] = {}
         self.seconds = 0.0
+        self.unknown: set[str] = set()
         self._rates: dict[int, tuple[Optimizer, list[float]]] = {}  # sums of learning rates since the last `close`
         self._started: float | None = None
 
@@ -75,6 +83,7 @@ class TrainingLength:
                 named = [(names[id(one)], one) for one in group["params"] if id(one) in names]
                 for (name, _), divisor in zip(named, _divisors(optimizer, group, named), strict=True):
                     self.lengths[name] = self.lengths.get(name, 0.0) + rate / divisor
+                    self.unknown |= {type(optimizer).__name__} if math.isnan(divisor) else set()
                     decay = float(group.get("weight_decay", 0.0) or 0.0)
                     self.decays[name] = decay * divisor if _is_decoupled(optimizer, group) else decay
         self._rates = {}
@@ -85,27 +94,45 @@ class TrainingLength:
         self._started = None
 
     def damping(self, space: ParameterSpace, like: Tensor, *, decay: bool = True) -> Tensor | None:
-        """The factor of the equivalent penalty for each entry, ``(p,)``; ``None`` if a parameter was not trained.
+        """The factor of the equivalent penalty for each entry, ``(p,)``; ``None`` if it is not known.
+
+        Parameters that training did not change get a factor that keeps them where they are.
 
         Args:
             space: The parameters.
             like: A tensor of the dtype and the device of the result.
             decay: Whether the weight decay of the optimizers is a part of it.
         """
+        lengths = {name: self.lengths.get(name, 0.0) for name in space.slots}
+        longest = max(lengths.values(), default=0.0)
+        if not all(map(math.isfinite, lengths.values())) or not longest > 0:
+            return None
         found = like.new_zeros(space.size)
-        for name in space.slots:
-            length = self.lengths.get(name, 0.0)
-            if not (math.isfinite(length) and length > 0):
-                return None
+        for name, length in lengths.items():
+            length = max(length, longest * _SHORTEST)
             space.of(name, found).fill_(1 / length + (self.decays.get(name, 0.0) if decay else 0.0))
         return found
 
+    @property
+    def gap(self) -> str:
+        """Why :meth:`damping` is ``None``, as a clause."""
+        if self.unknown:
+            return f"the effect of the learning rates of {', '.join(sorted(self.unknown))} is not known"
+        return "the training was not recorded"
+
     def state(self) -> dict[str, Any]:
         """The sums as plain values, for a checkpoint."""
-        return {"lengths": dict(self.lengths), "decays": dict(self.decays), "seconds": self.seconds}
+        return {
+            "lengths": dict(self.lengths),
+            "decays": dict(self.decays),
+            "seconds": self.seconds,
+            "unknown": sorted(self.unknown),
+        }
 
     @classmethod
-    def of_state(cls, lengths: Mapping[str, float], decays: Mapping[str, float], seconds: float) -> Self:
+    def of_state(
+        cls, lengths: Mapping[str, float], decays: Mapping[str, float], seconds: float, unknown: Iterable[str]
+    ) -> Self:
         """The object whose :meth:`state` this is.
 
         Raises:
@@ -116,11 +143,12 @@ class TrainingLength:
         made.lengths = {str(name): float(value) for name, value in lengths.items()}
         made.decays = {str(name): float(value) for name, value in decays.items()}
         made.seconds = float(seconds)
+        made.unknown = set(map(str, unknown))
         return made
 
 
 def _divisors(optimizer: Optimizer, group: Mapping[str, Any], named: Iterable[tuple[str, nn.Parameter]]) -> list[float]:
-    """What an optimizer divides the gradient of each parameter by, in the long run."""
+    """What an optimizer divides the gradient of each parameter by, in the long run; NaN if this is not known."""
     return [_divisor(optimizer.state.get(parameter, {}), group) for _, parameter in named]
 
 
@@ -134,7 +162,10 @@ def _divisor(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
         step = float(state.get("step", math.inf))
         mean = float(moment.mean(dtype=torch.float32))
         corrected = mean / (1 - weight**step) if key == "exp_avg_sq" and step > 0 else mean
-        return max(math.sqrt(max(corrected, 0.0)) + float(group.get("eps", 0.0)), 1e-12)
+        root = max(math.sqrt(max(corrected, 0.0)) + float(group.get("eps", 0.0)), 1e-12)
+        return root * (1 - float(group.get("momentum", 0.0) or 0.0))  # which RMSprop may have
+    if not _PLAIN_STATE.issuperset(state):
+        return math.nan
     momentum = float(group.get("momentum", 0.0) or 0.0)
     return (1 - momentum) / (1 - float(group.get("dampening", 0.0) or 0.0)) if 0 <= momentum < 1 else 1.0
 

@@ -15,6 +15,9 @@ __all__ = ["note_removal", "warn_cost", "warn_refreshed_statistics", "warn_unfin
 # Which share of the predicted change of the loss counts as done, and which as done in part.
 _DONE, _PARTLY = 0.75, 0.25
 
+# Above this share, an edit has gone too far.
+_TOO_FAR = 1.5
+
 # A predicted change of the loss by less than this share of the loss, or of one nat, counts as none.
 _SMALL = 0.02
 
@@ -32,19 +35,23 @@ def note_removal(
     """
     start, end, goal = (losses["forget"] for losses in (before, after, predicted))
     wanted = goal - start
-    told = f"The loss of the forget examples was {start:.4g}. Without them in training it would be about {goal:.4g}"
+    told = f"The loss of the forget examples was {start:.4g}. Theory predicts {goal:.4g} for training without them"
     if not math.isfinite(wanted):
+        warn_and_note(notes, f"{told}, which is no number to aim at. Give a larger `damping`.")
         return
     if abs(wanted) <= _SMALL * max(abs(start), 1.0):
         notes.append(
-            f"Not much to forget. {told}: the model hardly depends on these examples. The edit gives {end:.4g}."
+            f"Not much to forget. {told}: the model hardly depends on these examples. After the edit it is {end:.4g}."
         )
         return
     share = (end - start) / wanted
     verdict = "Done" if share >= _DONE else "Partly done" if share >= _PARTLY else "Not done"
-    message = f"{verdict}. {told}, by theory. The edit gives {end:.4g}, which is {100 * share:.0f} % of this change."
+    verdict = "Too far" if share > _TOO_FAR else verdict
+    message = f"{verdict}. {told}. After the edit it is {end:.4g}: {100 * share:.0f} % of the predicted change."
     if verdict == "Not done":
         warn_and_note(notes, f"{message} Retrain without these examples if they must be forgotten.")
+    elif verdict == "Too far":
+        warn_and_note(notes, f"{message} Undo the edit, and give a larger `damping`.")
     else:
         notes.append(message)
 

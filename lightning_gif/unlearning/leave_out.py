@@ -174,6 +174,8 @@ def match_predictions(
     )
     matrix = Scaled(Submatrix(both, positions, positions), scale.sqrt(), rows=True)
     largest = _largest(matrix, scale.sqrt() * task.influence_gradient[positions])
+    if not largest:
+        numbers = replace(numbers, steps=0)
     retained = task.retained.sample(max(numbers.steps * numbers.retained, 1), seed)
     end = match(
         objective,
@@ -183,7 +185,7 @@ def match_predictions(
         Rounds(retained, numbers.retained, to_retain, budget, seed),
         scale,
         largest,
-        numbers if largest else replace(numbers, steps=0),
+        numbers,
         on_step,
     )
     found = (end - start)[positions]

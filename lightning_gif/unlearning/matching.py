@@ -19,6 +19,7 @@ from torch import Tensor
 from ..curvature.products import output_derivative
 from ..data.batch import Batch
 from ..data.examples import Examples
+from ..errors import NonFiniteError
 from ..objective.objective import Objective
 from .budget import MemoryBudget
 from .checked import CheckedNumbers, number
@@ -180,9 +181,12 @@ def match(
     """
     theta, moving = start.clone(), torch.zeros_like(scale)
     for step in range(numbers.steps):
-        gradient = retained.gradient(objective, theta)[positions]
-        if numbers.forget_weight:
-            gradient = gradient + numbers.forget_weight * forget.gradient(objective, theta)[positions]
+        try:
+            gradient = retained.gradient(objective, theta)[positions]
+            if numbers.forget_weight:
+                gradient = gradient + numbers.forget_weight * forget.gradient(objective, theta)[positions]
+        except NonFiniteError:  # it diverges, which the measurement of the result shows
+            break
         moving = numbers.momentum * moving + scale * gradient
         rate = numbers.rate * (1 - numbers.momentum) / largest * (1 + math.cos(math.pi * step / numbers.steps)) / 2
         theta[positions] -= rate * moving

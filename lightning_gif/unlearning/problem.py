@@ -145,7 +145,7 @@ class EditProblem:
         if len(step_sizes) > len(self._changes):
             raise ConfigurationError(
                 f"{len(step_sizes)} step sizes were given, but there are only {len(self._changes)} changes. Each call"
-                " of problem.influence_direction and problem.descent_direction adds one."
+                " of problem.influence_direction, descent_direction, leave_out and match adds one."
             )
         theta = self._objective.theta.clone()
         for size, change in zip(step_sizes, self._changes, strict=False):
@@ -196,9 +196,11 @@ class EditProblem:
         return {name: self._objective.mean_loss(part, theta) for name, part in parts.items() if part is not None}
 
     def predicted_losses(self, before: dict[str, float], chosen: Trial) -> dict[str, float]:
-        """The mean losses that the influence direction predicts; NaN if the edit makes other changes, too.
+        """The mean losses that theory predicts; NaN where it predicts nothing.
 
-        The prediction is of first order for the forget examples, and of second order for the retained ones.
+        After :meth:`leave_out` these are the losses if predictions were linear in the parameters. Along the influence
+        direction the prediction is of first order for the forget examples, and of second order for the retained ones.
+        There is none if the edit makes other changes, too.
 
         Args:
             before: The mean losses at the trained weights, by name.
@@ -249,8 +251,8 @@ class EditProblem:
         """Solves for the change of the weights that training without the forget examples would have made.
 
         The change is ``(G + D)⁻¹g``. ``G`` is the Gauss–Newton matrix on the targets, and ``D`` the damping that the
-        training is equivalent to, see :class:`~lightning_gif.training_length.TrainingLength`, or the given ``damping``.
-        Without either it is a share of the largest eigenvalue of ``G``.
+        training is equivalent to, see :class:`~lightning_gif.selection.training_length.TrainingLength`, or the given
+        ``damping``. Without either it is a share of the largest eigenvalue of ``G``.
 
         Returns:
             The quadratic model of the risk along this change. Its curvature is that of the retained loss alone.
@@ -267,19 +269,28 @@ class EditProblem:
             self._predicted[name] = leave_out.loss_after(self._objective, examples, self.positions, change)
         return model
 
-    def is_as_predicted(self, trial: Trial) -> bool:
-        """Whether the losses of a trial are those that the change of :meth:`leave_out` predicts, up to a tolerance."""
-        start, share = self.trials[0], self.tuning.matching.prediction_tolerance
-        forget, retain = self._predicted["forget"], self._predicted["retain"]
-        is_forgotten = abs(trial.forget_loss - forget) <= share * abs(forget - start.forget_loss)
-        return is_forgotten and abs(trial.retain_loss - retain) <= share * abs(start.retain_loss)
+    @property
+    def predictions(self) -> tuple[float, float]:
+        """The losses of the forget and of the retained examples that the change of :meth:`leave_out` predicts.
+
+        Raises:
+            ConfigurationError: If :meth:`leave_out` has not been called.
+        """
+        if not self._predicted:
+            raise ConfigurationError("Nothing is predicted yet: call problem.leave_out first.")
+        return self._predicted["forget"], self._predicted["retain"]
 
     def match(self) -> None:
         """Adds a change after that of :meth:`leave_out`: the predictions on the forget examples become as predicted.
 
         It is found by a short training, which holds the predictions on retained examples, see
         :func:`~lightning_gif.unlearning.matching.match`.
+
+        Raises:
+            ConfigurationError: If the last change is not that of :meth:`leave_out`.
         """
+        if len(self._changes) != 1 or not self._predicted:
+            raise ConfigurationError("problem.match follows problem.leave_out, with no other change before or between.")
         settings = replace(self._settings, max_iter=max(self.tuning.matching.steps, 1))
         self._recalled_or_solved(["match", 1.0], settings, partial(self._solve_match, settings))
 

@@ -70,6 +70,7 @@ def choose_step(
         ConfigurationError: If ``step="match"`` was given, but the goal or a setting excludes it.
         ObjectiveError: If ``step="match"`` was given, but there is no Gauss–Newton matrix.
     """
+    step = MATCH if step is STRATEGIES[MATCH] else step
     objective, settings, removes = request.objective, request.settings, request.relabelled is None
     probed = objective.probed
     assert probed is not None  # since the structure of the training examples is known
@@ -112,7 +113,8 @@ def note_unknown_damping(request: Request, notes: list[str]) -> None:
     objective = request.objective
     if request.settings.damping is None and request.training.damping(objective.space, objective.theta) is None:
         notes.append(
-            "The training was not recorded, so the damping is a share of the largest eigenvalue of the curvature. For a"
-            " better one, have the GIFCallback in `fit`, load a checkpoint of such a fit, or pass `damping`: weight"
-            " decay plus (1 − momentum) / (sum of the learning rates of all steps)."
+            f"The damping is a guess, a share of the curvature's largest eigenvalue, because {request.training.gap}."
+            " For a better one, have the GIFCallback in a `fit` with SGD, Adam, AdamW or RMSprop, load a checkpoint of"
+            " such a fit, or pass `damping`. For SGD that is weight decay plus (1 − momentum) / (sum of the learning"
+            " rates of all steps)."
         )

@@ -54,16 +54,15 @@ def match(problem: EditProblem) -> Trial:
 
     The first change is the predicted change of the weights, and the second a short training towards the predictions,
     which holds those on retained examples. The second is omitted if the losses after the first are as predicted, as
-    for a model that is linear in its parameters. It is for the removal of examples, and needs a Gauss–Newton matrix.
+    for a model that is linear in its parameters. Of the trained model and the two trials, the one nearest to the
+    predicted losses is taken. It is for the removal of examples, and needs a Gauss–Newton matrix.
     """
     problem.leave_out()
     stepped = problem.evaluate(1.0)
-    if problem.is_as_predicted(stepped):
-        return stepped
-    problem.match()
-    matched = problem.evaluate(1.0, 1.0)
-    measured = [trial for trial in (matched, stepped) if math.isfinite(trial.retain_loss)]
-    return measured[0] if measured else problem.trials[0]
+    if not _has_predicted_losses(problem, stepped):
+        problem.match()
+        problem.evaluate(1.0, 1.0)
+    return _nearest_to_prediction(problem)
 
 
 @STRATEGIES.register("relinearise")
@@ -118,6 +117,29 @@ def _descend(problem: EditProblem, start: Trial, n_solves: int) -> Trial | None:
         problem.limits,
         bounded_risk=problem.goal.bounded_risk,
     )
+
+
+def _has_predicted_losses(problem: EditProblem, trial: Trial) -> bool:
+    """Whether the losses of a trial are those that the leave-out step predicts, up to a tolerance."""
+    start, share = problem.trials[0], problem.tuning.matching.prediction_tolerance
+    forget, retain = problem.predictions
+    is_forgotten = abs(trial.forget_loss - forget) <= share * abs(forget - start.forget_loss)
+    return is_forgotten and abs(trial.retain_loss - retain) <= share * abs(start.retain_loss)
+
+
+def _nearest_to_prediction(problem: EditProblem) -> Trial:
+    """The trial whose losses are nearest to the predicted ones; the last one, if several are.
+
+    A retained loss counts only as far as it is above the predicted one and that of the trained model.
+    """
+    forget, retain = problem.predictions
+    most = max(retain, problem.trials[0].retain_loss)
+
+    def error(trial: Trial) -> float:
+        value = abs(trial.forget_loss - forget) + max(trial.retain_loss - most, 0.0)
+        return value if math.isfinite(value) else math.inf
+
+    return min(reversed(problem.trials), key=error)
 
 
 def _is_as_predicted(problem: EditProblem, trial: Trial, model: QuadraticModel) -> bool:

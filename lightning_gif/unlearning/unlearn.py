@@ -248,7 +248,7 @@ def _run_strategy(problem: EditProblem, step: Step) -> Trial:
     chosen = strategy_of(step)(problem)
     if not any(chosen is trial for trial in problem.trials) or not problem.solutions:
         raise ConfigurationError(
-            "The strategy must solve for a change (problem.influence_direction or problem.descent_direction) and return"
+            "The strategy must solve for a change (such as problem.influence_direction or problem.leave_out) and return"
             f" one of the trials that it evaluated (problem.evaluate), got {chosen!r} after {len(problem.solutions)}"
             " solves."
         )
@@ -399,7 +399,9 @@ def _fingerprint(task: Task, goal: Goal, tuning: Tuning, targets: Targets, train
         "training data": train,
         "the examples to be forgotten, in their order": of(task.forget, task.forget_eval),
         "new labels": of(task.relabelled, task.relabelled_eval),
-        "retained examples": digest({}, [of(task.retain_fit, task.retain_eval), task.forget_weight]),
+        "retained examples": digest(
+            {"all": task.retained.ids}, [of(task.retain_fit, task.retain_eval), task.forget_weight]
+        ),
         "unseen examples": of(task.unseen),
         "goal": str(goal.name),
         "target parameters": digest(dict(targets)),

@@ -15,6 +15,7 @@ from lightning_gif.unlearning import (
     ClassRemoval,
     LabelCorrection,
     LineSearch,
+    Matching,
     Relinearisation,
     SampleSizes,
     TrustRegion,
@@ -57,7 +58,10 @@ def test_a_report_has_what_each_solve_used(
     goal: str, options: dict[str, Any], expected: list[tuple[str, int]], tmp_path: Path
 ) -> None:
     trainer, _, _ = fitted(max_epochs=40, callback=GIFCallback(ratio=0.5, unconverged="ignore"))
-    tuning = Tuning(relinearisation=Relinearisation(max_solves=2, prediction_tolerance=1e-9))
+    tuning = Tuning(
+        relinearisation=Relinearisation(max_solves=2, prediction_tolerance=1e-9),
+        matching=Matching(prediction_tolerance=0.0),
+    )
     relabel = {"relabel": torch.tensor([1, 0, 2])} if goal == "labels" else {}
     log, folder = tmp_path / "log.jsonl", tmp_path / "solves"
     options = {**options, **relabel, "tuning": tuning, "solves_to": folder}
