@@ -30,7 +30,7 @@ __all__ = ["Matching", "Outputs", "Rounds", "WithPredictions", "from_trained", "
 
 @dataclass(frozen=True)
 class Matching(CheckedNumbers):
-    """The tuned numbers of ``"match"``. benchmarks/README.md, "Single examples", has what they move.
+    """The tuned numbers of ``"match"``. benchmarks/README.md, "Single examples removed", has what they do.
 
     Attributes:
         curvature_examples: The number of retained examples that give the curvature, with ``curvature_examples="auto"``.
