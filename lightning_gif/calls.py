@@ -405,10 +405,11 @@ class TrainerCalls:
         tuning: Tuning | None = None,
         **overrides: Unpack[Overrides],
     ) -> UnlearnReport:
-        """Edits the targets so that the model behaves as if trained without some examples, or with other labels.
+        """Edits the weights so that the model behaves as if trained without some examples, or with other labels.
 
         Bound to the trainer as ``trainer.unlearn(batch, …)``. Only target parameters change, and BatchNorm statistics
-        on request. The state of the optimizer (momentum, averages) still depends on the forgotten data: create a new
+        on request. All parameters are targets if single examples are removed, unless a selection is given, see
+        ``step``. The state of the optimizer (momentum, averages) still depends on the forgotten data: create a new
         optimizer before you train further.
 
         Args:

@@ -1,4 +1,4 @@
-"""A sparse change of the weights that can be applied and undone bit for bit."""
+"""A change of the weights that can be applied and undone bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Edit"]
 
 @dataclass
 class Edit:
-    """A sparse change of the weights of a module or a ``state_dict``, which can be applied and undone bit for bit.
+    """A change of some weights, or all, of a module or a ``state_dict``, which can be applied and undone bit for bit.
 
     Attributes:
         indices: The sorted flat indices of the changed entries, ``(k_name,)``, by parameter name.

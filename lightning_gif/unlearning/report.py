@@ -26,7 +26,7 @@ __all__ = ["Change", "UnlearnReport"]
 
 
 class UnlearnReport(EditRecord):
-    """A sparse, reversible edit of the weights with the evidence for it.
+    """A reversible edit of the weights with the evidence for it.
 
     The fields of :class:`~lightning_gif.unlearning.record.EditRecord` are the evidence.
 
