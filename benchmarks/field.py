@@ -60,6 +60,8 @@ WARNINGS = {
     "they are random": "the loss is random",
     "computed one after the other": "one by one",
     "No step size lowered the risk": "the edit changes nothing",
+    "Not done. The loss of the forget": "little is forgotten",
+    "Too far. The loss of the forget": "forgets too much",
 }
 
 
