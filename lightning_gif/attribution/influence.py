@@ -320,7 +320,7 @@ def _solve(call: _Call) -> SolvedQueries:
                 f" {len(gradients)} gradients."
             )
         return SolvedQueries(
-            ihvps=blocks[0][0] if len(blocks) == 1 else torch.cat([ihvps for ihvps, _ in blocks]),
+            ihvps=torch.cat([ihvps for ihvps, _ in blocks]),
             solutions=solutions,
             curvature=inverse.summary(),
             damping=inverse.damping,
