@@ -27,7 +27,6 @@ from ..solvers import SOLVERS
 from ..unlearning.matching import Matching
 from ..unlearning.step import can_match
 from ..unlearning.task import SampleSizes
-from ..unlearning.tuning import Relinearisation
 from .costs import Costs, Estimate, measure
 
 __all__ = ["Agreement", "CheckReport", "LayerShare", "check", "collected"]
@@ -314,11 +313,11 @@ def _lines(report: CheckReport) -> Iterator[str]:
         )
     if len(report.layers) > _SHOWN_LAYERS:
         yield f"  … and {len(report.layers) - _SHOWN_LAYERS} further layers (`report.layers`)"
-    most = Relinearisation().max_solves - 1
     yield f"expected cost, from passes over two batches of {report.batch_size} examples:"
     for cost in report.costs:
-        per_change = cost.seconds_per_change
-        change = "" if per_change is None else f", and {_time(per_change)} for each of up to {most} further changes"
+        per_change, most = cost.seconds_per_change, cost.further_changes
+        further = "the match, if it is needed" if most == 1 else f"each of up to {most} further changes"
+        change = "" if per_change is None else f", and {_time(per_change)} for {further}"
         yield f"  {cost.call}: {_time(cost.seconds)}{change}; {max(cost.gib, 0.01):.2f} GiB"
     for message in report.warnings:
         yield f"warning: {message}"

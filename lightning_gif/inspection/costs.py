@@ -31,6 +31,7 @@ from ..solvers import SOLVERS, low_rank
 from ..unlearning.goals import Goal
 from ..unlearning.matching import Matching
 from ..unlearning.task import SampleSizes
+from ..unlearning.tuning import Relinearisation
 
 __all__ = ["Costs", "Estimate", "PassCosts", "measure"]
 
@@ -62,6 +63,7 @@ class Estimate:
         seconds: The time of the call in seconds.
         gib: The memory in GiB that the call takes in addition to the model and the data.
         seconds_per_change: For an edit, the time of each change after the first, in addition to ``seconds``.
+        further_changes: For an edit, the largest number of changes after the first.
         products: The number of products with the curvature. Each is over all examples that the curvature is taken over.
     """
 
@@ -70,6 +72,7 @@ class Estimate:
     gib: float
     products: int
     seconds_per_change: float | None = None
+    further_changes: int = 0
 
 
 @dataclass(frozen=True)
@@ -393,6 +396,7 @@ class Costs:
             (kept + 12 * self.objective.theta.nbytes + passes.edits.kept) / _GIB,
             products,
             change,
+            further_changes=Relinearisation().max_solves - 1,
         )
 
     def match(
@@ -424,15 +428,17 @@ class Costs:
             self._over(n, passes.edits.first) + self._over(n, passes.edits.product) / 2 for n in (n_eval, 2 * n_forget)
         )
         begin = (
-            self._over(n_fit + n_eval + n_unseen + 2 * n_forget + numbers.steps * numbers.retained, passes.read)
+            self._over(n_fit + n_eval + n_unseen + 2 * n_forget, passes.read)
             + sum(self._over(n, passes.gradient) for n in (n_forget, n_forget, n_eval, n_fit))
             + self._over(n_unseen, passes.loss)
         )
         return Estimate(
             f"trainer.unlearn of {n_forget} example{'s' * (n_forget != 1)}",
-            self.start + begin + solves + root + rate + numbers.steps * stepping + predicted + 5 * trial,
+            self.start + begin + solves + root + predicted + 4 * trial,
             (kept + 12 * self.objective.theta.nbytes + passes.edits.kept) / _GIB,
             products,
+            rate + numbers.steps * (stepping + self._over(numbers.retained, passes.read)) + trial,
+            further_changes=1,
         )
 
     @property
