@@ -26,7 +26,7 @@ from .attribution.self_influence import self_influence
 from .attribution.validation import Opened, ValidationReport, check_validation, validate
 from .config import AUTO, Overrides, Settings, check_count
 from .data.structure import describe
-from .defaults import check_names, for_influence, for_matching, for_unlearning, is_selective
+from .defaults import check_names, for_influence, for_matching, for_unlearning
 from .distributed import ProcessGroup
 from .errors import ConfigurationError, GIFWarning
 from .inspection.check import CheckReport, check, collected
@@ -469,7 +469,7 @@ class TrainerCalls:
         folder = None if solves_to is None else Path(solves_to)
         requested = check_names(self.settings.override(overrides, keywords(self.unlearn)))
         settings = for_unlearning(requested)
-        matching = for_matching(requested, whole=targets == "batch" and not _selects(requested, overrides))
+        matching = for_matching(requested, selects=targets != "batch" or _are_on_targets(None, overrides))
         check_step(step)
         check_tuning(tuning)
         with self.open_session(trainer, settings, targets, dataloader, overrides) as session:
@@ -629,11 +629,6 @@ def _check_only_measuring(given: Mapping[str, Any]) -> None:
 def _are_on_targets(targets: TargetsChoice | None, overrides: Overrides) -> bool:
     """Whether the arguments of a call restrict scores to target parameters, apart from ``method``."""
     return targets is not None or not overrides.keys().isdisjoint(("selector", "ratio"))
-
-
-def _selects(settings: Settings, overrides: Overrides) -> bool:
-    """Whether the user has chosen a selector or a ratio, in the call or in the callback."""
-    return "selector" in overrides or "ratio" in overrides or is_selective(settings)
 
 
 def _snapshot_states(tracker: TrainingTracker, wanted: bool | None) -> dict[int, dict[str, Tensor]]:

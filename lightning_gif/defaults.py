@@ -23,7 +23,6 @@ __all__ = [
     "for_influence",
     "for_matching",
     "for_unlearning",
-    "is_selective",
     "needs_no_cache",
 ]
 
@@ -105,18 +104,15 @@ def for_unlearning(settings: Settings) -> Settings:
     return replace(settings, method=_chosen(settings.method, "gif"), solver=solver)
 
 
-def is_selective(settings: Settings) -> bool:
-    """Whether the settings of the callback name another selector or ratio than the default ones."""
-    return settings.selector != SELECTOR or settings.ratio != RATIO
-
-
-def for_matching(settings: Settings, *, whole: bool) -> Settings | None:
+def for_matching(settings: Settings, *, selects: bool) -> Settings | None:
     """The settings of an edit by ``step="match"``; ``None`` if a setting excludes it.
 
     Args:
         settings: The settings that the call requested.
-        whole: Whether the method changes all parameters if none is given. Otherwise it changes the targets.
+        selects: Whether the call selects target parameters. If it does, or the settings have another selector or ratio
+            than the default ones, an edit without a given method changes targets only. Otherwise it changes all.
     """
+    whole = not selects and settings.selector == SELECTOR and settings.ratio == RATIO
     method = _chosen(settings.method, "if" if whole else "fif")
     curvature = _chosen(settings.curvature, "ggn")
     solver = _chosen(settings.solver, SYMMETRIC)

@@ -23,10 +23,10 @@ from ..solvers import (
     Status,
     low_rank,
     low_rank_eigenvectors,
-    require_finite,
     to_matrix,
 )
 from ..solvers.operators import Submatrix, is_positive_semidefinite
+from ..solvers.power_iteration import largest_eigenvalue
 from ..solvers.vectors import norms
 from .inverse import INVERSES, InverseCurvature
 from .memory import bytes_to_keep, check_fits
@@ -338,12 +338,4 @@ def measured_damping(curvature: LinearOperator, seed: int) -> float:
         NonFiniteError: If a product is not finite.
     """
     vector = torch.randn(curvature.shape[0], generator=torch.Generator().manual_seed(seed), dtype=curvature.dtype)
-    vector, eigenvalue = vector.to(curvature.device), 0.0
-    for _ in range(POWER_ITERATIONS):
-        length = float(norms(vector))
-        if not length:
-            return 0.0
-        vector = curvature.matvec(vector / length)
-        require_finite(vector, "The product of the curvature with a vector")
-        eigenvalue = float(norms(vector))  # a lower bound of the largest one
-    return RELATIVE_DAMPING * eigenvalue
+    return RELATIVE_DAMPING * largest_eigenvalue(curvature, vector.to(curvature.device), POWER_ITERATIONS)

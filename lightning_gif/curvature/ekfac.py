@@ -6,7 +6,7 @@ George, Laurent, Bouthillier, Ballas and Vincent, NeurIPS 2018; for influence fu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -208,14 +208,10 @@ class EKFACInverse(InverseCurvature):
         return cls(objective.space, *_fit(passes), settings, {"kind": "ggn", "products": 0, "examples": len(examples)})
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
-        start, space = time.perf_counter(), self._space
-        result = torch.zeros_like(gradients)
-        for block in self._blocks:
-            rotated = block.rotate(block.matrix(lambda name: space.of(name, gradients)))
-            rotated /= self._damped(block.values)
-            block.write(block.rotate_back(rotated), lambda name: space.of(name, result))
-        for name, values in self._diagonal.items():
-            space.of(name, result).copy_(space.of(name, gradients) / self._damped(values))
+        start = time.perf_counter()
+        blocks = [(block, self._damped(block.values)) for block in self._blocks]
+        diagonal = {name: self._damped(values) for name, values in self._diagonal.items()}
+        result = _in_basis(torch.div, gradients, self._space, blocks, diagonal)
         require_finite(result, "The iHVP")
         seconds = (time.perf_counter() - start) / len(gradients)
         return result, [Solution.direct(row, self.damping, seconds, solver=self.kind) for row in result]
@@ -290,20 +286,36 @@ def inverse_root(
     space = objective.space
     blocks, diagonal, _ = _fit(_Passes(objective, objective.layers, examples, seed, lambda: None))
     roots = [
-        (block.values + block.matrix(lambda name: space.of(name, damping[None])).mean()).rsqrt() for block in blocks
+        (block, (block.values + block.matrix(lambda name: space.of(name, damping[None])).mean()).rsqrt())
+        for block in blocks
     ]
     others = {name: (values + space.of(name, damping)).rsqrt() for name, values in diagonal.items()}
+    return lambda vector: _in_basis(torch.mul, vector[None], space, roots, others)[0]
 
-    def apply(vector: Tensor) -> Tensor:
-        rows, result = vector[None], torch.zeros_like(vector)[None]
-        for block, root in zip(blocks, roots, strict=True):
-            rotated = block.rotate(block.matrix(lambda name: space.of(name, rows))) * root
-            block.write(block.rotate_back(rotated), lambda name: space.of(name, result))
-        for name, root in others.items():
-            space.of(name, result).copy_(space.of(name, rows) * root)
-        return result[0]
 
-    return apply
+def _in_basis(
+    operation: Callable[[Tensor, Tensor], Tensor],
+    vectors: Tensor,
+    space: ParameterSpace,
+    blocks: Iterable[tuple[KroneckerBlock, Tensor]],
+    diagonal: Mapping[str, Tensor],
+) -> Tensor:
+    """Multiplies or divides the coordinates of vectors ``(m, p)`` in the Kronecker basis, and returns to the old one.
+
+    Args:
+        operation: ``torch.mul`` or ``torch.div``.
+        vectors: The vectors.
+        space: The parameters.
+        blocks: The blocks, each with its factors or divisors, in the shape of its eigenvalues.
+        diagonal: Those of the other parameters, by name.
+    """
+    result = torch.zeros_like(vectors)
+    for block, numbers in blocks:
+        rotated = operation(block.rotate(block.matrix(lambda name: space.of(name, vectors))), numbers)
+        block.write(block.rotate_back(rotated), lambda name: space.of(name, result))
+    for name, numbers in diagonal.items():
+        space.of(name, result).copy_(operation(space.of(name, vectors), numbers))
+    return result
 
 
 def _require_layers(objective: Objective, settings: Settings, method: Method) -> LayerGradients:

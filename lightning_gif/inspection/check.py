@@ -17,7 +17,7 @@ from ..config import AUTO, Settings
 from ..curvature.methods import METHODS
 from ..data.batch import Batch
 from ..data.examples import Examples
-from ..defaults import for_matching, for_unlearning, is_selective
+from ..defaults import for_matching, for_unlearning
 from ..errors import GIFWarning
 from ..objective.losses import OwnLoss
 from ..objective.objective import Objective
@@ -164,7 +164,7 @@ def check(
         solves = requested.solver == AUTO or requested.solver in SOLVERS  # else a registered inverse, for scores only
         edits = for_unlearning(requested if solves else replace(requested, solver=AUTO))
         edits = replace(edits, curvature="hessian") if edits.curvature == AUTO else edits
-        matching = for_matching(requested, whole=not is_selective(requested))
+        matching = for_matching(requested, selects=False)
         if matching is not None and can_match(objective):
             edits = matching
         agreement = _agreement(objective, train)

@@ -29,6 +29,7 @@ from ..objective.losses import GRADIENT_BYTES
 from ..objective.objective import FEW_DIRECTIONS, Objective
 from ..solvers import SOLVERS, low_rank
 from ..unlearning.goals import Goal
+from ..unlearning.leave_out import POWER_STEPS
 from ..unlearning.matching import Matching
 from ..unlearning.task import SampleSizes
 from ..unlearning.tuning import Relinearisation
@@ -421,7 +422,7 @@ class Costs:
         products = (settings.max_iter or numbers.iterations) + 1  # the last is the curvature along the change
         solves, kept = self._curvature(passes.edits, settings, n_fit, products)
         root = 0.0 if passes.layers is None else passes.layers.fixed + n_fit * passes.layers.each
-        rate = sum(self._curvature(passes.edits, settings, n, POWER_ITERATIONS)[0] for n in (few, aimed))
+        rate = sum(self._curvature(passes.edits, settings, n, POWER_STEPS)[0] for n in (few, aimed))
         parts = min(numbers.retained, n_retain), min(numbers.forgotten, n_forget)
         stepping = sum(self._over(n, one) for n in parts for one in (passes.loss, passes.gradient))
         predicted = sum(

@@ -33,21 +33,21 @@ def note_removal(
         predicted: The losses that are predicted for training without the forget examples.
         notes: The notes of the report, which are extended.
     """
-    start, end, goal = (losses["forget"] for losses in (before, after, predicted))
+    start, end, goal = (part["forget"] for part in (before, after, predicted))
     wanted = goal - start
-    told = f"The loss of the forget examples was {start:.4g}. Theory predicts {goal:.4g} for training without them"
+    losses = f"The loss of the forget examples was {start:.4g}. Theory predicts {goal:.4g} for training without them"
     if not math.isfinite(wanted):
-        warn_and_note(notes, f"{told}, which is no number to aim at. Give a larger `damping`.")
+        warn_and_note(notes, f"{losses}, which is not a finite number. Give a larger `damping`.")
         return
     if abs(wanted) <= _SMALL * max(abs(start), 1.0):
         notes.append(
-            f"Not much to forget. {told}: the model hardly depends on these examples. After the edit it is {end:.4g}."
+            f"Not much to forget. {losses}: the model hardly depends on these examples. After the edit it is {end:.4g}."
         )
         return
     share = (end - start) / wanted
     verdict = "Done" if share >= _DONE else "Partly done" if share >= _PARTLY else "Not done"
     verdict = "Too far" if share > _TOO_FAR else verdict
-    message = f"{verdict}. {told}. After the edit it is {end:.4g}: {100 * share:.0f} % of the predicted change."
+    message = f"{verdict}. {losses}. After the edit it is {end:.4g}: {100 * share:.0f} % of the predicted change."
     if verdict == "Not done":
         warn_and_note(notes, f"{message} Retrain without these examples if they must be forgotten.")
     elif verdict == "Too far":

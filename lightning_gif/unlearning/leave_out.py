@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,17 +16,18 @@ from ..curvature.products import output_derivative
 from ..curvature.solve import describe, open_curvature, solve
 from ..data.batch import Batch
 from ..data.examples import Examples
+from ..errors import NonFiniteError
 from ..objective.objective import Objective
-from ..solvers import LinearOperator, Solution
+from ..solvers import Solution
 from ..solvers.operators import Combination, Scaled, Submatrix, Transformed, scatter
-from ..solvers.vectors import norms
+from ..solvers.power_iteration import largest_eigenvalue
 from .matching import Matching, Rounds, from_trained, match, predicted, to_predicted
 from .task import Task
 
-__all__ = ["LeaveOutStep", "loss_after", "match_predictions", "solve_step"]
+__all__ = ["POWER_STEPS", "LeaveOutStep", "loss_after", "match_predictions", "solve_step"]
 
 # The number of products that estimate a largest eigenvalue from the gradient of the forget examples.
-_POWER_STEPS = 4
+POWER_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def solve_step(
     damping = _damping(task, settings, positions)
     if damping is None:
         least = torch.finfo(gradient.dtype).tiny
-        damping = torch.full_like(gradient, max(numbers.unknown_damping * _largest(matrix, gradient), least))
+        damping = torch.full_like(
+            gradient, max(numbers.unknown_damping * largest_eigenvalue(matrix, gradient, POWER_STEPS), least)
+        )
     root = _preconditioner(task, settings.seed, damping, positions)
     (solution,) = solve(replace(settings, damping=0.0), Transformed(matrix, damping, root), root(gradient))
     change = root(solution.x)
@@ -107,17 +109,6 @@ def _preconditioner(task: Task, seed: int, damping: Tensor, positions: Tensor) -
         return root(scatter(vector, positions, len(whole)))[positions]
 
     return on_targets
-
-
-def _largest(matrix: LinearOperator, start: Tensor) -> float:
-    """A lower estimate of the largest eigenvalue of a positive semi-definite matrix, by a few products."""
-    vector, length = start, 0.0
-    for _ in range(_POWER_STEPS):
-        vector = matrix.matvec(vector / norms(vector))
-        length = float(norms(vector))
-        if not math.isfinite(length) or not length:
-            return 0.0
-    return length
 
 
 def loss_after(objective: Objective, examples: Examples, positions: Tensor, change: Tensor) -> float:
@@ -173,7 +164,10 @@ def match_predictions(
         (numbers.forget_weight, open_curvature(kept, objective, aimed, start, losses=to_forget, weight_decay=0.0)),
     )
     matrix = Scaled(Submatrix(both, positions, positions), scale.sqrt(), rows=True)
-    largest = _largest(matrix, scale.sqrt() * task.influence_gradient[positions])
+    try:
+        largest = largest_eigenvalue(matrix, scale.sqrt() * task.influence_gradient[positions], POWER_STEPS)
+    except NonFiniteError:  # the first change has gone too far, which its measurement shows
+        largest = 0.0
     if not largest:
         numbers = replace(numbers, steps=0)
     retained = task.retained.sample(max(numbers.steps * numbers.retained, 1), seed)

@@ -372,23 +372,23 @@ class EditProblem:
             along = self._add_change(curvature, task.influence_gradient, partial(solve, settings), settings, group)
             curvature.warn_if_zero()
             self.description = self.description or describe(settings, curvature)
-        slope = self._decay * objective.theta
-        for term in self._terms:
-            slope = slope + term.weight * term.eval_gradient(objective)
-        return QuadraticModel(float(slope[self.positions] @ self._changes[-1]), along), False
+        return QuadraticModel(self._slope_along(self._changes[-1]), along), False
 
     def _solve_leave_out(self, settings: Settings) -> tuple[QuadraticModel, bool]:
-        objective, task = self._objective, self._task
-        self._require_effect(task.influence_gradient[self.positions])
-        with objective.progress("Curvature products") as bar:
-            found = leave_out.solve_step(task, settings, self.tuning.matching, self.positions, bar.update)
+        self._require_effect(self._task.influence_gradient[self.positions])
+        with self._objective.progress("Curvature products") as bar:
+            found = leave_out.solve_step(self._task, settings, self.tuning.matching, self.positions, bar.update)
         self._require_change(found.change)
         self._add(found.change, found.solution, settings)
         self.description = self.description or found.products
-        slope = self._decay * objective.theta
+        return QuadraticModel(self._slope_along(found.change), found.curvature), False
+
+    def _slope_along(self, change: Tensor) -> float:
+        """The slope of the risk at the trained weights along a change ``(k,)``."""
+        slope = self._decay * self._objective.theta
         for term in self._terms:
-            slope = slope + term.weight * term.eval_gradient(objective)
-        return QuadraticModel(float(slope[self.positions] @ found.change), found.curvature), False
+            slope = slope + term.weight * term.eval_gradient(self._objective)
+        return float(slope[self.positions] @ change)
 
     def _solve_match(self, settings: Settings) -> tuple[QuadraticModel, bool]:
         (change,), (solution,) = self._changes, self.solutions

@@ -138,13 +138,13 @@ def noisy_classifier() -> Classifier:
 
 
 def noisy(n: int = 120) -> TensorDataset:
-    """Blobs with wrong labels, which a net has to learn by heart."""
+    """Blobs with wrong labels, which a net has to memorize."""
     data = blobs(n, features=20)
     data.tensors[1][:12] = (data.tensors[1][:12] + 1) % 3
     return data
 
 
-def test_examples_learned_by_heart_are_forgotten_and_the_others_keep_their_predictions() -> None:
+def test_memorized_examples_are_forgotten_and_the_others_keep_their_predictions() -> None:
     trainer, module, data = fitted(noisy_classifier(), noisy(), callback=GIFCallback(), max_epochs=60)
     x = data.tensors[0]
     before = weights(module)
