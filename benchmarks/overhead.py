@@ -9,7 +9,7 @@ The data are random images of MNIST's size in batches of 128, on one thread. Thr
 - gathering: with the callback, at a step where it gathers statistics.
 
 A step lasts from its first hook to its last, without reading the batch. Ratios are medians over neighbouring steps.
-The ratio of an epoch is computed for the 469 steps of an epoch of MNIST, of which 64 gather statistics. Picking the
+The ratio of an epoch is computed for the 469 steps of an epoch of MNIST, of which 23 gather statistics. Picking the
 targets, once an epoch, is measured separately. Prints a Markdown table.
 """
 
@@ -32,7 +32,7 @@ from lightning_gif import GIFCallback
 _WARM_UP = 10
 
 # The steps of an epoch of MNIST, and how many of them gather statistics by default.
-_EPOCH, _GATHERED = 469, 64
+_EPOCH, _GATHERED = 469, 23
 
 
 class InTurn(GIFCallback):

@@ -40,9 +40,9 @@ class GIFCallback(TrainerCalls, Callback):
     parameter. At the end of each epoch it uses them to pick the *target parameters*, which are the parameters that an
     edit may change.
 
-    Training is bit for bit the same as without the callback. The exception is a compiled module: hooks split its graph,
-    which changes rounding, unless ``cache_neurons=False``. An error in gathering never ends a fit. It causes a warning,
-    and gathering stops.
+    Training is bit for bit the same as without the callback. Layers that run as compiled code give no statistics. If a
+    call needs them, they come from one pass over training examples. An error in gathering never ends a fit. It causes a
+    warning, and gathering stops.
 
     The trainer has the methods from ``setup`` on. They work during ``fit`` and after it. They also work after
     ``validate`` or ``test`` with a checkpoint that holds the targets. For a model that was trained elsewhere, see
@@ -135,7 +135,7 @@ class GIFCallback(TrainerCalls, Callback):
         cache_gradients: Whether to gather the mean squared gradients; ``True`` by default. They take 4 bytes for each
             parameter. Only ``selector="largest_gradients"`` uses them.
         cache_steps: The approximate number of optimizer steps of an epoch, spread evenly, at which statistics are
-            gathered; 64 by default, but at most one step in ten if that is more than 4. More steps slow training.
+            gathered; 64 by default, but at most one step in twenty if that is more than 2. More steps slow training.
             ``None`` gathers at every step. Every step is also used in epochs of unknown length.
         snapshots: The number of snapshots: weights at the end of earlier epochs, over which :meth:`influence` averages
             scores together with the present weights. They are spread from about a third of the epochs to the last one.

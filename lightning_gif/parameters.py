@@ -44,19 +44,19 @@ class ParameterSpace:
 
     def __init__(self, module: nn.Module) -> None:
         self.slots: dict[str, _Slot] = {}
+        complex_names = []
         offset = 0
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 self.slots[name] = _Slot(offset, parameter.numel(), parameter.shape)
                 offset += parameter.numel()
+                complex_names += [name] * parameter.is_complex()
         self.size = offset
         if not self.size:
             raise SelectionError(
                 f"{type(module).__name__} has no trainable parameter: all of them have requires_grad=False. Unfreeze"
                 " the parameters that were trained."
             )
-        parameters = dict(module.named_parameters())
-        complex_names = [name for name in self.slots if parameters[name].is_complex()]
         if complex_names:
             raise ConfigurationError(
                 f"Influence and unlearning need real parameters, but {type(module).__name__} has complex ones:"

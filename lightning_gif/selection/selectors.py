@@ -23,6 +23,7 @@ __all__ = [
     "Selector",
     "check_selector",
     "energy_of",
+    "ranks_neurons",
     "select",
     "whole_neurons",
 ]
@@ -247,6 +248,17 @@ def energy_of(selector: str | Sequence[str]) -> str | None:
     return SELECTORS.declared(SELECTORS[str(selector)], "energy") if is_name(selector) else None
 
 
+def ranks_neurons(selector: str | Sequence[str]) -> bool:
+    """Whether a selector uses statistics of neurons.
+
+    Args:
+        selector: The name of a selector, or names or patterns of parameters.
+    """
+    if not is_name(selector):
+        return False
+    return not {"outputs", "gradients"}.isdisjoint(SELECTORS.declared(SELECTORS[str(selector)], "statistics"))
+
+
 def check_selector(selector: str | Sequence[str], ratio: float) -> None:
     """Checks a selector and a ratio as far as possible without a model.
 
@@ -339,7 +351,7 @@ def select(
             except SelectionError as error:
                 unknown = unknown or error
                 continue
-            chosen[view.name] = index[entries].sort().values
+            chosen[view.name] = index[entries]
     if not chosen and unknown is not None:
         raise unknown
     if not chosen:
@@ -410,7 +422,7 @@ class _Views:
                 continue
             view = self._view(layer, name, [weight] * use_weight, [bias] * use_bias)
             try:
-                entries = pick(view).sort().values
+                entries = pick(view)
             except SelectionError as error:
                 # The layer has no statistics because its forward never ran. Attention output projections and unused
                 # heads are such layers. The layer is skipped; it is an error only if no parameter remains.

@@ -43,7 +43,7 @@ def own_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
 
     Such an attribute must not be read in training: spectral normalisation, for example, changes its buffers then.
     """
-    return next((value for key, value in layer.named_parameters(recurse=False) if key == name), None)
+    return layer._parameters.get(name)
 
 
 def n_neurons(layer: nn.Module) -> int:
@@ -109,6 +109,8 @@ class NeuronStatistics:
     ) -> None:
         """Adds hooks to the layers. The hooks only read: training is bit for bit the same as without them.
 
+        They read nothing in layers that run as compiled code.
+
         Args:
             module: The module with the layers.
             guard: Returns a context manager in which a hook runs, and which handles its errors.
@@ -117,6 +119,11 @@ class NeuronStatistics:
         self._guard = guard
         for name, layer in neuron_layers(module).items():
             self._handles.append(layer.register_forward_hook(partial(self._after_forward, name)))
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether there are hooks in at least one layer."""
+        return bool(self._handles)
 
     def detach(self) -> None:
         """Removes the hooks and ends recording."""
@@ -218,9 +225,10 @@ class NeuronStatistics:
         self.reset()
         self._sums = {kind: {name: value.clone() for name, value in state[kind].items()} for kind in self._STATE}
 
-    # Compiled code would trace the hook's operations. Excluding them costs a graph break.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
+        # While code is compiled, the hook leaves no trace in it: training stays the same, and needs no graph break.
+        if torch.compiler.is_compiling():
+            return
         if self._batch is not None:
             with self._guard():
                 self._see_output(name, layer, output, self._batch)
@@ -265,22 +273,14 @@ class NeuronStatistics:
             if not same:
                 return
             values = torch.cat([one.values for one in same])
-        rows, size = rows_of(same)
-        for total, new in (
-            (self._sums[f"{kind}s"], values),
-            (self._sums[f"{kind}_counts"], values.new_ones(len(rows))),
-        ):
-            old = total.get(name)
-            new = new if old is None else new.to(old.dtype)
-            if old is None or len(old) < size or old.device != new.device:
-                total[name] = new.new_zeros(size if old is None else max(size, len(old)), *new.shape[1:])
-                if old is not None:
-                    total[name][: len(old)] = old.to(new.device)
-            # Both add the examples one after the other, so sums do not depend on how many batches are added at once.
-            if new.is_cuda:
-                total[name].index_put_((rows,), new, accumulate=True)
-            else:
-                total[name].index_add_(0, rows, new)
+        rows, counts = rows_of(same)
+        total = _rows_for(self._sums[f"{kind}s"], name, len(counts), values)
+        # Both add the examples one after the other, so sums do not depend on how many batches are added at once.
+        if total.is_cuda:
+            total.index_put_((rows,), values.to(total.dtype), accumulate=True)
+        else:
+            total.index_add_(0, rows, values.to(total.dtype))
+        _rows_for(self._sums[f"{kind}_counts"], name, len(counts), values[:, 0])[: len(counts)] += counts
 
 
 class _BatchRead:
@@ -314,10 +314,10 @@ class _RowsOf:
     """Finds the rows of :class:`NeuronStatistics` sums to which examples are added, once for all layers."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], tuple[Tensor, int]] = {}
+        self._known: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, same: Sequence[_Values]) -> tuple[Tensor, int]:
-        """The row of each example, ``(B,)``, and the number of rows that a sum must have at least."""
+    def __call__(self, same: Sequence[_Values]) -> tuple[Tensor, Tensor]:
+        """The row of each example, ``(B,)``, and the number of examples of each row."""
         device = same[0].values.device
         known = device, *((id(one.batch), len(one.values)) for one in same)
         if known not in self._known:
@@ -326,8 +326,19 @@ class _RowsOf:
                 rows = torch.cat(classes).to(device).long() + 1
             else:
                 rows = torch.zeros(sum(len(one.values) for one in same), dtype=torch.long, device=device)
-            self._known[known] = rows, int(rows.max()) + 1
+            self._known[known] = rows, rows.bincount()
         return self._known[known]
+
+
+def _rows_for(sums: dict[str, Tensor], name: str, size: int, like: Tensor) -> Tensor:
+    """The sum of this name, after it has got at least ``size`` rows, on the device of the values that are added."""
+    old = sums.get(name)
+    if old is None:
+        sums[name] = like.new_zeros(size, *like.shape[1:])
+    elif len(old) < size or old.device != like.device:
+        sums[name] = old.new_zeros(max(size, len(old)), *old.shape[1:], device=like.device)
+        sums[name][: len(old)] = old.to(like.device)
+    return sums[name]
 
 
 def _per_example(values: Tensor, channel: int) -> Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,7 +18,7 @@ from ..data.targets import class_targets
 from ..distributed import ProcessGroup
 from ..errors import BatchError, GIFWarning, RankError, SelectionError
 from ..parameters import Targets
-from .selectors import energy_of, select
+from .selectors import energy_of, ranks_neurons, select
 from .snapshots import Snapshots
 from .statistics import GradientStatistics, NeuronStatistics
 from .training_length import TrainingLength
@@ -34,7 +33,7 @@ _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 # Statistics are gathered at no more than this share of the steps of an epoch, but at so many in any case. A step that
 # gathers takes up to half as long again, see benchmarks/README.md, "Small networks and few examples".
-_LARGEST_SHARE, _LEAST = 1 / 10, 4
+_LARGEST_SHARE, _LEAST = 1 / 20, 2
 
 
 class Selection(Protocol):
@@ -112,7 +111,6 @@ class TrainingTracker:
         """Adds the hooks that read outputs and output gradients."""
         with self.guard("hooking into the layers"):
             self.neurons.attach(module, partial(self.guard, "reading what passes through a layer"))
-            torch.compiler.reset()  # code compiled in an earlier fit ignores hooks that were added later
 
     def start_epoch(self) -> None:
         """Clears the statistics of the previous epoch."""
@@ -186,6 +184,11 @@ class TrainingTracker:
             self.length.close(module)
         self.sum_over(processes)
         if not self._all_active(processes):
+            return False
+        # All layers that have hooks ran as compiled code.
+        self.ranks_on_demand = self.neurons.is_attached and not self.neurons
+        if self.ranks_on_demand and ranks_neurons(self.selection.selector):
+            self.targets = self.targets_epoch = None
             return False
         with self.guard("picking the target parameters"):
             self.pick(module, f"at the end of epoch {epoch}")
@@ -409,6 +412,7 @@ class TrainingTracker:
                 category=GIFWarning,
             )
             return
+        self.ranks_on_demand |= targets is None and not self.neurons
         if same:
             self.targets = targets
         elif targets is not None:
@@ -428,7 +432,7 @@ def share_of_steps(trainer: Trainer, batch_idx: int, wanted: int | None) -> floa
         trainer: The trainer in ``fit``.
         batch_idx: The number of the next batch in the epoch.
         wanted: The approximate number of optimizer steps of an epoch at which to gather; ``None`` for all. In a short
-            epoch there are fewer: one in ten, but at least 4.
+            epoch there are fewer: one in twenty, but at least 2.
     """
     if wanted is None:
         return 1.0
