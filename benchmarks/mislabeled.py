@@ -2,9 +2,9 @@
 
     python benchmarks/mislabeled.py --data path/to/FashionMNIST/raw --nets mlp cnn
 
-The training examples are ranked by `trainer.self_influence()` with its defaults, over snapshots and with EK-FAC, by the
-training loss, by the norm of the gradient, and by other libraries (`pip install kronfluence captum`). Libraries that
-are not installed are skipped.
+The training examples are ranked by `trainer.self_influence()` with its defaults, over snapshots and with a sketch, by
+the training loss, by the norm of the gradient, and by other libraries (`pip install kronfluence captum`). Libraries
+that are not installed are skipped.
 
 Prints a Markdown table: the AUC, and the share of the wrong labels among the first 10 and 20 % of the ranking. Values
 are means over seeds of the labels and of the network. Seconds are processor time.
@@ -104,9 +104,8 @@ RANKINGS: dict[str, tuple[str, Suspicion]] = {
     "trainer.self_influence": ("lightning_gif", self_influence),
     "one snapshot": ("lightning_gif", partial(self_influence, snapshots=True)),
     "four snapshots": ("lightning_gif", partial(self_influence, snapshots=True, four=True)),
-    "EK-FAC": ("lightning_gif", partial(self_influence, solver="ekfac")),
-    "EK-FAC, one snapshot": ("lightning_gif", partial(self_influence, solver="ekfac", snapshots=True)),
-    "EK-FAC, four snapshots": ("lightning_gif", partial(self_influence, solver="ekfac", snapshots=True, four=True)),
+    "sketch": ("lightning_gif", partial(self_influence, solver="cg")),
+    "sketch, four snapshots": ("lightning_gif", partial(self_influence, solver="cg", snapshots=True, four=True)),
     "loss": ("torch", loss),
     "gradient norm": ("torch", gradient_length),
     "kronfluence EK-FAC": ("kronfluence", kronfluence),

@@ -7,8 +7,8 @@
   with :class:`GIFCallback`, with and without its logged values.
 - calls: ``influence``, ``self_influence`` and ``unlearn`` on 64 digits and a perceptron with 1210 parameters. Most of
   the time goes into function calls, not arithmetic. The probe is :meth:`Objective.learn_structure`.
-- self-influence: ``self_influence`` of 64 images of 64 × 64 pixels with a convolutional network or a transformer of
-  about 0.3 million parameters, with and without the Jacobians of single examples.
+- self-influence: ``self_influence`` with a sketch, of 64 images of 64 × 64 pixels and a network of
+  about 0.3 million parameters (convolutions or a transformer), with and without the Jacobians of single examples.
 - workers: calls on 600 items that take two milliseconds each to read, with two workers that are kept between passes
   (``persistent_workers=True``), or started for each pass, and without workers. These times are wall time.
 - texts: ``influence`` and ``self_influence`` with BERT and GPT2 of the package transformers, small and random, on 96
@@ -187,7 +187,7 @@ def self_influence(nets: list[str], rounds: int) -> None:
         for _ in range(rounds):
             for values, limit in zip(times, (most, 0), strict=True):
                 by_solver._JACOBIAN_BYTES = limit
-                values.append(seconds(trainer.self_influence))
+                values.append(seconds(partial(trainer.self_influence, solver="cg")))
         by_solver._JACOBIAN_BYTES = most
         new, old = (statistics.median(values) for values in times)
         size = sum(parameter.numel() for parameter in net.parameters())

@@ -346,8 +346,9 @@ class TrainerCalls:
                 ``False`` by default. Each snapshot makes the call take as long again. With snapshots, wrong labels that
                 are fully memorized at the end of training have high scores as well.
             dataloader: As in :meth:`influence`.
-            **overrides: As in :meth:`influence`. With more than 1024 parameters, ``max_iter`` is the rank of a sketch,
-                64 by default. A higher rank makes the size of scores more accurate; their order hardly changes.
+            **overrides: As in :meth:`influence`. With more than 1024 parameters, another ``solver`` than ``"ekfac"``
+                means a sketch of the curvature. Its rank is ``max_iter``, 64 by default. A higher rank makes the size
+                of scores more accurate; their order hardly changes.
 
         Returns:
             One row of scores, ``(1, n_train)``; see

@@ -149,11 +149,7 @@ class Session:
         ggn = self.objective.is_convex and has_gauss_newton(*given)
         if asked.curvature == "ggn" and not ggn:
             require_gauss_newton(*given)  # says why there is none
-        layers = (
-            not (on_targets or itself)
-            and self.objective.space.size > DENSE_PARAMETERS
-            and self.objective.layers is not None
-        )
+        layers = not on_targets and self.objective.space.size > DENSE_PARAMETERS and self.objective.layers is not None
         choose = partial(for_influence, asked, on_targets=on_targets, queries=queries, itself=itself, layers=layers)
         chosen = choose(ggn=ggn)
         if chosen.curvature != choose(ggn=True).curvature:

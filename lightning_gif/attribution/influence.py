@@ -312,6 +312,7 @@ def _solve(call: _Call) -> SolvedQueries:
         inverse_class = inverse_for_queries(settings)
         inverse = inverse_class.fit(objective, call.train, settings, method, positions, on_product=bar.update)
         gradients = objective.query_gradients(call.query, per_example=call.per_example)
+        share = gradient_share(gradients, positions)
         blocks = [inverse.ihvp(block) for block in gradients.split(inverse.block_size or len(gradients))]
         solutions = [solution for _, of_block in blocks for solution in of_block]
         if len(solutions) != len(gradients):
@@ -320,11 +321,12 @@ def _solve(call: _Call) -> SolvedQueries:
                 f" {len(gradients)} gradients."
             )
         return SolvedQueries(
-            ihvps=torch.cat([ihvps for ihvps, _ in blocks]),
+            # `torch.cat` would copy a single block, which may be large.
+            ihvps=torch.cat([ihvps for ihvps, _ in blocks]) if len(blocks) > 1 else blocks[0][0].contiguous(),
             solutions=solutions,
             curvature=inverse.summary(),
             damping=inverse.damping,
-            gradient_share=gradient_share(gradients, positions),
+            gradient_share=share,
         )
 
 

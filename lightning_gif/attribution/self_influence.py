@@ -47,7 +47,8 @@ def self_influence(
     eigenvalue ``c`` counts as ``√(c² + λ²)`` instead of ``c + λ``. So no score is negative. The report's
     ``curvature["negative_eigenvalues"]`` is the number of negative ones.
 
-    With up to 1024 parameters the matrix ``C`` is formed, and the scores are exact. With more parameters, a low-rank
+    With up to 1024 parameters the matrix ``C`` is formed, and the scores are exact. With more parameters and
+    ``solver="ekfac"``, ``C`` is the EK-FAC approximation. With any other solver, a low-rank
     sketch replaces ``C`` (:func:`~lightning_gif.solvers.low_rank`, or
     :func:`~lightning_gif.solvers.low_rank_eigenvectors` if there may be negative eigenvalues, which takes twice as many
     products). The sketch takes the curvature as 0 in directions that it misses, where only the damping remains. So

@@ -43,6 +43,9 @@ _LARGEST_SIDE = 8192
 
 _MATRICES = (Linear.kind, Convolution.kind)
 
+# The number of gradients whose iHVPs are computed at a time, which limits the memory for copies.
+_TOGETHER = 64
+
 # With fewer examples, several random vectors are drawn for each, up to so many for all of them.
 _DRAWS = 256
 
@@ -211,10 +214,11 @@ class EKFACInverse(InverseCurvature):
         start = time.perf_counter()
         blocks = [(block, self._damped(block.values)) for block in self._blocks]
         diagonal = {name: self._damped(values) for name, values in self._diagonal.items()}
-        result = _in_basis(torch.div, gradients, self._space, blocks, diagonal)
-        require_finite(result, "The iHVP")
+        for some in gradients.split(_TOGETHER):
+            _change_in_basis(torch.div, some, self._space, blocks, diagonal)
+            require_finite(some, "The iHVP")
         seconds = (time.perf_counter() - start) / len(gradients)
-        return result, [Solution.direct(row, self.damping, seconds, solver=self.kind) for row in result]
+        return gradients, [Solution.direct(row, self.damping, seconds, solver=self.kind) for row in gradients]
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
         def values_of(gradients: Tensor) -> Tensor:
@@ -290,32 +294,39 @@ def inverse_root(
         for block in blocks
     ]
     others = {name: (values + space.of(name, damping)).rsqrt() for name, values in diagonal.items()}
-    return lambda vector: _in_basis(torch.mul, vector[None], space, roots, others)[0]
+
+    def apply(vector: Tensor) -> Tensor:
+        result = vector[None].clone()
+        _change_in_basis(torch.mul, result, space, roots, others)
+        return result[0]
+
+    return apply
 
 
-def _in_basis(
+def _change_in_basis(
     operation: Callable[[Tensor, Tensor], Tensor],
     vectors: Tensor,
     space: ParameterSpace,
     blocks: Iterable[tuple[KroneckerBlock, Tensor]],
     diagonal: Mapping[str, Tensor],
-) -> Tensor:
-    """Multiplies or divides the coordinates of vectors ``(m, p)`` in the Kronecker basis, and returns to the old one.
+) -> None:
+    """Multiplies or divides the coordinates of vectors ``(m, p)`` in the Kronecker basis, in place.
 
     Args:
         operation: ``torch.mul`` or ``torch.div``.
-        vectors: The vectors.
+        vectors: The vectors, in the basis of the parameters before and after.
         space: The parameters.
         blocks: The blocks, each with its factors or divisors, in the shape of its eigenvalues.
         diagonal: Those of the other parameters, by name.
     """
-    result = torch.zeros_like(vectors)
     for block, numbers in blocks:
         rotated = operation(block.rotate(block.matrix(lambda name: space.of(name, vectors))), numbers)
-        block.write(block.rotate_back(rotated), lambda name: space.of(name, result))
+        for part in block.parts:
+            space.of(part.name, vectors).zero_()
+        block.write(block.rotate_back(rotated), lambda name: space.of(name, vectors))
     for name, numbers in diagonal.items():
-        space.of(name, result).copy_(operation(space.of(name, vectors), numbers))
-    return result
+        values = space.of(name, vectors)
+        values.copy_(operation(values, numbers))
 
 
 def _require_layers(objective: Objective, settings: Settings, method: Method) -> LayerGradients:

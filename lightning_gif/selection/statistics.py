@@ -43,7 +43,8 @@ def own_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
 
     Such an attribute must not be read in training: spectral normalisation, for example, changes its buffers then.
     """
-    return layer._parameters.get(name)
+    own = layer._parameters  # that of a scripted layer is no dictionary
+    return own[name] if name in own else None  # noqa: SIM401
 
 
 def n_neurons(layer: nn.Module) -> int:

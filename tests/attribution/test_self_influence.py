@@ -214,7 +214,17 @@ def test_self_influence_of_few_examples_passes_through_each_example_once(monkeyp
         return curvature
 
     monkeypatch.setattr(by_solver, "open_curvature", counted)
-    scores = trainer.self_influence().scores
+    scores = trainer.self_influence(solver="cg").scores
     assert sum(passes) == len(dataset)
     monkeypatch.setattr(by_solver, "_JACOBIAN_BYTES", 0)
-    torch.testing.assert_close(scores, trainer.self_influence().scores, rtol=1e-3, atol=0)
+    torch.testing.assert_close(scores, trainer.self_influence(solver="cg").scores, rtol=1e-3, atol=0)
+
+
+def test_the_default_is_ekfac_where_all_parameters_are_in_linear_layers() -> None:
+    module, dataset = Classifier(convolutions()), blobs(30, 512)
+    trainer = make_trainer()
+    attach(trainer, module, train_dataloaders=loader(dataset))
+    report = trainer.self_influence()
+    assert report.curvature["inverse"] == "ekfac"
+    assert torch.equal(report.scores, trainer.self_influence(solver="ekfac").scores)
+    assert trainer.self_influence(max_iter=8).curvature["inverse"] == "sketch of rank 8"
