@@ -83,7 +83,8 @@ class GIFCallback(TrainerCalls, Callback):
             ``"stochastic_lissa"`` and ``"dense"`` (small networks) accept any curvature. ``"cg"`` and ``"nystrom"``
             need a symmetric curvature without negative eigenvalues. ``"cg"`` takes one product per iteration.
             ``"nystrom"`` takes as many products for many queries as for one. ``"ekfac"``, for scores only, takes no
-            products: it approximates the Gauss–Newton matrix layer by layer. You can register your own solver in
+            products: it approximates the Gauss–Newton matrix layer by layer. ``"ekfac_cg"``, for queries only, corrects
+            it by products with the exact matrix. You can register your own solver in
             ``lightning_gif.SOLVERS``. ``"auto"`` (default): for scores ``"ekfac"`` if the module has more than 1024
             parameters, all in layers that are linear in them, and none of ``max_iter``, ``rtol``, ``discrepancy`` and
             ``eigenvalues`` is given. Otherwise ``"cg"``, or ``"nystrom"`` for 13 queries or more. ``"lsmr"`` for edits,

@@ -5,9 +5,18 @@ Modules that register inverses in :data:`INVERSES` are imported here, so that th
 
 from .._moved import forward
 from .by_solver import DenseInverse, SketchInverse, SolverInverse
+from .corrected import CorrectedEKFAC
 from .ekfac import EKFACInverse
 from .inverse import INVERSES, InverseCurvature
 
-__all__ = ["INVERSES", "DenseInverse", "EKFACInverse", "InverseCurvature", "SketchInverse", "SolverInverse"]
+__all__ = [
+    "INVERSES",
+    "CorrectedEKFAC",
+    "DenseInverse",
+    "EKFACInverse",
+    "InverseCurvature",
+    "SketchInverse",
+    "SolverInverse",
+]
 
 __getattr__ = forward(__name__)

@@ -42,6 +42,7 @@ __all__ = [
     "inverse_for_queries",
     "inverse_for_self_influence",
     "n_outputs",
+    "solved_together",
 ]
 
 # The damping of scores as a share of the largest eigenvalue, and the power iterations that estimate this eigenvalue.
@@ -89,6 +90,11 @@ def inverse_for_self_influence(settings: Settings, size: int) -> type[InverseCur
     if settings.solver not in SOLVERS:
         return INVERSES[settings.solver]
     return DenseInverse if size <= DENSE_PARAMETERS else SketchInverse
+
+
+def solved_together(room: float, theta: Tensor) -> int:
+    """The number of right-hand sides in one solve whose vectors fit into ``room`` bytes."""
+    return min(max(int(room // (_VECTORS * theta.nbytes)), 1), _MOST_TOGETHER)
 
 
 def _operations(objective: Objective, batch: Batch) -> int:
@@ -164,8 +170,7 @@ class SolverInverse(InverseCurvature):
         damping = measured_damping(curvature, seed) if settings.damping is None else settings.damping
         block_size = None
         if not SOLVERS[settings.solver].shares_products_across_rhs:
-            room = int(bytes_to_keep(settings, objective) // (_VECTORS * objective.theta.nbytes))
-            block_size = min(max(room, 1), _MOST_TOGETHER)
+            block_size = solved_together(bytes_to_keep(settings, objective), objective.theta)
         return cls(settings, curvature, method, positions, damping, decay, block_size)
 
     @classmethod

@@ -33,7 +33,15 @@ from .products import require_gauss_newton
 from .sampling import curvature_sample, sample_size
 from .streaming import warn_of_zero_curvature
 
-__all__ = ["LEAST_DAMPING", "EKFACInverse", "KroneckerBlock", "inverse_root", "kronecker_blocks", "sum_of_squares"]
+__all__ = [
+    "LEAST_DAMPING",
+    "EKFACInverse",
+    "KroneckerBlock",
+    "inverse_root",
+    "kronecker_blocks",
+    "require_layers",
+    "sum_of_squares",
+]
 
 # The smallest damping of a layer, as a share of that of all parameters: a layer of dead units has eigenvalues of 0.
 LEAST_DAMPING = 1e-6
@@ -189,9 +197,12 @@ class EKFACInverse(InverseCurvature):
         The default damping of a layer is the mean of its eigenvalues that can differ from zero. A mean over all would
         be smaller the wider the layer is, and scores larger. benchmarks/README.md, "Scores on several tasks".
         """
-        damping = max(self._mean(values), LEAST_DAMPING * self.damping) if self._own_damping else self.damping
-        damped = values + (damping + self._settings.weight_decay)
+        damped = values + (self._damping(values) + self._settings.weight_decay)
         return torch.where(damped > 0, damped, torch.inf)
+
+    def _damping(self, values: Tensor) -> float:
+        """The damping of a layer with these eigenvalues."""
+        return max(self._mean(values), LEAST_DAMPING * self.damping) if self._own_damping else self.damping
 
     @classmethod
     def fit(
@@ -204,9 +215,31 @@ class EKFACInverse(InverseCurvature):
         *,
         on_product: Callable[[], Any] = lambda: None,
     ) -> Self:
-        layers = _require_layers(objective, settings, method)
-        examples = curvature_sample(objective, train, sample_size(settings), settings.curvature_sampling, settings.seed)
-        examples = examples.cached(bytes_to_keep(settings, objective))
+        layers = require_layers(objective, settings, method)
+        given = [f"`{name}`" for name in ("max_iter", "rtol", "discrepancy", "eigenvalues") if getattr(settings, name)]
+        if given:
+            raise ConfigurationError(
+                f"solver='ekfac' takes no {', '.join(given)}, because it does not iterate and forms no products with"
+                " the curvature. Omit them, or use solver='ekfac_cg'."
+            )
+        return cls.of(objective, layers, cls.sample(objective, train, settings), settings, on_product)
+
+    @classmethod
+    def sample(cls, objective: Objective, train: Examples, settings: Settings) -> Examples:
+        """The examples that the curvature is taken over, kept in memory if they fit."""
+        size, sampler, seed = sample_size(settings), settings.curvature_sampling, settings.seed
+        return curvature_sample(objective, train, size, sampler, seed).cached(bytes_to_keep(settings, objective))
+
+    @classmethod
+    def of(
+        cls,
+        objective: Objective,
+        layers: LayerGradients,
+        examples: Examples,
+        settings: Settings,
+        on_product: Callable[[], Any],
+    ) -> Self:
+        """The inverse for the mean over given examples."""
         passes = _Passes(objective, layers, examples, settings.seed, on_product)
         return cls(objective.space, *_fit(passes), settings, {"kind": "ggn", "products": 0, "examples": len(examples)})
 
@@ -250,6 +283,25 @@ class EKFACInverse(InverseCurvature):
                 total += (gradients.square() / self._damped(diagonal)).sum(1)
             values.append(total[: part.size])
         return torch.cat(values)
+
+    def dampings(self) -> Tensor:
+        """The damping of each parameter with weight decay, ``(p,)``, which is the same for all entries of a layer."""
+        found, space = torch.empty(self._space.size), self._space
+        for block in self._blocks:
+            for part in block.parts:
+                space.of(part.name, found).fill_(self._damping(block.values))
+        for name, values in self._diagonal.items():
+            space.of(name, found).fill_(self._damping(values))
+        return found + self._settings.weight_decay
+
+    def root(self, vectors: Tensor) -> Tensor:
+        """The square root of this inverse, which is symmetric, times vectors ``(q, p)``."""
+        result = vectors.clone()
+        blocks = [(block, self._damped(block.values).rsqrt()) for block in self._blocks]
+        others = {name: self._damped(values).rsqrt() for name, values in self._diagonal.items()}
+        for some in result.split(_TOGETHER):
+            _change_in_basis(torch.mul, some, self._space, blocks, others)
+        return result
 
     @property
     def nbytes(self) -> int:
@@ -329,34 +381,28 @@ def _change_in_basis(
         values.copy_(operation(values, numbers))
 
 
-def _require_layers(objective: Objective, settings: Settings, method: Method) -> LayerGradients:
-    """The layers of the module.
+def require_layers(objective: Objective, settings: Settings, method: Method) -> LayerGradients:
+    """The layers of the module, which EK-FAC needs.
 
     Raises:
         ConfigurationError: If the method or the curvature is another one, or if the module has no such layers.
     """
     if method.rows != "all" or method.cols != "all":
         raise ConfigurationError(
-            "solver='ekfac' inverts the curvature of all parameters, so it needs method='if' or 'pif'. For scores over"
-            " target parameters, omit `solver`."
+            f"solver={settings.solver!r} inverts the curvature of all parameters, so it needs method='if' or 'pif'. For"
+            " scores over target parameters, omit `solver`."
         )
     if settings.curvature != "ggn":
         raise ConfigurationError(
-            f"solver='ekfac' approximates the Gauss–Newton matrix, got curvature={settings.curvature!r}. Use"
-            " curvature='ggn', or another solver."
-        )
-    given = [f"`{name}`" for name in ("max_iter", "rtol", "discrepancy", "eigenvalues") if getattr(settings, name)]
-    if given:
-        raise ConfigurationError(
-            f"solver='ekfac' takes no {', '.join(given)}, because it does not iterate and forms no products with the"
-            " curvature. Omit them, or use solver='cg'."
+            f"solver={settings.solver!r} approximates the Gauss–Newton matrix, got curvature={settings.curvature!r}."
+            " Use curvature='ggn', or another solver."
         )
     layers = objective.layers
     if layers is None:
         raise ConfigurationError(
-            f"solver='ekfac' needs a module that uses all its parameters in layers that are linear in them, for whole"
-            f" batches. {type(objective.module).__name__} does not; recurrent layers, for example, are not linear in"
-            " theirs. Omit `solver`."
+            f"solver={settings.solver!r} needs a module that uses all its parameters in layers that are linear in them,"
+            f" for whole batches. {type(objective.module).__name__} does not; recurrent layers, for example, are not"
+            " linear in theirs. Omit `solver`."
         )
     assert objective.probed is not None  # since there are layers
     require_gauss_newton(objective, objective.theta, objective.probed)

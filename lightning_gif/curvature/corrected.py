@@ -1,0 +1,94 @@
+"""EK-FAC corrected by exact products: conjugate gradients with EK-FAC as the preconditioner.
+
+ASTRA (arXiv 2507.14740) corrects EK-FAC by a preconditioned stochastic iteration. This is its deterministic form:
+conjugate gradients on a fixed sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ..config import Settings
+from ..data.examples import Examples
+from ..objective.objective import Objective
+from ..solvers import Solution
+from ..solvers.operators import Transformed
+from .by_solver import solved_together
+from .ekfac import EKFACInverse, require_layers
+from .inverse import INVERSES, InverseCurvature
+from .memory import bytes_to_keep
+from .methods import Method
+from .solve import describe, open_curvature, solve
+from .streaming import Curvature
+
+__all__ = ["CorrectedEKFAC"]
+
+# The number of iterations without `max_iter` and `rtol`. benchmarks/README.md, "EK-FAC corrected by products".
+_ITERATIONS = 6
+
+
+@INVERSES.register("ekfac_cg")
+class CorrectedEKFAC(InverseCurvature):
+    """``(G + D)⁻¹`` with the exact Gauss–Newton matrix ``G`` of a sample, and the damping ``D`` of EK-FAC.
+
+    Conjugate gradients solve ``R(G + D)R y = Rq``, where ``R`` is the root of the EK-FAC inverse, and ``x = Ry``. If
+    EK-FAC were exact, one iteration would do. One product with ``G`` for each iteration and query corrects it where it
+    is not.
+
+    Args:
+        settings: The settings.
+        curvature: The exact matrix ``G``, ``(p, p)``.
+        ekfac: EK-FAC for the same examples.
+        block_size: The number of gradients that are solved together.
+    """
+
+    name = "ekfac_cg"
+
+    def __init__(self, settings: Settings, curvature: Curvature, ekfac: EKFACInverse, block_size: int) -> None:
+        self.damping, self.block_size = ekfac.damping, block_size
+        self._curvature, self._ekfac = curvature, ekfac
+        self._dampings = ekfac.dampings().to(curvature.device, curvature.dtype)
+        iterations = settings.max_iter or (_ITERATIONS if settings.rtol is None else None)
+        self._settings = replace(settings, solver="cg", damping=0.0, max_iter=iterations)
+
+    @classmethod
+    def fit(
+        cls,
+        objective: Objective,
+        train: Examples,
+        settings: Settings,
+        method: Method,
+        positions: Tensor,
+        *,
+        on_product: Callable[[], Any] = lambda: None,
+    ) -> Self:
+        layers = require_layers(objective, settings, method)
+        examples = EKFACInverse.sample(objective, train, settings)
+        ekfac = EKFACInverse.of(objective, layers, examples, settings, on_product)
+        # Weight decay is a part of the damping already.
+        curvature = open_curvature(settings, objective, examples, weight_decay=0.0, on_product=on_product)
+        together = solved_together(bytes_to_keep(settings, objective), objective.theta)
+        return cls(settings, curvature, ekfac, together)
+
+    def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
+        operator = Transformed(self._curvature, self._dampings, lambda vector: self._ekfac.root(vector[None])[0])
+        found = solve(self._settings, operator, self._ekfac.root(gradients).T)
+        ihvps = self._ekfac.root(torch.stack([one.x for one in found]))
+        return ihvps, [
+            replace(one, x=row, solver=self.name, damping=self.damping) for one, row in zip(found, ihvps, strict=True)
+        ]
+
+    @property
+    def kind(self) -> str:
+        return self.name
+
+    def summary(self) -> dict[str, Any]:
+        """How EK-FAC and the products were computed."""
+        self._curvature.warn_if_zero()
+        return {**self._ekfac.summary(), **describe(self._settings, self._curvature)}
