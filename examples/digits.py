@@ -47,8 +47,8 @@ class DigitsModel(pl.LightningModule):
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
     """The 1797 digits in a fixed random split: 75 % for training, 25 % for testing."""
-    data = load_digits()
-    x, y = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(SPLIT_SEED))
     train, test = order[: len(y) * 3 // 4], order[len(y) * 3 // 4 :]
     return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])

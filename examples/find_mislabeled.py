@@ -3,7 +3,7 @@
     python examples/find_mislabeled.py
 
 A tenth of the training labels are replaced by wrong ones, and the model is trained on all of them.
-`trainer.self_influence()` scores each training example: how much would the loss on this example rise if it were
+`gif.self_influence()` scores each training example: how much would the loss on this example rise if it were
 removed? A high score means that the model had to memorize the example.
 
 The script compares two rankings: by self-influence and by training loss. It prints how well each ranking finds the
@@ -65,17 +65,12 @@ def corrected(noisy: TensorDataset, truth: Tensor, suspicion: Tensor, share: flo
     return TensorDataset(x, y.index_copy(0, inspected, truth[inspected]))
 
 
-def train(data: TensorDataset, args: Namespace) -> tuple[pl.Trainer, pl.LightningModule]:
+def train(data: TensorDataset, args: Namespace) -> tuple[GIFCallback, pl.LightningModule]:
     """Trains with the same initial weights and training order for all data, so that only the labels differ."""
     pl.seed_everything(args.seed, verbose=False)
-    return fit(
-        DigitsModel(),
-        data,
-        epochs=args.epochs,
-        seed=args.seed,
-        callbacks=[GIFCallback()],
-        enable_progress_bar=False,
-    )
+    gif = GIFCallback()
+    _, model = fit(DigitsModel(), data, epochs=args.epochs, seed=args.seed, callbacks=[gif], enable_progress_bar=False)
+    return gif, model
 
 
 def accuracy(model: pl.LightningModule, test: TensorDataset) -> float:
@@ -106,13 +101,13 @@ def main(args: Namespace) -> None:
     truth = clean.tensors[1]
     noisy, wrong = plant(clean, args.noise, args.seed)
     console.print(f"{int(wrong.sum())} of {len(noisy)} training examples have a wrong label.", highlight=False)
-    trainer, model = train(noisy, args)
+    gif, model = train(noisy, args)
 
     # ------------------------------------------------------------------------------------------------------------
     # Rank the training examples by suspicion. The true labels are used only to evaluate the rankings.
     # ------------------------------------------------------------------------------------------------------------
     start = time.perf_counter()
-    report = trainer.self_influence(max_iter=RANK)
+    report = gif.self_influence(max_iter=RANK)
     suspicions = {"self-influence": torch.empty(len(noisy), dtype=report.scores.dtype)}
     suspicions["self-influence"][report.indices] = report.scores[0]
     seconds = {"self-influence": time.perf_counter() - start}

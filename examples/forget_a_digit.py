@@ -59,12 +59,13 @@ def main(args: Namespace) -> None:
     logger = make_logger(args.logger, args.output, "forget-a-digit")
     pl.seed_everything(args.seed, verbose=False)
     start = time.perf_counter()
-    trainer, model = fit(
+    gif = GIFCallback(ratio=args.ratio)
+    _, model = fit(
         DigitsModel(),
         train,
         epochs=args.epochs,
         seed=args.seed,
-        callbacks=[GIFCallback(ratio=args.ratio)],
+        callbacks=[gif],
         logger=logger,
     )
     seconds["fit"] = time.perf_counter() - start
@@ -76,7 +77,7 @@ def main(args: Namespace) -> None:
     # ------------------------------------------------------------------------------------------------------------
     is_digit = train.tensors[1] == args.digit
     start = time.perf_counter()
-    edit = trainer.unlearn(lambda batch: batch[1] == args.digit)
+    edit = gif.unlearn(lambda batch: batch[1] == args.digit)
     seconds["unlearn"] = time.perf_counter() - start
     outputs["after"] = logits(model, test)
     console.print(f"\n{edit}", markup=False, highlight=False, soft_wrap=True)
@@ -130,7 +131,7 @@ def main(args: Namespace) -> None:
     query = int(losses.argmax())
     predicted = int(predictions["before"][query])
     console.print(f"Test digit #{query} has the label {int(y[query])} and the prediction {predicted}. Why?")
-    report = trainer.influence((x[query : query + 1], y[query : query + 1]), k=8)
+    report = gif.influence((x[query : query + 1], y[query : query + 1]), k=8)
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
 
     save_bars(str(args.output / "accuracy.png"), predictions, test, args.digit)

@@ -20,6 +20,7 @@ import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -86,7 +87,7 @@ def loader(data: TensorDataset, samples: Iterable[int]) -> DataLoader[tuple[Tens
     return DataLoader(Subset(data, list(samples)), batch_size=SAMPLES)
 
 
-def fit(data: TensorDataset, samples: Iterable[int], **trainer_options: object) -> tuple[pl.Trainer, Regression]:
+def fit(data: TensorDataset, samples: Iterable[int], **trainer_options: Any) -> Regression:
     model = Regression()
     trainer = pl.Trainer(
         max_epochs=1,
@@ -99,17 +100,17 @@ def fit(data: TensorDataset, samples: Iterable[int], **trainer_options: object) 
         **trainer_options,
     )
     trainer.fit(model, loader(data, samples))
-    return trainer, model
+    return model
 
 
-def remove_in_steps(trainer: pl.Trainer, model: Regression, data: TensorDataset, method: str, per_step: int) -> Tensor:
+def remove_in_steps(gif: GIFCallback, model: Regression, data: TensorDataset, method: str, per_step: int) -> Tensor:
     """The weights ``(steps + 1, 5)`` before the first step and after each step. All edits are undone at the end."""
     path, edits = [model.weights.detach().clone()], []
     for toxic in torch.arange(TOXIC).split(per_step):
         # Samples that were removed in earlier steps are not retained either.
         remaining = range(int(toxic[-1]) + 1, SAMPLES)
         edits.append(
-            trainer.unlearn(loader(data, toxic.tolist()), retain=loader(data, remaining), method=method, step="natural")
+            gif.unlearn(loader(data, toxic.tolist()), retain=loader(data, remaining), method=method, step="natural")
         )
         path.append(model.weights.detach().clone())
     for edit in reversed(edits):
@@ -165,7 +166,7 @@ def window(*paths: Tensor) -> tuple[Tensor, Tensor]:
 def draw(axes: Axes, low: Tensor, high: Tensor, paths: dict[str, Tensor], points: dict[str, Tensor]) -> None:
     """Draws each path with a dot at every fifth of its steps, and each point as an empty marker."""
     for name, point in points.items():
-        style = {"color": "black", "markersize": 13, "fillstyle": "none", "zorder": 3}
+        style: dict[str, Any] = {"color": "black", "markersize": 13, "fillstyle": "none", "zorder": 3}
         axes.plot(*point[:MOVED], MARKERS[name], label=name, **style)
     for name, path in paths.items():
         every = max(1, (len(path) - 1) // 5)
@@ -205,20 +206,20 @@ def main(args: Namespace) -> None:
 
     # Solves are exact: all samples for the curvature, and a dense solver for five weights. An iterative solver at its
     # usual tolerance would stop far from the end of pif, which needs directions of very small curvature.
-    callback = GIFCallback(selector=["moved"], solver="dense", curvature_examples=None, batch_size=SAMPLES)
-    trainer, model = fit(data, range(SAMPLES), callbacks=[callback])
+    gif = GIFCallback(selector=["moved"], solver="dense", curvature_examples=None, batch_size=SAMPLES)
+    model = fit(data, range(SAMPLES), callbacks=[gif])
     trained = model.weights.detach().clone()
     paths, seconds = {}, {}
     for method in METHODS:
         start = time.perf_counter()
-        paths[method] = remove_in_steps(trainer, model, data, method, args.per_step)
+        paths[method] = remove_in_steps(gif, model, data, method, args.per_step)
         seconds[method] = time.perf_counter() - start
     identical = torch.equal(model.weights, trained)
 
     # ------------------------------------------------------------------------------------------------------------
     # The best weights on the clean samples alone: of all five weights, and of the two that may change.
     # ------------------------------------------------------------------------------------------------------------
-    _, retrained = fit(data, range(TOXIC, SAMPLES))
+    retrained = fit(data, range(TOXIC, SAMPLES))
     x, y = (tensor[TOXIC:] for tensor in data.tensors)
     best = {**reachable(trained, x, y), RETRAINED: retrained.weights.detach()}
     ends = {method: path[-1] for method, path in paths.items()}
@@ -245,7 +246,7 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    summary = __doc__.partition("\n")[0]
+    summary = (__doc__ or "").partition("\n")[0]
     parser = ArgumentParser(description=summary, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--per-step", type=int, default=10, help="toxic samples that each step removes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data")

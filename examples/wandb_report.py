@@ -32,17 +32,18 @@ def main(args: Namespace) -> None:
     logger = WandbLogger(project="digits", save_dir=args.output, offline=True, settings=settings)
     run = Path(logger.experiment.dir).parent
     pl.seed_everything(args.seed, verbose=False)
-    trainer, model = fit(
+    gif = GIFCallback(report_every_n_epochs=2, query=(x[of_digit], y[of_digit]))
+    _, model = fit(
         DigitsModel(),
         train,
         epochs=args.epochs,
         seed=args.seed,
-        callbacks=[GIFCallback(report_every_n_epochs=2, query=(x[of_digit], y[of_digit]))],
+        callbacks=[gif],
         logger=logger,
         enable_progress_bar=False,
     )
     worst = F.cross_entropy(logits(model, test), y, reduction="none").argmax()
-    trainer.influence((x[worst, None], y[worst, None]))  # the report is logged automatically
+    gif.influence((x[worst, None], y[worst, None]))  # the report is logged automatically
     wandb.finish()  # writes the rest of the run, and ends the process of W&B
 
     print(f"The offline run is in {run}")

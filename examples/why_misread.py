@@ -42,12 +42,13 @@ def main(args: Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     train, test = digits()
     pl.seed_everything(args.seed, verbose=False)
-    trainer, model = fit(
+    gif = GIFCallback()
+    _, model = fit(
         DigitsModel(),
         train,
         epochs=args.epochs,
         seed=args.seed,
-        callbacks=[GIFCallback()],
+        callbacks=[gif],
         enable_progress_bar=False,
     )
 
@@ -58,7 +59,7 @@ def main(args: Namespace) -> None:
     probability = outputs.softmax(dim=1)[query, predicted]
 
     # The query is one image with its true label. A score is the change of its loss if a training example were removed.
-    report = trainer.influence((x[query : query + 1], y[query : query + 1]))
+    report = gif.influence((x[query : query + 1], y[query : query + 1]))
     groups = report.by_group()  # sums by label, strongest proponents first
 
     def say(text: str) -> None:

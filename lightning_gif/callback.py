@@ -14,7 +14,7 @@ from typing_extensions import override
 from ._compat import Callback, LightningModule, Trainer, attach_model, unsupported_strategy
 from .attribution.periodic import HISTORY_COLUMNS, PeriodicReports
 from .attribution.report import InfluenceReport
-from .calls import TrainerCalls, check_path, check_record, keywords, log_to_each
+from .calls import Influence, TrainerCalls, check_path, check_record, log_to_each
 from .config import AUTO, RATIO, SELECTOR, Settings, check_count
 from .defaults import check_names
 from .distributed import ProcessGroup
@@ -26,6 +26,7 @@ from .reporting.loggers import log_table
 from .selection import GradientStatistics, NeuronStatistics
 from .selection.tracker import TrainingTracker, target_metrics
 from .session import Loaders
+from .signatures import check_argument_names, keywords, spell_out
 
 __all__ = ["GIFCallback", "attach"]
 
@@ -169,6 +170,7 @@ class GIFCallback(TrainerCalls, Callback):
     """
 
     # Many arguments instead of one object, because LightningCLI reads a flat list of options from the signature.
+    @check_argument_names
     def __init__(
         self,
         selector: str | list[str] = SELECTOR,
@@ -244,12 +246,12 @@ class GIFCallback(TrainerCalls, Callback):
         self.tracker.start_fit(pl_module)
         self.loaders.train = trainer.train_dataloader
         if self.report_every_n_epochs is not None:
-            self.reports.start(partial(self._check_query, trainer))
+            self.reports.start(self._check_query)
         if self.cache_neurons:
             self.tracker.attach(pl_module)
 
-    def _check_query(self, trainer: Trainer) -> None:
-        with self.open_session(trainer, self.settings, "batch") as session:
+    def _check_query(self) -> None:
+        with self.open_session(self.settings, "batch") as session:
             session.objective.check(session.examples(self.query), "query", measured=True)
 
     @override
@@ -291,7 +293,7 @@ class GIFCallback(TrainerCalls, Callback):
         self.tracker.take_snapshot(epoch, pl_module)
         every = self.report_every_n_epochs
         if every is not None and (epoch + 1) % every == 0:
-            ask = partial(self.influence, trainer, self.query, **self.report_options)
+            ask = partial(self.influence, self.query, **self.report_options)
             if self.reports.make(epoch, ask) and self.log_reports:
                 table = "gif/influence/history", HISTORY_COLUMNS, self.reports.history
                 log_to_each(trainer, lambda logger: log_table([logger], *table))
@@ -376,6 +378,15 @@ class GIFCallback(TrainerCalls, Callback):
     def last_report(self) -> InfluenceReport | None:
         """The last report that was computed during ``fit``, or ``None``."""
         return self.reports.last
+
+
+spell_out(
+    [
+        *(Influence.__call__, Influence.check),
+        *(TrainerCalls.self_influence, TrainerCalls.validate_influence, TrainerCalls.unlearn),
+    ],
+    GIFCallback.__doc__,
+)
 
 
 def _check_report_arguments(callback: GIFCallback) -> None:

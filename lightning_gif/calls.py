@@ -34,6 +34,7 @@ from .mixin import LossOfModule
 from .reporting.context import CallContext
 from .selection.tracker import TrainingTracker
 from .session import Loaders, Session, TargetsChoice, open_session
+from .signatures import keywords
 from .storage.audit_log import check_whole, read
 from .storage.interrupts import uninterrupted
 from .unlearning.journal import Journal
@@ -43,7 +44,7 @@ from .unlearning.step import Step, check_step
 from .unlearning.tuning import Tuning
 from .unlearning.unlearn import check_tuning, unlearn
 
-__all__ = ["TrainerCalls", "check_path", "check_record", "keywords", "log_to_each"]
+__all__ = ["CallsOf", "Influence", "TrainerCalls", "check_path", "check_record", "log_to_each"]
 
 _SCORES_FOLDER = "lightning_gif_scores"
 
@@ -53,50 +54,34 @@ _OF_MEASURING = ("batch_size", "double", "memory", "seed")
 _Report = TypeVar("_Report", InfluenceReport, UnlearnReport, ValidationReport)
 
 
-class _Influence(partial):  # type: ignore[type-arg]
-    """``trainer.influence``: a call scores training examples, and ``trainer.influence.check()`` estimates its cost."""
+class Influence:
+    """The method ``influence``: a call scores training examples, and ``influence.check()`` estimates what calls cost.
 
-    def check(self, **arguments: Any) -> CheckReport:
-        """See :meth:`TrainerCalls.check`."""
-        calls: TrainerCalls = self.func.__self__
-        return calls.check(*self.args, **arguments)
+    It is a class because it has this method of its own. Like a function, it is bound when it is taken from an object.
 
-
-class TrainerCalls:
-    """The methods of :class:`~lightning_gif.GIFCallback` that are bound to the trainer.
-
-    Attributes:
-        settings: The settings, which a call can override.
-        tracker: The statistics from training, and the cached targets.
-        loaders: The loaders of the last ``fit``.
-        influence_loss: A function that gives the losses of single examples; ``None`` to take them from the module.
-        log_reports: Whether reports are logged.
-        record: The audit log.
+    Args:
+        calls: The object that it is a method of; ``None`` for the class.
     """
 
-    settings: Settings
-    tracker: TrainingTracker
-    loaders: Loaders
-    influence_loss: LossOfModule | None
-    log_reports: bool
-    record: str | None
+    __name__ = "influence"
 
-    def open_session(
-        self,
-        trainer: Trainer,
-        settings: Settings,
-        choice: TargetsChoice,
-        dataloader: DataLoader[Any] | None = None,
-        overrides: Overrides | None = None,
-    ) -> AbstractContextManager[Session]:
-        """The block of one call, see :func:`~lightning_gif.session.open_session`."""
-        return open_session(
-            trainer, self.tracker, self.loaders, settings, choice, dataloader, overrides, self.influence_loss
-        )
+    def __init__(self, calls: TrainerCalls | None = None) -> None:
+        self._calls = calls
+        # `help` takes an object with `__get__` for a method, and asks it for these.
+        self.__doc__ = type(self).__call__.__doc__
+        self.__signature__ = inspect.signature(self.__call__)
 
-    def influence(
+    def __get__(self, calls: TrainerCalls | None, owner: type | None = None) -> Influence:
+        return type(self)(calls)
+
+    def __reduce__(self) -> tuple[type[Influence], tuple[TrainerCalls | None]]:
+        return type(self), (self._calls,)
+
+    def __repr__(self) -> str:
+        return f"<method influence of {self._calls!r}>"
+
+    def __call__(
         self,
-        trainer: Trainer,
         batch: Any,
         *,
         k: int = 10,
@@ -111,12 +96,11 @@ class TrainerCalls:
     ) -> InfluenceReport:
         """Scores every training example by how removing it would change the model's loss on a batch.
 
-        Bound to the trainer as ``trainer.influence(batch, …)``. A score is the predicted change of the loss, in the
-        unit of the loss. It is positive for a proponent: removing the example would raise the loss. It is negative for
-        an opponent: removing the example would lower the loss.
+        Call it as ``trainer.influence(batch, …)``, or on the callback as ``gif.influence(batch, …)``. A score is the
+        predicted change of the loss, in the unit of the loss. It is positive for a proponent: removing the example
+        would raise the loss. It is negative for an opponent: removing the example would lower the loss.
 
         Args:
-            trainer: The trainer; ``trainer.influence`` fills it in.
             batch: The query: a batch as the training loader yields them, or a ``DataLoader``. Its mean loss is
                 attributed, or the mean of ``influence_measurement`` if the module overrides it.
             k: The number of proponents, and of opponents, that are shown and logged; 10 by default.
@@ -155,38 +139,8 @@ class TrainerCalls:
             NonFiniteError: If a loss, a gradient or a product is NaN or infinite.
             ConvergenceError: If a solve diverges, or does not converge and ``unconverged="raise"``.
         """
-        report = self._influence(
-            trainer,
-            batch,
-            k=k,
-            per_example=per_example,
-            targets=targets,
-            among=among,
-            scores_to=scores_to,
-            keep=keep,
-            snapshots=snapshots,
-            dataloader=dataloader,
-            **overrides,
-        )
-        return _logged(trainer, report, self.log_reports)
-
-    def _influence(
-        self,
-        trainer: Trainer,
-        batch: Any,
-        *,
-        k: int = 10,
-        per_example: bool = False,
-        targets: TargetsChoice | None = None,
-        among: Sequence[int] | Callable[[Any], Tensor] | None = None,
-        scores_to: str | os.PathLike[str] | None = None,
-        keep: int | None = None,
-        snapshots: bool | None = None,
-        dataloader: DataLoader[Any] | None = None,
-        **overrides: Unpack[Overrides],
-    ) -> InfluenceReport:
-        """:meth:`influence` without logging."""
-        requested = check_names(self.settings.override(overrides, keywords(self.influence)))
+        calls, trainer = self._of_trainer()
+        requested = check_names(calls.settings.override(overrides, keywords(self)))
         check_count("k", k)
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < k):
             raise ConfigurationError(
@@ -196,12 +150,12 @@ class TrainerCalls:
             raise ConfigurationError(
                 "`scores_to` writes all scores, but `keep` keeps only the highest and lowest. Give only one of them."
             )
-        states = _snapshot_states(self.tracker, snapshots)
+        states = _snapshot_states(calls.tracker, snapshots)
         choice: TargetsChoice = "cached" if targets is None else targets
         on_targets = _are_on_targets(targets, overrides)
         settings = for_influence(requested, ggn=True, on_targets=on_targets)
         spill_to = _folder_for_scores(trainer)  # inside a session every trainer is in training
-        with self.open_session(trainer, settings, choice, dataloader, overrides) as session:
+        with calls.open_session(settings, choice, dataloader, overrides) as session:
             scored, query = session.among(among), session.examples(batch)
             report = influence(
                 session.objective,
@@ -219,11 +173,111 @@ class TrainerCalls:
                 context=_context(trainer),
             )
             report.read_shown(session.train.ids)
-        return report
+        return _logged(trainer, report, calls.log_reports)
+
+    def check(
+        self,
+        *,
+        n_queries: int = 1,
+        n_forget: int = 64,
+        dataloader: DataLoader[Any] | None = None,
+        **overrides: Unpack[Overrides],
+    ) -> CheckReport:
+        """Reports how the losses of the model are computed, which layers an edit may change, and what calls will cost.
+
+        Call it as ``trainer.influence.check(…)``. It reads about 64 examples and two batches, and computes
+        no scores. Call it before the first long call.
+
+        Args:
+            n_queries: The number of queries whose cost is estimated, as for ``per_example=True``; 1 by default.
+            n_forget: The number of forget examples for which the cost of an edit is estimated; 64 by default.
+            dataloader: As in :meth:`influence`.
+            **overrides: As in :meth:`influence`.
+
+        Returns:
+            The report. Print it, or read its attributes. Estimates of time assume that the machine does nothing else.
+
+        Raises:
+            GIFError: As in :meth:`influence`. If the model cannot be used, the message says why.
+        """
+        calls, _ = self._of_trainer()
+        requested = check_names(calls.settings.override(overrides, keywords(self.check)))
+        check_count("n_queries", n_queries)
+        check_count("n_forget", n_forget)
+        settings, begin = for_influence(requested, ggn=True, on_targets=False), time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            with collected() as caught:
+                opened = calls.open_session(settings, "batch", dataloader, overrides)
+                session = stack.enter_context(opened)
+                unseen, _ = session.unseen(None)
+            return check(
+                replace(session, settings=requested),
+                time.perf_counter() - begin,
+                caught,
+                n_queries=n_queries,
+                n_forget=n_forget,
+                unseen=unseen,
+            )
+
+    def _of_trainer(self) -> tuple[TrainerCalls, Trainer]:
+        """The object that this is a method of, and its trainer."""
+        if self._calls is None:
+            raise TypeError("`influence` is a method of a GIFCallback: call it on one, not on the class.")
+        return self._calls, self._calls._bound_to
+
+
+class TrainerCalls:
+    """The calls of :class:`~lightning_gif.GIFCallback` on the trainer that it belongs to.
+
+    Attributes:
+        influence: The call that scores training examples, see :class:`Influence`.
+        settings: The settings, which a call can override.
+        tracker: The statistics from training, and the cached targets.
+        loaders: The loaders of the last ``fit``.
+        influence_loss: A function that gives the losses of single examples; ``None`` to take them from the module.
+        log_reports: Whether reports are logged.
+        record: The audit log.
+    """
+
+    settings: Settings
+    tracker: TrainingTracker
+    loaders: Loaders
+    influence_loss: LossOfModule | None
+    log_reports: bool
+    record: str | None
+    _trainer: Trainer | None = None
+
+    influence = Influence()
+
+    @property
+    def _bound_to(self) -> Trainer:
+        """The trainer.
+
+        Raises:
+            ConfigurationError: If there is none yet.
+        """
+        if self._trainer is None:
+            raise ConfigurationError(
+                "This GIFCallback belongs to no trainer yet. Pass it as Trainer(callbacks=[gif]), and call trainer.fit"
+                " first. For a model that was trained elsewhere, call lightning_gif.attach(trainer, model, …,"
+                " callback=gif)."
+            )
+        return self._trainer
+
+    def open_session(
+        self,
+        settings: Settings,
+        choice: TargetsChoice,
+        dataloader: DataLoader[Any] | None = None,
+        overrides: Overrides | None = None,
+    ) -> AbstractContextManager[Session]:
+        """The block of one call, see :func:`~lightning_gif.session.open_session`."""
+        return open_session(
+            self._bound_to, self.tracker, self.loaders, settings, choice, dataloader, overrides, self.influence_loss
+        )
 
     def validate_influence(
         self,
-        trainer: Trainer,
         batch: Any,
         retrain: Retrain,
         *,
@@ -241,14 +295,13 @@ class TrainerCalls:
     ) -> ValidationReport:
         """Tests how well scores predict retraining, by training models on random subsets of the training examples.
 
-        Bound to the trainer as ``trainer.validate_influence(batch, retrain, …)``. The call trains
+        Call it as ``trainer.validate_influence(batch, retrain, …)``. It trains
         ``n_subsets * n_seeds`` models. For each subset, and for each query, it compares two numbers: the sum of the
         scores of the examples that the subset leaves out, and how much the loss of the models trained on the subset
         differs from that of the original model. Their rank correlation over the subsets, averaged over the queries, is
         the linear datamodeling score (LDS).
 
         Args:
-            trainer: The trainer; ``trainer.validate_influence`` fills it in.
             batch: The query: a batch as the training loader yields them, or a ``DataLoader``. Each example is a query
                 of its own. With 20 or more, the result is more precise.
             retrain: A function ``(indices, seed)``. It trains a new model with a new ``Trainer``, only on the training
@@ -284,7 +337,7 @@ class TrainerCalls:
                 returns a model with other parameters, or changes the original model.
             GIFError: As in :meth:`influence`.
         """
-        begin = time.perf_counter()
+        trainer, begin = self._bound_to, time.perf_counter()
         settings = check_names(self.settings.override(overrides, keywords(self.validate_influence)))
         check_validation(retrain, n_subsets, n_seeds, share)
         check_path("folder", folder, "folder")
@@ -292,11 +345,11 @@ class TrainerCalls:
         scoring = {"targets": targets, "scores_to": scores_to, "snapshots": snapshots, **overrides}
         if report is None:
             given: dict[str, Any] = {**scoring, "snapshots": snapshots, "dataloader": dataloader}
-            report = self._influence(trainer, batch, per_example=True, **given)
+            report = CallsOf(self, trainer, log_reports=False).influence(batch, per_example=True, **given)
         else:
             _check_only_measuring(scoring)
         validation = validate(
-            partial(self._opened, trainer, settings, dataloader, batch),
+            partial(self._opened, settings, dataloader, batch),
             report,
             retrain,
             n_subsets=n_subsets,
@@ -311,16 +364,13 @@ class TrainerCalls:
         return _logged(trainer, validation, self.log_reports)
 
     @contextlib.contextmanager
-    def _opened(
-        self, trainer: Trainer, settings: Settings, dataloader: DataLoader[Any] | None, batch: Any
-    ) -> Iterator[Opened]:
+    def _opened(self, settings: Settings, dataloader: DataLoader[Any] | None, batch: Any) -> Iterator[Opened]:
         """The block of a part of a validation: the objective, the training examples and the query."""
-        with self.open_session(trainer, settings, "batch", dataloader) as session:
+        with self.open_session(settings, "batch", dataloader) as session:
             yield Opened(session.objective, session.train, session.examples(batch))
 
     def self_influence(
         self,
-        trainer: Trainer,
         *batch: Any,
         k: int = 10,
         targets: Literal["cached"] | None = None,
@@ -331,11 +381,10 @@ class TrainerCalls:
     ) -> InfluenceReport:
         """Scores every training example by how removing it would change the model's loss on that example.
 
-        Bound to the trainer as ``trainer.self_influence(…)``. A high score means that the model had to memorize the
+        Call it as ``trainer.self_influence(…)``. A high score means that the model had to memorize the
         example. Look there first for wrong labels, for duplicates with other labels, and for data unlike the rest.
 
         Args:
-            trainer: The trainer; ``trainer.self_influence`` fills it in.
             *batch: Not accepted. To score some examples only, pass ``among``.
             k: The number of examples with the highest, and with the lowest, scores that are shown and logged; 10 by
                 default.
@@ -368,13 +417,13 @@ class TrainerCalls:
                 "`targets` of trainer.self_influence must be None (all parameters) or 'cached', because there is no"
                 f" batch to rank neurons on, got {targets!r}."
             )
-        states = _snapshot_states(self.tracker, snapshots)
+        trainer, states = self._bound_to, _snapshot_states(self.tracker, snapshots)
         requested = check_names(self.settings.override(overrides, keywords(self.self_influence)))
         check_count("k", k)
         on_targets = _are_on_targets(targets, overrides)
         settings = for_influence(requested, ggn=True, on_targets=on_targets)
         choice: TargetsChoice = "cached" if targets is None else targets
-        with self.open_session(trainer, settings, choice, dataloader, overrides) as session:
+        with self.open_session(settings, choice, dataloader, overrides) as session:
             report = self_influence(
                 session.objective,
                 session.train,
@@ -390,7 +439,6 @@ class TrainerCalls:
 
     def unlearn(
         self,
-        trainer: Trainer,
         batch: Any,
         *,
         relabel: Tensor | int | Callable[[Any], Tensor] | None = None,
@@ -408,13 +456,12 @@ class TrainerCalls:
     ) -> UnlearnReport:
         """Edits the weights so that the model behaves as if trained without some examples, or with other labels.
 
-        Bound to the trainer as ``trainer.unlearn(batch, …)``. Only target parameters change, and BatchNorm statistics
+        Call it as ``trainer.unlearn(batch, …)``. Only target parameters change, and BatchNorm statistics
         on request. All parameters are targets if single examples are removed, unless a selection is given, see
         ``step``. The state of the optimizer (momentum, averages) still depends on the forgotten data: create a new
         optimizer before you train further.
 
         Args:
-            trainer: The trainer; ``trainer.unlearn`` fills it in.
             batch: The forget examples, with the labels they were trained with. A list, range or array of integers gives
                 their dataset indices. A function from a batch to one truth value for each of its examples is called on
                 all training data, such as ``lambda batch: batch[1] == 3``. The examples of a batch or a ``DataLoader``
@@ -464,6 +511,7 @@ class TrainerCalls:
             RecordError: If the audit log is damaged or cannot be written.
             GIFError: As in :meth:`influence`. The weights are then unchanged.
         """
+        trainer = self._bound_to
         log = self.record if record is None else None if record is False else record
         check_path("record", log, "file")
         check_path("solves_to", solves_to, "folder")
@@ -473,7 +521,7 @@ class TrainerCalls:
         matching = for_matching(requested, selects=targets != "batch" or _are_on_targets(None, overrides))
         check_step(step)
         check_tuning(tuning)
-        with self.open_session(trainer, settings, targets, dataloader, overrides) as session:
+        with self.open_session(settings, targets, dataloader, overrides) as session:
             _check_files(trainer, session.objective.processes, log, folder)
             forget = session.forget(batch)
             session.check_curvature(settings.curvature)
@@ -507,64 +555,33 @@ class TrainerCalls:
             _apply(trainer, report, folder)
         return report
 
-    def check(
-        self,
-        trainer: Trainer,
-        *,
-        n_queries: int = 1,
-        n_forget: int = 64,
-        dataloader: DataLoader[Any] | None = None,
-        **overrides: Unpack[Overrides],
-    ) -> CheckReport:
-        """Reports how the losses of the model are computed, which layers an edit may change, and what calls will cost.
-
-        Bound to the trainer as ``trainer.influence.check(…)``. It reads about 64 examples and two batches, and computes
-        no scores. Call it before the first long call.
-
-        Args:
-            trainer: The trainer; ``trainer.influence`` fills it in.
-            n_queries: The number of queries whose cost is estimated, as for ``per_example=True``; 1 by default.
-            n_forget: The number of forget examples for which the cost of an edit is estimated; 64 by default.
-            dataloader: As in :meth:`influence`.
-            **overrides: As in :meth:`influence`.
-
-        Returns:
-            The report. Print it, or read its attributes. Estimates of time assume that the machine does nothing else.
-
-        Raises:
-            GIFError: As in :meth:`influence`. If the model cannot be used, the message says why.
-        """
-        requested = check_names(self.settings.override(overrides, keywords(self.check)))
-        check_count("n_queries", n_queries)
-        check_count("n_forget", n_forget)
-        settings, begin = for_influence(requested, ggn=True, on_targets=False), time.perf_counter()
-        with contextlib.ExitStack() as stack:
-            with collected() as caught:
-                opened = self.open_session(trainer, settings, "batch", dataloader, overrides)
-                session = stack.enter_context(opened)
-                unseen, _ = session.unseen(None)
-            return check(
-                replace(session, settings=requested),
-                time.perf_counter() - begin,
-                caught,
-                n_queries=n_queries,
-                n_forget=n_forget,
-                unseen=unseen,
-            )
-
     def bind(self, trainer: Trainer) -> None:
-        """Adds the methods to the trainer."""
-        # Partial objects can be pickled with the trainer; lambdas could not.
-        trainer.influence = _Influence(self.influence, trainer)
-        trainer.self_influence = partial(self.self_influence, trainer)
-        trainer.validate_influence = partial(self.validate_influence, trainer)
-        trainer.unlearn = partial(self.unlearn, trainer)
+        """Makes the calls on a trainer, and adds them to it as its methods."""
+        self._trainer = trainer
+        calls = CallsOf(self, trainer)
+        trainer.influence, trainer.self_influence = calls.influence, calls.self_influence
+        trainer.validate_influence, trainer.unlearn = calls.validate_influence, calls.unlearn
 
 
-def keywords(method: Callable[..., Any]) -> list[str]:
-    """The names of a method's keyword-only arguments."""
-    parameters = inspect.signature(method).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+class CallsOf(TrainerCalls):
+    """The calls of a callback on one trainer, also after the callback was given to another one.
+
+    Args:
+        callback: The callback. Its attributes are those of this object.
+        trainer: The trainer.
+        **changes: Attributes that differ from those of the callback.
+    """
+
+    def __init__(self, callback: TrainerCalls, trainer: Trainer, **changes: Any) -> None:
+        vars(self).update(changes, _callback=callback, _trainer=trainer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # also where `_callback` is missing yet, when this object is unpickled
+            raise AttributeError(name)
+        return getattr(self._callback, name)
+
+    def __repr__(self) -> str:
+        return f"{type(self._trainer).__name__}"
 
 
 def check_path(name: str, path: Any, kind: str) -> None:

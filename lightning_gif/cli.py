@@ -90,7 +90,7 @@ def influence(
     if wanted is not None:
         loader = _subset(loader, wanted, split)
     options: dict[str, Any] = {"k": k, "per_example": per_example, "targets": targets, "snapshots": snapshots}
-    report = tool.callback.influence(tool.trainer, loader, dataloader=tool.loader("train"), **options)
+    report = tool.callback.influence(loader, dataloader=tool.loader("train"), **options)
     report.save(output)
     print(report)
     print(f"The report is in {output}.")
@@ -144,7 +144,6 @@ def validate(
         wanted = drawn.sort().values.tolist()
     losses = f"{output.rstrip('/')}-retrainings" if folder is None else folder
     report = tool.callback.validate_influence(
-        tool.trainer,
         _subset(loader, wanted, split),
         tool.retrain,
         n_subsets=n_subsets,
@@ -203,7 +202,6 @@ def unlearn(
         raise ConfigurationError(f"--output and --edit must be different files, got {output!r} for both.")
     validation = tool.find_loader("val") if unseen else None
     report = tool.callback.unlearn(
-        tool.trainer,
         wanted,
         relabel=torch.tensor(relabel) if isinstance(relabel, list) else relabel,  # type: ignore[arg-type]
         unseen=False if validation is None else validation,
@@ -282,7 +280,7 @@ def check(tool: _Tool, ckpt_path: str, n_queries: int = 1, n_forget: int = 64) -
         n_queries: The number of queries whose cost is estimated.
         n_forget: The number of forget examples for which the cost of an edit is estimated.
     """
-    print(tool.callback.check(tool.trainer, n_queries=n_queries, n_forget=n_forget, dataloader=tool.loader("train")))
+    print(tool.callback.influence.check(n_queries=n_queries, n_forget=n_forget, dataloader=tool.loader("train")))
     return 0
 
 

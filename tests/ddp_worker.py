@@ -316,10 +316,10 @@ def unreported(world: int, folder: Path) -> dict[str, Any]:
         callback = trainer.callbacks[0]
 
         def breaking(
-            trainer: Any, *args: Any, data: Any = dataset, own: Any = callback.influence, **options: Any
+            *args: Any, data: Any = dataset, own: Any = callback.influence, trainer: Any = trainer, **options: Any
         ) -> Any:
             data.left = 20 if trainer.global_rank == world - 1 and trainer.current_epoch == 0 else -1
-            return own(trainer, *args, **options)
+            return own(*args, **options)
 
         callback.influence = breaking
         sampler = DistributedSampler(dataset, world, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)

@@ -19,8 +19,8 @@ PACKAGE = Path(__file__).parents[1] / "lightning_gif"
 # The layers from the bottom up. A module may import from its own layer and from lower ones.
 FLOORS = (
     *("_version", "_moved", "_compat", "errors", "mixin", "registry"),
-    *("storage", "distributed", "config", "parameters", "solvers", "data", "edit", "selection", "reporting"),
-    *("metrics", "objective", "curvature", "defaults", "attribution", "fits", "session", "unlearning"),
+    *("storage", "distributed", "config", "signatures", "parameters", "solvers", "data", "edit", "selection"),
+    *("reporting", "metrics", "objective", "curvature", "defaults", "attribution", "fits", "session", "unlearning"),
     *("inspection", "reports", "calls", "callback", "verification", "cli", "__init__", "__main__"),
 )
 
