@@ -1,45 +1,25 @@
 """Which of Lightning's two packages is used, and what needs its private parts.
 
 ``lightning`` and ``pytorch-lightning`` ship the same code under two names, and the classes of one are not those of the
-other. No other module of this package imports either of them.
+other. No other module of this package imports either of them. Lightning is imported when something of it is needed
+first, because that takes seconds: an audit log is verified without it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import logging
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-    from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-    from lightning.pytorch.utilities.seed import isolate_rng as _isolate_rng
-    from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-else:
-    try:
-        from lightning.fabric.utilities.exceptions import MisconfigurationException
-        from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-        from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-        from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-        from lightning.pytorch.utilities.seed import isolate_rng as _isolate_rng
-    except ModuleNotFoundError:
-        from lightning_fabric.utilities.exceptions import MisconfigurationException
-        from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-        from pytorch_lightning.trainer.states import RunningStage, TrainerFn
-        from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
-        from pytorch_lightning.utilities.seed import isolate_rng as _isolate_rng
-
-    def __getattr__(name: str) -> Any:
-        """Imports the parts of LightningCLI on first use, because they need jsonargparse."""
-        if name not in ("LightningArgumentParser", "LightningCLI"):
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{Trainer.__module__.rpartition('.trainer.')[0]}.cli"), name)
-
 
 __all__ = [
     "Callback",
@@ -52,6 +32,9 @@ __all__ = [
     "at_epoch",
     "attach_model",
     "brings_own",
+    "is_lightning_module",
+    "is_loaded",
+    "is_misconfiguration",
     "isolate_rng",
     "lightning_version",
     "no_messages",
@@ -63,15 +46,76 @@ __all__ = [
 ]
 
 
+# The names that are imported on first use, each with the package (``"pytorch"`` or ``"fabric"``) and the module in it.
+_NAMES = {
+    "Callback": ("pytorch", ""),
+    "LightningArgumentParser": ("pytorch", ".cli"),  # needs jsonargparse
+    "LightningCLI": ("pytorch", ".cli"),
+    "LightningDataModule": ("pytorch", ""),
+    "LightningModule": ("pytorch", ""),
+    "MisconfigurationException": ("fabric", ".utilities.exceptions"),
+    "Trainer": ("pytorch", ""),
+}
+
+
+@cache
+def _packages() -> dict[str, str]:
+    """The names of Lightning's two packages, of which the first is imported."""
+    names = {"pytorch": "lightning.pytorch", "fabric": "lightning.fabric"}
+    try:
+        importlib.import_module(names["pytorch"])
+    except ModuleNotFoundError:
+        names = {"pytorch": "pytorch_lightning", "fabric": "lightning_fabric"}
+        importlib.import_module(names["pytorch"])
+    return names
+
+
+def _lightning(module: str, package: str = "pytorch") -> Any:
+    """A module of Lightning.
+
+    Args:
+        module: Its name in the package, with a leading dot, or ``""`` for the package.
+        package: ``"pytorch"`` or ``"fabric"``.
+    """
+    return importlib.import_module(f"{_packages()[package]}{module}")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    package, module = _NAMES[name]
+    return getattr(_lightning(module, package), name)
+
+
+def is_loaded() -> bool:
+    """Whether Lightning is imported already, by the user or by this package."""
+    return not {"lightning.fabric", "lightning_fabric"}.isdisjoint(sys.modules)
+
+
 def lightning_version() -> str:
-    """The version of the package that is used."""
-    return sys.modules[Trainer.__module__.partition(".")[0]].__version__
+    """The version of the package that is used, or would be; it is not imported for this."""
+    if is_loaded():
+        return str(sys.modules[_packages()["pytorch"].partition(".")[0]].__version__)
+    try:
+        return importlib.metadata.version("lightning")
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version("pytorch-lightning")
+
+
+def rank_zero_info(message: str) -> None:
+    """Logs a message in the first process of a run."""
+    _lightning(".utilities.rank_zero").rank_zero_info(message, stacklevel=5)
+
+
+def rank_zero_warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns in the first process of a run. The warning names the place of the caller."""
+    _lightning(".utilities.rank_zero").rank_zero_warn(message, category=category, stacklevel=5)
 
 
 @contextlib.contextmanager
 def isolate_rng() -> Iterator[None]:
     """Restores the global random generators after the block, also after an error, unlike Lightning's own."""
-    isolation = _isolate_rng()
+    isolation = _lightning(".utilities.seed").isolate_rng()
     isolation.__enter__()
     try:
         yield
@@ -82,8 +126,7 @@ def isolate_rng() -> Iterator[None]:
 @contextlib.contextmanager
 def no_messages() -> Iterator[None]:
     """Inside the block Lightning logs no messages, such as those about devices that each trainer repeats."""
-    packages = Trainer.__module__.rpartition(".trainer.")[0], MisconfigurationException.__module__.split(".util")[0]
-    loggers = [logging.getLogger(package) for package in packages]
+    loggers = [logging.getLogger(package) for package in _packages().values()]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -132,9 +175,9 @@ def unsupported_strategy(trainer: Trainer) -> str | None:
 @contextlib.contextmanager
 def stage_of_training(trainer: Trainer) -> Iterator[None]:
     """Inside of it the trainer's flags are those of a training step: ``trainer.training`` is true, for example."""
-    state = trainer.state
+    states, state = _lightning(".trainer.states"), trainer.state
     before = state.fn, state.stage
-    state.fn, state.stage = TrainerFn.FITTING, RunningStage.TRAINING
+    state.fn, state.stage = states.TrainerFn.FITTING, states.RunningStage.TRAINING
     try:
         yield
     finally:
@@ -156,6 +199,16 @@ def at_epoch(trainer: Trainer, epoch: int | None) -> Iterator[None]:
 def brings_own(owner: object, hook: str) -> bool:
     """Whether a module or datamodule defines a hook itself, instead of inheriting Lightning's empty one."""
     return getattr(type(owner), hook).__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+
+
+def is_lightning_module(module: object) -> TypeGuard[LightningModule]:
+    """Whether an object is a LightningModule of either of Lightning's packages."""
+    return _is_a(module, "LightningModule")
+
+
+def is_misconfiguration(error: object) -> bool:
+    """Whether an error is a MisconfigurationException of either of Lightning's packages."""
+    return _is_a(error, "MisconfigurationException")
 
 
 def _is_a(instance: object, *names: str) -> bool:

@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import Unpack
 
-from ._compat import Trainer, rank_zero_warn
+from ._compat import rank_zero_warn
 from .attribution.groups import Grouping
 from .attribution.influence import influence
 from .attribution.report import InfluenceReport
@@ -43,6 +43,9 @@ from .unlearning.report import UnlearnReport
 from .unlearning.step import Step, check_step
 from .unlearning.tuning import Tuning
 from .unlearning.unlearn import check_tuning, unlearn
+
+if TYPE_CHECKING:
+    from ._compat import Trainer
 
 __all__ = ["CallsOf", "Influence", "TrainerCalls", "check_path", "check_record", "log_to_each"]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ._compat import MisconfigurationException
+from functools import cache
+from typing import Any
+
+from . import _compat
 
 __all__ = [
     "BatchError",
@@ -26,8 +29,25 @@ class GIFError(Exception):
     """Base class of the errors of this package. When one is raised, the weights are unchanged."""
 
 
-class ConfigurationError(GIFError, MisconfigurationException, ValueError):
-    """An argument has an invalid value, or the trainer is not supported."""
+class ConfigurationError(GIFError, ValueError):
+    """An argument has an invalid value, or the trainer is not supported.
+
+    Each instance is a ``MisconfigurationException`` of Lightning, too, if Lightning is imported. This class is not,
+    because it would import Lightning, which takes seconds.
+    """
+
+    def __new__(cls, *args: Any) -> ConfigurationError:
+        return super().__new__(_of_lightning() if cls is ConfigurationError and _compat.is_loaded() else cls, *args)
+
+    def __reduce__(self) -> tuple[type[ConfigurationError], tuple[Any, ...], dict[str, Any]]:
+        return ConfigurationError, self.args, vars(self)
+
+
+@cache
+def _of_lightning() -> type[ConfigurationError]:
+    """The class of instances while Lightning is imported."""
+    names = {"__module__": __name__, "__qualname__": ConfigurationError.__qualname__}
+    return type("ConfigurationError", (ConfigurationError, _compat.MisconfigurationException), names)
 
 
 class SelectionError(GIFError, ValueError):

@@ -8,13 +8,13 @@ import numbers
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
-from ._compat import Trainer, at_epoch, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
+from ._compat import at_epoch, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
 from .config import Overrides, Settings
 from .curvature.by_solver import DENSE_PARAMETERS
 from .curvature.energy import gradient_energies
@@ -32,6 +32,9 @@ from .objective.objective import Objective
 from .parameters import Targets
 from .selection import energy_of
 from .selection.tracker import TrainingTracker
+
+if TYPE_CHECKING:
+    from ._compat import Trainer
 
 __all__ = ["Loaders", "Session", "TargetsChoice", "open_session"]
 

@@ -20,7 +20,9 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import Subset, WeightedRandomSampler
 
 from lightning_gif import GIFCallback, GIFWarning, InfluenceReport, UnlearnReport, ValidationReport, verify
-from lightning_gif.cli import _remedy, _Tool, main
+from lightning_gif.cli import COMMANDS, files, main, model
+from lightning_gif.cli.parsing import _remedy
+from lightning_gif.cli.tool import Tool as _Tool
 from lightning_gif.storage import atomic
 from lightning_gif.storage.audit_log import read
 from lightning_gif.storage.checkpoints import read_checkpoint
@@ -378,7 +380,7 @@ def test_loggers_and_files_of_the_run_are_left_out_of_retraining(capsys: pytest.
         Path("fit.yaml").write_text(yaml.safe_dump(config))
         cli = LightningCLI(args=["fit", "--config", "fit.yaml"])
         cli.trainer.save_checkpoint("a.ckpt")
-        patch.setattr("lightning_gif.cli._Tool", Tool)
+        patch.setattr("lightning_gif.cli.model.Tool", Tool)
         before = sorted(Path("runs").rglob("checkpoints/*"))
         command = ["validate", "--config", "fit.yaml", "--ckpt_path", "a.ckpt", "--output", "answer"]
         assert main([*command, "--n_subsets", "3", "--n_queries", "3"]) == 0, capsys.readouterr().err
@@ -447,7 +449,7 @@ def test_every_command_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> No
         assert end.value.code == 0
         assert "checkpoint" in capsys.readouterr().out
     assert main(["unlearn", *OPTIONS, "--indices", "many"]) == 2
-    assert '"indices"' in capsys.readouterr().err
+    assert "--indices must be a list in brackets or a whole number" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         main(["forget"])
     assert end.value.code == 2
@@ -597,6 +599,69 @@ def test_a_hook_changes_what_is_loaded_but_not_what_is_written(
     assert not Path("other").exists()
 
 
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["--config", "short.yaml", *OPTIONS],
+        [*OPTIONS, "--config", "short.yaml"],
+        ["--data", "tests.line.Blobs", "--config=short.yaml", "--model=tests.line.Net"],
+        ["--config", "other.yaml", *OPTIONS],
+        ["--model.init_args.width", "5", *OPTIONS],
+    ],
+)
+def test_options_can_be_given_in_any_order(order: list[str], trained: dict[str, Any]) -> None:
+    Path("short.yaml").write_text("model:\n  width: 5\n")
+    Path("other.yaml").write_text("model:\n  class_path: tests.line.Tied\n")
+    assert main(["influence", *order, "--ckpt_path", "a.ckpt", "--output", "answer"]) == 0
+    assert InfluenceReport.load("answer").n_train == 48
+
+
+def test_the_overview_has_the_first_line_of_each_command() -> None:
+    assert set(COMMANDS) == {*model.COMMANDS, *files.COMMANDS}
+    for name, (module, line) in COMMANDS.items():
+        found = {"model": model, "files": files}[module].COMMANDS[name]
+        assert (found.__doc__ or "").splitlines()[0] == line
+
+
+IMPORTED = """
+import sys
+from lightning_gif.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+print(code, *sorted({name.split(".")[0] for name in sys.modules} & {"torch", "lightning", "pytorch_lightning"}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "imported"),
+    [
+        (["--help"], 0, []),
+        (["verify", "--help"], 0, []),
+        (["verify", "--record", "deletions.jsonl"], 0, []),
+        (["verify", "--recrd", "deletions.jsonl"], 2, []),
+        (["verify", "--record", "missing.jsonl"], 2, []),
+        (["verify", "--record", "deletions.jsonl", "--edit", "edit.safetensors"], 0, ["torch"]),
+        (["undo", "--help"], 0, []),
+        (
+            ["undo", "--edit", "edit.safetensors", "--ckpt_path", "b.ckpt", "--output", "c.ckpt", "--record", "log"],
+            0,
+            ["torch"],
+        ),
+        (["undo", "--edit", "missing", "--ckpt_path", "b.ckpt", "--output", "c.ckpt"], 2, ["torch"]),
+    ],
+)
+def test_commands_on_files_import_neither_lightning_nor_more_than_they_need(
+    arguments: list[str], code: int, imported: list[str], trained: dict[str, Any]
+) -> None:
+    assert unlearn("--record", "deletions.jsonl") == 0
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", IMPORTED, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.splitlines()[-1].split() == [str(code), *imported], done.stderr
+
+
 def test_without_jsonargparse_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -650,7 +715,24 @@ def test_error_messages_of_older_parsers_are_understood() -> None:
             ["influence", "--model", "Missing", "--ckpt_path", "a.ckpt", "--output", "a"],
             ["--model package.module.Class"],
         ),
-        (["influence", "--config", "short.yaml"], ["give the classes before it: --model", "'width'"]),
+        (["influence", "--config", "short.yaml"], ["give the classes, too: --model package.Model", "'width'"]),
+        (
+            ["influence", *OPTIONS, "--trainer.max_epochs", "three"],
+            ["must be a whole number or null, got three"],
+        ),
+        (["influence", *OPTIONS, "--split", "tast"], ["--split must be train or val or test, got tast."]),
+        (
+            ["influence", *OPTIONS, "--data", "tests.line.Blabs"],
+            ["'Blabs'", "--data package.module.Class"],
+        ),
+        (
+            ["influence", *OPTIONS, "--model.init_args.width", "wide"],
+            ["tests.line.Net: width", "Got value: wide"],
+        ),
+        (
+            ["influence", *OPTIONS, "--trainer.strategy", "fast", "--ckpt_path", "a.ckpt", "--output", "a"],
+            ["--trainer.", "strategy='fast'"],
+        ),
         (["influence", *OPTIONS, "--ckpt_path", "short.yaml", "--output", "a"], ["'short.yaml' is not a checkpoint"]),
         (["influence", *OPTIONS, "--ckpt_path", "folder", "--output", "a"], ["'folder' is a folder", "consolidate"]),
     ],

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._compat import LightningModule, isolate_rng, rank_zero_info
+from .._compat import is_lightning_module, isolate_rng, rank_zero_info
 from ..data.examples import Examples
 from ..data.structure import describe
 from ..errors import ConfigurationError
@@ -24,10 +24,13 @@ from ..storage.digests import Fingerprint, differences, digest
 from ..storage.schema import read
 from .groups import Grouping, group_numbers, values_of
 
+if TYPE_CHECKING:
+    from .._compat import LightningModule
+
 __all__ = ["LossStore", "Retrain", "Subsets", "Training", "retrain_all"]
 
 
-Retrain = Callable[[list[int], int], LightningModule]
+Retrain = Callable[[list[int], int], "LightningModule"]
 """A function ``(indices, seed)`` that trains a new model on the training examples with these dataset indices."""
 
 _MANIFEST, _VERSION = "manifest.json", 1
@@ -268,7 +271,7 @@ def _retrained(retrain: Retrain, indices: list[int], training: Training, scored:
         found = retrain(indices, training.seed)
     found = getattr(found, "_orig_mod", found)  # a compiled module
     advice = "Build a new model inside of `retrain`, train it with a new Trainer, and return it."
-    if "LightningModule" not in (base.__name__ for base in type(found).__mro__):  # of either of Lightning's packages
+    if not is_lightning_module(found):
         raise ConfigurationError(
             f"`retrain` must return the LightningModule that it trained, got {describe(found)}. {advice}"
         )

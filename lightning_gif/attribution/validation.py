@@ -10,12 +10,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._compat import LightningModule
 from ..config import check_count
 from ..data.examples import Examples
 from ..data.identity import data_digest, fingerprints
@@ -32,6 +31,9 @@ from .groups import Grouping
 from .lds import bootstrap_interval, noise_ceiling, spearman
 from .report import InfluenceReport
 from .retraining import LossStore, Retrain, Subsets, Training, retrain_all
+
+if TYPE_CHECKING:
+    from .._compat import LightningModule
 
 __all__ = ["Opened", "ValidationReport", "check_validation", "validate"]
 

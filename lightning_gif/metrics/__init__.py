@@ -11,18 +11,34 @@ take the :func:`margins` of groups of models. :class:`RMIA` is a strong attack o
 A metric is NaN until it has seen an example of each group that it needs. All metrics work in distributed runs.
 """
 
-from .ensembles import KLOM, RMIA, LikelihoodRatioAttack, RetrainingDistance
-from .forgetting_score import ForgettingScore
-from .groups import Stratum, by_memorization, margins
-from .models import (
-    AccuracyGap,
-    JensenShannonDivergence,
-    MembershipInference,
-    PredictionAgreement,
-    RelabelF1,
-    RelearnTime,
-    RemovalF1,
-)
+from typing import TYPE_CHECKING
+
+from .._lazy import on_first_use
+
+if TYPE_CHECKING:
+    from .ensembles import KLOM, RMIA, LikelihoodRatioAttack, RetrainingDistance
+    from .forgetting_score import ForgettingScore
+    from .groups import Stratum, by_memorization, margins
+    from .models import (
+        AccuracyGap,
+        JensenShannonDivergence,
+        MembershipInference,
+        PredictionAgreement,
+        RelabelF1,
+        RelearnTime,
+        RemovalF1,
+    )
+else:
+    __getattr__ = on_first_use(
+        __name__,
+        {
+            "ensembles": "KLOM RMIA LikelihoodRatioAttack RetrainingDistance",
+            "forgetting_score": "ForgettingScore",
+            "groups": "Stratum by_memorization margins",
+            "models": "AccuracyGap JensenShannonDivergence MembershipInference PredictionAgreement RelabelF1"
+            " RelearnTime RemovalF1",
+        },
+    )
 
 __all__ = [
     "KLOM",

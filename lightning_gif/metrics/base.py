@@ -27,7 +27,6 @@ __all__ = [
     "mask_of",
     "same_length",
     "targets_of",
-    "twice_in_order",
 ]
 
 # The largest distance of a sum of probabilities from 1. A softmax over many classes in half precision needs so much.
@@ -58,20 +57,6 @@ class UnlearningMetric(Metric):
             ModuleNotFoundError: If matplotlib is not installed.
         """
         return self._plot(val, ax)  # type: ignore[return-value] # torchmetrics' type says arrays of axes too
-
-
-def twice_in_order(low: Tensor, high: Tensor) -> Tensor:
-    """Twice the number of pairs in which the value of ``high`` is the larger one, where ties count half; exact.
-
-    Divided by twice the number of all pairs, it is an AUROC.
-
-    Args:
-        low: Values ``(m,)``.
-        high: Values ``(n,)``.
-    """
-    high = high.sort().values
-    above, not_below = (len(high) - torch.searchsorted(high, low, side=side) for side in ("right", "left"))
-    return (above + not_below).sum()
 
 
 def described(given: Any) -> str:

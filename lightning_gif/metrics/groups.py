@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .base import UnlearningMetric, described, joined, log_odds, log_probabilities, targets_of, twice_in_order
+from .base import UnlearningMetric, described, joined, log_odds, log_probabilities, targets_of
+from .order import twice_in_order
 
 __all__ = ["EnsembleMetric", "Stratum", "auroc_of", "by_memorization", "margins", "margins_of"]
 

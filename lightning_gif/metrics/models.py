@@ -19,8 +19,8 @@ from .base import (
     mask_of,
     same_length,
     targets_of,
-    twice_in_order,
 )
+from .order import twice_in_order
 
 __all__ = [
     "AccuracyGap",

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._compat import LightningModule, Trainer, isolate_rng, rank_zero_warn, stage_of_training
+from .._compat import is_lightning_module, isolate_rng, rank_zero_warn, stage_of_training
 from ..distributed import ProcessGroup
 from ..errors import GIFWarning
 from ..storage.interrupts import uninterrupted
 from .attributes import Attributes, attributes_restored
 from .equivalents import TwiceDifferentiable, without_checkpoints
 from .silence import Metrics, silenced
+
+if TYPE_CHECKING:
+    from .._compat import LightningModule, Trainer
 
 __all__ = ["Isolation", "fails_for_good", "isolated", "restore_members"]
 
@@ -92,7 +95,7 @@ def isolated(
             if home != device:  # the strategy's teardown after fit moves the module to the CPU
                 stack.enter_context(_moved(module, device))
             for submodule in module.modules():  # a step may cast its input to `self.dtype`
-                if isinstance(submodule, LightningModule):
+                if is_lightning_module(submodule):
                     submodule._dtype = dtype
             inside = Isolation(Attributes(module, attributes), metrics)
         try:

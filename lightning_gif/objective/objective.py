@@ -7,13 +7,12 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._compat import LightningModule, Trainer
 from ..data.batch import Batch
 from ..data.examples import Examples
 from ..data.probe import Probe
@@ -29,6 +28,9 @@ from .losses import LossFunction, OneByOneLoss, OwnLoss, choose_loss
 from .observation import observe
 from .predictions import IndicesInBounds
 from .shadow import ModelState, Shadow, widen_all
+
+if TYPE_CHECKING:
+    from .._compat import LightningModule, Trainer
 
 __all__ = ["Objective"]
 

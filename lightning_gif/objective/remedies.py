@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .._compat import LightningModule
+from .._compat import brings_own
 from ..data.batch import Batch
 from ..data.structure import tensors
 from .autograd import close
@@ -157,7 +157,7 @@ def _has_values(value: Any, weight: Tensor) -> bool:
 
 def _callable(module: nn.Module) -> str:
     """What the example code calls for predictions: the module, or its first child if it defines no ``forward``."""
-    if type(module).forward is not LightningModule.forward:
+    if brings_own(module, "forward"):
         return "self"
     return f"self.{next((name for name, _ in module.named_children()), 'net')}"
 

@@ -7,12 +7,11 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._compat import LightningModule, Trainer
 from ..data.batch import Batch
 from ..data.structure import describe, map_object, map_tensors, tensors
 from ..distributed import ProcessGroup
@@ -23,6 +22,9 @@ from ..storage.digests import digest
 from ..storage.interrupts import uninterrupted
 from . import isolation
 from .isolation import Isolation
+
+if TYPE_CHECKING:
+    from .._compat import LightningModule, Trainer
 
 __all__ = ["ModelState", "Shadow", "widen", "widen_all"]
 

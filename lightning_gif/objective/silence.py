@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
 
-from .._compat import LightningModule
 from ..distributed import ProcessGroup
 from ..errors import ObjectiveError
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric, MetricCollection
+
+    from .._compat import LightningModule
 
 __all__ = ["Metrics", "silenced"]
 
@@ -95,6 +98,8 @@ def silenced(module: LightningModule, loggers: Sequence[Any], processes: Process
 
 def _metrics_of(module: nn.Module) -> list[Metric | MetricCollection]:
     """The metrics that are submodules, and those in plain lists and dictionaries of the modules."""
+    from torchmetrics import Metric, MetricCollection  # its import takes a second
+
     metrics: dict[int, Metric | MetricCollection] = {}
     for submodule in module.modules():
         held = [submodule]
@@ -112,13 +117,15 @@ def _metrics_of(module: nn.Module) -> list[Metric | MetricCollection]:
 def _nan_of(metric: Metric | MetricCollection) -> Callable[..., Any]:
     def answer(*args: Any, **kwargs: Any) -> Any:
         nan = torch.tensor(torch.nan)
-        return dict.fromkeys(metric.keys(), nan) if isinstance(metric, MetricCollection) else nan
+        return dict.fromkeys(metric.keys(), nan) if isinstance(metric, nn.ModuleDict) else nan  # a collection is one
 
     return answer
 
 
 def _plain_copy(metric: Metric | MetricCollection) -> Metric | MetricCollection:
     """A copy without the methods that :func:`silenced` has put in place, which never waits for other processes."""
+    from torchmetrics import Metric
+
     values = [value for one in metric.modules() for value in vars(one).values()]
     held = [item for value in values for item in (value if isinstance(value, list) else [value])]
     # What a metric has computed in training is part of a graph, which cannot be copied.

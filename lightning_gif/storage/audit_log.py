@@ -12,7 +12,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from filelock import FileLock
 
 from .._compat import lightning_version
@@ -94,6 +93,8 @@ def append(path: str | os.PathLike[str], event: Event, contents: Mapping[str, An
     Raises:
         RecordError: If the audit log is damaged or cannot be written. It is then unchanged.
     """
+    import torch  # here, because reading an audit log does not need it
+
     target = Path(os.path.realpath(path))  # if ``path`` is a link, the file that it points to is replaced
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

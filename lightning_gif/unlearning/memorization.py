@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..data.examples import Examples
-from ..metrics.base import twice_in_order
+from ..metrics.order import twice_in_order
 from ..objective.objective import Objective
 from .risk import OutputLoss, RiskTerm, labels_of
 from .task import Task
