@@ -21,6 +21,7 @@ from ..defaults import for_matching, for_unlearning
 from ..errors import GIFWarning
 from ..objective.losses import OwnLoss
 from ..objective.objective import Objective
+from ..reporting.progress import duration
 from ..selection import is_name
 from ..session import Session, TargetsChoice
 from ..solvers import SOLVERS
@@ -317,13 +318,7 @@ def _lines(report: CheckReport) -> Iterator[str]:
     for cost in report.costs:
         per_change, most = cost.seconds_per_change, cost.further_changes
         further = "the match, if it is needed" if most == 1 else f"each of up to {most} further changes"
-        change = "" if per_change is None else f", and {_time(per_change)} for {further}"
-        yield f"  {cost.call}: {_time(cost.seconds)}{change}; {max(cost.gib, 0.01):.2f} GiB"
+        change = "" if per_change is None else f", and {duration(per_change)} for {further}"
+        yield f"  {cost.call}: {duration(cost.seconds)}{change}; {max(cost.gib, 0.01):.2f} GiB"
     for message in report.warnings:
         yield f"warning: {message}"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..data.batch import Batch
 from ..data.examples import Examples
@@ -20,6 +19,7 @@ from ..data.structure import describe, map_tensors, same_structure, tensors
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import BatchError, ConfigurationError, NonFiniteError, ObjectiveError
 from ..mixin import LossOfModule, overrides
+from ..reporting.progress import Lines, progress
 from ..selection import GradientStatistics, NeuronStatistics
 from . import derivatives, outputs
 from .batchnorm import refreshed_statistics
@@ -30,6 +30,8 @@ from .predictions import IndicesInBounds
 from .shadow import ModelState, Shadow, widen_all
 
 if TYPE_CHECKING:
+    from tqdm.auto import tqdm
+
     from .._compat import LightningModule, Trainer
 
 __all__ = ["Objective"]
@@ -343,10 +345,10 @@ class Objective:
             " torchmetrics metric"
         )
 
-    def progress(self, description: str, total: int | None = None) -> tqdm[Any]:
-        """A progress bar; hidden if the trainer shows none, and on all ranks except the first."""
+    def progress(self, description: str, total: int | None = None) -> tqdm[Any] | Lines:
+        """The progress of a part of a call; hidden if the trainer shows none, and on all ranks except the first."""
         shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
-        return tqdm(total=total, desc=description, disable=not shown, leave=False)
+        return progress(description, total, shown=shown)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Losses of a prepared batch

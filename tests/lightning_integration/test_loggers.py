@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+
 import pytest
+
+from lightning_gif.reporting import progress
 
 from ..conftest import batch_of, fitted
 from ..doubles import Recorder, TableRecorder, quick
@@ -51,8 +56,37 @@ def test_nothing_is_logged_when_not_wanted() -> None:
 
 
 @pytest.mark.parametrize("bar", [False, True])
-def test_progress_is_shown_only_where_the_trainer_shows_it(bar: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_only_where_the_trainer_shows_it(
+    bar: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer, _, data = fitted(callback=quick(), enable_progress_bar=bar)
     capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     trainer.influence(batch_of(data, slice(4)))
     assert ("Hessian products" in capsys.readouterr().err) is bar
+
+
+def test_a_log_file_gets_no_progress_of_quick_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, _, data = fitted(callback=quick(), enable_progress_bar=True)
+    capsys.readouterr()
+    trainer.influence(batch_of(data, slice(4)))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_file_gets_a_line_of_progress_every_ten_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _, data = fitted(callback=quick(), enable_progress_bar=True)
+    capsys.readouterr()
+    clock = itertools.count(0, 4)  # seconds
+    monkeypatch.setattr(progress, "monotonic", lambda: float(next(clock)))
+    trainer.influence(batch_of(data, slice(4)), batch_size=8, snapshots=False)
+    lines = capsys.readouterr().err.splitlines()
+    scoring = [line for line in lines if line.startswith("Scoring")]
+    assert scoring == [
+        "Scoring training examples: 24 of 48 in 12 s, about 12 s left",
+        "Scoring training examples: 48 of 48 in 24 s, about 0 s left",
+    ]
+    products = [line for line in lines if line.startswith("Hessian products: 3 in 12 s")]
+    assert len(products) == 1
+    assert len({*lines}) == len(lines)
