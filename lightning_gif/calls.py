@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack
 
 from ._compat import rank_zero_warn
@@ -90,7 +90,7 @@ class Influence:
         k: int = 10,
         per_example: bool = False,
         targets: TargetsChoice | None = None,
-        among: Sequence[int] | Callable[[Any], Tensor] | None = None,
+        among: Sequence[int] | Tensor | Callable[[Any], Tensor] | None = None,
         scores_to: str | os.PathLike[str] | None = None,
         keep: int | None = None,
         snapshots: bool | None = None,
@@ -104,8 +104,9 @@ class Influence:
         would raise the loss. It is negative for an opponent: removing the example would lower the loss.
 
         Args:
-            batch: The query: a batch as the training loader yields them, or a ``DataLoader``. Its mean loss is
-                attributed, or the mean of ``influence_measurement`` if the module overrides it.
+            batch: The query: a batch as the training loader yields them, a ``DataLoader``, or a ``Dataset``, whose
+                items are collated as in the training loader. Its mean loss is attributed, or the mean of
+                ``influence_measurement`` if the module overrides it.
             k: The number of proponents, and of opponents, that are shown and logged; 10 by default.
             per_example: Whether each example of the batch is a query of its own. By default the query is their mean.
             targets: The parameters that scores are restricted to; by default all parameters are used. ``"cached"``: the
@@ -114,8 +115,9 @@ class Influence:
                 ``"caps"`` and ``"ekfac_caps"`` have no cached targets. With ``"batch"`` they use the gradient of the
                 batch, and with ``"class"`` that of all training examples of its classes. If ``selector``, ``ratio`` or
                 a method with targets is given, the default is ``"cached"``.
-            among: The training examples to score: dataset indices, or a function from a batch to one truth value for
-                each of its examples. By default all. The scores of an example do not depend on this choice.
+            among: The training examples to score: dataset indices, a mask with a truth value for each example of the
+                training dataset, or a function from a batch to one truth value for each of its examples. By default
+                all. The scores of an example do not depend on this choice.
             scores_to: A folder to which scores are written as they are computed, if they do not fit into memory. After
                 an interruption, the same call computes only the missing scores. A call with other weights, queries,
                 settings or data raises an error (data are compared by index and by the contents of 64 examples). By
@@ -305,7 +307,7 @@ class TrainerCalls:
         the linear datamodeling score (LDS).
 
         Args:
-            batch: The query: a batch as the training loader yields them, or a ``DataLoader``. Each example is a query
+            batch: The query, as in :meth:`influence`. Each example is a query
                 of its own. With 20 or more, the result is more precise.
             retrain: A function ``(indices, seed)``. It trains a new model with a new ``Trainer``, only on the training
                 examples with these dataset indices, and otherwise just as the original model was trained. It returns
@@ -377,7 +379,7 @@ class TrainerCalls:
         *batch: Any,
         k: int = 10,
         targets: Literal["cached"] | None = None,
-        among: Sequence[int] | Callable[[Any], Tensor] | None = None,
+        among: Sequence[int] | Tensor | Callable[[Any], Tensor] | None = None,
         snapshots: bool = False,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
@@ -445,8 +447,8 @@ class TrainerCalls:
         batch: Any,
         *,
         relabel: Tensor | int | Callable[[Any], Tensor] | None = None,
-        retain: DataLoader[Any] | None = None,
-        unseen: DataLoader[Any] | Literal[False] | None = None,
+        retain: DataLoader[Any] | Dataset[Any] | None = None,
+        unseen: DataLoader[Any] | Dataset[Any] | Literal[False] | None = None,
         step: Step = AUTO,
         targets: TargetsChoice = "batch",
         dataloader: DataLoader[Any] | None = None,
@@ -466,21 +468,22 @@ class TrainerCalls:
 
         Args:
             batch: The forget examples, with the labels they were trained with. A list, range or array of integers gives
-                their dataset indices. A function from a batch to one truth value for each of its examples is called on
-                all training data, such as ``lambda batch: batch[1] == 3``. The examples of a batch or a ``DataLoader``
-                are looked up in the training data: by dataset index if the loader is over the training dataset or a
-                ``Subset`` of it, otherwise by content. All other training examples are retained.
+                their dataset indices. A list or array of truth values is a mask: it has one for each example of the
+                training dataset. A function from a batch to one truth value for each of its examples is called on all
+                training data, such as ``lambda batch: batch[1] == 3``. The examples of a batch, a ``DataLoader`` or a
+                ``Dataset`` are looked up in the training data: by dataset index if the loader is over the training
+                dataset or a ``Subset`` of it, otherwise by content. All other training examples are retained.
             relabel: The new labels of the forget examples; ``None`` (default) removes the examples. A tensor, an array
                 or a list in the order of the batch or of the indices, one label for all, or a function from a batch to
                 its new targets. If ``batch`` is a loader, the order is that of its dataset, which may be a ``Subset``.
                 If ``batch`` is a function, the order is that of the training dataset.
-            retain: A loader of all data to keep; by default the rest of the training data. After earlier edits, pass
-                the data that they retained.
-            unseen: A loader of examples like the training data that the model was not trained on. An edit gives
-                memorized examples losses like those of unseen examples. By default the validation loader of ``fit``, if
-                its batches have the structure of training batches, else a note in the report says why not; ``False``
-                for none. Fewer than 20 examples are not used. Never pass test data, because unseen data decide how far
-                an edit goes.
+            retain: A loader or dataset of all data to keep; by default the rest of the training data. After earlier
+                edits, pass the data that they retained.
+            unseen: A loader or dataset of examples like the training data that the model was not trained on. An edit
+                gives memorized examples losses like those of unseen examples. By default the validation loader of
+                ``fit``, if its batches have the structure of training batches, else a note in the report says why not;
+                ``False`` for none. Fewer than 20 examples are not used. Never pass test data, because unseen data
+                decide how far an edit goes.
             step: How far the edit goes. This is decided on the forget, retained and unseen data. ``"auto"`` (default)
                 is ``"match"`` for the removal of single examples, and ``"relinearise"`` for other goals and where the
                 model has no Gauss–Newton matrix. ``"match"``: a change towards the predictions of a model trained
@@ -619,10 +622,10 @@ def _check_files(trainer: Trainer, processes: ProcessGroup, record: Any, folder:
 
 def _check_loaders(**loaders: Any) -> None:
     for name, given in loaders.items():
-        if given is not None and not isinstance(given, DataLoader):
+        if given is not None and not isinstance(given, (DataLoader, Dataset)):
             raise ConfigurationError(
-                f"`{name}` must be a DataLoader, got {type(given).__name__}. By default, `retain` is the rest of the"
-                " training data, and `unseen` is the validation data of `fit`."
+                f"`{name}` must be a DataLoader or a Dataset, got {type(given).__name__}. By default, `retain` is the"
+                " rest of the training data, and `unseen` is the validation data of `fit`."
             )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from ._compat import at_epoch, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
 from .config import Overrides, Settings
@@ -26,7 +26,15 @@ from .data.streams import Stream
 from .data.structure import describe, tensors
 from .defaults import for_influence, needs_no_cache
 from .distributed import ProcessGroup
-from .errors import BatchError, ConfigurationError, GIFError, GIFWarning, SelectionError, TrainingDataError
+from .errors import (
+    BatchError,
+    ConfigurationError,
+    GIFError,
+    GIFWarning,
+    NonFiniteError,
+    SelectionError,
+    TrainingDataError,
+)
 from .mixin import LossOfModule
 from .objective.objective import Objective
 from .parameters import Targets
@@ -187,11 +195,12 @@ class Session:
     # ----------------------------------------------------------------------------------------------------------------
 
     def examples(self, given: Any) -> Examples:
-        """The examples of a batch or of a ``DataLoader``.
+        """The examples of a batch, of a ``DataLoader``, or of a ``Dataset``.
 
         Raises:
-            BatchError: If ``given`` is neither.
+            BatchError: If ``given`` is none of them.
         """
+        given = self.as_loader(given)
         size, processes = self.settings.batch_size, self.objective.processes
         if isinstance(given, numbers.Number) or (isinstance(given, (list, tuple, range)) and _are_indices(given)):
             raise BatchError(
@@ -212,10 +221,31 @@ class Session:
             )
         return check_same_everywhere(self.objective.readable(examples), "batch or loader")
 
+    def as_loader(self, given: Any) -> Any:
+        """A ``Dataset`` as a loader that collates like the training loader; anything else as it is."""
+        if not isinstance(given, Dataset):
+            return given
+        return DataLoader(given, self.settings.batch_size, collate_fn=self.train.collate)
+
     def training_subset(self, given: Any) -> Examples | None:
-        """The training examples given by indices or a predicate; ``None`` if ``given`` is neither."""
-        if callable(given) and not isinstance(given, Tensor):
+        """The training examples given by indices, a mask or a predicate; ``None`` if ``given`` is none of them.
+
+        Raises:
+            BatchError: If a mask has another length than the training dataset, or is true nowhere.
+        """
+        if callable(given) and not isinstance(given, (Tensor, Dataset)):
             return self.train.where(given)
+        mask = _as_mask(given)
+        if mask is not None:
+            size = len(self.train) if self.train.dataset is None else len(self.train.dataset)
+            if len(mask) != size or not mask.any():
+                problem = "is true for none" if len(mask) == size else f"has {len(mask)} values"
+                raise BatchError(
+                    f"A mask must have one truth value for each of the {size} examples of the training dataset, and be"
+                    f" true for one or more. This one {problem}. To give examples by their dataset indices, pass whole"
+                    " numbers, such as [17, 4031]."
+                )
+            given = mask.nonzero().flatten()
         if _are_indices(given):
             return check_same_everywhere(self.train.with_ids(list(given)), "indices")
         return None
@@ -229,13 +259,13 @@ class Session:
         chosen = None if given is None else self.training_subset(given)
         if given is not None and chosen is None:
             raise ConfigurationError(
-                "`among` must be indices of the training dataset, or a function from a batch to one truth value for"
-                f" each of its examples, got {describe(given)}."
+                "`among` must be indices of the training dataset, a mask with a truth value for each of its examples,"
+                f" or a function from a batch to one truth value for each of its examples, got {describe(given)}."
             )
         return chosen
 
     def forget(self, given: Any) -> Examples:
-        """The forget examples, given by indices, a predicate, a batch or a loader.
+        """The forget examples, given by indices, a mask, a predicate, a batch, a loader or a dataset.
 
         Raises:
             BatchError: If ``given`` is none of them.
@@ -250,22 +280,21 @@ class Session:
         chosen = self.training_subset(given)
         if chosen is not None:
             return chosen
-        mask = isinstance(given, Tensor) and given.dtype is torch.bool and given.ndim == 1
-        if mask or (not isinstance(given, DataLoader) and not any(tensor.ndim for tensor in tensors(given))):
+        given = self.as_loader(given)
+        if not isinstance(given, DataLoader) and not any(tensor.ndim for tensor in tensors(given)):
             raise BatchError(
-                "Expected the examples as a batch of the training loader, a DataLoader, a list of indices of the"
-                " training dataset, or a function from a batch to one truth value for each of its examples, got"
-                f" {describe(given)}. For one example, pass [17]. For a mask, pass mask.nonzero().flatten(). For a"
-                " Dataset or Subset, pass a DataLoader over it."
+                "Expected the examples as a batch of the training loader, a DataLoader, a Dataset, a list of indices of"
+                " the training dataset, a mask with a truth value for each of its examples, or a function from a batch"
+                f" to one truth value for each of its examples, got {describe(given)}. For one example, pass [17]."
             )
         return self.examples(given)
 
-    def unseen(self, given: DataLoader[Any] | Literal[False] | None) -> tuple[Examples | None, str]:
+    def unseen(self, given: DataLoader[Any] | Dataset[Any] | Literal[False] | None) -> tuple[Examples | None, str]:
         """Unseen examples, or ``None``; and why the validation data of ``fit`` cannot be used.
 
         Args:
-            given: A loader of unseen examples. ``None`` takes the validation loader of ``fit``, if its batches have the
-                structure of training batches and it has no training examples. ``False`` is for none.
+            given: A loader or dataset of unseen examples. ``None`` takes the validation loader of ``fit``, if its
+                batches have the structure of training batches and it has no training examples. ``False`` is for none.
 
         Returns:
             The examples and an empty text, or ``None`` and the reason. The reason is empty if there are no validation
@@ -276,7 +305,7 @@ class Session:
             GIFError: If a given loader does not fit the model.
             Exception: If an example cannot be read.
         """
-        loader = self.loaders.unseen if given is None else given
+        loader = self.as_loader(self.loaders.unseen if given is None else given)
         if loader is None or loader is False:
             return None, ""
         if not isinstance(loader, DataLoader):
@@ -440,6 +469,10 @@ def open_session(
             repicks = not (overrides or {}).keys().isdisjoint(("selector", "ratio", "seed"))
             try:
                 yield Session(objective, train, settings, loaders, tracker, repicks)
+            except NonFiniteError as error:
+                if "at dataset indices" in str(error):
+                    raise
+                raise NonFiniteError(f"{error}{objective.not_finite_among(train)}") from error
             finally:
                 train.close()
 
@@ -526,6 +559,14 @@ def _are_indices(given: Any) -> bool:
     return isinstance(given, (list, tuple, range)) and all(
         isinstance(index, numbers.Integral) and not isinstance(index, bool) for index in given
     )
+
+
+def _as_mask(given: Any) -> Tensor | None:
+    """A tensor, array, list or tuple of truth values as a tensor ``(n,)``; ``None`` if ``given`` is none of them."""
+    if getattr(given, "ndim", None) == 1:
+        return torch.as_tensor(given) if "bool" in str(getattr(given, "dtype", "")) else None
+    listed = isinstance(given, (list, tuple)) and len(given) and all(isinstance(value, bool) for value in given)
+    return torch.tensor(given) if listed else None
 
 
 def _known_classes(examples: Examples) -> list[int]:

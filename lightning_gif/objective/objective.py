@@ -314,10 +314,34 @@ class Objective:
                     f" {describe(self._reference)}."
                 ) from error
             if not finite:
+                bad = batch.ids[~torch.isfinite(values).cpu()].tolist()
+                where = "at positions" if examples.dataset is None else "at dataset indices"
                 raise NonFiniteError(
-                    f"{int((~torch.isfinite(values)).sum())} of {batch.size} {name} of the {what} batch are"
-                    f" not finite{self._why_not_finite(batch)}. Nothing was changed."
+                    f"{len(bad)} of {batch.size} {name} of the {what} batch are not finite, {where} {_few(bad)}"
+                    f"{self._why_not_finite(batch)}. Nothing was changed. Correct these examples, or leave them out."
                 )
+
+    def not_finite_among(self, train: Examples) -> str:
+        """A sentence with the indices of training examples whose losses are not finite; empty if none or all are such.
+
+        Args:
+            train: The training examples, of which each process looks at its own part.
+        """
+        bad, good = list[int](), 0
+        with torch.no_grad():
+            for batch in train.local_batches():
+                try:
+                    finite = torch.isfinite(self.losses(self.theta, batch)).cpu()
+                except Exception:  # the error that is being explained is more important
+                    return ""
+                bad += batch.ids[~finite].tolist()
+                good += int(finite.sum())
+        if not bad or not good:  # if all are bad, the reason is not in the examples
+            return ""
+        return (
+            f" The losses of {len(bad)} training examples are not finite, at dataset indices {_few(bad)}. Correct these"
+            " examples, or leave them out of the training data."
+        )
 
     def _check_structure(self, batch: Batch, what: str) -> None:
         data = batch.data
@@ -514,3 +538,8 @@ class Objective:
 def _members(module: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a module by name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _few(numbers: list[int]) -> str:
+    """The first of some numbers as text."""
+    return f"{numbers[:5]}{' …' if len(numbers) > 5 else ''}"

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import uuid
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,11 @@ def read_file(
     """
     if path.exists() and not path.is_file():
         raise form.error(f"{str(path)!r} is a folder or a device, not a file. {form.remedy}")
+    if path.exists() and zipfile.is_zipfile(path):
+        raise form.error(
+            f"{str(path)!r} is a zip archive, such as a checkpoint, not {form.what}. Give {form.what}: a"
+            " safetensors file that this package wrote."
+        )
     with parse_errors_name(path, form.remedy, form.error):
         path.open("rb").close()  # raises the right OSError; safetensors reports any disk error as a missing file
         with safe_open(path, "pt") as file:

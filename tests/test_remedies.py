@@ -1,0 +1,175 @@
+"""What newcomers give at first: it is accepted, or the message has a remedy, which works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_gif import (
+    BatchError,
+    ConfigurationError,
+    EditError,
+    NonFiniteError,
+    TrainingDataError,
+    UnlearnReport,
+    attach,
+)
+
+from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
+from .doubles import quick
+
+EDIT: dict[str, Any] = {"step": "natural", "dry_run": True}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Masks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [torch.as_tensor, lambda mask: mask.numpy(), lambda mask: mask.tolist()])
+def test_a_mask_is_as_good_as_indices(form: Any) -> None:
+    trainer, _, data = fitted(callback=quick())
+    mask = torch.zeros(48, dtype=torch.bool)
+    mask[[4, 17, 40]] = True
+    one, other = (trainer.unlearn(given, **EDIT) for given in (form(mask), [4, 17, 40]))
+    assert one.n_forget == 3
+    assert all(torch.equal(one.edit.new[name], other.edit.new[name]) for name in other.edit.new)
+    report = trainer.influence(batch_of(data, slice(2)), among=form(mask))
+    assert report.indices.tolist() == [4, 17, 40]
+    assert trainer.self_influence(among=form(mask)).indices.tolist() == [4, 17, 40]
+
+
+def test_a_mask_refers_to_the_dataset_also_if_training_uses_a_part_of_it() -> None:
+    trainer, _, data = fitted(callback=quick(), limit_train_batches=2)
+    used = trainer.influence(batch_of(data, slice(2))).indices
+    mask = torch.zeros(48, dtype=torch.bool)
+    mask[used[3]] = True
+    assert trainer.influence(batch_of(data, slice(2)), among=mask).indices.tolist() == [int(used[3])]
+
+
+@pytest.mark.parametrize(("mask", "told"), [([True, False], "has 2 values"), ([False] * 48, "is true for none")])
+def test_a_mask_that_cannot_be_meant_is_refused(mask: list[bool], told: str) -> None:
+    trainer, _, data = fitted(callback=quick())
+    expected = rf"each of the 48 examples of the training dataset.*{told}.*\[17, 4031\]"
+    with pytest.raises(BatchError, match=expected):
+        trainer.unlearn(mask, **EDIT)
+    with pytest.raises(BatchError, match=expected):
+        trainer.influence(batch_of(data, slice(2)), among=mask)
+    assert trainer.unlearn([17], **EDIT).n_forget == 1  # the remedy
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Datasets
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_is_as_good_as_a_loader_over_it() -> None:
+    trainer, _, data = fitted(callback=quick())
+    some, rest = Subset(data, range(24)), Subset(data, range(24, 48))
+    by_dataset, by_loader = (trainer.influence(given, per_example=True) for given in (some, DataLoader(some, 2)))
+    assert torch.equal(by_dataset.scores, by_loader.scores)
+    unseen = blobs(30, seed=5)
+    one = trainer.unlearn(some, retain=rest, unseen=unseen, **EDIT)
+    other = trainer.unlearn(range(24), unseen=DataLoader(unseen, 8), **EDIT)
+    for report in (one, other):
+        assert (report.n_forget, report.n_retain, report.n_unseen) == (24, 24, 30)
+    assert all(torch.equal(one.edit.new[name], other.edit.new[name]) for name in other.edit.new)
+
+
+def test_a_dataset_is_collated_as_in_training() -> None:
+    def collate(items: list[Any]) -> Any:
+        return torch.stack([x for x, _ in items]), torch.stack([y for _, y in items])
+
+    class Ragged(torch.utils.data.Dataset[Any]):
+        """Items whose third part cannot be collated by default."""
+
+        def __len__(self) -> int:
+            return 48
+
+        def __getitem__(self, index: int) -> Any:
+            x, y = blobs()[index]
+            return _Pair(x, y)
+
+    trainer = make_trainer()
+    attach(trainer, Classifier(), train_dataloaders=DataLoader(Ragged(), 8, collate_fn=collate), callback=quick())
+    assert trainer.influence(Subset(Ragged(), [1, 2])).scores.shape == (1, 48)
+
+
+class _Pair:
+    """Unpacks into an input and a target, but is no tuple that a default collate function knows."""
+
+    def __init__(self, *parts: torch.Tensor) -> None:
+        self.parts = parts
+
+    def __iter__(self) -> Any:
+        return iter(self.parts)
+
+
+def test_a_list_of_images_where_a_loader_is_meant_is_refused_with_a_remedy() -> None:
+    trainer, _, data = fitted(callback=quick())
+    with pytest.raises(ConfigurationError, match="`retain` must be a DataLoader or a Dataset, got list"):
+        trainer.unlearn([1], retain=[1, 2], **EDIT)
+    assert trainer.unlearn([1], retain=Subset(data, range(2, 48)), **EDIT).n_retain == 46
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data that are missing or damaged
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_both_remedies_for_missing_training_data_work() -> None:
+    model, batch = Classifier(), batch_of(blobs(), slice(4))
+    trainer = make_trainer()
+    attach(trainer, model, callback=quick())
+    with pytest.raises(TrainingDataError, match=r"no training data.*`dataloader=`.*`train_dataloaders=`.*attach"):
+        trainer.influence(batch)
+    assert trainer.influence(batch, dataloader=loader(blobs())).n_train == 48
+    attach(trainer, model, train_dataloaders=loader(blobs()))
+    assert trainer.influence(batch).n_train == 48
+
+
+def test_training_examples_with_nan_are_named_and_the_remedy_works() -> None:
+    clean = blobs()
+    x, y = (part.clone() for part in clean.tensors)
+    x[7, 0] = x[30, 1] = torch.nan
+    _, module, _ = fitted(callback=quick())
+    trainer, batch = make_trainer(), batch_of(clean, slice(4))
+    attach(trainer, module, train_dataloaders=loader(TensorDataset(x, y)), callback=quick())
+    for call in (lambda: trainer.influence(batch), trainer.self_influence, lambda: trainer.unlearn([1], **EDIT)):
+        with pytest.raises(NonFiniteError, match=r"at dataset indices \[7, 30\].*leave them out") as caught:
+            call()
+        assert str(caught.value).count("[7, 30]") == 1
+    rest = Subset(TensorDataset(x, y), [index for index in range(48) if index not in (7, 30)])
+    assert trainer.influence(batch, dataloader=loader(rest)).n_train == 46
+
+
+def test_query_examples_with_nan_are_named_by_position() -> None:
+    trainer, _, data = fitted(callback=quick())
+    x, y = (part.clone() for part in batch_of(data, slice(6)))
+    x[2, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"1 of 6 losses of the query batch .* at positions \[2\]"):
+        trainer.influence((x, y))
+    keep = [0, 1, 3, 4, 5]
+    assert trainer.influence((x[keep], y[keep])).n_train == 48
+
+
+def test_that_the_weights_are_not_finite_is_not_blamed_on_the_examples() -> None:
+    trainer, module, data = fitted(callback=quick())
+    with torch.no_grad():
+        next(module.parameters()).fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="weights or buffers") as caught:
+        trainer.influence(batch_of(data, slice(4)))
+    assert "training examples are not finite" not in str(caught.value)
+
+
+def test_a_checkpoint_given_as_an_edit_file_is_told_from_damage(tmp_path: Path) -> None:
+    trainer, module, _ = fitted(callback=quick())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(EditError, match=r"last\.ckpt' is a zip archive, such as a checkpoint, not an edit file"):
+        UnlearnReport.load(tmp_path / "last.ckpt")
+    trainer.unlearn([3], **EDIT).save(tmp_path / "edit.safetensors")
+    assert UnlearnReport.load(tmp_path / "edit.safetensors", module).n_forget == 1
