@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .._compat import isolate_rng, rank_zero_warn
 from .._moved import renamed
@@ -19,9 +20,10 @@ from ..reporting.previews import Shown, label_of
 from ..storage.artifact import REMEDY, read_folder, write_folder
 from ..storage.schema import parse_errors_name
 from . import display
-from .groups import Grouping, Groups, group_scores, import_pandas, values_of
+from .groups import Grouping, Groups, group_scores, values_of
 from .record import MOST_QUERIES, InfluenceRecord
 from .same_call import check_same_call
+from .table import table_of
 from .uncertainty import Spread, agreement_of
 
 if TYPE_CHECKING:
@@ -108,40 +110,47 @@ class InfluenceReport(InfluenceRecord):
         meaning = f"total = sum of scores: to first order, the effect of removing the whole group on {on}"
         return group_scores(names, scores, meaning)
 
-    def _read(self, function: Any) -> list[Any]:
-        """The values of a function of each scored item of the dataset."""
+    def _by_index(self, groups: Grouping) -> dict[int, Any]:
+        """The group of each scored training example, by dataset index."""
+        indices = self.indices.unique()
+        if callable(groups):
+            values = self._read(groups, indices)
+        else:
+            values = values_of(groups, indices, len(self.dataset) if hasattr(self.dataset, "__len__") else None)
+        return dict(zip(indices.tolist(), values, strict=True))
+
+    def _read(self, function: Any, indices: Tensor | None = None) -> list[Any]:
+        """The values of a function of items of the dataset, by default of all that were scored."""
         if self.dataset is None:
             raise ConfigurationError(
                 "The report was loaded without its dataset, so its items cannot be read. Pass the `dataset` to load(),"
                 " or give `groups` as one value for each dataset index."
             )
         with isolate_rng():  # random augmentation must not change the random numbers of training
-            return [function(self.dataset[index]) for index in self.indices.tolist()]
+            return [function(self.dataset[index]) for index in (self.indices if indices is None else indices).tolist()]
 
-    def to_dataframe(self) -> pandas.DataFrame:
-        """All kept scores as a table with columns ``query``, ``index`` (the dataset index) and ``score``.
+    def to_dataframe(self, groups: Grouping | None = None, *, labels: bool = True) -> pandas.DataFrame:
+        """All kept scores as a table: one row for each query and training example.
 
-        With standard errors there are also ``standard_error``, and the ends ``low`` and ``high`` of the 90 % interval.
-        If the training loader draws from a ``Subset``, there is also ``innermost_index``, the index in the dataset
-        below it.
+        The columns are ``query``, ``index`` (the dataset index), ``score``, ``rank`` (1 for the highest score of the
+        query) and ``kind``: ``"proponent"``, ``"opponent"``, or ``None`` for a score of 0. A report of self-influence
+        has no ``kind``. There are more columns if their values are known:
+
+        - ``label``, if the report has its dataset and its items have labels.
+        - ``group``, if ``groups`` are given.
+        - ``standard_error``, and the ends ``low`` and ``high`` of the 90 % interval, if there are standard errors.
+        - ``innermost_index``, if the training loader draws from a ``Subset``: the index in the dataset below it.
+
+        Args:
+            groups: The groups of training examples, in one of the forms of :meth:`by_group`.
+            labels: Whether to read each item of the dataset for its label; ``True`` by default.
 
         Raises:
             ModuleNotFoundError: If pandas is not installed.
+            ConfigurationError: As in :meth:`by_group`, about ``groups``.
         """
-        queries, examples = self.scores.shape
-        columns = {
-            "query": torch.arange(queries).repeat_interleave(examples).numpy(),
-            "index": self.indices.expand(queries, -1).flatten().numpy(),
-            "score": self.scores.flatten().numpy(),
-        }
-        if self.standard_errors is not None:
-            low, high = self.intervals()
-            ends = {"standard_error": self.standard_errors, "low": low, "high": high}
-            columns |= {name: values.flatten().numpy() for name, values in ends.items()}
-        below = self.innermost_indices()
-        if below is not None:
-            columns["innermost_index"] = below.expand(queries, -1).flatten().numpy()
-        return import_pandas().DataFrame(columns)
+        label = self._by_index(label_of) if labels and self.dataset is not None else None
+        return table_of(self, label=label, group=None if groups is None else self._by_index(groups))
 
     # ----------------------------------------------------------------------------------------------------------------
     # Several fits

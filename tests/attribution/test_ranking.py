@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import Subset
 
-from lightning_gif import ConfigurationError, GIFCallback
+from lightning_gif import ConfigurationError, GIFCallback, InfluenceReport
 from lightning_gif.attribution import ranking
 from lightning_gif.attribution.ranking import Strongest, strongest
 
-from ..conftest import Classifier, batch_of, blobs, loader, make_trainer
+from ..conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 from ..reports import report_of
 
 
@@ -88,5 +89,44 @@ def test_a_bad_k_is_refused(k: Any) -> None:
 
 def test_a_table_of_all_scores() -> None:
     frame = report_of([[0.1, -0.2], [0.3, 0.4]]).to_dataframe()
-    assert frame.values.tolist() == [[0, 100, 0.1], [0, 101, -0.2], [1, 100, 0.3], [1, 101, 0.4]]
-    assert list(frame.columns) == ["query", "index", "score"]
+    assert list(frame.columns) == ["query", "index", "score", "rank", "kind"]
+    assert frame.values.tolist() == [
+        [0, 100, 0.1, 1, "proponent"],
+        [0, 101, -0.2, 2, "opponent"],
+        [1, 100, 0.3, 2, "proponent"],
+        [1, 101, 0.4, 1, "proponent"],
+    ]
+
+
+def test_the_table_has_labels_and_groups() -> None:
+    trainer, _, data = fitted()
+    sides = ["left" if index < 24 else "right" for index in range(48)]
+    for options in ({}, {"keep": 10}, {"per_example": True}):
+        report = trainer.influence(batch_of(data, slice(3)), **options)
+        frame = report.to_dataframe(sides)
+        assert frame["label"].tolist() == [int(data.tensors[1][index]) for index in frame["index"]]
+        assert frame["group"].tolist() == [sides[index] for index in frame["index"]]
+        for query, rows in frame.groupby("query"):
+            by_rank = rows.set_index("rank")
+            assert by_rank.loc[1, "index"] == int(report.proponents(1).indices[query, 0])
+            assert by_rank.loc[48, "index"] == int(report.opponents(1).indices[query, 0])
+            assert by_rank.sort_index()["score"].is_monotonic_decreasing
+        assert (frame["kind"] == "opponent").tolist() == (frame["score"] < 0).tolist()
+        assert "label" not in report.to_dataframe(labels=False)
+    assert frame.equals(report.to_dataframe(dict(enumerate(sides))))
+    with pytest.raises(ConfigurationError, match="`groups` has 3 values"):
+        report.to_dataframe(["a", "b", "c"])
+
+
+def test_the_table_of_self_influence_has_no_kinds() -> None:
+    trainer, _, _ = fitted()
+    frame = trainer.self_influence().to_dataframe()
+    assert list(frame.columns) == ["query", "index", "score", "rank", "label"]
+
+
+def test_a_report_without_its_dataset_has_a_table_without_labels(tmp_path: Path) -> None:
+    trainer, _, data = fitted()
+    trainer.influence(batch_of(data, slice(3))).save(tmp_path / "report")
+    alone = InfluenceReport.load(tmp_path / "report")
+    assert list(alone.to_dataframe().columns) == ["query", "index", "score", "rank", "kind"]
+    assert "label" in InfluenceReport.load(tmp_path / "report", data).to_dataframe()
