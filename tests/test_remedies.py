@@ -173,3 +173,23 @@ def test_a_checkpoint_given_as_an_edit_file_is_told_from_damage(tmp_path: Path) 
         UnlearnReport.load(tmp_path / "last.ckpt")
     trainer.unlearn([3], **EDIT).save(tmp_path / "edit.safetensors")
     assert UnlearnReport.load(tmp_path / "edit.safetensors", module).n_forget == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Plots
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_path_given_to_plot_is_the_file_that_it_is_saved_to(tmp_path: Path) -> None:
+    trainer, _, data = fitted(callback=quick())
+    report, edit = trainer.influence(batch_of(data, slice(3)), per_example=True), trainer.unlearn([3], **EDIT)
+    report.plot(str(tmp_path / "first.png"))
+    report.plot(0).savefig(tmp_path / "expected.png", dpi=150)
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+    report.plot(2, path=tmp_path / "third.png")
+    assert (tmp_path / "third.png").read_bytes() != (tmp_path / "first.png").read_bytes()
+    edit.plot(tmp_path / "edit.svg")
+    assert (tmp_path / "edit.svg").read_text().startswith("<?xml")
+    for one in (report, edit):
+        with pytest.raises(ConfigurationError, match=r"cannot be saved to .*plot\.picture.*\.png, \.pdf or \.svg"):
+            one.plot(tmp_path / "plot.picture")

@@ -16,7 +16,7 @@ from ..data.structure import map_tensors
 from ..distributed import ProcessGroup
 from ..errors import ConfigurationError, GIFWarning
 from ..reporting.context import ContextAttribute
-from ..reporting.previews import Shown, label_of
+from ..reporting.previews import Shown, label_of, saved
 from ..storage.artifact import REMEDY, read_folder, write_folder
 from ..storage.schema import parse_errors_name
 from . import display
@@ -296,7 +296,13 @@ class InfluenceReport(InfluenceRecord):
         """
         display.log(self, self.loggers if loggers is None else loggers, prefix)
 
-    def plot(self, query: int = 0, k: int | None = None) -> Figure:
+    def plot(
+        self,
+        query: int | str | os.PathLike[str] = 0,
+        k: int | None = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+    ) -> Figure:
         """Draws the strongest proponents and opponents of a query, and plots of its scores.
 
         One plot is the histogram of the scores. The other shows how concentrated they are: which share of the sum of
@@ -304,14 +310,18 @@ class InfluenceReport(InfluenceRecord):
         shows the scores of the drawn examples with their 90 % intervals.
 
         Args:
-            query: The number of the query.
+            query: The number of the query. A path stands for ``path``, for the first query.
             k: The number of proponents and of opponents; by default up to 8.
+            path: A file to save the plot to, such as ``"influence.png"``; the ending decides its format.
 
         Raises:
-            ConfigurationError: If there is no such query, or ``k`` is not a whole number of at least 1.
+            ConfigurationError: If there is no such query, the ending of ``path`` is not known, or ``k`` is not a whole
+                number of at least 1.
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        return display.draw(self, query, k)
+        if isinstance(query, (str, os.PathLike)):
+            path, query = query, 0
+        return saved(display.draw(self, query, k), path)
 
     def __repr__(self) -> str:
         return display.short_text(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..data.structure import tensors
 from ..data.targets import TARGET_KEYS
+from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,6 +128,23 @@ def figure(rows: int, cols: int, *, width: float, height: float) -> tuple[Figure
         ) from error
     drawn = Figure(figsize=(width, height), layout="constrained")
     return drawn, drawn.subplots(rows, cols, squeeze=False)
+
+
+def saved(drawn: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """Saves a figure to a file, if a path is given, and returns it.
+
+    Raises:
+        ConfigurationError: If matplotlib knows no format of the name's ending.
+    """
+    if path is not None:
+        try:
+            drawn.savefig(path, dpi=150)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"The plot cannot be saved to {os.fspath(path)!r}: {error}. Give a name that ends in .png, .pdf or"
+                " .svg."
+            ) from error
+    return drawn
 
 
 def show(axes: Axes, example: Shown, title: str) -> None:

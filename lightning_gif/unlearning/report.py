@@ -13,6 +13,7 @@ from .._moved import renamed
 from ..distributed import ProcessGroup
 from ..parameters import Weights
 from ..reporting.context import ContextAttribute
+from ..reporting.previews import saved
 from ..storage.artifact import read_file, write_file
 from ..storage.audit_log import Event
 from ..storage.schema import parse_errors_name
@@ -192,15 +193,19 @@ class UnlearnReport(EditRecord):
         """
         display.log(self, self.loggers if loggers is None else loggers, prefix)
 
-    def plot(self) -> Figure:
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draws the losses and the memorization of the trials, and the residual of the first solve.
 
         The x axis is the step size of a single change, or the number of changes.
 
+        Args:
+            path: A file to save the plot to, such as ``"unlearning.png"``; the ending decides its format.
+
         Raises:
+            ConfigurationError: If the ending of ``path`` is not known.
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        return display.draw(self)
+        return saved(display.draw(self), path)
 
     def __str__(self) -> str:
         return display.text(self)
