@@ -63,7 +63,7 @@ def test_with_little_damping_it_takes_at_most_a_third_of_the_products_of_plain_c
     callback = GIFCallback(double=True)
     trainer = make_trainer(callback, max_epochs=10)
     trainer.fit(Classifier(net, lr=0.1), loader(data, 16))
-    with callback.open_session(trainer, callback.settings, "batch") as session:
+    with callback.open_session(callback.settings, "batch") as session:
         objective, examples = session.objective, session.train
         curvature = open_curvature(SETTINGS, objective, examples)
         matrix = to_matrix(curvature)
