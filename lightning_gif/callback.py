@@ -16,6 +16,7 @@ from .attribution.periodic import HISTORY_COLUMNS, PeriodicReports
 from .attribution.report import InfluenceReport
 from .calls import Influence, TrainerCalls, check_path, check_record, log_to_each
 from .config import AUTO, RATIO, SELECTOR, Settings, check_count
+from .data.names import check_class_names
 from .defaults import check_names
 from .distributed import ProcessGroup
 from .errors import ConfigurationError
@@ -164,6 +165,9 @@ class GIFCallback(TrainerCalls, Callback):
         influence_loss: A function ``(module, batch) -> (B,)`` that returns the training loss of each example of a
             batch, for modules whose code you cannot change. It replaces the ``influence_loss`` of the module, see
             :class:`~lightning_gif.GIFMixin`. By default, losses come from the module.
+        class_names: The name of each class as text, in the order of the labels, for the pictures and texts of reports.
+            By default the attribute ``classes`` of the data module or the training dataset, if it is a list of texts,
+            as in torchvision. Without names, reports show the labels.
 
     Raises:
         ConfigurationError: If a value is out of range or a name is unknown. It is a ``MisconfigurationException``.
@@ -201,6 +205,7 @@ class GIFCallback(TrainerCalls, Callback):
         seed: int = 0,
         record: str | None = None,
         influence_loss: LossOfModule | None = None,
+        class_names: list[str] | None = None,
     ) -> None:
         arguments = locals()
         super().__init__()
@@ -215,6 +220,7 @@ class GIFCallback(TrainerCalls, Callback):
         self.report_options = dict(report_options or {})
         self.record = record
         self.influence_loss = influence_loss
+        self.class_names = class_names
         self.tracker = TrainingTracker(self.settings, snapshots)
         self.reports = PeriodicReports()
         self.loaders = Loaders()
@@ -223,6 +229,7 @@ class GIFCallback(TrainerCalls, Callback):
         check_path("record", record, "file")
         check_record(record)
         check_loss_of_module(influence_loss)
+        check_class_names(class_names)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training, in the order of the hooks

@@ -25,6 +25,7 @@ from .attribution.retraining import Retrain
 from .attribution.self_influence import self_influence
 from .attribution.validation import Opened, ValidationReport, check_validation, validate
 from .config import AUTO, Overrides, Settings, check_count
+from .data.names import find_class_names
 from .data.structure import describe
 from .defaults import check_names, for_influence, for_matching, for_unlearning
 from .distributed import ProcessGroup
@@ -175,7 +176,7 @@ class Influence:
                 keep=keep,
                 states=states,
                 k=k,
-                context=_context(trainer),
+                context=calls._context(session),
             )
             report.read_shown(session.train.ids)
         return _logged(trainer, report, calls.log_reports)
@@ -242,6 +243,7 @@ class TrainerCalls:
         influence_loss: A function that gives the losses of single examples; ``None`` to take them from the module.
         log_reports: Whether reports are logged.
         record: The audit log.
+        class_names: The name of each class, for reports; ``None`` takes those of the data.
     """
 
     settings: Settings
@@ -250,6 +252,7 @@ class TrainerCalls:
     influence_loss: LossOfModule | None
     log_reports: bool
     record: str | None
+    class_names: Sequence[str] | None
     _trainer: Trainer | None = None
 
     influence = Influence()
@@ -437,7 +440,7 @@ class TrainerCalls:
                 among=session.among(among),
                 states=states,
                 k=k,
-                context=_context(trainer),
+                context=self._context(session),
             )
             report.read_shown(session.train.ids)
         return _logged(trainer, report, self.log_reports)
@@ -550,7 +553,7 @@ class TrainerCalls:
                 solves_to=folder,
                 tuning=tuning,
                 context=EditContext(
-                    **vars(_context(trainer)),
+                    **vars(self._context(session)),
                     module=trainer.lightning_module,
                     record=log,
                     has_optimizer=bool(trainer.optimizers),
@@ -560,6 +563,13 @@ class TrainerCalls:
         if not dry_run:  # after everything that can fail, because without its report an edit cannot be undone
             _apply(trainer, report, folder)
         return report
+
+    def _context(self, session: Session) -> CallContext:
+        """The context of a report, with the names of the classes: the given ones, or else those of the data."""
+        trainer, names = self._bound_to, self.class_names
+        if names is None:
+            names = find_class_names(getattr(trainer, "datamodule", None), session.train.dataset)
+        return _context(trainer, names)
 
     def bind(self, trainer: Trainer) -> None:
         """Makes the calls on a trainer, and adds them to it as its methods."""
@@ -698,9 +708,9 @@ def _apply(trainer: Trainer, report: UnlearnReport, folder: Path | None) -> None
         raise
 
 
-def _context(trainer: Trainer) -> CallContext:
-    """The trainer's loggers, step count and process group, for a report."""
-    return CallContext(list(trainer.loggers), trainer.global_step, ProcessGroup.of(trainer))
+def _context(trainer: Trainer, class_names: Sequence[str] | None = None) -> CallContext:
+    """The trainer's loggers, step count and process group, and the names of the classes, for a report."""
+    return CallContext(list(trainer.loggers), trainer.global_step, ProcessGroup.of(trainer), class_names)
 
 
 def _logged(trainer: Trainer, report: _Report, log: bool) -> _Report:

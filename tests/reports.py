@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.text import Text
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -61,6 +62,26 @@ def report_of(scores: Any, **changes: Any) -> InfluenceReport:
         "seconds": 1.0,
     }
     return InfluenceReport(**{**values, **changes})
+
+
+def words(figure: Any) -> list[str]:
+    """All texts of a figure: titles, labels of bars, notes."""
+    figure.canvas.draw()
+    found = (text.get_text() for text in figure.findobj(lambda one: isinstance(one, Text)))
+    return [text for text in found if text]
+
+
+def axes_of(figure: Any, title: str) -> Any:
+    """The axes with a title."""
+    (found,) = [axes for axes in figure.axes if axes.get_title() == title]
+    return found
+
+
+def bars_of(figure: Any, title: str) -> dict[str, float]:
+    """The lengths of the horizontal bars of the axes with a title, by the name beside each of them."""
+    axes = axes_of(figure, title)
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    return dict(zip(names, [bar.get_width() for bar in axes.patches], strict=True))
 
 
 def titles(figure: Any) -> list[str]:

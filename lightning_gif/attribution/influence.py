@@ -27,6 +27,7 @@ from ..parameters import Targets, state_digest
 from ..reporting.context import CallContext
 from ..solvers import Solution
 from ..storage.digests import Fingerprint, digest
+from .predictions import first_predictions
 from .ranking import Strongest
 from .report import InfluenceReport, first_shown
 from .score_store import InMemory, ScoreStore
@@ -115,6 +116,8 @@ def influence(
         k=k,
         dataset=train.dataset,
         queries=first_shown(query),
+        labels=None if partial else call.scored.classes,
+        predictions=first_predictions(objective, query),
         settings={
             **asdict(replace(settings, damping=solved[0].damping)),
             "snapshots": list(states or {}),
@@ -347,6 +350,7 @@ def _score(
             if block is not None and (store is None or processes.rank == 0):  # only the first process writes files
                 kept.write(start, *block)
             bar.update(stop - start)
+    call.scored.learn_classes(scoring.labels)
     warn_without_gradients(processes.total(scoring.any_gradient))
     if store is not None and processes.rank == 0:
         for number, one in enumerate(solved):
@@ -363,11 +367,13 @@ class _ScoringPass:
 
     Attributes:
         any_gradient: Positive if the gradient of some training example had a non-zero product with an iHVP.
+        labels: The labels of the batches so far, ``(B,)`` each; ``None`` for a batch without labels.
     """
 
     def __init__(self, call: _Call, solved: list[SolvedQueries], done: Tensor | None) -> None:
         self._call, self._solved, self._done = call, solved, done
         self.any_gradient = 0.0 if done is None else float(done.any())
+        self.labels: list[Tensor | None] = []
         # Removing an example does not reduce weight decay. So each example's gradient includes the decay's gradient.
         self._decays = [
             call.settings.weight_decay * (one.ihvps @ state.theta).double().cpu()[:, None]
@@ -379,6 +385,7 @@ class _ScoringPass:
         start, _ = self._call.scored.shard
         for batch in self._call.scored.local_batches():
             stop = start + batch.size
+            self.labels.append(batch.classes)
             done = self._done is not None and bool(self._done[start:stop].all())
             yield start, stop, None if done else self._scores(batch)
             start = stop

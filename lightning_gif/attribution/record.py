@@ -75,8 +75,14 @@ class InfluenceRecord:
         agreement: How well the averaged states or fits agree on the scores of a query, at most 1: their
             :class:`intraclass correlation <lightning_gif.attribution.uncertainty.Agreement>`, the mean over the
             queries. ``None`` for fewer than three states of one fit.
+        labels: The label of each training example, in the order of the columns of ``scores``, ``(n_train,)``; ``None``
+            if the targets are not labels, with ``keep``, or in the folder of an earlier version.
+        predictions: What the model predicts for :attr:`queries`, with its present weights: the probabilities
+            ``(n_shown, C)`` of a classifier, or the output ``(n_shown, 1)`` of a model with one number for each
+            example. ``None`` if there are other outputs, or if they are not known.
         examples: Labels and pictures or texts of training examples, by dataset index; filled on demand.
-        context: The trainer's loggers, step count and process group. Only ``global_step`` is saved.
+        context: The trainer's loggers, step count and process group, and the names of the classes. Only
+            ``global_step`` and ``class_names`` are saved.
     """
 
     scores: Tensor
@@ -93,6 +99,8 @@ class InfluenceRecord:
     gradient_share: float | None = None
     standard_errors: Tensor | None = None
     agreement: float | None = None
+    labels: Tensor | None = None
+    predictions: Tensor | None = None
     examples: dict[int, Shown] = field(default_factory=dict)
     context: CallContext = field(default_factory=CallContext)
 
@@ -303,6 +311,8 @@ class InfluenceRecord:
             "scores": self.scores,
             "indices": self.indices,
             **({} if self.standard_errors is None else {"standard_errors": self.standard_errors}),
+            **({} if self.labels is None else {"labels": self.labels}),
+            **({} if self.predictions is None else {"predictions": self.predictions}),
             **{f"targets/{name}": _packed(entries) for name, entries in self.targets.items()},
             **{name: torch.as_tensor(example.image) for name, example in looks.items() if example.image is not None},
         }
@@ -311,6 +321,7 @@ class InfluenceRecord:
             **({} if self.gradient_share is None else {"gradient_share": self.gradient_share}),
             **({} if self.agreement is None else {"agreement": self.agreement}),
             "global_step": self.context.global_step,
+            **({} if self.context.class_names is None else {"class_names": list(self.context.class_names)}),
             "solutions": [solution.record() for solution in self.solutions],
             "looks": {name: {"label": example.label, "text": example.text} for name, example in looks.items()},
         }
@@ -342,18 +353,7 @@ class InfluenceRecord:
             )
         errors = tensors.get("standard_errors")
         _check_errors(errors, scores)
-        looks = {
-            name: Shown(
-                restored(bool | int | float | str | None, stored["label"], f"the label of {name}"),
-                _picture(name, tensors),
-                restored(str, stored["text"], f"the text of {name}"),
-            )
-            for name, stored in record["looks"].items()
-        }
-        queries, examples = (
-            {int(name.removeprefix(kind)): example for name, example in looks.items() if name.startswith(kind)}
-            for kind in ("queries/", "examples/")
-        )
+        queries, examples = _looks(record["looks"], tensors)
         targets = {
             name.removeprefix("targets/"): _unpacked(bits)
             for name, bits in tensors.items()
@@ -373,7 +373,12 @@ class InfluenceRecord:
             queries=[queries[position] for position in range(len(queries))],
             gradient_share=restored(float | None, record.get("gradient_share"), "gradient_share"),
             examples=examples,
-            context=CallContext(global_step=restored(int, record["global_step"], "global_step")),
+            labels=_labels(tensors, indices),
+            predictions=_predictions(tensors, len(queries)),
+            context=CallContext(
+                global_step=restored(int, record["global_step"], "global_step"),
+                class_names=restored(list[str] | None, record.get("class_names"), "class_names"),
+            ),
             **plain,
         )
         restored(int, report.n_fits, "fits")
@@ -393,6 +398,41 @@ def _check_errors(errors: Tensor | None, scores: Tensor) -> None:
             " Expected: one for each score, in float64, finite, and at least 0. Copy the folder again from where it was"
             " saved."
         )
+
+
+def _looks(stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[int, Shown], dict[int, Shown]]:
+    """How the examples of the query, by position, and training examples, by dataset index, look in a file."""
+    looks = {
+        name: Shown(
+            restored(bool | int | float | str | None, one["label"], f"the label of {name}"),
+            _picture(name, tensors),
+            restored(str, one["text"], f"the text of {name}"),
+        )
+        for name, one in stored.items()
+    }
+    queries, examples = (
+        {int(name.removeprefix(kind)): look for name, look in looks.items() if name.startswith(kind)}
+        for kind in ("queries/", "examples/")
+    )
+    return queries, examples
+
+
+def _labels(tensors: Mapping[str, Tensor], indices: Tensor) -> Tensor | None:
+    """The labels in a file, one for each of ``indices`` ``(n_train,)``; ``None`` if there are none."""
+    labels = tensors.get("labels")
+    fit = labels is None or (labels.dtype == torch.int64 and labels.shape == indices.shape and int(labels.min()) >= 0)
+    if not fit:
+        raise ValueError("the labels are not one whole number of at least 0 for each training example")
+    return labels
+
+
+def _predictions(tensors: Mapping[str, Tensor], queries: int) -> Tensor | None:
+    """The predictions in a file, one row for each shown query; ``None`` if there are none."""
+    found = tensors.get("predictions")
+    fit = found is None or (found.ndim == 2 and len(found) == queries and found.dtype == torch.float64)
+    if not fit or (found is not None and not bool(torch.isfinite(found).all())):
+        raise ValueError("the predictions are not one row of finite numbers for each shown query")
+    return found
 
 
 def _packed(entries: Tensor) -> Tensor:

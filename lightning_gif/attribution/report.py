@@ -19,7 +19,7 @@ from ..reporting.context import ContextAttribute
 from ..reporting.previews import Shown, label_of, saved
 from ..storage.artifact import REMEDY, read_folder, write_folder
 from ..storage.schema import parse_errors_name
-from . import display
+from . import display, picture
 from .groups import Grouping, Groups, group_scores, values_of
 from .record import MOST_QUERIES, InfluenceRecord
 from .same_call import check_same_call
@@ -46,11 +46,13 @@ class InfluenceReport(InfluenceRecord):
         loggers: The loggers that :meth:`log` uses by default: those of the trainer.
         global_step: The number of the trainer's optimizer steps at the time of the call.
         processes: The process group. Each process has the report, and the first one writes files.
+        class_names: The name of each class in pictures, in the order of the labels; ``None`` shows the labels.
     """
 
     loggers = ContextAttribute[Sequence[Any]]()
     global_step = ContextAttribute[int]()
     processes = ContextAttribute[ProcessGroup]()
+    class_names = ContextAttribute[Sequence[str] | None]()
 
     ranks = renamed("InfluenceReport.ranks", "processes")
 
@@ -89,7 +91,7 @@ class InfluenceReport(InfluenceRecord):
                 " scores. Repeat the call without `keep`."
             )
         if groups is None:
-            names = self._read(label_of)
+            names = self._read(label_of) if self.labels is None else self.labels.tolist()
             if all(name is None for name in names):
                 raise ConfigurationError(
                     "The items of the training dataset have no single label to group by. Give `groups`: one value for"
@@ -170,8 +172,8 @@ class InfluenceReport(InfluenceRecord):
 
         Returns:
             A report with the settings, the curvature, the targets, the shown examples and the loggers of the first
-            one. For each query it has the solve with the largest residual among the fits. Its ``seconds`` are the sum
-            over the fits.
+            one. For each query it has the solve with the largest residual among the fits. Its ``predictions`` are the
+            mean over the fits, and its ``seconds`` the sum.
 
         Raises:
             ConfigurationError: If there are fewer than two reports; if one is a mean itself, or was made with ``keep``;
@@ -205,6 +207,8 @@ class InfluenceReport(InfluenceRecord):
             k=first.k,
             dataset=next((report.dataset for report in reports if report.dataset is not None), None),
             queries=first.queries,
+            labels=first.labels,
+            predictions=_mean_predictions(reports),
             settings={**first.settings, "fits": len(reports)},
             seconds=sum(report.seconds for report in reports),
             standard_errors=errors,
@@ -301,17 +305,23 @@ class InfluenceReport(InfluenceRecord):
         query: int | str | os.PathLike[str] = 0,
         k: int | None = None,
         *,
+        distribution: bool = False,
         path: str | os.PathLike[str] | None = None,
     ) -> Figure:
-        """Draws the strongest proponents and opponents of a query, and plots of its scores.
+        """Draws what was asked, how the model reads it, and which training examples moved it.
 
-        One plot is the histogram of the scores. The other shows how concentrated they are: which share of the sum of
-        all ``|score|`` the strongest examples have. It is left out with ``keep``. With standard errors, a third one
-        shows the scores of the drawn examples with their 90 % intervals.
+        The picture has the query, the classes that the model finds most likely, the scores added up by class, and the
+        strongest proponents and opponents: each with its dataset index, its label, and its score with its 90 % interval
+        if there are standard errors. A query that is the mean over a batch is shown by its first examples. Examples
+        that are no images are shown as text. The sums by class are left out with ``keep`` and if targets are not
+        labels; of more than 12 classes, the six with the largest and the six with the smallest sums are drawn.
 
         Args:
             query: The number of the query. A path stands for ``path``, for the first query.
             k: The number of proponents and of opponents; by default up to 8.
+            distribution: Whether to add two plots of all scores: their histogram, and how concentrated they are, that
+                is, which share of the sum of all ``|score|`` the strongest examples have. The latter is left out with
+                ``keep``. ``False`` by default.
             path: A file to save the plot to, such as ``"influence.png"``; the ending decides its format.
 
         Raises:
@@ -321,7 +331,7 @@ class InfluenceReport(InfluenceRecord):
         """
         if isinstance(query, (str, os.PathLike)):
             path, query = query, 0
-        return saved(display.draw(self, query, k), path)
+        return saved(picture.draw(self, query, k, distribution=distribution), path)
 
     def __repr__(self) -> str:
         return display.short_text(self)
@@ -349,3 +359,9 @@ def first_shown(query: Examples, most: int = MOST_QUERIES) -> list[Shown]:
         )
 
     return [Shown.of(item(position)) for position in range(min(most, batch.size))]
+
+
+def _mean_predictions(reports: Sequence[InfluenceReport]) -> Tensor | None:
+    """The mean of the predictions on the shown queries; ``None`` if not all reports have them."""
+    found = [report.predictions for report in reports if report.predictions is not None]
+    return torch.stack(found).mean(0) if len(found) == len(reports) else None

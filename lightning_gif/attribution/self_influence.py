@@ -107,6 +107,7 @@ def self_influence(
         k=k,
         dataset=train.dataset,
         queries=[],
+        labels=scored.classes,
         settings={
             **asdict(replace(settings, damping=damping)),
             "snapshots": list(states or {}),
@@ -137,8 +138,10 @@ def _scores(
     """
     values, any_gradient, quadratic, share = [], 0.0, inverse.quadratic(), 0.0
     whole = len(positions) == objective.space.size
+    labels = list[Tensor | None]()
     with objective.progress("Scoring training examples", len(scored)) as bar:
         for batch in scored.local_batches():
+            labels.append(batch.classes)
             found = inverse.of_losses(objective, batch)
             if found is not None:
                 any_gradient, share = any_gradient + float(found.any()), math.nan
@@ -149,5 +152,6 @@ def _scores(
                     share += 0.0 if whole else len(gradients) * gradient_share(gradients, positions)
                     values.append(quadratic(gradients + weight_decay * objective.theta).cpu())
             bar.update(batch.size * objective.processes.size)
+    scored.learn_classes(labels)
     share = 1.0 if whole else objective.processes.total(share) / len(scored)
     return scored.all_gather(values).double(), any_gradient, None if math.isnan(share) else share

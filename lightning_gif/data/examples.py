@@ -161,6 +161,16 @@ class Examples:
             return None
         return torch.cat([labels for part in parts for labels in part])  # type: ignore[misc]
 
+    def learn_classes(self, local: list[Tensor | None]) -> None:
+        """Notes the labels from a pass over all :meth:`local_batches`, so that :attr:`classes` takes no other pass.
+
+        All processes of a distributed run have to call it together.
+
+        Args:
+            local: The labels ``(B,)`` of each local batch; ``None`` for a batch without labels.
+        """
+        vars(self)["classes"] = self._gather_classes([None if one is None else one.cpu() for one in local])
+
     @property
     def class_or_zero(self) -> Tensor:
         """The label of each example, ``(n,)``; 0 for all if the targets are not labels."""
@@ -183,7 +193,7 @@ class Examples:
                 break
         if any(self.processes.gather(decided)):
             return False
-        vars(self)["classes"] = self._gather_classes(seen)  # every example was read
+        self.learn_classes(seen)  # every example was read
         return True
 
     def _with_classes_of(self, other: Examples, chosen: Tensor) -> Examples:

@@ -16,17 +16,19 @@ T = TypeVar("T")
 
 @dataclass
 class CallContext:
-    """The trainer's loggers, step count and process group. A report loaded from a file has only ``global_step``.
+    """What a report needs from the trainer. A report loaded from a file has only ``global_step`` and ``class_names``.
 
     Attributes:
         loggers: The loggers that ``report.log()`` uses by default.
         global_step: The number of the trainer's optimizer steps at the time of the call.
         processes: The process group. Each process has the report, and the first one writes files.
+        class_names: The name of each class, in the order of the labels; ``None`` if they are not known.
     """
 
     loggers: Sequence[Any] = ()
     global_step: int = 0
     processes: ProcessGroup = SINGLE_PROCESS
+    class_names: Sequence[str] | None = None
 
 
 class _HasContext(Protocol):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Shown", "figure", "image_of", "label_of", "show", "text_of"]
+__all__ = ["Shown", "empty_figure", "figure", "image_of", "label_of", "show", "text_of"]
 
 
 _SMALLEST_IMAGE, _LARGEST_IMAGE = 6, 512
@@ -114,8 +114,8 @@ def text_of(item: Any) -> str:
     return textwrap.shorten(words, _LONGEST_TEXT, placeholder=" …")
 
 
-def figure(rows: int, cols: int, *, width: float, height: float) -> tuple[Figure, Any]:
-    """A figure with a grid of axes, created without pyplot and its global state.
+def empty_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches, created without pyplot and its global state.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -126,7 +126,12 @@ def figure(rows: int, cols: int, *, width: float, height: float) -> tuple[Figure
         raise ModuleNotFoundError(
             "Plots need matplotlib: pip install 'lightning-gif[examples]', or pip install matplotlib."
         ) from error
-    drawn = Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def figure(rows: int, cols: int, *, width: float, height: float) -> tuple[Figure, Any]:
+    """An :func:`empty_figure` with a grid of axes."""
+    drawn = empty_figure(width, height)
     return drawn, drawn.subplots(rows, cols, squeeze=False)
 
 

@@ -64,7 +64,7 @@ def test_a_loaded_report_says_and_shows_the_same_without_the_dataset(
 def test_a_loaded_report_says_which_pictures_it_has_not_and_reads_them_from_the_dataset(tmp_path: Path) -> None:
     report, dataset = answer_on_images()
     report.save(tmp_path / "report")
-    assert len(drawn(InfluenceReport.load(tmp_path / "report"))[2]) == 1 + 3 + 3
+    assert len(drawn(InfluenceReport.load(tmp_path / "report"))[2]) == 3 + 3 + 3
     more = InfluenceReport.load(tmp_path / "report")
     more.k = 5
     assert sum("not kept" in text.replace("\n", " ") for text in drawn(more)[1]) == 4

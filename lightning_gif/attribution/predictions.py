@@ -1,0 +1,37 @@
+"""What the model predicts for the examples of a query."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..data.examples import Examples
+from ..errors import GIFError
+from ..objective.objective import Objective
+from ..objective.outputs import predictions
+from .record import MOST_QUERIES
+
+__all__ = ["first_predictions"]
+
+
+def first_predictions(objective: Objective, query: Examples, most: int = MOST_QUERIES) -> Tensor | None:
+    """What the model predicts for the examples of :func:`~.report.first_shown`, at the present weights.
+
+    Returns:
+        The probabilities ``(n, C)`` of the classes of a classifier, or the output ``(n, 1)`` of a model that has one
+        number for each example; ``None`` if there are other outputs, or if they are not known.
+    """
+    first = next(query.batches())
+    batch = first.slice(0, most) if first.divisible else first
+    try:
+        if objective.measures != "loss":  # a module's own measurement may take batches that its loss does not
+            objective.check(query.subset(torch.arange(min(most, batch.size))), "query")
+        with torch.no_grad():
+            if objective.n_classes(query) is not None:
+                found = objective.logits(objective.theta, batch).double().softmax(1).cpu()
+            else:
+                found = predictions(objective.loss, objective.theta, batch).double()
+                found = found if found.shape[1] == 1 else found[:0]
+    except GIFError:  # the loss is not computed from predictions that are known
+        return None
+    return found[:most] if len(found) == batch.size and bool(torch.isfinite(found).all()) else None
