@@ -34,6 +34,7 @@ def text(record: EditRecord) -> str:
     """The report as text, one line for each fact."""
     lines = [
         _headline(record),
+        *([record.verdict] if record.verdict else []),
         *(_loss_line(record, name, change) for name, change in record.losses.items()),
         *_memorization_line(record),
     ]

@@ -35,6 +35,7 @@ from .risk import (
     teacher_loss,
 )
 from .task import Request, Scales, Task
+from .verdict import Evidence, Verdict, of_correction, of_membership, of_prediction, of_share
 
 __all__ = ["GOALS", "ClassRemoval", "ExampleRemoval", "Goal", "LabelCorrection", "choose_goal"]
 
@@ -62,8 +63,7 @@ class Goal(CheckedNumbers):
             ``‖Aᵀg‖/‖g‖``, where ``A`` is the matrix and ``g`` the right-hand side of the least-squares problem.
         max_step_size: The largest step size along the influence direction. The line search may have a smaller limit.
         spares_unseen: Whether the loss of unseen examples should not rise, because none of them is to be forgotten.
-        warns_of_shortfall: Whether :meth:`shortfall` is given as a warning, too; otherwise it is only a note in the
-            report.
+        remedy: What to do about an edit that was not done, or in part.
         curvature_examples: The number of retained examples that solves see with ``curvature_examples="auto"``.
         descent_iterations: The largest number of iterations of a solve for a descent direction, if neither ``max_iter``
             nor ``rtol`` is given.
@@ -78,7 +78,7 @@ class Goal(CheckedNumbers):
     bounded_risk: ClassVar[bool] = True
     pursues_target: ClassVar[bool] = True
     scales_by_gradients: ClassVar[bool] = False
-    warns_of_shortfall: ClassVar[bool] = True
+    remedy: ClassVar[str] = "Undo the edit if it is of no use to you, or try another `step`."
     spares_unseen: ClassVar[bool] = True
     far_memorization = math.inf
     far_curvature_share = 1.0
@@ -144,13 +144,11 @@ class Goal(CheckedNumbers):
         """
         return False
 
-    def shortfall(self, before: Trial, chosen: Trial, target: float | None) -> str | None:
-        """The message about an edit that did not reach its target; ``None`` if it did.
+    def verdict(self, evidence: Evidence) -> Verdict | None:
+        """Whether an edit worked; ``None`` if the goal has no measure of it.
 
         Args:
-            before: The trial of the trained model.
-            chosen: The trial that the edit realises.
-            target: The target memorization; ``None`` if it is unknown.
+            evidence: The losses and predicted classes before and after the edit, and what was aimed at.
         """
         return None
 
@@ -253,7 +251,7 @@ class ExampleRemoval(Goal):
     influence_first = True
     bounded_risk = False
     pursues_target = False
-    warns_of_shortfall = False
+    remedy = "Retrain without these examples if they must be forgotten."
 
     target_memorization = 0.5
 
@@ -327,16 +325,9 @@ class ExampleRemoval(Goal):
         share = max(self.retain_budget, scales.forget_weight)
         return Limits(None, start.retain_loss + max(share * abs(start.retain_loss), least))
 
-    def shortfall(self, before: Trial, chosen: Trial, target: float | None) -> str | None:
-        """The message that the AUROC did not come closer to its target."""
-        if target is None or not chosen.is_edit or not before.memorization > target:
-            return None
-        if abs(chosen.memorization - target) < abs(before.memorization - target):
-            return None
-        return (
-            "The losses of the forget examples separate them from unseen examples as well as before, or better (AUROC"
-            f" {before.memorization:.3f} -> {chosen.memorization:.3f}). Undo the edit if it is of no use to you."
-        )
+    def verdict(self, evidence: Evidence) -> Verdict:
+        """By the predicted loss if the edit aims at it, else the membership AUROC, else the change of the loss."""
+        return of_prediction(evidence) if evidence.predicted else of_membership(evidence)
 
     @classmethod
     def memorization_title(cls, n_unseen: int) -> str:
@@ -380,6 +371,10 @@ class ClassRemoval(Goal):
     """
 
     smallest_step = True
+    remedy = (
+        "A further step would raise the retained loss too much, would not lower the risk, or was not requested. Try"
+        " targets='batch', another selector, a larger ratio, or another `step`."
+    )
 
     spares_unseen = False
     target_memorization: float = number(0.005, high=1.0)
@@ -455,15 +450,14 @@ class ClassRemoval(Goal):
         """
         return accepted is None or accepted.step_sizes[-1] < 1
 
-    def shortfall(self, before: Trial, chosen: Trial, target: float | None) -> str | None:
-        """The message that more than the target share is still predicted as the class."""
-        if target is None or chosen.memorization <= target:
+    def verdict(self, evidence: Evidence) -> Verdict | None:
+        """By the share of the forget examples that are still predicted as one of the classes."""
+        forget = evidence.outcomes["forget"]
+        if forget.labels is None or forget.predicted_before is None or forget.predicted_after is None:
             return None
-        return (
-            f"{100 * chosen.memorization:.1f} % of the class are still predicted as it. A further step would raise the"
-            " retained loss too much, would not lower the risk, or was not requested. Try targets='batch', another"
-            " selector, a larger ratio, or another `step`."
-        )
+        still = [torch.isin(one, forget.labels) for one in (forget.predicted_before, forget.predicted_after)]
+        sentence = "{after} of {count} examples of the class are still predicted as it (before the edit: {before})."
+        return of_share((still[0], still[1]), self.target_memorization, sentence, is_sample=True)
 
     @classmethod
     def memorization_title(cls, n_unseen: int) -> str:
@@ -498,6 +492,7 @@ class LabelCorrection(Goal):
 
     # "A backdoor repaired", the row with eight iterations for each solve and entries scaled by their gradients.
     scales_by_gradients = True
+    remedy = "Compare the retained loss before and after, and undo the edit if it is not worth the cost."
 
     target_memorization: float = number(0.2, high=1.0)
     corrected_weight: float = number(8.0)
@@ -550,14 +545,19 @@ class LabelCorrection(Goal):
         """Whether the step was accepted or the target is not reached: later changes are solved in another way."""
         return accepted is not None or not at_target
 
-    def shortfall(self, before: Trial, chosen: Trial, target: float | None) -> str | None:
-        """The message that more than the target share is not predicted as the new label."""
-        if target is None or not chosen.is_edit or not chosen.memorization > target:
-            return None
-        return (
-            f"{100 * chosen.memorization:.1f} % of the corrected examples are not predicted as their new label. Compare"
-            " the retained loss before and after, and undo the edit if it is not worth the cost."
+    def verdict(self, evidence: Evidence) -> Verdict | None:
+        """By the predicted loss if the edit aims at it, else by the share of new labels that are predicted."""
+        if evidence.predicted:
+            return of_prediction(evidence)
+        corrected = evidence.outcomes["relabelled"]
+        labels, before, after = corrected.labels, corrected.predicted_before, corrected.predicted_after
+        if labels is None or before is None or after is None:
+            return of_correction(evidence.outcomes)
+        sentence = (
+            "{after} of {count} of the corrected examples are not predicted as their new label (before the edit:"
+            " {before})."
         )
+        return of_share((before != labels, after != labels), self.target_memorization, sentence, is_sample=False)
 
     def costs(self, before: Mapping[str, float], after: Mapping[str, float], scales: Scales) -> list[str]:
         """The messages that the loss of the retained or of the corrected examples rose."""

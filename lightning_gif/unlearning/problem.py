@@ -24,6 +24,7 @@ from ..curvature.solve import (
     warn_unconverged,
 )
 from ..curvature.streaming import Curvature
+from ..data.examples import Examples
 from ..errors import ConfigurationError, NonFiniteError, ObjectiveError
 from ..solvers import LinearOperator, Solution
 from ..solvers.operators import Combination, Scaled, Submatrix
@@ -184,8 +185,9 @@ class EditProblem:
         """:attr:`Trial.memorization` at parameters ``(p,)``."""
         return math.nan if self._memorization is None else self._memorization.at(theta)
 
-    def mean_losses(self, theta: Tensor) -> dict[str, float]:
-        """The mean losses that a report has, at parameters ``(p,)``, by name."""
+    @property
+    def measured(self) -> dict[str, Examples]:
+        """The examples on which a report measures the edit, by name."""
         task = self._task
         parts = {
             "forget": task.forget_eval,
@@ -193,7 +195,11 @@ class EditProblem:
             "relabelled": task.relabelled,
             "unseen": task.unseen,
         }
-        return {name: self._objective.mean_loss(part, theta) for name, part in parts.items() if part is not None}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def mean_losses(self, theta: Tensor) -> dict[str, float]:
+        """The mean losses of :attr:`measured` at parameters ``(p,)``, by name."""
+        return {name: self._objective.mean_loss(part, theta) for name, part in self.measured.items()}
 
     def predicted_losses(self, before: dict[str, float], chosen: Trial) -> dict[str, float]:
         """The mean losses that theory predicts; NaN where it predicts nothing.

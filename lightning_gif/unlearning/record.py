@@ -19,6 +19,7 @@ from ..storage.artifact import Format
 from ..storage.digests import digest
 from ..storage.schema import restored, restored_fields
 from .goals import GOALS
+from .outcomes import Outcome
 from .protocol import Trial
 
 __all__ = ["FORMAT", "Change", "EditContext", "EditRecord"]
@@ -35,7 +36,7 @@ FORMAT = Format(
 _PARTS = ("indices", "old", "new")
 
 # Fields that a file stores in another form, or does not store.
-_OWN_FORM = ("edit", "trials", "context", "version")
+_OWN_FORM = ("edit", "trials", "outcomes", "context", "version")
 
 # The names that version 3 of the format used for fields of a report and of its trials.
 _NAMES_OF_3 = {"step_sizes": "steps", "memorization": "remembered", "trials": "path"}
@@ -119,6 +120,10 @@ class EditRecord:
         gradient_share: The share of the squared norm of the gradient of the forget examples that the target parameters
             hold; 1 if they are all parameters. For label correction it is the gradient of the difference between the
             losses with the old and the new labels. ``None`` in files of earlier versions.
+        verdict: Whether the edit worked, in one line: by which measure, and how certain that is. Empty in files of
+            earlier versions, and if the goal has no measure of it.
+        outcomes: The losses and predicted classes of single examples before and after the edit, by the name of the
+            examples as in :attr:`losses`. Empty in files of earlier versions.
         trials: All trials, in order. The first one is the trained model.
         solves: The diagnostics of the solve of each change, see :meth:`~lightning_gif.solvers.Solution.summary`, with
             the ``curvature`` and the ``max_iter`` that it used (files of earlier versions do not have these). If a
@@ -136,7 +141,8 @@ class EditRecord:
             indices in the dataset below it, else ``None``. ``examples`` is the SHA-256 of the contents of the forget
             examples, and ``relabelled`` the SHA-256 of their contents with the new labels (``None`` for a removal).
             ``train`` is the SHA-256 of the training data, see :func:`~lightning_gif.data.identity.data_digest`.
-        context: The trainer, the model and the audit log. Only ``global_step`` is saved.
+        context: The trainer, the model, the audit log, and the names of the classes. Only ``global_step`` and
+            ``class_names`` are saved.
         version: The version of the file format that :meth:`to_record` uses. A loaded report keeps the version of its
             file, so that its digest still matches the audit log.
     """
@@ -163,6 +169,8 @@ class EditRecord:
     seconds: float
     data: dict[str, Any] = field(default_factory=dict, repr=False)
     gradient_share: float | None = None
+    verdict: str = ""
+    outcomes: dict[str, Outcome] = field(default_factory=dict, repr=False)
     context: EditContext = field(default_factory=EditContext, repr=False)
     version: int = field(default=FORMAT.versions[-1], repr=False)
 
@@ -233,14 +241,21 @@ class EditRecord:
     def to_record(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The contents of an edit file: plain values that JSON can hold, and the tensors of the edit by name."""
         tensors = {f"{part}/{name}": value for part in _PARTS for name, value in getattr(self.edit, part).items()}
+        for part, outcome in self.outcomes.items():
+            tensors |= {f"outcomes/{part}/{name}": value for name, value in outcome.tensors().items()}
         record: dict[str, Any] = {}
         for name in (entry.name for entry in fields(self)):
             if name == "trials":
                 record[name] = [asdict(trial) for trial in self.trials]
             elif name not in _OWN_FORM:
                 record[name] = getattr(self, name)
-        if self.gradient_share is None:  # the digest of a file of an earlier version must stay the same
+        # What an earlier version did not write is left out, because the digest of its files must stay the same.
+        if self.gradient_share is None:
             del record["gradient_share"]
+        if not self.verdict:
+            del record["verdict"]
+        if self.context.class_names is not None:
+            record["class_names"] = list(self.context.class_names)
         record["global_step"] = self.context.global_step
         record["edit"] = {e.name: getattr(self.edit, e.name) for e in fields(self.edit) if e.name not in _PARTS}
         return (_renamed(record, _NAMES_OF_3) if self.version == 3 else record), tensors
@@ -261,24 +276,37 @@ class EditRecord:
         if version == 3:
             record = _renamed(record, {old: new for new, old in _NAMES_OF_3.items()})
         values = dict(record)
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*_PARTS, "outcomes")}
         for key, tensor in tensors.items():
             part, name = key.split("/", 1)
             parts[part][name] = tensor
         stored = restored(dict[str, Any], values.pop("edit"), "edit")
-        indices, old, new = parts.values()
+        indices, old, new, measured = parts.values()
         edit = Edit(indices=indices, old=old, new=new, **restored_fields(Edit, stored, without=_PARTS))
         edit.check_complete()
         trials = [
             _trial(stored, i) for i, stored in enumerate(restored(list[dict[str, Any]], values.pop("trials"), "trials"))
         ]
-        context = EditContext(global_step=restored(int, values.pop("global_step"), "global_step"))
-        values.setdefault("gradient_share", None)
+        context = EditContext(
+            global_step=restored(int, values.pop("global_step"), "global_step"),
+            class_names=restored(list[str] | None, values.pop("class_names", None), "class_names"),
+        )
+        values = {"gradient_share": None, "verdict": "", **values}
         plain = restored_fields(EditRecord, values, without=_OWN_FORM)
-        report = cls(edit=edit, trials=trials, context=context, version=version, **plain)
+        outcomes = _outcomes(measured)
+        report = cls(edit=edit, trials=trials, outcomes=outcomes, context=context, version=version, **plain)
         if not report.step_sizes or not report.solves or not report.trials or report.n_parameters < edit.count:
             raise ValueError("the report has no step sizes, solves or trials, or more changed entries than parameters")
         return report
+
+
+def _outcomes(tensors: Mapping[str, Tensor]) -> dict[str, Outcome]:
+    """The outcomes from tensors by the name of the examples and of the tensor, such as ``"forget/before"``."""
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        part, name = key.split("/", 1)
+        grouped.setdefault(part, {})[name] = tensor
+    return {part: Outcome.of(named) for part, named in grouped.items()}
 
 
 def _trial(stored: dict[str, Any], position: int) -> Trial:

@@ -39,6 +39,7 @@ class UnlearnReport(EditRecord):
             :mod:`lightning_gif.storage.audit_log`.
         processes: The process group, whose processes hold copies of the model. The edit changes all copies, or none.
             The first process writes files.
+        class_names: The name of each class in pictures, in the order of the labels; ``None`` shows the labels.
     """
 
     module = ContextAttribute[nn.Module | None]()
@@ -46,6 +47,7 @@ class UnlearnReport(EditRecord):
     global_step = ContextAttribute[int]()
     record = ContextAttribute[str | os.PathLike[str] | None]()
     processes = ContextAttribute[ProcessGroup]()
+    class_names = ContextAttribute[Sequence[str] | None]()
 
     path = renamed("UnlearnReport.path", "trials")
     steps = renamed("UnlearnReport.steps", "step_sizes")

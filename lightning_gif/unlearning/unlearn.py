@@ -25,9 +25,10 @@ from ..objective.objective import Objective
 from ..parameters import Targets, state_digest
 from ..selection.training_length import TrainingLength
 from ..storage.digests import Fingerprint, digest
-from .advice import note_removal, warn_cost, warn_refreshed_statistics, warn_unfinished
+from .advice import warn_cost, warn_refreshed_statistics, warn_unfinished
 from .goals import Goal, choose_goal
 from .journal import Journal
+from .outcomes import Outcome, outcomes_at
 from .problem import EditProblem
 from .protocol import Trial
 from .record import Change, EditContext
@@ -36,6 +37,7 @@ from .step import MATCH, Step, choose_step, note_unknown_damping, strategy_of
 from .strategies import STRATEGIES, Strategy
 from .task import Request, Task, all_but, check_new_labels, retained_examples, without_forgotten
 from .tuning import Tuning
+from .verdict import Evidence, Verdict
 
 __all__ = ["check_tuning", "unlearn"]
 
@@ -141,8 +143,10 @@ def unlearn(
         notes.append(f"Solves recalled from {str(solves_to)!r}: {journal.recalled} of {len(problem.solutions)}.")
 
     outcome = _realise(problem, task, request, targets, chosen, refresh_statistics)
-    if not isinstance(step, numbers.Real) and STRATEGIES.declared(strategy_of(step), "reports_shortfall"):
-        _advise(problem, task, outcome, strategy_of(step), notes)
+    strategy = None if isinstance(step, numbers.Real) else strategy_of(step)
+    verdict = _judge(problem, outcome, strategy)
+    if strategy is not None and STRATEGIES.declared(strategy, "reports_shortfall"):
+        _advise(problem, task, outcome, strategy, verdict, notes)
     if outcome.unrefreshed is not None:
         warn_refreshed_statistics(goal, outcome.unrefreshed, outcome.after, notes)
     context = EditContext() if context is None else context
@@ -151,7 +155,7 @@ def unlearn(
             "The optimizer's state (momentum, averages) is not part of the edit and still depends on the forgotten"
             " data. Create a new optimizer before you train further."
         )
-    return _report(problem, task, request, tuning, outcome, data, notes, time.perf_counter() - start, context)
+    return _report(problem, task, request, tuning, outcome, verdict, data, notes, time.perf_counter() - start, context)
 
 
 def _make_request(
@@ -265,6 +269,7 @@ class _Outcome:
         memorization: The memorization of the trial; with recomputed running statistics, if there are any.
         before: Mean losses at the trained weights, by name.
         after: Mean losses of the edited model.
+        outcomes: The losses and predicted classes of single examples, before and after, by the name of the examples.
         unrefreshed: Mean losses of the edited model with the old running statistics; ``None`` if they are kept.
     """
 
@@ -273,6 +278,7 @@ class _Outcome:
     memorization: float
     before: dict[str, float]
     after: dict[str, float]
+    outcomes: dict[str, Outcome]
     unrefreshed: dict[str, float] | None
 
 
@@ -287,7 +293,7 @@ def _realise(
     """
     objective, positions = task.objective, problem.positions
     theta = problem.weights_at(chosen.step_sizes)
-    before, memorization = problem.mean_losses(objective.theta), chosen.memorization
+    before, memorization = outcomes_at(objective, problem.measured, objective.theta), chosen.memorization
     unrefreshed = None
     if refresh_statistics:
         unrefreshed = problem.mean_losses(theta)
@@ -304,25 +310,48 @@ def _realise(
     )
     edited = objective.theta.clone()
     edited[positions] = edit.flat_new(objective.space).to(edited)
-    after = problem.mean_losses(edited)
+    after = outcomes_at(objective, problem.measured, edited)
+    means = [{name: float(losses.mean()) for name, (losses, _) in at.items()} for at in (before, after)]
     for name in ("forget", "retain"):
-        if not math.isfinite(after[name]):
+        if not math.isfinite(means[1][name]):
             raise NonFiniteError(
-                f"At step size {chosen.step_size:.3g} the {name} loss would be {after[name]}. Nothing was changed."
+                f"At step size {chosen.step_size:.3g} the {name} loss would be {means[1][name]}. Nothing was changed."
                 " Choose a smaller `step`, or 'search'."
             )
-    return _Outcome(edit, chosen, memorization, before, after, unrefreshed)
+    outcomes = {
+        name: Outcome(part.classes, before[name][0], after[name][0], before[name][1], after[name][1])
+        for name, part in problem.measured.items()
+    }
+    first, last = means
+    return _Outcome(edit, chosen, memorization, first, last, outcomes, unrefreshed)
 
 
-def _advise(problem: EditProblem, task: Task, outcome: _Outcome, strategy: Strategy, notes: list[str]) -> None:
-    """Warns if the edit missed its target or cost too much, and notes if more solves would have lowered the risk."""
-    goal, start = problem.goal, problem.trials[0]
-    chosen = replace(outcome.chosen, memorization=outcome.memorization)
-    if STRATEGIES.declared(strategy, "predicts_losses"):
+def _judge(problem: EditProblem, outcome: _Outcome, strategy: Strategy | None) -> Verdict | None:
+    """Whether the edit worked, by the goal's measure.
+
+    Args:
+        problem: The edit problem.
+        outcome: The edit and its effect.
+        strategy: The strategy; ``None`` for a given step size.
+    """
+    predicted = {}
+    if strategy is not None and STRATEGIES.declared(strategy, "predicts_losses"):
         predicted = problem.predicted_losses(outcome.before, outcome.chosen)
-        note_removal(outcome.before, outcome.after, predicted, notes)
-    else:
-        warn_unfinished(goal, start, chosen, problem.target_memorization, notes)
+    evidence = Evidence(outcome.outcomes, predicted)
+    return problem.goal.verdict(evidence)
+
+
+def _advise(
+    problem: EditProblem,
+    task: Task,
+    outcome: _Outcome,
+    strategy: Strategy,
+    verdict: Verdict | None,
+    notes: list[str],
+) -> None:
+    """Warns if the edit missed its target or cost too much, and notes if more solves would have lowered the risk."""
+    goal, start, chosen = problem.goal, problem.trials[0], outcome.chosen
+    warn_unfinished(goal, verdict, notes, is_edit=chosen.is_edit)
     after = outcome.after if outcome.unrefreshed is None else outcome.unrefreshed
     warn_cost(goal, task.scales(start.retain_loss), outcome.before, after, notes)
     max_solves = problem.tuning.relinearisation.max_solves
@@ -340,6 +369,7 @@ def _report(
     request: Request,
     tuning: Tuning,
     outcome: _Outcome,
+    verdict: Verdict | None,
     data: dict[str, Any],
     notes: list[str],
     seconds: float,
@@ -363,6 +393,8 @@ def _report(
         n_unseen=0 if task.unseen is None else len(task.unseen),
         n_parameters=task.objective.space.size,
         gradient_share=gradient_share(task.given_gradient[None], problem.positions),
+        verdict="" if verdict is None else str(verdict),
+        outcomes=outcome.outcomes,
         trials=problem.trials,
         solves=[{**solution.summary(), **used} for solution, used in zip(problem.solutions, problem.used, strict=True)],
         residuals=problem.solutions[0].residuals,

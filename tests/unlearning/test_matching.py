@@ -111,7 +111,7 @@ def test_removal_from_a_convex_model_is_retraining(classes: int) -> None:
     distance = float((module.layer(x[FORGET]) - expected).norm())
     assert distance < 0.2 * float((before - expected).norm())
     assert report.forget.after == pytest.approx(report.forget.predicted, rel=0.1)
-    assert any(note.startswith("Done.") for note in report.notes)
+    assert report.verdict.startswith("Done. ")
 
 
 def test_predictions_after_a_change_are_those_to_first_order() -> None:
@@ -156,7 +156,7 @@ def test_memorized_examples_are_forgotten_and_the_others_keep_their_predictions(
     assert report.forget.after - report.forget.before > 0.5 * (report.forget.predicted - report.forget.before) > 0
     with torch.no_grad():
         assert (module(x[12:]).argmax(1) == trained[12:]).double().mean() > 0.95
-    assert any(note.split(".")[0] in ("Done", "Partly done") for note in report.notes)
+    assert report.verdict.split(".")[0] in ("Done", "Partly done")
     report.undo()
     assert same_weights(weights(module), before)
 
@@ -204,7 +204,7 @@ def test_nothing_is_forgotten_where_nothing_was_learned() -> None:
     data = TensorDataset(*(torch.cat([part] * 40) for part in base.tensors))
     trainer, _, _ = fitted(Classifier(lr=0.1), data, max_epochs=10)
     report = trainer.unlearn([0, 1], dry_run=True)
-    assert any(note.startswith("Not much to forget.") for note in report.notes)
+    assert report.verdict.startswith("Nothing to do. ")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,172 @@
+"""Whether an edit worked, in one line: by which measure, and how certain that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from .outcomes import Outcome, PairedChange, auroc_change, wilson_interval
+
+__all__ = ["Evidence", "Grade", "Verdict", "of_correction", "of_membership", "of_prediction", "of_share"]
+
+
+# Which share of the wanted change counts as done, which as done in part, and which as too much.
+_DONE, _PARTLY, _TOO_FAR = 0.75, 0.25, 1.5
+
+# A change of a loss by less than this share of the loss, or of one nat, counts as none.
+_SMALL = 0.02
+
+_NAMES = {"relabelled": "corrected", "forget": "forget"}
+
+
+class Grade(str, Enum):
+    """How far an edit got.
+
+    Attributes:
+        DONE: The measure is where it should be, or cannot be told from it.
+        PARTLY: It came closer, but not all the way.
+        NOT_DONE: It did not come closer, or hardly.
+        TOO_FAR: It went beyond.
+        NOTHING_TO_DO: It was where it should be before the edit.
+        UNKNOWN: Nothing measures it.
+    """
+
+    DONE = "Done"
+    PARTLY = "Partly done"
+    NOT_DONE = "Not done"
+    TOO_FAR = "Too far"
+    NOTHING_TO_DO = "Nothing to do"
+    UNKNOWN = "Not known"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an edit worked.
+
+    Attributes:
+        grade: How far it got.
+        reason: By which measure, with its uncertainty, in one or two sentences.
+    """
+
+    grade: Grade
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.grade.value}. {self.reason}"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a verdict is based on.
+
+    Attributes:
+        outcomes: The losses and predicted classes by the name of the examples: ``"forget"``, ``"retain"``, and
+            ``"relabelled"`` and ``"unseen"`` if there are such examples.
+        predicted: The mean losses that theory predicts for training without the forget examples, or with the new
+            labels; empty unless the strategy aims at them.
+    """
+
+    outcomes: Mapping[str, Outcome]
+    predicted: Mapping[str, float]
+
+
+def of_prediction(evidence: Evidence) -> Verdict:
+    """The verdict on an edit that aims at predicted losses: of the corrected examples if there are any, else forget."""
+    name = "relabelled" if "relabelled" in evidence.outcomes else "forget"
+    outcome, goal = evidence.outcomes[name], evidence.predicted[name]
+    start, end = float(outcome.before.mean()), float(outcome.after.mean())
+    wanted, change = goal - start, outcome.change
+    how = "with their new labels" if name == "relabelled" else "without them"
+    losses = f"The loss of the {_NAMES[name]} examples was {start:.4g}. Theory predicts {goal:.4g} for training {how}"
+    if not math.isfinite(wanted):
+        return Verdict(Grade.UNKNOWN, f"{losses}, which is not a finite number.")
+    if abs(wanted) <= _SMALL * max(abs(start), 1.0):
+        return Verdict(
+            Grade.NOTHING_TO_DO,
+            f"{losses}: the model hardly depends on these examples. After the edit it is {end:.4g}{_bounds(change)}.",
+        )
+    share = change.mean / wanted
+    around = "" if math.isnan(change.half_width) else f" ± {100 * change.half_width / abs(wanted):.0f}"
+    return Verdict(
+        _grade(share), f"{losses}. After the edit it is {end:.4g}: {100 * share:.0f}{around} % of the predicted change."
+    )
+
+
+def of_share(remaining: tuple[torch.Tensor, torch.Tensor], target: float, sentence: str, *, is_sample: bool) -> Verdict:
+    """The verdict on examples of which few should remain in some state.
+
+    Args:
+        remaining: Whether each example is in that state before and after the edit, ``(n,)`` each.
+        target: The share that may remain.
+        sentence: The sentence on it, with ``{after}``, ``{before}`` and ``{count}``.
+        is_sample: Whether the examples stand for others like them, so that a share may be above the target by chance.
+    """
+    before, after = remaining
+    count, first, last = len(before), int(before.sum()), int(after.sum())
+    low, high = wilson_interval(last, count)
+    reason = sentence.format(after=last, before=first, count=count)
+    reason += f" 95 % interval of the share: {100 * low:.1f} % to {100 * high:.1f} %."
+    if first / count <= target:
+        return Verdict(Grade.NOTHING_TO_DO, reason)
+    if (low if is_sample else last / count) <= target:
+        return Verdict(Grade.DONE, reason)
+    gained, lost = int((before & ~after).sum()), int((after & ~before).sum())
+    return Verdict(Grade.PARTLY if gained - lost > 2 * math.sqrt(gained + lost) else Grade.NOT_DONE, reason)
+
+
+def of_membership(evidence: Evidence) -> Verdict:
+    """The verdict on a removal of examples whose losses should become like those of unseen examples."""
+    forget, unseen = evidence.outcomes["forget"], evidence.outcomes.get("unseen")
+    first, last, moved = auroc_change(forget, unseen) if unseen is not None else (PairedChange(math.nan, 0.0),) * 3
+    if math.isnan(first.mean):
+        return _of_loss(forget)
+    measure = (
+        f"A threshold on the loss tells forget from unseen examples with an AUROC of {0.5 + last.mean:.3f}"
+        f"{_bounds(last, 3)} (before: {0.5 + first.mean:.3f}{_bounds(first, 3)}; 0.5: not at all)."
+    )
+    if first.mean <= first.half_width:
+        return Verdict(Grade.NOTHING_TO_DO, f"{measure} They were alike before the edit, within the uncertainty.")
+    if moved.is_noise or moved.mean >= 0:
+        return Verdict(Grade.NOT_DONE, measure)
+    return Verdict(Grade.DONE if last.mean <= last.half_width else Grade.PARTLY, measure)
+
+
+def of_correction(outcomes: Mapping[str, Outcome]) -> Verdict:
+    """The verdict on new labels for a model whose predicted classes are not known: by the loss with them."""
+    corrected, retain = outcomes["relabelled"], outcomes["retain"]
+    start, end = float(corrected.before.mean()), float(corrected.after.mean())
+    wanted = float(retain.after.mean()) - start
+    reason = (
+        f"The loss with the new labels went from {start:.4g} to {end:.4g}{_bounds(corrected.change)}; that of the"
+        f" retained examples is {start + wanted:.4g}."
+    )
+    if wanted >= 0:
+        return Verdict(Grade.NOTHING_TO_DO, reason)
+    grade = _grade(corrected.change.mean / wanted)
+    return Verdict(Grade.DONE if grade is Grade.TOO_FAR else grade, reason)  # a smaller loss is no harm
+
+
+def _of_loss(forget: Outcome) -> Verdict:
+    """The verdict if nothing says what the loss of the forget examples should be."""
+    start, end, change = float(forget.before.mean()), float(forget.after.mean()), forget.change
+    moved = abs(change.mean) > _SMALL * max(abs(start), 1.0) and not change.is_noise
+    reason = f"The loss of the forget examples was {start:.4g}. After the edit it is {end:.4g}{_bounds(change)}"
+    if not moved:
+        return Verdict(Grade.NOT_DONE, f"{reason}: hardly a change.")
+    return Verdict(Grade.UNKNOWN, f"{reason}. There are no unseen examples of their labels to compare it with.")
+
+
+def _grade(share: float) -> Grade:
+    if share > _TOO_FAR:
+        return Grade.TOO_FAR
+    return Grade.DONE if share >= _DONE else Grade.PARTLY if share >= _PARTLY else Grade.NOT_DONE
+
+
+def _bounds(change: PairedChange, digits: int | None = None) -> str:
+    """Half the width of the 95 % interval of a change, if it is known: ``" ± 0.02"``."""
+    half = change.half_width
+    return "" if math.isnan(half) else f" ± {half:.{digits}f}" if digits is not None else f" ± {half:.2g}"
