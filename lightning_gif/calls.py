@@ -25,6 +25,7 @@ from .attribution.retraining import Retrain
 from .attribution.self_influence import self_influence
 from .attribution.validation import Opened, ValidationReport, check_validation, validate
 from .config import AUTO, Overrides, Settings, check_count
+from .data.examples import Examples
 from .data.names import find_class_names
 from .data.structure import describe
 from .defaults import check_names, for_influence, for_matching, for_unlearning
@@ -32,6 +33,7 @@ from .distributed import ProcessGroup
 from .errors import ConfigurationError, GIFWarning
 from .inspection.check import CheckReport, check, collected
 from .mixin import LossOfModule
+from .objective.objective import Objective
 from .reporting.context import CallContext
 from .selection.tracker import TrainingTracker
 from .session import Loaders, Session, TargetsChoice, open_session
@@ -377,6 +379,14 @@ class TrainerCalls:
         with self.open_session(settings, "batch", dataloader) as session:
             yield Opened(session.objective, session.train, session.examples(batch))
 
+    @contextlib.contextmanager
+    def _reopened(
+        self, trainer: Trainer, settings: Settings, dataloader: DataLoader[Any] | None
+    ) -> Iterator[tuple[Objective, Examples]]:
+        """The block in which a report evaluates its model again: the objective and the training examples."""
+        with self.open_session(trainer, settings, "batch", dataloader) as session:
+            yield session.objective, session.train
+
     def self_influence(
         self,
         *batch: Any,
@@ -557,6 +567,7 @@ class TrainerCalls:
                     module=trainer.lightning_module,
                     record=log,
                     has_optimizer=bool(trainer.optimizers),
+                    reopen=partial(self._reopened, trainer, settings, dataloader),
                 ),
             )
         _logged(trainer, report, self.log_reports)

@@ -166,6 +166,27 @@ class Edit:
         present = digest({name: tensors[name] for name in self.indices})
         return present == self.digest_after if present in (self.digest_before, self.digest_after) else None
 
+    def tensors(self, module: Weights, *, edited: bool) -> dict[str, Tensor]:
+        """The edited tensors of a module as they are with or without the edit, by name. The module is not changed.
+
+        Args:
+            module: The module or ``state_dict``.
+            edited: Whether to take the new values, else the old ones.
+
+        Raises:
+            EditError: If the module does not have the edited parameters.
+        """
+        self.check_fits(module)
+        return self._with_values(tensors_of(module), self.new if edited else self.old)
+
+    def _with_values(self, tensors: Mapping[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+        wanted = {}
+        for name in self.indices:
+            value = tensors[name].detach()
+            here = self.indices[name].to(value.device)
+            wanted[name] = value.reshape(-1).index_copy(0, here, values[name].to(value.device)).view(value.shape)
+        return wanted
+
     def apply(self, module: Weights) -> None:
         """Writes the new values.
 
@@ -197,10 +218,7 @@ class Edit:
                 f"Cannot {verb} the edit: its parameters have changed since (by training, a checkpoint, or another"
                 " edit). Undo later edits first, or load the weights for which the edit was computed."
             )
-        wanted = {}
-        for name, value in present.items():
-            here = self.indices[name].to(value.device)
-            wanted[name] = value.reshape(-1).index_copy(0, here, values[name].to(value.device)).view(value.shape)
+        wanted = self._with_values(present, values)
         if digest(wanted) != result:
             raise EditError(
                 f"Cannot {verb} the edit: its indices or values were changed, so they do not give the weights whose"

@@ -84,6 +84,14 @@ def bars_of(figure: Any, title: str) -> dict[str, float]:
     return dict(zip(names, [bar.get_width() for bar in axes.patches], strict=True))
 
 
+def groups_of(axes: Any) -> dict[str, dict[str, float]]:
+    """The lengths of grouped horizontal bars, by the name of the series and by the name beside the bars."""
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    return {
+        bars.get_label(): dict(zip(names, [bar.get_width() for bar in bars], strict=True)) for bars in axes.containers
+    }
+
+
 def titles(figure: Any) -> list[str]:
     return [axes.get_title() for axes in figure.axes if axes.get_title()]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..reporting.charts import LOWERS, NEUTRAL, RAISES, draw_bars, draw_no_axes, named, positions_of_ends
+from ..reporting.charts import LOWERS, NEUTRAL, RAISES, draw_bars, draw_no_axes, named, percent, positions_of_ends
 from ..reporting.previews import Shown, empty_figure, show
 from .ends import End, ends_of, measured, owner
 from .groups import Groups, group_scores
@@ -96,13 +96,6 @@ def reading(record: InfluenceRecord, query: int) -> str:
         parts.append(f"model output {float(found):.4g}")
     text = ", ".join(parts)
     return text[:1].upper() + text[1:]
-
-
-def percent(share: float) -> str:
-    """A share as a percentage that is not rounded up to 100 % or down to 0 %."""
-    digits = 1 if 0.001 <= share <= 0.999 else 2
-    text = f"{100 * share:.{digits}f} %"
-    return "> 99.99 %" if text == "100.00 %" and share < 1 else "< 0.01 %" if text == "0.00 %" and share > 0 else text
 
 
 def _heading(record: InfluenceRecord, name: str) -> str:

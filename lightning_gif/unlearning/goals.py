@@ -554,8 +554,7 @@ class LabelCorrection(Goal):
         if labels is None or before is None or after is None:
             return of_correction(evidence.outcomes)
         sentence = (
-            "{after} of {count} of the corrected examples are not predicted as their new label (before the edit:"
-            " {before})."
+            "{after} of {count} corrected examples are not predicted as their new label (before the edit: {before})."
         )
         return of_share((before != labels, after != labels), self.target_memorization, sentence, is_sample=False)
 

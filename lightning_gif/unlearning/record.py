@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ..data.examples import Examples
 from ..distributed import ProcessGroup
 from ..edit import Edit
 from ..errors import EditError
+from ..objective.objective import Objective
 from ..parameters import Weights
 from ..reporting.context import CallContext
+from ..reporting.previews import Shown
 from ..storage.artifact import Format
 from ..storage.digests import digest
 from ..storage.schema import restored, restored_fields
@@ -67,11 +71,16 @@ class EditContext(CallContext):
         module: The model that :meth:`UnlearnReport.undo` and :meth:`UnlearnReport.apply` act on by default.
         record: The audit log to which both methods add an entry, see :mod:`lightning_gif.storage.audit_log`.
         has_optimizer: Whether the trainer has an optimizer. An edit does not change its state.
+        shown: Labels and pictures or texts of some forget examples. They are never saved, since the examples are to be
+            forgotten.
+        reopen: Opens the objective and the training data of the call again, to evaluate the model for a picture.
     """
 
     module: nn.Module | None = None
     record: str | os.PathLike[str] | None = None
     has_optimizer: bool = False
+    shown: list[Shown] = field(default_factory=list)
+    reopen: Callable[[], AbstractContextManager[tuple[Objective, Examples]]] | None = None
 
     def model(self, given: Weights | None) -> Weights:
         """The given model, or the default one.

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from .._moved import renamed
+from ..config import check_count
 from ..distributed import ProcessGroup
+from ..errors import ConfigurationError
 from ..parameters import Weights
 from ..reporting.context import ContextAttribute
 from ..reporting.previews import saved
 from ..storage.artifact import read_file, write_file
 from ..storage.audit_log import Event
 from ..storage.schema import parse_errors_name
-from . import display, transaction
+from . import attention, display, picture, transaction
 from .record import FORMAT, Change, EditRecord
 
 if TYPE_CHECKING:
@@ -195,19 +197,79 @@ class UnlearnReport(EditRecord):
         """
         display.log(self, self.loggers if loggers is None else loggers, prefix)
 
-    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
-        """Draws the losses and the memorization of the trials, and the residual of the first solve.
+    def plot(
+        self,
+        kind: Literal["summary", "predictions", "attention", "trials"] | str | os.PathLike[str] = "summary",
+        *,
+        reference: nn.Module | None = None,
+        layer: str | None = None,
+        count: int = 4,
+        path: str | os.PathLike[str] | None = None,
+    ) -> Figure:
+        """Draws the edit.
 
-        The x axis is the step size of a single change, or the number of changes.
+        - ``"summary"`` (default): some forget examples, the share of examples that are predicted as their label before
+          and after the edit, by class, and the mean losses before, after, and as predicted. Of more than 12 classes,
+          the forgotten ones and those that changed most are drawn.
+        - ``"predictions"``: as which classes the forget examples are predicted before and after the edit, and by a
+          reference: ``reference``, or else the unseen examples of the same labels after the edit, if there are any.
+          Figure 4 of the GIF paper (arXiv 2312.05586) is of this kind.
+        - ``"attention"``: where the model looks, before and after the edit, in some forget and some retained images:
+          Grad-CAM for the label of each, or for a model that is no classifier the mean size of the feature maps. The
+          model is evaluated with both weights, and stays as it is. Figure 5 of the paper is of this kind.
+        - ``"trials"``: the losses and the memorization of the trials, by the step size of a single change or by the
+          number of changes, and the residual of the first solve.
 
         Args:
+            kind: What to draw. A file name stands for ``path``.
+            reference: For ``"predictions"``: a model of the same architecture that was trained without the examples.
+            layer: For ``"attention"``: the name of the layer whose output is drawn, as in ``named_modules()``; by
+                default the last two-dimensional convolution.
+            count: For ``"attention"``: the number of forget and of retained examples.
             path: A file to save the plot to, such as ``"unlearning.png"``; the ending decides its format.
 
         Raises:
-            ConfigurationError: If the ending of ``path`` is not known.
+            ConfigurationError: If there is no such kind or layer, or the ending of ``path`` is not known; if an
+                argument is of another kind; or if predicted classes are not known, or examples are no images.
+            EditError: If the model must be evaluated, but the report was loaded from a file, or the weights have
+                changed since the edit was computed.
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        return saved(display.draw(self), path)
+        if isinstance(kind, os.PathLike) or Path(kind).suffix:
+            path, kind = kind, "summary"
+        return saved(self._drawn(str(kind), reference, layer, count), path)
+
+    def _drawn(self, kind: str, reference: nn.Module | None, layer: str | None, count: int) -> Figure:
+        _check_plot(kind, reference=reference, layer=layer)
+        if kind == "attention":
+            check_count("count", count)
+            return attention.draw_attention(self, layer, count)
+        if kind == "predictions":
+            found = None if reference is None else attention.predictions_of(self, reference)
+            drawn = picture.draw_predictions(self, found)
+            if drawn is None:
+                raise ConfigurationError(
+                    "plot('predictions') needs the predicted classes of the forget examples, which are not known: the"
+                    " model is no classifier that the package recognises, or the file is of an earlier version. Use"
+                    " plot()."
+                )
+            return drawn
+        return picture.draw_trials(self) if kind == "trials" else picture.draw_summary(self)
 
     def __str__(self) -> str:
         return display.text(self)
+
+
+_KINDS = ("summary", "predictions", "attention", "trials")
+
+
+def _check_plot(kind: Any, *, reference: Any, layer: Any) -> None:
+    """Checks the arguments of :meth:`UnlearnReport.plot`."""
+    if kind not in _KINDS:
+        raise ConfigurationError(
+            f"The kind of a plot must be one of {', '.join(map(repr, _KINDS))}, got {kind!r}. To save a plot, call"
+            " plot().savefig('edit.png')."
+        )
+    for name, given, of in (("reference", reference, "predictions"), ("layer", layer, "attention")):
+        if given is not None and kind != of:
+            raise ConfigurationError(f"`{name}` is for plot({of!r}), but this is plot({kind!r}). Omit it.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import numbers
@@ -13,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..attribution.report import first_shown
 from ..config import AUTO, Settings
 from ..curvature.energy import gradient_share
 from ..curvature.methods import METHODS
@@ -20,7 +22,7 @@ from ..data.examples import Examples
 from ..data.identity import check_same_everywhere, contents_digest, data_digest, fingerprints, innermost, locate
 from ..data.relabel import relabelled
 from ..edit import Edit
-from ..errors import ConfigurationError, NonFiniteError
+from ..errors import ConfigurationError, GIFError, NonFiniteError
 from ..objective.objective import Objective
 from ..parameters import Targets, state_digest
 from ..selection.training_length import TrainingLength
@@ -150,6 +152,7 @@ def unlearn(
     if outcome.unrefreshed is not None:
         warn_refreshed_statistics(goal, outcome.unrefreshed, outcome.after, notes)
     context = EditContext() if context is None else context
+    context.shown = first_shown(request.forget)
     if context.has_optimizer and chosen.is_edit:
         notes.append(
             "The optimizer's state (momentum, averages) is not part of the edit and still depends on the forgotten"
@@ -293,7 +296,8 @@ def _realise(
     """
     objective, positions = task.objective, problem.positions
     theta = problem.weights_at(chosen.step_sizes)
-    before, memorization = outcomes_at(objective, problem.measured, objective.theta), chosen.memorization
+    parts = _measured(problem, task, request)
+    before, memorization = outcomes_at(objective, parts, objective.theta), chosen.memorization
     unrefreshed = None
     if refresh_statistics:
         unrefreshed = problem.mean_losses(theta)
@@ -310,8 +314,8 @@ def _realise(
     )
     edited = objective.theta.clone()
     edited[positions] = edit.flat_new(objective.space).to(edited)
-    after = outcomes_at(objective, problem.measured, edited)
-    means = [{name: float(losses.mean()) for name, (losses, _) in at.items()} for at in (before, after)]
+    after = outcomes_at(objective, parts, edited)
+    means = [{name: float(at[name][0].mean()) for name in problem.measured} for at in (before, after)]
     for name in ("forget", "retain"):
         if not math.isfinite(means[1][name]):
             raise NonFiniteError(
@@ -320,10 +324,25 @@ def _realise(
             )
     outcomes = {
         name: Outcome(part.classes, before[name][0], after[name][0], before[name][1], after[name][1])
-        for name, part in problem.measured.items()
+        for name, part in parts.items()
     }
     first, last = means
     return _Outcome(edit, chosen, memorization, first, last, outcomes, unrefreshed)
+
+
+def _measured(problem: EditProblem, task: Task, request: Request) -> dict[str, Examples]:
+    """The examples on which the edit is measured, by name.
+
+    If the goal does not compare forget with unseen examples, unseen ones are only for pictures: they show what the edit
+    did to examples that the model was not trained on. They are left out if their losses cannot be computed.
+    """
+    parts = problem.measured
+    if request.unseen is not None and not problem.goal.compares_with_unseen:
+        unseen = request.unseen.sample(task.sizes.evaluation, task.settings.seed)
+        with contextlib.suppress(GIFError):
+            task.objective.check(unseen, "unseen")
+            parts["unseen"] = unseen
+    return parts
 
 
 def _judge(problem: EditProblem, outcome: _Outcome, strategy: Strategy | None) -> Verdict | None:
@@ -353,6 +372,10 @@ def _advise(
     goal, start, chosen = problem.goal, problem.trials[0], outcome.chosen
     warn_unfinished(goal, verdict, notes, is_edit=chosen.is_edit)
     after = outcome.after if outcome.unrefreshed is None else outcome.unrefreshed
+    # A change within its uncertainty is no cost.
+    after = {
+        name: outcome.before[name] if outcome.outcomes[name].change.is_noise else loss for name, loss in after.items()
+    }
     warn_cost(goal, task.scales(start.retain_loss), outcome.before, after, notes)
     max_solves = problem.tuning.relinearisation.max_solves
     repeats_solves = STRATEGIES.declared(strategy, "repeats_solves")

@@ -28,7 +28,7 @@ def test_a_poor_correction_warns() -> None:
     """Biases alone cannot give each example the next class."""
     trainer, _, dataset = fitted(max_epochs=20)
     x, y = batch_of(dataset, slice(0, 12))
-    with pytest.warns(GIFWarning, match="of the corrected examples are not predicted"):
+    with pytest.warns(GIFWarning, match="corrected examples are not predicted"):
         trainer.unlearn((x, y), relabel=(y + 1) % 3, selector=["*bias"], dry_run=True)
 
 

@@ -75,7 +75,7 @@ def test_a_class_is_forgotten_if_hardly_an_example_is_predicted_as_it(
 def test_labels_are_corrected_if_most_are_predicted(after: int, grade: Grade) -> None:
     found = judged("labels", {"relabelled": classes(20, 0, after)})
     assert found.grade is grade
-    assert f"{20 - after} of 20 of the corrected examples are not predicted as their new label" in str(found)
+    assert f"{20 - after} of 20 corrected examples are not predicted as their new label" in str(found)
 
 
 def test_labels_of_a_model_without_classes_are_corrected_if_their_loss_is_like_that_of_others() -> None:
