@@ -380,11 +380,9 @@ class TrainerCalls:
             yield Opened(session.objective, session.train, session.examples(batch))
 
     @contextlib.contextmanager
-    def _reopened(
-        self, trainer: Trainer, settings: Settings, dataloader: DataLoader[Any] | None
-    ) -> Iterator[tuple[Objective, Examples]]:
+    def _reopened(self, settings: Settings, dataloader: DataLoader[Any] | None) -> Iterator[tuple[Objective, Examples]]:
         """The block in which a report evaluates its model again: the objective and the training examples."""
-        with self.open_session(trainer, settings, "batch", dataloader) as session:
+        with self.open_session(settings, "batch", dataloader) as session:
             yield session.objective, session.train
 
     def self_influence(
@@ -562,13 +560,7 @@ class TrainerCalls:
                 refresh_statistics=refresh_statistics,
                 solves_to=folder,
                 tuning=tuning,
-                context=EditContext(
-                    **vars(self._context(session)),
-                    module=trainer.lightning_module,
-                    record=log,
-                    has_optimizer=bool(trainer.optimizers),
-                    reopen=partial(self._reopened, trainer, settings, dataloader),
-                ),
+                context=self._edit_context(session, settings, log, dataloader),
             )
         _logged(trainer, report, self.log_reports)
         if not dry_run:  # after everything that can fail, because without its report an edit cannot be undone
@@ -581,6 +573,23 @@ class TrainerCalls:
         if names is None:
             names = find_class_names(getattr(trainer, "datamodule", None), session.train.dataset)
         return _context(trainer, names)
+
+    def _edit_context(
+        self,
+        session: Session,
+        settings: Settings,
+        record: str | os.PathLike[str] | None,
+        dataloader: DataLoader[Any] | None,
+    ) -> EditContext:
+        """The context of the report of an edit."""
+        trainer = self._bound_to
+        return EditContext(
+            **vars(self._context(session)),
+            module=trainer.lightning_module,
+            record=record,
+            has_optimizer=bool(trainer.optimizers),
+            reopen=partial(self._reopened, settings, dataloader),
+        )
 
     def bind(self, trainer: Trainer) -> None:
         """Makes the calls on a trainer, and adds them to it as its methods."""

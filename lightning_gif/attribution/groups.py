@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from ..reporting.page import Page, Table
 
 if TYPE_CHECKING:
     import pandas
@@ -27,6 +28,8 @@ values, or by a function of an item."""
 _MOST_SHOWN = 10  # groups that are printed of each end of the ranking
 
 _WIDEST_NAME = 30
+
+_COLUMNS = ("group", "total", "examples", "mean")
 
 
 def import_pandas() -> ModuleType:
@@ -73,6 +76,11 @@ class Groups(NamedTuple):
         columns = {"total": self.totals.numpy(), "count": self.counts.numpy(), "mean": self.means.numpy()}
         return pandas.DataFrame({"group": pandas.Series(self.names, dtype=object), **columns})
 
+    def _repr_html_(self) -> str:
+        parts = zip(self.names, self.totals.tolist(), self.counts.tolist(), self.means.tolist(), strict=True)
+        rows = [[str(name), f"{total:+.3g}", count, f"{mean:+.2g}"] for name, total, count, mean in parts]
+        return Page("Scores by group", self.meaning, (), [Table("", _COLUMNS, rows)]).fragment()
+
     def __str__(self) -> str:
         names = [textwrap.shorten(str(name), _WIDEST_NAME, placeholder="…") for name in self.names]
         rows = [
@@ -84,7 +92,7 @@ class Groups(NamedTuple):
         left_out = len(rows) - 2 * _MOST_SHOWN
         if left_out > 1:
             rows[_MOST_SHOWN:-_MOST_SHOWN] = [[f"… {left_out} more", "", "", ""]]
-        rows.insert(0, ["group", "total", "examples", "mean"])
+        rows.insert(0, list(_COLUMNS))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [self.meaning]
         for row in rows:

@@ -16,10 +16,11 @@ from ..data.structure import map_tensors
 from ..distributed import ProcessGroup
 from ..errors import ConfigurationError, GIFWarning
 from ..reporting.context import ContextAttribute
+from ..reporting.page import HtmlReport, Page
 from ..reporting.previews import Shown, label_of, saved
 from ..storage.artifact import REMEDY, read_folder, write_folder
 from ..storage.schema import parse_errors_name
-from . import display, picture
+from . import display, pages, picture
 from .groups import Grouping, Groups, group_scores, values_of
 from .record import MOST_QUERIES, InfluenceRecord
 from .same_call import check_same_call
@@ -36,7 +37,7 @@ __all__ = ["InfluenceReport", "first_shown"]
 _FORMAT = "lightning-gif influence 2"
 
 
-class InfluenceReport(InfluenceRecord):
+class InfluenceReport(InfluenceRecord, HtmlReport):
     """A score for every training example and query.
 
     The scores, and how they were computed, are the fields of
@@ -332,6 +333,10 @@ class InfluenceReport(InfluenceRecord):
         if isinstance(query, (str, os.PathLike)):
             path, query = query, 0
         return saved(picture.draw(self, query, k, distribution=distribution), path)
+
+    def page(self, *, whole: bool) -> Page:
+        """The report as HTML: the first query, or with ``whole`` up to eight queries."""
+        return pages.page_of(self, whole=whole)
 
     def __repr__(self) -> str:
         return display.short_text(self)

@@ -24,6 +24,7 @@ from ..objective.objective import Objective
 from ..parameters import state_digest
 from ..reporting.context import CallContext, ContextAttribute
 from ..reporting.loggers import log_scalars, log_table, log_text, running
+from ..reporting.page import HtmlReport, Page, Table
 from ..storage.artifact import REMEDY, read_folder, write_folder
 from ..storage.digests import Fingerprint, digest
 from ..storage.schema import parse_errors_name, restored
@@ -41,6 +42,9 @@ __all__ = ["Opened", "ValidationReport", "check_validation", "validate"]
 # Two subsets have no rank correlation other than ±1.
 _LEAST_SUBSETS = 3
 
+# Queries in the table of a notebook.
+_MOST_SHOWN = 20
+
 _FORMAT = "lightning-gif validation 1"
 
 # Fields that a file holds as plain values. The other fields are stored as tensors.
@@ -51,7 +55,7 @@ _LOW_CEILING = 0.5
 
 
 @dataclass(eq=False, repr=False)
-class ValidationReport:
+class ValidationReport(HtmlReport):
     """How well scores predict retraining on random subsets of the training examples.
 
     For each subset and query there is a predicted and a measured change of the query's measurement (by default its
@@ -236,6 +240,13 @@ class ValidationReport:
     # ----------------------------------------------------------------------------------------------------------------
     # Text
     # ----------------------------------------------------------------------------------------------------------------
+
+    def page(self, *, whole: bool) -> Page:
+        """The report as HTML, with the correlation of each query; of the first 20 queries unless ``whole``."""
+        shown = self.correlations.tolist()[: None if whole else _MOST_SHOWN]
+        rows = [[query, f"{value:+.2f}"] for query, value in enumerate(shown)]
+        table = Table("Rank correlation of predicted and measured changes", ["query", "correlation"], rows)
+        return Page("Do scores predict retraining?", self.verdict, (), [table], details=str(self))
 
     def __repr__(self) -> str:
         low, high = self.interval

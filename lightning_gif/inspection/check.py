@@ -21,6 +21,7 @@ from ..defaults import for_matching, for_unlearning
 from ..errors import GIFWarning
 from ..objective.losses import OwnLoss
 from ..objective.objective import Objective
+from ..reporting.page import HtmlReport, Page
 from ..reporting.progress import duration
 from ..selection import is_name
 from ..session import Session, TargetsChoice
@@ -84,7 +85,7 @@ class LayerShare:
 
 
 @dataclass(frozen=True)
-class CheckReport:
+class CheckReport(HtmlReport):
     """How this package computes the losses of a module, which layers an edit may change, and what calls will cost.
 
     Attributes:
@@ -131,6 +132,10 @@ class CheckReport:
     def to_dict(self) -> dict[str, Any]:
         """All values as numbers, text, lists and dictionaries, for JSON."""
         return asdict(self)
+
+    def page(self, *, whole: bool) -> Page:
+        """The report as HTML."""
+        return Page("Check of the module, and estimated costs", details=str(self))
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.examples import Examples
 from ..errors import GIFError
-from ..metrics.base import twice_in_order
+from ..metrics.order import twice_in_order
 from ..objective.objective import Objective
 
 __all__ = ["Outcome", "PairedChange", "auroc_change", "outcomes_at", "wilson_interval"]

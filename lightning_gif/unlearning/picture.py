@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["draw_predictions", "draw_summary", "draw_trials", "solve_text", "title_of"]
+__all__ = ["draw_predictions", "draw_summary", "draw_trials", "has_predictions", "solve_text", "title_of"]
 
 
 # Classes in one chart, and examples in one row.
@@ -45,8 +45,8 @@ def draw_summary(record: EditRecord) -> Figure:
     examples = record.context.shown[:_MOST_SHOWN]
     has_pictures = any(one.image is not None for one in examples)
     by_class = _by_class(record)
-    rows = max(len(by_class[0]) if by_class else 0, 2 * len(record.losses))
-    heights = [1.85] * has_pictures + [max(0.32 * rows, 2.2) + 0.7]
+    bars = max(len(by_class[0]) * len(by_class[1]) if by_class else 0, 4 * len(record.losses))
+    heights = [1.85] * has_pictures + [max(0.14 * bars, 2.2) + 0.7]
     drawn = empty_figure(10.0, sum(heights) + 1.0)
     drawn.suptitle(title_of(record), fontsize=13, fontweight="bold")
     drawn.supxlabel(textwrap.fill(record.verdict or _losses_text(record), 150), fontsize=8, parse_math=False)
@@ -149,6 +149,17 @@ def _draw_means(axes: Axes, record: EditRecord) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def has_predictions(record: EditRecord) -> bool:
+    """Whether :func:`draw_predictions` can draw something: predicted classes are known."""
+    forget = _asked(record)
+    return forget is not None and forget.predicted_before is not None and forget.predicted_after is not None
+
+
+def _asked(record: EditRecord) -> Outcome | None:
+    """The outcome of the forget examples, with their new labels if they have any."""
+    return record.outcomes.get("relabelled", record.outcomes.get("forget"))
+
+
 def draw_predictions(record: EditRecord, reference: Tensor | None = None) -> Figure | None:
     """Draws as which classes the forget examples are predicted, before and after the edit, and by a reference.
 
@@ -163,8 +174,7 @@ def draw_predictions(record: EditRecord, reference: Tensor | None = None) -> Fig
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    name = "relabelled" if "relabelled" in record.outcomes else "forget"
-    forget, unseen = record.outcomes.get(name), record.outcomes.get("unseen")
+    forget, unseen = _asked(record), record.outcomes.get("unseen")
     if forget is None or forget.predicted_before is None or forget.predicted_after is None:
         return None
     found = {"before the edit": forget.predicted_before, "after the edit": forget.predicted_after}
@@ -189,9 +199,8 @@ def draw_predictions(record: EditRecord, reference: Tensor | None = None) -> Fig
     drawn = empty_figure(8.0, 0.2 * len(series) * len(names) + 1.8)
     axes = drawn.subplots()
     draw_groups(axes, names, series, percent)
-    what = "corrected" if name == "relabelled" else "forget"
+    what = "corrected" if "relabelled" in record.outcomes else "forget"
     axes.set_title(f"Predicted classes of the {what} examples", fontsize=12, fontweight="bold")
-    axes.set_xlabel("share of the examples", fontsize=9)
     axes.set_xticks([0.0, 0.5, 1.0], ["0 %", "50 %", "100 %"])
     return drawn
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +17,7 @@ from ..distributed import ProcessGroup
 from ..errors import ConfigurationError
 from ..parameters import Weights
 from ..reporting.context import ContextAttribute
+from ..reporting.page import HtmlReport, Page, Table
 from ..reporting.previews import saved
 from ..storage.artifact import read_file, write_file
 from ..storage.audit_log import Event
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Change", "UnlearnReport"]
 
 
-class UnlearnReport(EditRecord):
+class UnlearnReport(EditRecord, HtmlReport):
     """A reversible edit of the weights with the evidence for it.
 
     The fields of :class:`~lightning_gif.unlearning.record.EditRecord` are the evidence.
@@ -255,6 +258,20 @@ class UnlearnReport(EditRecord):
                 )
             return drawn
         return picture.draw_trials(self) if kind == "trials" else picture.draw_summary(self)
+
+    def page(self, *, whole: bool) -> Page:
+        """The report as HTML with the picture of :meth:`plot`; with ``whole``, all kinds that need no model."""
+        pictures: list[tuple[str, Callable[[], Figure]]] = [(picture.title_of(self), self.plot)]
+        if whole:
+            known = picture.has_predictions(self)
+            pictures += [("Predicted classes", partial(self.plot, "predictions"))] * known
+            pictures.append(("How the edit was found", partial(self.plot, "trials")))
+        losses = [
+            [name, *("" if math.isnan(value) else f"{value:.4g}" for value in change)]
+            for name, change in self.losses.items()
+        ]
+        tables = [Table("Mean losses", ["examples", "before", "after", "predicted"], losses)]
+        return Page("Unlearning report", self.verdict, pictures, tables, self.notes, details=str(self))
 
     def __str__(self) -> str:
         return display.text(self)
