@@ -29,7 +29,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_gif import GIFCallback
+from lightning_gif import GIFCallback, InfluenceReport
 
 SHOWN = (0.1, 0.2)
 
@@ -77,18 +77,20 @@ def accuracy(model: pl.LightningModule, test: TensorDataset) -> float:
     return float((logits(model, test).argmax(1) == test.tensors[1]).float().mean())
 
 
-def save_suspects(path: str, data: TensorDataset, truth: Tensor, suspicion: Tensor) -> None:
+def save_suspects(path: str, report: InfluenceReport, data: TensorDataset, truth: Tensor) -> None:
+    """Draws the most suspicious examples, each with its dataset index, its score, and its given and its true label."""
     rows, cols = 3, 8
-    figure = Figure(figsize=(1.25 * cols, 1.75 * rows + 0.4), layout="constrained")
-    figure.suptitle("The most suspicious training examples (red: the label is wrong)")
-    order = suspicion.argsort(descending=True).tolist()
-    for axis, index in zip(figure.subplots(rows, cols).flat, order, strict=False):
+    figure = Figure(figsize=(1.3 * cols, 1.9 * rows + 0.4), layout="constrained")
+    figure.suptitle("The training examples with the highest self-influence (red: the label is wrong)")
+    (indices,), (scores,) = report.proponents(rows * cols)
+    for axis, index, score in zip(figure.subplots(rows, cols).flat, indices.tolist(), scores.tolist(), strict=True):
         given, true = int(data.tensors[1][index]), int(truth[index])
         axis.imshow(data.tensors[0][index, 0], cmap="gray_r")
         axis.set_xticks([])
         axis.set_yticks([])
         colour = "black" if given == true else "tab:red"
-        axis.set_title(f"label {given}\ntrue label {true}", fontsize=9, color=colour)
+        wrong = "" if given == true else f", in truth {true}"
+        axis.set_title(f"#{index}, score {score:.2g}\nlabel {given}{wrong}", fontsize=8, color=colour)
         axis.spines[:].set_color(colour)
     figure.savefig(path, dpi=150)
 
@@ -141,8 +143,9 @@ def main(args: Namespace) -> None:
         table.add_row(name, *(f"{accuracy(net, test):.1%}" for net in (model, retrained, ideal)))
     console.print(table)
 
-    save_suspects(str(args.output / "suspects.png"), noisy, truth, suspicions["self-influence"])
-    console.print(f"The plot is in {args.output}/", highlight=False, soft_wrap=True)
+    save_suspects(str(args.output / "suspects.png"), report, noisy, truth)
+    report.plot().savefig(args.output / "self_influence.png", dpi=150)
+    console.print(f"The plots are in {args.output}/", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python examples/forget_a_digit.py
 
-The edit uses training examples only. The script then saves the edit, undoes it, and explains the test digit with the
+The edit uses training examples only. The script draws as which digits the forgotten examples are predicted before and
+after the edit, and where the network looks in them. It saves the edit, undoes it, and explains the test digit with the
 largest loss.
 """
 
@@ -45,7 +46,7 @@ def save_bars(path: str, predictions: dict[str, Tensor], test: TensorDataset, di
     axes.set_ylim(0, 1.02)
     axes.set_title(f"Forgetting the digit {digit}")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -135,8 +136,15 @@ def main(args: Namespace) -> None:
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
 
     save_bars(str(args.output / "accuracy.png"), predictions, test, args.digit)
-    edit.plot().savefig(args.output / "unlearning.png", dpi=150)
-    report.plot().savefig(args.output / "influence.png", dpi=150)
+    pictures = {
+        "unlearning": edit.plot(),
+        "predictions": edit.plot("predictions", reference=reference),  # figure 4 of the GIF paper
+        "attention": edit.plot("attention"),  # figure 5
+        "influence": report.plot(),
+    }
+    for name, picture in pictures.items():
+        picture.savefig(args.output / f"{name}.png", dpi=150)
+    edit.to_html(args.output / "edit.html")
     console.print(f"\nThe plots and the edit are in {args.output}/", highlight=False, soft_wrap=True)
 
 

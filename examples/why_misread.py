@@ -3,7 +3,8 @@
     python examples/why_misread.py
 
 The query is the misread held-out digit with the highest probability for a wrong class. The script prints its
-prediction, the training examples with the largest scores, and the sums of the scores by class. It saves a plot of them.
+prediction, the training examples with the largest scores, and the sums of the scores by class. It saves a plot of them,
+and a page to show to others.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def main(args: Namespace) -> None:
     say(f"Strongest opponents: the {groups.names[-1]}s. Strongest proponents: the {groups.names[0]}s.")
 
     report.plot().savefig(args.output / "influence.png", dpi=150)
-    say(f"The plot is in {args.output}/")
+    report.to_html(args.output / "influence.html")
+    say(f"The plot, and a page with it, are in {args.output}/")
 
 
 if __name__ == "__main__":

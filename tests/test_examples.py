@@ -80,7 +80,9 @@ def test_forget_a_digit(run: Run, tmp_path: Path) -> None:
     assert "Undone: the weights are bit-identical" in printed
     assert "from the file gives the same predictions" in printed
     assert "proponents: " in printed
-    assert_pictures(tmp_path, "accuracy.png", "unlearning.png", "influence.png")
+    names = ("accuracy", "unlearning", "predictions", "attention", "influence")
+    assert_pictures(tmp_path, *(f"{name}.png" for name in names))
+    assert "<html" in (tmp_path / "edit.html").read_text()
     report = UnlearnReport.load(tmp_path / "edit.safetensors")
     assert report.n_forget == report.n_found == 137
     with next(tmp_path.rglob("metrics.csv")).open() as file:
@@ -100,7 +102,7 @@ def test_find_mislabeled(run: Run, tmp_path: Path) -> None:
         before, cleaned, ideal = map(percent, row(accuracies, ranking))
         assert cleaned > before + 1
         assert ideal > before + 1
-    assert_pictures(tmp_path, "suspects.png")
+    assert_pictures(tmp_path, "suspects.png", "self_influence.png")
 
 
 def test_why_misread(run: Run, tmp_path: Path) -> None:
@@ -113,6 +115,8 @@ def test_why_misread(run: Run, tmp_path: Path) -> None:
     assert totals[label] > 0 > totals[read_as]
     assert f"Strongest opponents: the {min(totals, key=totals.__getitem__)}s." in printed
     assert_pictures(tmp_path, "influence.png")
+    page = (tmp_path / "influence.html").read_text()
+    assert f"read as {read_as} (" in page
 
 
 def test_wandb_report(run: Run, tmp_path: Path) -> None:
