@@ -16,7 +16,7 @@ from .attribution.periodic import HISTORY_COLUMNS, PeriodicReports
 from .attribution.report import InfluenceReport
 from .calls import Influence, TrainerCalls, check_path, check_record, log_to_each
 from .config import AUTO, RATIO, SELECTOR, Settings, check_count
-from .data.names import check_class_names
+from .data.names import check_class_names, check_vocabulary
 from .defaults import check_names
 from .distributed import ProcessGroup
 from .errors import ConfigurationError
@@ -168,6 +168,8 @@ class GIFCallback(TrainerCalls, Callback):
         class_names: The name of each class as text, in the order of the labels, for the pictures and texts of reports.
             By default the attribute ``classes`` of the data module or the training dataset, if it is a list of texts,
             as in torchvision. Without names, reports show the labels.
+        vocabulary: For models of texts: the tokens by their ids, as a list, a mapping, or a tokenizer with a method
+            ``convert_ids_to_tokens`` (as in ``transformers``). Reports then show words in place of ids.
 
     Raises:
         ConfigurationError: If a value is out of range or a name is unknown. It is a ``MisconfigurationException``.
@@ -206,6 +208,7 @@ class GIFCallback(TrainerCalls, Callback):
         record: str | None = None,
         influence_loss: LossOfModule | None = None,
         class_names: list[str] | None = None,
+        vocabulary: Any = None,
     ) -> None:
         arguments = locals()
         super().__init__()
@@ -221,6 +224,7 @@ class GIFCallback(TrainerCalls, Callback):
         self.record = record
         self.influence_loss = influence_loss
         self.class_names = class_names
+        self.vocabulary = vocabulary
         self.tracker = TrainingTracker(self.settings, snapshots)
         self.reports = PeriodicReports()
         self.loaders = Loaders()
@@ -230,6 +234,7 @@ class GIFCallback(TrainerCalls, Callback):
         check_record(record)
         check_loss_of_module(influence_loss)
         check_class_names(class_names)
+        check_vocabulary(vocabulary)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training, in the order of the hooks

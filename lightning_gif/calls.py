@@ -26,7 +26,7 @@ from .attribution.self_influence import self_influence
 from .attribution.validation import Opened, ValidationReport, check_validation, validate
 from .config import AUTO, Overrides, Settings, check_count
 from .data.examples import Examples
-from .data.names import find_class_names
+from .data.names import Vocabulary, find_class_names
 from .data.structure import describe
 from .defaults import check_names, for_influence, for_matching, for_unlearning
 from .distributed import ProcessGroup
@@ -246,6 +246,7 @@ class TrainerCalls:
         log_reports: Whether reports are logged.
         record: The audit log.
         class_names: The name of each class, for reports; ``None`` takes those of the data.
+        vocabulary: The tokens of texts by their ids, for reports; ``None`` shows ids.
     """
 
     settings: Settings
@@ -255,6 +256,7 @@ class TrainerCalls:
     log_reports: bool
     record: str | None
     class_names: Sequence[str] | None
+    vocabulary: Vocabulary | None
     _trainer: Trainer | None = None
 
     influence = Influence()
@@ -572,7 +574,7 @@ class TrainerCalls:
         trainer, names = self._bound_to, self.class_names
         if names is None:
             names = find_class_names(getattr(trainer, "datamodule", None), session.train.dataset)
-        return _context(trainer, names)
+        return replace(_context(trainer, names), vocabulary=self.vocabulary)
 
     def _edit_context(
         self,

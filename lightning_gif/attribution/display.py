@@ -14,7 +14,7 @@ from ..reporting.loggers import log_eigenvalues, log_figure, log_histogram, log_
 from ..reporting.notes import describe_share, describe_solve
 from ..solvers import Status
 from .ends import End, ends_of, measured, owner
-from .picture import draw, reading, sums_by_class
+from .picture import draw, is_mean, reading, strongest_tokens, sums_by_class
 from .record import MOST_QUERIES, InfluenceRecord
 from .uncertainty import LEVEL
 
@@ -67,6 +67,10 @@ def _reading(record: InfluenceRecord, query: int) -> Iterator[str]:
         queries = len(record.scores)
         start = f"query {query}" if queries > 1 else "query" if len(record.queries) == 1 else "query, its first example"
         yield f"{start}: {read[:1].lower()}{read[1:]}"
+    tokens = strongest_tokens(record, query)
+    if tokens and not is_mean(record):
+        shown = ", ".join(f"{token} {effect:+.2g}" for token, effect in tokens)
+        yield f"change of its loss without single tokens: {shown}"
 
 
 def _by_class(record: InfluenceRecord, query: int) -> Iterator[str]:

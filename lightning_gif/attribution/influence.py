@@ -27,7 +27,7 @@ from ..parameters import Targets, state_digest
 from ..reporting.context import CallContext
 from ..solvers import Solution
 from ..storage.digests import Fingerprint, digest
-from .predictions import first_predictions
+from .predictions import first_predictions, first_tokens
 from .ranking import Strongest
 from .report import InfluenceReport, first_shown
 from .score_store import InMemory, ScoreStore
@@ -90,6 +90,7 @@ def influence(
         ConvergenceError: If a solve diverged, or did not converge and ``unconverged="raise"``.
     """
     begin = time.perf_counter()
+    context = context or CallContext()
     objective.check(query, "query", measured=True)
     call = _Call(
         objective,
@@ -115,9 +116,10 @@ def influence(
         gradient_share=solved[0].gradient_share,
         k=k,
         dataset=train.dataset,
-        queries=first_shown(query),
+        queries=first_shown(query, vocabulary=context.vocabulary),
         labels=None if partial else call.scored.classes,
         predictions=first_predictions(objective, query),
+        tokens=first_tokens(objective, query, context.vocabulary),
         settings={
             **asdict(replace(settings, damping=solved[0].damping)),
             "snapshots": list(states or {}),
@@ -128,7 +130,7 @@ def influence(
         seconds=time.perf_counter() - begin,
         standard_errors=found.standard_errors,
         agreement=found.agreement,
-        context=context or CallContext(),
+        context=context,
     )
 
 

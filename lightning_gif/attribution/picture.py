@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["draw", "draw_shares", "headline", "reading", "sums_by_class"]
+__all__ = ["draw", "draw_shares", "headline", "is_mean", "reading", "strongest_tokens", "sums_by_class"]
 
 
-# Examples in each row by default, examples of a query that is their mean, classes, and predicted classes.
-_MOST_DRAWN, _MOST_ASKED, _MOST_CLASSES, _MOST_PREDICTED = 8, 4, 12, 5
+# Examples in each row by default, examples of a query that is their mean, classes, predicted classes, and tokens.
+_MOST_DRAWN, _MOST_ASKED, _MOST_CLASSES, _MOST_PREDICTED, _MOST_TOKENS = 8, 4, 12, 5, 8
 
 # Inches.
 _WIDTH, _LEAST_WIDTH, _TOP, _ROW, _LINE, _MARGIN = 1.25, 9.0, 2.5, 1.75, 0.36, 0.9
@@ -75,7 +75,7 @@ def headline(record: InfluenceRecord, query: int) -> str:
         return "Self-influence: what the model had to memorize"
     queries = len(record.scores)
     which = f"Query {query} of {queries}: " if queries > 1 else ""
-    if _is_mean(record):
+    if is_mean(record):
         return f"Query: the mean {measured(record)} of several examples"
     read = reading(record, query) if query < len(record.queries) else ""
     return which + read if read else which.removesuffix(": ") or "Query"
@@ -127,13 +127,14 @@ def sums_by_class(record: InfluenceRecord, query: int) -> Groups | None:
     return group_scores(record.labels.tolist(), record.scores[query], "")
 
 
-def _is_mean(record: InfluenceRecord) -> bool:
+def is_mean(record: InfluenceRecord) -> bool:
+    """Whether the only query is the mean over several examples."""
     return len(record.scores) == 1 and len(record.queries) > 1
 
 
 def _asked(record: InfluenceRecord, query: int) -> list[int]:
     """The positions of the examples of a query that are drawn."""
-    if _is_mean(record):
+    if is_mean(record):
         return list(range(min(len(record.queries), _MOST_ASKED)))
     return [query] if query < len(record.queries) else []
 
@@ -141,10 +142,13 @@ def _asked(record: InfluenceRecord, query: int) -> list[int]:
 def _draw_top(part: SubFigure, record: InfluenceRecord, query: int, asked: list[int], sums: Groups | None) -> None:
     is_class = record.predictions is not None and record.predictions.shape[1] > 1
     predicted = len(asked) == 1 and is_class
-    ratios = [1.0] * len(asked) + [1.4] * predicted + [2.2] * (sums is not None)
+    tokens = len(asked) == 1 and asked[0] < len(record.tokens)
+    ratios = [1.0] * len(asked) + [1.0] * tokens + [1.4] * predicted + [2.2] * (sums is not None)
     axes = iter(part.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0])
     for position in asked:
         _draw_query(next(axes), record, position, alone=len(asked) == 1)
+    if tokens:
+        _draw_tokens(next(axes), record, query)
     if predicted:
         _draw_predictions(next(axes), record, query)
     if sums is not None:
@@ -178,6 +182,23 @@ def _draw_predictions(axes: Axes, record: InfluenceRecord, query: int) -> None:
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     axes.set_title("How the model reads it", fontsize=9)
+
+
+def strongest_tokens(record: InfluenceRecord, query: int) -> list[tuple[str, float]]:
+    """The tokens of a shown query that its loss depends on most, the highest effect first."""
+    tokens = record.tokens[query] if query < len(record.tokens) else []
+    strongest = sorted(tokens, key=lambda one: -abs(one[1]))[:_MOST_TOKENS]
+    return sorted((one for one in strongest if one[1]), key=lambda one: -one[1])
+
+
+def _draw_tokens(axes: Axes, record: InfluenceRecord, query: int) -> None:
+    """Draws the tokens that the loss of the query depends on most."""
+    shown = strongest_tokens(record, query)
+    values = [effect for _, effect in shown]
+    colors = [RAISES if effect > 0 else LOWERS for effect in values]
+    draw_bars(axes, [named(token) for token, _ in shown], values, [f"{effect:+.2g}" for effect in values], colors)
+    axes.set_title("Its tokens: the loss without each", fontsize=9)
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
 
 
 def _draw_sums(axes: Axes, record: InfluenceRecord, query: int | None, sums: Groups) -> None:

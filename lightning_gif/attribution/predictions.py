@@ -1,4 +1,4 @@
-"""What the model predicts for the examples of a query."""
+"""What the model predicts for the examples of a query, and which of their tokens its loss depends on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from ..data.examples import Examples
+from ..data.names import Vocabulary, tokens_of
 from ..errors import GIFError
 from ..objective.objective import Objective
 from ..objective.outputs import predictions
+from ..objective.tokens import token_effects
 from .record import MOST_QUERIES
 
-__all__ = ["first_predictions"]
+__all__ = ["first_predictions", "first_tokens"]
 
 
 def first_predictions(objective: Objective, query: Examples, most: int = MOST_QUERIES) -> Tensor | None:
@@ -35,3 +37,23 @@ def first_predictions(objective: Objective, query: Examples, most: int = MOST_QU
     except GIFError:  # the loss is not computed from predictions that are known
         return None
     return found[:most] if len(found) == batch.size and bool(torch.isfinite(found).all()) else None
+
+
+def first_tokens(
+    objective: Objective, query: Examples, vocabulary: Vocabulary | None, most: int = MOST_QUERIES
+) -> list[list[tuple[str, float]]]:
+    """The tokens of the examples of :func:`~.report.first_shown`, each with its effect on the loss of the example.
+
+    See :class:`~lightning_gif.objective.tokens.TokenEffects`. Empty if the module embeds no tokens, or if the query has
+    a measurement of its own.
+    """
+    first = next(query.batches())
+    if objective.measures != "loss" or not first.divisible:
+        return []
+    listed = []
+    for one in token_effects(objective, first.slice(0, most)) or ():
+        names = tokens_of(vocabulary, one.ids.tolist())
+        if vocabulary is None:  # an id says little without its position
+            names = [f"{name} at position {position}" for position, name in enumerate(names)]
+        listed.append(list(zip(names, one.effects.tolist(), strict=True)))
+    return listed

@@ -80,6 +80,9 @@ class InfluenceRecord:
         predictions: What the model predicts for :attr:`queries`, with its present weights: the probabilities
             ``(n_shown, C)`` of a classifier, or the output ``(n_shown, 1)`` of a model with one number for each
             example. ``None`` if there are other outputs, or if they are not known.
+        tokens: For each of :attr:`queries`, if they are texts of tokens: each token, and the predicted change of the
+            loss if its embedding were 0. It is positive if the loss would be higher without the token. Empty if the
+            module embeds no tokens, or in the folder of an earlier version.
         examples: Labels and pictures or texts of training examples, by dataset index; filled on demand.
         context: The trainer's loggers, step count and process group, and the names of the classes. Only
             ``global_step`` and ``class_names`` are saved.
@@ -101,6 +104,7 @@ class InfluenceRecord:
     agreement: float | None = None
     labels: Tensor | None = None
     predictions: Tensor | None = None
+    tokens: list[list[tuple[str, float]]] = field(default_factory=list)
     examples: dict[int, Shown] = field(default_factory=dict)
     context: CallContext = field(default_factory=CallContext)
 
@@ -262,7 +266,7 @@ class InfluenceRecord:
             if self.dataset is None:
                 return _NOT_KEPT
             with isolate_rng():
-                self.examples[index] = Shown.of(self.dataset[index])
+                self.examples[index] = Shown.of(self.dataset[index], self.context.vocabulary)
         return self.examples[index]
 
     def summary(self) -> dict[str, Any]:
@@ -321,6 +325,7 @@ class InfluenceRecord:
             **({} if self.gradient_share is None else {"gradient_share": self.gradient_share}),
             **({} if self.agreement is None else {"agreement": self.agreement}),
             "global_step": self.context.global_step,
+            **({"tokens": self.tokens} if self.tokens else {}),
             **({} if self.context.class_names is None else {"class_names": list(self.context.class_names)}),
             "solutions": [solution.record() for solution in self.solutions],
             "looks": {name: {"label": example.label, "text": example.text} for name, example in looks.items()},
@@ -375,6 +380,7 @@ class InfluenceRecord:
             examples=examples,
             labels=_labels(tensors, indices),
             predictions=_predictions(tensors, len(queries)),
+            tokens=restored(list[list[tuple[str, float]]], record.get("tokens", []), "tokens"),
             context=CallContext(
                 global_step=restored(int, record["global_step"], "global_step"),
                 class_names=restored(list[str] | None, record.get("class_names"), "class_names"),

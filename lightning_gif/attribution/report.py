@@ -12,6 +12,7 @@ from torch import Tensor
 from .._compat import isolate_rng, rank_zero_warn
 from .._moved import renamed
 from ..data.examples import Examples
+from ..data.names import Vocabulary
 from ..data.structure import map_tensors
 from ..distributed import ProcessGroup
 from ..errors import ConfigurationError, GIFWarning
@@ -210,6 +211,7 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
             queries=first.queries,
             labels=first.labels,
             predictions=_mean_predictions(reports),
+            tokens=first.tokens,
             settings={**first.settings, "fits": len(reports)},
             seconds=sum(report.seconds for report in reports),
             standard_errors=errors,
@@ -345,7 +347,7 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
         return display.text(self)
 
 
-def first_shown(query: Examples, most: int = MOST_QUERIES) -> list[Shown]:
+def first_shown(query: Examples, most: int = MOST_QUERIES, vocabulary: Vocabulary | None = None) -> list[Shown]:
     """Labels and pictures or texts of up to ``most`` examples of a query, all from its first batch.
 
     They come from the query's dataset if the rows of a batch are not its examples. A batch without a dataset then shows
@@ -363,7 +365,7 @@ def first_shown(query: Examples, most: int = MOST_QUERIES) -> list[Shown]:
             batch.size,
         )
 
-    return [Shown.of(item(position)) for position in range(min(most, batch.size))]
+    return [Shown.of(item(position), vocabulary) for position in range(min(most, batch.size))]
 
 
 def _mean_predictions(reports: Sequence[InfluenceReport]) -> Tensor | None:

@@ -1,17 +1,17 @@
-"""The names of classes, as a data module or a dataset has them."""
+"""The names of classes and tokens."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 
 from ..errors import ConfigurationError
 from .identity import innermost
 
-__all__ = ["check_class_names", "find_class_names"]
+__all__ = ["Vocabulary", "check_class_names", "check_vocabulary", "find_class_names", "tokens_of"]
 
 
 def check_class_names(names: Any) -> None:
@@ -45,3 +45,31 @@ def find_class_names(*owners: Any) -> list[str] | None:
 def _are_names(given: Any) -> bool:
     is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
     return is_list and len(given) > 0 and all(isinstance(name, str) for name in given)
+
+
+Vocabulary: TypeAlias = "Sequence[str] | Mapping[int, str] | Any"
+"""The tokens of a text by their ids: a list, a mapping, or a tokenizer with a method ``convert_ids_to_tokens``."""
+
+
+def check_vocabulary(vocabulary: Any) -> None:
+    """Checks the argument ``vocabulary``.
+
+    Raises:
+        ConfigurationError: If it is none of :data:`Vocabulary`, nor ``None``.
+    """
+    known = vocabulary is None or isinstance(vocabulary, Mapping) or _are_names(vocabulary)
+    if not known and not callable(getattr(vocabulary, "convert_ids_to_tokens", None)):
+        raise ConfigurationError(
+            "`vocabulary` must be a list of all tokens in the order of their ids, a mapping from ids to tokens, a"
+            f" tokenizer with a method `convert_ids_to_tokens` (as in transformers), or None, got {vocabulary!r:.200}."
+        )
+
+
+def tokens_of(vocabulary: Vocabulary | None, ids: list[int]) -> list[str]:
+    """The tokens with some ids; the id itself as text for those that the vocabulary does not have."""
+    if hasattr(vocabulary, "convert_ids_to_tokens"):
+        return [str(token) for token in vocabulary.convert_ids_to_tokens(ids)]  # type: ignore[union-attr]
+    if isinstance(vocabulary, Mapping):
+        return [str(vocabulary.get(one, one)) for one in ids]
+    known = vocabulary or ()
+    return [known[one] if 0 <= one < len(known) else str(one) for one in ids]

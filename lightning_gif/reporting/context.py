@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, overload
 
+from ..data.names import Vocabulary
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 
 __all__ = ["CallContext", "ContextAttribute"]
@@ -23,12 +24,14 @@ class CallContext:
         global_step: The number of the trainer's optimizer steps at the time of the call.
         processes: The process group. Each process has the report, and the first one writes files.
         class_names: The name of each class, in the order of the labels; ``None`` if they are not known.
+        vocabulary: The tokens of texts by their ids; ``None`` shows ids.
     """
 
     loggers: Sequence[Any] = ()
     global_step: int = 0
     processes: ProcessGroup = SINGLE_PROCESS
     class_names: Sequence[str] | None = None
+    vocabulary: Vocabulary | None = None
 
 
 class _HasContext(Protocol):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.names import Vocabulary, tokens_of
 from ..data.structure import tensors
 from ..data.targets import TARGET_KEYS
 from ..errors import ConfigurationError
@@ -48,10 +49,15 @@ class Shown:
     text: str
 
     @classmethod
-    def of(cls, item: Any) -> Shown:
-        """The preview of an item of a dataset. Arrays are converted to tensors, as in collating."""
+    def of(cls, item: Any, vocabulary: Vocabulary | None = None) -> Shown:
+        """The preview of an item of a dataset. Arrays are converted to tensors, as in collating.
+
+        Args:
+            item: The item.
+            vocabulary: The tokens of texts by their ids, if items have ids.
+        """
         item = _as_tensors(item)
-        return cls(label_of(item), image_of(item), text_of(item))
+        return cls(label_of(item), image_of(item), text_of(item, vocabulary))
 
     @property
     def look(self) -> Any:
@@ -98,12 +104,18 @@ def label_of(item: Any) -> Any | None:
     return target if plain or target is None else str(target)
 
 
-def text_of(item: Any) -> str:
+def text_of(item: Any, vocabulary: Vocabulary | None = None) -> str:
     """The contents of a dataset's item without its label, as a text of limited length.
 
-    If the item has strings, these are the text, without token ids or lengths. Otherwise its rounded numbers are.
+    If the item has strings, these are the text, without token ids or lengths. Otherwise, with a vocabulary, it is the
+    tokens of the first whole numbers ``(L,)``, if there are any. Otherwise its rounded numbers are.
     """
     inputs = item if label_of(item) is None else _split(item)[0]
+    if vocabulary is not None and not any(_texts(inputs)):
+        ids = next((one for one in tensors(inputs) if one.ndim == 1 and _are_ids(one)), None)
+        if ids is not None:
+            words = " ".join(tokens_of(vocabulary, ids.tolist()))
+            return textwrap.shorten(words, _LONGEST_TEXT, placeholder=" …")
     texts = list(_texts(inputs))
     if len(texts) == 1:
         words = texts[0][1]
@@ -112,6 +124,10 @@ def text_of(item: Any) -> str:
     else:
         words = _words(inputs)
     return textwrap.shorten(words, _LONGEST_TEXT, placeholder=" …")
+
+
+def _are_ids(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype is not torch.bool
 
 
 def empty_figure(width: float, height: float) -> Figure:

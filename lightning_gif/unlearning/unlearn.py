@@ -152,7 +152,7 @@ def unlearn(
     if outcome.unrefreshed is not None:
         warn_refreshed_statistics(goal, outcome.unrefreshed, outcome.after, notes)
     context = EditContext() if context is None else context
-    context.shown = first_shown(request.forget)
+    context.shown = first_shown(request.forget, vocabulary=context.vocabulary)
     if context.has_optimizer and chosen.is_edit:
         notes.append(
             "The optimizer's state (momentum, averages) is not part of the edit and still depends on the forgotten"
