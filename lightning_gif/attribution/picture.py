@@ -27,10 +27,10 @@ __all__ = ["draw", "draw_shares", "headline", "is_mean", "reading", "strongest_t
 _MOST_DRAWN, _MOST_ASKED, _MOST_CLASSES, _MOST_PREDICTED, _MOST_TOKENS = 8, 4, 12, 5, 8
 
 # Inches.
-_WIDTH, _LEAST_WIDTH, _TOP, _ROW, _LINE, _MARGIN = 1.25, 9.0, 2.5, 1.75, 0.36, 0.9
+_WIDTH, _LEAST_WIDTH, _TOP, _LOW, _ROW, _LINE, _MARGIN = 1.25, 9.0, 2.5, 0.9, 1.75, 0.36, 0.9
 
 # The lengths of the lines of a text: of the query, and of other examples.
-_QUERY_TEXT, _TEXT = 38, 92
+_QUERY_TEXT, _TEXT = 38, 84
 
 
 def draw(record: InfluenceRecord, query: int = 0, k: int | None = None, *, distribution: bool = False) -> Figure:
@@ -47,7 +47,8 @@ def draw(record: InfluenceRecord, query: int = 0, k: int | None = None, *, distr
     asked, sums = _asked(record, query), sums_by_class(record, query)
     as_pictures = any(one.image is not None for one in (*(record.queries[i] for i in asked), *shown[0], *shown[1]))
     row = _ROW if as_pictures else _LINE * count
-    heights = [_TOP] * bool(asked or sums) + [row + 0.3] * 2 + [_TOP] * distribution
+    bars = sums is not None or record.tokens or (record.predictions is not None and record.predictions.shape[1] > 1)
+    heights = [_TOP if bars or as_pictures else _LOW] * bool(asked or sums) + [row + 0.3] * 2 + [_TOP] * distribution
     width = max(_WIDTH * count, _LEAST_WIDTH) if as_pictures else _LEAST_WIDTH + 1
     drawn = empty_figure(width, sum(heights) + _MARGIN)
     drawn.suptitle(headline(record, query), fontsize=13, fontweight="bold", parse_math=False)
@@ -143,7 +144,7 @@ def _draw_top(part: SubFigure, record: InfluenceRecord, query: int, asked: list[
     is_class = record.predictions is not None and record.predictions.shape[1] > 1
     predicted = len(asked) == 1 and is_class
     tokens = len(asked) == 1 and asked[0] < len(record.tokens)
-    ratios = [1.0] * len(asked) + [1.0] * tokens + [1.4] * predicted + [2.2] * (sums is not None)
+    ratios = [1.0] * len(asked) + [1.1] * tokens + [1.4] * predicted + [2.2] * (sums is not None)
     axes = iter(part.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0])
     for position in asked:
         _draw_query(next(axes), record, position, alone=len(asked) == 1)
@@ -196,9 +197,12 @@ def _draw_tokens(axes: Axes, record: InfluenceRecord, query: int) -> None:
     shown = strongest_tokens(record, query)
     values = [effect for _, effect in shown]
     colors = [RAISES if effect > 0 else LOWERS for effect in values]
-    draw_bars(axes, [named(token) for token, _ in shown], values, [f"{effect:+.2g}" for effect in values], colors)
-    axes.set_title("Its tokens: the loss without each", fontsize=9)
-    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+    draw_bars(
+        axes, [named(token) for token, _ in shown], values, [f"{effect:+.2g}" for effect in values], colors, margin=0.45
+    )
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    axes.set_title("Its loss without a token", fontsize=9)
 
 
 def _draw_sums(axes: Axes, record: InfluenceRecord, query: int | None, sums: Groups) -> None:
@@ -266,7 +270,7 @@ def _draw_list(part: SubFigure, record: InfluenceRecord, query: int, end: End, e
         for place, text, shade in (
             (0.0, amount, color),
             (0.15, _labelled(record, index, shown), None),
-            (0.33, lines, None),
+            (0.4, lines, None),
         ):
             axes.text(
                 place, height, text, va="center", fontsize=8, color=shade, parse_math=False, transform=axes.transAxes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,10 @@ def named(label: Any, class_names: Sequence[str] | None = None) -> str:
         label = class_names[label]
     if isinstance(label, float):
         return f"{label:.4g}"
-    return textwrap.shorten(label, _LONGEST_NAME, placeholder=" …") if isinstance(label, str) else str(label)
+    text = " ".join(str(label).split())
+    half = _LONGEST_NAME // 2
+    # Long names often differ at their ends.
+    return text if len(text) <= _LONGEST_NAME else f"{text[:half].rstrip()} … {text[3 - half :].lstrip()}"
 
 
 def positions_of_ends(count: int, most: int) -> list[int | None]:
@@ -46,7 +48,13 @@ def positions_of_ends(count: int, most: int) -> list[int | None]:
 
 
 def draw_bars(
-    axes: Axes, names: Sequence[str], values: Sequence[float | None], texts: Sequence[str], colors: Sequence[str]
+    axes: Axes,
+    names: Sequence[str],
+    values: Sequence[float | None],
+    texts: Sequence[str],
+    colors: Sequence[str],
+    *,
+    margin: float = 0.18,
 ) -> None:
     """Draws one horizontal bar for each name, the first one at the top, each with a text at its end.
 
@@ -56,6 +64,7 @@ def draw_bars(
         values: The lengths of the bars; ``None`` draws no bar.
         texts: The text at the end of each bar.
         colors: The colour of each bar.
+        margin: The room for the texts, as a share of the longest extent of the bars.
     """
     places = range(len(names))
     lengths = [0.0 if value is None else value for value in values]
@@ -63,8 +72,9 @@ def draw_bars(
     axes.bar_label(bars, list(texts), fontsize=7, padding=3)
     _name_bars(axes, names)
     low, high = min(0.0, *lengths), max(0.0, *lengths)
-    margin = 0.18 * (high - low) or 1.0  # room for the texts
-    axes.set_xlim(low - margin * (low < 0), high + margin * (high > 0 or low == 0))
+    room = margin * (high - low) or 1.0
+    axes.set_xlim(low - room * (low < 0), high + room * (high > 0 or low == 0))
+    axes.xaxis.get_offset_text().set_fontsize(7)
 
 
 def percent(share: float) -> str:

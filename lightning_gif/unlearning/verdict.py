@@ -17,7 +17,7 @@ __all__ = ["Evidence", "Grade", "Verdict", "of_correction", "of_membership", "of
 # Which share of the wanted change counts as done, which as done in part, and which as too much.
 _DONE, _PARTLY, _TOO_FAR = 0.75, 0.25, 1.5
 
-# A change of a loss by less than this share of the loss, or of one nat, counts as none.
+# A change of a loss by less than this share of its scale counts as none, see _scale.
 _SMALL = 0.02
 
 _NAMES = {"relabelled": "corrected", "forget": "forget"}
@@ -84,7 +84,7 @@ def of_prediction(evidence: Evidence) -> Verdict:
     losses = f"The loss of the {_NAMES[name]} examples was {start:.4g}. Theory predicts {goal:.4g} for training {how}"
     if not math.isfinite(wanted):
         return Verdict(Grade.UNKNOWN, f"{losses}, which is not a finite number.")
-    if abs(wanted) <= _SMALL * max(abs(start), 1.0):
+    if abs(wanted) <= _SMALL * _scale(evidence.outcomes, start):
         return Verdict(
             Grade.NOTHING_TO_DO,
             f"{losses}: the model hardly depends on these examples. After the edit it is {end:.4g}{_bounds(change)}.",
@@ -123,7 +123,7 @@ def of_membership(evidence: Evidence) -> Verdict:
     forget, unseen = evidence.outcomes["forget"], evidence.outcomes.get("unseen")
     first, last, moved = auroc_change(forget, unseen) if unseen is not None else (PairedChange(math.nan, 0.0),) * 3
     if math.isnan(first.mean):
-        return _of_loss(forget)
+        return _of_loss(evidence.outcomes)
     measure = (
         f"A threshold on the loss tells forget from unseen examples with an AUROC of {0.5 + last.mean:.3f}"
         f"{_bounds(last, 3)} (before: {0.5 + first.mean:.3f}{_bounds(first, 3)}; 0.5: not at all)."
@@ -150,10 +150,21 @@ def of_correction(outcomes: Mapping[str, Outcome]) -> Verdict:
     return Verdict(Grade.DONE if grade is Grade.TOO_FAR else grade, reason)  # a smaller loss is no harm
 
 
-def _of_loss(forget: Outcome) -> Verdict:
+def _scale(outcomes: Mapping[str, Outcome], loss: float) -> float:
+    """The scale of a loss: one nat for a classifier, the retained loss for other models, and the loss itself if larger.
+
+    A squared error has no natural unit.
+    """
+    retain = outcomes.get("retain")
+    unit = 1.0 if retain is None or retain.predicted_before is not None else abs(float(retain.before.mean()))
+    return max(abs(loss), unit)
+
+
+def _of_loss(outcomes: Mapping[str, Outcome]) -> Verdict:
     """The verdict if nothing says what the loss of the forget examples should be."""
+    forget = outcomes["forget"]
     start, end, change = float(forget.before.mean()), float(forget.after.mean()), forget.change
-    moved = abs(change.mean) > _SMALL * max(abs(start), 1.0) and not change.is_noise
+    moved = abs(change.mean) > _SMALL * _scale(outcomes, start) and not change.is_noise
     reason = f"The loss of the forget examples was {start:.4g}. After the edit it is {end:.4g}{_bounds(change)}"
     if not moved:
         return Verdict(Grade.NOT_DONE, f"{reason}: hardly a change.")

@@ -49,7 +49,7 @@ def test_each_token_has_the_change_of_the_loss_without_its_embedding_to_first_or
 def test_a_plot_and_the_text_of_a_report_name_the_tokens_that_matter() -> None:
     report, _, dataset = asked("embedding")
     figure = report.plot()
-    title = "Its tokens: the loss without each"
+    title = "Its loss without a token"
     for name, length in bars_of(figure, title).items():
         assert any(token == name and effect == pytest.approx(length) for token, effect in report.tokens[0])
     best = max(report.tokens[0], key=lambda one: abs(one[1]))

@@ -138,6 +138,13 @@ def test_without_unseen_examples_only_a_loss_that_hardly_changed_has_a_verdict()
     assert "no unseen examples of their labels" in str(moved)
 
 
+def test_the_loss_of_a_model_without_classes_is_small_or_large_beside_the_retained_loss() -> None:
+    retain, forget = losses([0.02] * 3, [0.02] * 3), losses([0.02] * 3, [0.03] * 3)
+    assert judged("examples", {"forget": forget, "retain": retain}, {"forget": 0.03}).grade is Grade.DONE
+    known = losses([0.02] * 3, [0.02] * 3, predicted_before=torch.zeros(3, dtype=torch.long))
+    assert judged("examples", {"forget": forget, "retain": known}, {"forget": 0.03}).grade is Grade.NOTHING_TO_DO
+
+
 def test_each_edit_says_whether_it_worked_and_its_file_as_well(tmp_path: Path) -> None:
     trainer, _, dataset = fitted(max_epochs=30)
     labels = dataset.tensors[1]
