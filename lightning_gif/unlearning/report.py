@@ -223,6 +223,8 @@ class UnlearnReport(EditRecord, HtmlReport):
         - ``"trials"``: the losses and the memorization of the trials, by the step size of a single change or by the
           number of changes, and the residual of the first solve.
 
+        ``"attention"`` and ``reference`` evaluate the model. In a distributed run, all processes must make such a call.
+
         Args:
             kind: What to draw. A file name stands for ``path``.
             reference: For ``"predictions"``: a model of the same architecture that was trained without the examples.

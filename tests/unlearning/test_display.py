@@ -250,6 +250,38 @@ def test_where_a_model_without_classes_looks_is_the_size_of_its_feature_maps() -
     assert torch.corrcoef(torch.stack([torch.tensor(drawn).flatten(), wanted.flatten()]))[0, 1] > 0.999
 
 
+def test_a_layer_may_have_one_vector_for_each_patch_and_one_more() -> None:
+    class Patches(nn.Module):
+        """Four patches of an image, each embedded, with a class token before them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(1, 5, 4, stride=4)
+            self.token = nn.Parameter(torch.randn(1, 1, 5))
+            self.mix = nn.Linear(5, 5)
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            patches = self.embed(x).flatten(2).movedim(1, 2)
+            mixed = self.mix(torch.cat([self.token.expand(len(x), -1, -1), patches], 1))
+            return self.head(mixed.tanh().mean(1))
+
+    trainer, module, dataset = fitted(Classifier(Patches()), images(), max_epochs=5)
+    net: Any = module.net
+    report = trainer.unlearn([4], dry_run=True)
+    figure = report.plot("attention", layer="net.mix", count=1)
+    seen: list[Tensor] = []
+    hook = net.mix.register_forward_hook(lambda _, __, output: seen.append(output))
+    logits = net(dataset.tensors[0][4:5])
+    hook.remove()
+    (slope,) = torch.autograd.grad(logits[0, 1], seen[0])
+    maps, slopes = (part[0, 1:].detach().T.reshape(5, 2, 2) for part in (seen[0], slope))
+    heat = (slopes.mean((1, 2), keepdim=True) * maps).sum(0).relu()
+    wanted = torch.nn.functional.interpolate(heat[None, None], (8, 8), mode="bilinear")[0, 0]
+    drawn = torch.tensor(next(axes for axes in figure.axes if axes.get_ylabel() == "before").images[1].get_array())
+    torch.testing.assert_close(drawn * wanted.max(), wanted * drawn.max(), rtol=1e-3, atol=1e-5)
+
+
 def test_what_cannot_be_drawn_says_why(tmp_path: Path) -> None:
     trainer, module, _ = fitted(convolutional(), images())
     report = trainer.unlearn([4, 7], step="natural")
