@@ -1,10 +1,11 @@
-"""Logs influence reports to Weights & Biases during and after training on handwritten digits. Needs no account.
+"""Logs influence reports and an edit to Weights & Biases, on handwritten digits. Needs no account.
 
     python examples/wandb_report.py
 
 Every second epoch, a report shows which training examples changed the loss on the held-out images of one digit. After
-training, one more report is about the held-out image with the largest loss. All reports are logged to an offline run.
-The script prints the folder of the run, the command that uploads it to an account, and the keys to look at.
+training, one more report is about the held-out image with the largest loss. Its ten strongest opponents are removed
+from the model: first in a dry run, then in an edit, which is undone again. All of it goes to an offline run. The script
+prints the folder of the run, the command that uploads it to an account, and the keys to look at.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def main(args: Namespace) -> None:
     logger = WandbLogger(project="digits", save_dir=args.output, offline=True, settings=settings)
     run = Path(logger.experiment.dir).parent
     pl.seed_everything(args.seed, verbose=False)
-    gif = GIFCallback(report_every_n_epochs=2, query=(x[of_digit], y[of_digit]))
+    options = {"name": f"test images of {args.digit}"}
+    gif = GIFCallback(report_every_n_epochs=2, query=(x[of_digit], y[of_digit]), report_options=options)
     _, model = fit(
         DigitsModel(),
         train,
@@ -43,14 +45,18 @@ def main(args: Namespace) -> None:
         enable_progress_bar=False,
     )
     worst = F.cross_entropy(logits(model, test), y, reduction="none").argmax()
-    gif.influence((x[worst, None], y[worst, None]))  # the report is logged automatically
+    report = gif.influence((x[worst, None], y[worst, None]), name="worst image")  # logged automatically
+    opponents = report.opponents(10).indices[0].tolist()
+    gif.unlearn(opponents, name="opponents", dry_run=True)
+    edit = gif.unlearn(opponents, name="opponents")
+    edit.undo()
     wandb.finish()  # writes the rest of the run, and ends the process of W&B
 
     print(f"The offline run is in {run}")
     print(f"Sync it to your account: wandb sync {run}")
     print(
-        "Look at gif/influence/history (the strongest examples by epoch), gif/influence/examples (pictures; the last is"
-        " the image with the largest loss), gif/influence/scores, and train/loss beside them."
+        "Look at gif_influence (history: the strongest examples by epoch; examples_pictures; by_class), gif_unlearn"
+        " (retain_loss over the events, the table of events), gif_dry_run, and train/loss beside them."
     )
 
 

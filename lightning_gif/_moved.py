@@ -77,7 +77,7 @@ MOVED: dict[str, dict[str, str]] = {
         "attribution.report": "InfluenceReport first_shown",
     },
     "reports.loggers": {
-        "reporting.loggers": "log_eigenvalues log_figure log_histogram log_scalars log_table log_text running",
+        "reporting.loggers": "log_figure log_histogram log_scalars log_table log_text running",
     },
     "reports.pictures": {
         "reporting.previews": "Shown figure image_of label_of show text_of",

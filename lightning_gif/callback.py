@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from ._compat import Callback, LightningModule, Trainer, attach_model, unsupported_strategy
-from .attribution.periodic import HISTORY_COLUMNS, PeriodicReports
+from .attribution.periodic import PeriodicReports
 from .attribution.report import InfluenceReport
-from .calls import Influence, TrainerCalls, check_path, check_record, log_to_each
+from .calls import Influence, TrainerCalls, check_path, check_record
 from .config import AUTO, RATIO, SELECTOR, Settings, check_count
 from .data.names import check_class_names, check_vocabulary
 from .defaults import check_names
@@ -23,11 +23,11 @@ from .errors import ConfigurationError
 from .mixin import LossOfModule, check_loss_of_module
 from .objective.objective import Objective
 from .parameters import Targets
-from .reporting.loggers import log_table
 from .selection import GradientStatistics, NeuronStatistics
 from .selection.tracker import TrainingTracker, target_metrics
 from .session import Loaders
 from .signatures import check_argument_names, keywords, spell_out
+from .unlearning.events import EventList
 
 __all__ = ["GIFCallback", "attach"]
 
@@ -149,7 +149,7 @@ class GIFCallback(TrainerCalls, Callback):
         log_reports: Whether to log each report, and the targets of each epoch, to the trainer's loggers; ``True`` by
             default.
         report_every_n_epochs: Compute and log an influence report for ``query`` at the end of every n-th epoch of
-            ``fit``. ``None`` (default) for no reports. W&B also gets a table ``gif/influence/history`` with the
+            ``fit``. ``None`` (default) for no reports. Loggers also get a table ``gif_influence/history`` with the
             proponents and opponents of all reports, which shows when examples become influential. A report takes about
             as long as an epoch: a solve over ``curvature_examples``, and a pass over the training data that costs about
             three forward passes. With a snapshot it takes twice as long, see ``report_options``. :attr:`last_report` is
@@ -160,8 +160,8 @@ class GIFCallback(TrainerCalls, Callback):
             report is cheaper with fewer examples in ``among``, and with ``"snapshots": False``.
         seed: The seed of all random draws of the computations; 0 by default.
         record: The audit log: a file, such as ``"deletions.jsonl"``, that gets an entry for each edit that is applied
-            or undone. It is created if it does not exist; see :func:`~lightning_gif.verify`. An edit that cannot be
-            recorded is not applied. ``None`` (default) records nothing.
+            or undone, and for each dry run. It is created if it does not exist; see :func:`~lightning_gif.verify`. An
+            edit that cannot be recorded is not applied. ``None`` (default) records nothing.
         influence_loss: A function ``(module, batch) -> (B,)`` that returns the training loss of each example of a
             batch, for modules whose code you cannot change. It replaces the ``influence_loss`` of the module, see
             :class:`~lightning_gif.GIFMixin`. By default, losses come from the module.
@@ -227,6 +227,7 @@ class GIFCallback(TrainerCalls, Callback):
         self.vocabulary = vocabulary
         self.tracker = TrainingTracker(self.settings, snapshots)
         self.reports = PeriodicReports()
+        self.events = EventList()
         self.loaders = Loaders()
         self._state_key: tuple[Settings, str] | None = None  # and the settings that it was made from
         _check_report_arguments(self)
@@ -307,8 +308,7 @@ class GIFCallback(TrainerCalls, Callback):
         if every is not None and (epoch + 1) % every == 0:
             ask = partial(self.influence, self.query, **self.report_options)
             if self.reports.make(epoch, ask) and self.log_reports:
-                table = "gif/influence/history", HISTORY_COLUMNS, self.reports.history
-                log_to_each(trainer, lambda logger: log_table([logger], *table))
+                self.reports.log_history(trainer.loggers if trainer.is_global_zero else [], trainer.global_step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack
 
-from ._compat import rank_zero_warn
 from .attribution.groups import Grouping
 from .attribution.influence import influence
+from .attribution.logged import predicted_labels
 from .attribution.report import InfluenceReport
 from .attribution.retraining import Retrain
 from .attribution.self_influence import self_influence
@@ -30,16 +30,18 @@ from .data.names import Vocabulary, find_class_names
 from .data.structure import describe
 from .defaults import check_names, for_influence, for_matching, for_unlearning
 from .distributed import ProcessGroup
-from .errors import ConfigurationError, GIFWarning
+from .errors import ConfigurationError
 from .inspection.check import CheckReport, check, collected
 from .mixin import LossOfModule
 from .objective.objective import Objective
+from .reporting.contents import check_log_name
 from .reporting.context import CallContext
 from .selection.tracker import TrainingTracker
 from .session import Loaders, Session, TargetsChoice, open_session
 from .signatures import keywords
 from .storage.audit_log import check_whole, read
 from .storage.interrupts import uninterrupted
+from .unlearning.events import EventList
 from .unlearning.journal import Journal
 from .unlearning.record import EditContext
 from .unlearning.report import UnlearnReport
@@ -50,7 +52,7 @@ from .unlearning.unlearn import check_tuning, unlearn
 if TYPE_CHECKING:
     from ._compat import Trainer
 
-__all__ = ["CallsOf", "Influence", "TrainerCalls", "check_path", "check_record", "log_to_each"]
+__all__ = ["CallsOf", "Influence", "TrainerCalls", "check_path", "check_record"]
 
 _SCORES_FOLDER = "lightning_gif_scores"
 
@@ -97,6 +99,7 @@ class Influence:
         scores_to: str | os.PathLike[str] | None = None,
         keep: int | None = None,
         snapshots: bool | None = None,
+        name: str | None = None,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
     ) -> InfluenceReport:
@@ -131,6 +134,8 @@ class Influence:
             snapshots: Whether to average the scores over the present weights and the snapshots of training. This
                 predicts retraining better, and costs a solve and a scoring pass for each snapshot. With ``None``
                 (default), scores are averaged if there are snapshots. ``True`` raises an error if there are none.
+            name: The name of the query in logs, such as ``"held-out eights"``. Give queries of different kinds their
+                own names, because each name has its own keys, ``gif_influence/NAME/…``. By default there is no name.
             dataloader: A loader of the training data; by default the one of ``fit``.
             **overrides: Arguments of the constructor to change for this call: those from ``selector`` to
                 ``unconverged``, and ``seed``.
@@ -150,6 +155,7 @@ class Influence:
         calls, trainer = self._of_trainer()
         requested = check_names(calls.settings.override(overrides, keywords(self)))
         check_count("k", k)
+        check_log_name(name)
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < k):
             raise ConfigurationError(
                 f"`keep` must be None or a whole number of at least k={k}, the number of shown examples, got {keep!r}."
@@ -180,7 +186,7 @@ class Influence:
                 k=k,
                 context=calls._context(session),
             )
-            report.read_shown(session.train.ids)
+            _finish(report, session, name)
         return _logged(trainer, report, calls.log_reports)
 
     def check(
@@ -247,6 +253,7 @@ class TrainerCalls:
         record: The audit log.
         class_names: The name of each class, for reports; ``None`` takes those of the data.
         vocabulary: The tokens of texts by their ids, for reports; ``None`` shows ids.
+        events: The events of all edits.
     """
 
     settings: Settings
@@ -257,6 +264,7 @@ class TrainerCalls:
     record: str | None
     class_names: Sequence[str] | None
     vocabulary: Vocabulary | None
+    events: EventList
     _trainer: Trainer | None = None
 
     influence = Influence()
@@ -302,6 +310,7 @@ class TrainerCalls:
         targets: TargetsChoice | None = None,
         scores_to: str | os.PathLike[str] | None = None,
         snapshots: bool | None = None,
+        name: str | None = None,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
     ) -> ValidationReport:
@@ -338,6 +347,7 @@ class TrainerCalls:
             targets: As in :meth:`influence`.
             scores_to: As in :meth:`influence`.
             snapshots: As in :meth:`influence`.
+            name: As in :meth:`influence`.
             dataloader: As in :meth:`influence`.
             **overrides: As in :meth:`influence`. ``seed`` also decides the subsets.
 
@@ -352,6 +362,7 @@ class TrainerCalls:
         trainer, begin = self._bound_to, time.perf_counter()
         settings = check_names(self.settings.override(overrides, keywords(self.validate_influence)))
         check_validation(retrain, n_subsets, n_seeds, share)
+        check_log_name(name)
         check_path("folder", folder, "folder")
         _check_one_process(trainer)
         scoring = {"targets": targets, "scores_to": scores_to, "snapshots": snapshots, **overrides}
@@ -373,6 +384,7 @@ class TrainerCalls:
             context=_context(trainer),
         )
         validation.seconds = time.perf_counter() - begin
+        validation.settings = {**validation.settings, "name": name}
         return _logged(trainer, validation, self.log_reports)
 
     @contextlib.contextmanager
@@ -394,6 +406,7 @@ class TrainerCalls:
         targets: Literal["cached"] | None = None,
         among: Sequence[int] | Tensor | Callable[[Any], Tensor] | None = None,
         snapshots: bool = False,
+        name: str | None = None,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
     ) -> InfluenceReport:
@@ -412,6 +425,7 @@ class TrainerCalls:
             snapshots: Whether to average the scores over the present weights and the snapshots, see :meth:`influence`;
                 ``False`` by default. Each snapshot makes the call take as long again. With snapshots, wrong labels that
                 are fully memorized at the end of training have high scores as well.
+            name: As in :meth:`influence`.
             dataloader: As in :meth:`influence`.
             **overrides: As in :meth:`influence`. With more than 1024 parameters, another ``solver`` than ``"ekfac"``
                 means a sketch of the curvature. Its rank is ``max_iter``, 64 by default. A higher rank makes the size
@@ -438,6 +452,7 @@ class TrainerCalls:
         trainer, states = self._bound_to, _snapshot_states(self.tracker, snapshots)
         requested = check_names(self.settings.override(overrides, keywords(self.self_influence)))
         check_count("k", k)
+        check_log_name(name)
         on_targets = _are_on_targets(targets, overrides)
         settings = for_influence(requested, ggn=True, on_targets=on_targets)
         choice: TargetsChoice = "cached" if targets is None else targets
@@ -452,7 +467,7 @@ class TrainerCalls:
                 k=k,
                 context=self._context(session),
             )
-            report.read_shown(session.train.ids)
+            _finish(report, session, name)
         return _logged(trainer, report, self.log_reports)
 
     def unlearn(
@@ -470,6 +485,7 @@ class TrainerCalls:
         record: str | os.PathLike[str] | Literal[False] | None = None,
         solves_to: str | os.PathLike[str] | None = None,
         tuning: Tuning | None = None,
+        name: str | None = None,
         **overrides: Unpack[Overrides],
     ) -> UnlearnReport:
         """Edits the weights so that the model behaves as if trained without some examples, or with other labels.
@@ -512,14 +528,16 @@ class TrainerCalls:
             refresh_statistics: Whether to recompute the running means and variances of BatchNorm over the retained and
                 corrected data, since the forget examples contributed to them. They become a part of the edit, so that
                 undo restores them. ``False`` by default.
-            dry_run: Whether to compute and measure the edit without applying or recording it; ``report.apply()`` does
-                both later. ``False`` by default.
+            dry_run: Whether to compute and measure the edit without applying it; ``report.apply()`` does that later.
+                Logs and the audit log call it a dry run. ``False`` by default.
             record: The audit log; by default the one of the callback. ``False`` records nothing.
             solves_to: A folder to which each solved change is written. After an interruption, the same call solves only
                 for the missing changes. A call with other weights, settings or data raises an error. A change of a
                 registered function is not noticed if its name stays the same. A dry run leaves the folder for the call
                 that applies the edit, which removes it. By default nothing is written.
             tuning: Tuned numbers other than the defaults, see :class:`~lightning_gif.unlearning.Tuning`.
+            name: The name of the edit in logs, such as ``"wrong eights"``. Each name has its own keys,
+                ``gif_unlearn/NAME/…``. By default there is no name.
             **overrides: As in :meth:`influence`.
 
         Returns:
@@ -540,6 +558,7 @@ class TrainerCalls:
         matching = for_matching(requested, selects=targets != "batch" or _are_on_targets(None, overrides))
         check_step(step)
         check_tuning(tuning)
+        check_log_name(name)
         with self.open_session(settings, targets, dataloader, overrides) as session:
             _check_files(trainer, session.objective.processes, log, folder)
             forget = session.forget(batch)
@@ -564,9 +583,8 @@ class TrainerCalls:
                 tuning=tuning,
                 context=self._edit_context(session, settings, log, dataloader),
             )
-        _logged(trainer, report, self.log_reports)
-        if not dry_run:  # after everything that can fail, because without its report an edit cannot be undone
-            _apply(trainer, report, folder)
+        report.settings.update({} if name is None else {"name": name})
+        _apply(trainer, report, folder, dry_run)  # last, because without its report an edit cannot be undone
         return report
 
     def _context(self, session: Session) -> CallContext:
@@ -583,7 +601,7 @@ class TrainerCalls:
         record: str | os.PathLike[str] | None,
         dataloader: DataLoader[Any] | None,
     ) -> EditContext:
-        """The context of the report of an edit."""
+        """The trainer, the model, the audit log and the events, for the report of an edit."""
         trainer = self._bound_to
         return EditContext(
             **vars(self._context(session)),
@@ -591,6 +609,8 @@ class TrainerCalls:
             record=record,
             has_optimizer=bool(trainer.optimizers),
             reopen=partial(self._reopened, settings, dataloader),
+            logs=self.log_reports and not trainer.fast_dev_run,
+            events=self.events,
         )
 
     def bind(self, trainer: Trainer) -> None:
@@ -717,8 +737,14 @@ def _folder_for_scores(trainer: Trainer) -> Path | None:
     return None if trainer.training or "://" in root else Path(root) / _SCORES_FOLDER
 
 
-def _apply(trainer: Trainer, report: UnlearnReport, folder: Path | None) -> None:
-    """Applies and records an edit, and removes the folder of its solves. If that fails, the weights are unchanged."""
+def _apply(trainer: Trainer, report: UnlearnReport, folder: Path | None, dry_run: bool) -> None:
+    """Applies, records and logs an edit, and removes the folder of its solves.
+
+    If that fails, the weights are unchanged. A dry run is only recorded and logged.
+    """
+    if dry_run:
+        report.change("dry_run")
+        return
     try:
         report.change("unlearn")
         if folder is not None and trainer.is_global_zero:
@@ -731,27 +757,21 @@ def _apply(trainer: Trainer, report: UnlearnReport, folder: Path | None) -> None
 
 
 def _context(trainer: Trainer, class_names: Sequence[str] | None = None) -> CallContext:
-    """The trainer's loggers, step count and process group, and the names of the classes, for a report."""
-    return CallContext(list(trainer.loggers), trainer.global_step, ProcessGroup.of(trainer), class_names)
+    """The trainer's loggers, progress and process group, and the names of the classes, for a report."""
+    processes = ProcessGroup.of(trainer)
+    return CallContext(list(trainer.loggers), trainer.global_step, processes, class_names, trainer.current_epoch)
+
+
+def _finish(report: InfluenceReport, session: Session, name: str | None) -> None:
+    """Names a report, and reads what it shows while the session is open."""
+    report.settings.update({} if name is None else {"name": name})
+    report.read_shown(session.train.ids)
+    if report.loggers:
+        report.context.predicted = predicted_labels(session.objective, session.train, report.strongest())
 
 
 def _logged(trainer: Trainer, report: _Report, log: bool) -> _Report:
     """Logs a report if ``log`` is true, and returns it."""
-    if log:
-        log_to_each(trainer, lambda logger: report.log([logger]))
+    if log and trainer.is_global_zero and not trainer.fast_dev_run:
+        report.log()
     return report
-
-
-def log_to_each(trainer: Trainer, log: Callable[[Any], None]) -> None:
-    """Calls ``log`` with each of the trainer's loggers. An error is only a warning, so that the result is not lost."""
-    if trainer.fast_dev_run or not trainer.is_global_zero:
-        return
-    for logger in trainer.loggers:
-        try:
-            log(logger)
-        except Exception as error:
-            rank_zero_warn(
-                f"{type(logger).__name__} failed to log the report, which is returned nevertheless:"
-                f" {type(error).__name__}: {error}. To try again, call `report.log([logger])`.",
-                category=GIFWarning,
-            )

@@ -72,7 +72,7 @@ def after_fit(world: int, dataset: TensorDataset, **options: Any) -> tuple[pl.Tr
         warnings.simplefilter("always")
         trainer.fit(module, loader, DataLoader(points(40, seed=5), 16))
     assert not [
-        warning for warning in told if "gif/" in str(warning.message)
+        warning for warning in told if "gif_" in str(warning.message)
     ]  # for values that differ between processes
     return trainer, module
 

@@ -182,11 +182,11 @@ def test_a_trainer_keeps_its_calls_when_the_callback_goes_to_another() -> None:
     assert torch.equal(callback.influence(batch, snapshots=False).scores, newer)
 
 
-def test_a_setting_that_is_changed_on_the_callback_counts_for_the_trainer() -> None:
+def test_a_setting_that_is_changed_on_the_callback_counts_for_the_trainer(tmp_path: Path) -> None:
     callback, trainer = bound()
-    callback.record = "log.jsonl"
+    callback.record = log = str(tmp_path / "log.jsonl")
     report = trainer.unlearn([3], step="natural", dry_run=True)
-    assert report.record == "log.jsonl"
+    assert report.record == log
 
 
 def test_the_callback_pickles_and_copies_with_its_calls() -> None:

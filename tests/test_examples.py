@@ -87,7 +87,7 @@ def test_forget_a_digit(run: Run, tmp_path: Path) -> None:
     assert report.n_forget == report.n_found == 137
     with next(tmp_path.rglob("metrics.csv")).open() as file:
         columns = next(csv.reader(file))
-    assert {"train/loss", "gif/unlearn/step", "gif/influence/score_max"} <= set(columns)
+    assert {"train/loss", "gif_unlearn/retain_loss", "gif_influence/score_max"} <= set(columns)
 
 
 @pytest.mark.slow
@@ -126,14 +126,16 @@ def test_wandb_report(run: Run, tmp_path: Path) -> None:
     assert folder.parent.parent == tmp_path
     assert how == f"Sync it to your account: wandb sync {folder}"
     assert list(folder.glob("run-*.wandb"))
-    for key in ("history", "examples"):
-        assert f"gif/influence/{key}" in which
-    tables = (folder / "files/media/table/gif/influence").glob("history_*.table.json")
+    for key in ("gif_influence", "history", "by_class", "gif_unlearn", "gif_dry_run"):
+        assert key in which
+    tables = (folder / "files/media/table/gif_influence/test images of 8").glob("history_*.table.json")
     longest = max((json.loads(table.read_text()) for table in tables), key=lambda table: len(table["data"]))
     epochs = {row[longest["columns"].index("epoch")] for row in longest["data"]}
     assert epochs == {1, 3}
-    examples = list((folder / "files/media/table/gif/influence").glob("examples_*.table.json"))
+    examples = list((folder / "files/media/table/gif_influence").glob("*/examples_*.table.json"))
     assert len(examples) == 3  # two in training, one after it
+    (page,) = (folder / "files/media/html/gif_influence/worst image").glob("examples_pictures_*.html")
+    assert page.read_text().count("<img ") == 1 + 2 * 10
 
 
 def test_toxic_samples(run: Run, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""How an influence report is printed and logged."""
+"""How an influence report is printed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,19 +10,15 @@ from torch import Tensor
 
 from ..data.streams import Stream
 from ..reporting.charts import named
-from ..reporting.loggers import log_eigenvalues, log_figure, log_histogram, log_scalars, log_table, log_text, running
 from ..reporting.notes import describe_share, describe_solve
 from ..solvers import Status
 from .ends import End, ends_of, measured, owner
-from .picture import draw, is_mean, reading, strongest_tokens, sums_by_class
+from .picture import is_mean, reading, strongest_tokens, sums_by_class
 from .record import MOST_QUERIES, InfluenceRecord
 from .uncertainty import LEVEL
 
-__all__ = ["log", "rows", "short_text", "text"]
+__all__ = ["rows", "short_text", "text"]
 
-
-# The number of scores, evenly spaced, that a logged histogram is computed from. All scores would give the same picture.
-_IN_HISTOGRAM = 2**22
 
 # With more classes, the text of a report has no sums by class.
 _MOST_CLASSES = 20
@@ -165,22 +161,6 @@ def short_text(record: InfluenceRecord) -> str:
 
 def _counted(queries: int) -> str:
     return f"{queries} quer{'y' if queries == 1 else 'ies'}"
-
-
-def log(record: InfluenceRecord, loggers: Iterable[Any], prefix: str) -> None:
-    """Logs the report, see :meth:`InfluenceReport.log`."""
-    loggers, step = running(loggers), record.context.global_step
-    log_scalars(loggers, record.summary(), prefix=prefix, step=step)
-    bounds = [] if record.standard_errors is None else ["low", "high"]
-    columns = ["query", "kind", "rank", "index", "score", *bounds, "target", "example"]
-    log_table(loggers, f"{prefix}/examples", columns, rows(record))
-    if record.solution is not None:
-        log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], enumerate(record.solution.residuals))
-    log_eigenvalues(loggers, prefix, record.curvature)
-    every = max(record.scores.numel() // _IN_HISTOGRAM, 1)
-    log_histogram(loggers, f"{prefix}/scores", record.scores[:, ::every], step=step)
-    log_text(loggers, f"{prefix}/report", text(record), step=step)
-    log_figure(loggers, f"{prefix}/plot", lambda: draw(record), step=step)
 
 
 def rows(record: InfluenceRecord) -> Iterator[list[Any]]:

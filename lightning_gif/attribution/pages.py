@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from ..reporting.charts import named
-from ..reporting.page import Page, Table
+from ..reporting.page import HtmlTable, Page
 from .display import text
 from .ends import End, ends_of, measured, owner
 from .picture import draw, headline, sums_by_class
@@ -31,7 +31,7 @@ def page_of(record: InfluenceRecord, *, whole: bool) -> Page:
     )
 
 
-def _tables(record: InfluenceRecord, query: int) -> Iterator[Table]:
+def _tables(record: InfluenceRecord, query: int) -> Iterator[HtmlTable]:
     """The ends of the ranking of a query, and its sums by class."""
     of = f" of query {query}" if len(record.scores) > 1 else ""
     for name, end in ends_of(record).items():
@@ -39,7 +39,7 @@ def _tables(record: InfluenceRecord, query: int) -> Iterator[Table]:
         columns = ["rank", "index", "label", "score", "example"]
         if not any(row[-1] for row in rows):  # all have pictures, which are above
             columns, rows = columns[:-1], [row[:-1] for row in rows]
-        yield Table(name.capitalize() + of, columns, rows)
+        yield HtmlTable(name.capitalize() + of, columns, rows)
     sums = sums_by_class(record, query)
     if sums is not None:
         names, means = record.context.class_names, record.is_self_influence
@@ -48,7 +48,9 @@ def _tables(record: InfluenceRecord, query: int) -> Iterator[Table]:
             [named(label, names), f"{value:+.3g}", count]
             for label, value, count in zip(sums.names, values, sums.counts.tolist(), strict=True)
         ]
-        yield Table(f"{'Mean score' if means else 'Sum of scores'} by class{of}", ["class", "score", "examples"], rows)
+        yield HtmlTable(
+            f"{'Mean score' if means else 'Sum of scores'} by class{of}", ["class", "score", "examples"], rows
+        )
 
 
 def _rows(record: InfluenceRecord, end: End, query: int) -> Iterator[list[object]]:

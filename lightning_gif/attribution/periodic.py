@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .._compat import rank_zero_warn
 from ..errors import GIFError, GIFWarning, RankError
+from ..reporting.contents import Contents, Table, section_of
+from ..reporting.loggers import log_to_each
 from .report import InfluenceReport
 
 __all__ = ["HISTORY_COLUMNS", "PeriodicReports"]
 
-HISTORY_COLUMNS = ["epoch", "query", "kind", "rank", "index", "score"]
+HISTORY_COLUMNS = ["epoch", "name", "query", "kind", "rank", "index", "score"]
 
 
 class PeriodicReports:
@@ -80,7 +82,18 @@ class PeriodicReports:
         for kind, ranking in (("proponent", report.proponents()), ("opponent", report.opponents())):
             for query, (indices, scores) in enumerate(zip(*ranking, strict=True)):
                 ranked = enumerate(zip(indices.tolist(), scores.tolist(), strict=True), 1)
-                self.history += [[epoch, query, kind, rank, index, score] for rank, (index, score) in ranked]
+                self.history += [[epoch, report.name, query, kind, rank, i, score] for rank, (i, score) in ranked]
+
+    def log_history(self, loggers: Iterable[Any], step: int) -> None:
+        """Logs the history as a table, ``gif_influence/history``, with the name of the query if it has one.
+
+        Args:
+            loggers: Lightning loggers.
+            step: The number of the trainer's optimizer steps.
+        """
+        name = None if self.last is None else self.last.name
+        table = Table(HISTORY_COLUMNS, self.history)
+        log_to_each(loggers, lambda: Contents(section_of("gif_influence", name), step, tables={"history": table}))
 
     @contextlib.contextmanager
     def guard(self, when: str) -> Iterator[None]:

@@ -109,6 +109,11 @@ class InfluenceRecord:
     context: CallContext = field(default_factory=CallContext)
 
     @property
+    def name(self) -> str | None:
+        """The name that the call gave to the query, see :meth:`~lightning_gif.GIFCallback.influence`."""
+        return self.settings.get("name")
+
+    @property
     def solution(self) -> Solution | None:
         """The diagnostics of the solve with the largest residual; ``None`` if there was no solve."""
         return max(self.solutions, key=lambda solution: solution.residual, default=None)
@@ -290,11 +295,11 @@ class InfluenceRecord:
         Args:
             order: The indices ``(n,)`` of the training examples in the order of the dataset.
         """
-        strong = self._strongest() if isinstance(self.dataset, Stream) else set()
+        strong = self.strongest() if isinstance(self.dataset, Stream) else set()
         for index in filter(strong.__contains__, order.tolist()):
             self.shown(index)
 
-    def _strongest(self) -> set[int]:
+    def strongest(self) -> set[int]:
         """The indices of the proponents and opponents of the queries that a report shows."""
         rankings = (self.proponents(), self.opponents())
         return {int(index) for ranking in rankings for index in ranking.indices[:MOST_QUERIES].flatten()}
@@ -308,7 +313,7 @@ class InfluenceRecord:
         looks = {f"queries/{position}": example for position, example in enumerate(self.queries)}
         looks |= {
             f"examples/{index}": example
-            for index in sorted(self._strongest())
+            for index in sorted(self.strongest())
             if (example := self.shown(index)) is not _NOT_KEPT
         }
         tensors = {

@@ -16,13 +16,16 @@ from ..data.names import Vocabulary
 from ..data.structure import map_tensors
 from ..distributed import ProcessGroup
 from ..errors import ConfigurationError, GIFWarning
+from ..reporting.contents import section_of
 from ..reporting.context import ContextAttribute
+from ..reporting.loggers import log_to_each
 from ..reporting.page import HtmlReport, Page
 from ..reporting.previews import Shown, label_of, saved
 from ..storage.artifact import REMEDY, read_folder, write_folder
 from ..storage.schema import parse_errors_name
 from . import display, pages, picture
 from .groups import Grouping, Groups, group_scores, values_of
+from .logged import contents, prefix_of
 from .record import MOST_QUERIES, InfluenceRecord
 from .same_call import check_same_call
 from .table import table_of
@@ -284,24 +287,22 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
     # Logs, figures and text
     # ----------------------------------------------------------------------------------------------------------------
 
-    def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/influence") -> None:
-        """Logs the report; each logger gets what it supports. A finished W&B run is skipped with a warning.
+    def log(self, loggers: Iterable[Any] | None = None, *, prefix: str | None = None) -> None:
+        """Logs the report. Each logger gets the parts that it supports, under keys that start with ``prefix``.
 
-        The keys are the same in each call:
+        The numbers are the highest and the lowest score, and the agreement. There are also the report as text, its
+        figure, the table of examples, the sums by class, the histogram of the scores, the diagnostics, the settings,
+        and the report as a file. The page on logging lists the keys.
 
-        - every logger: the numbers of :meth:`summary` as ``gif/influence/NAME``;
-        - with tables (W&B): ``…/examples``, up to the first eight queries with their proponents and opponents: label,
-          score (with standard errors also its 90 % interval), and picture or values of each; ``…/scores``, the
-          histogram of the scores; ``…/solve``, the residual after each iteration of the solve with the largest
-          residual; ``…/eigenvalues``, if they were computed;
-        - with figures, histograms and texts (TensorBoard): ``…/plot``, the figure of the first query, if matplotlib is
-          installed; ``…/scores``, the histogram of the scores; ``…/report``, the report as it is printed.
+        A logger that fails is named in a warning, and so is one whose W&B run is finished. The others are served.
 
         Args:
             loggers: Lightning loggers; by default those of the trainer.
-            prefix: The start of every key.
+            prefix: The start of every key; by default ``gif_influence``, or ``gif_self_influence`` for a report of
+                ``trainer.self_influence``, and the name of the call if it has one.
         """
-        display.log(self, self.loggers if loggers is None else loggers, prefix)
+        section = section_of(prefix_of(self), self.name) if prefix is None else prefix
+        log_to_each(self.loggers if loggers is None else loggers, lambda: contents(self, section, self.save))
 
     def plot(
         self,

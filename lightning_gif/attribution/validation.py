@@ -22,9 +22,10 @@ from ..data.structure import describe
 from ..errors import ConfigurationError, GIFWarning, NonFiniteError
 from ..objective.objective import Objective
 from ..parameters import state_digest
+from ..reporting.contents import Contents, Table, numbers_of, section_of
 from ..reporting.context import CallContext, ContextAttribute
-from ..reporting.loggers import log_scalars, log_table, log_text, running
-from ..reporting.page import HtmlReport, Page, Table
+from ..reporting.loggers import log_to_each
+from ..reporting.page import HtmlReport, HtmlTable, Page
 from ..storage.artifact import REMEDY, read_folder, write_folder
 from ..storage.digests import Fingerprint, digest
 from ..storage.schema import parse_errors_name, restored
@@ -176,21 +177,33 @@ class ValidationReport(HtmlReport):
             "seconds": self.seconds,
         }
 
-    def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/validation") -> None:
-        """Logs the report; each logger gets what it supports. A finished W&B run is skipped with a warning.
+    def log(self, loggers: Iterable[Any] | None = None, *, prefix: str | None = None) -> None:
+        """Logs the report. Each logger gets the parts that it supports, under keys that start with ``prefix``.
 
-        - every logger: the numbers of :meth:`summary` as ``gif/validation/NAME``;
-        - with tables (W&B): ``…/queries``, the correlation of each query;
-        - with texts (TensorBoard): ``…/report``, the report as it is printed.
+        The numbers are the LDS, its interval and the noise ceiling. There are also the report as text, the table
+        ``queries`` with the correlation of each query, the diagnostics and the settings.
+
+        A logger that fails is named in a warning, and so is one whose W&B run is finished. The others are served.
 
         Args:
             loggers: Lightning loggers; by default those of the trainer.
-            prefix: The start of every key.
+            prefix: The start of every key; by default ``gif_validation``, and the name of the call if it has one.
         """
-        open_loggers = running(self.loggers if loggers is None else loggers)
-        log_scalars(open_loggers, self.summary(), prefix=prefix, step=self.global_step)
-        log_table(open_loggers, f"{prefix}/queries", ["query", "correlation"], enumerate(self.correlations.tolist()))
-        log_text(open_loggers, f"{prefix}/report", str(self), step=self.global_step)
+        section = section_of("gif_validation", self.settings.get("name")) if prefix is None else prefix
+        log_to_each(self.loggers if loggers is None else loggers, lambda: self._contents(section))
+
+    def _contents(self, section: str) -> Contents:
+        drawn, others = numbers_of(self.summary(), ["lds", "lds_low", "lds_high", "noise_ceiling"])
+        rows = [list(row) for row in enumerate(self.correlations.tolist())]
+        return Contents(
+            section,
+            self.global_step,
+            points=[drawn],
+            settings=self.settings,
+            diagnostics=others,
+            text=str(self),
+            tables={"queries": Table(["query", "correlation"], rows)},
+        )
 
     # ----------------------------------------------------------------------------------------------------------------
     # Files
@@ -245,7 +258,7 @@ class ValidationReport(HtmlReport):
         """The report as HTML, with the correlation of each query; of the first 20 queries unless ``whole``."""
         shown = self.correlations.tolist()[: None if whole else _MOST_SHOWN]
         rows = [[query, f"{value:+.2f}"] for query, value in enumerate(shown)]
-        table = Table("Rank correlation of predicted and measured changes", ["query", "correlation"], rows)
+        table = HtmlTable("Rank correlation of predicted and measured changes", ["query", "correlation"], rows)
         return Page("Do scores predict retraining?", self.verdict, (), [table], details=str(self))
 
     def __repr__(self) -> str:

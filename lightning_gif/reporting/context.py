@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 from ..data.names import Vocabulary
@@ -25,6 +25,8 @@ class CallContext:
         processes: The process group. Each process has the report, and the first one writes files.
         class_names: The name of each class, in the order of the labels; ``None`` if they are not known.
         vocabulary: The tokens of texts by their ids; ``None`` shows ids.
+        epoch: The number of the trainer's epochs at the time of the call; ``None`` if it is not known.
+        predicted: The predicted labels of the shown training examples by dataset index, for loggers.
     """
 
     loggers: Sequence[Any] = ()
@@ -32,6 +34,8 @@ class CallContext:
     processes: ProcessGroup = SINGLE_PROCESS
     class_names: Sequence[str] | None = None
     vocabulary: Vocabulary | None = None
+    epoch: int | None = None
+    predicted: dict[int, int] = field(default_factory=dict)
 
 
 class _HasContext(Protocol):

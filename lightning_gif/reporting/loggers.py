@@ -1,31 +1,84 @@
-"""Logging of reports. What a logger gets depends on its methods.
-
-The exceptions are histograms and pictures of W&B, which are objects of its package: only its own runs get them.
-"""
+"""Logging of reports. What a logger gets depends on its methods, and for W&B and MLflow on their own modules."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import Tensor
 
 from .._compat import rank_zero_warn
 from ..errors import GIFWarning
+from . import to_mlflow, to_wandb
+from .contents import Contents
+from .pictures import markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["log_eigenvalues", "log_figure", "log_histogram", "log_scalars", "log_table", "log_text", "running"]
+__all__ = ["log_figure", "log_histogram", "log_scalars", "log_table", "log_text", "log_to_each", "running"]
 
 
-_SMALLEST_SHOWN = 64
+def log_to_each(loggers: Iterable[Any], contents: Callable[[], Contents]) -> None:
+    """Logs a report to each logger. A logger that fails is named in one warning, and the others are served.
 
-_BINS = 64
+    Args:
+        loggers: Lightning loggers.
+        contents: Makes the contents, at most once, and only if there is a logger.
+    """
+    made: list[Contents] = []
+    for logger in loggers:
+        try:
+            if running([logger]):
+                made = made or [contents()]
+                _log(logger, made[0])
+        except Exception as error:
+            rank_zero_warn(
+                f"{type(logger).__name__} failed to log the report, which is not lost: {type(error).__name__}: {error}."
+                " To try again, call `report.log([logger])`.",
+                category=GIFWarning,
+            )
+
+
+def _log(logger: Any, contents: Contents) -> None:
+    if to_wandb.takes(logger):
+        to_wandb.log(logger, contents)
+    elif to_mlflow.takes(logger):
+        to_mlflow.log(logger, contents)
+    else:
+        _log_parts(logger, contents)
+
+
+def _log_parts(logger: Any, contents: Contents) -> None:
+    """Logs the parts that a logger has methods for, from the one that most loggers take."""
+    section, step, one = contents.section, contents.step, [logger]
+    writes = bool(list(_writers(one, "add_text")))
+    for point in contents.points:
+        log_scalars(one, point, prefix=section, step=step)
+    if not writes and not hasattr(logger, "log_table"):
+        log_scalars(one, contents.diagnostics, prefix=f"{section}/diagnostics", step=step)
+    if contents.settings and writes:
+        log_text(one, f"{section}/settings", json.dumps(contents.settings, indent=1, default=str), step=step)
+    elif contents.settings and hasattr(logger, "log_hyperparams"):
+        logger.log_hyperparams({section: dict(contents.settings)})
+        _write_out(logger)
+    if contents.text is not None:
+        log_text(one, f"{section}/report", contents.text, step=step)
+    for name, text in contents.state.items():
+        log_text(one, f"{section}/{name}", text, step=step)
+    for name, table in contents.all_tables().items():
+        log_table(one, f"{section}/{name}", table.columns, table.rows)
+        for _, add_text in _writers(one, "add_text"):
+            add_text(f"{section}/{name}", markdown(table), step)
+            _write_out(logger)
+    for name, values in contents.histograms.items():
+        log_histogram(one, f"{section}/{name}", values, step=step)
+    if contents.draw is not None:
+        log_figure(one, f"{section}/plot", contents.draw, step=step)
 
 
 def running(loggers: Iterable[Any]) -> list[Any]:
@@ -60,15 +113,15 @@ def log_scalars(loggers: Iterable[Any], values: Mapping[str, Any], *, prefix: st
         for name, value in values.items()
         if isinstance(value, (int, float)) and math.isfinite(value)
     }
+    if not numbers:
+        return
     for logger in loggers:
         logger.log_metrics(numbers, step=step)
         _write_out(logger)
 
 
 def log_table(loggers: Iterable[Any], key: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Logs a table to the loggers that have ``log_table``, such as ``WandbLogger``. Arrays become images for W&B.
-
-    No step is passed, because W&B has its own counter and rejects a step below an earlier one.
+    """Logs a table to the loggers that have ``log_table``. Pictures stay arrays.
 
     Args:
         loggers: Lightning loggers.
@@ -79,18 +132,11 @@ def log_table(loggers: Iterable[Any], key: str, columns: Sequence[str], rows: It
     takers = [logger for logger in loggers if hasattr(logger, "log_table")]
     table = [list(row) for row in rows] if takers else []
     for logger in takers:
-        data = [[_picture(value) for value in row] for row in table] if _is_wandb(logger) else table
-        logger.log_table(key=key, columns=list(columns), data=[list(row) for row in data])
+        logger.log_table(key=key, columns=list(columns), data=[list(row) for row in table])
 
 
 def log_histogram(loggers: Iterable[Any], key: str, values: Tensor, *, step: int) -> None:
-    """Logs a histogram of ``values`` to W&B, and to the loggers that have a writer with ``add_histogram``."""
-    for logger in loggers:
-        if _is_wandb(logger):
-            import wandb  # the user has it loaded
-
-            counts = np.histogram(values.numpy(), bins=_BINS)
-            logger.log_metrics({key: wandb.Histogram(np_histogram=counts)})
+    """Logs a histogram of ``values`` to the loggers that have a writer with ``add_histogram``."""
     for logger, add_histogram in _writers(loggers, "add_histogram"):
         add_histogram(key, values, step)
         _write_out(logger)
@@ -115,33 +161,6 @@ def log_figure(loggers: Iterable[Any], key: str, draw: Callable[[], Figure], *, 
         for logger, add_figure in takers:
             add_figure(key, drawn, step)
             _write_out(logger)
-
-
-def log_eigenvalues(loggers: Iterable[Any], prefix: str, curvature: Mapping[str, Any]) -> None:
-    """Logs the extreme eigenvalues, if they were computed, to the loggers that have ``log_table``."""
-    rows = [
-        [end, rank, value]
-        for end in ("largest", "smallest")
-        for rank, value in enumerate(curvature.get(end, ()), start=1)
-    ]
-    if rows:
-        log_table(loggers, f"{prefix}/eigenvalues", ["end", "rank", "eigenvalue"], rows)
-
-
-def _picture(value: Any) -> Any:
-    """A picture of W&B in place of an array; any other value as it is."""
-    if hasattr(value, "__array_interface__"):
-        import wandb  # a logger with log_table is W&B's, so wandb is installed
-
-        factor = -(-_SMALLEST_SHOWN // min(value.shape[:2]))  # tables do not enlarge small images
-        return wandb.Image(value.repeat(factor, axis=0).repeat(factor, axis=1))
-    return value
-
-
-def _is_wandb(logger: Any) -> bool:
-    """Whether a logger logs to a run of W&B, which takes W&B's own objects. It is not imported for that."""
-    run = type(getattr(logger, "experiment", None))
-    return any(base.__module__.partition(".")[0] == "wandb" for base in run.__mro__)
 
 
 def _writers(loggers: Iterable[Any], method: str) -> Iterator[tuple[Any, Callable[..., Any]]]:

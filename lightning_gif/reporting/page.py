@@ -17,7 +17,7 @@ from ..storage.atomic import replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["HtmlReport", "Page", "Table"]
+__all__ = ["HtmlReport", "HtmlTable", "Page"]
 
 
 _DPI = 110
@@ -55,7 +55,7 @@ _DOCUMENT = """<!doctype html>
 
 
 @dataclass(frozen=True)
-class Table:
+class HtmlTable:
     """A table of a page.
 
     Attributes:
@@ -97,7 +97,7 @@ class Page:
     title: str
     lead: str = ""
     pictures: Sequence[tuple[str, Callable[[], Figure]]] = ()
-    tables: Sequence[Table] = ()
+    tables: Sequence[HtmlTable] = ()
     notes: Sequence[str] = ()
     details: str = field(default="", kw_only=True)
 

@@ -447,11 +447,10 @@ def share_of_steps(trainer: Trainer, batch_idx: int, wanted: int | None) -> floa
 def target_metrics(targets: Targets, previous: Targets | None, module: nn.Module) -> dict[str, float]:
     """The logged values of a selection: number and share of the targets, and their overlap with ``previous``."""
     values = {
-        "gif/targets/count": float(targets.count),
-        "gif/targets/share": targets.count / sum(parameter.numel() for parameter in module.parameters()),
-        "gif/targets/layers": float(len(targets)),
+        "gif_targets/count": float(targets.count),
+        "gif_targets/share": targets.count / sum(parameter.numel() for parameter in module.parameters()),
+        "gif_targets/layers": float(len(targets)),
     }
-    values |= {f"gif/targets/{name}": float(len(entries)) for name, entries in targets.items()}
     if previous is not None:
-        values["gif/targets/jaccard"] = targets.jaccard(previous)
+        values["gif_targets/jaccard"] = targets.jaccard(previous)
     return values

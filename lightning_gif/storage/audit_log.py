@@ -10,7 +10,7 @@ import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from filelock import FileLock
 
@@ -23,11 +23,11 @@ from .schema import parse
 __all__ = ["FIRST", "Event", "Record", "append", "check_whole", "read"]
 
 
-Event = Literal["unlearn", "apply", "undo", "metrics"]
+Event = Literal["unlearn", "apply", "undo", "dry_run", "metrics"]
 """``unlearn``: an edit was computed and applied. ``apply``: an earlier edit was applied. ``undo``: an edit was undone.
-``metrics``: the weights were evaluated, not changed."""
+``dry_run``: an edit was computed and measured, not applied. ``metrics``: the weights were evaluated, not changed."""
 
-_EVENTS = ("unlearn", "apply", "undo", "metrics")
+_EVENTS = get_args(Event)
 
 _FORMAT = "lightning-gif record 1"
 

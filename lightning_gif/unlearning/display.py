@@ -1,28 +1,20 @@
-"""How the report of an edit is printed and logged."""
+"""How the report of an edit is printed."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
-from typing import Any
 
-from ..reporting.loggers import log_eigenvalues, log_figure, log_scalars, log_table, log_text, running
 from ..reporting.notes import describe_share
 from .goals import GOALS
-from .picture import draw_summary, solve_text
+from .picture import solve_text
 from .record import Change, EditRecord
 
-__all__ = ["log", "text"]
+__all__ = ["text"]
 
 
 # Above this step size the quadratic model does not predict the loss, so its prediction is not printed.
 _PREDICTABLE = 4.0
-
-_MEASURED = ("forget_loss", "retain_loss", "risk", "memorization")
-
-# The logged names of these columns. They stay the same in all versions, so that old and new runs can be compared.
-_LOGGED = ("forget_loss", "retain_loss", "risk", "remembered")
 
 
 def text(record: EditRecord) -> str:
@@ -76,19 +68,3 @@ def _memorization_line(record: EditRecord) -> list[str]:
     if math.isnan(record.memorization[1]):
         return []
     return [GOALS[record.goal].memorization_text(*record.memorization, record.n_unseen)]
-
-
-def log(record: EditRecord, loggers: Iterable[Any], prefix: str) -> None:
-    """Logs the report, see :meth:`UnlearnReport.log`."""
-    loggers, step = running(loggers), record.context.global_step
-    log_scalars(loggers, record.summary(), prefix=prefix, step=step)
-    count = len(record.solves)
-    rows = [
-        [*trial.step_sizes, *[0.0] * (count - len(trial.step_sizes)), *(getattr(trial, name) for name in _MEASURED)]
-        for trial in record.trials
-    ]
-    log_table(loggers, f"{prefix}/path", [*(f"step_{i}" for i in range(1, count + 1)), *_LOGGED], rows)
-    log_table(loggers, f"{prefix}/solve", ["iteration", "residual"], list(enumerate(record.residuals)))
-    log_eigenvalues(loggers, prefix, record.curvature)
-    log_text(loggers, f"{prefix}/report", text(record), step=step)
-    log_figure(loggers, f"{prefix}/plot", lambda: draw_summary(record), step=step)

@@ -22,6 +22,7 @@ from ..reporting.previews import Shown
 from ..storage.artifact import Format
 from ..storage.digests import digest
 from ..storage.schema import restored, restored_fields
+from .events import FIRST_EDIT, EventList, Happened
 from .goals import GOALS
 from .outcomes import Outcome
 from .protocol import Trial
@@ -74,6 +75,10 @@ class EditContext(CallContext):
         shown: Labels and pictures or texts of some forget examples. They are never saved, since the examples are to be
             forgotten.
         reopen: Opens the objective and the training data of the call again, to evaluate the model for a picture.
+        logs: Whether each event is logged to the loggers.
+        events: The events of all edits of the callback.
+        happened: The last event of this edit.
+        forgotten: The rows of the logged table of forget examples; empty if there were no loggers.
     """
 
     module: nn.Module | None = None
@@ -81,6 +86,10 @@ class EditContext(CallContext):
     has_optimizer: bool = False
     shown: list[Shown] = field(default_factory=list)
     reopen: Callable[[], AbstractContextManager[tuple[Objective, Examples]]] | None = None
+    logs: bool = False
+    events: EventList = field(default_factory=EventList)
+    happened: Happened = FIRST_EDIT
+    forgotten: list[list[Any]] = field(default_factory=list)
 
     def model(self, given: Weights | None) -> Weights:
         """The given model, or the default one.
@@ -190,6 +199,11 @@ class EditRecord:
                 f" it, as GOALS.register({self.goal!r}) of lightning_gif.unlearning does, and load the edit again."
             )
         object.__setattr__(self, "goal", GOALS[self.goal].name)
+
+    @property
+    def name(self) -> str | None:
+        """The name that the call gave to the edit, see :meth:`~lightning_gif.GIFCallback.unlearn`."""
+        return self.settings.get("name")
 
     @property
     def step(self) -> float:

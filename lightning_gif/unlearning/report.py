@@ -16,13 +16,16 @@ from ..config import check_count
 from ..distributed import ProcessGroup
 from ..errors import ConfigurationError
 from ..parameters import Weights
+from ..reporting.contents import section_of
 from ..reporting.context import ContextAttribute
-from ..reporting.page import HtmlReport, Page, Table
+from ..reporting.loggers import log_to_each
+from ..reporting.page import HtmlReport, HtmlTable, Page
 from ..reporting.previews import saved
 from ..storage.artifact import read_file, write_file
 from ..storage.audit_log import Event
 from ..storage.schema import parse_errors_name
 from . import attention, display, picture, transaction
+from .logged import contents, event_row, prefix_of
 from .record import FORMAT, Change, EditRecord
 
 if TYPE_CHECKING:
@@ -115,16 +118,22 @@ class UnlearnReport(EditRecord, HtmlReport):
     def change(self, event: Event, module: Weights | None = None, record: str | os.PathLike[str] | None = None) -> None:
         """Applies or undoes the edit, and adds an entry about ``event`` to the audit log if there is one.
 
-        If either fails on any process, neither is done; see :func:`lightning_gif.unlearning.transaction.change`.
+        If either fails on any process, neither is done; see :func:`lightning_gif.unlearning.transaction.change`. Then
+        the event is logged, if the call that made the report logs. A logger that fails is only a warning.
 
         Args:
-            event: ``"undo"`` undoes the edit, any other event applies it.
+            event: ``"undo"`` undoes the edit, ``"dry_run"`` changes nothing, any other event applies it.
             module: As in :meth:`apply`.
             record: As in :meth:`apply`.
         """
-        weights = self.context.model(module)
+        context = self.context
+        weights = context.model(module)
         log = self.record if record is None else record
-        transaction.change(self, event, weights, log, self.context.processes_of(weights))
+        transaction.change(self, event, weights, log, context.processes_of(weights))
+        context.happened = context.events.add(event)
+        context.events.rows.append(event_row(self, context.happened))
+        if context.logs and self.processes.rank == 0:
+            self.log()
 
     def write_down(self, event: Event, record: str | os.PathLike[str], before: str, after: str) -> None:
         """Adds an entry about the edit to an audit log, and does nothing else.
@@ -183,22 +192,24 @@ class UnlearnReport(EditRecord, HtmlReport):
     # Logs, figures and text
     # ----------------------------------------------------------------------------------------------------------------
 
-    def log(self, loggers: Iterable[Any] | None = None, *, prefix: str = "gif/unlearn") -> None:
-        """Logs the report. Each logger gets the parts that it supports.
+    def log(self, loggers: Iterable[Any] | None = None, *, prefix: str | None = None) -> None:
+        """Logs the report after its last event. Each logger gets the parts that it supports.
 
-        - Every logger: the numbers of :meth:`summary` as ``gif/unlearn/NAME``.
-        - With tables (W&B): ``…/path``, the trials in order, with the step size of each change (``step_1``, …), the
-          mean losses, the risk and the memorization; ``…/solve``, the relative residual after each iteration of the
-          first solve; ``…/eigenvalues``, if they were computed.
-        - With text and figures (TensorBoard): ``…/report``, the report as text; ``…/plot``, the figure of :meth:`plot`.
+        The numbers are the mean losses and the memorization of the weights as they are after the event, and before it.
+        There are also the report as text, its figure, the tables of events, trials and forgotten examples, the
+        diagnostics, the settings, and the edit as a file. The page on logging lists the keys.
 
-        A finished W&B run is skipped with a warning.
+        A logger that fails is named in a warning, and so is one whose W&B run is finished. The others are served.
 
         Args:
             loggers: Lightning loggers; by default those of the trainer.
-            prefix: The start of every key.
+            prefix: The start of every key; by default ``gif_unlearn``, or ``gif_dry_run`` after a dry run, and the name
+                of the call if it has one.
         """
-        display.log(self, self.loggers if loggers is None else loggers, prefix)
+        section = section_of(prefix_of(self), self.name) if prefix is None else prefix
+        log_to_each(
+            self.loggers if loggers is None else loggers, lambda: contents(self, section, self.save, self.module)
+        )
 
     def plot(
         self,
@@ -272,7 +283,7 @@ class UnlearnReport(EditRecord, HtmlReport):
             [name, *("" if math.isnan(value) else f"{value:.4g}" for value in change)]
             for name, change in self.losses.items()
         ]
-        tables = [Table("Mean losses", ["examples", "before", "after", "predicted"], losses)]
+        tables = [HtmlTable("Mean losses", ["examples", "before", "after", "predicted"], losses)]
         return Page("Unlearning report", self.verdict, pictures, tables, self.notes, details=str(self))
 
     def __str__(self) -> str:

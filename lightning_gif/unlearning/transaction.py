@@ -28,7 +28,7 @@ def change(
 
     Args:
         record: The record of the edit.
-        event: ``"undo"`` undoes the edit, any other event applies it.
+        event: ``"undo"`` undoes the edit, ``"dry_run"`` changes nothing, any other event applies it.
         weights: The weights to change.
         audit_log: The audit log, which the first process writes; ``None`` to add no entry.
         processes: The processes that hold copies of the weights. If one of them fails, all restore their copy.
@@ -37,6 +37,10 @@ def change(
         EditError: If the weights differ from those before the edit or, for ``"undo"``, from those after it.
         RecordError: If the entry cannot be written.
     """
+    if event == "dry_run":
+        if audit_log is not None:
+            _write_without_change(record, event, weights, audit_log, processes)
+        return
     edit = record.edit
     make, revert = (edit.undo, edit.apply) if event == "undo" else (edit.apply, edit.undo)
     log = audit_log if processes.rank == 0 else None
@@ -88,10 +92,22 @@ def log_metrics(
     bad = [name for name, value in values.items() if not isinstance(value, numbers.Real)]
     if bad:
         raise RecordError(f"Metrics must be numbers by name; {bad[0]!r} is {metrics[bad[0]]!r}.")
+    _write_without_change(record, "metrics", weights, audit_log, processes, values)
+
+
+def _write_without_change(
+    record: EditRecord,
+    event: Event,
+    weights: Weights,
+    audit_log: str | os.PathLike[str],
+    processes: ProcessGroup,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Adds an entry about weights that stay as they are."""
     here = weights_digest(weights)
     with processes.propagate_errors():
         if processes.rank == 0:
-            write_entry(record, "metrics", audit_log, here, here, values)
+            write_entry(record, event, audit_log, here, here, metrics)
 
 
 def write_entry(

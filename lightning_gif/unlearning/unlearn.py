@@ -30,6 +30,7 @@ from ..storage.digests import Fingerprint, digest
 from .advice import warn_cost, warn_refreshed_statistics, warn_unfinished
 from .goals import Goal, choose_goal
 from .journal import Journal
+from .logged import Forgotten
 from .outcomes import Outcome, outcomes_at
 from .problem import EditProblem
 from .protocol import Trial
@@ -144,6 +145,8 @@ def unlearn(
     if journal is not None and journal.recalled:
         notes.append(f"Solves recalled from {str(solves_to)!r}: {journal.recalled} of {len(problem.solutions)}.")
 
+    context = EditContext() if context is None else context
+    forgotten = Forgotten(objective, train, found[: None if context.loggers else 0], request.n_classes)
     outcome = _realise(problem, task, request, targets, chosen, refresh_statistics)
     strategy = None if isinstance(step, numbers.Real) else strategy_of(step)
     verdict = _judge(problem, outcome, strategy)
@@ -151,8 +154,8 @@ def unlearn(
         _advise(problem, task, outcome, strategy, verdict, notes)
     if outcome.unrefreshed is not None:
         warn_refreshed_statistics(goal, outcome.unrefreshed, outcome.after, notes)
-    context = EditContext() if context is None else context
     context.shown = first_shown(request.forget, vocabulary=context.vocabulary)
+    context.forgotten = forgotten.rows(data, problem.weights_at(chosen.step_sizes))
     if context.has_optimizer and chosen.is_edit:
         notes.append(
             "The optimizer's state (momentum, averages) is not part of the edit and still depends on the forgotten"

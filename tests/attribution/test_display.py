@@ -309,7 +309,7 @@ def test_scores_of_each_example_for_itself_are_reported_without_a_query(tmp_path
     assert "\nhighest: " in str(report)
     assert "opponents" not in str(report)
     assert "change of its own loss if the example were removed" in str(report)
-    assert csv_values(trainer.logger)["gif/influence/score_max"] == float(report.scores.max())  # type: ignore[arg-type]
+    assert csv_values(trainer.logger)["gif_self_influence/score_max"] == float(report.scores.max())  # type: ignore[arg-type]
     assert report.by_group().means.sum() * 8 == pytest.approx(float(report.scores.sum()))
     report.save(tmp_path / "report")
     loaded = InfluenceReport.load(tmp_path / "report")

@@ -20,7 +20,7 @@ from ..doubles import TableRecorder
 def test_reports_in_training_change_nothing_and_show_when_examples_start_to_matter() -> None:
     dataset, logger = blobs(), TableRecorder()
     query = batch_of(dataset, slice(0, 3))
-    reporting = GIFCallback(report_every_n_epochs=2, query=query, report_options={"k": 3})
+    reporting = GIFCallback(report_every_n_epochs=2, query=query, report_options={"k": 3, "name": "three"})
     trained = []
     for callback in (GIFCallback(), reporting):
         torch.manual_seed(0)
@@ -28,13 +28,14 @@ def test_reports_in_training_change_nothing_and_show_when_examples_start_to_matt
         make_trainer(callback, max_epochs=5, logger=logger).fit(module, loader(dataset))
         trained.append(weights(module))
     assert same_weights(*trained)
-    columns, *rows = logger.tables["gif/influence/history"]
-    assert columns == ["epoch", "query", "kind", "rank", "index", "score"]
+    columns, *rows = logger.tables["gif_influence/three/history"]
+    assert columns == ["epoch", "name", "query", "kind", "rank", "index", "score"]
     assert [row[0] for row in rows] == [1] * 6 + [3] * 6
     last = reporting.last_report
     assert last is not None
-    assert [row[4] for row in rows[6:9]] == last.proponents().indices[0].tolist()
-    assert len(logger.values("gif/influence/seconds")) == 2
+    assert [row[5] for row in rows[6:9]] == last.proponents().indices[0].tolist()
+    assert {row[1] for row in rows} == {"three"}
+    assert len(logger.values("gif_influence/three/score_max")) == 2
 
 
 def test_reports_go_on_with_a_checkpoint(tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_reports_go_on_with_a_checkpoint(tmp_path: Path) -> None:
     logger = TableRecorder()
     again = make_trainer(GIFCallback(**options), max_epochs=3, logger=logger)
     again.fit(Classifier(), loader(dataset), ckpt_path=tmp_path / "two.ckpt")
-    assert sorted({row[0] for row in logger.tables["gif/influence/history"][1:]}) == [0, 1, 2]
+    assert sorted({row[0] for row in logger.tables["gif_influence/history"][1:]}) == [0, 1, 2]
 
 
 class Endless(IterableDataset[Any]):

@@ -56,7 +56,7 @@ def test_a_loaded_report_says_and_shows_the_same_without_the_dataset(
     assert torch.equal(labels.totals, report.by_group().totals)
     logger = CSVLogger(tmp_path)
     loaded.log([logger])
-    assert csv_values(logger)["gif/influence/score_max"] == float(report.scores.max())
+    assert csv_values(logger)["gif_influence/score_max"] == float(report.scores.max())
     loaded.save(tmp_path / "again")  # and what was loaded can be saved
     assert drawn(InfluenceReport.load(tmp_path / "again")) == drawn(report)
 

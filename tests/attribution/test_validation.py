@@ -337,8 +337,8 @@ def test_a_call_changes_nothing_and_logs_one_report(tmp_path: Path) -> None:
     assert random.getstate() == states[2]
     assert len({one for row in drawn for one in row}) == 9  # each retraining has random numbers of its own
     logged = csv_values(logger)
-    assert logged["gif/validation/lds"] == pytest.approx(report.lds)
-    assert not any(key.startswith("gif/influence") for key in logged)
+    assert logged["gif_validation/lds"] == pytest.approx(report.lds)
+    assert not any(key.startswith("gif_influence") for key in logged)
     torch.manual_seed(5)
     again = trainer.validate_influence(query, retrain, n_subsets=3)  # also if it does not use its seed
     assert torch.equal(again.losses, report.losses)

@@ -14,7 +14,7 @@ import torch
 
 from lightning_gif import InfluenceReport, UnlearnReport
 from lightning_gif.attribution.validation import ValidationReport
-from lightning_gif.reporting.page import Page, Table
+from lightning_gif.reporting.page import HtmlTable, Page
 from lightning_gif.reporting.previews import Shown
 
 from ..conftest import batch_of, fitted
@@ -147,7 +147,7 @@ def test_without_matplotlib_a_page_says_how_to_get_pictures(monkeypatch: pytest.
 
 
 def test_numbers_are_aligned_and_missing_values_are_empty() -> None:
-    table = Table("", ["a", "b"], [[1, "x"], [None, "2"], ["+0.1 ± 0.2?", None]])
+    table = HtmlTable("", ["a", "b"], [[1, "x"], [None, "2"], ["+0.1 ± 0.2?", None]])
     assert table.html().count('<td class="number">') == 3
     assert "None" not in Page("t", "", (), [table]).document()
 

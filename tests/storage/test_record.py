@@ -136,21 +136,21 @@ def test_the_weights_digest_depends_on_every_parameter_and_buffer_and_equals_tha
     assert len(seen) == 1 + len(module.state_dict())
 
 
-def test_undo_and_apply_add_entries_and_a_dry_run_does_not(tmp_path: Path) -> None:
+def test_a_dry_run_undo_and_apply_are_different_entries(tmp_path: Path) -> None:
     path = tmp_path / "deletions.jsonl"
     trainer, module, _ = recorded(path)
     report = trainer.unlearn([1, 2], dry_run=True)
-    assert not path.exists()
     report.apply()
     report.undo()
     report.apply()
     kept = read(path)
-    assert [entry["event"] for entry in kept.entries] == ["apply", "undo", "apply"]
+    assert [entry["event"] for entry in kept.entries] == ["dry_run", "apply", "undo", "apply"]
+    assert kept.entries[0]["weights"]["before"] == kept.entries[0]["weights"]["after"]
     assert len({entry["edit"]["report"] for entry in kept.entries}) == 1
     assert len({entry["weights"]["after"] for entry in kept.entries}) == 2
     found = verify(path, edits=[report], module=module)
     assert found.ok
-    assert found.standing == [3]
+    assert found.standing == [4]
 
 
 def test_a_call_may_use_another_audit_log_or_none(tmp_path: Path) -> None:

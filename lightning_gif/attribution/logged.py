@@ -1,0 +1,125 @@
+"""What an influence report gives to loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.examples import Examples
+from ..errors import GIFError
+from ..objective.objective import Objective
+from ..reporting.charts import named
+from ..reporting.contents import Contents, Files, Table, numbers_of
+from .display import rows, text
+from .groups import group_scores
+from .picture import draw
+from .record import InfluenceRecord
+
+__all__ = ["contents", "predicted_labels", "prefix_of"]
+
+
+# The number of scores, evenly spaced, that a logged histogram is computed from. All scores would give the same picture.
+_IN_HISTOGRAM = 2**22
+
+_DRAWN = ("score_max", "score_min", "agreement")
+
+
+def prefix_of(record: InfluenceRecord) -> str:
+    """The start of the keys of a report. Scores of self-influence are other numbers, so they have keys of their own."""
+    return "gif_self_influence" if record.is_self_influence else "gif_influence"
+
+
+def contents(record: InfluenceRecord, section: str, save: Callable[[Path], None]) -> Contents:
+    """The contents of a report for loggers.
+
+    Args:
+        record: The report.
+        section: The start of the keys.
+        save: Writes the report into a folder.
+    """
+    drawn, others = numbers_of(record.summary(), _DRAWN)
+    every = max(record.scores.numel() // _IN_HISTOGRAM, 1)
+    groups = _by_class(record)
+    return Contents(
+        section,
+        record.context.global_step,
+        points=[drawn],
+        settings=record.settings,
+        diagnostics={**others, **_curves(record)},
+        text=text(record),
+        draw=lambda: draw(record),
+        tables={"examples": _examples(record), **({} if groups is None else {"by_class": groups})},
+        histograms={"scores": record.scores[:, ::every]},
+        files=Files(
+            "influence-report",
+            "influence",
+            record.scores.nbytes,
+            save,
+            {"name": record.name, "global_step": record.context.global_step, "epoch": record.context.epoch},
+        ),
+    )
+
+
+def _curves(record: InfluenceRecord) -> dict[str, float]:
+    """The residual after each iteration of the solve, and the extreme eigenvalues if they were computed."""
+    residuals = [] if record.solution is None else list(record.solution.residuals)
+    found = {f"residual_after_{iteration}": value for iteration, value in enumerate(residuals)}
+    for end in ("largest", "smallest"):
+        found |= {f"{end}_eigenvalue_{rank}": value for rank, value in enumerate(record.curvature.get(end, ()), 1)}
+    return found
+
+
+def _examples(record: InfluenceRecord) -> Table:
+    """The queries with their proponents and opponents."""
+    bounds = [] if record.standard_errors is None else ["low", "high"]
+    columns = ["epoch", "name", "query", "kind", "rank", "index", "score", *bounds, "target", "predicted", "example"]
+    asked, table = _read_as(record), []
+    for row in rows(record):
+        kind, rank, index = row[1:4]
+        predicted = asked[rank - 1] if kind == "query" else record.context.predicted.get(index)
+        table.append([record.context.epoch, record.name, *row[:-1], predicted, row[-1]])
+    return Table(columns, table)
+
+
+def _read_as(record: InfluenceRecord) -> list[Any]:
+    """What the model predicts for each shown query: a label, or a number; ``None`` if it is not known."""
+    found = record.predictions
+    if found is None:
+        return [None] * len(record.queries)
+    return found[:, 0].tolist() if found.shape[1] == 1 else found.argmax(1).tolist()
+
+
+def _by_class(record: InfluenceRecord) -> Table | None:
+    """The sums of the scores of each class, averaged over the queries; ``None`` if they are not known."""
+    labels, names = record.labels, record.context.class_names
+    if labels is None:
+        return None
+    groups = group_scores(labels.tolist(), record.scores.mean(0), "")
+    columns = groups.totals.tolist(), groups.counts.tolist(), groups.means.tolist()
+    body = [[named(name, names), *numbers] for name, *numbers in zip(groups.names, *columns, strict=True)]
+    return Table(["class", "total", "examples", "mean"], body, bars=("class", "total"))
+
+
+def predicted_labels(objective: Objective, train: Examples, indices: Collection[int]) -> dict[int, int]:
+    """The predicted labels of training examples, by dataset index. Empty if the model is not known to predict labels.
+
+    Args:
+        objective: The open objective.
+        train: The training examples.
+        indices: The dataset indices.
+    """
+    places = torch.isin(train.ids, torch.tensor(sorted(indices))).nonzero().squeeze(1)
+    few = train.subset(places)
+    if not few.divisible or not len(few):  # rows of a batch need not be its examples
+        return {}
+    try:
+        with torch.no_grad():
+            if objective.n_classes(few) is None:
+                return {}
+            parts = [objective.logits(objective.theta, batch).argmax(1).cpu() for batch in few.batches()]
+    except GIFError:  # the loss of these examples is not computed from logits
+        return {}
+    return dict(zip(few.ids.tolist(), torch.cat(parts).tolist(), strict=True))
