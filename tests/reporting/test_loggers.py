@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import subprocess
 import sys
@@ -91,6 +92,45 @@ def test_tensorboard_has_the_figure_the_histogram_and_the_text(tmp_path: Path) -
     assert len(rows) == 1 + 2 * 3
     (settings,) = events.Tensors("gif_influence/settings/text_summary")
     assert '"method": "if"' in settings.tensor_proto.string_val[0].decode()
+
+
+def test_dry_run_edit_and_undo_are_different_events_in_csv_and_tensorboard(tmp_path: Path) -> None:
+    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tensorboard")]
+    trainer, _, _ = fitted(logger=loggers)
+    trainer.unlearn([4, 7], step="natural", name="two", dry_run=True)
+    edit = trainer.unlearn([4, 7], step="natural", name="two")
+    edit.undo()
+    edit.apply()
+    before, after = edit.retain.before, edit.retain.after
+    with Path(loggers[0].log_dir, "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    scalars = event_values(loggers[1].log_dir)
+    expected = {
+        "gif_dry_run/two/retain_loss": [before, after],
+        "gif_dry_run/two/edits_in_weights": [0, 0],
+        "gif_unlearn/two/retain_loss": [before, after, before, before, after],
+        "gif_unlearn/two/edits_in_weights": [0, 1, 0, 0, 1],
+        "gif_unlearn/two/event": [1, 2, 3, 3, 4],
+    }
+    for key, values in expected.items():
+        assert [float(row[key]) for row in rows if row.get(key)] == values
+        assert [value for _, value in scalars[key]] == pytest.approx(values)
+
+
+def test_what_is_logged_by_hand_is_the_last_event(tmp_path: Path) -> None:
+    trainer, _, _ = fitted(callback=GIFCallback(ratio=0.5, unconverged="ignore", log_reports=False))
+    edit = trainer.unlearn([4, 7], step="natural", dry_run=True)
+    for act, section, point in (
+        (lambda: None, "gif_dry_run", edit.retain.after),
+        (edit.apply, "gif_unlearn", edit.retain.after),
+        (edit.undo, "gif_unlearn", edit.retain.before),
+    ):
+        logger = LeastLogger()
+        act()
+        assert logger.metrics == []
+        edit.log([logger])
+        numbers = [metrics for metrics, _ in logger.metrics if f"{section}/retain_loss" in metrics]
+        assert numbers[-1][f"{section}/retain_loss"] == point
 
 
 def test_tensorboard_without_matplotlib_has_all_but_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
