@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from ..calls import check_record
 from ..config import check_count
 from ..data.structure import tensors
 from ..errors import ConfigurationError
@@ -181,6 +182,8 @@ def unlearn(
     if target == edit_file:
         raise ConfigurationError(f"--output and --edit must be different files, got {output!r} for both.")
     validation = tool.find_loader("val") if unseen else None
+    log = tool.callback.record if record is None else record
+    check_record(log)
     report = tool.callback.unlearn(
         wanted,
         relabel=torch.tensor(relabel) if isinstance(relabel, list) else relabel,  # type: ignore[arg-type]
@@ -189,10 +192,11 @@ def unlearn(
         targets=targets,
         refresh_statistics=refresh_statistics,
         dataloader=tool.loader("train"),
-        record=record,
+        record=False,  # the entry is written together with the checkpoint
         solves_to=solves_to,
         dry_run=True,
     )
+    report.record = log
     report.edit.apply(tool.model)
     rewrite(
         tool.checkpoint,
@@ -204,6 +208,7 @@ def unlearn(
         expected=weights_digest(tool.model),
         solves=None if solves_to is None else Path(solves_to),
     )
+    report.note("unlearn")
     print(report)
     print(f"The edited checkpoint is {output}, the edit {edit}.")
     unchanged = [name for name, part in tool.checkpoint.items() if name != "state_dict" and tensors(part)]

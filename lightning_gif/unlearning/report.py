@@ -130,6 +130,15 @@ class UnlearnReport(EditRecord, HtmlReport):
         weights = context.model(module)
         log = self.record if record is None else record
         transaction.change(self, event, weights, log, context.processes_of(weights))
+        self.note(event)
+
+    def note(self, event: Event) -> None:
+        """Counts an event of the edit, and logs it if the call that made the report logs.
+
+        Args:
+            event: What happened.
+        """
+        context = self.context
         context.happened = context.events.add(event)
         context.events.rows.append(event_row(self, context.happened))
         if context.logs and self.processes.rank == 0:
