@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.examples import Examples
+from ..data.streams import Stream
 from ..objective.objective import Objective
 from ..parameters import Weights, weights_digest
 from ..reporting.contents import Contents, Files, Lineage, Table
@@ -202,7 +203,9 @@ class Forgotten:
 
     def __init__(self, objective: Objective, train: Examples, found: Tensor, n_classes: int | None) -> None:
         self._objective, self._is_classifier = objective, n_classes is not None and train.divisible
-        self._batches = list(train.subset(found[:_LISTED]).batches()) if len(found) else []
+        # To read a few examples of a stream takes a whole pass.
+        is_read = len(found) and not isinstance(train.dataset, Stream)
+        self._batches = list(train.subset(found[:_LISTED]).batches()) if is_read else []
         self._before = self._predicted(objective.theta)
 
     def rows(self, data: Mapping[str, Any], theta: Tensor) -> list[list[Any]]:
