@@ -375,10 +375,6 @@ def _advise(
     goal, start, chosen = problem.goal, problem.trials[0], outcome.chosen
     warn_unfinished(goal, verdict, notes, is_edit=chosen.is_edit)
     after = outcome.after if outcome.unrefreshed is None else outcome.unrefreshed
-    # A change within its uncertainty is no cost.
-    after = {
-        name: outcome.before[name] if outcome.outcomes[name].change.is_noise else loss for name, loss in after.items()
-    }
     warn_cost(goal, task.scales(start.retain_loss), outcome.before, after, notes)
     max_solves = problem.tuning.relinearisation.max_solves
     repeats_solves = STRATEGIES.declared(strategy, "repeats_solves")

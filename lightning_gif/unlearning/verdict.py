@@ -128,6 +128,8 @@ def of_membership(evidence: Evidence) -> Verdict:
         f"A threshold on the loss tells forget from unseen examples with an AUROC of {0.5 + last.mean:.3f}"
         f"{_bounds(last, 3)} (before: {0.5 + first.mean:.3f}{_bounds(first, 3)}; 0.5: not at all)."
     )
+    if first.mean < -first.half_width:
+        return Verdict(Grade.NOTHING_TO_DO, f"{measure} Their losses were larger than unseen ones before the edit.")
     if first.mean <= first.half_width:
         return Verdict(Grade.NOTHING_TO_DO, f"{measure} They were alike before the edit, within the uncertainty.")
     if moved.is_noise or moved.mean >= 0:

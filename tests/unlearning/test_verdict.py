@@ -110,6 +110,9 @@ def test_a_comparison_with_unseen_examples_has_a_tolerance() -> None:
     unseen, own = (torch.rand(200, generator=generator) for _ in range(2))
     noise = 0.01 * torch.rand(200, generator=generator)
     assert membership(own, own + noise, unseen).grade is Grade.NOTHING_TO_DO  # an AUROC near 0.5 before the edit
+    missed = membership(own + 1, own + 1, unseen)  # examples with larger losses are not memorized
+    assert missed.grade is Grade.NOTHING_TO_DO
+    assert str(missed).endswith("Their losses were larger than unseen ones before the edit.")
     memorized = 0.3 * own
     assert membership(memorized, memorized, unseen).grade is Grade.NOT_DONE
     assert membership(memorized, own, unseen).grade is Grade.DONE
