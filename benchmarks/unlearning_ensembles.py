@@ -244,6 +244,16 @@ def predictions(net: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([net(part) for part in x.split(1000)])
 
 
+def answers(task: Task, parts: dict[str, Pair], states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The outputs ``(models, n, C)`` of models on each part of the data."""
+    net, found = task.net(), dict[str, list[Tensor]]()
+    for state in states:
+        net.load_state_dict(state)
+        for part, (inputs, _) in parts.items():
+            found.setdefault(part, []).append(predictions(net, inputs))
+    return {part: torch.stack(outputs) for part, outputs in found.items()}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Retraining
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,14 +283,6 @@ def truth(task: Task, folders: dict[str, Path], file: Path | None) -> dict[str, 
     found.update(parts)
     found["facts"] = task.facts(task.epochs * math.ceil(len(x) / BATCH))
 
-    def answers(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        net, answers = task.net(), {part: [] for part in parts}
-        for state in states:
-            net.load_state_dict(state)
-            for part, (inputs, _) in parts.items():
-                answers[part].append(predictions(net, inputs))
-        return {part: torch.stack(outputs) for part, outputs in answers.items()}
-
     if "base" not in found:
         _, found["seconds"] = timed(partial(fit, task, (x, y), 0))
         states = [copy.deepcopy(fitted(task, member, (x, y))[1].net.state_dict()) for member in range(task.members)]
@@ -288,7 +290,7 @@ def truth(task: Task, folders: dict[str, Path], file: Path | None) -> dict[str, 
         say(f"members: plain fit {found['seconds']:.1f} s")
         save()
         states = states + trained(task, (x, y), range(task.members, task.models))
-        found["base"] = answers(states)
+        found["base"] = answers(task, parts, states)
         save()
         found["kept"], found["left_out"] = _memorisation(task, (x, y), found["base"]["train"])
         found["forget"], found["retrained"] = forget_sets(task, (x, y), found["left_out"] - found["kept"]), {}
@@ -298,7 +300,7 @@ def truth(task: Task, folders: dict[str, Path], file: Path | None) -> dict[str, 
             rest = torch.ones(len(x), dtype=torch.bool)
             rest[indices] = False
             seeds = range(1000 * (number + 1), 1000 * (number + 1) + task.models)
-            found["retrained"][name] = answers(trained(task, (x[rest], y[rest]), seeds))
+            found["retrained"][name] = answers(task, parts, trained(task, (x[rest], y[rest]), seeds))
             say(f"retrained without {name}")
             save()
     found["complete"] = True

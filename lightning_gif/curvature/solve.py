@@ -25,6 +25,7 @@ __all__ = [
     "max_iter",
     "newton",
     "open_curvature",
+    "rtol",
     "solve",
     "solve_with_relative_damping",
     "warn_indefinite",
@@ -124,7 +125,7 @@ def solve(settings: Settings, operator: LinearOperator, rhs: Tensor) -> list[Sol
         operator,
         rhs,
         damping=float(settings.damping or 0.0),
-        rtol=_rtol(settings),
+        rtol=rtol(settings),
         max_iter=max_iter(settings),
         seed=settings.seed,
         discrepancy=settings.discrepancy,
@@ -195,7 +196,7 @@ def newton(settings: Settings, operator: LinearOperator, rhs: Tensor, relative: 
         rhs,
         damping=float(settings.damping or 0.0),
         relative=relative,
-        rtol=_rtol(settings),
+        rtol=rtol(settings),
         max_iter=max_iter(settings),
     )
     warn_unconverged(settings, [solution], is_newton=True)
@@ -284,6 +285,6 @@ def max_iter(settings: Settings) -> int:
     return settings.max_iter or (_ITERATIONS if settings.rtol is None else _MOST_ITERATIONS)
 
 
-def _rtol(settings: Settings) -> float:
+def rtol(settings: Settings) -> float:
     """The relative residual at which a solve ends."""
     return _LEAST_RTOL if settings.rtol is None else settings.rtol

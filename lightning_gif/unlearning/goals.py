@@ -490,6 +490,7 @@ class LabelCorrection(Goal):
             predicted with certainty. Without damping, nearly all first steps of small networks raised the risk.
     """
 
+    strategy = "match"
     # "A backdoor repaired", the row with eight iterations for each solve and entries scaled by their gradients.
     scales_by_gradients = True
     remedy = "Compare the retained loss before and after, and undo the edit if it is not worth the cost."

@@ -1,4 +1,4 @@
-"""The change that training without some examples would have made, and the match of its predictions."""
+"""The change that other training data would have made, and the match of its predictions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import Tensor
 from ..config import Settings
 from ..curvature.ekfac import inverse_root
 from ..curvature.products import output_derivative
-from ..curvature.solve import describe, open_curvature, solve
+from ..curvature.solve import describe, max_iter, open_curvature, rtol, solve, warn_unconverged
 from ..data.batch import Batch
 from ..data.examples import Examples
 from ..errors import NonFiniteError
 from ..objective.objective import Objective
-from ..solvers import Solution
+from ..solvers import LinearOperator, Solution
 from ..solvers.operators import Combination, Scaled, Submatrix, Transformed, scatter
 from ..solvers.power_iteration import largest_eigenvalue
-from .matching import Matching, Rounds, from_trained, match, predicted, to_predicted
+from .matching import Matching, Rounds, match, predicted, to_predicted
+from .relabelling import LinearisedLoss, minimise
 from .task import Task
 
 __all__ = ["POWER_STEPS", "LeaveOutStep", "loss_after", "match_predictions", "solve_step"]
@@ -32,10 +33,10 @@ POWER_STEPS = 4
 
 @dataclass(frozen=True)
 class LeaveOutStep:
-    """The change of the targets for training without the forget examples.
+    """The change of the targets for training without the forget examples, or with their new labels.
 
     Attributes:
-        change: The change ``x = (G + D)⁻¹g``, ``(k,)``.
+        change: The change ``x``, ``(k,)``.
         solution: The solution of the solve, with the mean of ``D`` as its damping.
         curvature: ``xᵀGx``.
         products: How the products with ``G`` were computed.
@@ -50,7 +51,9 @@ class LeaveOutStep:
 def solve_step(
     task: Task, settings: Settings, numbers: Matching, positions: Tensor, on_product: Callable[[], Any]
 ) -> LeaveOutStep:
-    """Solves ``(G + D) x = g`` by conjugate gradients, with EK-FAC as the preconditioner if the module allows it.
+    """Solves for the change by conjugate gradients, with EK-FAC as the preconditioner if the module allows it.
+
+    Without the forget examples, the change solves ``(G + D) x = g``. For new labels see :mod:`.relabelling`.
 
     Args:
         task: The data of the edit.
@@ -70,7 +73,11 @@ def solve_step(
             gradient, max(numbers.unknown_damping * largest_eigenvalue(matrix, gradient, POWER_STEPS), least)
         )
     root = _preconditioner(task, settings.seed, damping, positions)
-    (solution,) = solve(replace(settings, damping=0.0), Transformed(matrix, damping, root), root(gradient))
+    system, free = Transformed(matrix, damping, root), replace(settings, damping=0.0)
+    if task.relabelled is None:
+        (solution,) = solve(free, system, root(gradient))
+    else:
+        solution = _solve_relabelled(task, free, positions, system, root)
     change = root(solution.x)
     curvature.warn_if_zero()
     return LeaveOutStep(
@@ -79,6 +86,26 @@ def solve_step(
         curvature=float(change @ matrix.matvec(change)),
         products=describe(settings, curvature),
     )
+
+
+def _solve_relabelled(
+    task: Task, settings: Settings, positions: Tensor, system: LinearOperator, root: Callable[[Tensor], Tensor]
+) -> Solution:
+    """The minimum for training with new labels, in coordinates of the preconditioner, see :func:`.minimise`."""
+    assert task.relabelled is not None
+    size = len(task.objective.theta)
+    solution = minimise(
+        system,
+        task.forget_gradient,
+        LinearisedLoss(task.objective, task.relabelled),
+        task.forget_weight,
+        lambda vector: scatter(root(vector), positions, size),
+        lambda vector: root(vector[positions]),
+        rtol=rtol(settings),
+        max_iter=max_iter(settings),
+    )
+    warn_unconverged(settings, [solution], is_newton=True)
+    return solution
 
 
 def _damping(task: Task, settings: Settings, positions: Tensor) -> Tensor | None:
@@ -133,6 +160,8 @@ def match_predictions(
 ) -> tuple[Tensor, Solution]:
     """A further change, after which the predictions on the forget examples are those that a first one predicts.
 
+    Meanwhile, the retained examples are trained on further, which repairs what the first change did to them.
+
     Args:
         task: The data of the edit.
         settings: Its settings.
@@ -150,18 +179,20 @@ def match_predictions(
     outputs = objective.logits if classifies else objective.outputs
     direction = scatter(change, positions, len(objective.theta))
     start, wanted = objective.theta + direction, predicted(objective, outputs, direction)
+    aimed_at = task.forget if task.relabelled is None else task.relabelled
     known = _damping(task, settings, positions)
     scale = 1 / (torch.full_like(change, damping) if known is None else known)
     to_forget = to_predicted(objective, outputs, classifies=classifies)
-    to_retain = from_trained(objective, outputs, classifies=classifies)
 
+    forget = Rounds(aimed_at, numbers.forgotten, to_forget, budget, seed, wanted)
+    weight = numbers.forget_weight * len(forget)
     # The rate of the steps follows from the curvature at their start, which is larger than before.
     few = budget.sample(task.retain_fit, numbers.rate_examples, seed)
-    aimed = task.forget.sample(max(numbers.rate_examples // 4, 1), seed).map(wanted)
+    aimed = aimed_at.sample(max(numbers.rate_examples // 4, 1), seed).map(wanted)
     kept = budget.for_curvatures(settings, 2)
     both = Combination(
-        (1.0, open_curvature(kept, objective, few, start, losses=to_retain, weight_decay=0.0)),
-        (numbers.forget_weight, open_curvature(kept, objective, aimed, start, losses=to_forget, weight_decay=0.0)),
+        (1.0, open_curvature(kept, objective, few, start, weight_decay=0.0)),
+        (weight, open_curvature(kept, objective, aimed, start, losses=to_forget, weight_decay=0.0)),
     )
     matrix = Scaled(Submatrix(both, positions, positions), scale.sqrt(), rows=True)
     try:
@@ -175,10 +206,11 @@ def match_predictions(
         objective,
         start,
         positions,
-        Rounds(task.forget, numbers.forgotten, to_forget, budget, seed, wanted),
-        Rounds(retained, numbers.retained, to_retain, budget, seed),
+        forget,
+        Rounds(retained, numbers.retained, objective, budget, seed),
         scale,
         largest,
+        weight,
         numbers,
         on_step,
     )

@@ -1,9 +1,9 @@
 """Matching: changes the weights until the predictions on the forget examples are those that theory predicts.
 
 A step in the direction of the influence has the right effect on predictions only near the trained weights. So its first
-order effect on the predictions is what the edit aims at, and a short training reaches it, while it holds the
-predictions on retained examples. This is the datamodel matching of Georgiev et al. (arXiv 2410.23232), with predictions
-from one damped Gauss–Newton step instead of datamodels.
+order effect on the predictions is what the edit aims at, and a short training reaches it, which also goes on with the
+retained examples. This is the datamodel matching of Georgiev et al. (arXiv 2410.23232), with predictions from one
+damped Gauss–Newton step instead of datamodels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..curvature.products import output_derivative
+from ..curvature.products import Losses, output_derivative
 from ..data.batch import Batch
 from ..data.examples import Examples
 from ..errors import NonFiniteError
@@ -25,7 +25,7 @@ from .budget import MemoryBudget
 from .checked import CheckedNumbers, number
 from .risk import OutputLoss
 
-__all__ = ["Matching", "Outputs", "Rounds", "WithPredictions", "from_trained", "match", "predicted", "to_predicted"]
+__all__ = ["Matching", "Outputs", "Rounds", "WithPredictions", "match", "predicted", "to_predicted"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Matching(CheckedNumbers):
         steps: The number of steps of gradient descent.
         retained: The number of retained examples of each step.
         forgotten: The largest number of forget examples of each step.
-        forget_weight: The weight of the forget examples in each step.
+        forget_weight: The weight of the forget examples in each step, if each step has all of them. It is multiplied by
+            the number of steps that go through all of them, so that each example has the same influence.
         momentum: The momentum of the steps.
         rate: The largest rate of a step with momentum, as a multiple of the reciprocal of the largest eigenvalue. It
             falls to zero along a cosine.
@@ -121,23 +122,6 @@ def _huber(logits: Tensor, batch: Batch) -> Tensor:
     return F.huber_loss(logits, batch.wanted.to(logits), reduction="sum") / logits.shape[1]
 
 
-def from_trained(objective: Objective, outputs: Outputs, *, classifies: bool) -> OutputLoss:
-    """The distance of predictions to those of the trained model, as a loss.
-
-    For a classifier it is ``KL(trained ‖ edited)``. Otherwise it is its quadratic form: half of ``dᵀHd``, where ``d``
-    is the difference of the predictions and ``H`` the second derivative of the loss in the trained predictions.
-    """
-
-    def distance(out: Tensor, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            trained = outputs(objective.theta, batch)
-        if classifies:
-            return F.kl_div(out.log_softmax(1), trained.log_softmax(1), log_target=True, reduction="sum")
-        return _quadratic(objective, batch, trained, out - trained)
-
-    return OutputLoss(outputs, distance)
-
-
 def _quadratic(objective: Objective, batch: Batch, at: Tensor, difference: Tensor) -> Tensor:
     """``dᵀHd/2`` for a difference ``d`` of predictions, with the second derivative ``H`` of the loss at ``at``."""
     with torch.enable_grad():
@@ -159,20 +143,22 @@ def match(
     retained: Rounds,
     scale: Tensor,
     largest: float,
+    weight: float,
     numbers: Matching,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Gradient descent with momentum on the distance of predictions to those that are wanted.
+    """Gradient descent with momentum on the loss of retained examples and the distance of predictions to wanted ones.
 
     Args:
         objective: An open objective.
         start: The parameters at which it starts, ``(p,)``.
         positions: The parameters that it may change, ``(k,)``.
         forget: The forget examples, and the distance of their predictions to those that are wanted.
-        retained: Retained examples, and the distance of their predictions to those of the trained model.
+        retained: Retained examples, and their loss.
         scale: A factor for the gradient of each entry, ``(k,)``: the reciprocal of the damping.
         largest: The largest eigenvalue of the curvature of what is minimised, in coordinates that are divided by the
             root of ``scale``.
+        weight: The weight of the forget examples in each step.
         numbers: The numbers of steps, and their rate.
         on_step: Called after each step.
 
@@ -183,8 +169,8 @@ def match(
     for step in range(numbers.steps):
         try:
             gradient = retained.gradient(objective, theta)[positions]
-            if numbers.forget_weight:
-                gradient = gradient + numbers.forget_weight * forget.gradient(objective, theta)[positions]
+            if weight:
+                gradient = gradient + weight * forget.gradient(objective, theta)[positions]
         except NonFiniteError:  # it diverges, which the measurement of the result shows
             break
         moving = numbers.momentum * moving + scale * gradient
@@ -210,7 +196,7 @@ class Rounds:
         self,
         examples: Examples,
         count: int,
-        losses: OutputLoss,
+        losses: Losses,
         budget: MemoryBudget,
         seed: int,
         transform: Callable[[Batch], Batch] | None = None,
@@ -223,6 +209,10 @@ class Rounds:
         self._examples, self._losses, self._budget, self._transform = examples, losses, budget, transform
         self._parts: dict[int, Examples] = {}
         self._turn = 0
+
+    def __len__(self) -> int:
+        """The number of turns after which all examples have been used."""
+        return len(self._positions)
 
     def gradient(self, objective: Objective, theta: Tensor) -> Tensor:
         """The gradient ``(p,)`` of the mean over the next examples, at parameters ``(p,)``."""

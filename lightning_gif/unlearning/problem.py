@@ -254,11 +254,13 @@ class EditProblem:
         return model
 
     def leave_out(self) -> QuadraticModel:
-        """Solves for the change of the weights that training without the forget examples would have made.
+        """Solves for the change that training without the forget examples, or with new labels, would have made.
 
-        The change is ``(G + D)⁻¹g``. ``G`` is the Gauss–Newton matrix on the targets, and ``D`` the damping that the
-        training is equivalent to, see :class:`~lightning_gif.selection.training_length.TrainingLength`, or the given
-        ``damping``. Without either it is a share of the largest eigenvalue of ``G``.
+        For a removal the change is ``(G + D)⁻¹g``. ``G`` is the Gauss–Newton matrix on the targets, and ``D`` the
+        damping that the training is equivalent to, see
+        :class:`~lightning_gif.selection.training_length.TrainingLength`, or the given ``damping``. Without either it is
+        a share of the largest eigenvalue of ``G``. For new labels, the change is the minimum of their loss with the
+        same ``G`` and ``D``, see :mod:`~lightning_gif.unlearning.relabelling`.
 
         Returns:
             The quadratic model of the risk along this change. Its curvature is that of the retained loss alone.
@@ -271,8 +273,10 @@ class EditProblem:
             settings = replace(settings, max_iter=self.tuning.matching.iterations)
         model, _ = self._recalled_or_solved(["leave out"], settings, partial(self._solve_leave_out, settings))
         task, change = self._task, self._changes[-1]
-        for name, examples in (("forget", task.forget_eval), ("retain", task.retain_eval)):
-            self._predicted[name] = leave_out.loss_after(self._objective, examples, self.positions, change)
+        parts = {"forget": task.forget_eval, "retain": task.retain_eval, "relabelled": task.relabelled}
+        for name, examples in parts.items():
+            if examples is not None:
+                self._predicted[name] = leave_out.loss_after(self._objective, examples, self.positions, change)
         return model
 
     @property
@@ -387,7 +391,8 @@ class EditProblem:
         self._require_change(found.change)
         self._add(found.change, found.solution, settings)
         self.description = self.description or found.products
-        return QuadraticModel(self._slope_along(found.change), found.curvature), False
+        # The solve for new labels is not linear, like a Newton step.
+        return QuadraticModel(self._slope_along(found.change), found.curvature), self._task.relabelled is not None
 
     def _slope_along(self, change: Tensor) -> float:
         """The slope of the risk at the trained weights along a change ``(k,)``."""

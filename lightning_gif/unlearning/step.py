@@ -9,7 +9,9 @@ from ..config import AUTO, Settings
 from ..curvature.products import has_gauss_newton, require_gauss_newton
 from ..errors import ConfigurationError
 from ..objective.objective import Objective
+from ..solvers import cg
 from .goals import Goal
+from .matching import Matching
 from .strategies import STRATEGIES, Strategy
 from .task import Request
 
@@ -55,7 +57,7 @@ def can_match(objective: Objective) -> bool:
 
 
 def choose_step(
-    step: Step, goal: Goal, request: Request, matching: Settings | None, notes: list[str]
+    step: Step, goal: Goal, request: Request, matching: Settings | None, numbers: Matching, notes: list[str]
 ) -> tuple[Step, Settings]:
     """The step of an edit, and its settings.
 
@@ -64,6 +66,7 @@ def choose_step(
         goal: The goal of the edit.
         request: The request, with the settings for all strategies except ``"match"``.
         matching: The settings for ``"match"``; ``None`` if a setting excludes it.
+        numbers: The tuned numbers of ``"match"``.
         notes: The notes of the report, which may be extended.
 
     Raises:
@@ -71,19 +74,22 @@ def choose_step(
         ObjectiveError: If ``step="match"`` was given, but there is no Gauss–Newton matrix.
     """
     step = MATCH if step is STRATEGIES[MATCH] else step
-    objective, settings, removes = request.objective, request.settings, request.relabelled is None
+    objective, settings = request.objective, request.settings
+    if matching is not None and request.relabelled is not None and not _can_relabel(matching):
+        matching = None
     probed = objective.probed
     assert probed is not None  # since the structure of the training examples is known
     if step == MATCH:
-        if goal.strategy != MATCH or not removes:
+        if goal.strategy != MATCH:
             raise ConfigurationError(
-                f"step='match' is for the removal of single examples, but the goal of this edit is {goal.name!r}. Use"
-                " step='relinearise', or omit `step`."
+                "step='match' is for single examples that are removed or get new labels, but the goal of this edit is"
+                f" {goal.name!r}. Use step='relinearise', or omit `step`."
             )
         if matching is None:
             raise ConfigurationError(
                 "step='match' solves with the Gauss–Newton matrix on the parameters that change. Omit `method`,"
-                " `curvature` and `solver`, or use method='if' or 'fif', curvature='ggn' and a solver such as 'cg'."
+                " `curvature`, `solver` and `discrepancy`, or use method='if' or 'fif', curvature='ggn' and"
+                " solver='cg'."
             )
         require_gauss_newton(objective, objective.theta, probed)
         return step, matching
@@ -91,16 +97,28 @@ def choose_step(
         return step, settings
     if goal.strategy != MATCH:
         return goal.strategy, settings
-    if matching is None or not removes:
+    if matching is None:
         return _OTHERWISE, settings
     if not can_match(objective):
         notes.append(
             "The predictions that the losses are computed from are not recognised, or the loss is not convex in them."
-            " So the edit could not aim at the predictions of a model trained without the examples (step='match'). It"
-            " lowers the loss of the retained examples instead (step='relinearise'), which forgets less."
+            " So the edit could not aim at the predictions of a model trained without the examples, or with the new"
+            " labels (step='match'). It lowers the loss of the data instead (step='relinearise'), which is less exact."
+        )
+        return _OTHERWISE, settings
+    most = numbers.steps * numbers.forgotten
+    if request.relabelled is not None and len(request.forget) > most:
+        notes.append(
+            f"There are {len(request.forget)} new labels, more than the {most} that the steps of a match can see. So"
+            " several changes lower the loss of the data instead (step='relinearise'). For a match, pass step='match'."
         )
         return _OTHERWISE, settings
     return MATCH, matching
+
+
+def _can_relabel(settings: Settings) -> bool:
+    """Whether the settings fit a solve for new labels, which is not linear, and so has a solver of its own."""
+    return settings.solver == cg.name and not settings.discrepancy
 
 
 def note_unknown_damping(request: Request, notes: list[str]) -> None:

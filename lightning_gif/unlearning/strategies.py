@@ -50,19 +50,19 @@ def search(problem: EditProblem) -> Trial:
 @STRATEGIES.register("match")
 @declares(predicts_losses=True)
 def match(problem: EditProblem) -> Trial:
-    """Makes the predictions on the forget examples those that theory predicts for training without these examples.
+    """Makes the predictions on the forget examples those that theory predicts for training on other data.
 
-    The first change is the predicted change of the weights, and the second a short training towards the predictions,
-    which holds those on retained examples. The second is omitted if the losses after the first are as predicted, as
-    for a model that is linear in its parameters. Of the trained model and the two trials, the one nearest to the
-    predicted losses is taken. It is for the removal of examples, and needs a Gauss–Newton matrix.
+    That is training without these examples, or with their new labels. The first change is the predicted change of the
+    weights, and the second a short training towards the predictions. The second is omitted if the losses after the
+    first are as predicted, as for a model that is linear in its parameters. A change that ends farther from the
+    predicted losses than the trained model is not made. It needs a Gauss–Newton matrix.
     """
     problem.leave_out()
     stepped = problem.evaluate(1.0)
     if not _has_predicted_losses(problem, stepped):
         problem.match()
         problem.evaluate(1.0, 1.0)
-    return _nearest_to_prediction(problem)
+    return _last_of_use(problem)
 
 
 @STRATEGIES.register("relinearise")
@@ -127,8 +127,8 @@ def _has_predicted_losses(problem: EditProblem, trial: Trial) -> bool:
     return is_forgotten and abs(trial.retain_loss - retain) <= share * abs(start.retain_loss)
 
 
-def _nearest_to_prediction(problem: EditProblem) -> Trial:
-    """The trial whose losses are nearest to the predicted ones; the last one, if several are.
+def _last_of_use(problem: EditProblem) -> Trial:
+    """The last trial whose losses are nearer to the predicted ones than those of the trained model, or else that model.
 
     A retained loss counts only as far as it is above the predicted one and that of the trained model.
     """
@@ -139,7 +139,8 @@ def _nearest_to_prediction(problem: EditProblem) -> Trial:
         value = abs(trial.forget_loss - forget) + max(trial.retain_loss - most, 0.0)
         return value if math.isfinite(value) else math.inf
 
-    return min(reversed(problem.trials), key=error)
+    trained, *edits = problem.trials
+    return next((trial for trial in reversed(edits) if error(trial) < error(trained)), trained)
 
 
 def _is_as_predicted(problem: EditProblem, trial: Trial, model: QuadraticModel) -> bool:

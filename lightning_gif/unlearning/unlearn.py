@@ -123,7 +123,7 @@ def unlearn(
     tuning = Tuning() if tuning is None else tuning
     found, request = _make_request(objective, train, forget, settings, relabel, retain, unseen, training, notes)
     goal = choose_goal(request, tuning.goals, notes)
-    step, settings = choose_step(step, goal, request, matching, notes)
+    step, settings = choose_step(step, goal, request, matching, tuning.matching, notes)
     request = replace(request, settings=settings)
     if goal.compares_with_unseen and why_not_unseen:
         notes.append(
