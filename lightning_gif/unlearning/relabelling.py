@@ -179,5 +179,5 @@ def _line_minimum(derivatives: Callable[[float], tuple[float, float]]) -> float:
         slope, bend = derivatives(size)
         low, high = (size, high) if slope < 0 else (low, size)
         newton = size - slope / bend if bend > 0 else math.inf
-        size = newton if low < newton < high else (low + high) / 2
+        size = newton if low <= newton <= high else (low + high) / 2
     return size if math.isfinite(size) else low

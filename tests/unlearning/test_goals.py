@@ -200,9 +200,10 @@ def test_what_removal_may_cost_does_not_depend_on_what_the_loss_is_multiplied_by
 def test_corrected_labels_do_not_depend_on_what_the_loss_is_multiplied_by(factor: float) -> None:
     trainer, module, dataset = fitted(Scaled(), max_epochs=20)
     forget, new = batch_of(dataset, slice(0, 3)), (dataset.tensors[1][:3] + 1) % 3
-    plain = trainer.unlearn(forget, relabel=new, dry_run=True).relabelled
+    options = {"relabel": new, "dry_run": True, "step": "relinearise"}
+    plain = trainer.unlearn(forget, **options).relabelled
     module.scale = factor
-    scaled = trainer.unlearn(forget, relabel=new, dry_run=True).relabelled
+    scaled = trainer.unlearn(forget, **options).relabelled
     assert plain is not None
     assert scaled is not None
     assert scaled.after / factor == pytest.approx(plain.after, rel=0.05)
@@ -351,8 +352,8 @@ def test_a_goal_of_ones_own_has_its_own_numbers_costs_and_measurement() -> None:
     y = data.tensors[1][:4]
     with registered("own correction", OwnCorrection):
         with pytest.warns(GIFWarning, match="It cost"):
-            report = trainer.unlearn([0, 1, 2, 3], relabel=(y + 1) % 3, dry_run=True)
-        more = trainer.unlearn([0, 1, 2, 3], relabel=(y + 1) % 3, dry_run=True, max_iter=4)
+            report = trainer.unlearn([0, 1, 2, 3], relabel=(y + 1) % 3, dry_run=True, step="relinearise")
+        more = trainer.unlearn([0, 1, 2, 3], relabel=(y + 1) % 3, dry_run=True, max_iter=4, step="relinearise")
     assert max(solve["iterations"] for solve in report.solves) == 3  # 5 for others, 8 for the built-in correction
     assert max(solve["iterations"] for solve in more.solves) == 4
     assert report.memorization[0] == pytest.approx(norm)

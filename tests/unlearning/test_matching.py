@@ -172,14 +172,19 @@ def test_a_ratio_keeps_the_edit_sparse() -> None:
 
 def test_match_is_refused_for_other_goals_and_settings_and_the_remedies_work() -> None:
     trainer, _, data = fitted(max_epochs=10)
-    with pytest.raises(ConfigurationError, match="for the removal of single examples") as error:
+    with pytest.raises(ConfigurationError, match="for single examples that are removed or get new labels") as error:
         trainer.unlearn(lambda batch: batch[1] == 1, step="match")
     assert "step='relinearise'" in str(error.value)
     trainer.unlearn(lambda batch: batch[1] == 1, step="relinearise", dry_run=True)
-    with pytest.raises(ConfigurationError, match="for the removal of single examples"):
-        trainer.unlearn([0, 1], relabel=(data.tensors[1][:2] + 1) % 3, step="match")
+    labels = (data.tensors[1][:2] + 1) % 3
+    for options in ({"solver": "cgls"}, {"discrepancy": 0.1}):  # the solve for new labels is not linear
+        with pytest.raises(ConfigurationError, match="Omit `method`, `curvature`, `solver` and `discrepancy`"):
+            trainer.unlearn([0, 1], relabel=labels, step="match", **options)
+        other = trainer.unlearn([0, 1], relabel=labels, dry_run=True, unconverged="ignore", **options)
+        assert other.solve["solver"] != "nonlinear_cg"
+    assert trainer.unlearn([0, 1], relabel=labels, step="match", solver="cg").solve["solver"] == "nonlinear_cg"
     for options in ({"method": "gif"}, {"curvature": "hessian"}):
-        with pytest.raises(ConfigurationError, match="Omit `method`, `curvature` and `solver`"):
+        with pytest.raises(ConfigurationError, match="Omit `method`, `curvature`, `solver` and"):
             trainer.unlearn([0, 1], step="match", **options)
         assert len(trainer.unlearn([0, 1], dry_run=True, **options).solves) >= 1
     for options in ({"method": "if"}, {"method": "fif", "solver": "cg"}, {"curvature": "ggn"}):

@@ -122,7 +122,7 @@ def test_a_failed_first_step_towards_labels_is_followed_by_a_more_damped_one() -
     with torch.no_grad():
         for parameter in module.net[-1].parameters():
             parameter *= 4
-    options: dict[str, Any] = {"relabel": torch.tensor([1, 0, 2]), "dry_run": True}
+    options: dict[str, Any] = {"relabel": torch.tensor([1, 0, 2]), "dry_run": True, "step": "relinearise"}
     report = trainer.unlearn([3, 17, 30], **options)
     assert report.step_sizes[0] == 0
     assert report.solves[1]["damping"] > 20 * report.solves[0]["damping"]
@@ -269,7 +269,7 @@ def test_labels_are_corrected_by_newton_steps_once_three_quarters_of_them_are_ri
     wrong = y.clone()
     wrong[::4] = (y[::4] + 1) % 3
     trainer, _, _ = fitted(dataset=TensorDataset(x, wrong), callback=GIFCallback(ratio=0.5), max_epochs=20)
-    trainer.unlearn(list(range(0, 120, 4)), relabel=y[::4])
+    trainer.unlearn(list(range(0, 120, 4)), relabel=y[::4], step="relinearise")
     assert {newton for _, newton, _ in seen} == {False, True}
     assert max(steps for _, _, steps in seen) == 8
 

@@ -48,9 +48,11 @@ def test_tuned_numbers_out_of_range_are_refused(name: str, value: Any) -> None:
     [
         ("examples", {"step": "relinearise"}, [("hessian", 10), ("hessian", 5)]),
         ("examples", {}, [("ggn", 6), ("ggn", 40)]),
-        ("labels", {}, [("ggn", 8), ("ggn", 8)]),
+        ("labels", {}, [("ggn", 6), ("ggn", 40)]),
+        ("labels", {"step": "relinearise"}, [("ggn", 8), ("ggn", 8)]),
         ("labels", {"curvature": "hessian", "max_iter": 3}, [("hessian", 3), ("hessian", 3)]),
-        ("labels", {"rtol": 0.5}, [("ggn", 200), ("ggn", 200)]),
+        ("labels", {"rtol": 0.5}, [("ggn", 200), ("ggn", 40)]),
+        ("labels", {"rtol": 0.5, "step": "relinearise"}, [("ggn", 200), ("ggn", 200)]),
         ("labels", {"step": "natural"}, [("hessian", 10)]),
     ],
 )
@@ -109,7 +111,8 @@ def test_a_rejected_step_is_followed_by_one_that_is_damped_by_the_factor() -> No
             parameter *= 4
     for factor in (64.0, 128.0):
         tuning = Tuning(trust_region=TrustRegion(rejection_factor=factor))
-        report = trainer.unlearn([3, 17, 30], relabel=torch.tensor([1, 0, 2]), tuning=tuning, dry_run=True)
+        options: dict[str, Any] = {"relabel": torch.tensor([1, 0, 2]), "dry_run": True, "step": "relinearise"}
+        report = trainer.unlearn([3, 17, 30], tuning=tuning, **options)
         assert report.step_sizes[0] == 0
         assert report.solves[1]["damping"] == pytest.approx(factor * report.solves[0]["damping"])
 
@@ -134,7 +137,7 @@ def test_what_is_no_tuning_is_refused() -> None:
 
 def test_tuned_numbers_are_used_and_recorded(tmp_path: Any) -> None:
     trainer, _, _ = fitted(max_epochs=60)
-    options: dict[str, Any] = {"relabel": torch.tensor([1, 0, 2]), "dry_run": True}
+    options: dict[str, Any] = {"relabel": torch.tensor([1, 0, 2]), "dry_run": True, "step": "relinearise"}
     plain = trainer.unlearn([3, 17, 30], **options)
     assert plain.settings["tuning"]["goal"] == {
         "curvature_examples": 2048,
