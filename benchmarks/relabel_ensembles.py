@@ -31,7 +31,6 @@ from tasks import adamw, sgd
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from unlearning_ensembles import (
-    MLP,
     TASKS,
     Pair,
     Removal,
@@ -72,7 +71,6 @@ RELABELLED = {
     "digits": Task(small_digits, few_convolutions, adamw(2e-3), 20, 1000, models=12, noise=NOISE),
     "mnist sgd": replace(TASKS["mnist adamw"], net=convolutions, optimizer=sgd(0.02, 0.9, 5e-4), models=12, epochs=15),
 }
-assert MLP is TASKS["mlp"].net
 
 
 @dataclass(frozen=True)
@@ -199,6 +197,7 @@ def main() -> None:
     parser.add_argument("--models", type=int, help="another number of models that are trained with each set of labels")
     parser.add_argument("--members", type=int, help="another number of models that are edited")
     parser.add_argument("--epochs", type=int, help="another length of training")
+    parser.add_argument("--examples", type=int, help="another number of training examples")
     parser.add_argument("--cache", type=Path, help="folder for the outputs of the retrained models")
     parser.add_argument("--sets", nargs="+", help="names of sets, by default all")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -207,7 +206,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     folders = {"mnist": options.mnist, "fashion": options.fashion}
     for name in options.tasks:
-        changed = {"epochs": options.epochs, "models": options.models, "members": options.members}
+        changed = {key: getattr(options, key) for key in ("epochs", "examples", "models", "members")}
         task = replace(RELABELLED[name], **{key: value for key, value in changed.items() if value is not None})
         found = truth(task, folders, options.cache and options.cache / f"{name}, relabelled.pt")
         data, sets = found["train"], options.sets or list(found["forget"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import runpy
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -34,6 +35,8 @@ SMALLEST: dict[str, str] = {
     "overhead": "--steps 40 --net resnet",
     "paper": "--table 1 --data DATA --net resnet --epochs 1 --runs 1 --solve_steps 2 --rows 1",
     "random_removal": "--data DATA --net resnet --epochs 1 --seeds 1 --steps natural --shares 0.1",
+    "relabel_ensembles": "--tasks digits --epochs 2 --models 4 --members 2 --examples 300 --sets '10 moved' "
+    "--methods nothing 'unlearn, default'",
     "scaling": "--widths 12 --ratios 0.1 --width 12 --examples 32 --repeats 1",
     "sensitivity": "--data DATA --nets mlp --goals class --examples 100 --epochs 1 --draws 1 --every 30",
     "small": "--rounds 1 --net convolutions",
@@ -103,7 +106,7 @@ def test_a_smallest_run_prints_a_table(
     file: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run(file, SMALLEST[file.stem].replace("DATA", str(data)).split(), monkeypatch)
+    run(file, shlex.split(SMALLEST[file.stem].replace("DATA", str(data))), monkeypatch)
     printed = capsys.readouterr().out
     assert any(character.isdigit() for character in printed), printed
 

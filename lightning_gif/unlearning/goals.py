@@ -470,14 +470,14 @@ class ClassRemoval(Goal):
 class LabelCorrection(Goal):
     """The goal where the forget examples get new labels.
 
-    The risk is the mean of ``KL(expected ‖ predicted)`` over the retained examples, plus the weighted cross-entropy of
+    ``"match"`` uses the risk only to report it. The risk is the mean of ``KL(expected ‖ predicted)`` over the retained examples, plus the weighted cross-entropy of
     the corrected examples. The expected predictions are those of the trained model. If predictions are not known, the
     risk is the loss of retained and corrected examples with equal weights, which retraining would minimise. No baseline
     gradient is subtracted, because the risk of a non-convex model might then have no minimum.
 
     Attributes:
-        target_memorization: The share of the labels that may stay uncorrected if further steps gain little. The report
-            has a warning if more labels stay uncorrected.
+        target_memorization: The share of the labels that may stay uncorrected if further steps gain little. Except for
+            ``"match"``, the report has a warning if more labels stay uncorrected.
         corrected_weight: The weight of a corrected example relative to a retained one. It is above 1, because some of
             the retained predictions were learned from the wrong labels and oppose the correction.
         retain_budget: The report has a warning if the retained loss rises by more than this share of the chance loss.
