@@ -152,6 +152,7 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     edit("class again", lambda batch: batch[1] == 1, **kept)
     # With the default damping, the number of halvings of a late step can depend on rounding.
     edit("relabel", [3, 17, 30], relabel=torch.tensor([1, 0, 2]), damping=0.5)
+    edit("relabel, match", [3, 17, 30], relabel=torch.tensor([1, 0, 2]), step="match", method="if")
     edit("unseen", list(range(25)), unseen=DataLoader(points(40, seed=5), 16))
     edit("if", [3, 17], method="if", step=0.5, solver="dense")
     record = folder / f"record {world}"
