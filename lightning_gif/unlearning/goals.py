@@ -470,10 +470,11 @@ class ClassRemoval(Goal):
 class LabelCorrection(Goal):
     """The goal where the forget examples get new labels.
 
-    ``"match"`` uses the risk only to report it. The risk is the mean of ``KL(expected ‖ predicted)`` over the retained examples, plus the weighted cross-entropy of
-    the corrected examples. The expected predictions are those of the trained model. If predictions are not known, the
-    risk is the loss of retained and corrected examples with equal weights, which retraining would minimise. No baseline
-    gradient is subtracted, because the risk of a non-convex model might then have no minimum.
+    ``"match"`` only reports the risk. Others lower it. It is the mean of ``KL(expected ‖ predicted)``
+    over the retained examples, plus the weighted cross-entropy of the corrected examples. The expected predictions are
+    those of the trained model. If predictions are not known, the risk is the loss of retained and corrected examples
+    with equal weights, which retraining would minimise. No baseline gradient is subtracted, because the risk of a
+    non-convex model might then have no minimum.
 
     Attributes:
         target_memorization: The share of the labels that may stay uncorrected if further steps gain little. Except for

@@ -293,7 +293,7 @@ class EditProblem:
     def match(self) -> None:
         """Adds a change after that of :meth:`leave_out`: the predictions on the forget examples become as predicted.
 
-        It is found by a short training, which holds the predictions on retained examples, see
+        A short training on forget and retained examples finds it, see
         :func:`~lightning_gif.unlearning.matching.match`.
 
         Raises:

@@ -140,7 +140,7 @@ def minimise(
             direction = -gradient
         norms.append(float(gradient.norm()))
         done += 1
-    residuals = [norm / norms[0] for norm in norms]
+    residuals = [norm / (norms[0] or 1.0) for norm in norms]
     return Solution(
         x=y,
         status=Status.CONVERGED if residuals[-1] <= rtol else Status.MAX_ITER,
