@@ -98,6 +98,11 @@ def choose_step(
     if goal.strategy != MATCH:
         return goal.strategy, settings
     if matching is None:
+        notes.append(
+            "The settings exclude a match (step='match'), so the edit lowers the loss of the data instead"
+            " (step='relinearise'), which is less exact. A match needs method='if' or 'fif', curvature='ggn' and"
+            " solver='cg', and no `discrepancy` for new labels. Or omit these settings."
+        )
         return _OTHERWISE, settings
     if not can_match(objective):
         notes.append(

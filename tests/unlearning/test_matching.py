@@ -182,6 +182,7 @@ def test_match_is_refused_for_other_goals_and_settings_and_the_remedies_work() -
             trainer.unlearn([0, 1], relabel=labels, step="match", **options)
         other = trainer.unlearn([0, 1], relabel=labels, dry_run=True, unconverged="ignore", **options)
         assert other.solve["solver"] != "nonlinear_cg"
+        assert any("The settings exclude a match" in note for note in other.notes)
     assert trainer.unlearn([0, 1], relabel=labels, step="match", solver="cg").solve["solver"] == "nonlinear_cg"
     for options in ({"method": "gif"}, {"curvature": "hessian"}):
         with pytest.raises(ConfigurationError, match="Omit `method`, `curvature`, `solver` and"):
