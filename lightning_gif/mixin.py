@@ -36,11 +36,11 @@ class GIFMixin:
                 x, y = batch
                 return F.cross_entropy(self(x), y, reduction="none")
 
-            def influence_measurement(self, batch):  # attribute the margin instead of the loss
+            def influence_measurement(self, batch):  # the negative margin instead of the loss
                 x, y = batch
                 logits = self(x)
                 correct = logits.gather(1, y[:, None]).squeeze(1)
-                return correct - logits.scatter(1, y[:, None], -torch.inf).logsumexp(1)
+                return logits.scatter(1, y[:, None], -torch.inf).logsumexp(1) - correct
 
             def influence_parameters(self):  # edits may change the head only
                 return ["head.*"]
@@ -62,6 +62,8 @@ class GIFMixin:
 
     def influence_measurement(self, batch: Any) -> Tensor:
         """What a query measures on each of its examples, by default the loss. Scores are in its unit.
+
+        Let it be lower for better predictions. Then proponents and opponents mean the same as for the loss.
 
         Args:
             batch: A batch of B examples, as in :meth:`influence_loss`.
