@@ -144,12 +144,12 @@ class InfluenceRecord:
 
     @property
     def n_states(self) -> int:
-        """The number of states of each fit over which scores are averaged: the last one and the snapshots."""
+        """The number of states of each fit (the last one and the snapshots) over which scores are averaged."""
         return 1 + len(self.settings.get("snapshots") or ())
 
     @property
     def n_averaged(self) -> int:
-        """The number of values behind each standard error: fits if there are several, otherwise states of one fit."""
+        """The number of values behind each standard error (fits if there are several, else states of one fit)."""
         return self.n_fits if self.n_fits > 1 else self.n_states
 
     def intervals(self, level: float = LEVEL) -> Intervals:

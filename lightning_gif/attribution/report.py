@@ -81,7 +81,7 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
             query: The number of the query; by default the mean over all queries is taken.
 
         Returns:
-            The groups, ranked by their sums: the strongest proponents first.
+            The groups, ranked by their sums, the strongest proponents first.
 
         Raises:
             ConfigurationError: If there is no such query or not all scores were kept; if ``groups`` has another length

@@ -113,7 +113,7 @@ class ValidationReport(HtmlReport):
 
     @property
     def lds(self) -> float:
-        """The linear datamodeling score: the mean of :attr:`correlations`.
+        """The linear datamodeling score, which is the mean of :attr:`correlations`.
 
         1: the scores order the subsets as retraining does. 0: they say nothing. −1: they order them the other way
         round.
