@@ -105,6 +105,26 @@ def test_find_mislabeled(run: Run, tmp_path: Path) -> None:
     assert_pictures(tmp_path, "suspects.png", "self_influence.png")
 
 
+@pytest.mark.slow
+def test_find_poisoned(run: Run, tmp_path: Path) -> None:
+    printed = run("find_poisoned.py", "--output", tmp_path)
+    assert "67 of 1347 training examples are poisoned." in printed
+    found, repaired = printed.split("First 20% inspected")
+    auc, tenth, fifth = row(found, "opponents")
+    assert float(auc) > 0.9
+    assert percent(fifth) > percent(tenth) > 50
+    for ranking in ("training loss", "self-influence"):
+        auc, tenth, _ = row(found, ranking)
+        assert float(auc) < 0.6
+        assert percent(tenth) < 15
+    before, edited, retrained = map(percent, row(repaired, "images with the patch"))
+    assert before > 90
+    assert max(edited, retrained) < 20
+    before, edited, _ = map(percent, row(repaired, "test accuracy"))
+    assert edited > before - 1
+    assert_pictures(tmp_path, "suspects.png")
+
+
 def test_why_misread(run: Run, tmp_path: Path) -> None:
     printed = run("why_misread.py", "--output", tmp_path)
     asked, label, read_as = map(int, re.findall(r"#(\d+): label (\d), prediction (\d)", printed)[0])
@@ -161,7 +181,10 @@ def test_toxic_samples(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "epochs"),
-    [("forget_a_digit.py", 15), ("find_mislabeled.py", 30), ("why_misread.py", 15), ("wandb_report.py", 10)],
+    [
+        *(("forget_a_digit.py", 15), ("find_mislabeled.py", 30), ("find_poisoned.py", 30)),
+        *(("why_misread.py", 15), ("wandb_report.py", 10)),
+    ],
 )
 def test_help_describes_the_example_and_has_the_defaults(
     name: str, epochs: int, run: Run, capsys: pytest.CaptureFixture[str]
