@@ -29,7 +29,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_gif import GIFCallback, InfluenceReport
+from lightning_gif import GIFCallback
 
 SHOWN = (0.1, 0.2)
 
@@ -73,13 +73,20 @@ def accuracy(model: pl.LightningModule, test: TensorDataset) -> float:
     return float((logits(model, test).argmax(1) == test.tensors[1]).float().mean())
 
 
-def save_suspects(path: str, report: InfluenceReport, data: TensorDataset, truth: Tensor) -> None:
-    """Draws the most suspicious examples, each with its dataset index, its score, and its given and its true label."""
+def save_suspects(path: str, ranked: str, scores: dict[int, float], data: TensorDataset, truth: Tensor) -> None:
+    """Draws suspicious examples, each with its dataset index, its score, and its given and its true label.
+
+    Args:
+        path: The file.
+        ranked: What the scores are, for the title.
+        scores: The scores by dataset index, in the order of the ranking; the first 24 are drawn.
+        data: The training data, with the given labels.
+        truth: The true labels, ``(n,)``.
+    """
     rows, cols = 3, 8
     figure = Figure(figsize=(1.3 * cols, 1.9 * rows + 0.4), layout="constrained")
-    figure.suptitle("The training examples with the highest self-influence (red: the label is wrong)")
-    (indices,), (scores,) = report.proponents(rows * cols)
-    for axis, index, score in zip(figure.subplots(rows, cols).flat, indices.tolist(), scores.tolist(), strict=True):
+    figure.suptitle(f"The training examples with the {ranked} (red: the label is wrong)")
+    for axis, (index, score) in zip(figure.subplots(rows, cols).flat, scores.items(), strict=False):
         given, true = int(data.tensors[1][index]), int(truth[index])
         axis.imshow(data.tensors[0][index, 0], cmap="gray_r")
         axis.set_xticks([])
@@ -139,7 +146,9 @@ def main(args: Namespace) -> None:
         table.add_row(name, *(f"{accuracy(net, test):.1%}" for net in (model, retrained, ideal)))
     console.print(table)
 
-    save_suspects(str(args.output / "suspects.png"), report, noisy, truth)
+    indices, scores = report.proponents(24)
+    first = dict(zip(indices[0].tolist(), scores[0].tolist(), strict=True))
+    save_suspects(str(args.output / "suspects.png"), "highest self-influence", first, noisy, truth)
     report.plot().savefig(args.output / "self_influence.png", dpi=150)
     console.print(f"The plots are in {args.output}/", highlight=False, soft_wrap=True)
 

@@ -113,7 +113,9 @@ def main(args: Namespace) -> None:
         table.add_row(title, *(f"{values[number]:.1%}" for values in nets.values()))
     console.print(table)
 
-    save_suspects(str(args.output / "suspects.png"), data, truth, suspicions["opponents"])
+    indices, scores = report.opponents(24)
+    first = dict(zip(indices[0].tolist(), scores[0].tolist(), strict=True))
+    save_suspects(str(args.output / "suspects.png"), "lowest scores", first, data, truth)
     console.print(f"The plot is in {args.output}/", highlight=False, soft_wrap=True)
 
 

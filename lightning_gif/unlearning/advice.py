@@ -13,7 +13,7 @@ __all__ = ["warn_cost", "warn_refreshed_statistics", "warn_unfinished"]
 
 
 def warn_unfinished(goal: Goal, verdict: Verdict | None, notes: list[str], *, is_edit: bool) -> None:
-    """Warns if an edit did not work, or changes nothing. The note has what to do about it.
+    """Warns if an edit did not work, or changes nothing. The note has what to do about it, also if it worked in part.
 
     Args:
         goal: The goal of the edit.
@@ -36,7 +36,8 @@ def warn_unfinished(goal: Goal, verdict: Verdict | None, notes: list[str], *, is
     }
     if grade in remedies:
         notes.append(remedies[grade])
-        rank_zero_warn(f"{verdict} {remedies[grade]}", category=GIFWarning)
+        if grade is not Grade.PARTLY:
+            rank_zero_warn(f"{verdict} {remedies[grade]}", category=GIFWarning)
 
 
 def warn_refreshed_statistics(goal: Goal, old: dict[str, float], new: dict[str, float], notes: list[str]) -> None:

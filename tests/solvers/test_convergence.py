@@ -62,7 +62,7 @@ def trained(name: str, long: bool) -> Trained:
     module = WithAdam(net, LEARNING_RATES[name]) if long else Classifier(net)
     if name == "attention":  # LiSSA takes more than 400 iterations with targets in the projections of the inputs
         module.influence_parameters = lambda: [f"{layer}.*" for layer in neuron_layers(module)]
-    trainer = make_trainer(GIFCallback(unconverged="raise"), max_epochs=40 if long else 3)
+    trainer = make_trainer(GIFCallback(unconverged="raise", cache_steps=None), max_epochs=40 if long else 3)
     trainer.fit(module, loader(dataset))
     return Trained(trainer, dataset)
 
