@@ -317,22 +317,30 @@ def _solve(call: _Call) -> SolvedQueries:
         inverse_class = inverse_for_queries(settings)
         inverse = inverse_class.fit(objective, call.train, settings, method, positions, on_product=bar.update)
         gradients = objective.query_gradients(call.query, per_example=call.per_example)
-        share = gradient_share(gradients, positions)
-        blocks = [inverse.ihvp(block) for block in gradients.split(inverse.block_size or len(gradients))]
-        solutions = [solution for _, of_block in blocks for solution in of_block]
-        if len(solutions) != len(gradients):
-            raise ConfigurationError(
-                f"{inverse_class.__name__}.ihvp must return one Solution for each gradient, got {len(solutions)} for"
-                f" {len(gradients)} gradients."
-            )
+        share, solutions = gradient_share(gradients, positions), list[Solution]()
+        for rows in gradients.split(inverse.block_size or len(gradients)):
+            ihvps, found = inverse.ihvp(rows)
+            if ihvps.shape != rows.shape or len(found) != len(rows):
+                raise ConfigurationError(
+                    f"{inverse_class.__name__}.ihvp must return one iHVP and one Solution for each gradient. For"
+                    f" gradients of shape {list(rows.shape)} it returned iHVPs of shape {list(ihvps.shape)} and"
+                    f" {len(found)} solutions."
+                )
+            rows.copy_(ihvps)  # many queries need the memory for one such matrix only
+            solutions += [_sharing(one, row) for one, row in zip(found, rows, strict=True)]
         return SolvedQueries(
-            # `torch.cat` would copy a single block, which may be large.
-            ihvps=torch.cat([ihvps for ihvps, _ in blocks]) if len(blocks) > 1 else blocks[0][0].contiguous(),
+            ihvps=gradients,
             solutions=solutions,
             curvature=inverse.summary(),
             damping=inverse.damping,
             gradient_share=share,
         )
+
+
+def _sharing(solution: Solution, ihvp: Tensor) -> Solution:
+    """The solution with an iHVP ``(p,)`` as its vector, if both are the same, so that it is in memory once."""
+    same = solution.x.shape == ihvp.shape and torch.equal(solution.x, ihvp)
+    return replace(solution, x=ihvp) if same else solution
 
 
 # ----------------------------------------------------------------------------------------------------------------------

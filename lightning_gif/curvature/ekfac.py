@@ -168,7 +168,7 @@ class EKFACInverse(InverseCurvature):
     """
 
     name = "ekfac"
-    block_size = None
+    block_size = _TOGETHER
 
     def __init__(
         self,
@@ -247,11 +247,11 @@ class EKFACInverse(InverseCurvature):
         start = time.perf_counter()
         blocks = [(block, self._damped(block.values)) for block in self._blocks]
         diagonal = {name: self._damped(values) for name, values in self._diagonal.items()}
-        for some in gradients.split(_TOGETHER):
-            _change_in_basis(torch.div, some, self._space, blocks, diagonal)
-            require_finite(some, "The iHVP")
+        result = gradients.clone()
+        _change_in_basis(torch.div, result, self._space, blocks, diagonal)
+        require_finite(result, "The iHVP")
         seconds = (time.perf_counter() - start) / len(gradients)
-        return gradients, [Solution.direct(row, self.damping, seconds, solver=self.kind) for row in gradients]
+        return result, [Solution.direct(row, self.damping, seconds, solver=self.kind) for row in result]
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
         def values_of(gradients: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class InverseCurvature(ABC):
         Warns if a solve did not converge.
 
         Args:
-            gradients: The gradients of the queries, ``(q, p)``. An inverse may overwrite them, to save memory.
+            gradients: The gradients of the queries, ``(q, p)``.
 
         Returns:
             The iHVPs ``(q, p)``, and the solution of each solve.

@@ -181,7 +181,7 @@ def test_a_custom_inverse_needs_one_class_and_one_name(monkeypatch: pytest.Monke
             GIFCallback(solver="qqq")
         monkeypatch.setattr(Identity, "reports", False)
         with pytest.raises(
-            ConfigurationError, match=r"Identity\.ihvp must return one Solution for each gradient, got 0"
+            ConfigurationError, match=r"Identity\.ihvp must return one iHVP and one Solution for each gradient, got 0"
         ):
             trainer.influence(batch_of(dataset, slice(0, 5)))
     finally:
