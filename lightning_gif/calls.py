@@ -759,7 +759,8 @@ def _apply(trainer: Trainer, report: UnlearnReport, folder: Path | None, dry_run
 def _context(trainer: Trainer, class_names: Sequence[str] | None = None) -> CallContext:
     """The trainer's loggers, progress and process group, and the names of the classes, for a report."""
     processes = ProcessGroup.of(trainer)
-    return CallContext(list(trainer.loggers), trainer.global_step, processes, class_names, trainer.current_epoch)
+    epoch = trainer.current_epoch
+    return CallContext(list(trainer.loggers), trainer.global_step, processes, class_names, epoch=epoch)
 
 
 def _finish(report: InfluenceReport, session: Session, name: str | None) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,15 +27,6 @@ _MANY = 128
 # How many values of neurons are kept before they are summed. Sums of many batches at once take few calls, whose time is
 # that of training for small networks.
 _KEPT = 2**18
-
-
-@cache
-def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """The hook, excluded from compiled code, which would trace its operations. This costs a graph break.
-
-    It is done for the first layer that gets the hook, since it imports the compiler, which takes a second.
-    """
-    return torch.compiler.disable(hook)
 
 
 def neuron_layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d]:
@@ -128,9 +119,7 @@ class NeuronStatistics:
         self.detach()
         self._guard = guard
         for name, layer in neuron_layers(module).items():
-            self._handles.append(
-                layer.register_forward_hook(partial(_uncompiled(type(self)._after_forward), self, name))
-            )
+            self._handles.append(layer.register_forward_hook(partial(self._after_forward, name)))
 
     @property
     def is_attached(self) -> bool:
@@ -255,10 +244,10 @@ class NeuronStatistics:
             return  # a single example without a batch dimension
         self._keep("output", name, channel, output, batch, 1.0)
         if output.requires_grad:
-            output.register_hook(partial(_uncompiled(type(self)._after_backward), self, name, channel, batch))
+            output.register_hook(partial(self._after_backward, name, channel, batch))
 
     def _after_backward(self, name: str, channel: int, batch: _BatchRead, gradient: Tensor) -> None:
-        if self._batch is None:  # an error since the forward pass has ended recording
+        if torch.compiler.is_compiling() or self._batch is None:  # or an error in the forward pass has ended recording
             return
         with self._guard():
             size = batch.size if batch.size is not None and batch.has_classes_of(gradient) else len(gradient)

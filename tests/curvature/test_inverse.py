@@ -180,9 +180,7 @@ def test_a_custom_inverse_needs_one_class_and_one_name(monkeypatch: pytest.Monke
         with pytest.raises(ConfigurationError, match=r"Unknown solver 'qqq'\. Known: .*cg, .*identity, .*lsmr"):
             GIFCallback(solver="qqq")
         monkeypatch.setattr(Identity, "reports", False)
-        with pytest.raises(
-            ConfigurationError, match=r"Identity\.ihvp must return one iHVP and one Solution for each gradient, got 0"
-        ):
+        with pytest.raises(ConfigurationError, match=r"Identity\.ihvp must return one iHVP .* and 0 solutions"):
             trainer.influence(batch_of(dataset, slice(0, 5)))
     finally:
         INVERSES._items.pop("identity")
