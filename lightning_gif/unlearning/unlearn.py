@@ -135,10 +135,7 @@ def unlearn(
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
     data = _describe_data(train, found, request, notes)
-    journal = None
-    if solves_to is not None:
-        mark = _fingerprint(task, goal, tuning, targets, str(data["train"]))
-        journal = Journal(solves_to, objective.processes.broadcast(mark), objective.processes)
+    journal = _open_journal(solves_to, task, goal, tuning, targets, str(data["train"]))
     positions = targets.flat(objective.space).to(objective.device)
     problem = EditProblem(goal, task, tuning, method, positions, journal)
     chosen = _run_strategy(problem, step)
@@ -162,6 +159,25 @@ def unlearn(
             " data. Create a new optimizer before you train further."
         )
     return _report(problem, task, request, tuning, outcome, verdict, data, notes, time.perf_counter() - start, context)
+
+
+def _open_journal(
+    folder: Path | None, task: Task, goal: Goal, tuning: Tuning, targets: Targets, train: str
+) -> Journal | None:
+    """The journal of the changes in a folder; ``None`` without a folder.
+
+    Args:
+        folder: The folder.
+        task: The data of the edit.
+        goal: The goal.
+        tuning: The tuned numbers.
+        targets: The target parameters.
+        train: A digest of the training data.
+    """
+    if folder is None:
+        return None
+    processes = task.objective.processes
+    return Journal(folder, processes.broadcast(_fingerprint(task, goal, tuning, targets, train)), processes)
 
 
 def _make_request(
