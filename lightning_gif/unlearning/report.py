@@ -260,9 +260,9 @@ class UnlearnReport(EditRecord, HtmlReport):
                 changed since the edit was computed.
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        if isinstance(kind, os.PathLike) or Path(kind).suffix:
+        if isinstance(kind, os.PathLike) or (isinstance(kind, str) and Path(kind).suffix):
             path, kind = kind, "summary"
-        return saved(self._drawn(str(kind), reference, layer, count), path)
+        return saved(self._drawn(kind, reference, layer, count), path)
 
     def _drawn(self, kind: str, reference: nn.Module | None, layer: str | None, count: int) -> Figure:
         _check_plot(kind, reference=reference, layer=layer)
@@ -306,8 +306,8 @@ def _check_plot(kind: Any, *, reference: Any, layer: Any) -> None:
     """Checks the arguments of :meth:`UnlearnReport.plot`."""
     if kind not in _KINDS:
         raise ConfigurationError(
-            f"The kind of a plot must be one of {', '.join(map(repr, _KINDS))}, got {kind!r}. To save a plot, call"
-            " plot().savefig('edit.png')."
+            f"The kind of a plot must be one of {', '.join(map(repr, _KINDS))}, got {kind!r}. To save a plot, give"
+            " the name of a file: plot('edit.png')."
         )
     for name, given, of in (("reference", reference, "predictions"), ("layer", layer, "attention")):
         if given is not None and kind != of:

@@ -285,8 +285,14 @@ def test_a_layer_may_have_one_vector_for_each_patch_and_one_more() -> None:
 def test_what_cannot_be_drawn_says_why(tmp_path: Path) -> None:
     trainer, module, _ = fitted(convolutional(), images())
     report = trainer.unlearn([4, 7], step="natural")
-    with pytest.raises(ConfigurationError, match=r"one of 'summary', .* got 'a.png'\. To save a plot"):
-        report.plot("a.png")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"one of 'summary', .* got 'losses'\. To save a plot"):
+        report.plot("losses")
+    with pytest.raises(ConfigurationError, match=r"one of 'summary', .* got 3\. To save a plot"):
+        report.plot(3)  # type: ignore[arg-type]
+    report.plot(str(tmp_path / "a.png"))
+    report.plot("trials", path=tmp_path / "b.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
     with pytest.raises(ConfigurationError, match=r"no layer 'net.9' in Classifier\. It has, for example: net.0, net.4"):
         report.plot("attention", layer="net.9")
     with pytest.raises(ConfigurationError, match=r"output of the layer 'net.6' is \[2, 3\], not one feature map"):
