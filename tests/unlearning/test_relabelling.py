@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gif import GIFCallback
 from lightning_gif.unlearning import Matching, Tuning
-from lightning_gif.unlearning.advice import note_reached
 
 from ..conftest import Classifier, blobs, fitted, make_trainer, same_weights, weights
 from .test_matching import FORGET, attached, kept, made, minimised, noisy, noisy_classifier
@@ -139,27 +137,3 @@ def test_an_unconverged_solve_for_new_labels_warns_if_a_tolerance_was_given() ->
         report = trainer.unlearn([0, 1, 2], max_iter=200, double=True, **options)
     assert report.solve["residual"] <= 1e-6
     assert report.solves[0]["iterations"] < 200
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("start", "end", "predicted", "verdict"),
-    [
-        (3.0, 0.5, 0.3, "Done. The loss with the new labels was 3."),
-        (3.0, 2.0, 0.3, "Partly done. "),
-        (3.0, 2.9, 0.3, "Not done. "),
-        (3.0, 0.1, 2.0, "Too far. "),
-        (0.1, 0.1, 0.1, "Not much to correct. "),
-        (3.0, 3.0, math.nan, "The loss with the new labels was 3. Theory predicts nan"),
-    ],
-)
-def test_the_verdict_on_new_labels_is_about_their_loss(
-    start: float, end: float, predicted: float, verdict: str
-) -> None:
-    notes: list[str] = []
-    losses = ({"forget": 9.0, "relabelled": value} for value in (start, end, predicted))
-    note_reached(*losses, notes)
-    (note,) = notes
-    assert note.startswith(verdict)
-    if verdict == "Not done. ":
-        assert "Retrain with the new labels" in note

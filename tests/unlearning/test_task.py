@@ -234,13 +234,6 @@ def test_all_copies_of_an_example_are_forgotten() -> None:
     assert any("6 copies" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("kind", [torch.Tensor.clone, torch.Tensor.numpy, torch.Tensor.tolist])
-def test_a_mask_is_refused_with_what_to_do(kind: Callable[[Tensor], Any]) -> None:
-    trainer, _, dataset = fitted()
-    with pytest.raises(BatchError, match=r"mask\.nonzero\(\)\.flatten\(\)"):
-        trainer.unlearn(kind(dataset.tensors[1] == 1))
-
-
 def test_data_to_keep_that_is_to_be_forgotten_is_not_kept() -> None:
     trainer, _, dataset = fitted()
     with pytest.warns(GIFWarning, match="3 of the examples given as `retain`"):
