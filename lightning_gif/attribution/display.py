@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..curvature.methods import METHODS
 from ..data.streams import Stream
 from ..reporting.charts import named
 from ..reporting.notes import describe_share, describe_solve
@@ -34,11 +35,10 @@ def text(record: InfluenceRecord) -> str:
     else:
         averaged = f", averaged over {record.n_states} states of training" if record.n_states > 1 else ""
     lines = [
-        f"Influence of {record.n_train} training examples on {on}{averaged}"
-        f" ({record.settings['method']}, {record.targets.count} target parameters{_share(record)}{_solve(record)};"
-        f" {record.seconds:.1f} s)",
-        f"score = predicted change of {owner(record)} {measured(record)} if the example were removed; examples by"
-        f" {_numbering(record)}",
+        f"Influence of {record.n_train} training examples on {on}{averaged} ({record.seconds:.1f} s)",
+        f"computed over {_parameters(record)} by the method {record.settings['method']!r}{_solve(record)}",
+        f"score = predicted change of {owner(record)} {measured(record)} if the example were removed; each example is"
+        f" given by {_numbering(record)}",
     ]
     if "losses" in record.settings:
         lines.append(f"losses by {record.settings['losses']}")
@@ -66,7 +66,7 @@ def _reading(record: InfluenceRecord, query: int) -> Iterator[str]:
     tokens = strongest_tokens(record, query)
     if tokens and not is_mean(record):
         shown = ", ".join(f"{token} {effect:+.2g}" for token, effect in tokens)
-        yield f"change of its loss without single tokens: {shown}"
+        yield f"predicted change of its loss without one of its tokens: {shown}"
 
 
 def _by_class(record: InfluenceRecord, query: int) -> Iterator[str]:
@@ -75,7 +75,7 @@ def _by_class(record: InfluenceRecord, query: int) -> Iterator[str]:
     if sums is not None and 1 < len(sums.names) <= _MOST_CLASSES:
         names = record.context.class_names
         parts = zip(sums.names, sums.totals.tolist(), strict=True)
-        start = "by class" if len(record.scores) == 1 else f"query {query} by class"
+        start = "sum of scores by class" if len(record.scores) == 1 else f"query {query} sum of scores by class"
         yield f"{start}: " + ", ".join(f"{named(label, names)} {total:+.2g}" for label, total in parts)
 
 
@@ -108,19 +108,25 @@ def _error_notes(record: InfluenceRecord, uncertain: bool) -> Iterator[str]:
         yield f"agreement of the {averaged}: {record.agreement:.2f} (1: the same scores, 0: nothing in common)"
 
 
-def _share(record: InfluenceRecord) -> str:
-    """Which share of the gradient the target parameters hold, if this is known and they are not all parameters."""
+def _parameters(record: InfluenceRecord) -> str:
+    """The number of target parameters, and the share of the gradient that they hold, if it is known.
+
+    If the method has no targets, the number is that of all parameters.
+    """
+    method = METHODS.get(record.settings["method"])
+    if method is not None and not method.selects:
+        return f"all {record.targets.count} parameters"
     held = describe_share(record.gradient_share)
     mean = " on average" if held and (record.is_self_influence or record.scores.shape[0] > 1) else ""
-    return f"; {held}{mean}" if held else ""
+    return f"{record.targets.count} target parameters" + (f" ({held}{mean})" if held else "")
 
 
 def _numbering(record: InfluenceRecord) -> str:
     """What the indices of a report are."""
     if isinstance(record.dataset, Stream):
-        return "the id of their row"
+        return "the id of its row"
     below = record.innermost_indices()
-    return "dataset index" if below is None else "index in the training Subset [and in the dataset below it]"
+    return "its dataset index" if below is None else "its index in the training Subset [and in the dataset below it]"
 
 
 def _names(record: InfluenceRecord, indices: Tensor) -> list[str]:
@@ -132,13 +138,14 @@ def _names(record: InfluenceRecord, indices: Tensor) -> list[str]:
 
 
 def _solve(record: InfluenceRecord) -> str:
+    """How the linear system was solved, or how the curvature was inverted."""
     solution = record.solution
     if solution is None:
-        return f"; {record.curvature['inverse']}" if "inverse" in record.curvature else ""
+        return f"; inverse of the curvature: {record.curvature['inverse']}" if "inverse" in record.curvature else ""
     # Without `rtol` a solve takes a fixed number of iterations, so reaching `max_iter` is not a failure to converge.
     fixed = solution.status is Status.MAX_ITER and record.settings.get("rtol") is None
     status = None if fixed else solution.status
-    return f"; {describe_solve(solution.solver, status, solution.iterations, solution.residual)}"
+    return f" and the solver {describe_solve(solution.solver, status, solution.iterations, solution.residual)}"
 
 
 def short_text(record: InfluenceRecord) -> str:
@@ -154,9 +161,9 @@ def short_text(record: InfluenceRecord) -> str:
         of = "" if queries == 1 else f" of query {query}"
         (amount,) = end.amounts(query, brackets=True)
         ends.append(f"strongest {name}{of} {int(end.indices[query, 0])} {amount}")
-    solved = f", {record.solution.solver} {record.solution.status}" if record.solution else ""
+    solved = f", solver {record.solution.solver!r} ({record.solution.status})" if record.solution else ""
     size = f"{record.n_train} training examples for themselves" if record.is_self_influence else size
-    return f"InfluenceReport({size}, {', '.join(ends)}, {record.settings['method']}{solved})"
+    return f"InfluenceReport({size}, {', '.join(ends)}, method {record.settings['method']!r}{solved})"
 
 
 def _counted(queries: int) -> str:

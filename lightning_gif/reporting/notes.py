@@ -14,19 +14,30 @@ def warn_and_note(notes: list[str], text: str) -> None:
     rank_zero_warn(text, category=GIFWarning)
 
 
-def describe_solve(solver: str, status: object | None, iterations: int, residual: float | None) -> str:
-    """The diagnostics of a solve in one phrase: ``"cg, converged, 20 iterations, residual 5.1e-01"``.
+_ENDED = {
+    "converged": "converged after {}",
+    "discrepancy": "reached the discrepancy after {}",
+    "max_iter": "not converged after {}",
+    "stalled": "stalled after {}, before it converged",
+    "indefinite": "ended after {} at a direction without positive curvature",
+}
+"""What a status means, by its value."""
+
+
+def describe_solve(solver: str, status: str | None, iterations: int, residual: float | None) -> str:
+    """The diagnostics of a solve in one phrase: ``"'cg' (converged after 20 iterations, residual 0.51)"``.
 
     Args:
         solver: The name of the solver.
         status: How the solve ended; ``None`` to omit it.
-        iterations: The number of iterations.
+        iterations: The number of iterations; 0 for a solver that has none.
         residual: The relative residual; ``None`` to omit it.
     """
-    parts = [solver, *([] if status is None else [str(status)])]
-    parts.append(f"{iterations} iteration{'' if iterations == 1 else 's'}")
-    parts += [] if residual is None else [f"residual {residual:.1e}"]
-    return ", ".join(parts)
+    if not iterations:
+        return f"{solver!r} (needs no iterations)"
+    count = f"{iterations} iteration{'' if iterations == 1 else 's'}"
+    how = count if status is None else _ENDED[status].format(count)
+    return f"{solver!r} ({how}{'' if residual is None else f', residual {residual:.2g}'})"
 
 
 def describe_share(share: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,9 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_gif import ConfigurationError, GIFCallback, GIFMixin, InfluenceReport
 from lightning_gif.data.names import find_class_names
+from lightning_gif.reporting.notes import describe_solve
 from lightning_gif.reporting.previews import Shown, image_of, text_of
+from lightning_gif.solvers import Status
 
 from ..conftest import Classifier, batch_of, blobs, fitted, make_trainer
 from ..nets import Regressor
@@ -46,7 +49,9 @@ def test_reading_examples_leaves_the_random_generators_alone_and_shows_one_draw(
 
 def test_print_names_the_strongest_and_how_the_solve_went() -> None:
     text = str(report_of([[0.1, -0.2, 0.3]], k=2))
-    assert "3 training examples on 1 query (gif, 2 target parameters; lissa, converged, 2 iterations" in text
+    assert "3 training examples on 1 query (" in text
+    solved = "by the method 'gif' and the solver 'lissa' (converged after 2 iterations, residual "
+    assert f"\ncomputed over 2 target parameters {solved}" in text
     assert "proponents: 102 (+0.3), 100 (+0.1)" in text
     assert "opponents: 101 (-0.2), 100 (+0.1)" in text
 
@@ -63,7 +68,7 @@ def test_print_shows_each_of_several_queries_up_to_eight() -> None:
 def test_the_short_form_has_the_size_and_the_ends_of_the_ranking() -> None:
     assert repr(report_of([[0.1, -0.2, 0.3]])) == (
         "InfluenceReport(1 query × 3 training examples, strongest proponent 102 (+0.3), strongest opponent 101 (-0.2),"
-        " gif, lissa converged)"
+        " method 'gif', solver 'lissa' (converged))"
     )
     several = repr(report_of(torch.arange(20.0).view(10, 2)))
     assert "10 queries × 2 training examples, strongest proponent of query 9 101 (+19)" in several
@@ -294,8 +299,22 @@ def test_texts_that_look_like_formulas_are_drawn_as_they_are() -> None:
 def test_a_solve_that_took_its_number_of_steps_is_not_said_to_have_failed() -> None:
     trainer, _, dataset = fitted()
     query = batch_of(dataset, [0, 1])
-    assert "; cg, 20 iterations, residual" in str(trainer.influence(query))
-    assert "; cg, max_iter, 2 iterations, residual" in str(trainer.influence(query, rtol=1e-9, max_iter=2))
+    assert "computed over all 83 parameters by the method 'if' and the solver 'cg' (20 iterations, residual" in str(
+        trainer.influence(query)
+    )
+    assert "'cg' (not converged after 2 iterations, residual" in str(trainer.influence(query, rtol=1e-9, max_iter=2))
+
+
+def test_a_solver_without_iterations_does_not_look_as_if_it_had_failed() -> None:
+    trainer, _, dataset = fitted()
+    text = str(trainer.influence(batch_of(dataset, [0, 1]), solver="ekfac"))
+    assert "by the method 'if' and the solver 'ekfac' (needs no iterations)\n" in text
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_every_way_in_which_a_solve_ends_has_words(status: Status) -> None:
+    text = describe_solve("cg", status, 1, None)
+    assert re.fullmatch(r"'cg' \(.* after 1 iteration\b.*\)", text)
 
 
 def test_scores_of_each_example_for_itself_are_reported_without_a_query(tmp_path: Path) -> None:
@@ -304,7 +323,8 @@ def test_scores_of_each_example_for_itself_are_reported_without_a_query(tmp_path
     assert report.solution is None
     best = int(report.scores.argmax())
     assert f"24 training examples for themselves, strongest proponent {best} (" in repr(report)
-    assert "24 training examples on themselves (if, 195 target parameters; exact; " in str(report)
+    assert "24 training examples on themselves (" in str(report)
+    assert "computed over all 195 parameters by the method 'if'; inverse of the curvature: exact\n" in str(report)
     assert "change of an example's own loss if it were removed" in str(report.by_group())
     assert "\nhighest: " in str(report)
     assert "opponents" not in str(report)

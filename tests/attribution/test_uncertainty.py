@@ -360,7 +360,7 @@ def test_the_mean_of_fits_has_the_spread_of_the_fits_as_standard_errors(tmp_path
     assert report.settings == {**made[0].settings, "fits": 4}
     assert report.agreement == pytest.approx(agreement_of(scores.mean(0), scores.std(0) / 2, 4))
     first_line, *_, last_line = str(report).splitlines()
-    assert first_line.startswith("Influence of 48 training examples on 2 queries, averaged over 4 fits (if, ")
+    assert first_line.startswith("Influence of 48 training examples on 2 queries, averaged over 4 fits (")
     assert last_line.startswith("agreement of the 4 fits: ")
     assert "± = 90 % interval from 4 fits" in str(report)
     best = int(scores.mean(0)[1].argmax())

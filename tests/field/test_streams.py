@@ -90,7 +90,7 @@ def test_scores_are_those_of_the_rows_by_id(rows: type[Rows]) -> None:
         {name: value for name, value in query.items() if name in ("x", "y", rows.name)}, **CONVERGED
     )
     assert report.indices.tolist() == IDS
-    assert "examples by the id of their row" in str(report)
+    assert "each example is given by the id of its row" in str(report)
     pairs = list(zip(X.double(), Y, strict=True))
     exact = dense_scores(trainer.lightning_module, lambda m, x: m.net(x[None]), cross_entropy, pairs, range(4))
     assert error(report.scores[0], exact) < 1e-5

@@ -36,7 +36,7 @@ def test_a_plot_of_an_edit_shows_the_search_and_the_solve() -> None:
     report = trainer.unlearn(batch_of(dataset, [0, 1]), step="search")
     search, solve = report.plot("trials").axes
     assert search.get_title() == "losses along the change, goal: examples"
-    assert solve.get_title() == f"first solve: lsmr, {report.solve['iterations']} iterations"
+    assert solve.get_title() == f"first solve: 'lsmr' ({report.solve['iterations']} iterations)"
     forget, forget_after, retain, retain_after, _, chosen = search.lines
     assert forget_after.get_ydata()[0] == report.forget.after
     assert retain_after.get_ydata()[0] == report.retain.after
