@@ -20,18 +20,20 @@ _DONE, _PARTLY, _TOO_FAR = 0.75, 0.25, 1.5
 # A change of a loss by less than this share of its scale counts as none, see _scale.
 _SMALL = 0.02
 
-_NAMES = {"relabelled": "corrected", "forget": "forget"}
+_NAMES = {"relabelled": "corrected examples with their new labels", "forget": "forget examples"}
+
+_NO_RETRAINING = "This compares the edit with a prediction, not with a retrained model."
 
 
 class Grade(str, Enum):
     """How far an edit got.
 
     Attributes:
-        DONE: The measure is where it should be, or cannot be told from it.
+        DONE: The measure has reached its target, within its uncertainty.
         PARTLY: It came closer, but not all the way.
         NOT_DONE: It did not come closer, or hardly.
-        TOO_FAR: It went beyond.
-        NOTHING_TO_DO: It was where it should be before the edit.
+        TOO_FAR: It went beyond the target.
+        NOTHING_TO_DO: It was at the target before the edit.
         UNKNOWN: Nothing measures it.
     """
 
@@ -80,19 +82,22 @@ def of_prediction(evidence: Evidence) -> Verdict:
     outcome, goal = evidence.outcomes[name], evidence.predicted[name]
     start, end = float(outcome.before.mean()), float(outcome.after.mean())
     wanted, change = goal - start, outcome.change
-    how = "with their new labels" if name == "relabelled" else "without them"
-    losses = f"The loss of the {_NAMES[name]} examples was {start:.4g}. Theory predicts {goal:.4g} for training {how}"
+    how = "with these labels" if name == "relabelled" else "without them"
+    losses = f"The loss of the {_NAMES[name]} was {start:.4g}. Theory predicts {goal:.4g} for training {how}"
     if not math.isfinite(wanted):
         return Verdict(Grade.UNKNOWN, f"{losses}, which is not a finite number.")
     if abs(wanted) <= _SMALL * _scale(evidence.outcomes, start):
         return Verdict(
             Grade.NOTHING_TO_DO,
-            f"{losses}: the model hardly depends on these examples. After the edit it is {end:.4g}{_bounds(change)}.",
+            f"{losses}: the model hardly depends on these examples. After the edit it is {end:.4g}{_bounds(change)}."
+            f" {_NO_RETRAINING}",
         )
     share = change.mean / wanted
     around = "" if math.isnan(change.half_width) else f" ± {100 * change.half_width / abs(wanted):.0f}"
     return Verdict(
-        _grade(share), f"{losses}. After the edit it is {end:.4g}: {100 * share:.0f}{around} % of the predicted change."
+        _grade(share),
+        f"{losses}. After the edit it is {end:.4g}: {100 * share:.0f}{around} % of the predicted change."
+        f" {_NO_RETRAINING}",
     )
 
 
@@ -129,9 +134,14 @@ def of_membership(evidence: Evidence) -> Verdict:
         f"{_bounds(last, 3)} (before: {0.5 + first.mean:.3f}{_bounds(first, 3)}; 0.5: not at all)."
     )
     if first.mean < -first.half_width:
-        return Verdict(Grade.NOTHING_TO_DO, f"{measure} Their losses were larger than unseen ones before the edit.")
+        return Verdict(
+            Grade.NOTHING_TO_DO, f"{measure} Before the edit, the losses of the forget examples were already larger."
+        )
     if first.mean <= first.half_width:
-        return Verdict(Grade.NOTHING_TO_DO, f"{measure} They were alike before the edit, within the uncertainty.")
+        return Verdict(
+            Grade.NOTHING_TO_DO,
+            f"{measure} Before the edit, the losses of both were already alike, within the uncertainty.",
+        )
     if moved.is_noise or moved.mean >= 0:
         return Verdict(Grade.NOT_DONE, measure)
     return Verdict(Grade.DONE if last.mean <= last.half_width else Grade.PARTLY, measure)
