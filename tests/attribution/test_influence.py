@@ -543,7 +543,7 @@ def test_the_sketch_for_self_influence_has_rank_64_by_default(monkeypatch: pytes
     trainer, _, _ = fitted()
     report = trainer.self_influence()
     assert report.settings["max_iter"] == 64
-    assert "; sketch of rank 64; " in str(report)
+    assert "inverse of the curvature: sketch of rank 64\n" in str(report)
     assert trainer.self_influence(max_iter=80).settings["max_iter"] == 80
     assert trainer.self_influence(solver="cg").settings["max_iter"] == 64
     assert trainer.self_influence(rtol=1e-3).settings["max_iter"] == 64
