@@ -118,7 +118,8 @@ def unlearn(
         NonFiniteError: If a loss, a gradient, a product or a new weight is not finite.
         ConvergenceError: See :func:`~lightning_gif.curvature.solve.solve`.
     """
-    start, notes = time.perf_counter(), list[str]()
+    start = time.perf_counter()
+    notes: list[str] = []
     tuning = Tuning() if tuning is None else tuning
     found, request = _make_request(objective, train, forget, settings, relabel, retain, unseen, training, notes)
     goal = choose_goal(request, tuning.goals, notes)
