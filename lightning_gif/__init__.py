@@ -1,8 +1,8 @@
 """Generalized influence functions for PyTorch Lightning: ask which data moved a model, and take it back.
 
 Add :class:`GIFCallback` to a trainer and fit. Then ``trainer.influence(batch)`` ranks the training examples by their
-effect on a batch, and ``trainer.unlearn(batch)`` edits a few parameters so that the model behaves as if it had not seen
-the batch. After Lyu, Jang, Ryu and Yang, "Generalized Influence Functions", arXiv 2312.05586.
+effect on a batch, and ``trainer.unlearn(batch)`` edits the weights so that the model behaves as if it had not seen the
+batch. After Lyu, Jang, Ryu and Yang, "Generalized Influence Functions", arXiv 2312.05586.
 """
 
 from typing import TYPE_CHECKING

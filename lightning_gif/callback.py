@@ -79,8 +79,9 @@ class GIFCallback(TrainerCalls, Callback):
             ``"fif"`` ignores all other parameters. ``"if"`` is the full influence function on all parameters, and
             ``"pif"`` is its part on the targets. ``"sif"`` is the second-order influence of a group on all
             parameters; it is for ``unlearn`` only. ``"auto"`` (default) predicted retraining best in the benchmarks:
-            ``"gif"`` for edits, ``"if"`` for scores, and ``"fif"`` for scores if a call restricts them to targets. The
-            later solves of an edit can be damped Newton steps on the targets instead, for every method.
+            ``"if"`` for scores and for edits with ``step="match"``, ``"fif"`` for both if a call restricts them to
+            targets, and ``"gif"`` for other edits. The later solves of an edit can be damped Newton steps on the
+            targets instead, for every method.
         solver: The algorithm for the linear system. ``"lsmr"``, ``"cgls"``, ``"lissa"``, ``"plain_lissa"``,
             ``"stochastic_lissa"`` and ``"dense"`` (small networks) accept any curvature. ``"cg"`` and ``"nystrom"``
             need a symmetric curvature without negative eigenvalues. ``"cg"`` takes one product per iteration.
@@ -95,15 +96,15 @@ class GIFCallback(TrainerCalls, Callback):
             the Gauss–Newton matrix. With ``"gif"`` and with the Hessian, ``‖Ax − g‖² + λ²‖x‖²`` is minimised instead,
             where an eigenvalue ``c`` counts as ``√(c² + λ²)``. More damping gives smaller and more cautious results.
             ``None`` (default): for scores a thousandth of the largest eigenvalue (three extra products). With
-            ``"ekfac"``, each layer has its own: the mean of those of its eigenvalues that can differ from zero. For
-            ``"gif"`` and edits 0. The first label-correction solves of a classifier use ``‖Aᵀg‖ / (5‖g‖)`` (one extra
-            product), and more after a rejected step. The values used are in ``report.solution.damping`` and
-            ``report.solves[i]["damping"]``.
+            ``"ekfac"``, each layer has its own: the mean of those of its eigenvalues that can differ from zero. With
+            ``step="match"`` it follows from the learning rates of the training. For ``"gif"`` and other edits 0. The
+            first label-correction solves of a classifier use ``‖Aᵀg‖ / (5‖g‖)`` (one extra product), and more after a
+            rejected step. The values used are in ``report.solution.damping`` and ``report.solves[i]["damping"]``.
         max_iter: The largest number of iterations of one solve; for ``"nystrom"`` the rank of the sketch. An iteration
             takes two Hessian-vector products, or one for ``"cg"`` and Newton steps. Fewer iterations regularise.
             ``None`` (default): 200 if ``rtol`` is given. Otherwise 20 for scores by ``"cg"``, at most 512 by
-            ``"nystrom"``, and 10 for the influence direction of an edit. Each later solve of an edit takes 5, or 8
-            for label correction.
+            ``"nystrom"``, 6 for the first change of ``step="match"``, and 10 for the influence direction of other
+            edits. Each later solve of an edit takes 5, or 8 for label correction.
         rtol: The relative residual of the normal equations at which a solve has converged, between 0 and 1. Directions
             of small curvature contribute little to the residual; a smaller ``rtol`` follows them further. ``None``
             (default): 1e-3 for the scores of ``"gif"``; otherwise a solve ends after ``max_iter`` iterations.
@@ -112,11 +113,12 @@ class GIFCallback(TrainerCalls, Callback):
         curvature: ``"hessian"``, or ``"ggn"`` for the generalised Gauss–Newton matrix. The latter leaves out the
             curvature of the model itself, is positive semi-definite for convex losses, and costs less per product. It
             needs a ``training_step`` that passes predictions to a loss function of PyTorch, a softmax, a sigmoid or a
-            difference. ``"auto"`` (default): ``"ggn"`` for scores and for label correction if the predictions are
-            available, otherwise ``"hessian"``.
+            difference. ``"auto"`` (default): ``"ggn"`` for scores, for ``step="match"`` and for label correction if
+            the predictions are available, otherwise ``"hessian"``.
         curvature_examples: The largest number of training examples over which the curvature is taken, and on which
-            neurons are ranked. ``None`` takes all. ``"auto"`` (default): 2048, or 1024 for the curvature if a class is
-            forgotten. More examples make scores more accurate, and cost proportionally more.
+            neurons are ranked. ``None`` takes all. ``"auto"`` (default): 2048, but for the curvature 1024 if a class is
+            forgotten, and 600 for ``step="match"``. More examples make scores more accurate, and cost proportionally
+            more.
         curvature_sampling: How these examples are drawn. ``"random"`` (default) draws uniformly. ``"balanced"`` draws
             the same number of each class. ``"features"`` and ``"logits"`` draw examples whose features or logits
             are distributed as in each whole class. You can register your own sampler in ``lightning_gif.SAMPLERS``.

@@ -490,8 +490,8 @@ class TrainerCalls:
     ) -> UnlearnReport:
         """Edits the weights so that the model behaves as if trained without some examples, or with other labels.
 
-        Call it as ``trainer.unlearn(batch, …)``. Only target parameters change, and BatchNorm statistics
-        on request. All parameters are targets if single examples are removed, unless a selection is given, see
+        Call it as ``trainer.unlearn(batch, …)``. Only target parameters change, and BatchNorm statistics on request.
+        All parameters are targets if single examples are removed or get new labels, unless a selection is given, see
         ``step``. The state of the optimizer (momentum, averages) still depends on the forgotten data: create a new
         optimizer before you train further.
 
@@ -514,9 +514,10 @@ class TrainerCalls:
                 ``False`` for none. Fewer than 20 examples are not used. Never pass test data, because unseen data
                 decide how far an edit goes.
             step: How far the edit goes. This is decided on the forget, retained and unseen data. ``"auto"`` (default)
-                is ``"match"`` for the removal of single examples, and ``"relinearise"`` for other goals and where the
-                model has no Gauss–Newton matrix. ``"match"``: a change towards the predictions of a model trained
-                without the examples. It changes all parameters, unless `targets`, `selector` or `ratio` is given.
+                is ``"match"`` if single examples are removed, or up to 1280 get new labels. It is ``"relinearise"``
+                otherwise, and where the loss has no Gauss–Newton matrix. ``"match"``: a change towards the predictions
+                that theory expects of a model trained without the examples, or with their new labels. It changes all
+                parameters, unless ``targets``, ``selector`` or ``ratio`` is given.
                 ``"relinearise"``: up to twelve changes that lower the risk, each solved at the weights after the
                 previous one. ``"search"``: one change, with the best step size for the goal. ``"natural"``: one
                 change with step size 1, which theory predicts. A number: one change with this step size. A function, or
