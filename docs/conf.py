@@ -32,7 +32,7 @@ exclude_patterns = [".venv", "outputs", "**/__pycache__", "docs/_*"]
 smartquotes = False  # messages and code are shown with the quotes that they have
 nitpicky = True  # a reference to nothing is a warning
 nitpick_ignore = [  # names in annotations that the package imports for type checkers only
-    *(("py:class", name) for name in ("Axes", "DataLoader", "Figure", "Tensor", "Trainer")),
+    *(("py:class", name) for name in ("Axes", "DataLoader", "Figure", "Tensor", "Trainer", "nn.Module")),
     ("py:attr", "trials"),  # set in __init__
     *(("py:class", name) for name in ("Grouping", "Overrides", "Retrain", "TargetsChoice")),
 ]
