@@ -41,7 +41,7 @@ def text(record: InfluenceRecord) -> str:
         f" given by {_numbering(record)}",
     ]
     if "losses" in record.settings:
-        lines.append(f"losses by {record.settings['losses']}")
+        lines.append(f"losses of single examples: {record.settings['losses']}")
     ends, uncertain = ends_of(record), False
     for query in range(min(queries, MOST_QUERIES)):
         lines += _reading(record, query)

@@ -294,7 +294,7 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
         figure, the table of examples, the sums by class, the histogram of the scores, the diagnostics, the settings,
         and the report as a file. The page on logging lists the keys.
 
-        A logger that fails is named in a warning, and so is one whose W&B run is finished. The others are served.
+        A logger that fails is named in a warning, and so is one whose W&B run is finished. The others get the report.
 
         Args:
             loggers: Lightning loggers; by default those of the trainer.

@@ -183,7 +183,7 @@ class ValidationReport(HtmlReport):
         The numbers are the LDS, its interval and the noise ceiling. There are also the report as text, the table
         ``queries`` with the correlation of each query, the diagnostics and the settings.
 
-        A logger that fails is named in a warning, and so is one whose W&B run is finished. The others are served.
+        A logger that fails is named in a warning, and so is one whose W&B run is finished. The others get the report.
 
         Args:
             loggers: Lightning loggers; by default those of the trainer.

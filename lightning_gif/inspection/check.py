@@ -308,7 +308,7 @@ def _lines(report: CheckReport) -> Iterator[str]:
     yield f"curvature: {kinds['scores']} for scores, {kinds['edits']} for the first change of an edit"
     asked = "" if report.ratio is None else f" (ratio={report.ratio:g})"
     if report.matches:
-        yield "the removal of single examples changes all parameters, unless a call names `ratio` or `selector`"
+        yield "an edit of single examples changes all parameters, unless a call names `ratio` or `selector`"
     which = "another edit" if report.matches else "an edit"
     yield f"{which} may change {report.n_targets} parameters, {report.n_targets / report.n_parameters:.1%}{asked}:"
     width = max(len(layer.name or "(module)") for layer in report.layers)

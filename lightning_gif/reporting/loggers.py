@@ -24,7 +24,7 @@ __all__ = ["log_figure", "log_histogram", "log_scalars", "log_table", "log_text"
 
 
 def log_to_each(loggers: Iterable[Any], contents: Callable[[], Contents]) -> None:
-    """Logs a report to each logger. A logger that fails is named in one warning, and the others are served.
+    """Logs a report to each logger. A logger that fails is named in one warning, and the others get the report.
 
     Args:
         loggers: Lightning loggers.

@@ -28,7 +28,7 @@ def text(record: EditRecord) -> str:
     if record.edit.buffers:
         lines.append(f"running statistics recomputed: {len(record.edit.buffers)} buffers")
     if "losses" in record.settings:
-        lines.append(f"losses by {record.settings['losses']}")
+        lines.append(f"losses of single examples: {record.settings['losses']}")
     lines += [f"note: {note}" for note in record.notes]
     context = record.context
     if context.record is not None:
@@ -47,6 +47,8 @@ def _headline(record: EditRecord) -> str:
     share = 100 * record.edit.count / record.n_parameters
     held = describe_share(record.gradient_share)
     changed = f"{record.edit.count} of {record.n_parameters} parameters ({share:.1f} %{', ' * bool(held)}{held})"
+    if record.edit.count == record.n_parameters:
+        changed = f"all {record.n_parameters} parameters"
     several = len(record.step_sizes) > 1
     how = f"in {len(record.step_sizes)} changes" if several else f"with step size {record.step:.3g}"
     return (

@@ -208,7 +208,7 @@ class UnlearnReport(EditRecord, HtmlReport):
         There are also the report as text, its figure, the tables of events, trials and forgotten examples, the
         diagnostics, the settings, and the edit as a file. The page on logging lists the keys.
 
-        A logger that fails is named in a warning, and so is one whose W&B run is finished. The others are served.
+        A logger that fails is named in a warning, and so is one whose W&B run is finished. The others get the report.
 
         Args:
             loggers: Lightning loggers; by default those of the trainer.

@@ -452,4 +452,4 @@ def test_a_report_says_how_losses_were_found(module: Any, data: Any, collate: An
     trainer = fitted(module(), data, collate)
     asked = DataLoader(Subset(data, [0, 1]), 2, collate_fn=collate)
     for report in (trainer.influence(asked), trainer.self_influence(), trainer.unlearn([1, 2], dry_run=True)):
-        assert f"losses by {origin}" in str(report)
+        assert f"losses of single examples: {origin}" in str(report)

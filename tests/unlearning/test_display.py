@@ -23,6 +23,8 @@ def test_print_of_an_edit_has_both_sides_and_the_notes() -> None:
     report = trainer.unlearn(batch_of(dataset, [0, 1]), step="natural")
     text = str(report)
     assert f"Edit for 2 examples (goal: examples; 46 retained) by changing {report.edit.count} of 83" in text
+    everything = trainer.unlearn(batch_of(dataset, [0, 1]), step="natural", method="if", dry_run=True)
+    assert "by changing all 83 parameters with step size 1;" in str(everything)
     assert f"forget loss: {report.forget.before:.4g} -> {report.forget.after:.4g}" in text
     assert f"retain loss: {report.retain.before:.4g} -> {report.retain.after:.4g}" in text
     assert "note: The optimizer's state" in text
