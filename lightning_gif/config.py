@@ -21,7 +21,7 @@ AUTO = "auto"
 """The value of a setting for which :mod:`lightning_gif.defaults` chooses."""
 
 SELECTOR, RATIO = "highest_k_gradients", 0.1
-"""The default selector and ratio. If neither is given, the removal of single examples changes all parameters."""
+"""The default selector and ratio. If neither is given, an edit of single examples changes all parameters."""
 
 
 def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False, others: str = "") -> None:

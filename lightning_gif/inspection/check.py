@@ -102,7 +102,7 @@ class CheckReport(HtmlReport):
             cannot solve for an edit has none of an edit.
         warnings: All warnings that the losses, the data and the targets cause.
         seconds: The time that the check took, in seconds.
-        matches: Whether the removal of single examples changes all parameters (by ``step="match"``).
+        matches: Whether an edit of single examples changes all parameters (by ``step="match"``).
     """
 
     module: str
