@@ -107,7 +107,8 @@ class Influence:
 
         Call it as ``trainer.influence(batch, …)``, or on the callback as ``gif.influence(batch, …)``. A score is the
         predicted change of the loss, in the unit of the loss. It is positive for a proponent: removing the example
-        would raise the loss. It is negative for an opponent: removing the example would lower the loss.
+        would raise the loss. It is negative for an opponent: removing the example would lower the loss. Scores order
+        examples better than they measure them: on deep networks, sizes are often too large.
 
         Args:
             batch: The query: a batch as the training loader yields them, a ``DataLoader``, or a ``Dataset``, whose
@@ -716,8 +717,13 @@ def _snapshot_states(tracker: TrainingTracker, wanted: bool | None) -> dict[int,
         wanted: ``False`` for none, and ``None`` for those that there are.
 
     Raises:
-        ConfigurationError: If they are wanted, but there are none.
+        ConfigurationError: If they are wanted, but there are none, or if ``wanted`` is a number.
     """
+    if wanted is not None and not isinstance(wanted, bool):
+        raise ConfigurationError(
+            f"`snapshots` of a call must be True, False or None, got {wanted!r}. How many snapshots a fit keeps is set"
+            " by GIFCallback(snapshots=3)."
+        )
     states = {} if wanted is False else tracker.snapshots.chosen()
     if wanted and not states:
         raise ConfigurationError(

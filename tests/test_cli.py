@@ -700,6 +700,7 @@ def test_error_messages_of_older_parsers_are_understood() -> None:
     parser.add_argument("--ratio")
     assert "--output must be given" in _remedy('Key "output" is required but not included in config object', parser)
     assert "Did you mean --ratio?" in _remedy("Unrecognized arguments: --ration 3", parser)
+    assert "such as --indices '[3,77]'" in _remedy("unrecognized arguments: 77", parser)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_gif import (
@@ -193,3 +198,54 @@ def test_a_path_given_to_plot_is_the_file_that_it_is_saved_to(tmp_path: Path) ->
     for one in (report, edit):
         with pytest.raises(ConfigurationError, match=r"cannot be saved to .*plot\.picture.*\.png, \.pdf or \.svg"):
             one.plot(tmp_path / "plot.picture")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Losses of words
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Tagger(pl.LightningModule):
+    """Gives each word a tag. It has no ``forward``, and its padding has no tag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def predict_tags(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mix(self.words(x))))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self.predict_tags(batch["ids"])
+        return F.cross_entropy(logits.transpose(1, 2), batch["tags"], ignore_index=-100)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_the_lines_for_losses_of_words_average_over_the_words_that_count() -> None:
+    torch.manual_seed(0)
+    data = [{"ids": torch.randint(1, 9, (5,)), "tags": torch.randint(0, 3, (5,))} for _ in range(12)]
+    for one in data[::3]:
+        one["ids"][3:], one["tags"][3:] = 0, -100
+    trainer, module, _ = fitted(Tagger(), data, callback=quick())
+    query = torch.utils.data.default_collate(data[:4])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.influence(query)
+    text = next(str(one.message) for one in caught if "def influence_loss" in str(one.message))
+    code = textwrap.dedent(text[text.index("    def influence_loss") : text.index("\n\nOr pass")])
+    assert "predictions = ...  # from x, as in your training_step" in code  # no child predicts alone
+    code = code.replace("...", "self.predict_tags(x).transpose(1, 2)")
+    names = {"F": F}
+    exec(code, names)
+    losses = names["influence_loss"](module, query)
+    assert losses.shape == (4,)
+    single = [module.training_step({key: value[i : i + 1] for key, value in query.items()}, 0) for i in range(4)]
+    torch.testing.assert_close(losses, torch.stack(single))
+
+
+def test_a_number_of_snapshots_belongs_to_the_callback() -> None:
+    trainer, *_ = fitted(callback=quick())
+    with pytest.raises(ConfigurationError, match=r"must be True, False or None, got 3\. .* GIFCallback\(snapshots=3\)"):
+        trainer.self_influence(snapshots=3)  # type: ignore[arg-type]

@@ -74,7 +74,7 @@ def influence(
     report = tool.callback.influence(loader, dataloader=tool.loader("train"), **options)
     report.save(output)
     print(report)
-    print(f"The report is in {output}.")
+    print(f"The report is in {output}. To draw it in Python: InfluenceReport.load({output!r}).plot()")
     return 0
 
 

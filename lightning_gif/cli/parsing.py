@@ -75,6 +75,8 @@ def _remedy(error: str, parser: Any) -> str:
         known = [option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"]
         close = difflib.get_close_matches(unknown[1], known, n=1)
         return f"{error}. {f'Did you mean --{close[0]}?' if close else 'See --help.'}"
+    if re.match(r"[Uu]nrecognized arguments: [\d\s]+$", error):
+        return f"{error}. Write several numbers as a list in brackets, such as --indices '[3,77]'."
     told = _in_short(error)
     if re.search(r"Parser key \"(model|data)\".*Given value type: <class 'dict'>", error):
         return (

@@ -177,8 +177,9 @@ def choose_derivatives(loss: LossFunction, train: Examples) -> DirectionalDeriva
         if loss.forward_mode and way is forward_mode:
             rank_zero_info(
                 f"Scores are computed in reverse mode: for {type(shadow.module).__name__}, forward-mode derivatives"
-                " differ from the gradients that training uses. Possible causes are torch.no_grad() around a part that"
-                " depends on the parameters, a gradient hook, or a custom torch.autograd.Function."
+                " differ from the gradients that training uses. Possible causes are the padding_idx of an nn.Embedding,"
+                " whose row gets no gradient, torch.no_grad() around a part that depends on the parameters, a gradient"
+                " hook, or a custom torch.autograd.Function. Scores follow the gradients."
             )
     return from_gradients
 

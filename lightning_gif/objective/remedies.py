@@ -100,13 +100,18 @@ class _FirstLoss(TorchFunctionMode):
         super().__init__()
         self.function: Callable[..., Any] | None = None
         self.weight: Tensor | None = None
+        self.ignored: int | None = None
+        self.target_dims = 1
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if self.function is None and (func in _OF_LABELS or func in _OF_VALUES):
             self.function = func
-            self.weight = (kwargs or {}).get("weight")
+            options = kwargs or {}
+            self.weight = options.get("weight")
+            self.target_dims = getattr(args[1] if len(args) > 1 else options.get("target"), "ndim", 1)
+            self.ignored = options.get("ignore_index")
         return func(*args, **(kwargs or {}))
 
 
@@ -124,7 +129,10 @@ def code_of_losses(shadow: Shadow, batch: Batch) -> str:
     except Exception:
         first.function = first.weight = None  # the step fails, and the lines are an example only
     unpack, x, y = _unpacked(batch.data)
-    predict = f"{_callable(shadow.module)}({x})"
+    called = _callable(shadow.module)
+    predict = "predictions" if called is None else f"{called}({x})"
+    if called is None:
+        unpack = [*unpack, f"predictions = ...  # from {x}, as in your training_step"]
     weight = _weight(shadow.module, first.weight)
     name = "cross_entropy" if first.function is None else first.function.__name__
     if first.function in _OF_VALUES:
@@ -133,6 +141,8 @@ def code_of_losses(shadow: Shadow, batch: Batch) -> str:
             losses = f'F.{name}({predict}.squeeze(-1), {y}, {weight}reduction="none")'
     else:
         losses = f'F.{name}({predict}, {y}, {weight}reduction="none")'
+        if first.target_dims > 1:  # labels of words or pixels
+            unpack, losses = _mean_over_positions(unpack, losses, y, first.ignored)
         losses += "  # or another loss of yours" * (first.function is None)
     lines = [f"        {line}" for line in (*unpack, f"return {losses}  # one loss for each example, (B,)")]
     return (
@@ -155,11 +165,24 @@ def _has_values(value: Any, weight: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == weight.shape and torch.equal(value.to(weight), weight)
 
 
-def _callable(module: nn.Module) -> str:
-    """What the example code calls for predictions: the module, or its first child if it defines no ``forward``."""
+def _mean_over_positions(unpack: list[str], losses: str, y: str, ignored: int | None) -> tuple[list[str], str]:
+    """The lines for the mean loss of each example over the labels of its words or pixels, except ignored ones."""
+    if ignored is None:
+        return unpack, f"{losses}.flatten(1).mean(1)"
+    losses = losses.replace("reduction=", f"ignore_index={ignored}, reduction=")
+    counted = f"({y} != {ignored}).flatten(1).sum(1).clamp(min=1)"
+    return [*unpack, f"losses = {losses}.flatten(1)"], f"losses.sum(1) / {counted}"
+
+
+def _callable(module: nn.Module) -> str | None:
+    """What the example code calls for predictions: the module, or its only child if it defines no ``forward``.
+
+    ``None`` if there are several children: which of them predicts is not known.
+    """
     if brings_own(module, "forward"):
         return "self"
-    return f"self.{next((name for name, _ in module.named_children()), 'net')}"
+    names = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
+    return f"self.{names[0]}" if len(names) == 1 else None
 
 
 def _unpacked(data: Any) -> tuple[list[str], str, str]:

@@ -107,7 +107,7 @@ class Page:
         parts += [f"<p>{_text(self.lead)}</p>"] if self.lead else []
         parts += [_picture(*picture) for picture in self._drawn()]
         if self.pictures and not self._drawn():
-            parts.append("<p>Pictures need matplotlib: <code>pip install 'lightning-gif[examples]'</code>.</p>")
+            parts.append("<p>Pictures need matplotlib: <code>pip install matplotlib</code>.</p>")
         if self.tables:
             parts.append('<div class="tables">' + "\n".join(table.html() for table in self.tables) + "</div>")
         if self.notes:

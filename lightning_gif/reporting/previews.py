@@ -139,9 +139,7 @@ def empty_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Plots need matplotlib: pip install 'lightning-gif[examples]', or pip install matplotlib."
-        ) from error
+        raise ModuleNotFoundError("Plots need matplotlib: pip install matplotlib.") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -142,7 +142,7 @@ def test_without_matplotlib_a_page_says_how_to_get_pictures(monkeypatch: pytest.
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     found = read(report._repr_html_())
     assert not pictures(found)
-    assert "pip install 'lightning-gif[examples]'" in found.texts
+    assert "pip install matplotlib" in found.texts
     assert str(int(report.proponents().indices[0, 0])) in found.texts
 
 
