@@ -68,8 +68,16 @@ def check_vocabulary(vocabulary: Any) -> None:
 def tokens_of(vocabulary: Vocabulary | None, ids: list[int]) -> list[str]:
     """The tokens with some ids; the id itself as text for those that the vocabulary does not have."""
     if hasattr(vocabulary, "convert_ids_to_tokens"):
-        return [str(token) for token in vocabulary.convert_ids_to_tokens(ids)]  # type: ignore[union-attr]
+        return [_token_of(vocabulary, one) for one in ids]
     if isinstance(vocabulary, Mapping):
         return [str(vocabulary.get(one, one)) for one in ids]
     known = vocabulary or ()
     return [known[one] if 0 <= one < len(known) else str(one) for one in ids]
+
+
+def _token_of(tokenizer: Any, one: int) -> str:
+    """The token with an id, by a tokenizer."""
+    token = None
+    with contextlib.suppress(Exception):  # tokenizers raise errors of many kinds for an id that they do not have
+        (token,) = tokenizer.convert_ids_to_tokens([one])
+    return str(one) if token is None else str(token)

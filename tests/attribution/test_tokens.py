@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_gif import ConfigurationError, GIFCallback, InfluenceReport
+from lightning_gif.data.names import tokens_of
 
 from ..conftest import Classifier, batch_of, fitted
 from ..nets import TOKENS, make
@@ -83,3 +84,13 @@ def test_a_model_without_tokens_has_none_and_a_wrong_vocabulary_is_refused() -> 
     assert trainer.influence(batch_of(dataset, [4])).tokens == []
     with pytest.raises(ConfigurationError, match=r"`vocabulary` must be a list of all tokens .* got 5"):
         GIFCallback(vocabulary=5)
+
+
+def test_a_tokenizer_need_not_know_all_ids() -> None:
+    class Strict:
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            if min(ids) < 0:  # as the fast tokenizers of transformers do for the mark of padded labels
+                raise OverflowError("out of range integral type conversion attempted")
+            return Tokenizer().convert_ids_to_tokens(ids)
+
+    assert tokens_of(Strict(), [1, -100, TOKENS]) == ["word1", "-100", str(TOKENS)]
