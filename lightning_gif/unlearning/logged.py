@@ -75,7 +75,7 @@ def contents(record: EditRecord, section: str, save: Callable[[Path], None], wei
             **_diagnostics(record),
             **{f"residual_after_{i}": value for i, value in enumerate(record.residuals)},
         },
-        draw=lambda: draw_summary(record),
+        draw=lambda: draw_summary(record, examples=False),  # a log would keep their pictures
         tables={**everything.tables, "trials": _trials(record), "forgotten": _forgotten(record)},
         files=Files(
             "edit",

@@ -36,23 +36,27 @@ _PARTS = {
 }
 
 
-def draw_summary(record: EditRecord) -> Figure:
+def draw_summary(record: EditRecord, *, examples: bool = True) -> Figure:
     """Draws what was forgotten, and what the edit changed by class and in the mean losses.
+
+    Args:
+        record: The report.
+        examples: Whether to draw forget examples.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    examples = record.context.shown[:_MOST_SHOWN]
-    has_pictures = any(one.image is not None for one in examples)
+    shown = record.context.shown[:_MOST_SHOWN] if examples else []
+    has_pictures = any(one.image is not None for one in shown)
     by_class = _by_class(record)
     bars = max(len(by_class[0]) * len(by_class[1]) if by_class else 0, 4 * len(record.losses))
     heights = [1.85] * has_pictures + [max(0.14 * bars, 2.2) + 0.7]
     drawn = empty_figure(10.0, sum(heights) + 1.0)
-    drawn.suptitle(title_of(record), fontsize=13, fontweight="bold")
+    drawn.suptitle(title_of(record), fontsize=13, fontweight="bold", parse_math=False)
     drawn.supxlabel(textwrap.fill(record.verdict or _losses_text(record), 150), fontsize=8, parse_math=False)
     parts = iter(drawn.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     if has_pictures:
-        _draw_examples(next(parts), record, len(examples))
+        _draw_examples(next(parts), record, len(shown))
     axes = next(parts).subplots(1, 1 + bool(by_class), squeeze=False)[0]
     if by_class:
         names, series = by_class

@@ -119,7 +119,8 @@ class UnlearnReport(EditRecord, HtmlReport):
         """Applies or undoes the edit, and adds an entry about ``event`` to the audit log if there is one.
 
         If either fails on any process, neither is done; see :func:`lightning_gif.unlearning.transaction.change`. Then
-        the event is logged, if the call that made the report logs. A logger that fails is only a warning.
+        the event is counted and logged, see :meth:`note`, unless other weights than those of :attr:`module` were given.
+        A logger that fails is only a warning.
 
         Args:
             event: ``"undo"`` undoes the edit, ``"dry_run"`` changes nothing, any other event applies it.
@@ -130,7 +131,10 @@ class UnlearnReport(EditRecord, HtmlReport):
         weights = context.model(module)
         log = self.record if record is None else record
         transaction.change(self, event, weights, log, context.processes_of(weights))
-        self.note(event)
+        if (
+            context.module is None or context.module is weights
+        ):  # logs are about the trained model, not about copies of it
+            self.note(event)
 
     def note(self, event: Event) -> None:
         """Counts an event of the edit, and logs it if the call that made the report logs.

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_gif import GIFCallback, GIFWarning
 from lightning_gif.reporting.context import CallContext
 from lightning_gif.reporting.loggers import log_figure, log_histogram, log_scalars, log_table, log_text
+from lightning_gif.unlearning.picture import draw_summary
 
 from ..conftest import batch_of, fitted, same_weights, weights
-from ..reports import csv_values, image_net, images, report_of
+from ..reports import csv_values, image_net, images, report_of, titles
 
 
 def event_values(folder: str) -> dict[str, list[tuple[int, float]]]:
@@ -84,7 +86,7 @@ def test_tensorboard_has_the_figure_the_histogram_and_the_text(tmp_path: Path) -
     assert text.tensor_proto.string_val[0].decode().split() == str(edit).split()
     assert text.step == trainer.global_step
     (picture,) = events.Images("gif_dry_run/plot")
-    figure = edit.plot()
+    figure = draw_summary(edit, examples=False)
     assert (picture.width, picture.height) == tuple((figure.get_size_inches() * figure.dpi).astype(int))
     (table,) = events.Tensors("gif_influence/examples/text_summary")
     head, _, *rows = table.tensor_proto.string_val[0].decode().splitlines()
@@ -92,6 +94,30 @@ def test_tensorboard_has_the_figure_the_histogram_and_the_text(tmp_path: Path) -
     assert len(rows) == 1 + 2 * 3
     (settings,) = events.Tensors("gif_influence/settings/text_summary")
     assert '"method": "if"' in settings.tensor_proto.string_val[0].decode()
+
+
+def test_forget_examples_are_not_in_the_figure_that_is_logged() -> None:
+    figures: list[Any] = []
+    writer = SimpleNamespace(add_figure=lambda key, figure, step: figures.append(figure))
+    trainer, _, _ = fitted(image_net(), images(), callback=GIFCallback(ratio=0.5))
+    edit = trainer.unlearn([4, 7], step="natural")
+    edit.log([SimpleNamespace(experiment=writer, log_metrics=lambda values, step: None)])
+    figures.append(edit.plot())
+    assert [sum(len(axes.images) for axes in figure.axes) for figure in figures] == [0, 2]
+    assert "Mean loss" in titles(figures[0])
+
+
+def test_events_of_other_copies_of_the_weights_are_not_logged(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    trainer, module, _ = fitted(logger=logger)
+    edit = trainer.unlearn([4, 7], step="natural")
+    copy = {name: value.clone() for name, value in module.state_dict().items()}
+    edit.undo(copy)
+    assert csv_values(logger)["gif_unlearn/edits_in_weights"] == 1
+    edit.undo()
+    edit.apply(copy)
+    assert csv_values(logger)["gif_unlearn/edits_in_weights"] == 0
+    assert csv_values(logger)["gif_unlearn/event"] == 2
 
 
 def test_dry_run_edit_and_undo_are_different_events_in_csv_and_tensorboard(tmp_path: Path) -> None:

@@ -126,6 +126,15 @@ def test_the_pictures_of_forget_examples_are_not_in_the_file_of_an_edit(tmp_path
     assert groups_of(loaded.axes[1]) == groups_of(report.plot().axes[-1])
 
 
+def test_a_name_with_dollar_signs_is_drawn_as_it_is(tmp_path: Path) -> None:
+    callback = GIFCallback(ratio=0.5, unconverged="ignore", class_names=[r"$\undefined$", "dog", "bird"])
+    trainer, _, dataset = fitted(image_net(), images(), callback=callback)
+    edit = trainer.unlearn((dataset.tensors[1] == 0).nonzero().flatten().tolist(), step="natural", dry_run=True)
+    file = tmp_path / "edit.png"
+    assert r"all of class $\undefined$" in edit.plot(path=file).get_suptitle()  # TeX would not accept it
+    assert file.exists()
+
+
 def test_the_plot_of_a_regression_has_the_losses_alone() -> None:
     trainer, *_ = fitted(Regressor(), TensorDataset(blobs().tensors[0], torch.rand(48)))
     report = trainer.unlearn([3, 17], dry_run=True)
