@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from .attribution.groups import Grouping
 from .attribution.influence import influence
-from .attribution.logged import predicted_labels
+from .attribution.predictions import labels_at
 from .attribution.report import InfluenceReport
 from .attribution.retraining import Retrain
 from .attribution.self_influence import self_influence
@@ -775,7 +775,7 @@ def _finish(report: InfluenceReport, session: Session, name: str | None) -> None
     report.settings.update({} if name is None else {"name": name})
     report.read_shown(session.train.ids)
     if report.loggers:
-        report.context.predicted = predicted_labels(session.objective, session.train, report.strongest())
+        report.context.predicted = labels_at(session.objective, session.train, report.strongest())
 
 
 def _logged(trainer: Trainer, report: _Report, log: bool) -> _Report:

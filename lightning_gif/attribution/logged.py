@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..data.examples import Examples
-from ..data.streams import Stream
-from ..errors import GIFError
-from ..objective.objective import Objective
 from ..reporting.charts import named
 from ..reporting.contents import Contents, Files, Table, numbers_of
 from .display import rows, text
@@ -19,7 +13,7 @@ from .groups import group_scores
 from .picture import draw
 from .record import InfluenceRecord
 
-__all__ = ["contents", "predicted_labels", "prefix_of"]
+__all__ = ["contents", "prefix_of"]
 
 
 # The number of scores, evenly spaced, that a logged histogram is computed from. All scores would give the same picture.
@@ -102,27 +96,3 @@ def _by_class(record: InfluenceRecord) -> Table | None:
     columns = groups.totals.tolist(), groups.counts.tolist(), groups.means.tolist()
     body = [[named(name, names), *numbers] for name, *numbers in zip(groups.names, *columns, strict=True)]
     return Table(["class", "total", "examples", "mean"], body, bars=("class", "total"))
-
-
-def predicted_labels(objective: Objective, train: Examples, indices: Collection[int]) -> dict[int, int]:
-    """The predicted labels of training examples, by dataset index. Empty if the model is not known to predict labels.
-
-    Args:
-        objective: The open objective.
-        train: The training examples.
-        indices: The dataset indices.
-    """
-    if isinstance(train.dataset, Stream):  # to read a few of its examples takes a whole pass
-        return {}
-    places = torch.isin(train.ids, torch.tensor(sorted(indices))).nonzero().squeeze(1)
-    few = train.subset(places)
-    if not few.divisible or not len(few):  # rows of a batch need not be its examples
-        return {}
-    try:
-        with torch.no_grad():
-            if objective.n_classes(few) is None:
-                return {}
-            parts = [objective.logits(objective.theta, batch).argmax(1).cpu() for batch in few.batches()]
-    except GIFError:  # the loss of these examples is not computed from logits
-        return {}
-    return dict(zip(few.ids.tolist(), torch.cat(parts).tolist(), strict=True))

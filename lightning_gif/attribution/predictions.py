@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from ..data.examples import Examples
 from ..data.names import Vocabulary, tokens_of
+from ..data.streams import Stream
 from ..errors import GIFError
+from ..objective.labels import predicted_labels
 from ..objective.objective import Objective
 from ..objective.outputs import predictions
 from ..objective.tokens import token_effects
 from .record import MOST_QUERIES
 
-__all__ = ["first_predictions", "first_tokens"]
+__all__ = ["first_predictions", "first_tokens", "labels_at"]
 
 
 def first_predictions(objective: Objective, query: Examples, most: int = MOST_QUERIES) -> Tensor | None:
@@ -57,3 +61,18 @@ def first_tokens(
             names = [f"{name} at position {position}" for position, name in enumerate(names)]
         listed.append(list(zip(names, one.effects.tolist(), strict=True)))
     return listed
+
+
+def labels_at(objective: Objective, train: Examples, indices: Collection[int]) -> dict[int, int]:
+    """The predicted labels of training examples, by dataset index. Empty if the model is not known to predict labels.
+
+    Args:
+        objective: The open objective.
+        train: The training examples.
+        indices: The dataset indices.
+    """
+    if isinstance(train.dataset, Stream):  # to read a few of its examples takes a whole pass
+        return {}
+    few = train.subset(torch.isin(train.ids, torch.tensor(sorted(indices))).nonzero().squeeze(1))
+    found = predicted_labels(objective, few, objective.theta) if len(few) else None
+    return {} if found is None else dict(zip(few.ids.tolist(), found.tolist(), strict=True))

@@ -14,6 +14,7 @@ from ..attribution.report import first_shown
 from ..data.examples import Examples
 from ..errors import ConfigurationError, EditError
 from ..objective.attention import attention_maps, layer_for_maps
+from ..objective.labels import predicted_labels
 from ..objective.objective import Objective
 from ..objective.shadow import ModelState
 from ..parameters import tensors_of
@@ -92,11 +93,11 @@ def predictions_of(record: EditRecord, model: object) -> Tensor:
     """
     with _reopened(record)() as (objective, train):
         forget, _ = _forget_and_retained(record, train)
-        if objective.n_classes(forget) is None:
+        with objective.at_state(objective.state_of(model)):  # type: ignore[arg-type]
+            found = predicted_labels(objective, forget, objective.theta)
+        if found is None:
             raise ConfigurationError("The classes that the model predicts are not known, so there are none to compare.")
-        with objective.at_state(objective.state_of(model)), torch.no_grad():  # type: ignore[arg-type]
-            found = [objective.logits(objective.theta, batch).argmax(1) for batch in forget.local_batches()]
-        return forget.all_gather(found).cpu()
+        return found
 
 
 def state_of_edit(record: EditRecord, objective: Objective, *, edited: bool) -> ModelState:

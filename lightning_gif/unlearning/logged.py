@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..data.examples import Examples
 from ..data.streams import Stream
+from ..objective.labels import predicted_labels
 from ..objective.objective import Objective
 from ..parameters import Weights, weights_digest
 from ..reporting.contents import Contents, Files, Lineage, Table
@@ -198,14 +198,12 @@ class Forgotten:
         objective: The open objective.
         train: The training examples.
         found: The positions of the forget examples among them.
-        n_classes: The number of classes; ``None`` if the model does not predict labels.
     """
 
-    def __init__(self, objective: Objective, train: Examples, found: Tensor, n_classes: int | None) -> None:
-        self._objective, self._is_classifier = objective, n_classes is not None and train.divisible
+    def __init__(self, objective: Objective, train: Examples, found: Tensor) -> None:
         # To read a few examples of a stream takes a whole pass.
         is_read = len(found) and not isinstance(train.dataset, Stream)
-        self._batches = list(train.subset(found[:_LISTED]).batches()) if is_read else []
+        self._objective, self._examples = objective, train.subset(found[:_LISTED]) if is_read else None
         self._before = self._predicted(objective.theta)
 
     def rows(self, data: Mapping[str, Any], theta: Tensor) -> list[list[Any]]:
@@ -215,20 +213,19 @@ class Forgotten:
             data: See :attr:`~lightning_gif.unlearning.record.EditRecord.data`.
             theta: The edited weights ``(p,)``.
         """
-        targets: list[Any] = []
-        for batch in self._batches:
-            targets += [None] * batch.size if batch.classes is None else batch.classes.tolist()
-        count = len(targets)
-        below = data["innermost_indices"] or [None] * count
-        columns = (data["indices"][:count], below[:count], targets, self._before, self._predicted(theta))
+        if self._examples is None:
+            return []
+        count, labels = len(self._examples), self._examples.classes
+        unknown = [None] * count
+        columns = (
+            data["indices"][:count],
+            (data["innermost_indices"] or unknown)[:count],
+            unknown if labels is None else labels.tolist(),
+            self._before or unknown,
+            self._predicted(theta) or unknown,
+        )
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _predicted(self, theta: Tensor) -> list[Any]:
-        labels: list[Any] = []
-        for batch in self._batches:
-            if self._is_classifier:
-                with torch.no_grad():
-                    labels += self._objective.logits(theta, batch).argmax(1).tolist()
-            else:
-                labels += [None] * batch.size
-        return labels
+        found = None if self._examples is None else predicted_labels(self._objective, self._examples, theta)
+        return [] if found is None else found.tolist()

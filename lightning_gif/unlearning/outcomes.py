@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..data.examples import Examples
-from ..errors import GIFError
 from ..metrics.order import twice_in_order
+from ..objective.labels import predicted_labels
 from ..objective.objective import Objective
 
 __all__ = ["Outcome", "PairedChange", "auroc_change", "outcomes_at", "wilson_interval"]
@@ -108,24 +108,9 @@ def outcomes_at(
         theta: The parameters.
     """
     return {
-        name: (objective.all_losses(part, theta).double().cpu(), _predicted(objective, part, theta))
+        name: (objective.all_losses(part, theta).double().cpu(), predicted_labels(objective, part, theta))
         for name, part in parts.items()
     }
-
-
-def _predicted(objective: Objective, examples: Examples, theta: Tensor) -> Tensor | None:
-    """The predicted class of each example, ``(n,)``; ``None`` if the model's predictions are not known."""
-    if objective.n_classes(examples) is None:
-        return None
-    try:
-        with torch.no_grad():
-            found = [objective.logits(theta, batch).argmax(1) for batch in examples.local_batches()]
-    except GIFError:  # some batches have no cross-entropy over classes
-        found = None
-    if any(part is None for part in objective.processes.gather(None if found is None else True)):
-        return None
-    assert found is not None
-    return examples.all_gather(found).cpu()
 
 
 def wilson_interval(count: int, of: int) -> tuple[float, float]:
