@@ -147,8 +147,7 @@ def unlearn(
     outcome = _realise(problem, task, request, targets, chosen, refresh_statistics)
     strategy = None if isinstance(step, numbers.Real) else strategy_of(step)
     verdict = _judge(problem, outcome, strategy)
-    if strategy is not None and STRATEGIES.declared(strategy, "reports_shortfall"):
-        _advise(problem, task, outcome, strategy, verdict, notes)
+    _advise(problem, task, outcome, strategy, verdict, notes)
     if outcome.unrefreshed is not None:
         warn_refreshed_statistics(goal, outcome.unrefreshed, outcome.after, notes)
     context.shown = first_shown(request.forget, vocabulary=context.vocabulary)
@@ -383,11 +382,13 @@ def _advise(
     problem: EditProblem,
     task: Task,
     outcome: _Outcome,
-    strategy: Strategy,
+    strategy: Strategy | None,
     verdict: Verdict | None,
     notes: list[str],
 ) -> None:
-    """Warns if the edit missed its target or cost too much, and notes if more solves would have lowered the risk."""
+    """Warns if a strategy missed its target or cost too much, and notes if more solves would have lowered the risk."""
+    if strategy is None or not STRATEGIES.declared(strategy, "reports_shortfall"):
+        return
     goal, start, chosen = problem.goal, problem.trials[0], outcome.chosen
     warn_unfinished(goal, verdict, notes, is_edit=chosen.is_edit)
     after = outcome.after if outcome.unrefreshed is None else outcome.unrefreshed
