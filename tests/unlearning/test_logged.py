@@ -31,4 +31,4 @@ def test_an_edit_is_made_and_logged_even_if_few_examples_have_no_predicted_label
     trainer, _, _ = fitted(net, data, logger=CSVLogger(tmp_path))
     edit = trainer.unlearn([*range(100)], step="natural", batch_size=1)
     assert edit.context.forgotten[5] == [5, None, int(data.tensors[1][5]), None, None]
-    assert len(edit.context.forgotten) == 100 and len(edit.context.forgotten[0]) == len(FORGOTTEN_COLUMNS)
+    assert [len(row) for row in edit.context.forgotten] == [len(FORGOTTEN_COLUMNS)] * 100

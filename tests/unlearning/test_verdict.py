@@ -202,5 +202,8 @@ def test_a_regression_has_a_verdict_for_removal_and_new_targets() -> None:
     assert removed.outcomes["forget"].predicted_after is None
     assert removed.outcomes["forget"].labels is None
     assert removed.verdict
-    corrected = trainer.unlearn([3, 17], relabel=torch.tensor([2.0, 3.0]), dry_run=True)
-    assert "The loss of the corrected examples with their new labels was " in corrected.verdict
+    labels = torch.tensor([2.0, 3.0])
+    matched = trainer.unlearn([3, 17], relabel=labels, dry_run=True)
+    assert "The loss of the corrected examples with their new labels was " in matched.verdict
+    lowered = trainer.unlearn([3, 17], relabel=labels, step="relinearise", dry_run=True)
+    assert "The loss of the corrected examples with their new labels went from" in lowered.verdict
