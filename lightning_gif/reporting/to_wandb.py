@@ -6,8 +6,10 @@ in the folder of the run: tables of an offline run are not copied into artifacts
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ LARGEST_FILES = 512 * 2**20
 _BINS = 64
 
 _SMALLEST_SHOWN = 64  # tables do not enlarge small pictures
+
+_LONGEST_NAME = 80  # W&B allows 128 signs for the name of an artifact, with the id of the run
 
 
 def takes(logger: Any) -> bool:
@@ -146,7 +150,7 @@ def _log_files(run: Any, section: str, files: Files) -> None:
         )
         return
     lineage = None if files.lineage is None else files.lineage()
-    name = f"{section.replace('/', '-').replace(' ', '_')}-{run.id}"
+    name = f"{_as_artifact_name(section)}-{run.id}"
     folder = Path(run.dir).parent / "artifacts" / f"{name}-{run.step}"
     folder.mkdir(parents=True, exist_ok=True)
     files.write(folder / files.name)
@@ -158,6 +162,13 @@ def _log_files(run: Any, section: str, files: Files) -> None:
     _use(run, _weights(run, lineage.before))
     run.log_artifact(artifact)
     run.log_artifact(_weights(run, lineage.after))
+
+
+def _as_artifact_name(section: str) -> str:
+    """A section with the signs that names of artifacts may have, with a digest if others could become the same."""
+    plain = section.replace("/", "-").replace(" ", "_")
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", plain)[:_LONGEST_NAME]
+    return name if name == plain else f"{name}-{hashlib.sha256(section.encode()).hexdigest()[:8]}"
 
 
 def _weights(run: Any, digest: str) -> Any:

@@ -377,3 +377,15 @@ def test_tables_as_pages_and_as_text_hold_any_words() -> None:
     assert "&lt;b&gt;|x" in page(table)
     assert page(table).count("<img ") == 1
     assert markdown(table).splitlines() == ["| a | b |", "| --- | --- |", "| <b>\\|x | picture |", "|  | 0.12 |"]
+
+
+def test_each_allowed_name_of_a_call_names_an_artifact(logger: WandbLogger) -> None:
+    trainer, _, dataset = fitted(image_net(), images(), callback=quick(), logger=logger)
+    batch, names = batch_of(dataset, [4]), ["größe", "grässe", "x" * 150]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GIFWarning)  # a logger that fails is a warning
+        for name in names:
+            trainer.influence(batch, k=2, name=name)
+    made = [artifact.name for artifact in read(logger).artifacts]
+    assert len(set(made)) == len(names)
+    assert [name[:20] for name in made] == ["gif_influence-gr__e-", "gif_influence-gr_sse", "gif_influence-xxxxxx"]
