@@ -774,7 +774,7 @@ def _finish(report: InfluenceReport, session: Session, name: str | None) -> None
     """Names a report, and reads what it shows while the session is open."""
     report.settings.update({} if name is None else {"name": name})
     report.read_shown(session.train.ids)
-    if report.loggers:
+    if any(report.processes.gather(bool(report.loggers))):  # a trainer may have loggers in one process only
         report.context.predicted = labels_at(session.objective, session.train, report.strongest())
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
@@ -302,6 +303,16 @@ def unreadable(world: int, folder: Path) -> dict[str, Any]:
     return {**found, "scores": scores}
 
 
+def logged(world: int, folder: Path) -> dict[str, Any]:
+    """Calls of a trainer that has a logger in the first process only."""
+    trainer, _ = after_fit(world, points(N))
+    if trainer.global_rank == 0:
+        trainer.loggers = [CSVLogger(folder / "logs")]
+    report = trainer.influence(batch_of(points(N), range(3)), k=2)
+    edit = trainer.unlearn([4, 7, 30], step="natural")
+    return {"predicted": report.context.predicted, "forgotten": edit.context.forgotten}
+
+
 def unreported(world: int, folder: Path) -> dict[str, Any]:
     """Fits whose first report fails in one process, by an expected and by an unexpected error."""
     found: dict[str, Any] = {}
@@ -350,6 +361,7 @@ if __name__ == "__main__":
         "results": results,
         "failures": failures,
         "unreadable": unreadable,
+        "logged": logged,
         "unreported": unreported,
         "death": death,
     }

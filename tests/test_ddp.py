@@ -67,7 +67,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Launch
     def launched(world: int) -> Launched:
         folder = tmp_path_factory.mktemp("ddp")
         if world > 1:
-            return launch(world, folder, "results", "failures", "unreadable", "unreported", "death")
+            return launch(world, folder, "results", "failures", "unreadable", "logged", "unreported", "death")
         torch.save(results(world, folder), folder / f"results {world} 0.pt")
         return Launched(world, folder, 0, "")
 
@@ -174,6 +174,15 @@ def test_a_report_that_fails_in_one_process_fails_in_all_and_training_continues(
     assert "image 7 is missing" in missing
     assert "none later in this fit" in lookup
     assert "no such image" in lookup
+
+
+@SEVERAL
+def test_a_logger_in_one_process_only_gets_the_predicted_labels(several: Launched) -> None:
+    first, *others = several.answers("logged")
+    assert all(other == first for other in others)
+    assert len(first["predicted"]) == 4
+    assert [row[0] for row in first["forgotten"]] == [4, 7, 30]
+    assert all(None not in row[2:] for row in first["forgotten"])
 
 
 @SEVERAL

@@ -143,7 +143,8 @@ def unlearn(
         notes.append(f"Solves recalled from {str(solves_to)!r}: {journal.recalled} of {len(problem.solutions)}.")
 
     context = EditContext() if context is None else context
-    forgotten = Forgotten(objective, train, found[: None if context.loggers else 0])
+    is_logged = any(objective.processes.gather(bool(context.loggers)))  # loggers may be in one process only
+    forgotten = Forgotten(objective, train, found[: None if is_logged else 0])
     outcome = _realise(problem, task, request, targets, chosen, refresh_statistics)
     strategy = None if isinstance(step, numbers.Real) else strategy_of(step)
     verdict = _judge(problem, outcome, strategy)
