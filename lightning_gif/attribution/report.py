@@ -126,6 +126,12 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
             values = values_of(groups, indices, len(self.dataset) if hasattr(self.dataset, "__len__") else None)
         return dict(zip(indices.tolist(), values, strict=True))
 
+    def _labels_by_index(self) -> dict[int, Any] | None:
+        """The label of each scored training example, by dataset index; ``None`` if they cannot be known."""
+        if self.labels is not None:
+            return dict(zip(self.indices.tolist(), self.labels.tolist(), strict=True))
+        return None if self.dataset is None else self._by_index(label_of)
+
     def _read(self, function: Any, indices: Tensor | None = None) -> list[Any]:
         """The values of a function of items of the dataset, by default of all that were scored."""
         if self.dataset is None:
@@ -143,20 +149,21 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
         query) and ``kind``: ``"proponent"``, ``"opponent"``, or ``None`` for a score of 0. A report of self-influence
         has no ``kind``. There are more columns if their values are known:
 
-        - ``label``, if the report has its dataset and its items have labels.
+        - ``label``, if :attr:`labels` are known, or the report has its dataset and its items have labels.
         - ``group``, if ``groups`` are given.
         - ``standard_error``, and the ends ``low`` and ``high`` of the 90 % interval, if there are standard errors.
         - ``innermost_index``, if the training loader draws from a ``Subset``: the index in the dataset below it.
 
         Args:
             groups: The groups of training examples, in one of the forms of :meth:`by_group`.
-            labels: Whether to read each item of the dataset for its label; ``True`` by default.
+            labels: Whether to add the labels; ``True`` by default. If the report does not know them, each item of the
+                dataset is read.
 
         Raises:
             ModuleNotFoundError: If pandas is not installed.
             ConfigurationError: As in :meth:`by_group`, about ``groups``.
         """
-        label = self._by_index(label_of) if labels and self.dataset is not None else None
+        label = self._labels_by_index() if labels else None
         return table_of(self, label=label, group=None if groups is None else self._by_index(groups))
 
     # ----------------------------------------------------------------------------------------------------------------

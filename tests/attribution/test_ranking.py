@@ -124,9 +124,12 @@ def test_the_table_of_self_influence_has_no_kinds() -> None:
     assert list(frame.columns) == ["query", "index", "score", "rank", "label"]
 
 
-def test_a_report_without_its_dataset_has_a_table_without_labels(tmp_path: Path) -> None:
+def test_the_table_needs_the_dataset_only_for_labels_that_are_not_known(tmp_path: Path) -> None:
     trainer, _, data = fitted()
     trainer.influence(batch_of(data, slice(3))).save(tmp_path / "report")
     alone = InfluenceReport.load(tmp_path / "report")
+    assert alone.to_dataframe()["label"].tolist() == data.tensors[1].tolist()
+    alone.labels = None  # as in a folder of an earlier version
     assert list(alone.to_dataframe().columns) == ["query", "index", "score", "rank", "kind"]
-    assert "label" in InfluenceReport.load(tmp_path / "report", data).to_dataframe()
+    alone.dataset = data
+    assert alone.to_dataframe()["label"].tolist() == data.tensors[1].tolist()

@@ -48,7 +48,7 @@ def test_a_loaded_report_says_and_shows_the_same_without_the_dataset(
     assert loaded.solution.status is report.solution.status
     assert dict(loaded.targets).keys() == dict(report.targets).keys()
     assert all(torch.equal(loaded.targets[name], entries) for name, entries in report.targets.items())
-    assert loaded.to_dataframe().equals(report.to_dataframe(labels=False))
+    assert loaded.to_dataframe().equals(report.to_dataframe())
     for query in range(len(report.scores)):
         assert drawn(loaded, query) == drawn(report, query)
     assert list(map(repr, rows(loaded))) == list(map(repr, rows(report)))

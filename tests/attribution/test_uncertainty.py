@@ -371,7 +371,7 @@ def test_the_mean_of_fits_has_the_spread_of_the_fits_as_standard_errors(tmp_path
     report.save(tmp_path / "report")
     loaded = InfluenceReport.load(tmp_path / "report")
     assert (str(loaded), repr(loaded)) == (str(report), repr(report))
-    assert loaded.to_dataframe().equals(report.to_dataframe(labels=False))
+    assert loaded.to_dataframe().equals(report.to_dataframe())
     low, high = loaded.intervals(0.95)
     torch.testing.assert_close(high - low, 2 * 3.18244631 * report.standard_errors, rtol=1e-6, atol=0)
 
