@@ -61,7 +61,7 @@ def _reading(record: InfluenceRecord, query: int) -> Iterator[str]:
     """The line on the label of a query and how the model reads it, if either is known."""
     if query < len(record.queries) and (read := reading(record, query)):
         queries = len(record.scores)
-        start = f"query {query}" if queries > 1 else "query" if len(record.queries) == 1 else "query, its first example"
+        start = f"query {query}" if queries > 1 else "query, its first example" if is_mean(record) else "query"
         yield f"{start}: {read[:1].lower()}{read[1:]}"
     tokens = strongest_tokens(record, query)
     if tokens and not is_mean(record):

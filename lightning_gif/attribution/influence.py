@@ -124,6 +124,7 @@ def influence(
             **asdict(replace(settings, damping=solved[0].damping)),
             "snapshots": list(states or {}),
             "measures": objective.measures,
+            "query_size": len(query),
             "losses": objective.loss.origin,
             "dataset_size": len(train.dataset) if hasattr(train.dataset, "__len__") else None,
         },

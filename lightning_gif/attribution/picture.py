@@ -130,7 +130,8 @@ def sums_by_class(record: InfluenceRecord, query: int) -> Groups | None:
 
 def is_mean(record: InfluenceRecord) -> bool:
     """Whether the only query is the mean over several examples."""
-    return len(record.scores) == 1 and len(record.queries) > 1
+    # The first batch, of which examples are shown, may have one example only.
+    return len(record.scores) == 1 and record.settings.get("query_size", len(record.queries)) > 1
 
 
 def _asked(record: InfluenceRecord, query: int) -> list[int]:
@@ -142,12 +143,13 @@ def _asked(record: InfluenceRecord, query: int) -> list[int]:
 
 def _draw_top(part: SubFigure, record: InfluenceRecord, query: int, asked: list[int], sums: Groups | None) -> None:
     is_class = record.predictions is not None and record.predictions.shape[1] > 1
-    predicted = len(asked) == 1 and is_class
-    tokens = len(asked) == 1 and asked[0] < len(record.tokens)
+    alone = not is_mean(record)
+    predicted = bool(asked) and alone and is_class
+    tokens = bool(asked) and alone and asked[0] < len(record.tokens)
     ratios = [1.0] * len(asked) + [1.1] * tokens + [1.4] * predicted + [2.2] * (sums is not None)
     axes = iter(part.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0])
     for position in asked:
-        _draw_query(next(axes), record, position, alone=len(asked) == 1)
+        _draw_query(next(axes), record, position, alone=alone)
     if tokens:
         _draw_tokens(next(axes), record, query)
     if predicted:

@@ -220,6 +220,17 @@ def test_a_plot_of_other_data_lists_their_values() -> None:
             assert {text_of(dataset[index]), f"#{index} label {index % 3}", f"{score:+.2g}"} <= set(shown)
 
 
+def test_a_mean_is_told_from_one_example_also_if_batches_have_one() -> None:
+    trainer, _, dataset = fitted(image_net(), images())
+    mean = trainer.influence(DataLoader(dataset, 1), k=3, batch_size=1)
+    one = trainer.influence(batch_of(dataset, [0]), k=3)
+    assert mean.plot().get_suptitle() == "Query: the mean loss of several examples"
+    assert one.plot().get_suptitle().startswith("Label 0, read as ")
+    assert "query, its first example: label 0, read as" in str(mean)
+    assert "\nquery: label 0, read as" in str(one)
+    assert "How the model reads it" not in titles(mean.plot())
+
+
 def test_a_query_of_several_is_shown_by_its_first_ones_and_a_missing_query_is_refused() -> None:
     trainer, _, dataset = fitted(image_net(), images())
     report = trainer.influence(batch_of(dataset, list(range(6))), k=2)
