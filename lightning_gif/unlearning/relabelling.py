@@ -26,8 +26,8 @@ __all__ = ["NONLINEAR_CG", "LinearisedLoss", "minimise"]
 # The name of the solver in reports.
 NONLINEAR_CG = "nonlinear_cg"
 
-# The evaluations that a line search makes.
-_LINE_STEPS = 4
+# A line search makes Newton steps. If the slope is then more than this share of the first one, it goes on by bisection.
+_NEWTON_STEPS, _SMALL_SLOPE, _BISECTIONS = 4, 0.1, 20
 
 
 class LinearisedLoss:
@@ -169,15 +169,24 @@ def _along(
 
 
 def _line_minimum(derivatives: Callable[[float], tuple[float, float]]) -> float:
-    """The minimum of a convex function of one number above 0, by Newton steps that stay between known bounds.
+    """About the minimum of a convex function of one number above 0: Newton steps, and bisection where they fail.
+
+    Along a label that was learned by heart, the function has hardly any curvature on either side of its minimum. There
+    Newton steps go to and fro between two points for ever.
 
     Args:
         derivatives: From the number to the first and second derivative. The first one is negative at 0.
     """
-    low, high, size = 0.0, math.inf, 0.0
-    for _ in range(_LINE_STEPS):
+    low, high, size, first = 0.0, math.inf, 0.0, 0.0
+    for step in range(_NEWTON_STEPS + _BISECTIONS):
         slope, bend = derivatives(size)
-        low, high = (size, high) if slope < 0 else (low, size)
+        first = first or slope
+        if step >= _NEWTON_STEPS and abs(slope) <= _SMALL_SLOPE * abs(first):
+            break
         newton = size - slope / bend if bend > 0 else math.inf
-        size = newton if low <= newton <= high else (low + high) / 2
+        if slope < 0:
+            low, is_between = size, newton < high
+        else:
+            high, is_between = size, newton > low
+        size = newton if is_between and step < _NEWTON_STEPS else (low + high) / 2
     return size if math.isfinite(size) else low

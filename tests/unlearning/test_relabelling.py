@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gif import GIFCallback
+from lightning_gif.solvers import Status
 from lightning_gif.unlearning import Matching, Tuning
+from lightning_gif.unlearning.relabelling import minimise
 
 from ..conftest import Classifier, blobs, fitted, make_trainer, same_weights, weights
 from .test_matching import FORGET, attached, kept, made, minimised, noisy, noisy_classifier
@@ -137,3 +140,36 @@ def test_an_unconverged_solve_for_new_labels_warns_if_a_tolerance_was_given() ->
         report = trainer.unlearn([0, 1, 2], max_iter=200, double=True, **options)
     assert report.solve["residual"] <= 1e-6
     assert report.solves[0]["iterations"] < 200
+
+
+@pytest.mark.parametrize(("margin", "damping"), [(3.0, 0.1), (5.0, 1e-2), (10.0, 1e-3), (20.0, 1e-4), (30.0, 1e-3)])
+def test_the_minimum_is_found_from_a_label_that_was_learned_by_heart(margin: float, damping: float) -> None:
+    """With one logit: log(1 + exp(margin − y)) + damping y²/2 has hardly any curvature but near the margin."""
+
+    class OneLogit:
+        outputs = (torch.tensor([-margin], dtype=torch.float64),)
+
+        def derivative(self, direction: Tensor) -> list[Tensor]:
+            return [direction]
+
+        def gradient(self, at: list[Tensor]) -> Tensor:
+            return -torch.sigmoid(-at[0])
+
+        def along(self, at: list[Tensor], by: list[Tensor], size: float) -> tuple[float, float]:
+            point = at[0] + size * by[0]
+            wrong = torch.sigmoid(-point)
+            return float(-wrong * by[0]), float(wrong * (1 - wrong) * by[0] ** 2)
+
+    matrix = SimpleNamespace(products=0, examples=0, matvec=lambda vector: damping * vector)
+    solution = minimise(
+        matrix,  # type: ignore[arg-type]
+        torch.zeros(1, dtype=torch.float64),
+        OneLogit(),  # type: ignore[arg-type]
+        1.0,
+        lambda vector: vector,
+        lambda vector: vector,
+        rtol=1e-6,
+        max_iter=20,
+    )
+    assert solution.status is Status.CONVERGED
+    assert damping * float(solution.x) == pytest.approx(float(torch.sigmoid(margin - solution.x)), abs=2e-6)
