@@ -206,4 +206,4 @@ def test_a_regression_has_a_verdict_for_removal_and_new_targets() -> None:
     matched = trainer.unlearn([3, 17], relabel=labels, dry_run=True)
     assert "The loss of the corrected examples with their new labels was " in matched.verdict
     lowered = trainer.unlearn([3, 17], relabel=labels, step="relinearise", dry_run=True)
-    assert "The loss of the corrected examples with their new labels went from" in lowered.verdict
+    assert "The loss with the new labels went from" in lowered.verdict
