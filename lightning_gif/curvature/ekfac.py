@@ -5,6 +5,7 @@ George, Laurent, Bouthillier, Ballas and Vincent, NeurIPS 2018; for influence fu
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -542,8 +543,13 @@ def _shape(block: KroneckerBlock, space: ParameterSpace) -> tuple[int, int]:
 
 
 def _eigenvectors(moment: Tensor) -> Tensor:
+    """The eigenvectors of a second moment, which has zero rows for inputs that are always zero.
+
+    On such a matrix, LAPACK in float32 may fail, or return NaN without an error. Then they are computed in float64.
+    """
     require_finite(moment, "The curvature")
-    try:
-        return torch.linalg.eigh(moment)[1]
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # too ill-conditioned for float32
-        return torch.linalg.eigh(moment.double())[1].to(moment)
+    with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        vectors = torch.linalg.eigh(moment)[1]
+        if vectors.isfinite().all():
+            return vectors
+    return torch.linalg.eigh(moment.double())[1].to(moment)

@@ -123,6 +123,7 @@ class PassCosts:
         scores: The curvature that scores use.
         edits: The curvature that an edit uses first.
         batch_bytes: The size of the batch.
+        itself: What self-influence computes for each loss: its quadratic form by EK-FAC, or else its gradient.
         layers: The EK-FAC inverse, whose fixed time is spent once for all examples; ``None`` if scores do not use it.
         layers_bytes: The size of that inverse.
     """
@@ -134,6 +135,7 @@ class PassCosts:
     score: Pass
     queries: Pass
     rows: Pass
+    itself: Pass
     scores: CurvatureCosts
     edits: CurvatureCosts
     batch_bytes: int
@@ -184,9 +186,13 @@ def measure(
         kept = graph_bytes(*linearise(theta, second)[1])
         start = of(partial(linearise, theta))
         curvatures[kind] = CurvatureCosts(start, line(partial(_product_seconds, objective, linearise)), kept)
-    layers, layers_bytes = None, 0
+    rows = of(lambda batch: [rows.sum() for rows in objective.gradients(batch)])
+    layers, layers_bytes, itself = None, 0, rows
     if scores.solver == EKFACInverse.name:
-        layers, layers_bytes = _inverse(objective, sample, scores)
+        layers, inverse = _inverse(objective, sample, scores)
+        layers_bytes = inverse.nbytes
+        if inverse.of_losses(objective, part) is not None:
+            itself = of(lambda batch: inverse.of_losses(objective, batch))
     direction, differentiated = torch.ones_like(theta)[None], theta.detach().requires_grad_()
     score = of(lambda batch: objective.directional_derivatives(batch, direction))
     queries = score
@@ -200,7 +206,8 @@ def measure(
         gradient=of(lambda batch: gradient_of(objective.loss_sum(differentiated, batch), differentiated)),
         score=score,
         queries=queries,
-        rows=of(lambda batch: [rows.sum() for rows in objective.gradients(batch)]),
+        rows=rows,
+        itself=itself,
         scores=curvatures[kinds[0]],
         edits=curvatures[kinds[1]],
         batch_bytes=second.nbytes,
@@ -209,18 +216,18 @@ def measure(
     )
 
 
-def _inverse(objective: Objective, sample: Examples, settings: Settings) -> tuple[Pass, int]:
-    """The seconds of the EK-FAC inverse over all examples of a sample, and over a part of it, and its bytes."""
+def _inverse(objective: Objective, sample: Examples, settings: Settings) -> tuple[Pass, EKFACInverse]:
+    """The seconds of the EK-FAC inverse, measured over all examples of a sample and over a part of it; and one."""
     method, everything = METHODS[settings.method], torch.arange(objective.space.size)
     sample = sample.cached(math.inf)
     part = sample.subset(torch.arange(math.ceil(len(sample) / _PART)))
-    held = [EKFACInverse.fit(objective, sample, settings, method, everything).nbytes]  # a warm-up
+    inverse = EKFACInverse.fit(objective, sample, settings, method, everything)  # a warm-up
     whole, few = (
         _seconds(lambda of=of: EKFACInverse.fit(objective, of, settings, method, everything), objective.device)  # type: ignore[misc]
         for of in (sample, part)
     )
     each = max(whole - few, 0.0) / max(len(sample) - len(part), 1)
-    return Pass(whole - each * len(sample), each), held[0]
+    return Pass(whole - each * len(sample), each), inverse
 
 
 def _product_seconds(objective: Objective, linearise: Linearise, batch: Batch) -> float:
@@ -324,12 +331,15 @@ class Costs:
     def self_influence(self, settings: Settings) -> Estimate:
         """The cost of ``trainer.self_influence()``."""
         passes, theta = self.passes, self.objective.theta
-        scoring = self._over(self.n_train, passes.read) + self._over(self.n_train, passes.rows)
+        scoring = self._over(self.n_train, passes.read)
         if passes.layers is not None and settings.solver not in SOLVERS:
             solves, kept = self._layers(passes.layers, settings)
+            scoring += self._over(self.n_train, passes.itself)
+            block = self._block if passes.itself is passes.rows else 0
             return Estimate(
-                "trainer.self_influence()", self.start + solves + scoring, (kept + self._block) / _GIB, products=0
+                "trainer.self_influence()", self.start + solves + scoring, (kept + block) / _GIB, products=0
             )
+        scoring += self._over(self.n_train, passes.rows)
         size, measured = len(theta), min(len(theta), _MOST_ENTRIES)
         dense = size <= DENSE_PARAMETERS
         operator = _Decaying(measured, theta, True)

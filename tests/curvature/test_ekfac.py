@@ -371,3 +371,24 @@ def test_a_table_that_is_the_head_too_is_one_block() -> None:
     torch.testing.assert_close(approximation.trace(), matrix.trace())
     exact = torch.linalg.inv(matrix + DAMPING * torch.eye(len(matrix)))
     assert (inverse - exact).norm() < 0.5 * exact.norm()
+
+
+@pytest.mark.parametrize("fault", ["error", "nan"])
+def test_eigenvectors_that_fail_in_float32_are_computed_in_float64(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, dtypes = torch.linalg.eigh, []
+
+    def eigh(matrix: Tensor) -> Any:
+        dtypes.append(matrix.dtype)
+        if matrix.dtype is torch.float64:
+            return original(matrix)
+        if fault == "error":
+            raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
+        values, vectors = original(matrix)
+        return values, vectors.index_fill(1, torch.tensor([1]), torch.nan)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    moment = torch.diag(torch.tensor([3.0, 0.0, 1.0]))
+    found = ekfac._eigenvectors(moment)
+    assert dtypes == [torch.float32, torch.float64]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.T @ moment @ found, torch.diag(torch.tensor([0.0, 1.0, 3.0])))
