@@ -38,6 +38,7 @@ __all__ = [
     "LEAST_DAMPING",
     "EKFACInverse",
     "KroneckerBlock",
+    "eigenvectors",
     "inverse_root",
     "kronecker_blocks",
     "require_layers",
@@ -305,10 +306,15 @@ class EKFACInverse(InverseCurvature):
         return result
 
     @property
+    def bases(self) -> list[Tensor]:
+        """The matrices of eigenvectors, ``(o, o)`` and ``(i, i)`` of each layer."""
+        return [one for block in self._blocks for one in (block.outer, block.inner) if one is not None]
+
+    @property
     def nbytes(self) -> int:
         """The bytes of the factors and of the eigenvalues."""
-        held = [one for block in self._blocks for one in (block.outer, block.inner, block.values) if one is not None]
-        return sum(tensor.nbytes for tensor in (*held, *self._diagonal.values()))
+        values = (block.values for block in self._blocks)
+        return sum(tensor.nbytes for tensor in (*self.bases, *values, *self._diagonal.values()))
 
     @property
     def kind(self) -> str:
@@ -457,8 +463,8 @@ def _fit(passes: _Passes) -> tuple[list[KroneckerBlock], dict[str, Tensor], int]
                     rows = inputs.flatten(0, 1)
                     inner += weight * (rows.T @ rows)
     for block, (outer, inner) in zip(blocks, moments, strict=True):
-        block.outer = None if outer is None else _eigenvectors(processes.sum(outer))
-        block.inner = None if inner is None else _eigenvectors(processes.sum(inner))
+        block.outer = None if outer is None else eigenvectors(processes.sum(outer))
+        block.inner = None if inner is None else eigenvectors(processes.sum(inner))
         block.values = theta.new_zeros(_shape(block, space))
     inside = {part.name for block in blocks for part in block.parts}
     diagonal = {name: theta.new_zeros(slot.size) for name, slot in space.slots.items() if name not in inside}
@@ -542,7 +548,7 @@ def _shape(block: KroneckerBlock, space: ParameterSpace) -> tuple[int, int]:
     return rows, columns
 
 
-def _eigenvectors(moment: Tensor) -> Tensor:
+def eigenvectors(moment: Tensor) -> Tensor:
     """The eigenvectors of a second moment, which has zero rows for inputs that are always zero.
 
     On such a matrix, LAPACK in float32 may fail, or return NaN without an error. Then they are computed in float64.

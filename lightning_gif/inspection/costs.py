@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import Settings
 from ..curvature.by_solver import DENSE_PARAMETERS, POWER_ITERATIONS, SKETCH_COPIES, SketchInverse, n_outputs
-from ..curvature.ekfac import EKFACInverse
+from ..curvature.ekfac import EKFACInverse, eigenvectors
 from ..curvature.memory import bytes_to_keep
 from ..curvature.methods import METHODS
 from ..curvature.products import CURVATURES, Linearise
@@ -126,6 +126,7 @@ class PassCosts:
         itself: What self-influence computes for each loss: its quadratic form by EK-FAC, or else its gradient.
         layers: The EK-FAC inverse, whose fixed time is spent once for all examples; ``None`` if scores do not use it.
         layers_bytes: The size of that inverse.
+        root: The seconds of a product of its root with a vector.
     """
 
     size: int
@@ -141,6 +142,7 @@ class PassCosts:
     batch_bytes: int
     layers: Pass | None
     layers_bytes: int
+    root: float
 
 
 def measure(
@@ -187,10 +189,10 @@ def measure(
         start = of(partial(linearise, theta))
         curvatures[kind] = CurvatureCosts(start, line(partial(_product_seconds, objective, linearise)), kept)
     rows = of(lambda batch: [rows.sum() for rows in objective.gradients(batch)])
-    layers, layers_bytes, itself = None, 0, rows
+    layers, layers_bytes, root, itself = None, 0, 0.0, rows
     if scores.solver == EKFACInverse.name:
         layers, inverse = _inverse(objective, sample, scores)
-        layers_bytes = inverse.nbytes
+        layers_bytes, root = inverse.nbytes, _seconds(lambda: inverse.root(theta[None]), objective.device)
         if inverse.of_losses(objective, part) is not None:
             itself = of(lambda batch: inverse.of_losses(objective, batch))
     direction, differentiated = torch.ones_like(theta)[None], theta.detach().requires_grad_()
@@ -213,21 +215,23 @@ def measure(
         batch_bytes=second.nbytes,
         layers=layers,
         layers_bytes=layers_bytes,
+        root=root,
     )
 
 
 def _inverse(objective: Objective, sample: Examples, settings: Settings) -> tuple[Pass, EKFACInverse]:
-    """The seconds of the EK-FAC inverse, measured over all examples of a sample and over a part of it; and one."""
+    """The seconds of the EK-FAC inverse, measured over a sample; and the inverse.
+
+    The fixed part is that of the eigenvectors. It is measured on matrices of full rank, as of many examples. On those
+    of few examples it may take longer.
+    """
     method, everything = METHODS[settings.method], torch.arange(objective.space.size)
     sample = sample.cached(math.inf)
-    part = sample.subset(torch.arange(math.ceil(len(sample) / _PART)))
     inverse = EKFACInverse.fit(objective, sample, settings, method, everything)  # a warm-up
-    whole, few = (
-        _seconds(lambda of=of: EKFACInverse.fit(objective, of, settings, method, everything), objective.device)  # type: ignore[misc]
-        for of in (sample, part)
-    )
-    each = max(whole - few, 0.0) / max(len(sample) - len(part), 1)
-    return Pass(whole - each * len(sample), each), inverse
+    whole = _seconds(lambda: EKFACInverse.fit(objective, sample, settings, method, everything), objective.device)
+    moments = [(basis * torch.linspace(1, 2, len(basis)).to(basis)) @ basis.T for basis in inverse.bases]
+    fixed = min(_seconds(lambda: [eigenvectors(moment) for moment in moments], objective.device), whole)
+    return Pass(fixed, (whole - fixed) / len(sample)), inverse
 
 
 def _product_seconds(objective: Objective, linearise: Linearise, batch: Batch) -> float:
@@ -432,6 +436,7 @@ class Costs:
         products = (settings.max_iter or numbers.iterations) + 1  # the last is the curvature along the change
         solves, kept = self._curvature(passes.edits, settings, n_fit, products)
         root = 0.0 if passes.layers is None else passes.layers.fixed + n_fit * passes.layers.each
+        root += 2 * products * passes.root  # from both sides of the matrix
         rate = sum(self._curvature(passes.edits, settings, n, POWER_STEPS)[0] for n in (few, aimed))
         parts = min(numbers.retained, n_retain), min(numbers.forgotten, n_forget)
         stepping = sum(self._over(n, one) for n in parts for one in (passes.loss, passes.gradient))
