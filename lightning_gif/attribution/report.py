@@ -149,7 +149,7 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
         query) and ``kind``: ``"proponent"``, ``"opponent"``, or ``None`` for a score of 0. A report of self-influence
         has no ``kind``. There are more columns if their values are known:
 
-        - ``label``, if :attr:`labels` are known, or the report has its dataset and its items have labels.
+        - ``label``, if ``labels`` of the report are known, or the report has its dataset and its items have labels.
         - ``group``, if ``groups`` are given.
         - ``standard_error``, and the ends ``low`` and ``high`` of the 90 % interval, if there are standard errors.
         - ``innermost_index``, if the training loader draws from a ``Subset``: the index in the dataset below it.
