@@ -268,8 +268,12 @@ class Objective:
             BatchError: If the examples are a single batch that would have to be divided.
         """
         given = examples.dataset is None
-        if self.divisible and (given or not self._takes_one_at_a_time):
+        if self.divisible and not self._takes_one_at_a_time:
             return examples
+        if self.divisible and given:
+            wholes = examples.in_memory or ()
+            singles = tuple(whole.slice(at, at + 1) for whole in wholes for at in range(whole.size))
+            return replace(examples, in_memory=singles, batch_size=1)
         if given and not (self._counts_rows and (len(examples) == 1 or not self._takes_one_at_a_time)):
             for batch in examples.in_memory or ():
                 batch.require_rows()

@@ -174,6 +174,8 @@ def test_classes_are_forgotten_and_labels_corrected_however_the_loss_is_made(mod
     repair = trainer.unlearn(batch_of(dataset, slice(0, 3)), relabel=(dataset.tensors[1][:3] + 1) % 3, dry_run=True)
     assert repair.relabelled is not None
     assert repair.relabelled.after < repair.relabelled.before
+    removals = [trainer.unlearn(given, dry_run=True) for given in (batch_of(dataset, slice(0, 3)), [0, 1, 2])]
+    assert removals[0].forget.after == pytest.approx(removals[1].forget.after, rel=1e-3)
 
 
 class Scaled(Classifier):
