@@ -40,11 +40,13 @@ from unlearning_ensembles import (
     answers,
     convolutions,
     digits,
+    fine_tuning,
     fit,
     fitted,
     judge,
     nothing,
     report,
+    rewinding,
     trained,
 )
 
@@ -83,6 +85,9 @@ class Relabelling(Removal):
     def new(self) -> Tensor:
         """The new labels."""
         return self.forget()[1]
+
+    def wanted(self) -> Pair:
+        return self.found["train"]
 
 
 def label_sets(clean: Tensor, given: Tensor) -> dict[str, Pair]:
@@ -158,24 +163,6 @@ def unlearn(**options: Any) -> Variant:
         return net
 
     return edit
-
-
-def fine_tuning(share: float) -> Variant:
-    """Goes on with training with the new labels; the learning rate falls from its peak to 0."""
-
-    def tune(removal: Removal) -> nn.Module:
-        task, steps = replace(removal.task, cosine=True), max(1, round(share * removal.steps))
-        start = removal.learner.net.state_dict()
-        return fit(task, removal.found["train"], removal.seed, start=start, steps=steps)[1].net
-
-    return tune
-
-
-def rewinding(removal: Removal) -> nn.Module:
-    """Repeats the second half of the training with the new labels."""
-    task, start, half = removal.task, removal.learner.halfway, removal.steps // 2
-    steps = removal.steps - half
-    return fit(task, removal.found["train"], removal.seed, start=start, first=half, steps=steps)[1].net
 
 
 METHODS: dict[str, list[Variant]] = {

@@ -379,6 +379,10 @@ class Removal:
         kept[self.indices] = False
         return x[kept], y[kept]
 
+    def wanted(self) -> Pair:
+        """The data that training should have had."""
+        return self.retain()
+
     @property
     def steps(self) -> int:
         """The number of steps of the training."""
@@ -412,19 +416,19 @@ def unlearn(**options: Any) -> Variant:
 
 
 def fine_tuning(share: float) -> Variant:
-    """Goes on with training on the retained examples; the learning rate falls from its peak to 0."""
+    """Goes on with training on the wanted data; the learning rate falls from its peak to 0."""
 
     def tune(removal: Removal) -> nn.Module:
         task, steps = replace(removal.task, cosine=True), max(1, round(share * removal.steps))
-        return fit(task, removal.retain(), removal.seed, start=removal.learner.net.state_dict(), steps=steps)[1].net
+        return fit(task, removal.wanted(), removal.seed, start=removal.learner.net.state_dict(), steps=steps)[1].net
 
     return tune
 
 
 def rewinding(removal: Removal) -> nn.Module:
-    """Repeats the second half of the training without the forget examples."""
+    """Repeats the second half of the training on the wanted data."""
     task, start, half = removal.task, removal.learner.halfway, removal.steps // 2
-    return fit(task, removal.retain(), removal.seed, start=start, first=half, steps=removal.steps - half)[1].net
+    return fit(task, removal.wanted(), removal.seed, start=start, first=half, steps=removal.steps - half)[1].net
 
 
 def baseline(method: Method, **options: Any) -> Variant:

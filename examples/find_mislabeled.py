@@ -29,7 +29,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_gif import GIFCallback
+from lightning_gif import GIFCallback, InfluenceReport
 
 SHOWN = (0.1, 0.2)
 
@@ -73,6 +73,13 @@ def accuracy(model: pl.LightningModule, test: TensorDataset) -> float:
     return float((logits(model, test).argmax(1) == test.tensors[1]).float().mean())
 
 
+def scores_in_order(report: InfluenceReport) -> Tensor:
+    """The scores of a report with one query, in the order of the dataset."""
+    scores = torch.empty_like(report.scores[0])
+    scores[report.indices] = report.scores[0]
+    return scores
+
+
 def save_suspects(path: str, ranked: str, scores: dict[int, float], data: TensorDataset, truth: Tensor) -> None:
     """Draws suspicious examples, each with its dataset index, its score, and its given and its true label.
 
@@ -113,8 +120,7 @@ def main(args: Namespace) -> None:
     # ------------------------------------------------------------------------------------------------------------
     start = time.perf_counter()
     report = gif.self_influence(snapshots=True)  # averaged over training
-    suspicions = {"self-influence": torch.empty(len(noisy), dtype=report.scores.dtype)}
-    suspicions["self-influence"][report.indices] = report.scores[0]
+    suspicions = {"self-influence": scores_in_order(report)}
     seconds = {"self-influence": time.perf_counter() - start}
     console.print(f"\n{report}", markup=False, highlight=False, soft_wrap=True)
 

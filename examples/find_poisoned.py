@@ -21,15 +21,13 @@ from argparse import Namespace
 import torch
 import torch.nn.functional as F
 from digits import digits, logits, make_parser, quiet
-from find_mislabeled import SHOWN, accuracy, corrected, most_suspicious, recall, save_suspects, train
+from find_mislabeled import SHOWN, accuracy, corrected, most_suspicious, recall, save_suspects, scores_in_order, train
 from lightning.pytorch import LightningModule
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.utils.data import TensorDataset
-
-from lightning_gif.reports import InfluenceReport
 
 TARGET = 4  # the label that the backdoor asks for
 ASKED = 10  # the number of test images with the trigger that are the query
@@ -52,13 +50,6 @@ def poison(data: TensorDataset, share: float, seed: int) -> tuple[TensorDataset,
     poisoned = torch.zeros(len(y), dtype=torch.bool)
     poisoned[chosen] = True
     return TensorDataset(x, y), poisoned
-
-
-def scores_in_order(report: InfluenceReport) -> Tensor:
-    """The scores of a report with one query, in the order of the dataset."""
-    scores = torch.empty_like(report.scores[0])
-    scores[report.indices] = report.scores[0]
-    return scores
 
 
 def main(args: Namespace) -> None:

@@ -77,19 +77,19 @@ def _remedy(error: str, parser: Any) -> str:
         return f"{error}. {f'Did you mean --{close[0]}?' if close else 'See --help.'}"
     if re.match(r"[Uu]nrecognized arguments: [\d\s]+$", error):
         return f"{error}. Write several numbers as a list in brackets, such as --indices '[3,77]'."
-    told = _in_short(error)
+    short = _in_short(error)
     if re.search(r"Parser key \"(model|data)\".*Given value type: <class 'dict'>", error):
         return (
-            f"{told} If a config file has arguments without a class_path, as for LightningCLI(Model, Data), give the"
+            f"{short} If a config file has arguments without a class_path, as for LightningCLI(Model, Data), give the"
             " classes, too: --model package.Model --data package.Data."
         )
     if found := re.search(r"Parser key \"(model|data)\".*Given value type: <class 'str'>", error):
-        return f"{told} Give the class by its import path, such as --{found[1]} package.module.Class."
+        return f"{short} Give the class by its import path, such as --{found[1]} package.module.Class."
     if lacking := re.match(r"argument (--[\w.]+): expected one argument", error):
-        return f"{told} Give it a value, such as {lacking[1]} true, see --help."
+        return f"{short} Give it a value, such as {lacking[1]} true, see --help."
     if listed := re.search(r"list\[.*Given value: ([^\s\[]\S*,\S*)$", error):
-        return f"{told} Write a list in brackets: '[{listed[1]}]'."
-    return f"{told} See --help."
+        return f"{short} Write a list in brackets: '[{listed[1]}]'."
+    return f"{short} See --help."
 
 
 def _in_short(error: str) -> str:

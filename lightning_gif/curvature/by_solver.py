@@ -31,7 +31,7 @@ from ..solvers.vectors import norms
 from .inverse import INVERSES, InverseCurvature
 from .memory import bytes_to_keep, check_fits
 from .methods import Method
-from .sampling import curvature_sample, sample_size
+from .sampling import kept_sample
 from .solve import describe, max_iter, open_curvature, solve, warn_indefinite
 from .streaming import Curvature
 
@@ -158,16 +158,14 @@ class SolverInverse(InverseCurvature):
         on_product: Callable[[], Any] = lambda: None,
     ) -> Self:
         cls.check(objective, settings, method, positions)
-        size, sampler, seed = sample_size(settings), settings.curvature_sampling, settings.seed
-        examples = curvature_sample(objective, train, size, sampler, seed)
-        examples = examples.cached(bytes_to_keep(settings, objective))
+        examples = kept_sample(objective, train, settings)
         decay = settings.weight_decay if cls.decay_is_damping else 0.0
         inside = settings.weight_decay - decay
         jacobians = cls.uses_jacobians(objective, settings, len(examples))
         curvature = open_curvature(
             settings, objective, examples, weight_decay=inside, jacobians=jacobians, on_product=on_product
         )
-        damping = measured_damping(curvature, seed) if settings.damping is None else settings.damping
+        damping = measured_damping(curvature, settings.seed) if settings.damping is None else settings.damping
         block_size = None
         if not SOLVERS[settings.solver].shares_products_across_rhs:
             block_size = solved_together(bytes_to_keep(settings, objective), objective.theta)

@@ -24,6 +24,7 @@ from .ekfac import EKFACInverse, require_layers
 from .inverse import INVERSES, InverseCurvature
 from .memory import bytes_to_keep
 from .methods import Method
+from .sampling import kept_sample
 from .solve import describe, open_curvature, solve
 from .streaming import Curvature
 
@@ -69,7 +70,7 @@ class CorrectedEKFAC(InverseCurvature):
         on_product: Callable[[], Any] = lambda: None,
     ) -> Self:
         layers = require_layers(objective, settings, method)
-        examples = EKFACInverse.sample(objective, train, settings)
+        examples = kept_sample(objective, train, settings)
         ekfac = EKFACInverse.of(objective, layers, examples, settings, on_product)
         # Weight decay is a part of the damping already.
         curvature = open_curvature(settings, objective, examples, weight_decay=0.0, on_product=on_product)

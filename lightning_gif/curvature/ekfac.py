@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,11 +27,10 @@ from ..objective.objective import Objective
 from ..parameters import ParameterSpace
 from ..solvers import Solution, require_finite
 from .inverse import INVERSES, InverseCurvature
-from .memory import bytes_to_keep
 from .methods import Method
 from .output_curvature import output_vectors
 from .products import require_gauss_newton
-from .sampling import curvature_sample, sample_size
+from .sampling import kept_sample
 from .streaming import warn_of_zero_curvature
 
 __all__ = [
@@ -224,13 +223,7 @@ class EKFACInverse(InverseCurvature):
                 f"solver='ekfac' takes no {', '.join(given)}, because it does not iterate and forms no products with"
                 " the curvature. Omit them, or use solver='ekfac_cg'."
             )
-        return cls.of(objective, layers, cls.sample(objective, train, settings), settings, on_product)
-
-    @classmethod
-    def sample(cls, objective: Objective, train: Examples, settings: Settings) -> Examples:
-        """The examples that the curvature is taken over, kept in memory if they fit."""
-        size, sampler, seed = sample_size(settings), settings.curvature_sampling, settings.seed
-        return curvature_sample(objective, train, size, sampler, seed).cached(bytes_to_keep(settings, objective))
+        return cls.of(objective, layers, kept_sample(objective, train, settings), settings, on_product)
 
     @classmethod
     def of(
@@ -296,14 +289,12 @@ class EKFACInverse(InverseCurvature):
             space.of(name, found).fill_(self._damping(values))
         return found + self._settings.weight_decay
 
-    def root(self, vectors: Tensor) -> Tensor:
-        """The square root of this inverse, which is symmetric, times vectors ``(q, p)``."""
-        result = vectors.clone()
+    @cached_property
+    def root(self) -> Callable[[Tensor], Tensor]:
+        """The square root of this inverse, which is symmetric, as a map of vectors ``(q, p)``."""
         blocks = [(block, self._damped(block.values).rsqrt()) for block in self._blocks]
         others = {name: self._damped(values).rsqrt() for name, values in self._diagonal.items()}
-        for some in result.split(_TOGETHER):
-            _change_in_basis(torch.mul, some, self._space, blocks, others)
-        return result
+        return partial(_multiplied, space=self._space, blocks=blocks, diagonal=others)
 
     @property
     def bases(self) -> list[Tensor]:
@@ -353,13 +344,20 @@ def inverse_root(
         for block in blocks
     ]
     others = {name: (values + space.of(name, damping)).rsqrt() for name, values in diagonal.items()}
+    return lambda vector: _multiplied(vector[None], space, roots, others)[0]
 
-    def apply(vector: Tensor) -> Tensor:
-        result = vector[None].clone()
-        _change_in_basis(torch.mul, result, space, roots, others)
-        return result[0]
 
-    return apply
+def _multiplied(
+    vectors: Tensor,
+    space: ParameterSpace,
+    blocks: Sequence[tuple[KroneckerBlock, Tensor]],
+    diagonal: Mapping[str, Tensor],
+) -> Tensor:
+    """A copy of vectors ``(m, p)`` whose coordinates in the Kronecker basis are multiplied, see _change_in_basis."""
+    result = vectors.clone()
+    for some in result.split(_TOGETHER):
+        _change_in_basis(torch.mul, some, space, blocks, diagonal)
+    return result
 
 
 def _change_in_basis(

@@ -13,8 +13,9 @@ from ..errors import ConfigurationError
 from ..objective.objective import Objective
 from ..objective.outputs import features, predictions
 from ..registry import Registry
+from .memory import bytes_to_keep
 
-__all__ = ["CURVATURE_EXAMPLES", "SAMPLERS", "Sampler", "curvature_sample", "sample_size"]
+__all__ = ["CURVATURE_EXAMPLES", "SAMPLERS", "Sampler", "curvature_sample", "kept_sample", "sample_size"]
 
 
 # The number of examples over which the curvature is taken. benchmarks/README.md, "Scores that predict retraining":
@@ -48,6 +49,12 @@ def curvature_sample(objective: Objective, examples: Examples, count: int | None
         return examples
     drawn = SAMPLERS[how](objective, examples, count, torch.Generator().manual_seed(seed))
     return examples.subset(drawn.sort().values)
+
+
+def kept_sample(objective: Objective, train: Examples, settings: Settings) -> Examples:
+    """The training examples over which the settings take the curvature, kept in memory if they fit."""
+    sample = curvature_sample(objective, train, sample_size(settings), settings.curvature_sampling, settings.seed)
+    return sample.cached(bytes_to_keep(settings, objective))
 
 
 @SAMPLERS.register("random")

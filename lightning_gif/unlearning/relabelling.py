@@ -1,7 +1,7 @@
 """The minimum that training with new labels would have reached, if predictions were linear in the parameters.
 
-A Newton step does not find it: where a label was learned by heart, the loss hardly has curvature, and the step goes
-much too far. The minimum takes into account that this curvature returns as soon as the prediction changes. So new
+A Newton step does not find it: where a label was learned by heart, the loss has almost no curvature, so the step is
+much too long. The minimum takes into account that this curvature returns as soon as the prediction changes. So new
 labels that contradict the rest of the data are only learned as far as the rest of the data allows.
 """
 
