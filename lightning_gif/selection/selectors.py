@@ -63,9 +63,10 @@ class Layer:
         """The number of entries."""
         return self.neurons * (self.fan_in + self.bias)
 
-    def weights_of(self, neuron: int) -> Tensor:
-        """The numbers ``(fan_in,)`` of the entries that are the weights of one neuron."""
-        return torch.arange(neuron * self.fan_in, (neuron + 1) * self.fan_in)
+    def weights_of(self, neurons: Tensor | int) -> Tensor:
+        """The numbers ``(n · fan_in,)`` of the entries that are the weights of ``n`` neurons, in their order."""
+        first = torch.as_tensor(neurons).reshape(-1, 1) * self.fan_in
+        return (first + torch.arange(self.fan_in)).flatten()
 
     def need(self, kind: str) -> Tensor:
         """Returns a statistic: ``"outputs"``, ``"gradients"`` or ``"entries"``.
@@ -121,14 +122,14 @@ def whole_neurons(layer: Layer, order: Sequence[int], ratio: float, generator: t
     budget = int(ratio * layer.size)
     each = layer.fan_in + layer.bias
     whole, leftover = divmod(budget, each)
-    chosen = list(order[:whole])
-    parts = [layer.weights_of(neuron) for neuron in chosen]
+    chosen = torch.tensor(order[:whole], dtype=torch.long)
+    parts = [layer.weights_of(chosen)]
     if layer.bias:
-        parts.append(torch.tensor(chosen, dtype=torch.long) + layer.neurons * layer.fan_in)
+        parts.append(chosen + layer.neurons * layer.fan_in)
     if leftover and whole < len(order):
         candidates = layer.weights_of(order[whole])
         parts.append(candidates[torch.randperm(len(candidates), generator=generator)[:leftover]])
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+    return torch.cat(parts)
 
 
 def _ranked(values: Tensor, *, descending: bool) -> list[int]:
@@ -197,7 +198,7 @@ def threshold(layer: Layer, ratio: float, generator: torch.Generator, *, start: 
     pool = (outputs > start - 0.01 * steps).nonzero().squeeze(1)
     if len(pool) < enough:  # because ``steps`` is rounded
         pool = outputs.sort(descending=True, stable=True).indices[:enough].sort().values
-    owned = torch.cat([layer.weights_of(int(neuron)) for neuron in pool])
+    owned = layer.weights_of(pool)
     return torch.cat(
         [
             owned[torch.randperm(len(owned), generator=generator)[:weights]],
@@ -429,10 +430,12 @@ class _Views:
                 unknown = error
                 continue
             weights = view.neurons * view.fan_in
+            entries = entries.sort().values
+            count = int((entries < weights).sum())
             if use_weight:
-                chosen[weight] = entries[entries < weights]
+                chosen[weight] = entries[:count]
             if use_bias:
-                chosen[bias] = entries[entries >= weights] - weights
+                chosen[bias] = entries[count:] - weights
         return chosen, unknown
 
     def _view(self, layer: Any, name: str, weight: list[str], bias: list[str]) -> Layer:
