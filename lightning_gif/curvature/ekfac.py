@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from typing_extensions import Self
 from ..config import Settings
 from ..data.batch import Batch
 from ..data.examples import Examples
+from ..distributed import ProcessGroup
 from ..errors import ConfigurationError
 from ..objective import outputs
 from ..objective.layer_gradients import LayerGradients, RecordedPass
@@ -54,6 +55,9 @@ _MATRICES = (Linear.kind, Convolution.kind)
 
 # The number of gradients whose iHVPs are computed at a time, which limits the memory for copies.
 _TOGETHER = 64
+
+# Gradients of examples are rotated into the Kronecker basis in parts of about this size.
+_PART_BYTES = 2**24
 
 # With fewer examples, several random vectors are drawn for each, up to so many for all of them.
 _DRAWS = 256
@@ -460,9 +464,8 @@ def _fit(passes: _Passes) -> tuple[list[KroneckerBlock], dict[str, Tensor], int]
                 if inner is not None:
                     rows = inputs.flatten(0, 1)
                     inner += weight * (rows.T @ rows)
-    for block, (outer, inner) in zip(blocks, moments, strict=True):
-        block.outer = None if outer is None else eigenvectors(processes.sum(outer))
-        block.inner = None if inner is None else eigenvectors(processes.sum(inner))
+    for block in blocks:
+        block.outer, block.inner = _bases(*moments.pop(0), processes)
         block.values = theta.new_zeros(_shape(block, space))
     inside = {part.name for block in blocks for part in block.parts}
     diagonal = {name: theta.new_zeros(slot.size) for name, slot in space.slots.items() if name not in inside}
@@ -478,6 +481,13 @@ def _fit(passes: _Passes) -> tuple[list[KroneckerBlock], dict[str, Tensor], int]
     return blocks, {name: processes.sum(values) / n for name, values in diagonal.items()}, rank
 
 
+def _bases(outer: Tensor | None, inner: Tensor | None, processes: ProcessGroup) -> tuple[Tensor | None, Tensor | None]:
+    """The eigenvectors of the second moments of both sides; ``None`` for a side that keeps its own basis."""
+    outer = None if outer is None else eigenvectors(processes.sum(outer))
+    inner = None if inner is None else eigenvectors(processes.sum(inner))
+    return outer, inner
+
+
 def _weighted_squares(
     block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Tensor], space: ParameterSpace, weights: Tensor
 ) -> Tensor:
@@ -486,7 +496,8 @@ def _weighted_squares(
     if one_position is not None:
         left, right = one_position
         return ((left @ weights) * right).sum(1)
-    return (_rotated(block, recorded, deltas, space).square() * weights).sum((1, 2))
+    parts = _rotated(block, recorded, deltas, space)
+    return torch.cat([(part.square() * weights).sum((1, 2)) for part in parts])
 
 
 def sum_of_squares(
@@ -497,7 +508,7 @@ def sum_of_squares(
     if one_position is not None:
         left, right = one_position
         return left.T @ right
-    return _rotated(block, recorded, deltas, space).square().sum(0)
+    return reduce(torch.add, (part.square().sum(0) for part in _rotated(block, recorded, deltas, space)))
 
 
 def _one_position(
@@ -514,17 +525,24 @@ def _one_position(
     return left, right
 
 
-def _rotated(block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Tensor], space: ParameterSpace) -> Tensor:
-    """The gradients of all examples in the Kronecker basis, ``(B, o, i)``."""
-    if not block.is_table and _is_used_once(block, recorded):
-        ((inputs, slopes),) = block.sides(recorded, deltas)
-        rows, columns, positions = slopes.shape[2], inputs.shape[2], inputs.shape[1]
-        if positions * (rows**2 + columns**2) >= rows * columns * (rows + columns):
-            return block.rotate(slopes.mT @ inputs)
-        sides = (slopes, block.outer), (inputs, block.inner)
-        left, right = (side if basis is None else side @ basis for side, basis in sides)
-        return left.mT @ right
-    return block.rotate(block.matrix(lambda name: recorded.of_parameter(name, space.slots[name].size, deltas)))
+def _rotated(
+    block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Tensor], space: ParameterSpace
+) -> Iterator[Tensor]:
+    """The gradients of all examples in the Kronecker basis, ``(B, o, i)``, as parts for a few examples each."""
+    if block.is_table or not _is_used_once(block, recorded):
+        yield block.rotate(block.matrix(lambda name: recorded.of_parameter(name, space.slots[name].size, deltas)))
+        return
+    ((inputs, slopes),) = block.sides(recorded, deltas)
+    rows, columns, positions = slopes.shape[2], inputs.shape[2], inputs.shape[1]
+    rotates_sides = positions * (rows**2 + columns**2) < rows * columns * (rows + columns)
+    size = max(_PART_BYTES // (rows * columns * inputs.element_size()), 1)
+    for some_inputs, some_slopes in zip(inputs.split(size), slopes.split(size), strict=True):
+        if rotates_sides:
+            sides = (some_slopes, block.outer), (some_inputs, block.inner)
+            left, right = (side if basis is None else side @ basis for side, basis in sides)
+            yield left.mT @ right
+        else:
+            yield block.rotate(some_slopes.mT @ some_inputs)
 
 
 def _is_used_once(block: KroneckerBlock, recorded: RecordedPass) -> bool:

@@ -25,14 +25,14 @@ from ..curvature.streaming import graph_bytes
 from ..data.batch import Batch
 from ..data.examples import Examples
 from ..objective.autograd import gradient_of
-from ..objective.losses import GRADIENT_BYTES
-from ..objective.objective import FEW_DIRECTIONS, Objective
+from ..objective.objective import Objective
 from ..solvers import SOLVERS, low_rank
 from ..unlearning.goals import Goal
 from ..unlearning.leave_out import POWER_STEPS
 from ..unlearning.matching import Matching
 from ..unlearning.task import SampleSizes
 from ..unlearning.tuning import Relinearisation
+from .peak import PeakMemory
 
 __all__ = ["Costs", "Estimate", "PassCosts", "measure"]
 
@@ -83,10 +83,12 @@ class Pass:
     Attributes:
         fixed: The seconds for any batch.
         each: The additional seconds for each example.
+        peak: The bytes of new tensors at the peak of a pass over a whole batch.
     """
 
     fixed: float
     each: float
+    peak: int = 0
 
     def over(self, n: float, size: int) -> float:
         """The seconds of a pass over ``n`` examples in batches of ``size``."""
@@ -101,11 +103,13 @@ class CurvatureCosts:
         first: The first pass.
         product: A product after it.
         kept: The bytes that the first pass over a whole batch keeps.
+        working: The bytes of the first pass and a product at their peak, without those that are kept.
     """
 
     first: Pass
     product: Pass
     kept: int
+    working: int
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class PassCosts:
         layers: The EK-FAC inverse, whose fixed time is spent once for all examples; ``None`` if scores do not use it.
         layers_bytes: The size of that inverse.
         root: The seconds of a product of its root with a vector.
+        opening: The bytes at the peak of finding out how gradients of single examples are computed.
     """
 
     size: int
@@ -143,6 +148,7 @@ class PassCosts:
     layers: Pass | None
     layers_bytes: int
     root: float
+    opening: int
 
 
 def measure(
@@ -158,14 +164,7 @@ def measure(
         n_queries: The number of queries.
     """
     sample = train.sample(2 * train.batch_size, 0)
-    begin, times, batches = time.perf_counter(), list[float](), list[Batch]()
-    for batch in sample.batches():
-        times.append(time.perf_counter() - begin)
-        batches.append(batch)
-        if len(batches) == 2:
-            break
-        begin = time.perf_counter()
-    first, second = batches[0], batches[-1] if batches[-1].size == batches[0].size else batches[0]
+    first, second, read = _two_batches(sample)
     part = second.slice(0, math.ceil(second.size / _PART)) if second.divisible else second
     theta = objective.theta
 
@@ -177,8 +176,8 @@ def measure(
         return Pass(whole - each * second.size, each)
 
     def of(run: Callable[[Batch], Any]) -> Pass:
-        run(first)
-        return line(lambda batch: _seconds(lambda: run(batch), objective.device))
+        peak = _peak(lambda: run(first))
+        return replace(line(lambda batch: _seconds(lambda: run(batch), objective.device)), peak=peak)
 
     with torch.no_grad():
         loss = of(lambda batch: objective.losses(theta, batch))
@@ -187,7 +186,9 @@ def measure(
         linearise = CURVATURES[kind](objective)
         kept = graph_bytes(*linearise(theta, second)[1])
         start = of(partial(linearise, theta))
-        curvatures[kind] = CurvatureCosts(start, line(partial(_product_seconds, objective, linearise)), kept)
+        working = max(_peak(partial(_one_product, objective, linearise, first)) - kept, 0)
+        product = line(partial(_product_seconds, objective, linearise))
+        curvatures[kind] = CurvatureCosts(start, product, kept, working)
     rows = of(lambda batch: [rows.sum() for rows in objective.gradients(batch)])
     layers, layers_bytes, root, itself = None, 0, 0.0, rows
     if scores.solver == EKFACInverse.name:
@@ -203,7 +204,7 @@ def measure(
         queries = of(lambda batch: objective.directional_derivatives(batch, directions))
     return PassCosts(
         size=second.size,
-        read=Pass(0.0, times[-1] / batches[-1].size),
+        read=Pass(0.0, read),
         loss=loss,
         gradient=of(lambda batch: gradient_of(objective.loss_sum(differentiated, batch), differentiated)),
         score=score,
@@ -216,7 +217,21 @@ def measure(
         layers=layers,
         layers_bytes=layers_bytes,
         root=root,
+        opening=_peak(objective.choose_layers),
     )
+
+
+def _two_batches(sample: Examples) -> tuple[Batch, Batch, float]:
+    """The first batch; the second, or the first again if there is no other of its size; and the seconds per example."""
+    begin, times, batches = time.perf_counter(), list[float](), list[Batch]()
+    for batch in sample.batches():
+        times.append(time.perf_counter() - begin)
+        batches.append(batch)
+        if len(batches) == 2:
+            break
+        begin = time.perf_counter()
+    second = batches[-1] if batches[-1].size == batches[0].size else batches[0]
+    return batches[0], second, times[-1] / batches[-1].size
 
 
 def _inverse(objective: Objective, sample: Examples, settings: Settings) -> tuple[Pass, EKFACInverse]:
@@ -227,11 +242,18 @@ def _inverse(objective: Objective, sample: Examples, settings: Settings) -> tupl
     """
     method, everything = METHODS[settings.method], torch.arange(objective.space.size)
     sample = sample.cached(math.inf)
-    inverse = EKFACInverse.fit(objective, sample, settings, method, everything)  # a warm-up
+    with PeakMemory() as memory:  # and a warm-up
+        inverse = EKFACInverse.fit(objective, sample, settings, method, everything)
     whole = _seconds(lambda: EKFACInverse.fit(objective, sample, settings, method, everything), objective.device)
     moments = [(basis * torch.linspace(1, 2, len(basis)).to(basis)) @ basis.T for basis in inverse.bases]
     fixed = min(_seconds(lambda: [eigenvectors(moment) for moment in moments], objective.device), whole)
-    return Pass(fixed, (whole - fixed) / len(sample)), inverse
+    return Pass(fixed, (whole - fixed) / len(sample), memory.peak), inverse
+
+
+def _one_product(objective: Objective, linearise: Linearise, batch: Batch) -> Tensor:
+    """The product of the curvature of a batch with a vector."""
+    product, _ = linearise(objective.theta, batch)
+    return product(torch.ones_like(objective.theta))
 
 
 def _product_seconds(objective: Objective, linearise: Linearise, batch: Batch) -> float:
@@ -256,6 +278,13 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     while times[0] < _SHORT and len(times) < _REPEATS:
         times.append(once())
     return statistics.median(times)
+
+
+def _peak(run: Callable[[], Any]) -> int:
+    """The bytes of new tensors at the peak of ``run``."""
+    with PeakMemory() as memory:
+        run()
+    return memory.peak
 
 
 def _wait(device: torch.device) -> None:
@@ -314,21 +343,21 @@ class Costs:
                 semidefinite=CURVATURES.declared(CURVATURES[settings.curvature], "positive_semidefinite"),
             )
             solves, kept = self._solve(passes.scores, settings, self._sample(settings), products)
+            solving = kept + passes.scores.working
             copies = SKETCH_COPIES * max_iter(settings) if SOLVERS[settings.solver].is_sketch else 12
         else:
-            algebra, products, copies = 0.0, 0, 2
-            solves, kept = self._layers(passes.layers, settings)
-        # Layers give the derivatives without gradients of single examples.
-        forms_rows = n_queries > FEW_DIRECTIONS and self.objective.layers is None and self.objective.loss.vectorised
-        score = self._over(self.n_train, passes.queries if n_queries > 1 else passes.score)
-        each = algebra + solves + n_queries * self._over(1, passes.gradient) + score
-        vectors = (copies + (1 + n_states) * n_queries + n_states - 1) * self.objective.theta.nbytes
+            algebra, products, copies = 0.0, 0, 4 * min(n_queries, EKFACInverse.block_size)
+            solves, kept, solving = self._layers(passes.layers, settings)
+        scoring = passes.queries if n_queries > 1 else passes.score
+        each = algebra + solves + n_queries * self._over(1, passes.gradient) + self._over(self.n_train, scoring)
+        stored = (n_states * n_queries + n_states - 1) * self.objective.theta.nbytes
+        working = copies * self.objective.theta.nbytes
         return Estimate(
             "trainer.influence(batch)"
             if n_queries == 1
             else f"trainer.influence(batch, per_example=True), {n_queries} queries",
             self.start + self._over(self.n_train, passes.read) + n_states * each,
-            (kept + vectors + max(passes.scores.kept, self._block * forms_rows)) / _GIB,
+            self._gib(solving, kept + stored + max(working, scoring.peak, passes.gradient.peak)),
             n_states * products,
         )
 
@@ -337,12 +366,10 @@ class Costs:
         passes, theta = self.passes, self.objective.theta
         scoring = self._over(self.n_train, passes.read)
         if passes.layers is not None and settings.solver not in SOLVERS:
-            solves, kept = self._layers(passes.layers, settings)
+            solves, kept, solving = self._layers(passes.layers, settings)
             scoring += self._over(self.n_train, passes.itself)
-            block = self._block if passes.itself is passes.rows else 0
-            return Estimate(
-                "trainer.self_influence()", self.start + solves + scoring, (kept + block) / _GIB, products=0
-            )
+            gib = self._gib(solving, kept + passes.itself.peak)
+            return Estimate("trainer.self_influence()", self.start + solves + scoring, gib, products=0)
         scoring += self._over(self.n_train, passes.rows)
         size, measured = len(theta), min(len(theta), _MOST_ENTRIES)
         dense = size <= DENSE_PARAMETERS
@@ -362,11 +389,11 @@ class Costs:
         else:
             solves, kept = self._curvature(passes.scores, settings, n, products)
         scoring += self.n_train / passes.size * quadratic
-        held = (theta.nbytes * rank * SKETCH_COPIES if not dense else 8 * rank**2) + self._block
+        held = theta.nbytes * rank * SKETCH_COPIES if not dense else 8 * rank**2
         return Estimate(
             "trainer.self_influence()",
             self.start + algebra + solves + scoring,
-            (kept + held + passes.scores.kept) / _GIB,
+            self._gib(kept + held + passes.scores.working, kept + held + passes.rows.peak),
             products,
         )
 
@@ -408,7 +435,7 @@ class Costs:
         return Estimate(
             f"trainer.unlearn of {n_forget} example{'s' * (n_forget != 1)}",
             self.start + begin + algebra + influence + (_SEARCH_TRIALS + 3) * trial,
-            (kept + 12 * self.objective.theta.nbytes + passes.edits.kept) / _GIB,
+            self._gib(kept + 12 * self.objective.theta.nbytes + max(passes.edits.working, passes.gradient.peak)),
             products,
             change,
             further_changes=Relinearisation().max_solves - 1,
@@ -435,7 +462,9 @@ class Costs:
         trial = sum(self._over(n, passes.loss) for n in (n_eval, min(n_forget, n_eval), n_forget, n_unseen))
         products = (settings.max_iter or numbers.iterations) + 1  # the last is the curvature along the change
         solves, kept = self._curvature(passes.edits, settings, n_fit, products)
-        root = 0.0 if passes.layers is None else passes.layers.fixed + n_fit * passes.layers.each
+        root, fitting = 0.0, 0
+        if passes.layers is not None:
+            root, fitting = passes.layers.fixed + n_fit * passes.layers.each, passes.layers.peak
         root += 2 * products * passes.root  # from both sides of the matrix
         rate = sum(self._curvature(passes.edits, settings, n, POWER_STEPS)[0] for n in (few, aimed))
         parts = min(numbers.retained, n_retain), min(numbers.forgotten, n_forget)
@@ -451,22 +480,32 @@ class Costs:
         return Estimate(
             f"trainer.unlearn of {n_forget} example{'s' * (n_forget != 1)}",
             self.start + begin + solves + root + predicted + 4 * trial,
-            (kept + 12 * self.objective.theta.nbytes + passes.edits.kept) / _GIB,
+            self._gib(
+                fitting + kept,
+                passes.layers_bytes
+                + kept
+                + 12 * self.objective.theta.nbytes
+                + max(passes.edits.working, passes.gradient.peak),
+            ),
             products,
             rate + numbers.steps * (stepping + self._over(numbers.retained, passes.read)) + trial,
             further_changes=1,
         )
 
-    @property
-    def _block(self) -> int:
-        """The bytes of gradients of single examples that are computed at a time."""
-        # By parameter, as rows, with weight decay, on the targets, and a temporary copy for norms.
-        return 5 * min(self.passes.size * self.objective.theta.nbytes, GRADIENT_BYTES)
-
-    def _layers(self, cost: Pass, settings: Settings) -> tuple[float, float]:
-        """The seconds of the EK-FAC inverse, and the bytes that are kept."""
+    def _layers(self, cost: Pass, settings: Settings) -> tuple[float, float, float]:
+        """The seconds of the EK-FAC inverse, the bytes that are kept, and those at the peak of its computation."""
         n = self._sample(settings)
-        return self._over(n, self.passes.read) + cost.fixed + n * cost.each, 3.0 * self.passes.layers_bytes
+        cached = n / self.passes.size * self.passes.batch_bytes
+        cached = cached if cached <= bytes_to_keep(settings, self.objective) else 0.0
+        seconds = self._over(n, self.passes.read) + cost.fixed + n * cost.each
+        return seconds, float(self.passes.layers_bytes), cached + cost.peak
+
+    def _gib(self, *stages: float) -> float:
+        """The GiB at the peak of a call: of its opening, or of the stage that needs the most bytes.
+
+        The weights as a vector, and a result like it, are there all the time.
+        """
+        return (max(self.passes.opening, *stages) + 2 * self.objective.theta.nbytes) / _GIB
 
     def _sample(self, settings: Settings) -> int:
         """The number of examples that the curvature is taken over."""
@@ -485,14 +524,16 @@ class Costs:
         repeated = (batches - held) / batches * first * max(products - 1, 0)
         seconds = self._over(n, self.passes.read) + first + products * self._over(n, costs.product) + repeated
         cached = batches * self.passes.batch_bytes
-        return seconds, held * costs.kept + (cached if cached <= room else 0.0)
+        # The graph of a batch exists while it is used, even if it is not kept.
+        return seconds, max(held, 1) * costs.kept + (cached if cached <= room else 0.0)
 
     def _solve(self, costs: CurvatureCosts, settings: Settings, n: int, products: int) -> tuple[float, float]:
         """As :meth:`_curvature`, for the products of the solver of the settings."""
         if not SOLVERS[settings.solver].requires_draws:
             return self._curvature(costs, settings, n, products)
         few = min(n, self.passes.size)  # each product is over another batch
-        return products * sum(self._over(few, one) for one in (self.passes.read, costs.first, costs.product)), 0.0
+        seconds = products * sum(self._over(few, one) for one in (self.passes.read, costs.first, costs.product))
+        return seconds, float(costs.kept)
 
     def _jacobians(self, n: int, products: int) -> tuple[float, float]:
         """As :meth:`_curvature`, for products with the Jacobians of single examples."""

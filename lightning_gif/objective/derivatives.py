@@ -83,25 +83,24 @@ def query_gradients(
         NonFiniteError: If a gradient is not finite.
     """
     processes = examples.processes
-    found, total = [], torch.zeros_like(theta)
+    total = theta.new_zeros(len(examples) if per_example else 1, space.size)
+    position = examples.shard[0] if per_example else 0
     for batch in examples.local_batches():
         if per_example and rows is not None:
-            found += [row for some in rows(batch) for row in some]
+            for some in rows(batch):
+                total[position : position + len(some)] = some
+                position += len(some)
             continue
         at = theta.detach().requires_grad_()
         values = measurements(at, batch)
-        if per_example:
-            found += [gradient_of(value, at, retain_graph=True) for value in values]
-        else:
-            total += gradient_of(values.sum(), at)
-    if not per_example:
-        return _require_finite(processes.sum(total)[None] / len(examples), space)
-    if processes.size == 1:
-        return _require_finite(torch.stack(found), space)
-    gradients = theta.new_zeros(len(examples), space.size)
-    for position, row in enumerate(found, examples.shard[0]):
-        gradients[position] = row
-    return _require_finite(processes.sum(gradients), space)
+        if not per_example:
+            total[0] += gradient_of(values.sum(), at)
+            continue
+        for value in values:
+            total[position] = gradient_of(value, at, retain_graph=True)
+            position += 1
+    total = processes.sum(total)
+    return _require_finite(total if per_example else total / len(examples), space)
 
 
 def _require_finite(gradients: Tensor, space: ParameterSpace) -> Tensor:

@@ -402,6 +402,10 @@ class Objective:
 
         A few training examples are used to find out, so it is ``None`` before :meth:`learn_structure`.
         """
+        return self.choose_layers()
+
+    def choose_layers(self) -> LayerGradients | None:
+        """Finds out what :attr:`layers` is, which takes a few passes."""
         if self.probed is None or not self.probed.divisible:
             return None
         return LayerGradients.choose(self.loss, self.probed)

@@ -392,3 +392,15 @@ def test_eigenvectors_that_fail_in_float32_are_computed_in_float64(fault: str, m
     assert dtypes == [torch.float32, torch.float64]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.T @ moment @ found, torch.diag(torch.tensor([0.0, 1.0, 3.0])))
+
+
+@pytest.mark.parametrize("name", ["convolution", "tokens"])
+def test_gradients_can_be_rotated_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for size in (2**24, 1):
+        monkeypatch.setattr(ekfac, "_PART_BYTES", size)
+        with opened(name) as (objective, examples):
+            inverse = fit(objective, examples)
+            forms = [inverse.of_losses(objective, batch) for batch in examples.batches()]
+            results.append((inverse.ihvp(torch.ones(1, objective.space.size).double())[0], torch.cat(forms)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
