@@ -103,6 +103,7 @@ class CheckReport(HtmlReport):
         warnings: All warnings that the losses, the data and the targets cause.
         seconds: The time that the check took, in seconds.
         matches: Whether an edit of single examples changes all parameters (by ``step="match"``).
+        training_seconds: The time of all recorded fits in seconds; 0 if none was recorded.
     """
 
     module: str
@@ -118,6 +119,7 @@ class CheckReport(HtmlReport):
     warnings: list[str]
     seconds: float
     matches: bool = False
+    training_seconds: float = 0.0
 
     @property
     def n_parameters(self) -> int:
@@ -207,6 +209,7 @@ def check(
         costs=estimates,
         warnings=list(dict.fromkeys([*caught, *more, *_doubts(objective, agreement)])),
         seconds=seconds + time.perf_counter() - begin,
+        training_seconds=session.tracker.length.seconds,
     )
 
 
@@ -325,5 +328,7 @@ def _lines(report: CheckReport) -> Iterator[str]:
         further = "the match, if it is needed" if most == 1 else f"each of up to {most} further changes"
         change = "" if per_change is None else f", and {duration(per_change)} for {further}"
         yield f"  {cost.call}: {duration(cost.seconds)}{change}; {max(cost.gib, 0.01):.2f} GiB"
+        if per_change is not None and 0 < report.training_seconds < cost.seconds:
+            yield f"    retraining is cheaper: the whole training took {duration(report.training_seconds)}"
     for message in report.warnings:
         yield f"warning: {message}"

@@ -5,11 +5,27 @@ from __future__ import annotations
 from .._compat import rank_zero_warn
 from ..errors import GIFWarning
 from ..reporting.notes import warn_and_note
+from ..reporting.progress import duration
 from .goals import Goal
 from .task import Scales
 from .verdict import Grade, Verdict
 
-__all__ = ["warn_cost", "warn_refreshed_statistics", "warn_unfinished"]
+__all__ = ["note_cheaper_retraining", "warn_cost", "warn_refreshed_statistics", "warn_unfinished"]
+
+
+def note_cheaper_retraining(seconds: float, training: float, notes: list[str]) -> None:
+    """Notes that the edit took longer than the training. Then training again is more exact, and cheaper.
+
+    Args:
+        seconds: The seconds of the edit.
+        training: The seconds of all recorded fits; 0 if none was recorded.
+        notes: The notes of the report, which are extended.
+    """
+    if 0 < training < seconds:
+        notes.append(
+            f"Retraining is cheaper here: this edit took {duration(seconds)}, and the whole training"
+            f" {duration(training)}."
+        )
 
 
 def warn_unfinished(goal: Goal, verdict: Verdict | None, notes: list[str], *, is_edit: bool) -> None:

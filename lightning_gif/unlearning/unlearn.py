@@ -27,7 +27,7 @@ from ..objective.objective import Objective
 from ..parameters import Targets, state_digest
 from ..selection.training_length import TrainingLength
 from ..storage.digests import Fingerprint, digest
-from .advice import warn_cost, warn_refreshed_statistics, warn_unfinished
+from .advice import note_cheaper_retraining, warn_cost, warn_refreshed_statistics, warn_unfinished
 from .goals import Goal, choose_goal
 from .journal import Journal
 from .logged import Forgotten
@@ -158,7 +158,9 @@ def unlearn(
             "The optimizer's state (momentum, averages) is not part of the edit and still depends on the forgotten"
             " data. Create a new optimizer before you train further."
         )
-    return _report(problem, task, request, tuning, outcome, verdict, data, notes, time.perf_counter() - start, context)
+    seconds = time.perf_counter() - start
+    note_cheaper_retraining(*objective.processes.broadcast((seconds, task.training.seconds)), notes)
+    return _report(problem, task, request, tuning, outcome, verdict, data, notes, seconds, context)
 
 
 def _open_journal(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from lightning_gif import GIFWarning
+from lightning_gif import GIFCallback, GIFWarning
 from lightning_gif.unlearning import LabelCorrection
 from lightning_gif.unlearning.advice import warn_cost, warn_refreshed_statistics
 
@@ -45,6 +45,17 @@ def test_losses_that_an_edit_raised_are_noted() -> None:
     assert "retained loss rose from 0.1 to 0.3" in told(0.1, 3.0, 0.3, 0.1)[0]
     assert told(0.1, 3.0, 0.1, 3.2) == []
     assert "corrected examples rose from 3 to 3.5" in told(0.1, 3.0, 0.1, 3.5)[0]
+
+
+def test_an_edit_that_takes_longer_than_the_training_says_that_retraining_is_cheaper() -> None:
+    trainer, _, _ = fitted(callback=(callback := GIFCallback()))
+    length = callback.tracker.length
+    assert length.seconds > 0
+    for seconds, is_cheaper in ((1e-6, True), (1e6, False), (0.0, False)):  # 0: no training was recorded
+        length.seconds = seconds
+        notes = trainer.unlearn([3, 17, 30], dry_run=True).notes
+        assert any(note.startswith("Retraining is cheaper here: this edit took") for note in notes) == is_cheaper
+        assert ("retraining is cheaper: the whole training took" in str(trainer.influence.check())) == is_cheaper
 
 
 @pytest.mark.parametrize(("old", "new", "count"), [(0.5, 0.6, 1), (0.5, 0.54, 0), (-1.006, -1.018, 0), (-1.0, -0.8, 1)])
