@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from .test_easydub import generate
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
-# The arguments of a smallest run. DATA stands for a folder with a few images in the format of MNIST.
+# The arguments of a smallest run. DATA stands for a folder with a few images in the format of MNIST, and EASYDUB for a
+# folder in the layout of EasyDUB.
 SMALLEST: dict[str, str] = {
     "attribution_time": "--data DATA --examples 60 --queries 1 --peers",
     "backdoor": "--data DATA --net resnet --epochs 1 --seeds 1 --steps natural",
@@ -23,6 +26,7 @@ SMALLEST: dict[str, str] = {
     "compare": "--model tests.line.Net --data tests.line.Blobs --forget_class 1 --trainer.max_epochs 1 "
     "--baselines [ssd]",
     "defaults": "--data DATA --net resnet --classes 0 --epochs 1 --what step",
+    "easydub": "--root EASYDUB --models 2",
     "faults": "--injections 4",
     "field": "lightning --only BoringModel",
     "forget_class": "--data DATA --net resnet --epochs 1 --seeds 1 --classes 1 --steps natural",
@@ -106,7 +110,10 @@ def test_a_smallest_run_prints_a_table(
     file: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run(file, shlex.split(SMALLEST[file.stem].replace("DATA", str(data))), monkeypatch)
+    arguments = SMALLEST[file.stem].replace("DATA", str(data))
+    if "EASYDUB" in arguments:
+        arguments = arguments.replace("EASYDUB", str(generate(tmp_path / "easydub")))
+    run(file, shlex.split(arguments), monkeypatch)
     printed = capsys.readouterr().out
     assert any(character.isdigit() for character in printed), printed
 
