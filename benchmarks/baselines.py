@@ -1,7 +1,8 @@
 """Unlearning baselines that need only the model and the data, for comparison with an edit.
 
-Fine-tuning, gradient ascent, NegGrad+, SSD, ℓ1-sparse and SalUn, implemented from their papers. They work on any
-LightningModule whose `training_step` returns the loss:
+Fine-tuning, gradient ascent, NegGrad+, SSD, ℓ1-sparse and SalUn, implemented from their papers, and two methods of the
+NeurIPS competition of 2023, masked small gradients and convolution transpose. They work on any LightningModule whose
+`training_step` returns the loss:
 
     ssd(copy.deepcopy(model), forget_loader, retain_loader, seed=0, alpha=10.0, dampening=1.0, examples=None)
 
@@ -42,10 +43,12 @@ __all__ = [
     "Outcome",
     "Relabel",
     "Trial",
+    "convolution_transpose",
     "default",
     "fine_tune",
     "gradient_ascent",
     "l1_sparse",
+    "masked_small_gradients",
     "neg_grad_plus",
     "salun",
     "ssd",
@@ -230,6 +233,70 @@ def salun(task: _Task, *, epochs: float, saliency: float, **optimisation: Any) -
     batches = data.stream(task.seed)
     rounds = task.budget.rounds(epochs * data.n_batches)
     _descend(task, lambda _: task.loss(next(batches)), rounds, masks=masks, **optimisation)
+
+
+@_method
+def masked_small_gradients(task: _Task, *, epochs: float, reset: float, old_rate: float, **optimisation: Any) -> None:
+    """MSG, the second place of the competition of 2023, as in Deep Unlearn (Cadet et al., arXiv 2410.01276).
+
+    In each layer, the share ``reset`` of the weights with the smallest gradients gets new random values. The gradient
+    is that of the retained minus the forget loss, over as many batches of each. Then it fine-tunes. The gradients of
+    all other weights of these layers are multiplied by ``old_rate``. The learning rate rises and then falls to zero.
+
+    The layers are convolutions. A module without them has it applied to its linear layers.
+    """
+    task.module.eval()
+    gone, kept = _Pool(task.forget), _Pool(task.retain)
+    pairs = zip(gone.once(task.seed), kept.stream(task.seed), strict=False)
+    for _, (forget, retain) in zip(task.budget.rounds(gone.n_batches, share=0.5, batches=2), pairs, strict=False):
+        (task.loss(retain) - task.loss(forget)).backward()
+    factors = {}
+    _seed(task.seed)
+    with torch.no_grad():
+        for layer in _convolutions(task.module) or _layers(task.module, nn.Linear):
+            weight, new = layer.weight, torch.empty_like(layer.weight)
+            nn.init.kaiming_normal_(new, mode="fan_out", nonlinearity="relu")
+            smallest = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+            slopes = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            smallest[slopes.abs().flatten().topk(round(reset * weight.numel()), largest=False).indices] = True
+            weight.copy_(torch.where(smallest.view_as(weight), new, weight))
+            factors[weight] = torch.where(smallest.view_as(weight), 1.0, old_rate)
+    data = task.kept()
+    batches = data.stream(task.seed)
+    _descend(
+        task,
+        lambda _: task.loss(next(batches)),
+        task.budget.rounds(epochs * data.n_batches),
+        schedule=lambda progress: 2 * min(progress, 1 - progress),
+        factors=factors,
+        **optimisation,
+    )
+
+
+@_method
+def convolution_transpose(task: _Task, *, epochs: float, **optimisation: Any) -> None:
+    """CT, the fifth place of the competition of 2023, as in Deep Unlearn (Cadet et al., arXiv 2410.01276).
+
+    The kernel of each convolution is transposed. Then it fine-tunes, with a learning rate that falls along a cosine.
+
+    Raises:
+        ValueError: The module has no convolution with a square kernel.
+    """
+    layers = [layer for layer in _convolutions(task.module) if layer.weight.shape[2] == layer.weight.shape[3]]
+    if not layers:
+        raise ValueError(f"{type(task.module).__name__} has no convolution with a square kernel to transpose.")
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.copy_(layer.weight.mT.clone())
+    data = task.kept()
+    batches = data.stream(task.seed)
+    _descend(
+        task,
+        lambda _: task.loss(next(batches)),
+        task.budget.rounds(epochs * data.n_batches),
+        schedule=lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+        **optimisation,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -528,6 +595,15 @@ def _another_class(forget: _Pool, retain: _Pool) -> Callable[[Tensor], Tensor]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def _layers(module: nn.Module, kind: type[nn.Module]) -> list[Any]:
+    """The layers of a kind whose weights are trained."""
+    return [layer for layer in module.modules() if isinstance(layer, kind) and layer.weight.requires_grad]
+
+
+def _convolutions(module: nn.Module) -> list[Any]:
+    return _layers(module, nn.Conv2d)
+
+
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
@@ -577,6 +653,8 @@ def _descend(
     weight_decay: float = 0.0,
     batch_norm: str = "batch",
     masks: list[Tensor] | None = None,
+    factors: dict[nn.Parameter, Tensor] | None = None,
+    schedule: Callable[[float], float] = lambda progress: 1.0,
 ) -> None:
     """Minimises an objective in training mode.
 
@@ -584,12 +662,14 @@ def _descend(
         task: The task with the module.
         objective: A function from the progress, 0 to 1, to the value to minimise.
         rounds: The rounds of a :class:`_Budget`.
-        lr: The constant learning rate.
+        lr: The learning rate.
         optimizer: ``"sgd"`` or ``"adam"``, with a new state.
         momentum: The momentum of SGD.
         weight_decay: The optimizer's weight decay, added to the gradient.
         batch_norm: ``"batch"``: normalises by the batch and updates the running statistics; ``"running"``: keeps them.
         masks: The entries of each parameter that may change, by default all.
+        factors: By parameter, what its gradient is multiplied by.
+        schedule: The factor of the learning rate, as a function of the progress.
 
     Raises:
         ValueError: ``optimizer`` or ``batch_norm`` is none of these.
@@ -612,6 +692,7 @@ def _descend(
             submodule.eval()
     masked = [(weight, weight.detach().clone(), mask) for weight, mask in zip(weights, masks or (), strict=False)]
     for progress in rounds:
+        stepper.param_groups[0]["lr"] = lr * schedule(progress)
         stepper.zero_grad()
         value = objective(progress)
         if not value.requires_grad:
@@ -620,6 +701,9 @@ def _descend(
         for weight, _, mask in masked:
             if weight.grad is not None:
                 weight.grad *= mask  # keeps masked entries out of momentum and Adam's averages
+        for weight, factor in (factors or {}).items():
+            if weight.grad is not None:
+                weight.grad *= factor
         stepper.step()
         with torch.no_grad():
             for weight, old, mask in masked:

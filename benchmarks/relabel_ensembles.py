@@ -160,6 +160,7 @@ def unlearn(**options: Any) -> Variant:
         report = removal.trainer.unlearn(removal.indices.tolist(), relabel=removal.new, unseen=unseen, **options)
         net = copy.deepcopy(removal.learner.net)
         report.undo()
+        removal.reports.append(report)
         return net
 
     return edit

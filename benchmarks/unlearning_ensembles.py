@@ -12,10 +12,13 @@ KLOM is the Kullback-Leibler divergence of the margins' normal distributions ove
 is in processor seconds, as a share of those of a plain training in the same run.
 
 Methods may use training and unseen examples. Those that are the best of several settings are so by the distance, which
-nobody knows who does not retrain. The oracle even matches the outputs of the retrained models, those that it is then
-compared with, so its distance is too small. Test examples occur in the report only. `--cache` keeps the outputs of all
-trained models. Those to edit are fitted again in each run, since the callback records things in `fit`. Prints three
-Markdown tables for each task; progress goes to stderr.
+nobody knows who does not retrain. The oracle and DMM even match the outputs of the retrained models, those that they
+are then compared with, so their distance is too small. Test examples occur in the report only.
+
+The last table counts how often the verdict of the edit is right, over all tasks, forget sets and edited models.
+
+`--cache` keeps the outputs of all trained models. Those to edit are fitted again in each run, since the callback
+records things in `fit`. Prints three Markdown tables for each task, and one of verdicts; progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import sys
 import time
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,7 +40,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from baselines import Method, neg_grad_plus, salun, ssd
+from baselines import Method, convolution_transpose, masked_small_gradients, neg_grad_plus, salun, ssd
 from evidence import say, table, timed
 from tasks import Module, Transformer, adamw, chains, friedman, images, losses, perceptron, sgd
 from torch import Tensor, nn
@@ -44,7 +48,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gif import GIFCallback
+from lightning_gif import GIFCallback, UnlearnReport
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import digits
@@ -279,7 +283,7 @@ def truth(task: Task, folders: dict[str, Path], file: Path | None) -> dict[str, 
             torch.save(found, file)
 
     parts = task.parts(folders)
-    x, y = parts["train"]
+    parts["train"] = x, y = with_copies(task, parts["train"])
     found.update(parts)
     found["facts"] = task.facts(task.epochs * math.ceil(len(x) / BATCH))
 
@@ -323,8 +327,27 @@ def _memorisation(task: Task, data: Pair, base: Tensor, folds: int = 5, seeds: i
     return torch.stack([losses(outputs, y, "none") for outputs in base]).mean(0), left_out
 
 
+def with_copies(task: Task, data: Pair) -> Pair:
+    """The data with the last 1 % of the examples replaced by copies of others.
+
+    They are drawn from the tenth of the examples that is least like its ten neighbours in the target.
+    """
+    x, y = (part.clone() for part in data)
+    n, count = len(x), round(0.01 * len(x))
+    features = task.features(x)
+    near = torch.cdist(features, features).fill_diagonal_(torch.inf).topk(10, largest=False).indices
+    unlike = (y[near] - y[:, None]).abs() if y.is_floating_point() else (y[near] != y[:, None]).double()
+    hard = unlike.mean(1)[: n - count].topk(n // 10).indices
+    chosen = hard[torch.randperm(len(hard), generator=torch.Generator().manual_seed(6))[:count]]
+    x[n - count :], y[n - count :] = x[chosen], y[chosen]
+    return x, y
+
+
 def forget_sets(task: Task, data: Pair, memorisation: Tensor) -> dict[str, Tensor]:
-    """The indices of examples to forget: random ones, those that are memorised most, and neighbours of one class."""
+    """The indices of examples to forget.
+
+    They are random, those that are memorised most, neighbours of one class, and all that occur more than once.
+    """
     x, y = data
     n, generator = len(x), torch.Generator().manual_seed(4)
     sets = {
@@ -339,6 +362,8 @@ def forget_sets(task: Task, data: Pair, memorisation: Tensor) -> dict[str, Tenso
     alike = (-distances).topk(round(0.015 * n)).indices
     some = alike[torch.randperm(n, generator=generator)[:50]]  # of many, one whose removal matters
     sets["cluster"] = some[memorisation[some].mean(1).argmax()].sort().values
+    _, which, counts = x.flatten(1).unique(dim=0, return_inverse=True, return_counts=True)
+    sets["duplicates"] = (counts[which] > 1).nonzero().squeeze(1)
     return sets
 
 
@@ -359,6 +384,7 @@ class Removal:
         found: The result of :func:`truth`. Only the oracle looks at the retrained models.
         name: The name of the forget set.
         seed: The seed of the base model.
+        reports: The reports of edits by `trainer.unlearn`. A method adds its own.
     """
 
     task: Task
@@ -368,6 +394,7 @@ class Removal:
     found: dict[str, Any] = field(repr=False)
     name: str
     seed: int
+    reports: list[UnlearnReport] = field(default_factory=list, repr=False, kw_only=True)
 
     def forget(self) -> Pair:
         x, y = self.found["train"]
@@ -410,6 +437,7 @@ def unlearn(**options: Any) -> Variant:
         report = removal.trainer.unlearn(removal.indices.tolist(), unseen=unseen, **options)
         net = copy.deepcopy(removal.learner.net)
         report.undo()
+        removal.reports.append(report)
         return net
 
     return edit
@@ -472,6 +500,36 @@ def oracle(weight: float) -> Variant:
     return match
 
 
+def datamodel_matching(rate: float) -> Variant:
+    """DMM with perfect predictions: matches the mean outputs of retrained models (Georgiev et al., arXiv 2410.23232).
+
+    As there, Adam minimises the squared error on five copies of the forget examples and up to twenty times as many
+    retained ones, for four epochs of which each has 0.95 times the rate of the one before.
+
+    Args:
+        rate: The rate of the first epoch.
+    """
+
+    def match(removal: Removal) -> nn.Module:
+        net, (x, y) = copy.deepcopy(removal.learner.net).eval(), removal.found["train"]
+        wanted = centred(removal.found["retrained"][removal.name]["train"].mean(0), y)
+        kept = torch.ones(len(x), dtype=torch.bool)
+        kept[removal.indices] = False
+        optimizer = torch.optim.Adam(net.parameters(), rate)
+        torch.manual_seed(removal.seed)
+        some = kept.nonzero().squeeze(1)[torch.randperm(int(kept.sum()))[: 20 * len(removal.indices)]]
+        rows = torch.cat([removal.indices.repeat(5), some])
+        for _ in range(4):
+            for part in rows[torch.randperm(len(rows))].split(BATCH):
+                optimizer.zero_grad()
+                F.mse_loss(centred(net(x[part]), y), wanted[part]).backward()
+                optimizer.step()
+            optimizer.param_groups[0]["lr"] *= 0.95
+        return net
+
+    return match
+
+
 def centred(outputs: Tensor, y: Tensor) -> Tensor:
     """Logits without their mean, which has no effect; other outputs as they are."""
     return outputs if y.is_floating_point() else outputs - outputs.mean(-1, keepdim=True)
@@ -495,9 +553,20 @@ METHODS: dict[str, list[Variant]] = {
     "NegGrad+, best of 3": [baseline(neg_grad_plus, alpha=alpha, share=0.05, rate=0.2) for alpha in (0.9, 0.97, 0.99)],
     "SalUn, best of 3": [baseline(salun, saliency=0.5, share=0.1, rate=rate) for rate in (0.03, 0.1, 0.3)],
     "SSD, best of 3": [baseline(ssd, alpha=alpha, dampening=1.0, examples=None) for alpha in (10.0, 25.0, 50.0)],
+    "MSG, best of 3": [
+        baseline(masked_small_gradients, reset=0.3, old_rate=0.1, share=0.1, rate=rate) for rate in (0.1, 0.3, 1.0)
+    ],
+    "CT, best of 3": [baseline(convolution_transpose, share=0.1, rate=rate) for rate in (0.1, 0.3, 1.0)],
+    "DMM, oracle, best of 3": [datamodel_matching(rate) for rate in (1e-4, 5e-4, 2e-3)],
     "oracle": [oracle(0.3)],
 }
-CLASSES_ONLY = ("SalUn, best of 3",)
+
+
+def applies(method: str, task: Task, targets: Tensor) -> bool:
+    """Whether a method can edit the models of a task: some need classes or convolutions."""
+    if method.startswith("SalUn"):
+        return not targets.is_floating_point()
+    return not method.startswith("CT") or any(isinstance(layer, nn.Conv2d) for layer in task.net().modules())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -576,10 +645,32 @@ def measure(edited: dict[str, Tensor], found: dict[str, Any], name: str, members
 
 @dataclass(frozen=True)
 class Result:
-    """What a method did on a forget set: the measurements, and its seconds as a share of a training's."""
+    """What a method did on a forget set.
+
+    Attributes:
+        values: The measurements.
+        cost: Its seconds as a share of a training's.
+        reports: The reports of all members, for `trainer.unlearn`.
+    """
 
     values: dict[str, float]
     cost: float
+    reports: tuple[UnlearnReport, ...] = ()
+
+    @property
+    def grade(self) -> str:
+        """The grade that the verdict should have had, by the distance to retrained models.
+
+        The thresholds are those that the verdict itself has for the share of the predicted change.
+        """
+        values = self.values
+        if values["retrained normalised distance forget"] >= CLEAR:
+            return "Nothing to do"
+        share = 1 - values["normalised distance forget"]
+        before, after, best = (values[f"{of}loss forget"] for of in ("nothing ", "", "retrained "))
+        if share < 0.75 and after - before > 1.5 * (best - before):
+            return "Too far"
+        return "Done" if share >= 0.75 else "Partly done" if share >= 0.25 else "Not done"
 
 
 def judge(variants: Sequence[Variant], removals: Sequence[Removal], seconds: float) -> Result:
@@ -591,13 +682,15 @@ def judge(variants: Sequence[Variant], removals: Sequence[Removal], seconds: flo
     first, results = removals[0], list[Result]()
     for variant in variants:
         outputs, spent = {part: list[Tensor]() for part in ("train", "unseen", "test")}, 0.0
+        removals = [replace(removal, reports=[]) for removal in removals]
         for removal in removals:
             net, took = timed(partial(variant, removal))
             spent += took / len(removals)
             for part, kept in outputs.items():
                 kept.append(predictions(net, first.found[part][0]).nan_to_num(0.0, 1e4, -1e4))
         edited = {part: torch.stack(kept) for part, kept in outputs.items()}
-        results.append(Result(measure(edited, first.found, first.name, len(removals)), spent / seconds))
+        reports = tuple(report for removal in removals for report in removal.reports)
+        results.append(Result(measure(edited, first.found, first.name, len(removals)), spent / seconds, reports))
 
     def rank(result: Result) -> tuple[float, float]:
         lost = result.values["nothing quality retain"] - result.values["quality retain"]
@@ -663,6 +756,31 @@ def report(name: str, sets: Sequence[str], results: dict[str, dict[str, Result]]
     )
 
 
+def verdicts(results: Sequence[Result]) -> str:
+    """How often the reports of an edit had each verdict, by the grade that it should have had."""
+    counts = Counter(
+        (report.verdict.partition(".")[0], result.grade) for result in results for report in result.reports
+    )
+    grades = ("Done", "Partly done", "Not done", "Too far", "Nothing to do")
+    right = sum(count for (said, grade), count in counts.items() if said == grade)
+    noted = Counter(
+        (any(note.startswith("Retraining is cheaper") for note in report.notes), result.cost > 1)
+        for result in results
+        for report in result.reports
+    )
+    return "\n\n".join(
+        [
+            "### Verdicts of the edit",
+            f"{right} of {counts.total()} are right. Rows: the verdict; columns: the grade by the distance to"
+            " retraining.",
+            table(["", *grades], [[said, *(str(counts[said, grade]) for grade in grades)] for said in grades]),
+            f"A note says that retraining is cheaper for {noted[True, True]} of"
+            f" {noted[True, True] + noted[False, True]} edits that cost more than the training, and for"
+            f" {noted[True, False]} of {noted[True, False] + noted[False, False]} others.",
+        ]
+    )
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--mnist", type=Path, help="folder with the four gzipped idx files of MNIST")
@@ -679,7 +797,7 @@ def main() -> None:
     options = parser.parse_args()
     digits.quiet()
     warnings.simplefilter("ignore")
-    folders = {"mnist": options.mnist, "fashion": options.fashion}
+    folders, judged = {"mnist": options.mnist, "fashion": options.fashion}, list[Result]()
     for name in options.tasks:
         changed = {"epochs": options.epochs, "models": options.models, "members": options.members}
         task = replace(TASKS[name], **{key: value for key, value in changed.items() if value is not None})
@@ -693,9 +811,7 @@ def main() -> None:
             if any(not torch.equal(value, state[key]) for key, value in learner.net.state_dict().items()):
                 raise SystemExit(f"{cache} is of another training. Remove it.")
         _, seconds = timed(partial(fit, task, data, 0))
-        methods = [
-            method for method in options.methods if not data[1].is_floating_point() or method not in CLASSES_ONLY
-        ]
+        methods = [method for method in options.methods if applies(method, task, data[1])]
         results: dict[str, dict[str, Result]] = {method: {} for method in methods}
         for one in sets:
             removals = [
@@ -706,6 +822,8 @@ def main() -> None:
                 far, after = (result.values[key] for key in ("normalised distance forget", "loss forget"))
                 say(f"{name}, {one}, {method}: distance {far:.2f}, forget loss {after:.2f}, cost {result.cost:.2f}")
         print(report(name, sets, results) + "\n", flush=True)
+        judged += results.get("unlearn, default", {}).values()
+    print(verdicts(judged))
 
 
 if __name__ == "__main__":

@@ -269,6 +269,66 @@ def test_salun_needs_classes() -> None:
     baselines.salun(Regressor(), *loaders, seed=0, relabel=torch.zeros(4), **BASELINES["salun"].published)
 
 
+class Convolutions(nn.Sequential):
+    """A net for vectors of six, seen as images of 2 × 3."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            *(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(4, 4, (1, 3), padding=(0, 1)), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)),
+        )
+
+
+def test_msg_resets_the_weights_of_convolutions_with_the_smallest_gradients() -> None:
+    """Without a learning rate, the new values remain. The gradient is of the retained minus the forget loss."""
+    module, dataset = Classifier(net=Convolutions()), blobs()
+    members = (dataset.tensors[1] == 0).nonzero().flatten().tolist()
+    others = [i for i in range(len(dataset)) if i not in members][: len(members)]  # one batch of each
+    forget, retain = (DataLoader(Subset(dataset, rows), 99) for rows in (members, others))
+    x, y = dataset.tensors
+    pairs = zip(gradients(module, x[others], y[others]), gradients(module, x[members], y[members]), strict=True)
+    before, slopes = weights(module), [kept - gone for kept, gone in pairs]
+    settings = {"reset": 0.25, "old_rate": 0.1, "epochs": 1, "lr": 0.0, **SGD}
+    baselines.masked_small_gradients(module, forget, retain, seed=0, **settings)
+    for (name, new), slope in zip(module.named_parameters(), slopes, strict=True):
+        changed = new.detach() != before[name]
+        if new.ndim < 4:
+            assert not changed.any(), name
+            continue
+        assert int(changed.sum()) == round(0.25 * new.numel())
+        assert slope[changed].abs().max() <= slope[~changed].abs().min()
+
+
+def test_msg_multiplies_the_gradients_of_weights_that_it_kept() -> None:
+    """A net without convolutions has its linear layers reset. With ``old_rate=0``, no other weight of them changes."""
+    module, dataset = Classifier(), blobs()
+    before = weights(module)
+    settings = {"reset": 0.2, "old_rate": 0.0, "epochs": 9, "lr": 0.1, **SGD}
+    baselines.masked_small_gradients(module, *split(dataset), seed=0, **settings)
+    for name, new in weights(module).items():
+        share = (new != before[name]).double().mean()
+        assert float(share) == pytest.approx(0.2, abs=0.02) if new.ndim > 1 else share > 0.9, name
+
+
+def test_ct_transposes_square_kernels() -> None:
+    module, dataset = Classifier(net=Convolutions()), blobs()
+    before = weights(module)
+    baselines.convolution_transpose(module, *split(dataset), seed=0, epochs=1, lr=0.0, **SGD)
+    for name, new in weights(module).items():
+        old = before[name]
+        assert torch.equal(new, old.mT if new.ndim == 4 and new.shape[2] == new.shape[3] else old), name
+    with pytest.raises(ValueError, match="no convolution with a square kernel"):
+        baselines.convolution_transpose(Classifier(), *split(dataset), seed=0, epochs=1, lr=0.0, **SGD)
+
+
+@pytest.mark.parametrize("name", ["masked_small_gradients", "convolution_transpose"])
+def test_methods_of_the_competition_learn_the_retained_examples_again(name: str) -> None:
+    module, dataset = Classifier(net=Convolutions()), blobs()
+    own = {"reset": 0.3, "old_rate": 0.1} if name == "masked_small_gradients" else {}
+    getattr(baselines, name)(module, *split(dataset), seed=0, epochs=40, lr=0.05, optimizer="sgd", **own)
+    assert accuracy(module, dataset, dataset.tensors[1] != 0) > 0.95
+
+
 @ALL
 def test_running_statistics_move_with_mixed_batches_only(name: str, trained: tuple[Classifier, TensorDataset]) -> None:
     outcome = default(BASELINES[name], trained[0], *split(trained[1]), 0, steps=6)
