@@ -460,7 +460,7 @@ class Costs:
         n_unseen = min(n_unseen, n_fit) if min(n_forget, n_unseen) >= sizes.min_compared else 0
         few, aimed = min(numbers.rate_examples, n_fit), min(numbers.rate_examples // 4, n_forget)
         trial = sum(self._over(n, passes.loss) for n in (n_eval, min(n_forget, n_eval), n_forget, n_unseen))
-        products = (settings.max_iter or numbers.iterations) + 1  # the last is the curvature along the change
+        products = settings.max_iter or numbers.iterations
         solves, kept = self._curvature(passes.edits, settings, n_fit, products)
         root, fitting = 0.0, 0
         if passes.layers is not None:
@@ -474,7 +474,7 @@ class Costs:
         )
         begin = (
             self._over(n_fit + n_eval + n_unseen + 2 * n_forget, passes.read)
-            + sum(self._over(n, passes.gradient) for n in (n_forget, n_forget, n_eval, n_fit))
+            + self._over(n_forget, passes.gradient)
             + self._over(n_unseen, passes.loss)
         )
         return Estimate(

@@ -38,13 +38,11 @@ class LeaveOutStep:
     Attributes:
         change: The change ``x``, ``(k,)``.
         solution: The solution of the solve, with the mean of ``D`` as its damping.
-        curvature: ``xᵀGx``.
         products: How the products with ``G`` were computed.
     """
 
     change: Tensor
     solution: Solution
-    curvature: float
     products: dict[str, Any]
 
 
@@ -83,7 +81,6 @@ def solve_step(
     return LeaveOutStep(
         change=change,
         solution=replace(solution, damping=float(damping.mean())),
-        curvature=float(change @ matrix.matvec(change)),
         products=describe(settings, curvature),
     )
 
@@ -184,7 +181,7 @@ def match_predictions(
     scale = 1 / (torch.full_like(change, damping) if known is None else known)
     to_forget = to_predicted(objective, outputs, classifies=classifies)
 
-    forget = Rounds(aimed_at, numbers.forgotten, to_forget, budget, seed, wanted)
+    forget = Rounds(aimed_at, numbers.forgotten, to_forget.loss_sum, budget, seed, wanted)
     weight = numbers.forget_weight * len(forget)
     # The rate of the steps follows from the curvature at their start, which is larger than before.
     few = budget.sample(task.retain_fit, numbers.rate_examples, seed)
@@ -207,7 +204,7 @@ def match_predictions(
         start,
         positions,
         forget,
-        Rounds(retained, numbers.retained, objective, budget, seed),
+        Rounds(retained, numbers.retained, (objective.loss.together() or objective.loss).loss_sum, budget, seed),
         scale,
         largest,
         weight,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..curvature.products import Losses, output_derivative
+from ..curvature.products import output_derivative
 from ..data.batch import Batch
 from ..data.examples import Examples
 from ..errors import NonFiniteError
@@ -186,7 +186,7 @@ class Rounds:
     Args:
         examples: The examples.
         count: The largest number of examples at a time.
-        losses: The function whose gradient is taken.
+        loss_sum: The function whose gradient is taken, as its sum over a batch.
         budget: The memory for their batches.
         seed: The seed of their order.
         transform: Applied to each batch.
@@ -196,7 +196,7 @@ class Rounds:
         self,
         examples: Examples,
         count: int,
-        losses: Losses,
+        loss_sum: Callable[[Tensor, Batch], Tensor],
         budget: MemoryBudget,
         seed: int,
         transform: Callable[[Batch], Batch] | None = None,
@@ -206,7 +206,7 @@ class Rounds:
         parts = max(1, -(-n // count)) if examples.divisible or examples.dataset is not None else 1
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         self._positions = order.tensor_split(parts)
-        self._examples, self._losses, self._budget, self._transform = examples, losses, budget, transform
+        self._examples, self._loss_sum, self._budget, self._transform = examples, loss_sum, budget, transform
         self._parts: dict[int, Examples] = {}
         self._turn = 0
 
@@ -223,4 +223,4 @@ class Rounds:
             part = self._examples if whole else self._examples.subset(self._positions[turn].sort().values)
             part = part if self._transform is None else part.map(self._transform)
             self._parts[turn] = self._budget.hold(part)
-        return objective.gradient(self._parts[turn], theta, self._losses.loss_sum)
+        return objective.gradient(self._parts[turn], theta, self._loss_sum)

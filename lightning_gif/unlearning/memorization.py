@@ -155,7 +155,7 @@ def measure(task: Task, terms: list[RiskTerm], memorization: Memorization | None
 def _measure_at_once(
     task: Task, terms: list[RiskTerm], counted: tuple[Examples, Callable[[Tensor, Batch], Tensor]], theta: Tensor
 ) -> Measured:
-    objective, retained = task.objective, terms[0].eval
+    objective, retained = task.objective, terms[0].eval if terms else task.retain_eval
     wanted: list[tuple[Examples, Callable[[Tensor, Batch], Tensor] | None]] = [
         (task.forget_eval, None),
         (retained, None),

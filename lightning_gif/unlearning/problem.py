@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from .goals import Goal
 from .journal import Journal
 from .memorization import measure
 from .preconditioner import gradient_second_moment, preconditioner
-from .protocol import QuadraticModel, Trial
+from .protocol import Limits, QuadraticModel, Trial
 from .task import Task
 from .tuning import Tuning
 
@@ -73,12 +73,12 @@ class EditProblem:
         method: The influence method.
         positions: The target parameters ``(k,)``.
         journal: The journal that keeps the changes; ``None`` for none.
+        uses_risk: Whether the strategy uses the risk of trials. If not, it is NaN.
 
     Attributes:
         goal: The goal: its name, its risk, its limits and its tuned numbers.
         tuning: All other tuned numbers.
         trials: All trials, in order; the first is the trained model.
-        limits: :attr:`target_memorization` and :attr:`max_retain_loss`.
         solutions: The solution for each change. If a method needs several solves for one change, the solution with the
             largest residual is kept.
         used: The settings that each solve used, where ``"auto"`` or ``None`` had left them open: ``curvature`` and
@@ -88,7 +88,7 @@ class EditProblem:
         description: How the products with the curvature were computed, see the report.
 
     Raises:
-        NonFiniteError: If the risk at the trained weights is not finite.
+        NonFiniteError: If the risk, or a loss, at the trained weights is not finite.
         ObjectiveError: If the new labels equal the old ones; from a solve, if the risk does not depend on the targets.
     """
 
@@ -100,6 +100,8 @@ class EditProblem:
         method: Method,
         positions: Tensor,
         journal: Journal | None = None,
+        *,
+        uses_risk: bool = True,
     ) -> None:
         self.goal, self.tuning, self.positions = goal, tuning, positions
         self.trials: list[Trial] = []
@@ -116,14 +118,20 @@ class EditProblem:
 
         if task.relabelled is not None and not task.influence_gradient.any():
             raise ObjectiveError("The new labels equal the old ones: there is nothing to correct. Check `relabel`.")
-        self._terms = goal.risk(task)
+        self._uses_risk = uses_risk
+        self._terms = goal.risk(task) if uses_risk else []
         self._memorization = goal.memorization(task)
         # Weight decay belongs to the terms that are the training loss. It does not belong to terms that keep the
         # trained model's predictions, because these already include its effect.
         trained_on = sum(term.weight for term in self._terms if term.losses is self._objective)
         self._decay = self._settings.weight_decay * trained_on
-        start = self.evaluate()
-        self.limits = goal.limits(start, task.scales(start.retain_loss))
+        self.evaluate()
+
+    @cached_property
+    def limits(self) -> Limits:
+        """:attr:`target_memorization` and :attr:`max_retain_loss`."""
+        start = self.trials[0]
+        return self.goal.limits(start, self._task.scales(start.retain_loss))
 
     @property
     def target_memorization(self) -> float | None:
@@ -161,7 +169,7 @@ class EditProblem:
 
         Raises:
             ConfigurationError: If there are more step sizes than changes.
-            NonFiniteError: If the risk at the trained weights is not finite.
+            NonFiniteError: If the risk, or a loss, at the trained weights is not finite.
         """
         theta = self.weights_at(step_sizes)
         measured = measure(self._task, self._terms, self._memorization, theta)
@@ -171,12 +179,13 @@ class EditProblem:
             if term.baseline_eval is not None:
                 baseline = float(term.baseline_eval @ (theta - self._objective.theta))
             risk += term.weight * (value - baseline)
-        sizes = tuple(map(float, step_sizes))
-        trial = Trial(sizes, measured.forget_loss, measured.retain_loss, risk, measured.memorization)
+        sizes, losses = tuple(map(float, step_sizes)), (measured.forget_loss, measured.retain_loss)
+        what, value = ("risk", risk) if self._uses_risk else ("loss", sum(losses))
+        trial = Trial(sizes, *losses, risk if self._uses_risk else math.nan, measured.memorization)
         self.trials.append(trial)
-        if len(self.trials) == 1 and not math.isfinite(risk):
+        if len(self.trials) == 1 and not math.isfinite(value):
             raise NonFiniteError(
-                f"The risk at the trained weights is {risk}: a loss or a prediction is not finite, or too large for"
+                f"The {what} at the trained weights is {value}: a loss or a prediction is not finite, or too large for"
                 " float32 (try double=True). Nothing was changed."
             )
         return trial
@@ -253,7 +262,7 @@ class EditProblem:
         self._influence = len(self._changes) - 1, model
         return model
 
-    def leave_out(self) -> QuadraticModel:
+    def leave_out(self) -> None:
         """Solves for the change that training without the forget examples, or with new labels, would have made.
 
         For a removal the change is ``(G + D)⁻¹g``. ``G`` is the Gauss–Newton matrix on the targets, and ``D`` the
@@ -262,22 +271,18 @@ class EditProblem:
         a share of the largest eigenvalue of ``G``. For new labels, the change is the minimum of their loss with the
         same ``G`` and ``D``, see :mod:`~lightning_gif.unlearning.relabelling`.
 
-        Returns:
-            The quadratic model of the risk along this change. Its curvature is that of the retained loss alone.
-
         Raises:
             ObjectiveError: If the loss of the forget examples does not depend on the targets.
         """
         settings = _with_curvature(self._settings, "ggn")
         if settings.max_iter is None and settings.rtol is None:
             settings = replace(settings, max_iter=self.tuning.matching.iterations)
-        model, _ = self._recalled_or_solved(["leave out"], settings, partial(self._solve_leave_out, settings))
+        self._recalled_or_solved(["leave out"], settings, partial(self._solve_leave_out, settings))
         task, change = self._task, self._changes[-1]
         parts = {"forget": task.forget_eval, "retain": task.retain_eval, "relabelled": task.relabelled}
         for name, examples in parts.items():
             if examples is not None:
                 self._predicted[name] = leave_out.loss_after(self._objective, examples, self.positions, change)
-        return model
 
     @property
     def predictions(self) -> tuple[float, float]:
@@ -392,7 +397,7 @@ class EditProblem:
         self._add(found.change, found.solution, settings)
         self.description = self.description or found.products
         # The solve for new labels is not linear, like a Newton step.
-        return QuadraticModel(self._slope_along(found.change), found.curvature), self._task.relabelled is not None
+        return QuadraticModel(0.0, 0.0), self._task.relabelled is not None
 
     def _slope_along(self, change: Tensor) -> float:
         """The slope of the risk at the trained weights along a change ``(k,)``."""

@@ -39,7 +39,8 @@ class Trial:
         step_sizes: The multiple of each change, in the order of the solves; 1 is the natural step.
         forget_loss: The mean loss of (a sample of) the forget examples, with their labels in training.
         retain_loss: The mean loss of (a sample of) the retained examples.
-        risk: The quantity that the edit minimises. Each goal defines it, see :mod:`lightning_gif.unlearning.goals`.
+        risk: The quantity that the edit minimises. Each goal defines it, see :mod:`lightning_gif.unlearning.goals`. NaN
+            if the strategy does not use it, as ``"match"``.
         memorization: Class removal: the share of the forget examples that are still predicted as one of the forgotten
             classes. Label correction: the share of the corrected examples that are not predicted as their new label.
             Example removal: the membership AUROC, which says how well a threshold on the loss separates the forget

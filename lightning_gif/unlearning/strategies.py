@@ -16,7 +16,7 @@ Strategy = Callable[[EditProblem], Trial]
 """A function from an edit problem to one of the trials that it evaluated there."""
 
 STRATEGIES: Registry[Strategy] = Registry(
-    "`step` strategy", reports_shortfall=True, repeats_solves=False, predicts_losses=False
+    "`step` strategy", reports_shortfall=True, repeats_solves=False, predicts_losses=False, uses_risk=True
 )
 """All strategies by name; :meth:`Registry.register` adds one.
 
@@ -25,7 +25,8 @@ A strategy can declare by :func:`~lightning_gif.registry.declares`:
 - ``reports_shortfall``: whether an edit that misses its target or costs too much is reported (by default yes);
 - ``repeats_solves``: whether it solves for up to :attr:`Relinearisation.max_solves` changes, so that the report says if
   this limit ended the edit (by default no);
-- ``predicts_losses``: whether the report compares the loss of the forget examples with its prediction (by default no).
+- ``predicts_losses``: whether the report compares the loss of the forget examples with its prediction (by default no);
+- ``uses_risk``: whether it uses the risk of trials (by default yes). If not, the risk is NaN, which saves time.
 """
 
 
@@ -48,7 +49,7 @@ def search(problem: EditProblem) -> Trial:
 
 
 @STRATEGIES.register("match")
-@declares(predicts_losses=True)
+@declares(predicts_losses=True, uses_risk=False)
 def match(problem: EditProblem) -> Trial:
     """Makes the predictions on the forget examples those that theory predicts for training on other data.
 

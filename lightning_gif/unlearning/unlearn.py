@@ -137,7 +137,9 @@ def unlearn(
     data = _describe_data(train, found, request, notes)
     journal = _open_journal(solves_to, task, goal, tuning, targets, str(data["train"]))
     positions = targets.flat(objective.space).to(objective.device)
-    problem = EditProblem(goal, task, tuning, method, positions, journal)
+    strategy = None if isinstance(step, numbers.Real) else strategy_of(step)
+    uses_risk = strategy is None or bool(STRATEGIES.declared(strategy, "uses_risk"))
+    problem = EditProblem(goal, task, tuning, method, positions, journal, uses_risk=uses_risk)
     chosen = _run_strategy(problem, step)
     if journal is not None and journal.recalled:
         notes.append(f"Solves recalled from {str(solves_to)!r}: {journal.recalled} of {len(problem.solutions)}.")
@@ -146,7 +148,6 @@ def unlearn(
     is_logged = any(objective.processes.gather(bool(context.loggers)))  # loggers may be in one process only
     forgotten = Forgotten(objective, train, found[: None if is_logged else 0])
     outcome = _realise(problem, task, request, targets, chosen, refresh_statistics)
-    strategy = None if isinstance(step, numbers.Real) else strategy_of(step)
     verdict = _judge(problem, outcome, strategy)
     _advise(problem, task, outcome, strategy, verdict, notes)
     if outcome.unrefreshed is not None:

@@ -247,7 +247,10 @@ def test_targets_of_a_regression_are_corrected_on_the_way_to_what_retraining_fin
     assert report.relabelled.after < 0.5 * report.relabelled.before
     assert report.retain.after < report.retain.before  # which the wrong targets had raised
     (chosen,) = [trial for trial in report.trials if list(trial.step_sizes) == report.step_sizes]
-    assert 0 < chosen.risk < 0.5 * report.trials[0].risk
+    if curvature == "ggn":
+        assert math.isnan(chosen.risk)  # a match does not use it
+    else:
+        assert 0 < chosen.risk < 0.5 * report.trials[0].risk
 
 
 @pytest.mark.parametrize("seed", [0, 3])

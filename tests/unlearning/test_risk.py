@@ -60,7 +60,7 @@ def test_the_risk_of_single_examples_is_what_they_lack_of_the_unseen_losses() ->
         rank = (forgotten[here].argsort().argsort() + 0.5) / len(here)
         lack[here] = (torch.quantile(others[unseen.tensors[1] == label], rank) - forgotten[here]).clamp_min(0)
     short = lack[lack > 0.05 * lack.square().mean().sqrt()]
-    report = trainer.unlearn(list(range(24)), unseen=loader(unseen), dry_run=True)
+    report = trainer.unlearn(list(range(24)), unseen=loader(unseen), step="natural", dry_run=True)
     expected = report.retain.before + 8 * (24 / 36) * len(short) / 24 * float(short.square().mean().sqrt()) / 2
     assert report.trials[0].risk == pytest.approx(expected, rel=1e-4)
 
@@ -107,6 +107,7 @@ def test_the_curvature_of_far_log_odds_bounds_the_unlikelihood(at: float) -> Non
 
 def test_the_risk_of_labels_is_that_of_the_corrected_ones_at_the_start() -> None:
     trainer, _, dataset = fitted()
-    report = trainer.unlearn(batch_of(dataset, slice(0, 8)), relabel=(dataset.tensors[1][:8] + 1) % 3, dry_run=True)
+    new = (dataset.tensors[1][:8] + 1) % 3
+    report = trainer.unlearn(batch_of(dataset, slice(0, 8)), relabel=new, step="natural", dry_run=True)
     assert report.relabelled is not None
     assert report.trials[0].risk == pytest.approx(8 * 8 / 40 * report.relabelled.before, rel=1e-4)
