@@ -456,15 +456,15 @@ class Costs:
         passes, n_retain = self.passes, max(self.n_train - n_forget, 1)
         automatic = isinstance(settings.curvature_examples, str)
         n_fit = min(n_retain, numbers.curvature_examples if automatic else self._sample(settings))
-        n_eval = min(n_retain, n_fit, sizes.evaluation)
+        n_eval = min(n_retain, n_fit, sizes.evaluation, numbers.evaluation)
         n_unseen = min(n_unseen, n_fit) if min(n_forget, n_unseen) >= sizes.min_compared else 0
         few, aimed = min(numbers.rate_examples, n_fit), min(numbers.rate_examples // 4, n_forget)
         trial = sum(self._over(n, passes.loss) for n in (n_eval, min(n_forget, n_eval), n_forget, n_unseen))
         products = settings.max_iter or numbers.iterations
         solves, kept = self._curvature(passes.edits, settings, n_fit, products)
-        root, fitting = 0.0, 0
+        root, fitting, n_root = 0.0, 0, min(n_fit, numbers.preconditioner_examples)
         if passes.layers is not None:
-            root, fitting = passes.layers.fixed + n_fit * passes.layers.each, passes.layers.peak
+            root, fitting = passes.layers.fixed + n_root * passes.layers.each, passes.layers.peak
         root += 2 * products * passes.root  # from both sides of the matrix
         rate = sum(self._curvature(passes.edits, settings, n, POWER_STEPS)[0] for n in (few, aimed))
         parts = min(numbers.retained, n_retain), min(numbers.forgotten, n_forget)

@@ -70,7 +70,8 @@ def solve_step(
         damping = torch.full_like(
             gradient, max(numbers.unknown_damping * largest_eigenvalue(matrix, gradient, POWER_STEPS), least)
         )
-    root = _preconditioner(task, settings.seed, damping, positions)
+    fitted_on = task.budget.sample(task.retain_fit, numbers.preconditioner_examples, settings.seed)
+    root = _preconditioner(task.objective, fitted_on, settings.seed, damping, positions)
     system, free = Transformed(matrix, damping, root), replace(settings, damping=0.0)
     if task.relabelled is None:
         (solution,) = solve(free, system, root(gradient))
@@ -114,18 +115,21 @@ def _damping(task: Task, settings: Settings, positions: Tensor) -> Tensor | None
     return None if found is None else found[positions]
 
 
-def _preconditioner(task: Task, seed: int, damping: Tensor, positions: Tensor) -> Callable[[Tensor], Tensor]:
+def _preconditioner(
+    objective: Objective, examples: Examples, seed: int, damping: Tensor, positions: Tensor
+) -> Callable[[Tensor], Tensor]:
     """A symmetric map ``(k,) → (k,)`` that makes the condition number of ``G + D`` smaller.
 
     Args:
-        task: The data of the edit.
+        objective: An open objective.
+        examples: The examples that EK-FAC is fitted on. They may be few, since the solve corrects it.
         seed: The seed of random vectors.
         damping: The damping of each target, ``(k,)``.
         positions: The targets, ``(k,)``.
     """
-    whole = torch.full_like(task.objective.theta, float(damping.mean()))
+    whole = torch.full_like(objective.theta, float(damping.mean()))
     whole[positions] = damping
-    root = inverse_root(task.objective, task.retain_fit, whole, seed)
+    root = inverse_root(objective, examples, whole, seed)
     if root is None:
         return lambda vector: vector * damping.rsqrt()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,15 @@ class Matching(CheckedNumbers):
 
     Attributes:
         curvature_examples: The number of retained examples that give the curvature, with ``curvature_examples="auto"``.
+        preconditioner_examples: The number of these from which the EK-FAC preconditioner of the solve is fitted.
         iterations: The largest number of iterations of the solve, if neither ``max_iter`` nor ``rtol`` is given.
+        evaluation: The largest number of examples of each kind that a trial is measured on.
         unknown_damping: The damping if the training was not recorded and none is given, as a share of the largest
             eigenvalue of the curvature.
         prediction_tolerance: The first change is enough if the loss of the forget examples is as predicted, up to this
             share of the predicted change, and that of the retained examples up to this share of the loss.
         steps: The number of steps of gradient descent.
+        relabel_steps: The same for new labels. The steps also repair what the old labels had spoiled.
         retained: The number of retained examples of each step.
         forgotten: The largest number of forget examples of each step.
         forget_weight: The weight of the forget examples in each step, if each step has all of them. It is multiplied by
@@ -51,16 +54,23 @@ class Matching(CheckedNumbers):
     """
 
     curvature_examples: int = number(600, low=1, open_low=False)
-    iterations: int = number(6, low=1, open_low=False)
+    preconditioner_examples: int = number(150, low=1, open_low=False)
+    iterations: int = number(8, low=1, open_low=False)
+    evaluation: int = number(300, low=2, open_low=False)
     unknown_damping: float = number(5e-4)
     prediction_tolerance: float = number(0.1, open_low=False)
-    steps: int = number(40, low=0, open_low=False)
+    steps: int = number(20, low=0, open_low=False)
+    relabel_steps: int = number(40, low=0, open_low=False)
     retained: int = number(64, low=1, open_low=False)
     forgotten: int = number(32, low=1, open_low=False)
     forget_weight: float = number(0.1, open_low=False)
     momentum: float = number(0.5, high=0.99, open_low=False)
     rate: float = number(2.0)
     rate_examples: int = number(256, low=1, open_low=False)
+
+    def of(self, *, relabels: bool) -> Matching:
+        """The numbers of a removal, or of new labels, with :attr:`steps` for it."""
+        return replace(self, steps=self.relabel_steps) if relabels else self
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from ..storage.schema import restored_fields
 from . import leave_out
 from .goals import Goal
 from .journal import Journal
+from .matching import Matching
 from .memorization import measure
 from .preconditioner import gradient_second_moment, preconditioner
 from .protocol import Limits, QuadraticModel, Trial
@@ -306,8 +307,9 @@ class EditProblem:
         """
         if len(self._changes) != 1 or not self._predicted:
             raise ConfigurationError("problem.match follows problem.leave_out, with no other change before or between.")
-        settings = replace(self._settings, max_iter=max(self.tuning.matching.steps, 1))
-        self._recalled_or_solved(["match", 1.0], settings, partial(self._solve_match, settings))
+        numbers = self.tuning.matching.of(relabels=self._task.relabelled is not None)
+        settings = replace(self._settings, max_iter=max(numbers.steps, 1))
+        self._recalled_or_solved(["match", 1.0], settings, partial(self._solve_match, settings, numbers))
 
     def descent_direction(self, at: Trial) -> QuadraticModel:
         """Solves, at the weights of a trial, for a change that lowers the risk.
@@ -406,9 +408,8 @@ class EditProblem:
             slope = slope + term.weight * term.eval_gradient(self._objective)
         return float(slope[self.positions] @ change)
 
-    def _solve_match(self, settings: Settings) -> tuple[QuadraticModel, bool]:
+    def _solve_match(self, settings: Settings, numbers: Matching) -> tuple[QuadraticModel, bool]:
         (change,), (solution,) = self._changes, self.solutions
-        numbers = self.tuning.matching
         with self._objective.progress("Steps", numbers.steps) as bar:
             found, done = leave_out.match_predictions(
                 self._task, settings, numbers, self.positions, change, solution.damping, bar.update

@@ -111,7 +111,7 @@ def choose_step(
             " labels (step='match'). It lowers the loss of the data instead (step='relinearise'), which is less exact."
         )
         return _OTHERWISE, settings
-    most = numbers.steps * numbers.forgotten
+    most = numbers.relabel_steps * numbers.forgotten
     if request.relabelled is not None and len(request.forget) > most:
         notes.append(
             f"There are {len(request.forget)} new labels, more than the {most} that the steps of a match can see. So"

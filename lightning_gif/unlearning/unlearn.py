@@ -248,14 +248,15 @@ def _describe_data(train: Examples, found: Tensor, request: Request, notes: list
 
 def _draw_samples(request: Request, goal: Goal, tuning: Tuning, step: Step, notes: list[str]) -> Task:
     """The task of a request with a goal."""
-    n_fit = goal.sample_size(request.settings)
+    n_fit, sizes = goal.sample_size(request.settings), tuning.sample_sizes
     if step == MATCH:
         note_unknown_damping(request, notes)
+        sizes = replace(sizes, evaluation=min(sizes.evaluation, tuning.matching.evaluation))
         if isinstance(request.settings.curvature_examples, str):
             n_fit = tuning.matching.curvature_examples
     task = Task.prepare(
         request,
-        tuning.sample_sizes,
+        sizes,
         n_fit=n_fit,
         compares_with_unseen=goal.compares_with_unseen,
         forgotten_classes=goal.forgotten_classes(request),

@@ -47,7 +47,7 @@ def test_the_first_change_is_the_minimum_that_the_theory_states(classes: int) ->
     theta = torch.cat([part.detach().flatten() for part in module.parameters()])
     options = {"damping": damping, "rtol": 1e-9, "curvature_examples": None, "max_iter": 300}
     trainer = attached(module, data, **options)
-    tuning = Tuning(matching=Matching(steps=0))
+    tuning = Tuning(matching=Matching(relabel_steps=0))
     report = trainer.unlearn(
         FORGET, relabel=new[FORGET], step="match", tuning=tuning, dry_run=True, unconverged="raise"
     )
@@ -118,7 +118,7 @@ def test_many_new_labels_are_learned_by_changes_that_see_all_of_them() -> None:
     trainer, _, data = fitted(max_epochs=10)
     labels = (data.tensors[1][:9] + 1) % 3
     options: dict[str, Any] = {"relabel": labels, "dry_run": True}
-    options["tuning"] = Tuning(matching=Matching(steps=2, forgotten=4))
+    options["tuning"] = Tuning(matching=Matching(relabel_steps=2, forgotten=4))
     report = trainer.unlearn(list(range(9)), **options)
     assert any("There are 9 new labels, more than the 8" in note for note in report.notes)
     assert report.solve["solver"] != "nonlinear_cg"

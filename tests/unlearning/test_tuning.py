@@ -47,8 +47,8 @@ def test_tuned_numbers_out_of_range_are_refused(name: str, value: Any) -> None:
     ("goal", "options", "expected"),
     [
         ("examples", {"step": "relinearise"}, [("hessian", 10), ("hessian", 5)]),
-        ("examples", {}, [("ggn", 6), ("ggn", 40)]),
-        ("labels", {}, [("ggn", 6), ("ggn", 40)]),
+        ("examples", {}, [("ggn", 8), ("ggn", 20)]),
+        ("labels", {}, [("ggn", 8), ("ggn", 40)]),
         ("labels", {"step": "relinearise"}, [("ggn", 8), ("ggn", 8)]),
         ("labels", {"curvature": "hessian", "max_iter": 3}, [("hessian", 3), ("hessian", 3)]),
         ("labels", {"rtol": 0.5}, [("ggn", 200), ("ggn", 40)]),
