@@ -580,6 +580,7 @@ class TrainerCalls:
                 step=step,
                 matching=matching,
                 training=self.tracker.length,
+                snapshots=self.tracker.snapshots.chosen(),
                 refresh_statistics=refresh_statistics,
                 solves_to=folder,
                 tuning=tuning,

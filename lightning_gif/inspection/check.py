@@ -182,17 +182,17 @@ def check(
         passes = measure(objective, train, (scores.curvature, edits.curvature), scores, n_queries)
     costs = Costs(objective, passes, len(train), start)
     estimates = []
+    n_states = 1 + len(session.tracker.snapshots.chosen())
     if solves or passes.layers is not None:
         with collected():  # the same warnings as before
             one = session.influence_settings(requested, on_targets=False, queries=1)
-        n_states = 1 + len(session.tracker.snapshots.chosen())
         estimates = [costs.query(one, 1, n_states)]
         estimates += [costs.query(scores, n_queries, n_states)] if n_queries > 1 else []
         estimates.append(costs.self_influence(itself))
     if edits is matching or _solves_edits(edits):
         n_forget, n_unseen = min(n_forget, len(train) - 1), 0 if unseen is None else len(unseen)
         if edits is matching:
-            estimates.append(costs.match(edits, n_forget, n_unseen, SampleSizes(), Matching()))
+            estimates.append(costs.match(edits, n_forget, n_unseen, SampleSizes(), Matching(), n_states))
         else:
             estimates.append(costs.edit(edits, n_forget, n_unseen, SampleSizes()))
     return CheckReport(

@@ -442,7 +442,7 @@ class Costs:
         )
 
     def match(
-        self, settings: Settings, n_forget: int, n_unseen: int, sizes: SampleSizes, numbers: Matching
+        self, settings: Settings, n_forget: int, n_unseen: int, sizes: SampleSizes, numbers: Matching, n_states: int
     ) -> Estimate:
         """The cost of ``trainer.unlearn`` for examples that are removed by ``step="match"``.
 
@@ -452,6 +452,7 @@ class Costs:
             n_unseen: The number of unseen examples.
             sizes: The numbers of examples that an edit uses.
             numbers: The tuned numbers of the strategy.
+            n_states: The number of states of training at which the gradient of the forget examples is taken.
         """
         passes, n_retain = self.passes, max(self.n_train - n_forget, 1)
         automatic = isinstance(settings.curvature_examples, str)
@@ -474,7 +475,7 @@ class Costs:
         )
         begin = (
             self._over(n_fit + n_eval + n_unseen + 2 * n_forget, passes.read)
-            + self._over(n_forget, passes.gradient)
+            + n_states * self._over(n_forget, passes.gradient)
             + self._over(n_unseen, passes.loss)
         )
         return Estimate(

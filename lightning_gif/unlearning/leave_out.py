@@ -60,7 +60,8 @@ def solve_step(
         positions: The targets, ``(k,)``.
         on_product: Called for each product with ``G``.
     """
-    objective, gradient = task.objective, task.influence_gradient[positions]
+    objective, old = task.objective, task.forget_gradient_in_training(numbers.earlier_share)
+    gradient = (task.influence_gradient + task.forget_weight * (old - task.forget_gradient))[positions]
     kept = task.budget.for_curvatures(settings, 1)
     curvature = open_curvature(kept, objective, task.retain_fit, on_product=on_product)
     matrix = Submatrix(curvature, positions, positions)
@@ -76,7 +77,7 @@ def solve_step(
     if task.relabelled is None:
         (solution,) = solve(free, system, root(gradient))
     else:
-        solution = _solve_relabelled(task, free, positions, system, root)
+        solution = _solve_relabelled(task, free, positions, system, root, old)
     change = root(solution.x)
     curvature.warn_if_zero()
     return LeaveOutStep(
@@ -87,14 +88,19 @@ def solve_step(
 
 
 def _solve_relabelled(
-    task: Task, settings: Settings, positions: Tensor, system: LinearOperator, root: Callable[[Tensor], Tensor]
+    task: Task,
+    settings: Settings,
+    positions: Tensor,
+    system: LinearOperator,
+    root: Callable[[Tensor], Tensor],
+    old: Tensor,
 ) -> Solution:
     """The minimum for training with new labels, in coordinates of the preconditioner, see :func:`.minimise`."""
     assert task.relabelled is not None
     size = len(task.objective.theta)
     solution = minimise(
         system,
-        task.forget_gradient,
+        old,
         LinearisedLoss(task.objective, task.relabelled),
         task.forget_weight,
         lambda vector: scatter(root(vector), positions, size),

@@ -37,6 +37,8 @@ class Matching(CheckedNumbers):
         preconditioner_examples: The number of these from which the EK-FAC preconditioner of the solve is fitted.
         iterations: The largest number of iterations of the solve, if neither ``max_iter`` nor ``rtol`` is given.
         evaluation: The largest number of examples of each kind that a trial is measured on.
+        earlier_share: The weight of snapshots in the gradient of the forget examples; 1 minus it is that of the trained
+            model.
         unknown_damping: The damping if the training was not recorded and none is given, as a share of the largest
             eigenvalue of the curvature.
         prediction_tolerance: The first change is enough if the loss of the forget examples is as predicted, up to this
@@ -57,6 +59,7 @@ class Matching(CheckedNumbers):
     preconditioner_examples: int = number(150, low=1, open_low=False)
     iterations: int = number(8, low=1, open_low=False)
     evaluation: int = number(300, low=2, open_low=False)
+    earlier_share: float = number(0.3, high=1.0, open_low=False)
     unknown_damping: float = number(5e-4)
     prediction_tolerance: float = number(0.1, open_low=False)
     steps: int = number(20, low=0, open_low=False)

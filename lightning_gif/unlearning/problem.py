@@ -87,6 +87,7 @@ class EditProblem:
         newton_damping: The relative damping of the last Newton step, or of the first one before there is any.
         positions: The target parameters ``(k,)``.
         description: How the products with the curvature were computed, see the report.
+        snapshots: The epochs of the snapshots that :meth:`leave_out` used.
 
     Raises:
         NonFiniteError: If the risk, or a loss, at the trained weights is not finite.
@@ -109,6 +110,7 @@ class EditProblem:
         self.solutions: list[Solution] = []
         self.used: list[dict[str, Any]] = []
         self.description: dict[str, Any] = {}
+        self.snapshots: list[int] = []
         self.newton_damping = tuning.trust_region.initial_damping
         self._task, self._objective, self._settings = task, task.objective, task.settings
         self._method, self._journal = method, journal
@@ -280,6 +282,7 @@ class EditProblem:
             settings = replace(settings, max_iter=self.tuning.matching.iterations)
         self._recalled_or_solved(["leave out"], settings, partial(self._solve_leave_out, settings))
         task, change = self._task, self._changes[-1]
+        self.snapshots = list(task.earlier)
         parts = {"forget": task.forget_eval, "retain": task.retain_eval, "relabelled": task.relabelled}
         for name, examples in parts.items():
             if examples is not None:

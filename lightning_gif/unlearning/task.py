@@ -18,6 +18,7 @@ from ..data.identity import locate
 from ..data.targets import find_targets
 from ..errors import BatchError, TrainingDataError
 from ..objective.objective import Objective
+from ..objective.shadow import ModelState
 from ..reporting.notes import warn_and_note
 from ..selection.training_length import TrainingLength
 from .budget import MemoryBudget
@@ -84,6 +85,7 @@ class Request:
         forget_weight: ``m/(n−m)``: the weight of the forget examples relative to the retained ones.
         n_classes: The number of classes that the model predicts; ``None`` if its predictions are not known.
         training: How far the optimizers of the training could move each parameter; empty if this is not known.
+        earlier: States of the model during training by epoch: snapshots.
     """
 
     objective: Objective
@@ -96,6 +98,7 @@ class Request:
     forget_weight: float
     n_classes: int | None
     training: TrainingLength = field(default_factory=TrainingLength)
+    earlier: dict[int, ModelState] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class Task:
         budget: The memory that the edit may keep.
         retained: All retained examples.
         training: How far the optimizers of the training could move each parameter; empty if this is not known.
+        earlier: States of the model during training by epoch.
     """
 
     objective: Objective
@@ -160,6 +164,7 @@ class Task:
     budget: MemoryBudget
     retained: Examples
     training: TrainingLength
+    earlier: dict[int, ModelState]
 
     @classmethod
     def prepare(
@@ -225,12 +230,26 @@ class Task:
             budget=budget,
             retained=request.retained,
             training=request.training,
+            earlier=request.earlier,
         )
 
     @cached_property
     def forget_gradient(self) -> Tensor:
         """The gradient ``(p,)`` of the mean loss of the forget examples with their old labels."""
         return self.objective.gradient(self.forget)
+
+    def forget_gradient_in_training(self, share: float) -> Tensor:
+        """:attr:`forget_gradient`, with a share of the mean over :attr:`earlier` states if there are any, ``(p,)``.
+
+        What is memorized has hardly a gradient in the end, but had a large one before.
+        """
+        if not self.earlier or not share:
+            return self.forget_gradient
+        total = torch.zeros_like(self.forget_gradient)
+        for state in self.earlier.values():
+            with self.objective.at_state(state):
+                total += self.objective.gradient(self.forget)
+        return torch.lerp(self.forget_gradient, total / len(self.earlier), share)
 
     @cached_property
     def relabelled_gradient(self) -> Tensor | None:

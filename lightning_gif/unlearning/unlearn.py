@@ -7,7 +7,7 @@ import itertools
 import math
 import numbers
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..data.relabel import relabelled
 from ..edit import Edit
 from ..errors import ConfigurationError, GIFError, NonFiniteError
 from ..objective.objective import Objective
+from ..objective.shadow import ModelState
 from ..parameters import Targets, state_digest
 from ..selection.training_length import TrainingLength
 from ..storage.digests import Fingerprint, digest
@@ -76,6 +77,7 @@ def unlearn(
     step: Step = AUTO,
     matching: Settings | None = None,
     training: TrainingLength | None = None,
+    snapshots: Mapping[int, Mapping[str, Tensor]] | None = None,
     refresh_statistics: bool = False,
     solves_to: Path | None = None,
     tuning: Tuning | None = None,
@@ -103,6 +105,8 @@ def unlearn(
             :attr:`~.goals.Goal.strategy` of the goal, or ``"relinearise"`` if the model or the settings exclude it.
         matching: The settings for the strategy ``"match"``; ``None`` if the settings exclude it.
         training: How far the optimizers of the training could move each parameter; ``None`` if this is not known.
+        snapshots: Parameters and buffers by name of the model during training, by epoch. The
+            leave-out step uses them.
         refresh_statistics: Recompute the running statistics of BatchNorm over retained and corrected examples.
         solves_to: A folder for the changes, see :class:`~lightning_gif.unlearning.journal.Journal`. By default they are
             not stored, and lost if the call is interrupted.
@@ -124,7 +128,8 @@ def unlearn(
     found, request = _make_request(objective, train, forget, settings, relabel, retain, unseen, training, notes)
     goal = choose_goal(request, tuning.goals, notes)
     step, settings = choose_step(step, goal, request, matching, tuning.matching, notes)
-    request = replace(request, settings=settings)
+    earlier = {epoch: objective.model_state(state) for epoch, state in (snapshots or {}).items()}
+    request = replace(request, settings=settings, earlier=earlier)
     if goal.compares_with_unseen and why_not_unseen:
         notes.append(
             f"The validation data of `fit` are not used as unseen examples: {why_not_unseen.rstrip('.')}. Pass a loader"
@@ -443,7 +448,12 @@ def _report(
         solves=[{**solution.summary(), **used} for solution, used in zip(problem.solutions, problem.used, strict=True)],
         residuals=problem.solutions[0].residuals,
         curvature=problem.description,
-        settings={**asdict(task.settings), "losses": task.objective.loss.origin, "tuning": tuning.record(problem.goal)},
+        settings={
+            **asdict(task.settings),
+            "losses": task.objective.loss.origin,
+            "snapshots": problem.snapshots,
+            "tuning": tuning.record(problem.goal),
+        },
         notes=notes,
         seconds=seconds,
         data=data,
@@ -482,6 +492,15 @@ def _fingerprint(task: Task, goal: Goal, tuning: Tuning, targets: Targets, train
         "goal": str(goal.name),
         "target parameters": digest(dict(targets)),
         "damping of the training": digest({} if damping is None else {"damping": damping}),
+        "snapshots": digest(
+            {f"{name} {epoch}": value for epoch, state in task.earlier.items() for name, value in _named(state)}
+        ),
         **tuning.fingerprint(goal),
         **task.settings.fingerprint(),
     }
+
+
+def _named(state: ModelState) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and the statistics of a state by name."""
+    yield "theta", state.theta
+    yield from state.statistics.items()

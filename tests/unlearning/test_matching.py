@@ -98,6 +98,46 @@ def test_the_first_change_is_the_damped_newton_step(classes: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_snapshot_has_a_share_of_the_gradient_of_the_forget_examples(share: float) -> None:
+    data, rest, damping = made(3), kept(), 0.1
+    x, y = data.tensors
+    module = minimised(3, data, torch.arange(60), 0.05)
+    trainer = attached(module, data, damping=damping, rtol=1e-10, curvature_examples=None, max_iter=200)
+    (callback,) = (one for one in trainer.callbacks if isinstance(one, GIFCallback))
+    earlier = {name: torch.randn_like(value) for name, value in module.state_dict().items()}
+    callback.tracker.snapshots.kept, callback.tracker.snapshots.last = {0: earlier}, 1
+
+    def loss(theta: Tensor, ids: Any) -> Tensor:
+        return F.cross_entropy(x[ids] @ theta[:15].view(3, 5).T + theta[15:], y[ids])
+
+    theta, before = (
+        torch.cat([state[name].flatten() for name in ("layer.weight", "layer.bias")])
+        for state in (module.state_dict(), earlier)
+    )
+    hessian = torch.func.hessian(loss)(theta, rest)
+    last, first = (torch.func.grad(loss)(at, torch.tensor(FORGET)) for at in (theta, before))
+    gradient = len(FORGET) / len(rest) * ((1 - share) * last + share * first)
+    expected = torch.linalg.solve(hessian + damping * torch.eye(len(theta)), gradient)
+    tuning, whole = Tuning(matching=Matching(earlier_share=share)), {"method": "if", "solver": "cg", "curvature": "ggn"}
+    report = trainer.unlearn(FORGET, tuning=tuning, step=stepped, **whole)
+    found = torch.cat([report.edit.new[name] - report.edit.old[name] for name in ("layer.weight", "layer.bias")])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_report_names_the_snapshots_of_a_match() -> None:
+    for snapshots, count in (("auto", 1), (0, 0)):
+        trainer, _, _ = fitted(callback=GIFCallback(snapshots=snapshots), max_epochs=6)
+        assert len(trainer.unlearn(FORGET, dry_run=True).settings["snapshots"]) == count
+        assert trainer.unlearn(FORGET, step="natural", dry_run=True).settings["snapshots"] == []
+
+
+def stepped(problem: Any) -> Any:
+    """A strategy that makes the first change of a match, whatever comes of it."""
+    problem.leave_out()
+    return problem.evaluate(1.0)
+
+
 @pytest.mark.parametrize("classes", [1, 3])
 def test_removal_from_a_convex_model_is_retraining(classes: int) -> None:
     """The edited predictions are far nearer to those of the minimiser without the examples than the trained ones."""
