@@ -20,6 +20,10 @@ _DONE, _PARTLY, _TOO_FAR = 0.75, 0.25, 1.5
 # A change of a loss by less than this share of its scale counts as none, see _scale.
 _SMALL = 0.02
 
+# Half the width of an interval, as a share of the wanted change, above which it is put in words. Beyond it, an edit
+# that made just the wanted change could as well have grade "Partly done" by chance.
+_WIDE = 0.25
+
 _NAMES = {"relabelled": "corrected examples with their new labels", "forget": "forget examples"}
 
 _NO_RETRAINING = "This compares the edit with a prediction, not with a retrained model."
@@ -93,11 +97,27 @@ def of_prediction(evidence: Evidence) -> Verdict:
             f" {_NO_RETRAINING}",
         )
     share = change.mean / wanted
-    around = "" if math.isnan(change.half_width) else f" ± {100 * change.half_width / abs(wanted):.0f}"
-    return Verdict(
-        _grade(share),
-        f"{losses}. After the edit it is {end:.4g}: {100 * share:.0f}{around} % of the predicted change."
-        f" {_NO_RETRAINING}",
+    reached = _share_of_change(share, change.half_width / abs(wanted), len(outcome.before))
+    return Verdict(_grade(share), f"{losses}. After the edit it is {end:.4g}: {reached} {_NO_RETRAINING}")
+
+
+def _share_of_change(share: float, half_width: float, count: int) -> str:
+    """Which share of a predicted change an edit made, in one or two sentences.
+
+    Args:
+        share: The share, as a mean over the examples.
+        half_width: Half the width of its 95 % interval; NaN for a single example.
+        count: The number of examples.
+    """
+    whole = f"{100 * share:.0f}"
+    if math.isnan(half_width):
+        return f"{whole} % of the predicted change. For a single example, the uncertainty of this is not known."
+    if half_width <= _WIDE:
+        return f"{whole} ± {100 * half_width:.0f} % of the predicted change."
+    return (
+        f"{whole} % of the predicted change, as a mean over {count} examples. Their changes differ much: if they stand"
+        f" for others like them, it is between {100 * (share - half_width):.0f} % and"
+        f" {100 * (share + half_width):.0f} % (95 % interval)."
     )
 
 

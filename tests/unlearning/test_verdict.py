@@ -96,10 +96,15 @@ def test_a_predicted_loss_is_compared_with_its_uncertainty(after: float, grade: 
     half = 1.96 * 0.1 / math.sqrt(3)
     assert f": {100 * (after - 0.5):.0f} ± {100 * half:.0f} % of the predicted change." in str(found)
     alone = judged("examples", {"forget": losses([0.5], [after])}, {"forget": 1.5})
-    assert f": {100 * (after - 0.5):.0f} % of the predicted change." in str(alone)
+    assert f": {100 * (after - 0.5):.0f} % of the predicted change. For a single example, the uncert" in str(alone)
+    wide = judged("examples", {"forget": losses([0.5] * 3, after + 10 * spread)}, {"forget": 1.5})
+    assert wide.grade is grade  # that of the mean, which is a fact about these examples
+    low, high = (100 * (after - 0.5 + sign * 10 * half) for sign in (-1, 1))
+    assert " as a mean over 3 examples. Their changes differ much: " in str(wide)
+    assert f"it is between {low:.0f} % and {high:.0f} % (95 % interval)." in str(wide)
     unaffected = judged("examples", {"forget": losses([0.5], [0.5])}, {"forget": 0.51})
     assert unaffected.grade is Grade.NOTHING_TO_DO
-    for verdict in (found, alone, unaffected):  # whatever the grade: a prediction is no retraining
+    for verdict in (found, alone, wide, unaffected):  # whatever the grade: a prediction is no retraining
         assert str(verdict).endswith(" This compares the edit with a prediction, not with a retrained model.")
     assert judged("examples", {"forget": losses([0.5], [0.5])}, {"forget": math.nan}).grade is Grade.UNKNOWN
 
