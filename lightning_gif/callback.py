@@ -344,14 +344,17 @@ class GIFCallback(TrainerCalls, Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The epoch of the current targets, and the proponents and opponents of the reports so far."""
-        return {"targets_epoch": self.targets_epoch, "history": [list(row) for row in self.reports.history]}
+        """The epoch of the current targets, the proponents and opponents of the reports so far, and the events."""
+        history = [list(row) for row in self.reports.history]
+        return {"targets_epoch": self.targets_epoch, "history": history, "events": self.events.state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned. A state of another version may lack values."""
         self.tracker.targets_epoch = state_dict.get("targets_epoch")
         self.reports.history = [list(row) for row in state_dict.get("history", [])]
+        if "events" in state_dict:
+            self.events.load_state(state_dict["events"])
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -587,6 +587,7 @@ class TrainerCalls:
                 context=self._edit_context(session, settings, log, dataloader),
             )
         report.settings.update({} if name is None else {"name": name})
+        report.settings.update({"dry_run": True} if dry_run else {})
         _apply(trainer, report, folder, dry_run)  # last, because without its report an edit cannot be undone
         return report
 
@@ -614,6 +615,7 @@ class TrainerCalls:
             reopen=partial(self._reopened, settings, dataloader),
             logs=self.log_reports and not trainer.fast_dev_run,
             events=self.events,
+            moment=partial(_moment, trainer),
         )
 
     def bind(self, trainer: Trainer) -> None:
@@ -643,6 +645,11 @@ class CallsOf(TrainerCalls):
 
     def __repr__(self) -> str:
         return f"{type(self._trainer).__name__}"
+
+
+def _moment(trainer: Trainer) -> tuple[int, int]:
+    """The numbers of a trainer's epochs and optimizer steps."""
+    return trainer.current_epoch, trainer.global_step
 
 
 def check_path(name: str, path: Any, kind: str) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from ..reporting.page import HtmlTable, Page
+from ..reporting.contents import Table
+from ..reporting.page import Page
 
 if TYPE_CHECKING:
     import pandas
@@ -79,7 +80,7 @@ class Groups(NamedTuple):
     def _repr_html_(self) -> str:
         parts = zip(self.names, self.totals.tolist(), self.counts.tolist(), self.means.tolist(), strict=True)
         rows = [[str(name), f"{total:+.3g}", count, f"{mean:+.2g}"] for name, total, count, mean in parts]
-        return Page("Scores by group", self.meaning, (), [HtmlTable("", _COLUMNS, rows)]).fragment()
+        return Page("Scores by group", self.meaning, (), {"": Table(_COLUMNS, rows)}).fragment()
 
     def __str__(self) -> str:
         names = [textwrap.shorten(str(name), _WIDEST_NAME, placeholder="…") for name in self.names]

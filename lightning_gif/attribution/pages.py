@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 
 from ..reporting.charts import named
-from ..reporting.page import HtmlTable, Page
+from ..reporting.contents import Table
+from ..reporting.page import Page
 from .display import text
 from .ends import End, ends_of, measured, owner
 from .picture import draw, headline, sums_by_class
@@ -26,20 +27,20 @@ def page_of(record: InfluenceRecord, *, whole: bool) -> Page:
         "Self-influence report" if record.is_self_influence else "Influence report",
         lead,
         [(headline(record, query), partial(draw, record, query)) for query in queries],
-        [table for query in queries for table in _tables(record, query)],
+        dict(table for query in queries for table in _tables(record, query)),
         details=text(record),
     )
 
 
-def _tables(record: InfluenceRecord, query: int) -> Iterator[HtmlTable]:
-    """The ends of the ranking of a query, and its sums by class."""
+def _tables(record: InfluenceRecord, query: int) -> Iterator[tuple[str, Table]]:
+    """The ends of the ranking of a query, and its sums by class, each with its heading."""
     of = f" of query {query}" if len(record.scores) > 1 else ""
     for name, end in ends_of(record).items():
         rows = list(_rows(record, end, query))
         columns = ["rank", "index", "label", "score", "example"]
         if not any(row[-1] for row in rows):  # all have pictures, which are above
             columns, rows = columns[:-1], [row[:-1] for row in rows]
-        yield HtmlTable(name.capitalize() + of, columns, rows)
+        yield name.capitalize() + of, Table(columns, rows)
     sums = sums_by_class(record, query)
     if sums is not None:
         names, means = record.context.class_names, record.is_self_influence
@@ -48,9 +49,8 @@ def _tables(record: InfluenceRecord, query: int) -> Iterator[HtmlTable]:
             [named(label, names), f"{value:+.3g}", count]
             for label, value, count in zip(sums.names, values, sums.counts.tolist(), strict=True)
         ]
-        yield HtmlTable(
-            f"{'Mean score' if means else 'Sum of scores'} by class{of}", ["class", "score", "examples"], rows
-        )
+        heading = f"{'Mean score' if means else 'Sum of scores'} by class{of}"
+        yield heading, Table(["class", "score", "examples"], rows)
 
 
 def _rows(record: InfluenceRecord, end: End, query: int) -> Iterator[list[object]]:

@@ -25,7 +25,7 @@ from ..parameters import state_digest
 from ..reporting.contents import Contents, Table, numbers_of, section_of
 from ..reporting.context import CallContext, ContextAttribute
 from ..reporting.loggers import log_to_each
-from ..reporting.page import HtmlReport, HtmlTable, Page
+from ..reporting.page import HtmlReport, Page
 from ..storage.artifact import REMEDY, read_folder, write_folder
 from ..storage.digests import Fingerprint, digest
 from ..storage.schema import parse_errors_name, restored
@@ -258,8 +258,8 @@ class ValidationReport(HtmlReport):
         """The report as HTML, with the correlation of each query; of the first 20 queries unless ``whole``."""
         shown = self.correlations.tolist()[: None if whole else _MOST_SHOWN]
         rows = [[query, f"{value:+.2f}"] for query, value in enumerate(shown)]
-        table = HtmlTable("Rank correlation of predicted and measured changes", ["query", "correlation"], rows)
-        return Page("Do scores predict retraining?", self.verdict, (), [table], details=str(self))
+        tables = {"Rank correlation of predicted and measured changes": Table(["query", "correlation"], rows)}
+        return Page("Do scores predict retraining?", self.verdict, (), tables, details=str(self))
 
     def __repr__(self) -> str:
         low, high = self.interval

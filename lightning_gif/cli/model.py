@@ -198,16 +198,17 @@ def unlearn(
     )
     report.record = log
     report.edit.apply(tool.model)
-    rewrite(
-        tool.checkpoint,
-        report,
-        "unlearn",
-        target,
-        report.record,
-        edit=edit_file,
-        expected=weights_digest(tool.model),
-        solves=None if solves_to is None else Path(solves_to),
-    )
+    with report.applied():
+        rewrite(
+            tool.checkpoint,
+            report,
+            "unlearn",
+            target,
+            report.record,
+            edit=edit_file,
+            expected=weights_digest(tool.model),
+            solves=None if solves_to is None else Path(solves_to),
+        )
     report.note("unlearn")
     print(report)
     print(f"The edited checkpoint is {output}, the edit {edit}.")

@@ -7,17 +7,19 @@ import html
 import importlib.util
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.atomic import replace_file
+from .contents import Table
+from .pictures import is_picture, png, words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["HtmlReport", "HtmlTable", "Page"]
+__all__ = ["HtmlReport", "Page"]
 
 
 _DPI = 110
@@ -34,6 +36,7 @@ _STYLE = """
   border-bottom: 1px solid rgba(128, 128, 128, .35); }
 .lightning-gif th.number, .lightning-gif td.number { text-align: right; }
 .lightning-gif td { overflow-wrap: anywhere; max-width: 36rem; }
+.lightning-gif td img { image-rendering: pixelated; height: 64px; }
 .lightning-gif pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85em; }
 .lightning-gif summary { cursor: pointer; margin-top: 1.2em; }
 """
@@ -55,33 +58,6 @@ _DOCUMENT = """<!doctype html>
 
 
 @dataclass(frozen=True)
-class HtmlTable:
-    """A table of a page.
-
-    Attributes:
-        title: Its heading.
-        columns: The names of the columns.
-        rows: The values, as they should be shown; numbers are aligned to the right.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-
-    def html(self) -> str:
-        """The table as HTML."""
-        numeric = [all(_is_number(row[i]) for row in self.rows) for i in range(len(self.columns))]
-        marks = [' class="number"' if one else "" for one in numeric]
-        head = "".join(f"<th{mark}>{_text(name)}</th>" for name, mark in zip(self.columns, marks, strict=True))
-        lines = (
-            "<tr>" + "".join(f"<td{mark}>{_text(cell)}</td>" for cell, mark in zip(row, marks, strict=True)) + "</tr>"
-            for row in self.rows
-        )
-        title = f"<h3>{_text(self.title)}</h3>\n" if self.title else ""
-        return f"<div>{title}<table>\n<tr>{head}</tr>\n" + "\n".join(lines) + "\n</table></div>"
-
-
-@dataclass(frozen=True)
 class Page:
     """The content of a report as HTML.
 
@@ -89,7 +65,7 @@ class Page:
         title: The heading.
         lead: The sentence below the heading: the answer, or a verdict.
         pictures: For each picture its description, and the function that draws it.
-        tables: The tables.
+        tables: The tables by their headings; an empty one is not shown.
         notes: What the reader should know.
         details: The text of the whole report, which can be unfolded.
     """
@@ -97,7 +73,7 @@ class Page:
     title: str
     lead: str = ""
     pictures: Sequence[tuple[str, Callable[[], Figure]]] = ()
-    tables: Sequence[HtmlTable] = ()
+    tables: Mapping[str, Table] = field(default_factory=dict)
     notes: Sequence[str] = ()
     details: str = field(default="", kw_only=True)
 
@@ -109,7 +85,7 @@ class Page:
         if self.pictures and not self._drawn():
             parts.append("<p>Pictures need matplotlib: <code>pip install matplotlib</code>.</p>")
         if self.tables:
-            parts.append('<div class="tables">' + "\n".join(table.html() for table in self.tables) + "</div>")
+            parts.append('<div class="tables">' + "\n".join(_table(*item) for item in self.tables.items()) + "</div>")
         if self.notes:
             parts.append("<h3>Notes</h3>\n<ul>" + "".join(f"<li>{_text(note)}</li>" for note in self.notes) + "</ul>")
         if self.details:
@@ -160,18 +136,40 @@ class HtmlReport:
 def _picture(description: str, draw: Callable[[], Figure]) -> str:
     content = io.BytesIO()
     draw().savefig(content, format="png", dpi=_DPI)
-    data = base64.b64encode(content.getvalue()).decode()
-    return f'<p><img alt="{_text(description)}" src="data:image/png;base64,{data}"></p>'
+    return f"<p>{_image(description, content.getvalue())}</p>"
+
+
+def _image(description: str, content: bytes) -> str:
+    """A PNG file as a part of the page."""
+    return f'<img alt="{_text(description)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+
+
+def _table(heading: str, table: Table) -> str:
+    """A table; columns of numbers are aligned to the right."""
+    marks = [
+        ' class="number"' if all(_is_number(row[i]) for row in table.rows) else "" for i in range(len(table.columns))
+    ]
+    head = "".join(f"<th{mark}>{_text(name)}</th>" for name, mark in zip(table.columns, marks, strict=True))
+    lines = (
+        "<tr>" + "".join(f"<td{mark}>{_cell(cell)}</td>" for cell, mark in zip(row, marks, strict=True)) + "</tr>"
+        for row in table.rows
+    )
+    title = f"<h3>{_text(heading)}</h3>\n" if heading else ""
+    return f"<div>{title}<table>\n<tr>{head}</tr>\n" + "\n".join(lines) + "\n</table></div>"
+
+
+def _cell(value: Any) -> str:
+    return _image("", png(value)) if is_picture(value) else _text(words(value))
 
 
 def _text(value: Any) -> str:
-    return html.escape("" if value is None else str(value))
+    return html.escape(str(value))
 
 
 def _is_number(value: Any) -> bool:
     """Whether a value is a number, also if it is formatted, or missing."""
-    if value is None or isinstance(value, (int, float)):
-        return True
+    if value is None or isinstance(value, (int, float)) or is_picture(value):
+        return not is_picture(value)
     try:
         float(str(value).rstrip("?% ").partition(" ±")[0])
     except ValueError:

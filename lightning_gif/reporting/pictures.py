@@ -1,21 +1,14 @@
-"""Tables as text and as pages with pictures. They are complete in themselves: no other file is needed."""
+"""Pictures in the cells of tables, and tables as text."""
 
 from __future__ import annotations
 
-import base64
-import html
 import struct
 import zlib
 from typing import Any
 
 from .contents import Table
 
-__all__ = ["has_pictures", "is_picture", "markdown", "page", "plain", "png"]
-
-_STYLE = (
-    "<style>body{font-family:sans-serif;font-size:13px}td,th{padding:2px 10px;text-align:left}"
-    "img{image-rendering:pixelated;height:64px}</style>"
-)
+__all__ = ["has_pictures", "is_picture", "markdown", "plain", "png", "words"]
 
 
 def is_picture(value: Any) -> bool:
@@ -44,27 +37,15 @@ def png(image: Any) -> bytes:
     )
 
 
-def page(table: Table) -> str:
-    """A table as an HTML page that contains its pictures."""
-    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in table.columns)
-    body = "".join(f"<tr>{''.join(f'<td>{_cell(value)}</td>' for value in row)}</tr>" for row in table.rows)
-    return f"{_STYLE}<table><tr>{head}</tr>{body}</table>"
-
-
 def markdown(table: Table) -> str:
     """A table in Markdown, without pictures."""
     rows = [[str(column) for column in table.columns], ["---"] * len(table.columns)]
-    rows += [[_words(plain(value)).replace("|", "\\|") for value in row] for row in table.rows]
+    rows += [[words(plain(value)).replace("|", "\\|") for value in row] for row in table.rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _cell(value: Any) -> str:
-    if not is_picture(value):
-        return html.escape(_words(value))
-    return f'<img src="data:image/png;base64,{base64.b64encode(png(value)).decode()}">'
-
-
-def _words(value: Any) -> str:
+def words(value: Any) -> str:
+    """A cell of a table in one line of text; empty if it has no value."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())

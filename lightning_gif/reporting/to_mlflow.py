@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from .contents import Contents
-from .pictures import has_pictures, page, plain
+from .page import Page
+from .pictures import has_pictures, plain
 
 __all__ = ["log", "takes"]
 
@@ -48,7 +49,7 @@ def log(logger: Any, contents: Contents) -> None:
         columns = {column: [plain(row[i]) for row in table.rows] for i, column in enumerate(table.columns)}
         client.log_dict(run, _jsonable(columns), f"{folder}/{name}.json")
         if has_pictures(table):
-            client.log_text(run, page(table), f"{folder}/{name}.html")
+            client.log_text(run, Page(name, tables={"": table}).document(), f"{folder}/{name}.html")
     for name, values in contents.histograms.items():
         counts, edges = np.histogram(values.numpy(), bins=_BINS)
         client.log_dict(run, {"counts": counts.tolist(), "edges": edges.tolist()}, f"{folder}/{name}.json")

@@ -19,7 +19,8 @@ import numpy as np
 from .._compat import rank_zero_warn
 from ..errors import GIFWarning
 from .contents import Contents, Files, Table
-from .pictures import has_pictures, is_picture, page
+from .page import Page
+from .pictures import has_pictures, is_picture
 
 __all__ = ["LARGEST_FILES", "log", "takes"]
 
@@ -104,7 +105,7 @@ def _media(run: Any, start: str, contents: Contents) -> dict[str, Any]:
         else:
             media[key] = _table(run, key, table)
         if has_pictures(table):
-            media[f"{key}_pictures"] = wandb.Html(page(table), data_is_not_path=True)
+            media[f"{key}_pictures"] = wandb.Html(Page(name, tables={"": table}).document(), data_is_not_path=True)
     return media
 
 

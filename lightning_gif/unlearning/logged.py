@@ -59,7 +59,7 @@ def contents(record: EditRecord, section: str, save: Callable[[Path], None], wei
     happened, context = record.context.happened, record.context
     everything = Contents(
         section,
-        context.global_step,
+        context.global_step if happened.global_step is None else happened.global_step,
         axis="event",
         points=_points(record, happened),
         state={"state": _state(record, happened)},
@@ -127,9 +127,8 @@ def event_row(record: EditRecord, happened: Happened) -> list[Any]:
     order = (1, 0) if happened.event == "undo" else (0, 1)
     measured = [record.forget[:2], record.retain[:2], record.memorization]
     numbers = [pair[position] for pair in measured for position in order]
-    context = record.context
     return [
-        *(happened.number, happened.event, record.name, str(record.goal), context.epoch, context.global_step),
+        *(happened.number, happened.event, record.name, str(record.goal), happened.epoch, happened.global_step),
         *(record.n_forget, *[None if math.isnan(number) else number for number in numbers], happened.in_weights),
     ]
 

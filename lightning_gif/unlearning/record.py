@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from ..reporting.previews import Shown
 from ..storage.artifact import Format
 from ..storage.digests import digest
 from ..storage.schema import restored, restored_fields
-from .events import FIRST_EDIT, EventList, Happened
+from .events import FIRST_DRY_RUN, FIRST_EDIT, EventList, Happened
 from .goals import GOALS
 from .outcomes import Outcome
 from .protocol import Trial
@@ -39,6 +40,8 @@ FORMAT = Format(
 )
 
 _PARTS = ("indices", "old", "new")
+
+_DRY_RUN = "dry_run"  # the setting that marks a report as one of an edit that was never applied
 
 # Fields that a file stores in another form, or does not store.
 _OWN_FORM = ("edit", "trials", "outcomes", "context", "version")
@@ -64,6 +67,10 @@ class Change(NamedTuple):
     predicted: float
 
 
+def _unknown() -> tuple[None, None]:
+    return None, None
+
+
 @dataclass
 class EditContext(CallContext):
     """The trainer, the model and the audit log of an edit. A report loaded from a file has only ``global_step``.
@@ -79,6 +86,7 @@ class EditContext(CallContext):
         events: The events of all edits of the callback.
         happened: The last event of this edit.
         forgotten: The rows of the logged table of forget examples; empty if there were no loggers.
+        moment: Returns the numbers of the trainer's epochs and optimizer steps as they are now, ``None`` if not known.
     """
 
     module: nn.Module | None = None
@@ -90,6 +98,7 @@ class EditContext(CallContext):
     events: EventList = field(default_factory=EventList)
     happened: Happened = FIRST_EDIT
     forgotten: list[list[Any]] = field(default_factory=list)
+    moment: Callable[[], tuple[int | None, int | None]] = _unknown
 
     def model(self, given: Weights | None) -> Weights:
         """The given model, or the default one.
@@ -206,6 +215,21 @@ class EditRecord:
         return self.settings.get("name")
 
     @property
+    def is_dry_run(self) -> bool:
+        """Whether the call was a dry run, and the edit has not been applied since."""
+        return bool(self.settings.get(_DRY_RUN))
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """A block that applies the edit, after which it is no dry run. If the block fails, it stays one."""
+        mark = self.settings.pop(_DRY_RUN, None)
+        try:
+            yield
+        except BaseException:
+            self.settings.update({} if mark is None else {_DRY_RUN: mark})
+            raise
+
+    @property
     def step(self) -> float:
         """The step size of the first change."""
         return self.step_sizes[0]
@@ -225,9 +249,11 @@ class EditRecord:
         """The SHA-256 digests of the edit and the report.
 
         ``before`` and ``after`` are of the edited tensors before and after the edit, ``values`` is of the changed
-        values, and ``report`` is of everything that :meth:`UnlearnReport.save` writes.
+        values, and ``report`` is of everything that :meth:`UnlearnReport.save` writes, except for the mark of a dry
+        run: so a dry run has the same digests as the edit when it is applied.
         """
         record, tensors = self.to_record()
+        record["settings"] = {name: value for name, value in self.settings.items() if name != _DRY_RUN}
         return {
             "before": self.edit.digest_before,
             "after": self.edit.digest_after,
@@ -320,6 +346,7 @@ class EditRecord:
         report = cls(edit=edit, trials=trials, outcomes=outcomes, context=context, version=version, **plain)
         if not report.step_sizes or not report.solves or not report.trials or report.n_parameters < edit.count:
             raise ValueError("the report has no step sizes, solves or trials, or more changed entries than parameters")
+        context.happened = FIRST_DRY_RUN if report.is_dry_run else FIRST_EDIT
         return report
 
 

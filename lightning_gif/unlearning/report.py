@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,10 +17,10 @@ from ..config import check_count
 from ..distributed import ProcessGroup
 from ..errors import ConfigurationError
 from ..parameters import Weights
-from ..reporting.contents import section_of
+from ..reporting.contents import Table, section_of
 from ..reporting.context import ContextAttribute
 from ..reporting.loggers import log_to_each
-from ..reporting.page import HtmlReport, HtmlTable, Page
+from ..reporting.page import HtmlReport, Page
 from ..reporting.previews import saved
 from ..storage.artifact import read_file, write_file
 from ..storage.audit_log import Event
@@ -130,7 +131,8 @@ class UnlearnReport(EditRecord, HtmlReport):
         context = self.context
         weights = context.model(module)
         log = self.record if record is None else record
-        transaction.change(self, event, weights, log, context.processes_of(weights))
+        with self.applied() if event in ("unlearn", "apply") else contextlib.nullcontext():
+            transaction.change(self, event, weights, log, context.processes_of(weights))
         if (
             context.module is None or context.module is weights
         ):  # logs are about the trained model, not about copies of it
@@ -143,7 +145,7 @@ class UnlearnReport(EditRecord, HtmlReport):
             event: What happened.
         """
         context = self.context
-        context.happened = context.events.add(event)
+        context.happened = context.events.add(event, *context.moment())
         context.events.rows.append(event_row(self, context.happened))
         if context.logs and self.processes.rank == 0:
             self.log()
@@ -296,7 +298,7 @@ class UnlearnReport(EditRecord, HtmlReport):
             [name, *("" if math.isnan(value) else f"{value:.4g}" for value in change)]
             for name, change in self.losses.items()
         ]
-        tables = [HtmlTable("Mean losses", ["examples", "before", "after", "predicted"], losses)]
+        tables = {"Mean losses": Table(["examples", "before", "after", "predicted"], losses)}
         return Page("Unlearning report", self.verdict, pictures, tables, self.notes, details=str(self))
 
     def __str__(self) -> str:

@@ -15,12 +15,13 @@ import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_gif import GIFCallback, GIFWarning
+from lightning_gif import EditError, GIFCallback, GIFWarning, UnlearnReport, verify
 from lightning_gif.reporting.context import CallContext
 from lightning_gif.reporting.loggers import log_figure, log_histogram, log_scalars, log_table, log_text
+from lightning_gif.unlearning.logged import EVENT_COLUMNS
 from lightning_gif.unlearning.picture import draw_summary
 
-from ..conftest import batch_of, fitted, same_weights, weights
+from ..conftest import Classifier, batch_of, fitted, loader, make_trainer, same_weights, weights
 from ..reports import csv_values, image_net, images, report_of, titles
 
 
@@ -157,6 +158,52 @@ def test_what_is_logged_by_hand_is_the_last_event(tmp_path: Path) -> None:
         edit.log([logger])
         numbers = [metrics for metrics, _ in logger.metrics if f"{section}/retain_loss" in metrics]
         assert numbers[-1][f"{section}/retain_loss"] == point
+
+
+def test_a_saved_dry_run_is_one_until_it_is_applied(tmp_path: Path) -> None:
+    trainer, module, _ = fitted()
+    log = tmp_path / "edits.jsonl"
+    edit = trainer.unlearn([4, 7], step="natural", dry_run=True, record=log)
+
+    def sections() -> set[str]:
+        edit.save(tmp_path / "edit.safetensors")
+        assert verify(log, edits=[tmp_path / "edit.safetensors"]).ok
+        logger = LeastLogger()
+        UnlearnReport.load(tmp_path / "edit.safetensors").log([logger])
+        return {key.split("/")[0] for metrics, _ in logger.metrics for key in metrics}
+
+    assert sections() == {"gif_dry_run"}
+    trained = weights(module)
+    module.load_state_dict({name: value + 1 for name, value in trained.items()})
+    with pytest.raises(EditError):
+        edit.apply()
+    module.load_state_dict(trained)
+    assert sections() == {"gif_dry_run"}
+    edit.apply()
+    assert sections() == {"gif_unlearn"}
+    edit.undo()
+    assert sections() == {"gif_unlearn"}
+
+
+def test_events_are_of_their_own_time_and_counted_on_after_a_resume(tmp_path: Path) -> None:
+    trainer, module, dataset = fitted(max_epochs=1)
+    edit = trainer.unlearn([4, 7], step="natural")
+    first = trainer.global_step
+    trainer.fit_loop.max_epochs = 2
+    edit.undo()
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer.fit(module, loader(dataset))
+    trainer.unlearn([1], step="natural")
+    rows = trainer.callbacks[0].events.rows
+    place = [EVENT_COLUMNS.index(name) for name in ("event", "epoch", "global_step")]
+    found = [[row[i] for i in place] for row in rows]
+    assert found == [[1, 1, first], [2, 1, first], [3, 2, 2 * first]]
+
+    resumed = make_trainer(GIFCallback(ratio=0.5, unconverged="ignore"), max_epochs=3)
+    resumed.fit(Classifier(), loader(dataset), ckpt_path=tmp_path / "a.ckpt")
+    again = resumed.unlearn([4], step="natural")
+    assert again.context.happened[:3] == (3, "unlearn", 1)
+    assert [row[0] for row in resumed.callbacks[0].events.rows] == [1, 2, 3]
 
 
 def test_tensorboard_without_matplotlib_has_all_but_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

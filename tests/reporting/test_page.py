@@ -14,7 +14,8 @@ import torch
 
 from lightning_gif import InfluenceReport, UnlearnReport
 from lightning_gif.attribution.validation import ValidationReport
-from lightning_gif.reporting.page import HtmlTable, Page
+from lightning_gif.reporting.contents import Table
+from lightning_gif.reporting.page import Page
 from lightning_gif.reporting.previews import Shown
 
 from ..conftest import batch_of, fitted
@@ -133,7 +134,7 @@ def test_a_validation_is_shown_with_its_verdict_and_the_correlation_of_each_quer
     )
     assert report.verdict in read(report._repr_html_()).texts
     for whole, count in ((False, 20), (True, 30)):
-        (table,) = report.page(whole=whole).tables
+        (table,) = report.page(whole=whole).tables.values()
         assert [row[1] for row in table.rows] == [f"{value:+.2f}" for value in report.correlations[:count].tolist()]
 
 
@@ -147,9 +148,11 @@ def test_without_matplotlib_a_page_says_how_to_get_pictures(monkeypatch: pytest.
 
 
 def test_numbers_are_aligned_and_missing_values_are_empty() -> None:
-    table = HtmlTable("", ["a", "b"], [[1, "x"], [None, "2"], ["+0.1 ± 0.2?", None]])
-    assert table.html().count('<td class="number">') == 3
-    assert "None" not in Page("t", "", (), [table]).document()
+    table = Table(["a", "b", "c"], [[1, "x", 0.5], [None, "2", None], ["+0.1 ± 0.2?", None, 1 / 3]])
+    page = Page("t", tables={"": table}).document()
+    assert page.count('<td class="number">') == 6
+    assert "None" not in page
+    assert ">0.3333<" in page
 
 
 @pytest.fixture(scope="module")

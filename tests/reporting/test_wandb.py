@@ -23,7 +23,8 @@ from lightning_gif import ConfigurationError, GIFCallback, GIFWarning, UnlearnRe
 from lightning_gif.parameters import weights_digest
 from lightning_gif.reporting import to_wandb
 from lightning_gif.reporting.contents import Table
-from lightning_gif.reporting.pictures import markdown, page, png
+from lightning_gif.reporting.page import Page
+from lightning_gif.reporting.pictures import markdown, png
 from lightning_gif.reporting.previews import image_of, text_of
 
 from ..conftest import batch_of, fitted, same_weights, weights
@@ -374,8 +375,9 @@ def test_a_picture_is_the_same_in_its_file(tmp_path: Path, shape: tuple[int, ...
 
 def test_tables_as_pages_and_as_text_hold_any_words() -> None:
     table = Table(["a", "b"], [["<b>|x", image_of(images()[0])], [None, 0.12]])
-    assert "&lt;b&gt;|x" in page(table)
-    assert page(table).count("<img ") == 1
+    page = Page("t", tables={"": table}).document()
+    assert "&lt;b&gt;|x" in page
+    assert page.count("<img ") == 1
     assert markdown(table).splitlines() == ["| a | b |", "| --- | --- |", "| <b>\\|x | picture |", "|  | 0.12 |"]
 
 
