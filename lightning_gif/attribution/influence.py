@@ -15,8 +15,10 @@ from .._compat import rank_zero_info, rank_zero_warn
 from ..config import Settings
 from ..curvature.by_solver import inverse_for_queries
 from ..curvature.energy import gradient_share
+from ..curvature.inverse import InverseCurvature
 from ..curvature.memory import is_large
 from ..curvature.methods import METHODS
+from ..curvature.sampling import sample_size
 from ..data.batch import Batch
 from ..data.examples import Examples
 from ..data.identity import data_digest, fingerprints
@@ -25,7 +27,7 @@ from ..objective.objective import Objective
 from ..objective.shadow import ModelState
 from ..parameters import Targets, state_digest
 from ..reporting.context import CallContext
-from ..solvers import Solution
+from ..solvers import SOLVERS, Solution
 from ..storage.digests import Fingerprint, digest
 from .predictions import first_predictions, first_tokens
 from .ranking import Strongest
@@ -33,8 +35,17 @@ from .report import InfluenceReport, first_shown
 from .score_store import InMemory, ScoreStore
 from .uncertainty import LEAST_STATES, Spread, agreement_of
 
-__all__ = ["influence"]
+__all__ = ["PRODUCTS", "SCORES", "SolveStage", "influence"]
 
+
+# The stages of a call, as its progress names them.
+PRODUCTS, SCORES = "Curvature", "Scoring training examples"
+
+# The work of a product with the curvature of one example, if that of a directional derivative of its loss is 1.
+_PRODUCT = 2.0
+
+# The work of scores for one more query, which shares passes with the others, if that of scores for one query is 1.
+_FURTHER = 1 / 3
 
 # The bytes of one score, and the number of characters of a digest in the name of a folder.
 _BYTES, _NAMED = 8, 16
@@ -135,6 +146,32 @@ def influence(
     )
 
 
+class SolveStage(NamedTuple):
+    """The stage of a call in which the curvature is prepared and the iHVPs are computed.
+
+    Attributes:
+        total: The number of updates of its progress, at most; ``None`` if it is not known.
+        work: Its work, if that of a score is 1; ``None`` if it is not known.
+    """
+
+    total: int | None
+    work: float | None
+
+    def with_scores(self, work: float) -> list[tuple[str, float | None]]:
+        """This stage and that of the scores with their work, as for :meth:`Progress.expect`."""
+        return [(PRODUCTS, self.work), (SCORES, work)]
+
+    @classmethod
+    def of(cls, inverse: type[InverseCurvature], settings: Settings, train: Examples, n_queries: int) -> SolveStage:
+        """The stage for an inverse of the curvature."""
+        count = sample_size(settings)
+        n = len(train) if count is None else min(count, len(train))
+        n_batches = -(-n // (train.batch_size * train.processes.size))
+        total = inverse.n_updates(settings, n_batches, n_queries)
+        by_batches = settings.solver not in SOLVERS  # else each update is a product with the curvature of all examples
+        return cls(total, None if total is None else _PRODUCT * total * (n / n_batches if by_batches else n))
+
+
 class _Scores(NamedTuple):
     """Scores, and their spread over the states; the fields are those of the report."""
 
@@ -185,6 +222,16 @@ class _Call:
     def with_errors(self) -> bool:
         """Whether scores have standard errors, from several states."""
         return len(self.states) >= LEAST_STATES
+
+    @property
+    def solving(self) -> SolveStage:
+        """The stage of the solve at each state."""
+        return SolveStage.of(inverse_for_queries(self.settings), self.settings, self.train, self.n_queries)
+
+    def __post_init__(self) -> None:
+        """Announces the stages of the call."""
+        scores = len(self.scored) * len(self.states) * (1 + _FURTHER * (self.n_queries - 1))
+        self.objective.progress.expect(*[(PRODUCTS, self.solving.work)] * len(self.states), (SCORES, scores))
 
     @property
     def n_bytes(self) -> int:
@@ -314,9 +361,9 @@ def _solve(call: _Call) -> SolvedQueries:
     """The iHVPs at the objective's present state."""
     objective, settings = call.objective, call.settings
     method, positions = METHODS[settings.method], call.targets.flat(objective.space).to(objective.device)
-    with objective.progress("Hessian products") as bar:
+    with objective.progress.stage(PRODUCTS, call.solving.total) as update:
         inverse_class = inverse_for_queries(settings)
-        inverse = inverse_class.fit(objective, call.train, settings, method, positions, on_product=bar.update)
+        inverse = inverse_class.fit(objective, call.train, settings, method, positions, on_product=update)
         gradients = objective.query_gradients(call.query, per_example=call.per_example)
         share, solutions = gradient_share(gradients, positions), list[Solution]()
         for rows in gradients.split(inverse.block_size or len(gradients)):
@@ -356,11 +403,11 @@ def _score(
     objective, processes = call.objective, call.objective.processes
     objective.learn_derivatives(call.train)
     scoring = _ScoringPass(call, solved, None if store is None else store.done.clone())
-    with objective.progress("Scoring training examples", len(call.scored)) as bar:
+    with objective.progress.stage(SCORES, len(call.scored)) as update:
         for start, stop, block in processes.interleave(scoring.blocks()):
             if block is not None and (store is None or processes.rank == 0):  # only the first process writes files
                 kept.write(start, *block)
-            bar.update(stop - start)
+            update(stop - start)
     call.scored.learn_classes(scoring.labels)
     warn_without_gradients(processes.total(scoring.any_gradient))
     if store is not None and processes.rank == 0:

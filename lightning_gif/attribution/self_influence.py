@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,22 @@ from ..errors import ConfigurationError
 from ..objective.objective import Objective
 from ..parameters import Targets
 from ..reporting.context import CallContext
-from .influence import require_finite_scores, warn_without_gradients
+from .influence import PRODUCTS, SCORES, SolveStage, require_finite_scores, warn_without_gradients
 from .report import InfluenceReport
 from .uncertainty import Spread, agreement_of
 
 __all__ = ["self_influence"]
+
+
+class _Fitted(NamedTuple):
+    """The inverse of the curvature at a state of the model, and its quadratic form."""
+
+    inverse: InverseCurvature
+    quadratic: Callable[[Tensor], Tensor]
+
+    def summary(self) -> dict[str, Any]:
+        """How the curvature was computed, in plain values."""
+        return {**self.inverse.summary(), "inverse": self.inverse.kind}
 
 
 def self_influence(
@@ -83,12 +94,13 @@ def self_influence(
     scores, any_gradient, spread = torch.zeros(1, len(scored), dtype=torch.float64), 0.0, Spread()
     # How the curvature was computed, the damping and the gradient share, of each state.
     summaries = list[tuple[dict[str, Any], float, float | None]]()
+    positions = targets.flat(objective.space).to(objective.device)
+    objective.progress.expect(*_solving(settings, train, positions).with_scores(len(scored)) * len(model_states))
     for state in model_states:
         with objective.at_state(state):
-            positions = targets.flat(objective.space).to(objective.device)
-            inverse = _fit(objective, train, settings, positions)
-            values, gradients, share = _scores(objective, scored, settings.weight_decay, inverse, positions)
-            summaries.append(({**inverse.summary(), "inverse": inverse.kind}, inverse.damping, share))
+            fitted = _fit(objective, train, settings, positions)
+            values, gradients, share = _scores(objective, scored, settings.weight_decay, fitted, positions)
+            summaries.append((fitted.summary(), fitted.inverse.damping, share))
         scores += values / len(model_states) / max(len(train) - 1, 1)
         spread.add(values[None] / max(len(train) - 1, 1))
         any_gradient += gradients
@@ -121,25 +133,36 @@ def self_influence(
     )
 
 
-def _fit(objective: Objective, train: Examples, settings: Settings, positions: Tensor) -> InverseCurvature:
-    """The inverse of the curvature at the present weights."""
-    with objective.progress("Hessian products") as bar:
-        inverse_class = inverse_for_self_influence(settings, len(positions))
-        return inverse_class.fit(objective, train, settings, METHODS[settings.method], positions, on_product=bar.update)
+def _solving(settings: Settings, train: Examples, positions: Tensor) -> SolveStage:
+    """The stage of the inverse at each state."""
+    return SolveStage.of(inverse_for_self_influence(settings, len(positions)), settings, train, 0)
+
+
+def _fit(objective: Objective, train: Examples, settings: Settings, positions: Tensor) -> _Fitted:
+    """The inverse of the curvature at the present weights, with its quadratic form."""
+    inverse_class, method = inverse_for_self_influence(settings, len(positions)), METHODS[settings.method]
+    with objective.progress.stage(PRODUCTS, _solving(settings, train, positions).total) as update:
+        inverse = inverse_class.fit(objective, train, settings, method, positions, on_product=update)
+        return _Fitted(inverse, inverse.quadratic())
 
 
 def _scores(
-    objective: Objective, scored: Examples, weight_decay: float, inverse: InverseCurvature, positions: Tensor
+    objective: Objective,
+    scored: Examples,
+    weight_decay: float,
+    fitted: _Fitted,
+    positions: Tensor,
 ) -> tuple[Tensor, float, float | None]:
     """The quadratic form of each example's gradient, ``(n,)``; a number that is positive if a gradient is not zero; and
     the mean share of the gradients that the targets ``positions`` hold, ``None`` if no whole gradients were formed.
 
     Removing an example does not reduce weight decay. So each example's gradient includes the gradient of weight decay.
     """
-    values, any_gradient, quadratic, share = [], 0.0, inverse.quadratic(), 0.0
+    values, any_gradient, share = [], 0.0, 0.0
+    inverse, quadratic = fitted
     whole = len(positions) == objective.space.size
     labels = list[Tensor | None]()
-    with objective.progress("Scoring training examples", len(scored)) as bar:
+    with objective.progress.stage(SCORES, len(scored)) as update:
         for batch in scored.local_batches():
             labels.append(batch.classes)
             found = inverse.of_losses(objective, batch)
@@ -151,7 +174,7 @@ def _scores(
                     any_gradient += float(gradients.any())
                     share += 0.0 if whole else len(gradients) * gradient_share(gradients, positions)
                     values.append(quadratic(gradients + weight_decay * objective.theta).cpu())
-            bar.update(batch.size * objective.processes.size)
+            update(batch.size * objective.processes.size)
     scored.learn_classes(labels)
     share = 1.0 if whole else objective.processes.total(share) / len(scored)
     return scored.all_gather(values).double(), any_gradient, None if math.isnan(share) else share

@@ -172,6 +172,12 @@ class SolverInverse(InverseCurvature):
         return cls(settings, curvature, method, positions, damping, decay, block_size)
 
     @classmethod
+    def n_updates(cls, settings: Settings, n_batches: int, n_queries: int) -> int | None:
+        if not SOLVERS[settings.solver].requires_symmetric_psd:
+            return None
+        return _damping_products(settings) + n_queries * max_iter(settings)
+
+    @classmethod
     def check(cls, objective: Objective, settings: Settings, method: Method, positions: Tensor) -> None:
         """Raises an error, before any work, if :meth:`fit` would fail with these arguments."""
 
@@ -227,6 +233,10 @@ class SketchInverse(SolverInverse):
     """
 
     decay_is_damping = True
+
+    @classmethod
+    def n_updates(cls, settings: Settings, n_batches: int, n_queries: int) -> int | None:
+        return _damping_products(settings) + max_iter(settings)
 
     @classmethod
     def check(cls, objective: Objective, settings: Settings, method: Method, positions: Tensor) -> None:
@@ -300,6 +310,10 @@ class DenseInverse(SolverInverse):
 
     decay_is_damping = True
 
+    @classmethod
+    def n_updates(cls, settings: Settings, n_batches: int, n_queries: int) -> int | None:
+        return None  # one for each target parameter, of which there are few
+
     def quadratic(self) -> Callable[[Tensor], Tensor]:
         """See :meth:`InverseCurvature.quadratic`; exact, in float64.
 
@@ -328,6 +342,11 @@ class DenseInverse(SolverInverse):
     @property
     def kind(self) -> str:
         return "exact"
+
+
+def _damping_products(settings: Settings) -> int:
+    """The number of products that :func:`measured_damping` takes; 0 if the damping is given."""
+    return POWER_ITERATIONS if settings.damping is None else 0
 
 
 def measured_damping(curvature: LinearOperator, seed: int) -> float:

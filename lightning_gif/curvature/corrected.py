@@ -25,7 +25,7 @@ from .inverse import INVERSES, InverseCurvature
 from .memory import bytes_to_keep
 from .methods import Method
 from .sampling import kept_sample
-from .solve import describe, open_curvature, solve
+from .solve import describe, max_iter, open_curvature, solve
 from .streaming import Curvature
 
 __all__ = ["CorrectedEKFAC"]
@@ -76,6 +76,10 @@ class CorrectedEKFAC(InverseCurvature):
         curvature = open_curvature(settings, objective, examples, weight_decay=0.0, on_product=on_product)
         together = solved_together(bytes_to_keep(settings, objective), objective.theta)
         return cls(settings, curvature, ekfac, together)
+
+    @classmethod
+    def n_updates(cls, settings: Settings, n_batches: int, n_queries: int) -> int | None:
+        return 2 * n_batches + n_queries * max_iter(settings)
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         operator = Transformed(self._curvature, self._dampings, lambda vector: self._ekfac.root(vector[None])[0])

@@ -230,6 +230,10 @@ class EKFACInverse(InverseCurvature):
         return cls.of(objective, layers, kept_sample(objective, train, settings), settings, on_product)
 
     @classmethod
+    def n_updates(cls, settings: Settings, n_batches: int, n_queries: int) -> int | None:
+        return 2 * n_batches
+
+    @classmethod
     def of(
         cls,
         objective: Objective,

@@ -67,10 +67,10 @@ def by_fisher_diagonal(objective: Objective, train: Examples, settings: Settings
     """
     examples = curvature_sample(objective, train, sample_size(settings), settings.curvature_sampling, settings.seed)
     total = torch.zeros_like(gradient)
-    with objective.progress("Gradients of training examples", len(examples)) as bar:
+    with objective.progress.stage("Gradients of training examples", len(examples)) as update:
         for batch in examples.local_batches():
             _add_squares(objective, batch, total)
-            bar.update(batch.size * objective.processes.size)
+            update(batch.size * objective.processes.size)
     diagonal = objective.processes.sum(total) / len(examples)
     least = LEAST_DAMPING * float(diagonal.double().mean())
     for part in objective.space.unflatten(diagonal).values():

@@ -42,6 +42,17 @@ class InverseCurvature(ABC):
     block_size: int | None
 
     @classmethod
+    def n_updates(cls, settings: Settings, n_batches: int, n_queries: int) -> int | None:
+        """How often ``on_product`` of :meth:`fit` will be called, at most; ``None`` if this is not known.
+
+        Args:
+            settings: Curvature, solver and their parameters.
+            n_batches: The number of batches of the sampled training examples.
+            n_queries: The number of gradients that :meth:`ihvp` will get.
+        """
+        return None
+
+    @classmethod
     @abstractmethod
     def fit(
         cls,

@@ -19,7 +19,7 @@ from ..data.structure import describe, map_tensors, same_structure, tensors
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import BatchError, ConfigurationError, NonFiniteError, ObjectiveError
 from ..mixin import LossOfModule, overrides
-from ..reporting.progress import Lines, progress
+from ..reporting.progress import Progress
 from ..selection import GradientStatistics, NeuronStatistics
 from . import derivatives, outputs
 from .batchnorm import refreshed_statistics
@@ -30,8 +30,6 @@ from .predictions import IndicesInBounds
 from .shadow import ModelState, Shadow, widen_all
 
 if TYPE_CHECKING:
-    from tqdm.auto import tqdm
-
     from .._compat import LightningModule, Trainer
 
 __all__ = ["Objective"]
@@ -85,6 +83,8 @@ class Objective:
         self.module = shadow.module
         self.space = shadow.space
         self.device = shadow.device
+        # Hidden if the trainer shows none, and on all ranks except the first.
+        self.progress = Progress(shown=trainer.progress_bar_callback is not None and trainer.is_global_zero)
         self._own_measurement = overrides(shadow.module, "influence_measurement")
         self._loss: LossFunction | None = None if shadow.influence_loss is None else OwnLoss(shadow)
         self._directional: derivatives.DirectionalDerivatives = derivatives.forward_mode
@@ -156,7 +156,11 @@ class Objective:
             trainer, module, device, processes, seed=seed, double=double, influence_loss=influence_loss
         )
         with opened as shadow:
-            yield cls(trainer, shadow, processes)
+            objective = cls(trainer, shadow, processes)
+            try:
+                yield objective
+            finally:
+                objective.progress.close()
 
     # ----------------------------------------------------------------------------------------------------------------
     # The state of the model
@@ -372,11 +376,6 @@ class Objective:
             ", although the batch and the weights are finite: the model overflows, or its loss uses the value of a"
             " torchmetrics metric"
         )
-
-    def progress(self, description: str, total: int | None = None) -> tqdm[Any] | Lines:
-        """The progress of a part of a call; hidden if the trainer shows none, and on all ranks except the first."""
-        shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
-        return progress(description, total, shown=shown)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Losses of a prepared batch

@@ -1,65 +1,169 @@
-"""What a call is doing: a bar in a terminal or notebook, and otherwise a line every ten seconds, as for a log file."""
+"""What a call is doing: one bar in a terminal or notebook, else a line every ten seconds, as for a log file."""
 
 from __future__ import annotations
 
+import contextlib
+import statistics
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
 from tqdm.auto import tqdm
-from typing_extensions import Self
 
-__all__ = ["Lines", "duration", "progress"]
+__all__ = ["Progress", "duration"]
 
-_SECONDS = 10.0
+# The least number of seconds between two lines, and between two states of the bar.
+_LINES, _BAR = 10.0, 0.1
 
 
-def progress(description: str, total: int | None, *, shown: bool) -> tqdm[Any] | Lines:
-    """The progress of a part of a call. It is a context manager with a method ``update``.
+@dataclass
+class _Stage:
+    """A stage that has begun.
 
-    Args:
+    Attributes:
         description: What the call is doing.
-        total: How much there is to do; ``None`` if this is not known.
-        shown: Whether it is shown at all.
+        total: How much there is to do, at most; ``None`` if this is not known.
+        work: The work of all of it; ``None`` if it is not known.
+        begin: The time of its beginning.
+        done: How much has been done.
+        last: The time of the last update.
+        each: The seconds for one of ``total``, at each update.
     """
-    interactive = sys.stderr.isatty() or any("notebook" in base.__module__ for base in tqdm.__mro__)
-    if interactive or not shown:
-        return tqdm(total=total, desc=description, disable=not shown, leave=False)
-    return Lines(description, total)
+
+    description: str
+    total: int | None
+    work: float | None
+    begin: float
+    done: int = 0
+    last: float = 0.0
+    each: list[float] = field(default_factory=list)
+
+    @property
+    def pace(self) -> float | None:
+        """The seconds for one of ``total``: the median, since first passes and what is between passes take longer."""
+        return statistics.median(self.each) if self.each else None
+
+    @property
+    def rate(self) -> float | None:
+        """The seconds for each unit of work; ``None`` if they are not known."""
+        return None if self.pace is None or not self.work or not self.total else self.pace * self.total / self.work
 
 
-class Lines:
-    """Progress where nothing can be overwritten: a line every ten seconds, and none for what takes less time.
+class Progress:
+    """The progress of one call, which goes through stages one after another.
+
+    The time that the call will still take is shown if all stages that remain were announced by :meth:`expect`. A stage
+    that was there before is expected to take as long again. Of others the rest is expected to go on as fast as before,
+    and later ones are compared with the present one by their work. Without an announcement, only the stage, its count
+    and the time so far are shown.
 
     Args:
-        description: What is being done.
-        total: How much there is to do; ``None`` if this is not known.
+        shown: Whether anything is shown at all.
     """
 
-    def __init__(self, description: str, total: int | None) -> None:
-        self._description, self._total = description, total
-        self._done = 0
-        self._begin = self._last = monotonic()
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+        self._bar: tqdm[Any] | None = None
+        self._expected: list[tuple[str, float | None]] | None = None
+        self._took: dict[str, float] = {}  # the seconds of stages that are over
+        self._rate: float | None = None
+        self._begin = self._last = -1.0
 
-    def update(self, done: int = 1) -> None:
-        """Adds to what has been done."""
-        self._done += done
+    def expect(self, *stages: tuple[str, float | None]) -> None:
+        """Announces all stages that remain, in their order.
+
+        Args:
+            *stages: The description of each stage and its work, in any unit that is the same for all; ``None`` if the
+                work is not known.
+        """
+        self._expected = list(stages)
+
+    @contextlib.contextmanager
+    def stage(self, description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+        """A block that is one stage. It yields a function that adds to what has been done, by default 1.
+
+        Args:
+            description: What the call is doing.
+            total: How much there is to do, at most; ``None`` if this is not known.
+        """
         now = monotonic()
-        if now - self._last >= _SECONDS:
-            self._last = now
-            print(self._line(now - self._begin), file=sys.stderr, flush=True)
+        if self._begin < 0:
+            self._begin = self._last = now
+        stage, is_over = _Stage(description, total, self._announced(description), now, last=now), False
 
-    def _line(self, seconds: float) -> str:
-        if self._total is None:
-            return f"{self._description}: {self._done} in {duration(seconds)}"
-        left = seconds * max(0, self._total - self._done) / max(1, self._done)
-        done = f"{self._done} of {self._total} in {duration(seconds)}"
-        return f"{self._description}: {done}, about {duration(left)} left"
+        def update(count: int = 1) -> None:
+            if self._shown and not is_over:
+                at = monotonic()
+                stage.each.append((at - stage.last) / max(count, 1))
+                stage.done, stage.last = stage.done + count, at
+                self._show(stage, at)
 
-    def __enter__(self) -> Self:
-        return self
+        try:
+            yield update
+        finally:
+            self._took[description] = stage.last - stage.begin
+            self._rate = stage.rate or self._rate
+            is_over = True  # what is done later belongs to no stage
 
-    def __exit__(self, *error: object) -> None: ...
+    def close(self) -> None:
+        """Removes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    @property
+    def _is_interactive(self) -> bool:
+        return sys.stderr.isatty() or any("notebook" in base.__module__ for base in tqdm.__mro__)
+
+    def _announced(self, description: str) -> float | None:
+        """The work of a stage that begins now. Announced stages that were left out before it are no more expected."""
+        names = [name for name, _ in self._expected or []]
+        if self._expected is None or description not in names:
+            return None
+        place = names.index(description)
+        work = self._expected[place][1]
+        del self._expected[: place + 1]
+        return work
+
+    def _left(self, stage: _Stage, now: float) -> float | None:
+        """The seconds that the call will still take; ``None`` if they are not known."""
+        if self._expected is None:
+            return None
+        rest = self._took.get(stage.description, 0.0) - (now - stage.begin)
+        if rest <= 0:
+            if stage.total is None or stage.pace is None:
+                return None
+            rest = max(stage.total - stage.done, 0) * stage.pace
+        own = now - stage.begin + rest
+        for description, work in self._expected:
+            rate = stage.rate or self._rate
+            if description in self._took:
+                rest += self._took[description]
+            elif description == stage.description:
+                rest += own
+            elif work is None or rate is None:
+                return None
+            else:
+                rest += rate * work
+        return rest
+
+    def _show(self, stage: _Stage, now: float) -> None:
+        if now - self._last < (_BAR if self._is_interactive else _LINES):
+            return
+        self._last = now
+        so_far, left = now - self._begin, self._left(stage, now)
+        times = f"{duration(so_far)} so far" + ("" if left is None else f", about {duration(left)} left")
+        what = f"{stage.description}: {stage.done}{'' if stage.total is None else f' of {stage.total}'}"
+        if not self._is_interactive:
+            print(f"{what}; {times}", file=sys.stderr, flush=True)
+            return
+        shape = f"{what}; {times}" if left is None else f"{what} |{{bar}}| {times}"
+        total = None if left is None else so_far + left
+        if self._bar is None:
+            self._bar = tqdm(leave=False, total=total, initial=so_far, bar_format=shape)
+        self._bar.n, self._bar.total, self._bar.bar_format = so_far, total, shape
+        self._bar.refresh()
 
 
 def duration(seconds: float) -> str:

@@ -64,6 +64,9 @@ class _Solved:
     damping: float
 
 
+_MATCHING = "Steps towards the predictions"
+
+
 class EditProblem:
     """An edit in the making, as a strategy sees it: it solves for changes, and evaluates step sizes along them.
 
@@ -382,9 +385,9 @@ class EditProblem:
 
     def _solve_influence(self, settings: Settings) -> tuple[QuadraticModel, bool]:
         objective, task = self._objective, self._task
-        with objective.progress("Hessian products") as bar:
+        with objective.progress.stage("Hessian products") as update:
             kept = task.budget.for_curvatures(settings, 1)
-            opened = partial(open_curvature, kept, objective, on_product=bar.update)
+            opened = partial(open_curvature, kept, objective, on_product=update)
             curvature = opened(task.retain_fit)
             new = None if task.relabelled_eval is None else opened(task.relabelled_eval, keep=False)
             share = task.forget_weight / (1 + task.forget_weight)
@@ -396,8 +399,8 @@ class EditProblem:
 
     def _solve_leave_out(self, settings: Settings) -> tuple[QuadraticModel, bool]:
         self._require_effect(self._task.influence_gradient[self.positions])
-        with self._objective.progress("Curvature products") as bar:
-            found = leave_out.solve_step(self._task, settings, self.tuning.matching, self.positions, bar.update)
+        with self._objective.progress.stage("Hessian products") as update:
+            found = leave_out.solve_step(self._task, settings, self.tuning.matching, self.positions, update)
         self._require_change(found.change)
         self._add(found.change, found.solution, settings)
         self.description = self.description or found.products
@@ -413,9 +416,10 @@ class EditProblem:
 
     def _solve_match(self, settings: Settings, numbers: Matching) -> tuple[QuadraticModel, bool]:
         (change,), (solution,) = self._changes, self.solutions
-        with self._objective.progress("Steps", numbers.steps) as bar:
+        self._objective.progress.expect((_MATCHING, 1.0))
+        with self._objective.progress.stage(_MATCHING, numbers.steps) as update:
             found, done = leave_out.match_predictions(
-                self._task, settings, numbers, self.positions, change, solution.damping, bar.update
+                self._task, settings, numbers, self.positions, change, solution.damping, update
             )
         self._add(found, done, settings)
         return QuadraticModel(0.0, 0.0), False
@@ -424,8 +428,8 @@ class EditProblem:
         objective, goal = self._objective, self.goal
         theta = self.weights_at(at.step_sizes)
         is_far = at.memorization > goal.far_memorization
-        with objective.progress("Hessian products, at the new weights") as bar:
-            slope, curvatures, second_moment = self._linearise(theta, is_far, settings, bar.update)
+        with objective.progress.stage(f"Change {len(self._changes) + 1}: Hessian products") as update:
+            slope, curvatures, second_moment = self._linearise(theta, is_far, settings, update)
             whole = Combination(*curvatures)
             scale = preconditioner(objective, self.positions, second_moment, self.tuning.preconditioner)
             is_newton = bool(self._changes) and not is_far

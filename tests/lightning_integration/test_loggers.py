@@ -61,7 +61,9 @@ def test_progress_is_shown_only_where_the_trainer_shows_it(
     capsys.readouterr()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     trainer.influence(batch_of(data, slice(4)))
-    assert ("Hessian products" in capsys.readouterr().err) is bar
+    monkeypatch.setattr(progress, "_BAR", 0.0)
+    trainer.influence(batch_of(data, slice(4)))
+    assert ("Scoring training examples: 48 of 48" in capsys.readouterr().err) is bar
 
 
 def test_a_log_file_gets_no_progress_of_quick_calls(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,10 +83,42 @@ def test_a_log_file_gets_a_line_of_progress_every_ten_seconds(
     trainer.influence(batch_of(data, slice(4)), batch_size=8, snapshots=False)
     lines = capsys.readouterr().err.splitlines()
     scoring = [line for line in lines if line.startswith("Scoring")]
-    assert scoring == [
-        "Scoring training examples: 24 of 48 in 12 s, about 12 s left",
-        "Scoring training examples: 48 of 48 in 24 s, about 0 s left",
-    ]
-    products = [line for line in lines if line.startswith("Hessian products: 3 in 12 s")]
-    assert len(products) == 1
+    assert [line.split(";")[0] for line in scoring] == [f"Scoring training examples: {n} of 48" for n in (8, 32)]
+    assert [line.rpartition(", ")[2] for line in scoring] == ["about 20 s left", "about 8 s left"]
+    assert lines[0].startswith("Curvature: 3 of 7; 12 s so far, about ")
     assert len({*lines}) == len(lines)
+
+
+def test_the_time_left_is_that_of_the_whole_call(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress, "monotonic", lambda: now)
+
+    def told(call: progress.Progress, stage: str, total: int | None, seconds: list[float]) -> list[str]:
+        nonlocal now
+        with call.stage(stage, total) as update:
+            for each in seconds:
+                now += each
+                update()
+        return capsys.readouterr().err.splitlines()
+
+    call = progress.Progress(shown=True)
+    call.expect(("solve", 30.0), ("score", 10.0), ("solve", 30.0), ("score", 10.0))
+    # 3 units of work in 10 s. The pace is the median: the pause of 100 s in the middle is not expected again.
+    assert told(call, "solve", 10, [10, 10, 100])[0] == (
+        f"solve: 1 of 10; 10 s so far, about {progress.duration(90 + 100 / 3 + 100 + 100 / 3)} left"
+    )
+    # The solve took 120 s, and will take as long again.
+    assert told(call, "score", 2, [20, 20]) == [
+        f"score: 1 of 2; 2 min so far, about {progress.duration(20 + 120 + 40)} left",
+        f"score: 2 of 2; 3 min so far, about {progress.duration(120 + 40)} left",
+    ]
+    assert told(call, "solve", 10, [30])[0].endswith(f"about {progress.duration(90 + 40)} left")
+    assert told(call, "score", 2, [20])[0].endswith("about 20 s left")
+    unknown = progress.Progress(shown=True)
+    assert told(unknown, "solve", None, [10, 10]) == ["solve: 1; 10 s so far", "solve: 2; 20 s so far"]
+    unknown.expect(("solve", None), ("score", 1.0))
+    assert told(unknown, "solve", 3, [10]) == ["solve: 1 of 3; 30 s so far"]
+    hidden = progress.Progress(shown=False)
+    assert told(hidden, "solve", 3, [10, 10]) == []
