@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack
@@ -99,6 +100,7 @@ class Influence:
         scores_to: str | os.PathLike[str] | None = None,
         keep: int | None = None,
         snapshots: bool | None = None,
+        losses: bool = False,
         name: str | None = None,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
@@ -135,6 +137,9 @@ class Influence:
             snapshots: Whether to average the scores over the present weights and the snapshots of training. This
                 predicts retraining better, and costs a solve and a scoring pass for each snapshot. With ``None``
                 (default), scores are averaged if there are snapshots. ``True`` raises an error if there are none.
+            losses: Whether the report also has the loss of each scored training example, at the present weights: the
+                cheap score to compare with, and a column of ``to_dataframe()``. It takes one more forward pass over
+                these examples. ``False`` by default.
             name: The name of the query in logs, such as ``"held-out eights"``. Give queries of different kinds their
                 own names, because each name has its own keys, ``gif_influence/NAME/…``. By default there is no name.
             dataloader: A loader of the training data; by default the one of ``fit``.
@@ -187,7 +192,7 @@ class Influence:
                 k=k,
                 context=calls._context(session),
             )
-            _finish(report, session, name)
+            _finish(report, session, name, (scored or session.train) if losses else None)
         return _logged(trainer, report, calls.log_reports)
 
     def check(
@@ -407,6 +412,7 @@ class TrainerCalls:
         targets: Literal["cached"] | None = None,
         among: Sequence[int] | Tensor | Callable[[Any], Tensor] | None = None,
         snapshots: bool = False,
+        losses: bool = False,
         name: str | None = None,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
@@ -426,6 +432,7 @@ class TrainerCalls:
             snapshots: Whether to average the scores over the present weights and the snapshots, see :meth:`influence`;
                 ``False`` by default. Each snapshot makes the call take as long again. With snapshots, wrong labels that
                 are fully memorized at the end of training have high scores as well.
+            losses: As in :meth:`influence`.
             name: As in :meth:`influence`.
             dataloader: As in :meth:`influence`.
             **overrides: As in :meth:`influence`. With more than 1024 parameters, another ``solver`` than ``"ekfac"``
@@ -458,17 +465,18 @@ class TrainerCalls:
         settings = for_influence(requested, ggn=True, on_targets=on_targets)
         choice: TargetsChoice = "cached" if targets is None else targets
         with self.open_session(settings, choice, dataloader, overrides) as session:
+            scored = session.among(among)
             report = self_influence(
                 session.objective,
                 session.train,
                 session.influence_settings(requested, on_targets=on_targets, queries=len(session.train), itself=True),
                 partial(session.choose_targets, session.train, "cached"),
-                among=session.among(among),
+                among=scored,
                 states=states,
                 k=k,
                 context=self._context(session),
             )
-            _finish(report, session, name)
+            _finish(report, session, name, (scored or session.train) if losses else None)
         return _logged(trainer, report, self.log_reports)
 
     def unlearn(
@@ -778,8 +786,11 @@ def _context(trainer: Trainer, class_names: Sequence[str] | None = None) -> Call
     return CallContext(list(trainer.loggers), trainer.global_step, processes, class_names, epoch=epoch)
 
 
-def _finish(report: InfluenceReport, session: Session, name: str | None) -> None:
-    """Names a report, and reads what it shows while the session is open."""
+def _finish(report: InfluenceReport, session: Session, name: str | None, measured: Examples | None) -> None:
+    """Names a report, and reads what it shows while the session is open; also the losses of ``measured`` if given."""
+    if measured is not None:
+        values, order = session.objective.all_losses(measured).double().cpu(), measured.ids.argsort()
+        report.losses = values[order[torch.searchsorted(measured.ids[order], report.indices)]]
     report.settings.update({} if name is None else {"name": name})
     report.read_shown(session.train.ids)
     if any(report.processes.gather(bool(report.loggers))):  # a trainer may have loggers in one process only

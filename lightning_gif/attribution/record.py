@@ -77,6 +77,8 @@ class InfluenceRecord:
             queries. ``None`` for fewer than three states of one fit.
         labels: The label of each training example, in the order of the columns of ``scores``, ``(n_train,)``; ``None``
             if the targets are not labels, with ``keep``, or in the folder of an earlier version.
+        losses: The loss of each training example at the present weights, in float64 and in the shape of
+            :attr:`indices`; ``None`` unless the call had ``losses=True``.
         predictions: What the model predicts for :attr:`queries`, with its present weights: the probabilities
             ``(n_shown, C)`` of a classifier, or the output ``(n_shown, 1)`` of a model with one number for each
             example. ``None`` if there are other outputs, or if they are not known.
@@ -103,6 +105,7 @@ class InfluenceRecord:
     standard_errors: Tensor | None = None
     agreement: float | None = None
     labels: Tensor | None = None
+    losses: Tensor | None = None
     predictions: Tensor | None = None
     tokens: list[list[tuple[str, float]]] = field(default_factory=list)
     examples: dict[int, Shown] = field(default_factory=dict)
@@ -321,6 +324,7 @@ class InfluenceRecord:
             "indices": self.indices,
             **({} if self.standard_errors is None else {"standard_errors": self.standard_errors}),
             **({} if self.labels is None else {"labels": self.labels}),
+            **({} if self.losses is None else {"losses": self.losses}),
             **({} if self.predictions is None else {"predictions": self.predictions}),
             **{f"targets/{name}": _packed(entries) for name, entries in self.targets.items()},
             **{name: torch.as_tensor(example.image) for name, example in looks.items() if example.image is not None},
@@ -384,6 +388,7 @@ class InfluenceRecord:
             gradient_share=restored(float | None, record.get("gradient_share"), "gradient_share"),
             examples=examples,
             labels=_labels(tensors, indices),
+            losses=_losses(tensors, indices),
             predictions=_predictions(tensors, len(queries)),
             tokens=restored(list[list[tuple[str, float]]], record.get("tokens", []), "tokens"),
             context=CallContext(
@@ -435,6 +440,14 @@ def _labels(tensors: Mapping[str, Tensor], indices: Tensor) -> Tensor | None:
     if not fit:
         raise ValueError("the labels are not one whole number of at least 0 for each training example")
     return labels
+
+
+def _losses(tensors: Mapping[str, Tensor], indices: Tensor) -> Tensor | None:
+    """The losses in a file, one for each of ``indices``; ``None`` if there are none."""
+    losses = tensors.get("losses")
+    if losses is not None and (losses.dtype != torch.float64 or losses.shape != indices.shape):
+        raise ValueError("the losses are not one number for each training example")
+    return losses
 
 
 def _predictions(tensors: Mapping[str, Tensor], queries: int) -> Tensor | None:

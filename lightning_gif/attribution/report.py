@@ -151,6 +151,7 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
 
         - ``label``, if ``labels`` of the report are known, or the report has its dataset and its items have labels.
         - ``group``, if ``groups`` are given.
+        - ``loss``, the loss of the training example, if the call had ``losses=True``.
         - ``standard_error``, and the ends ``low`` and ``high`` of the 90 % interval, if there are standard errors.
         - ``innermost_index``, if the training loader draws from a ``Subset``: the index in the dataset below it.
 

@@ -37,6 +37,8 @@ def table_of(report: InfluenceRecord, **known: Mapping[int, Any] | None) -> pand
     for name, values_of in known.items():
         if values_of is not None and any(value is not None for value in values_of.values()):
             table[name] = [values_of[index] for index in indices.flatten().tolist()]
+    if report.losses is not None:
+        table["loss"] = report.losses.expand(queries, -1).flatten().numpy()
     if report.standard_errors is not None:
         low, high = report.intervals()
         ends = {"standard_error": report.standard_errors, "low": low, "high": high}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import Subset
 
@@ -21,6 +22,7 @@ from lightning_gif.parameters import Targets
 from lightning_gif.reporting.previews import Shown
 from lightning_gif.storage.artifact import read_folder, write_folder
 
+from ..conftest import batch_of, fitted
 from ..reports import answer_on_images, csv_values, drawn, report_of
 
 
@@ -284,3 +286,26 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, pytest.fail)
     InfluenceReport.load(tmp_path / "report").plot()
+
+
+@pytest.mark.parametrize("more", [{}, {"among": [30, 4, 17, 9]}, {"among": [30, 4, 17, 9, 11], "keep": 2, "k": 2}])
+def test_losses_are_those_of_the_training_examples(more: dict[str, Any], tmp_path: Path) -> None:
+    trainer, module, data = fitted()
+    report = trainer.influence(batch_of(data, [1, 2]), per_example=True, losses=True, **more)
+    assert trainer.influence(batch_of(data, [1]), **more).losses is None
+    x, y = data.tensors
+    with torch.no_grad():
+        expected = F.cross_entropy(module.eval()(x), y, reduction="none").double()
+    assert report.losses is not None
+    assert report.losses.shape == report.indices.shape
+    torch.testing.assert_close(report.losses, expected[report.indices], rtol=1e-5, atol=1e-6)
+    report.save(tmp_path / "report")
+    loaded = InfluenceReport.load(tmp_path / "report")
+    assert loaded.losses is not None
+    assert loaded.losses.equal(report.losses)
+    table = loaded.to_dataframe(labels=False)
+    found = torch.as_tensor(table["loss"].to_numpy())
+    torch.testing.assert_close(found, expected[table["index"].to_numpy()], rtol=1e-5, atol=1e-6)
+    itself = trainer.self_influence(losses=True)
+    assert itself.losses is not None
+    torch.testing.assert_close(itself.losses, expected[itself.indices], rtol=1e-5, atol=1e-6)
