@@ -442,6 +442,23 @@ def test_every_command_prints_its_config(command: str, capsys: pytest.CaptureFix
     assert "ckpt_path" in yaml.safe_load(printed)
 
 
+@pytest.mark.parametrize("command", ["check", "influence", "validate", "unlearn"])
+def test_help_begins_with_the_arguments_of_the_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {}
+    for option in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as ended:
+            main([command, option])
+        assert ended.value.code == 0
+        texts[option] = capsys.readouterr().out
+    for text in texts.values():
+        first = text.index("Arguments of the command:")
+        assert first < text.index("--ckpt_path") < text.index("The model, as for LightningCLI:")
+    assert len(texts["--help"].splitlines()) < 100
+    for hidden in ("--trainer.max_epochs", "--gif.ratio", "--optimizer"):
+        assert hidden not in texts["--help"]
+        assert hidden in texts["--help_all"]
+
+
 def test_every_command_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("influence", "validate", "unlearn", "undo", "verify"):
         with pytest.raises(SystemExit) as end:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigurationError
 
-__all__ = ["classes_first", "explain_errors", "parsed", "parser_options"]
+__all__ = ["classes_first", "explain_errors", "parsed", "parser_options", "shorten_help"]
 
 # The longest error of the parser that is shown in full. For each class that does not accept a value, it lists them all.
 _LONGEST = 300
@@ -49,6 +49,40 @@ def parser_options(command: str, run: Callable[..., int]) -> dict[str, Any]:
         "description": (run.__doc__ or "").splitlines()[0],
         "exit_on_error": False,
     }
+
+
+_TITLES = {
+    "trainer": "The trainer, as for LightningCLI",
+    "model": "The model, as for LightningCLI",
+    "data": "Its data, as for LightningCLI",
+    "gif": "The callback: the arguments of GIFCallback",
+    "optimizer": "The optimizer, as for LightningCLI",
+    "lr_scheduler": "The learning rate scheduler, as for LightningCLI",
+}
+"""The titles of groups of arguments. By default they are the first sentences of docstrings."""
+
+
+def shorten_help(parser: Any, arguments: Sequence[str], own: Sequence[str]) -> None:
+    """Leaves the arguments of the trainer, the callback and the optimizers out of ``--help``; ``--help_all`` has them.
+
+    Args:
+        parser: The parser of a command on a model.
+        arguments: The arguments that will be parsed. If they have ``--help_all``, it is shown, and the process exits.
+        own: The names of the arguments of the command.
+    """
+    for name, group in parser.groups.items():
+        group.title = _TITLES.get(name, "Arguments of the command")
+    if "--help_all" in arguments:
+        parser.print_help()
+        parser.exit(0)
+    parser.epilog = (
+        "Config files of LightningCLI work unchanged: --config. --help_all also lists the arguments of the trainer"
+        " (--trainer.…), of the callback (--gif.…) and of the optimizer."
+    )
+    shown = {*own, "help", "config", "print_config", "model", "model.help", "data", "data.help"}
+    for action in parser._actions:
+        if action.dest not in shown:
+            action.help = argparse.SUPPRESS
 
 
 @contextlib.contextmanager

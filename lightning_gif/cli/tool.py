@@ -18,7 +18,7 @@ from ..data.structure import describe
 from ..distributed import ProcessGroup
 from ..errors import CheckpointError, ConfigurationError, TrainingDataError
 from ..storage.checkpoints import read_checkpoint
-from .parsing import classes_first, explain_errors, parser_options
+from .parsing import classes_first, explain_errors, parser_options, shorten_help
 
 __all__ = ["Tool"]
 
@@ -48,15 +48,22 @@ class Tool(LightningCLI):
         )
 
     @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the arguments of the callback and of the command."""
-        parser.add_class_arguments(GIFCallback, "gif")
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser, with the arguments of the command before those of ``LightningCLI``."""
+        parser = super().init_parser(**kwargs)
         self._names = parser.add_function_arguments(self._command, skip={"tool"})
+        return parser
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the arguments of the callback."""
+        parser.add_class_arguments(GIFCallback, "gif")
         parser.add_argument("--weights_only", help=argparse.SUPPRESS)  # config files of `fit` have it
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the arguments. The model's hyperparameters come from the checkpoint, unless they are given."""
+        shorten_help(parser, args, self._names)
         with explain_errors(parser):
             self.config = parser.parse_args(args)
         self.checkpoint = read_checkpoint(self.config.ckpt_path)
