@@ -80,7 +80,14 @@ def scores_in_order(report: InfluenceReport) -> Tensor:
     return scores
 
 
-def save_suspects(path: str, ranked: str, scores: dict[int, float], data: TensorDataset, truth: Tensor) -> None:
+def save_suspects(
+    path: str,
+    ranked: str,
+    scores: dict[int, float],
+    data: TensorDataset,
+    truth: Tensor,
+    red: str = "the label is wrong",
+) -> None:
     """Draws suspicious examples, each with its dataset index, its score, and its given and its true label.
 
     Args:
@@ -89,10 +96,11 @@ def save_suspects(path: str, ranked: str, scores: dict[int, float], data: Tensor
         scores: The scores by dataset index, in the order of the ranking; the first 24 are drawn.
         data: The training data, with the given labels.
         truth: The true labels, ``(n,)``.
+        red: What examples in red are, for the title.
     """
     rows, cols = 3, 8
     figure = Figure(figsize=(1.3 * cols, 1.9 * rows + 0.4), layout="constrained")
-    figure.suptitle(f"The training examples with the {ranked} (red: the label is wrong)")
+    figure.suptitle(f"The training examples with the {ranked} (red: {red})")
     for axis, (index, score) in zip(figure.subplots(rows, cols).flat, scores.items(), strict=False):
         given, true = int(data.tensors[1][index]), int(truth[index])
         axis.imshow(data.tensors[0][index, 0], cmap="gray_r")

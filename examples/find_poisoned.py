@@ -106,7 +106,8 @@ def main(args: Namespace) -> None:
 
     indices, scores = report.opponents(24)
     first = dict(zip(indices[0].tolist(), scores[0].tolist(), strict=True))
-    save_suspects(str(args.output / "suspects.png"), "lowest scores", first, data, truth)
+    red = "poisoned, with the black square and a wrong label"
+    save_suspects(str(args.output / "suspects.png"), "lowest scores", first, data, truth, red)
     console.print(f"The plot is in {args.output}/", highlight=False, soft_wrap=True)
 
 

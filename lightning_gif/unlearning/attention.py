@@ -81,6 +81,12 @@ def draw_attention(record: EditRecord, layer: str | None, count: int) -> Figure:
         if half is halves[0]:
             for row, name in zip(axes, ("image", "before", "after"), strict=True):
                 row[0].set_ylabel(name, fontsize=9)
+    classifies = looked[0][0].probabilities is not None
+    halves[0].supxlabel(
+        "Bright: what speaks for the label. Above: the predicted class." if classifies else "Bright: large features.",
+        fontsize=8,
+    )
+    halves[1].supxlabel("Each pair of maps has one scale.", fontsize=8)
     return drawn
 
 

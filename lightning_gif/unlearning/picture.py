@@ -194,7 +194,10 @@ def draw_predictions(record: EditRecord, reference: Tensor | None = None) -> Fig
     predicted = torch.stack(list(shares.values())).any(0)
     order = order[predicted[order]]
     shown, left_out = sorted(order[:_MOST_CLASSES].tolist()), max(len(order) - _MOST_CLASSES, 0)
-    names = [named(label, record.context.class_names) for label in shown] + [f"… {left_out} more"] * bool(left_out)
+    whole = record.goal == "class" and forget.labels is not None
+    forgotten = set(forget.labels.tolist()) if whole else set()  # type: ignore[union-attr]
+    names = [named(c, record.context.class_names) + (" (forgotten)" if c in forgotten else "") for c in shown]
+    names += [f"… {left_out} more"] * bool(left_out)
     colors = dict(zip(shares, (NEUTRAL, RAISES, LOWERS), strict=False))
     series: dict[str, tuple[list[float | None], str]] = {}
     for when, of in shares.items():
@@ -206,6 +209,8 @@ def draw_predictions(record: EditRecord, reference: Tensor | None = None) -> Fig
     what = "corrected" if "relabelled" in record.outcomes else "forget"
     axes.set_title(f"Predicted classes of the {what} examples", fontsize=12, fontweight="bold")
     axes.set_xticks([0.0, 0.5, 1.0], ["0 %", "50 %", "100 %"])
+    hidden = "" if len(order) == size else " Classes that are never predicted are left out."
+    drawn.supxlabel(f"Share of the examples that are predicted as each class.{hidden}", fontsize=8)
     return drawn
 
 
