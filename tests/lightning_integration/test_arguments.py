@@ -98,8 +98,8 @@ def test_the_options_have_the_same_names_types_and_defaults_wherever_they_are_li
             assert types[name] == changes[name], name
         assert field.default in (dataclasses.MISSING, arguments[name].default), name
         assert getattr(GIFCallback().settings, name) == arguments[name].default
-    args = (GIFCallback.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
-    assert re.findall(r"^        (\w+): ", args, re.M) == list(arguments)
+    args = (inspect.getdoc(GIFCallback) or "").partition("Args:")[2].partition("Raises:")[0]
+    assert re.findall(r"^    (\w+): ", args, re.M) == list(arguments)
     page = (Path(__file__).parents[2] / "docs" / "choosing-a-method.md").read_text().partition("## All arguments")[2]
     listed = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| `(.+?)` \|", page, re.M)
     defaults = {name: ast.literal_eval(default) for names, default in listed for name in re.findall(r"\w+", names)}
