@@ -4,8 +4,8 @@
 
 Each network is trained for one epoch. Then the check and the calls take turns in one process, `--repeats` times. Times
 are medians. The time of an edit is predicted for the number of changes that it made. The memory of each call is
-measured in a process of its own, as the growth of the peak resident set during the call (Linux only). Prints a Markdown
-table.
+measured in a process of its own: the tensors that live at its peak, and the growth of the process's peak resident set
+(Linux only). With `--memory`, only the memory is measured. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_gif import GIFCallback
+from lightning_gif.inspection.peak import PeakMemory
 
 _CALLS = ("influence", "queries", "self_influence", "unlearn")
 
@@ -66,23 +67,25 @@ def calls(trainer: pl.Trainer, loader: DataLoader[Any], options: Namespace) -> d
     }
 
 
-def grown(net: str, call: str, options: Namespace) -> float:
-    """The growth of the peak resident set during a call in a process of its own, in GiB."""
+def memory_of(net: str, call: str, options: Namespace) -> tuple[float, float]:
+    """The tensors at the peak of a call in a process of its own, and the growth of its peak resident set, in GiB."""
     command = [sys.executable, __file__, "--data", str(options.data), "--nets", net, "--memory_of", call]
     command += ["--examples", str(options.examples), "--queries", str(options.queries), "--forget", str(options.forget)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return float(json.loads(output.splitlines()[-1]))
+    tensors, grown = json.loads(output.splitlines()[-1])
+    return tensors, grown
 
 
 def print_memory(net: str, call: str, options: Namespace) -> None:
-    """Prints what :func:`grown` reads."""
+    """Prints what :func:`memory_of` reads."""
     trainer, loader = fitted(net, options)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = psutil.Process().memory_info().rss
-    calls(trainer, loader, options)[call]()
+    with PeakMemory() as memory:
+        calls(trainer, loader, options)[call]()
     status = Path("/proc/self/status").read_text()
     peak = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
-    print(json.dumps((peak - before) / 2**30))
+    print(json.dumps([memory.peak / 2**30, (peak - before) / 2**30]))
 
 
 def measure(net: str, options: Namespace) -> None:
@@ -97,21 +100,23 @@ def measure(net: str, options: Namespace) -> None:
         times["check"].append(time.perf_counter() - start)
         estimates = dict(zip(_CALLS, report.costs, strict=True))
         for name, call in calls(trainer, loader, options).items():
+            memory[name] = estimates[name].gib
+            if options.memory:
+                continue
             start = time.perf_counter()
             made = call()
             times[name].append(time.perf_counter() - start)
             estimate = estimates[name]
             further = (len(made.solves) - 1) * (estimate.seconds_per_change or 0.0) if name == "unlearn" else 0.0
             predicted[name].append(estimate.seconds + further)
-            memory[name] = estimate.gib
-    print(f"| {net} | check itself | | {statistics.median(times['check']):.2g} | | | |")
+    print(f"| {net} | check itself | | {statistics.median(times['check']):.2g} | | | | |")
     for name in _CALLS:
-        expected, actual = statistics.median(predicted[name]), statistics.median(times[name])
-        size = grown(net, name, options)
-        print(
-            f"| | {name} | {expected:.2g} | {actual:.2g} | {expected / actual:.2f} | {memory[name]:.2f} | {size:.2f} |",
-            flush=True,
-        )
+        tensors, grown = memory_of(net, name, options)
+        row = " | | |"
+        if not options.memory:
+            expected, actual = statistics.median(predicted[name]), statistics.median(times[name])
+            row = f" {expected:.2g} | {actual:.2g} | {expected / actual:.2f} |"
+        print(f"| | {name} |{row} {memory[name]:.3f} | {tensors:.3f} | {grown:.2f} |", flush=True)
 
 
 def main() -> None:
@@ -122,13 +127,15 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--forget", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="measure only the memory")
     parser.add_argument("--memory_of", choices=_CALLS, help="print the memory of this call only")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.memory_of:
         print_memory(options.nets[0], options.memory_of, options)
         return
-    print("| net | call | predicted s | s | ratio | predicted GiB | GiB |\n| --- | --- | --- | --- | --- | --- | --- |")
+    print("| net | call | predicted s | s | ratio | predicted GiB | tensors, GiB | process, GiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for net in options.nets:
         measure(net, options)
 
