@@ -29,16 +29,20 @@ from ..solvers.operators import Submatrix, is_positive_semidefinite
 from ..solvers.power_iteration import largest_eigenvalue
 from ..solvers.vectors import norms
 from .inverse import INVERSES, InverseCurvature
+from .layer_products import layer_products, saves_time
 from .memory import bytes_to_keep, check_fits
 from .methods import Method
+from .products import CURVATURES, Linearise, jacobian_products
 from .sampling import kept_sample
 from .solve import describe, max_iter, open_curvature, solve, warn_indefinite
 from .streaming import Curvature
 
 __all__ = [
+    "MOST_TOGETHER",
     "DenseInverse",
     "SketchInverse",
     "SolverInverse",
+    "from_layers",
     "inverse_for_queries",
     "inverse_for_self_influence",
     "n_outputs",
@@ -60,7 +64,10 @@ _ROUNDING = 10.0
 
 # The largest number of right-hand sides in one solve, and how many vectors of the model's size each of them takes.
 # Right-hand sides in one solve share the first passes that are not kept.
-_MOST_TOGETHER, _VECTORS = 16, 12
+MOST_TOGETHER, _VECTORS = 16, 12
+
+# The bytes of the vectors of right-hand sides that are solved together where their number must not depend on memory.
+_COLUMN_BYTES = 2**30
 
 # The number of matrices of the sketch's size that are in memory while it is computed: test vectors, their products, the
 # shifted products, their half-factorised form, and the basis. Each step needs its matrix as a whole.
@@ -92,9 +99,31 @@ def inverse_for_self_influence(settings: Settings, size: int) -> type[InverseCur
     return DenseInverse if size <= DENSE_PARAMETERS else SketchInverse
 
 
-def solved_together(room: float, theta: Tensor) -> int:
-    """The number of right-hand sides in one solve whose vectors fit into ``room`` bytes."""
-    return min(max(int(room // (_VECTORS * theta.nbytes)), 1), _MOST_TOGETHER)
+def solved_together(objective: Objective, settings: Settings, *, takes_columns: bool) -> int:
+    """The number of right-hand sides in one solve.
+
+    Args:
+        objective: An open objective.
+        settings: The settings.
+        takes_columns: Whether products take all of them at once. Then rounding depends on their number, which must not
+            depend on the free memory. Otherwise it is the number whose vectors fit into that.
+    """
+    room = _COLUMN_BYTES if takes_columns else bytes_to_keep(settings, objective)
+    return min(max(int(room // (_VECTORS * objective.theta.nbytes)), 1), MOST_TOGETHER)
+
+
+def from_layers(objective: Objective, settings: Settings, n: int, products: int) -> Linearise | None:
+    """The Gauss–Newton matrix from the Jacobians of layers; ``None`` for another matrix, or if that takes longer.
+
+    Args:
+        objective: An open objective.
+        settings: The settings.
+        n: The number of examples.
+        products: The number of products with a vector.
+    """
+    if settings.curvature != "ggn" or not saves_time(objective, n, products):
+        return None
+    return layer_products(objective, CURVATURES["ggn"](objective))
 
 
 def _operations(objective: Objective, batch: Batch) -> int:
@@ -161,14 +190,14 @@ class SolverInverse(InverseCurvature):
         examples = kept_sample(objective, train, settings)
         decay = settings.weight_decay if cls.decay_is_damping else 0.0
         inside = settings.weight_decay - decay
-        jacobians = cls.uses_jacobians(objective, settings, len(examples))
+        linearise = cls.linearise(objective, settings, len(examples))
         curvature = open_curvature(
-            settings, objective, examples, weight_decay=inside, jacobians=jacobians, on_product=on_product
+            settings, objective, examples, weight_decay=inside, linearise=linearise, on_product=on_product
         )
         damping = measured_damping(curvature, settings.seed) if settings.damping is None else settings.damping
         block_size = None
         if not SOLVERS[settings.solver].shares_products_across_rhs:
-            block_size = solved_together(bytes_to_keep(settings, objective), objective.theta)
+            block_size = solved_together(objective, settings, takes_columns=linearise is not None)
         return cls(settings, curvature, method, positions, damping, decay, block_size)
 
     @classmethod
@@ -182,9 +211,11 @@ class SolverInverse(InverseCurvature):
         """Raises an error, before any work, if :meth:`fit` would fail with these arguments."""
 
     @classmethod
-    def uses_jacobians(cls, objective: Objective, settings: Settings, n: int) -> bool:
-        """Whether the curvature over ``n`` examples is computed from the Jacobians of single examples."""
-        return False
+    def linearise(cls, objective: Objective, settings: Settings, n: int) -> Linearise | None:
+        """How the curvature of a batch is computed for many products over ``n`` examples; ``None`` if by passes."""
+        if SOLVERS[settings.solver].requires_draws:  # each product is over another batch
+            return None
+        return from_layers(objective, settings, n, max_iter(settings))
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         return self._method.query(self._curvature, self._positions, gradients, self._solve)
@@ -255,6 +286,13 @@ class SketchInverse(SolverInverse):
             "Give a smaller `max_iter`, which is the rank of the sketch, or fewer parameters (targets='cached'). For"
             " the scores of a query, solver='cg' needs no sketch",
         )
+
+    @classmethod
+    def linearise(cls, objective: Objective, settings: Settings, n: int) -> Linearise | None:
+        found = super().linearise(objective, settings, n)
+        if found is None and cls.uses_jacobians(objective, settings, n):
+            return jacobian_products(objective)
+        return found
 
     @classmethod
     def uses_jacobians(cls, objective: Objective, settings: Settings, n: int) -> bool:

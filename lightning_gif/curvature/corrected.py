@@ -19,10 +19,9 @@ from ..data.examples import Examples
 from ..objective.objective import Objective
 from ..solvers import Solution
 from ..solvers.operators import Transformed
-from .by_solver import solved_together
+from .by_solver import from_layers, solved_together
 from .ekfac import EKFACInverse, require_layers
 from .inverse import INVERSES, InverseCurvature
-from .memory import bytes_to_keep
 from .methods import Method
 from .sampling import kept_sample
 from .solve import describe, max_iter, open_curvature, solve
@@ -32,6 +31,9 @@ __all__ = ["CorrectedEKFAC"]
 
 # The number of iterations without `max_iter` and `rtol`. benchmarks/README.md, "EK-FAC corrected by products".
 _ITERATIONS = 6
+
+# The number of queries for which the faster products are chosen.
+_QUERIES = 4
 
 
 @INVERSES.register("ekfac_cg")
@@ -72,9 +74,12 @@ class CorrectedEKFAC(InverseCurvature):
         layers = require_layers(objective, settings, method)
         examples = kept_sample(objective, train, settings)
         ekfac = EKFACInverse.of(objective, layers, examples, settings, on_product)
+        linearise = from_layers(objective, settings, len(examples), _QUERIES * (settings.max_iter or _ITERATIONS))
         # Weight decay is a part of the damping already.
-        curvature = open_curvature(settings, objective, examples, weight_decay=0.0, on_product=on_product)
-        together = solved_together(bytes_to_keep(settings, objective), objective.theta)
+        curvature = open_curvature(
+            settings, objective, examples, weight_decay=0.0, linearise=linearise, on_product=on_product
+        )
+        together = solved_together(objective, settings, takes_columns=linearise is not None)
         return cls(settings, curvature, ekfac, together)
 
     @classmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..solvers.vectors import norms
 
-__all__ = ["output_vectors"]
+__all__ = ["output_roots", "output_vectors"]
 
 # With up to so many predictions of an example, the root of its second derivative is computed by its eigenvectors.
 _WHOLE = 256
@@ -43,15 +43,8 @@ def output_vectors(
         count: The largest number of vectors.
         seed: The seed of all signs.
     """
-    at = predictions.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(loss_sum_at(at), at, create_graph=True)
     size = len(ids)
-
-    def product(vector: Tensor) -> Tensor:
-        if not slope.requires_grad:  # a loss that is linear in its predictions
-            return torch.zeros_like(at)
-        return torch.autograd.grad(slope, at, vector.reshape(at.shape), retain_graph=True, materialize_grads=True)[0]
-
+    at, product = _second_derivative(loss_sum_at, predictions)
     root = _root(product, at, size)
     if root is not None and count >= root.shape[1]:
         for column in root.unbind(2):
@@ -63,6 +56,36 @@ def output_vectors(
             yield (root @ signs.view(size, -1, 1)).reshape(at.shape)
         else:
             yield _root_product(product, signs).view_as(at)
+
+
+def output_roots(loss_sum_at: Callable[[Tensor], Tensor], predictions: Tensor, size: int) -> Tensor | None:
+    """Roots ``R`` of the second derivative ``H = R Rᵀ`` of the losses in the predictions of each example.
+
+    Args:
+        loss_sum_at: See :func:`output_vectors`.
+        predictions: The predictions of ``B`` examples.
+        size: ``B``.
+
+    Returns:
+        ``(B, d, d)``; ``None`` if an example has too many predictions, or if they do not lie side by side.
+    """
+    at, product = _second_derivative(loss_sum_at, predictions)
+    return _root(product, at, size)
+
+
+def _second_derivative(
+    loss_sum_at: Callable[[Tensor], Tensor], predictions: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The predictions without their graph, and the product of the second derivative with a vector, in their shape."""
+    at = predictions.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(loss_sum_at(at), at, create_graph=True)
+
+    def product(vector: Tensor) -> Tensor:
+        if not slope.requires_grad:  # a loss that is linear in its predictions
+            return torch.zeros_like(at)
+        return torch.autograd.grad(slope, at, vector.reshape(at.shape), retain_graph=True, materialize_grads=True)[0]
+
+    return at, product
 
 
 def _root(product: Callable[[Tensor], Tensor], at: Tensor, size: int) -> Tensor | None:

@@ -17,6 +17,7 @@ from ..registry import Registry, declares
 
 __all__ = [
     "CURVATURES",
+    "DependenceCheck",
     "Linearise",
     "Losses",
     "gauss_newton",
@@ -149,7 +150,7 @@ def gauss_newton(
     Raises:
         ObjectiveError: From the result, if the loss does not depend on ``θ`` through the outputs only.
     """
-    check = _DependenceCheck(loss_sum, always)
+    check = DependenceCheck(loss_sum, always)
 
     def linearise(theta: Tensor, batch: Batch) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()
@@ -217,7 +218,7 @@ def output_derivative(
         return out.detach(), push(direction).detach()
 
 
-class _DependenceCheck:
+class DependenceCheck:
     """Checks that losses depend on the parameters through the predictions only.
 
     Args:
@@ -251,6 +252,10 @@ class _DependenceCheck:
                 " gradient of the loss. Most often a penalty is added to the loss (give it as `weight_decay`), or the"
                 " arguments are swapped. Otherwise use curvature='hessian'."
             )
+        self.note(batch)
+
+    def note(self, batch: Batch) -> None:
+        """Notes that batches of this structure have been checked."""
         # Empty tensors keep the structure of the batch without its memory.
         self._checked.append(map_tensors(batch.data, lambda tensor: tensor.new_empty([0] * tensor.ndim)))
 
@@ -268,7 +273,7 @@ def jacobian_products(losses: Losses) -> Linearise:
     Raises:
         ObjectiveError: From the result, as for :func:`gauss_newton`.
     """
-    check = _DependenceCheck(losses.loss_sum, bool(getattr(losses, "finds_outputs", False)))
+    check = DependenceCheck(losses.loss_sum, bool(getattr(losses, "finds_outputs", False)))
 
     def linearise(theta: Tensor, batch: Batch) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()

@@ -17,7 +17,7 @@ from ..objective.objective import Objective
 from ..solvers import SOLVERS, LinearOperator, Solution, Status, lsmr, require_finite, spectrum, truncated_newton
 from ..solvers.vectors import norms
 from .memory import bytes_to_keep
-from .products import CURVATURES, Losses, jacobian_products
+from .products import CURVATURES, Linearise, Losses
 from .streaming import Curvature
 
 __all__ = [
@@ -67,7 +67,7 @@ def open_curvature(
     losses: Losses | None = None,
     weight_decay: float | None = None,
     keep: bool = True,
-    jacobians: bool = False,
+    linearise: Linearise | None = None,
     on_product: Callable[[], Any] = lambda: None,
 ) -> Curvature:
     """The curvature of the mean loss over examples.
@@ -80,11 +80,11 @@ def open_curvature(
         losses: The function whose curvature is taken; by default the objective's loss.
         weight_decay: The weight decay; by default that of the settings.
         keep: Whether first passes may be kept between products, within ``memory``.
-        jacobians: Whether the Gauss–Newton matrix is computed by :func:`~.products.jacobian_products`.
+        linearise: How the curvature of a batch is computed, if not as the kind of the settings says.
         on_product: Called for each product.
     """
     return Curvature(
-        (jacobian_products if jacobians else CURVATURES[_kind(settings)])(losses or objective),
+        linearise or CURVATURES[_kind(settings)](losses or objective),
         objective.theta if theta is None else theta,
         examples,
         weight_decay=float(settings.weight_decay if weight_decay is None else weight_decay),

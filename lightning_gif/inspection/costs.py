@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from ..config import Settings
-from ..curvature.by_solver import DENSE_PARAMETERS, POWER_ITERATIONS, SKETCH_COPIES, SketchInverse, n_outputs
+from ..curvature.by_solver import (
+    DENSE_PARAMETERS,
+    MOST_TOGETHER,
+    POWER_ITERATIONS,
+    SKETCH_COPIES,
+    SketchInverse,
+    SolverInverse,
+    from_layers,
+    inverse_for_queries,
+    n_outputs,
+)
 from ..curvature.ekfac import EKFACInverse, eigenvectors
 from ..curvature.memory import bytes_to_keep
 from ..curvature.methods import METHODS
@@ -181,14 +191,13 @@ def measure(
 
     with torch.no_grad():
         loss = of(lambda batch: objective.losses(theta, batch))
-    curvatures = {}
-    for kind in dict.fromkeys(kinds):
-        linearise = CURVATURES[kind](objective)
+    curvatures, of_scores = {}, _of_scores(objective, train, scores, kinds[0])
+    for name, linearise in {"edits": CURVATURES[kinds[1]](objective), "scores": of_scores}.items():
         kept = graph_bytes(*linearise(theta, second)[1])
         start = of(partial(linearise, theta))
         working = max(_peak(partial(_one_product, objective, linearise, first)) - kept, 0)
-        product = line(partial(_product_seconds, objective, linearise))
-        curvatures[kind] = CurvatureCosts(start, product, kept, working)
+        product = line(partial(_product_seconds, objective, linearise, _together(scores, n_queries)))
+        curvatures[name] = CurvatureCosts(start, product, kept, working)
     rows = of(lambda batch: [rows.sum() for rows in objective.gradients(batch)])
     layers, layers_bytes, root, itself = None, 0, 0.0, rows
     if scores.solver == EKFACInverse.name:
@@ -211,8 +220,8 @@ def measure(
         queries=queries,
         rows=rows,
         itself=itself,
-        scores=curvatures[kinds[0]],
-        edits=curvatures[kinds[1]],
+        scores=curvatures["scores"],
+        edits=curvatures["edits"],
         batch_bytes=second.nbytes,
         layers=layers,
         layers_bytes=layers_bytes,
@@ -256,12 +265,27 @@ def _one_product(objective: Objective, linearise: Linearise, batch: Batch) -> Te
     return product(torch.ones_like(objective.theta))
 
 
-def _product_seconds(objective: Objective, linearise: Linearise, batch: Batch) -> float:
-    """The seconds of a product with the curvature of a batch, after its first pass."""
+def _of_scores(objective: Objective, train: Examples, settings: Settings, kind: str) -> Linearise:
+    """The curvature of a batch, computed as queries with these settings do."""
+    inverse, found = inverse_for_queries(settings), None
+    if issubclass(inverse, SolverInverse):
+        found = inverse.linearise(objective, settings, min(sample_size(settings) or len(train), len(train)))
+    return found or CURVATURES[kind](objective)
+
+
+def _together(settings: Settings, n_queries: int) -> int:
+    """The number of vectors in one product with the curvature."""
+    is_sketch = issubclass(inverse_for_queries(settings), SketchInverse)
+    return MOST_TOGETHER if is_sketch else min(n_queries, MOST_TOGETHER)
+
+
+def _product_seconds(objective: Objective, linearise: Linearise, n: int, batch: Batch) -> float:
+    """The seconds of one of ``n`` products with the curvature of a batch, after its first pass."""
     product, _ = linearise(objective.theta, batch)
-    apply = partial(product, torch.ones_like(objective.theta))
+    vector, takes_columns = torch.ones_like(objective.theta), getattr(product, "takes_columns", False)
+    apply = partial(product, vector[:, None].expand(-1, n) if takes_columns else vector)
     apply()
-    return _seconds(apply, objective.device)
+    return _seconds(apply, objective.device) / (n if takes_columns else 1)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -384,7 +408,8 @@ class Costs:
             quadratic = _seconds(lambda: sketch.quadratic(rows, 1.0), theta.device) * size / measured
         products = rank + damped
         n = self._sample(settings)
-        if not dense and SketchInverse.uses_jacobians(self.objective, settings, n):
+        layers = from_layers(self.objective, settings, n, rank)
+        if not dense and layers is None and SketchInverse.uses_jacobians(self.objective, settings, n):
             solves, kept = self._jacobians(n, products)
         else:
             solves, kept = self._curvature(passes.scores, settings, n, products)

@@ -20,7 +20,7 @@ from .layers import Axis, Layer, LayerRecorder, Use
 from .losses import GRADIENT_BYTES, LossFunction
 from .shadow import Shadow
 
-__all__ = ["LayerGradients", "RecordedPass", "gradients_of"]
+__all__ = ["LayerGradients", "RecordedPass", "SinglePass", "gradients_of"]
 
 # The number of examples whose gradients are compared with those that are computed in another way.
 _COMPARED = 5
