@@ -83,24 +83,28 @@ def query_gradients(
         NonFiniteError: If a gradient is not finite.
     """
     processes = examples.processes
-    total = theta.new_zeros(len(examples) if per_example else 1, space.size)
-    position = examples.shard[0] if per_example else 0
+    # Each process writes the rows of its own examples.
+    gradients = theta.new_zeros(len(examples) if per_example else 1, space.size)
+    position = examples.shard[0]
     for batch in examples.local_batches():
         if per_example and rows is not None:
             for some in rows(batch):
-                total[position : position + len(some)] = some
+                gradients[position : position + len(some)] = some
                 position += len(some)
             continue
         at = theta.detach().requires_grad_()
         values = measurements(at, batch)
         if not per_example:
-            total[0] += gradient_of(values.sum(), at)
+            gradients[0] += gradient_of(values.sum(), at)
             continue
         for value in values:
-            total[position] = gradient_of(value, at, retain_graph=True)
+            gradients[position] = gradient_of(value, at, retain_graph=True)
             position += 1
-    total = processes.sum(total)
-    return _require_finite(total if per_example else total / len(examples), space)
+    if not per_example:
+        gradients = processes.sum(gradients) / len(examples)
+    elif processes.size > 1:
+        gradients = processes.sum(gradients)
+    return _require_finite(gradients, space)
 
 
 def _require_finite(gradients: Tensor, space: ParameterSpace) -> Tensor:
