@@ -28,6 +28,11 @@ Edge = tuple[Any, int]
 """A result of an operation in the graph of the backward pass: the node, and the number of the result."""
 
 
+# With so few outputs, one product with the matrices of all directions is faster than one for each of them: with 10
+# outputs by a factor of three. With 128 outputs the others are.
+_NARROW = 32
+
+
 class Axis(NamedTuple):
     """Where the examples are in a tensor.
 
@@ -206,10 +211,13 @@ class Linear(Layer):
         if inputs.shape[1] > 1 or self.groups > 1:
             return super().products(delta, axis, size, directions)
         # With one position, the gradients take more memory than these products, and as many operations.
-        images = inputs[:, 0] @ directions[0].flatten(2).mT  # (q, B, o)
-        if self.bias is not None:
-            images = images + directions[1][:, None]
-        return (images * outputs[:, 0]).sum(2)
+        matrix, outputs = directions[0].flatten(2), outputs[:, 0]
+        if matrix.shape[1] > _NARROW:
+            found = ((inputs[:, 0] @ matrix.mT) * outputs).sum(2)
+        else:
+            images = (inputs[:, 0] @ matrix.flatten(0, 1).T).unflatten(1, (len(matrix), -1))  # (B, q, o)
+            found = (images @ outputs[..., None]).squeeze(2).T
+        return found if self.bias is None else found + directions[1] @ outputs.T
 
 
 class Convolution(Linear):

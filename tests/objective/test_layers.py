@@ -118,6 +118,7 @@ SEQUENCES, TOKENS = torch.randn(N, 5, 6), torch.randint(0, 11, (N, 6))
 
 NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "perceptron": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)), VECTORS),
+    "wide": (lambda: nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3)), VECTORS),
     "several positions": (lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)), SEQUENCES),
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(5, 3, 3, 2, 1, 2), nn.Flatten(), nn.Linear(6, 3)), SEQUENCES),
     "conv2d": (
