@@ -279,6 +279,7 @@ ROWS: dict[str, dict[str, Score]] = {
         "`solver='nystrom', max_iter=512, snapshots=False`": ours("none", solver="nystrom", max_iter=512),
         "`solver='nystrom', max_iter=512`": ours(solver="nystrom", max_iter=512),
     },
+    "exact": {"`solver='ekfac_cg'`": ours(solver="ekfac_cg")},
     "peers": {name: theirs(name) for name in ("kronfluence EK-FAC", "gradient dot product")},
 }
 

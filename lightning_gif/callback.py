@@ -96,10 +96,11 @@ class GIFCallback(TrainerCalls, Callback):
             the Gauss–Newton matrix. With ``"gif"`` and with the Hessian, ``‖Ax − g‖² + λ²‖x‖²`` is minimised instead,
             where an eigenvalue ``c`` counts as ``√(c² + λ²)``. More damping gives smaller and more cautious results.
             ``None`` (default): for scores a thousandth of the largest eigenvalue (three extra products). With
-            ``"ekfac"``, each layer has its own: the mean of those of its eigenvalues that can differ from zero. With
-            ``step="match"`` it follows from the learning rates of the training. For ``"gif"`` and other edits 0. The
-            first label-correction solves of a classifier use ``‖Aᵀg‖ / (5‖g‖)`` (one extra product), and more after a
-            rejected step. The values used are in ``report.solution.damping`` and ``report.solves[i]["damping"]``.
+            ``"ekfac"``, each layer has its own: the mean of those of its eigenvalues that can differ from zero; with
+            ``"ekfac_cg"`` ten times that. With ``step="match"`` it follows from the learning rates of the training. For
+            ``"gif"`` and other edits 0. The first label-correction solves of a classifier use ``‖Aᵀg‖ / (5‖g‖)`` (one
+            extra product), and more after a rejected step. The values used are in ``report.solution.damping`` and
+            ``report.solves[i]["damping"]``.
         max_iter: The largest number of iterations of one solve; for ``"nystrom"`` the rank of the sketch. An iteration
             takes two Hessian-vector products, or one for ``"cg"`` and Newton steps. Fewer iterations regularise.
             ``None`` (default): 200 if ``rtol`` is given. Otherwise 20 for scores by ``"cg"``, at most 512 by

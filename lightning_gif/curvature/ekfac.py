@@ -170,6 +170,7 @@ class EKFACInverse(InverseCurvature):
         settings: The settings.
         rank: The largest possible rank of the Gauss–Newton matrix: the number of predictions for all examples.
         facts: How the curvature was computed, for :meth:`summary`.
+        multiple: The default damping of a layer, in multiples of the mean of its eigenvalues that can be non-zero.
     """
 
     name = "ekfac"
@@ -183,13 +184,15 @@ class EKFACInverse(InverseCurvature):
         rank: int,
         settings: Settings,
         facts: dict[str, Any],
+        multiple: float = 1.0,
     ) -> None:
+        self._multiple = multiple
         self._space, self._blocks, self._diagonal, self._rank = space, blocks, diagonal, rank
         self._settings, self._facts = settings, facts
         self._own_damping = settings.damping is None
         values = [block.values for block in blocks] + list(diagonal.values())
         # For the report, the default is the mean over all parameters.
-        mean = sum(self._mean(part) * part.numel() for part in values) / space.size
+        mean = multiple * sum(self._mean(part) * part.numel() for part in values) / space.size
         self.damping = mean if settings.damping is None else float(settings.damping)
 
     def _mean(self, values: Tensor) -> float:
@@ -199,15 +202,16 @@ class EKFACInverse(InverseCurvature):
     def _damped(self, values: Tensor) -> Tensor:
         """The eigenvalues of a layer plus its damping and the weight decay; infinite if all of this is zero.
 
-        The default damping of a layer is the mean of its eigenvalues that can differ from zero. A mean over all would
-        be smaller the wider the layer is, and scores larger. benchmarks/README.md, "Scores on several tasks".
+        The default damping of a layer is a multiple of the mean of its eigenvalues that can be non-zero. A mean over
+        all would be smaller the wider the layer is, and scores larger. benchmarks/README.md, "Scores on several tasks".
         """
         damped = values + (self._damping(values) + self._settings.weight_decay)
         return torch.where(damped > 0, damped, torch.inf)
 
     def _damping(self, values: Tensor) -> float:
         """The damping of a layer with these eigenvalues."""
-        return max(self._mean(values), LEAST_DAMPING * self.damping) if self._own_damping else self.damping
+        own = max(self._multiple * self._mean(values), LEAST_DAMPING * self.damping)
+        return own if self._own_damping else self.damping
 
     @classmethod
     def fit(
@@ -241,10 +245,12 @@ class EKFACInverse(InverseCurvature):
         examples: Examples,
         settings: Settings,
         on_product: Callable[[], Any],
+        multiple: float = 1.0,
     ) -> Self:
         """The inverse for the mean over given examples."""
         passes = _Passes(objective, layers, examples, settings.seed, on_product)
-        return cls(objective.space, *_fit(passes), settings, {"kind": "ggn", "products": 0, "examples": len(examples)})
+        facts = {"kind": "ggn", "products": 0, "examples": len(examples)}
+        return cls(objective.space, *_fit(passes), settings, facts, multiple)
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         start = time.perf_counter()

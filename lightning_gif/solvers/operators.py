@@ -141,11 +141,20 @@ class Transformed(_View):
         operator: The symmetric matrix ``A``, ``(n, n)``.
         diagonal: ``d``, ``(n,)``.
         transform: ``W``, from ``(n,)`` to ``(n,)``.
+        takes_columns: Whether ``transform`` takes columns ``(n, q)``, too.
     """
 
-    def __init__(self, operator: LinearOperator, diagonal: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        operator: LinearOperator,
+        diagonal: Tensor,
+        transform: Callable[[Tensor], Tensor],
+        *,
+        takes_columns: bool = False,
+    ) -> None:
         super().__init__(operator)
-        self._diagonal, self._transform, self.shape = diagonal, transform, operator.shape
+        self._diagonal, self._transform, self._takes_columns = diagonal, transform, takes_columns
+        self.shape = operator.shape
 
     @property
     def positive_semidefinite(self) -> bool:
@@ -163,7 +172,7 @@ class Transformed(_View):
         return self.matvec(vectors)
 
     def _columns(self, vectors: Tensor) -> Tensor:
-        if vectors.ndim == 1:
+        if vectors.ndim == 1 or self._takes_columns:
             return self._transform(vectors)
         return torch.stack([self._transform(column) for column in vectors.T], dim=1)
 

@@ -13,6 +13,7 @@ from torch.utils.data import Subset
 
 from lightning_gif import GIFCallback, attach
 from lightning_gif.curvature import CorrectedEKFAC
+from lightning_gif.curvature.corrected import DAMPING_MULTIPLE
 from lightning_gif.curvature.ekfac import EKFACInverse
 from lightning_gif.curvature.methods import METHODS
 from lightning_gif.curvature.solve import open_curvature, solve
@@ -33,22 +34,25 @@ def fit(kind: Any, objective: Any, examples: Any, **settings: Any) -> Any:
 @pytest.mark.parametrize("damping", [0.05, None])
 @pytest.mark.parametrize("name", NETS)
 def test_converged_it_is_the_dense_inverse_with_the_damping_of_ekfac(name: str, damping: float | None) -> None:
+    """A damping that is not given is ten times that of EK-FAC, layer by layer."""
+    decay, multiple = 0.01, 1.0 if damping else DAMPING_MULTIPLE
     with opened(name) as (objective, examples):
-        inverse = fit(CorrectedEKFAC, objective, examples, damping=damping, weight_decay=0.01)
+        inverse = fit(CorrectedEKFAC, objective, examples, damping=damping, weight_decay=decay)
         matrix = to_matrix(open_curvature(SETTINGS, objective, examples, weight_decay=0.0))
         ekfac = fit(
             EKFACInverse,
             objective,
             examples,
             damping=damping,
-            weight_decay=0.01,
+            weight_decay=decay,
             solver="ekfac",
             rtol=None,
             max_iter=None,
         )
         gradients = torch.randn(3, len(matrix), dtype=torch.float64)
         ihvps, solutions = inverse.ihvp(gradients)
-        expected = torch.linalg.solve(matrix + ekfac.dampings().diag().to(matrix), gradients.T).T
+        diagonal = (multiple * (ekfac.dampings() - decay) + decay).to(matrix)
+        expected = torch.linalg.solve(matrix + diagonal.diag(), gradients.T).T
     torch.testing.assert_close(ihvps, expected, rtol=1e-6, atol=1e-9)
     assert all(
         solution.converged and torch.equal(solution.x, row) for solution, row in zip(solutions, ihvps, strict=True)
@@ -92,6 +96,15 @@ def test_queries_of_a_trainer_use_it_by_name() -> None:
     rough = trainer.influence(batch, solver="ekfac", per_example=True, snapshots=False)
     error = [(one.scores - exact.scores).norm() / exact.scores.norm() for one in (report, rough)]
     assert error[0] < 0.1 * error[1]
+
+
+def test_a_gradient_has_the_same_solution_alone_and_among_others() -> None:
+    with opened("convolution") as (objective, examples):
+        inverse = fit(CorrectedEKFAC, objective, examples, damping=None, rtol=None, max_iter=4)
+        gradients = torch.randn(5, objective.space.size, dtype=torch.float64)
+        together, _ = inverse.ihvp(gradients)
+        alone = [inverse.ihvp(one[None])[0] for one in gradients]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-9, atol=1e-12)
 
 
 def test_what_it_cannot_do_is_refused_by_name() -> None:
