@@ -315,7 +315,7 @@ def test_the_length_is_in_checkpoints_and_goes_on_when_training_does(tmp_path: P
 
 def test_without_a_record_of_the_training_the_damping_is_a_share_of_the_largest_eigenvalue() -> None:
     data = noisy()
-    trained, module, _ = fitted(noisy_classifier(), data, callback=GIFCallback(), max_epochs=60)
+    trained, module, _ = fitted(noisy_classifier(), data, callback=GIFCallback(snapshots=0), max_epochs=60)
     recorded = trained.unlearn(list(range(12)), dry_run=True)
     trainer = make_trainer()
     attach(trainer, module, train_dataloaders=loader(data))
