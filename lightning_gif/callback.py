@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from ._compat import Callback, LightningModule, Trainer, attach_model, unsupported_strategy
+from ._compat import Callback, LightningModule, Trainer, attach_model, rank_zero_warn, unsupported_strategy
 from .attribution.periodic import PeriodicReports
 from .attribution.report import InfluenceReport
 from .calls import Influence, TrainerCalls, check_path, check_record
@@ -19,7 +20,7 @@ from .config import AUTO, RATIO, SELECTOR, Settings, check_count
 from .data.names import check_class_names, check_vocabulary
 from .defaults import check_names
 from .distributed import ProcessGroup
-from .errors import ConfigurationError
+from .errors import ConfigurationError, GIFWarning, RankError
 from .mixin import LossOfModule, check_loss_of_module
 from .objective.objective import Objective
 from .parameters import Targets
@@ -35,7 +36,7 @@ _CHECKPOINT_KEY = "lightning_gif"
 
 
 class GIFCallback(TrainerCalls, Callback):
-    """Adds ``influence``, ``self_influence``, ``validate_influence`` and ``unlearn`` to a trainer.
+    """Adds ``influence``, ``self_influence``, ``validate_influence``, ``store_gradients`` and ``unlearn`` to a trainer.
 
     During ``fit`` the callback gathers statistics from the forward and backward passes of training: the mean output and
     the mean output gradient of every Linear and Conv neuron, by class, and the mean squared gradient of every
@@ -162,6 +163,10 @@ class GIFCallback(TrainerCalls, Callback):
         report_options: Arguments of :meth:`influence` for these reports, such as ``{"k": 20, "among": indices}``. A
             report is cheaper with fewer examples in ``among``, and with ``"snapshots": False``.
         seed: The seed of all random draws of the computations; 0 by default.
+        store: A folder to which a store of gradients is written at the end of each ``fit``, by
+            :meth:`store_gradients`. It takes one pass over the training data: the gradients that training computes are
+            of earlier weights. The folder must not exist, or be empty, when a fit starts. If the store cannot be
+            written, a warning says so. ``None`` (default) writes none.
         record: The audit log: a file, such as ``"deletions.jsonl"``, that gets an entry for each edit that is applied
             or undone, and for each dry run. It is created if it does not exist; see :func:`~lightning_gif.verify`. An
             edit that cannot be recorded is not applied. ``None`` (default) records nothing.
@@ -208,6 +213,7 @@ class GIFCallback(TrainerCalls, Callback):
         query: Any = None,
         report_options: Mapping[str, Any] | None = None,
         seed: int = 0,
+        store: str | None = None,
         record: str | None = None,
         influence_loss: LossOfModule | None = None,
         class_names: list[str] | None = None,
@@ -224,6 +230,7 @@ class GIFCallback(TrainerCalls, Callback):
         self.report_every_n_epochs = report_every_n_epochs
         self.query = query
         self.report_options = dict(report_options or {})
+        self.store = store
         self.record = record
         self.influence_loss = influence_loss
         self.class_names = class_names
@@ -234,6 +241,7 @@ class GIFCallback(TrainerCalls, Callback):
         self.loaders = Loaders()
         self._state_key: tuple[Settings, str] | None = None  # and the settings that it was made from
         _check_report_arguments(self)
+        check_path("store", store, "folder")
         check_path("record", record, "file")
         check_record(record)
         check_loss_of_module(influence_loss)
@@ -254,6 +262,7 @@ class GIFCallback(TrainerCalls, Callback):
         _check_trainer(trainer, self)
         if stage == "fit":
             Objective.check_module(pl_module, self.influence_loss)
+            _check_no_store(self.store)
         self.bind(trainer)
 
     @override
@@ -318,6 +327,22 @@ class GIFCallback(TrainerCalls, Callback):
         """Removes the hooks, and stores the loaders, because ``trainer.test`` removes them from the trainer."""
         self.loaders.remember(trainer)
         self.tracker.end_fit(pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the store, with the weights that other callbacks have left at the end of training."""
+        if self.store is None or trainer.fast_dev_run:
+            return
+        try:
+            self.store_gradients(self.store)
+        except RankError:  # a process is out of step or has ended, and going on would block
+            raise
+        except Exception as error:
+            rank_zero_warn(
+                f"The store at {self.store!r} was not written: {type(error).__name__}: {str(error).rstrip('.')}. The"
+                " training is complete. Call trainer.store_gradients to write it.",
+                category=GIFWarning,
+            )
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -402,6 +427,7 @@ spell_out(
     [
         *(Influence.__call__, Influence.check),
         *(TrainerCalls.self_influence, TrainerCalls.validate_influence, TrainerCalls.unlearn),
+        TrainerCalls.store_gradients,
     ],
     GIFCallback.__doc__,
 )
@@ -420,6 +446,15 @@ def _check_report_arguments(callback: GIFCallback) -> None:
     known = keywords(callback.influence)
     settings = {name: value for name, value in options.items() if name not in known}
     check_names(callback.settings.override(settings, known))  # type: ignore[arg-type]
+
+
+def _check_no_store(folder: str | None) -> None:
+    """Checks that a store can be written to a folder at the end of a fit."""
+    if folder is not None and os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        raise ConfigurationError(
+            f"The end of the fit would write a store of gradients to {folder!r}, which is a file or is not empty. Give"
+            " another folder as `store`, or delete this one."
+        )
 
 
 def _check_trainer(trainer: Trainer, callback: GIFCallback) -> None:

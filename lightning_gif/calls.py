@@ -18,18 +18,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack
 
+from .attribution.from_store import influence_from_store
+from .attribution.gradient_store import RANK, GradientStore
 from .attribution.groups import Grouping
 from .attribution.influence import influence
 from .attribution.predictions import labels_at
 from .attribution.report import InfluenceReport
 from .attribution.retraining import Retrain
 from .attribution.self_influence import self_influence
+from .attribution.storing import store_gradients
 from .attribution.validation import Opened, ValidationReport, check_validation, validate
 from .config import AUTO, Overrides, Settings, check_count
 from .data.examples import Examples
 from .data.names import Vocabulary, find_class_names
 from .data.structure import describe
-from .defaults import check_names, for_influence, for_matching, for_unlearning
+from .defaults import check_names, for_influence, for_matching, for_store, for_unlearning
 from .distributed import ProcessGroup
 from .errors import ConfigurationError
 from .inspection.check import CheckReport, check, collected
@@ -38,7 +41,7 @@ from .objective.objective import Objective
 from .reporting.contents import check_log_name
 from .reporting.context import CallContext
 from .selection.tracker import TrainingTracker
-from .session import Loaders, Session, TargetsChoice, open_session
+from .session import Loaders, Session, TargetsChoice, open_session, open_stored
 from .signatures import keywords
 from .storage.audit_log import check_whole, read
 from .storage.interrupts import uninterrupted
@@ -59,6 +62,9 @@ _SCORES_FOLDER = "lightning_gif_scores"
 
 # The settings that matter to a validation of scores that are given.
 _OF_MEASURING = ("batch_size", "double", "memory", "seed")
+
+# The settings that a call with a store can choose.
+_OF_STORED = ("batch_size", "memory")
 
 _Report = TypeVar("_Report", InfluenceReport, UnlearnReport, ValidationReport)
 
@@ -101,6 +107,7 @@ class Influence:
         keep: int | None = None,
         snapshots: bool | None = None,
         losses: bool = False,
+        store: str | os.PathLike[str] | None = None,
         name: str | None = None,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
@@ -140,11 +147,16 @@ class Influence:
             losses: Whether the report also has the loss of each scored training example, at the present weights: the
                 cheap score to compare with, and a column of ``to_dataframe()``. It takes one more forward pass over
                 these examples. ``False`` by default.
+            store: The folder of a store that :meth:`~TrainerCalls.store_gradients` has written for these weights. Then
+                the training data are not needed, and ``among`` is indices or a mask. Scores are those of
+                ``solver="ekfac"`` with the settings and snapshots of the store, up to the error of the store's
+                projection. By default there is no store.
             name: The name of the query in logs, such as ``"held-out eights"``. Give queries of different kinds their
                 own names, because each name has its own keys, ``gif_influence/NAME/…``. By default there is no name.
-            dataloader: A loader of the training data; by default the one of ``fit``.
+            dataloader: A loader of the training data; by default the one of ``fit``. With ``store``, it only serves to
+                show examples.
             **overrides: Arguments of the constructor to change for this call: those from ``selector`` to
-                ``unconverged``, and ``seed``.
+                ``unconverged``, and ``seed``. With ``store``, only ``batch_size`` and ``memory``.
 
         Returns:
             Scores ``(n_queries, n_train)`` with the dataset index of each training example.
@@ -162,14 +174,11 @@ class Influence:
         requested = check_names(calls.settings.override(overrides, keywords(self)))
         check_count("k", k)
         check_log_name(name)
-        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < k):
-            raise ConfigurationError(
-                f"`keep` must be None or a whole number of at least k={k}, the number of shown examples, got {keep!r}."
-            )
-        if keep is not None and scores_to is not None:
-            raise ConfigurationError(
-                "`scores_to` writes all scores, but `keep` keeps only the highest and lowest. Give only one of them."
-            )
+        _check_keep(keep, k, scores_to)
+        if store is not None:
+            _check_stored(store, {"targets": targets, "scores_to": scores_to, **overrides}, losses=losses)
+            chosen: dict[str, Any] = {"per_example": per_example, "keep": keep, "snapshots": snapshots, "k": k}
+            return calls._from_store(Path(store), batch, requested, among, name, dataloader, chosen)
         states = _snapshot_states(calls.tracker, snapshots)
         choice: TargetsChoice = "cached" if targets is None else targets
         on_targets = _are_on_targets(targets, overrides)
@@ -256,6 +265,7 @@ class TrainerCalls:
         loaders: The loaders of the last ``fit``.
         influence_loss: A function that gives the losses of single examples; ``None`` to take them from the module.
         log_reports: Whether reports are logged.
+        store: The folder to which a fit writes a store of gradients.
         record: The audit log.
         class_names: The name of each class, for reports; ``None`` takes those of the data.
         vocabulary: The tokens of texts by their ids, for reports; ``None`` shows ids.
@@ -267,6 +277,7 @@ class TrainerCalls:
     loaders: Loaders
     influence_loss: LossOfModule | None
     log_reports: bool
+    store: str | None
     record: str | None
     class_names: Sequence[str] | None
     vocabulary: Vocabulary | None
@@ -301,6 +312,98 @@ class TrainerCalls:
         return open_session(
             self._bound_to, self.tracker, self.loaders, settings, choice, dataloader, overrides, self.influence_loss
         )
+
+    def store_gradients(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        rank: int = RANK,
+        among: Sequence[int] | Tensor | Callable[[Any], Tensor] | None = None,
+        snapshots: bool | None = None,
+        dataloader: DataLoader[Any] | None = None,
+        **overrides: Unpack[Overrides],
+    ) -> GradientStore:
+        """Writes a store of the gradients of all training examples, in one pass over the training data.
+
+        Call it as ``trainer.store_gradients(folder, …)``. Later calls of ``trainer.influence(batch, store=folder)``
+        take neither the training data nor a pass over them, and answer in about a second. The store is for the present
+        weights. It keeps about ``rank`` bytes for each training example and state of the model, their labels, and up
+        to 69 training examples, from which calls learn how the model's loss is computed.
+
+        If the call is interrupted, the same call goes on after the last complete chunk of 4096 examples. If files of
+        the store are damaged, the same call computes them again.
+
+        Args:
+            folder: The folder. It is created if it does not exist. In a distributed run all processes must see it.
+            rank: The number of coordinates that are kept of each gradient. With more, scores are closer to full ones,
+                and the store is larger. The printed store has the correlation with full scores.
+            among: The training examples to store, as in :meth:`influence`; by default all.
+            snapshots: Whether to store the gradients at the snapshots of training, too, so that scores are averages as
+                in :meth:`influence`. With ``None`` (default), they are stored if there are any. Each makes the store
+                and the call as large again.
+            dataloader: As in :meth:`influence`.
+            **overrides: As in :meth:`influence`. The curvature is EK-FAC.
+
+        Returns:
+            The store. Print it to see its size and its accuracy.
+
+        Raises:
+            ConfigurationError: If ``folder`` holds anything else than a store of the same gradients, or if the module
+                does not use all its parameters in layers that are linear in them.
+            BatchError: If batches have values that cannot be written: others than tensors, numbers and texts, in lists,
+                tuples and dictionaries.
+            GIFError: As in :meth:`influence`.
+        """
+        trainer, states = self._bound_to, _snapshot_states(self.tracker, snapshots)
+        check_path("folder", folder, "folder", optional=False)
+        check_count("rank", rank)
+        settings = for_store(check_names(self.settings.override(overrides, keywords(self.store_gradients))))
+        with self.open_session(settings, "batch", dataloader, overrides) as session:
+            return store_gradients(
+                session.objective,
+                session.train,
+                settings,
+                Path(folder),
+                rank=rank,
+                among=session.among(among),
+                states=states,
+                epoch=trainer.current_epoch if session.loaders.epoch is None else session.loaders.epoch,
+                class_names=self._context(session).class_names,
+            )
+
+    def _from_store(
+        self,
+        folder: Path,
+        batch: Any,
+        requested: Settings,
+        among: Any,
+        name: str | None,
+        dataloader: DataLoader[Any] | None,
+        options: dict[str, Any],
+    ) -> InfluenceReport:
+        """The report of :meth:`influence` from a store. ``options`` are arguments of :func:`influence_from_store`."""
+        trainer, store = self._bound_to, GradientStore.open(folder)
+        if options["snapshots"] and not store.manifest.snapshots:
+            raise ConfigurationError(
+                f"snapshots=True needs a store with snapshots, but the one at {str(folder)!r} has none. Omit"
+                " `snapshots`, or write a store after a fit with GIFCallback(snapshots=1)."
+            )
+        settings = replace(store.settings, batch_size=requested.batch_size, memory=requested.memory)
+        opened = open_stored(trainer, self.tracker, self.loaders, settings, store, dataloader, self.influence_loss)
+        with opened as session:
+            context = self._context(session)
+            scored = session.among(among)
+            report = influence_from_store(
+                session.objective,
+                session.examples(batch),
+                store,
+                **{**options, "snapshots": options["snapshots"] is not False},
+                positions=None if scored is None else session.train.positions_of(scored.ids),
+                dataset=None if session.train.are_absent else session.train.dataset,
+                context=replace(context, class_names=context.class_names or store.manifest.class_names),
+            )
+            _finish(report, session, name, None)
+        return _logged(trainer, report, self.log_reports)
 
     def validate_influence(
         self,
@@ -632,6 +735,7 @@ class TrainerCalls:
         calls = CallsOf(self, trainer)
         trainer.influence, trainer.self_influence = calls.influence, calls.self_influence
         trainer.validate_influence, trainer.unlearn = calls.validate_influence, calls.unlearn
+        trainer.store_gradients = calls.store_gradients
 
 
 class CallsOf(TrainerCalls):
@@ -660,14 +764,43 @@ def _moment(trainer: Trainer) -> tuple[int, int]:
     return trainer.current_epoch, trainer.global_step
 
 
-def check_path(name: str, path: Any, kind: str) -> None:
-    """Checks that an argument is a path or ``None``.
+def check_path(name: str, path: Any, kind: str, *, optional: bool = True) -> None:
+    """Checks that an argument is a path, or ``None`` if it is optional.
 
     Raises:
         ConfigurationError: If it is not.
     """
-    if path is not None and not (isinstance(path, (str, os.PathLike)) and os.fspath(path)):
-        raise ConfigurationError(f"`{name}` must be the path of a {kind}, or None, got {path!r}.")
+    given = isinstance(path, (str, os.PathLike)) and bool(os.fspath(path))
+    if not given and not (optional and path is None):
+        raise ConfigurationError(f"`{name}` must be the path of a {kind}{', or None' * optional}, got {path!r}.")
+
+
+def _check_keep(keep: Any, k: int, scores_to: Any) -> None:
+    """Checks the argument ``keep`` of a call that shows ``k`` examples."""
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < k):
+        raise ConfigurationError(
+            f"`keep` must be None or a whole number of at least k={k}, the number of shown examples, got {keep!r}."
+        )
+    if keep is not None and scores_to is not None:
+        raise ConfigurationError(
+            "`scores_to` writes all scores, but `keep` keeps only the highest and lowest. Give only one of them."
+        )
+
+
+def _check_stored(store: Any, given: Mapping[str, Any], *, losses: bool) -> None:
+    """Checks the arguments of a call that takes its training examples from a store."""
+    check_path("store", store, "folder")
+    if losses:
+        raise ConfigurationError(
+            "`losses=True` cannot be given with `store`, because it needs the training examples, which the call does"
+            " not read. Omit one of the two."
+        )
+    others = [name for name, value in given.items() if value is not None and name not in _OF_STORED]
+    if others:
+        raise ConfigurationError(
+            f"{', '.join(f'`{name}`' for name in others)} cannot be given with `store`, which has the settings that it"
+            " was written with. Omit them, or write another store with them."
+        )
 
 
 def check_record(path: Any) -> None:
@@ -793,6 +926,8 @@ def _finish(report: InfluenceReport, session: Session, name: str | None, measure
         report.losses = values[order[torch.searchsorted(measured.ids[order], report.indices)]]
     report.settings.update({} if name is None else {"name": name})
     report.read_shown(session.train.ids)
+    if session.train.are_absent:
+        return
     if any(report.processes.gather(bool(report.loggers))):  # a trainer may have loggers in one process only
         report.context.predicted = labels_at(session.objective, session.train, report.strongest())
 

@@ -22,6 +22,7 @@ __all__ = [
     "check_names",
     "for_influence",
     "for_matching",
+    "for_store",
     "for_unlearning",
     "needs_no_cache",
 ]
@@ -162,6 +163,29 @@ def for_influence(
     if SOLVERS[solver].is_sketch:
         return replace(chosen, max_iter=rank)
     return replace(chosen, max_iter=INFLUENCE_ITERATIONS) if SOLVERS[solver].requires_symmetric_psd else chosen
+
+
+def for_store(settings: Settings) -> Settings:
+    """The settings of a store of gradients.
+
+    Raises:
+        ConfigurationError: If they ask for what EK-FAC, which a store needs, does not have.
+    """
+    needed = {"method": "if", "curvature": "ggn", "solver": LAYERS}
+    for name, value in needed.items():
+        given = getattr(settings, name)
+        if given not in (AUTO, value):
+            raise ConfigurationError(
+                f"A store of gradients needs {name}={value!r}, got {given!r}. Omit `{name}`, or pass"
+                f" trainer.store_gradients(…, {name}={value!r})."
+            )
+    given = [f"`{name}`" for name in ("max_iter", "rtol", "discrepancy", "eigenvalues") if getattr(settings, name)]
+    if given:
+        raise ConfigurationError(
+            f"A store of gradients takes no {', '.join(given)}, because EK-FAC does not iterate and forms no products"
+            " with the curvature. Omit them."
+        )
+    return replace(settings, method="if", curvature="ggn", solver=LAYERS)
 
 
 def _chosen(name: str, default: str) -> str:

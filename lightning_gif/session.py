@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from ._compat import at_epoch, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
+from .attribution.gradient_store import GradientStore
 from .config import Overrides, Settings
 from .curvature.by_solver import DENSE_PARAMETERS
 from .curvature.energy import gradient_energies
@@ -42,9 +43,9 @@ from .selection import energy_of
 from .selection.tracker import TrainingTracker
 
 if TYPE_CHECKING:
-    from ._compat import Trainer
+    from ._compat import LightningModule, Trainer
 
-__all__ = ["Loaders", "Session", "TargetsChoice", "open_session"]
+__all__ = ["Loaders", "Session", "TargetsChoice", "open_session", "open_stored"]
 
 TargetsChoice = Literal["cached", "class", "batch"]
 """How targets are chosen: those picked in training, neurons ranked for the batch's classes, or ranked on the batch."""
@@ -436,9 +437,7 @@ def open_session(
     """
     if choice not in ("cached", "class", "batch"):
         raise ConfigurationError(f"`targets` must be 'cached', 'class' or 'batch', got {choice!r}.")
-    module = trainer.lightning_module
-    if module is None:
-        raise ConfigurationError("The trainer has no model yet: call fit, validate or test first, or use attach().")
+    module = _module_of(trainer)
     processes = ProcessGroup.of(trainer)
     is_unfitted = trainer.current_epoch == 0 and not trainer.training
     epoch = loaders.epoch if is_unfitted else None
@@ -475,6 +474,89 @@ def open_session(
                 raise NonFiniteError(f"{error}{objective.not_finite_among(train)}") from error
             finally:
                 train.close()
+
+
+@contextlib.contextmanager
+def open_stored(
+    trainer: Trainer,
+    tracker: TrainingTracker,
+    loaders: Loaders,
+    settings: Settings,
+    store: GradientStore,
+    dataloader: DataLoader[Any] | None = None,
+    influence_loss: LossOfModule | None = None,
+) -> Iterator[Session]:
+    """Opens the objective for a call that takes its training examples from a store. The data are not read.
+
+    Args:
+        trainer: The trainer, with its module.
+        tracker: The statistics from training.
+        loaders: The loaders of the last ``fit``, which may show examples of a report.
+        settings: The settings of the call.
+        store: The store.
+        dataloader: A loader of the training data, to show examples.
+        influence_loss: A function from the module and a batch to the losses of its examples, if one was given.
+
+    Raises:
+        ConfigurationError: If the trainer has no model, processes make different calls, or the store has other examples
+            than ``dataloader``.
+    """
+    module = _module_of(trainer)
+    processes = ProcessGroup.of(trainer)
+    is_unfitted = trainer.current_epoch == 0 and not trainer.training
+    epoch = (store.manifest.epoch if loaders.epoch is None else loaders.epoch) if is_unfitted else None
+    with processes.propagate_errors(), tracker.neurons.paused(), at_epoch(trainer, epoch):
+        processes.assert_equal([store.manifest.mark, asdict(settings)], "store", "Make the same call on all of them.")
+        opened = Objective.open(
+            trainer,
+            module,
+            seed=settings.seed,
+            double=settings.double,
+            processes=processes,
+            influence_loss=influence_loss,
+        )
+        with opened as objective:
+            objective.learn_from(store.probe(objective.device))
+            train = _at_hand(loaders.train if dataloader is None else dataloader, objective, store, settings)
+            if any(processes.gather(train is None)):
+                train = None
+            if train is None and dataloader is not None:
+                raise ConfigurationError(
+                    f"The examples of `dataloader` are not those of the store at {str(store.folder)!r}. Give the"
+                    " training loader for which it was written, or none."
+                )
+            if train is None:
+                size, options = store.manifest.dataset_size, {"batch_size": settings.batch_size}
+                train = Examples.absent(store.ids, size, objective.prepare, processes=processes, **options)
+            yield Session(objective, train, settings, loaders, tracker, repicks=False)
+
+
+def _at_hand(loader: Any, objective: Objective, store: GradientStore, settings: Settings) -> Examples | None:
+    """The examples of a store in the dataset of a loader; ``None`` if this is another dataset, or cannot be read."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    options: dict[str, Any] = {"batch_size": settings.batch_size, "seed": settings.seed}
+    try:
+        with isolate_rng():
+            train = Examples.from_loader(loader, objective.prepare, **options, processes=objective.processes)
+            same = len(train.dataset) == store.manifest.dataset_size and bool(torch.isin(store.ids, train.ids).all())
+            if same:
+                train.dataset[int(store.ids[0])]
+    except Exception:  # the files may be gone: then examples are not shown
+        return None
+    return replace(train, ids=store.ids) if same else None
+
+
+def _module_of(trainer: Trainer) -> LightningModule:
+    """The module of a trainer.
+
+    Raises:
+        ConfigurationError: If it has none.
+    """
+    module = trainer.lightning_module
+    if module is None:
+        raise ConfigurationError("The trainer has no model yet: call fit, validate or test first, or use attach().")
+    return module
 
 
 def _warn_if_epoch_matters(trainer: Trainer, objective: Objective) -> None:

@@ -42,6 +42,7 @@ __all__ = [
     "inverse_root",
     "kronecker_blocks",
     "require_layers",
+    "rotated_gradients",
     "sum_of_squares",
 ]
 
@@ -199,7 +200,7 @@ class EKFACInverse(InverseCurvature):
         """The mean of the eigenvalues of a layer that can differ from zero: no more than the rank."""
         return float(values.double().sum()) / min(values.numel(), self._rank)
 
-    def _damped(self, values: Tensor) -> Tensor:
+    def damped(self, values: Tensor) -> Tensor:
         """The eigenvalues of a layer plus its damping and the weight decay; infinite if all of this is zero.
 
         The default damping of a layer is a multiple of the mean of its eigenvalues that can be non-zero. A mean over
@@ -254,8 +255,8 @@ class EKFACInverse(InverseCurvature):
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         start = time.perf_counter()
-        blocks = [(block, self._damped(block.values)) for block in self._blocks]
-        diagonal = {name: self._damped(values) for name, values in self._diagonal.items()}
+        blocks = [(block, self.damped(block.values)) for block in self.blocks]
+        diagonal = {name: self.damped(values) for name, values in self.diagonal.items()}
         result = gradients.clone()
         _change_in_basis(torch.div, result, self._space, blocks, diagonal)
         require_finite(result, "The iHVP")
@@ -265,11 +266,11 @@ class EKFACInverse(InverseCurvature):
     def quadratic(self) -> Callable[[Tensor], Tensor]:
         def values_of(gradients: Tensor) -> Tensor:
             total, space = gradients.new_zeros(len(gradients), dtype=torch.float64), self._space
-            for block in self._blocks:
+            for block in self.blocks:
                 rotated = block.rotate(block.matrix(lambda name: space.of(name, gradients)))
-                total += (rotated.square() / self._damped(block.values)).sum((1, 2))
-            for name, values in self._diagonal.items():
-                total += (space.of(name, gradients).square() / self._damped(values)).sum(1)
+                total += (rotated.square() / self.damped(block.values)).sum((1, 2))
+            for name, values in self.diagonal.items():
+                total += (space.of(name, gradients).square() / self.damped(values)).sum(1)
             return total
 
         return values_of
@@ -285,41 +286,41 @@ class EKFACInverse(InverseCurvature):
                 continue
             deltas = recorded.output_gradients()
             total = recorded.value.new_zeros(recorded.size, dtype=torch.float64)
-            for block in self._blocks:
-                total += _weighted_squares(block, recorded, deltas, space, 1 / self._damped(block.values))
-            for name, diagonal in self._diagonal.items():
+            for block in self.blocks:
+                total += _weighted_squares(block, recorded, deltas, space, 1 / self.damped(block.values))
+            for name, diagonal in self.diagonal.items():
                 gradients = recorded.of_parameter(name, len(diagonal), deltas)
-                total += (gradients.square() / self._damped(diagonal)).sum(1)
+                total += (gradients.square() / self.damped(diagonal)).sum(1)
             values.append(total[: part.size])
         return torch.cat(values)
 
     def dampings(self) -> Tensor:
         """The damping of each parameter with weight decay, ``(p,)``, which is the same for all entries of a layer."""
         found, space = torch.empty(self._space.size), self._space
-        for block in self._blocks:
+        for block in self.blocks:
             for part in block.parts:
                 space.of(part.name, found).fill_(self._damping(block.values))
-        for name, values in self._diagonal.items():
+        for name, values in self.diagonal.items():
             space.of(name, found).fill_(self._damping(values))
         return found + self._settings.weight_decay
 
     @cached_property
     def root(self) -> Callable[[Tensor], Tensor]:
         """The square root of this inverse, which is symmetric, as a map of vectors ``(q, p)``."""
-        blocks = [(block, self._damped(block.values).rsqrt()) for block in self._blocks]
-        others = {name: self._damped(values).rsqrt() for name, values in self._diagonal.items()}
+        blocks = [(block, self.damped(block.values).rsqrt()) for block in self.blocks]
+        others = {name: self.damped(values).rsqrt() for name, values in self.diagonal.items()}
         return partial(_multiplied, space=self._space, blocks=blocks, diagonal=others)
 
     @property
     def bases(self) -> list[Tensor]:
         """The matrices of eigenvectors, ``(o, o)`` and ``(i, i)`` of each layer."""
-        return [one for block in self._blocks for one in (block.outer, block.inner) if one is not None]
+        return [one for block in self.blocks for one in (block.outer, block.inner) if one is not None]
 
     @property
     def nbytes(self) -> int:
         """The bytes of the factors and of the eigenvalues."""
-        values = (block.values for block in self._blocks)
-        return sum(tensor.nbytes for tensor in (*self.bases, *values, *self._diagonal.values()))
+        values = (block.values for block in self.blocks)
+        return sum(tensor.nbytes for tensor in (*self.bases, *values, *self.diagonal.values()))
 
     @property
     def kind(self) -> str:
@@ -327,9 +328,9 @@ class EKFACInverse(InverseCurvature):
 
     def summary(self) -> dict[str, Any]:
         """The kind of curvature, and how many parameters are in blocks, and how many have the diagonal only."""
-        if not any(values.any() for values in (*(block.values for block in self._blocks), *self._diagonal.values())):
+        if not any(values.any() for values in (*(block.values for block in self.blocks), *self.diagonal.values())):
             warn_of_zero_curvature()
-        diagonal = sum(len(values) for values in self._diagonal.values())
+        diagonal = sum(len(values) for values in self.diagonal.values())
         return {**self._facts, "in_blocks": self._space.size - diagonal, "on_diagonal": diagonal}
 
 
@@ -506,7 +507,7 @@ def _weighted_squares(
     if one_position is not None:
         left, right = one_position
         return ((left @ weights) * right).sum(1)
-    parts = _rotated(block, recorded, deltas, space)
+    parts = rotated_gradients(block, recorded, deltas, space)
     return torch.cat([(part.square() * weights).sum((1, 2)) for part in parts])
 
 
@@ -518,7 +519,7 @@ def sum_of_squares(
     if one_position is not None:
         left, right = one_position
         return left.T @ right
-    return reduce(torch.add, (part.square().sum(0) for part in _rotated(block, recorded, deltas, space)))
+    return reduce(torch.add, (part.square().sum(0) for part in rotated_gradients(block, recorded, deltas, space)))
 
 
 def _one_position(
@@ -535,7 +536,7 @@ def _one_position(
     return left, right
 
 
-def _rotated(
+def rotated_gradients(
     block: KroneckerBlock, recorded: RecordedPass, deltas: Sequence[Tensor], space: ParameterSpace
 ) -> Iterator[Tensor]:
     """The gradients of all examples in the Kronecker basis, ``(B, o, i)``, as parts for a few examples each."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import IterableDataset, Subset, default_collate
 
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import BatchError, GIFWarning, TrainingDataError
@@ -132,6 +132,34 @@ class Examples:
             processes=processes,
             divisible=divisible,
         )
+
+    @classmethod
+    def absent(
+        cls,
+        ids: Tensor,
+        size: int | None,
+        prepare: Callable[[Any], Any],
+        *,
+        batch_size: int,
+        processes: ProcessGroup = SINGLE_PROCESS,
+    ) -> Examples:
+        """Examples that are known by their dataset indices ``(n,)`` only. To read one is an error.
+
+        Args:
+            ids: See the class.
+            size: The length of the dataset; ``None`` if it has none.
+            prepare: See the class.
+            batch_size: See the class.
+            processes: See the class.
+        """
+        dataset = _Absent(int(ids.max()) + 1 if size is None else size)
+        reader = Reader(dataset, default_collate, {}, 0)
+        return cls(dataset, ids, batch_size, default_collate, prepare, reader, processes=processes)
+
+    @property
+    def are_absent(self) -> bool:
+        """Whether the examples cannot be read, see :meth:`absent`."""
+        return isinstance(self.dataset, _Absent)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -335,8 +363,12 @@ class Examples:
                 f" {missing[:5]}{' …' if len(missing) > 5 else ''}. Give indices that the training loader draws, from"
                 f" {int(self.ids.min())} to {int(self.ids.max())}.{_SUBSET_NOTE * isinstance(self.dataset, Subset)}"
             )
+        return self.subset(self.positions_of(wanted))
+
+    def positions_of(self, ids: Tensor) -> Tensor:
+        """The positions ``(m,)`` of the examples with the given dataset indices ``(m,)``, which must be among them."""
         order = self.ids.argsort()
-        return self.subset(order[torch.searchsorted(self.ids[order], wanted)])
+        return order[torch.searchsorted(self.ids[order], ids)]
 
     def where(self, predicate: Callable[[Any], Any]) -> Examples:
         """The examples for which a function is true.
@@ -405,6 +437,22 @@ class Examples:
         shard = None if self.processes.size == 1 else self.shard
         cached = replace(self, in_memory=tuple(held), in_memory_shard=shard)
         return cached._with_classes_of(self, torch.arange(len(self)))
+
+
+class _Absent:
+    """A dataset whose items are not at hand."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Any:
+        raise TrainingDataError(
+            "The training data are not at hand, so no example can be read. Give training examples by their dataset"
+            " indices, or pass a `dataloader=` over the training data."
+        )
 
 
 def warn_if_random(examples: Examples) -> bool:

@@ -57,11 +57,9 @@ class Probe:
             most: How many are many.
         """
         positions, wide = (_spread(len(train), size) for size in (count, most))
-        half = min(2 * ((len(positions) + 2) // 4), len(positions)) or 1
         if train.dataset is None:
             together, many = (Batch.join(list(train.subset(chosen).batches())) for chosen in (positions, wide))
-            singles = tuple(together.slice(row, row + 1) for row in range(together.size))
-            return cls(together, together.slice(0, half), singles, many, True)
+            return cls.of_rows(together, many)
         items = {int(index): train.dataset[int(index)] for index in train.ids[torch.cat([positions, wide]).unique()]}
 
         def batch(chosen: Tensor) -> Batch:
@@ -77,10 +75,19 @@ class Probe:
         # A collate function that draws at random makes other values each time, but rows all the same.
         draws = not equal_tensors(together.data, batch(positions).data)
         if not _rows_are_examples(together, None if draws or not alone else alone):
-            return cls(together, batch(positions[:half]), alone, batch(wide), False)
-        rows = replace(together, divisible=True)
-        singles = tuple(rows.slice(row, row + 1) for row in range(rows.size))
-        return cls(rows, rows.slice(0, half), singles, replace(batch(wide), divisible=True), True)
+            return cls(together, batch(positions[: _half(len(positions))]), alone, batch(wide), False)
+        return cls.of_rows(replace(together, divisible=True), replace(batch(wide), divisible=True))
+
+    @classmethod
+    def of_rows(cls, together: Batch, many: Batch) -> Probe:
+        """The probe of batches whose rows are their examples."""
+        singles = tuple(together.slice(row, row + 1) for row in range(together.size))
+        return cls(together, together.slice(0, _half(together.size)), singles, many, True)
+
+
+def _half(count: int) -> int:
+    """An even number of about half of ``count``, if that is two or more."""
+    return min(2 * ((count + 2) // 4), count) or 1
 
 
 def _spread(size: int, count: int) -> Tensor:

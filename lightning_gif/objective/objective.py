@@ -90,6 +90,7 @@ class Objective:
         self._directional: derivatives.DirectionalDerivatives = derivatives.forward_mode
         self.divisible = True  # whether batches of the training data can be divided into examples
         self._counts_rows = True  # whether the size of a batch shows in the first dimension of its tensors
+        self.probe: Probe | None = None  # what the structure was learned from
         self.probed: Batch | None = None  # training examples, in a batch that the losses can be computed for
         self.is_convex = True  # whether there are predictions in which the loss is convex
         self._reference: Any = None  # the structure of training batches
@@ -246,7 +247,12 @@ class Objective:
         Returns:
             The training examples, to be read in batches that the losses can be computed for.
         """
-        probe = Probe.of(train, _PROBE, _MANY)
+        self.learn_from(Probe.of(train, _PROBE, _MANY))
+        return self.readable(train)
+
+    def learn_from(self, probe: Probe) -> None:
+        """Learns from a probe of the training examples what :meth:`learn_structure` learns."""
+        self.probe = probe
         self._reference = probe.together.data
         self.divisible = probe.divisible
         self._counts_rows = probe.counts_rows
@@ -254,7 +260,6 @@ class Objective:
         probed = list(probe.singles) if self._takes_one_at_a_time else [probe.many]
         self.is_convex = outputs.choose_predictions(self._loss, *probed)
         self.probed = replace(probed[0], divisible=probe.divisible and not self._takes_one_at_a_time)
-        return self.readable(train)
 
     @property
     def _takes_one_at_a_time(self) -> bool:
