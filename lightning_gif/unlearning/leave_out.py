@@ -25,7 +25,7 @@ from .matching import Matching, Rounds, match, predicted, to_predicted
 from .relabelling import LinearisedLoss, minimise
 from .task import Task
 
-__all__ = ["POWER_STEPS", "LeaveOutStep", "loss_after", "match_predictions", "solve_step"]
+__all__ = ["POWER_STEPS", "LeaveOutStep", "match_predictions", "predicted_losses", "solve_step"]
 
 # The number of products that estimate a largest eigenvalue from the gradient of the forget examples.
 POWER_STEPS = 4
@@ -145,15 +145,21 @@ def _preconditioner(
     return on_targets
 
 
-def loss_after(objective: Objective, examples: Examples, positions: Tensor, change: Tensor) -> float:
-    """The mean loss of examples after a change ``(k,)``, if predictions were linear in the parameters."""
+def predicted_losses(task: Task, positions: Tensor, change: Tensor) -> dict[str, float]:
+    """The mean losses after a change ``(k,)`` of the targets, if predictions were linear in the parameters, by name."""
+    objective = task.objective
     direction = scatter(change, positions, len(objective.theta))
 
     def loss_sum(theta: Tensor, batch: Batch) -> Tensor:
         out, derivative = output_derivative(objective.outputs, theta, batch, direction)
         return objective.loss_sum_at(theta, batch)(out + derivative)
 
-    return objective.mean(examples, loss_sum, objective.theta)
+    parts = {"forget": task.forget_eval, "retain": task.retain_eval, "relabelled": task.relabelled}
+    return {
+        name: objective.mean(examples, loss_sum, objective.theta)
+        for name, examples in parts.items()
+        if examples is not None
+    }
 
 
 def match_predictions(

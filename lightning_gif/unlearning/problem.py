@@ -116,7 +116,7 @@ class EditProblem:
         self.snapshots: list[int] = []
         self.newton_damping = tuning.trust_region.initial_damping
         self._task, self._objective, self._settings = task, task.objective, task.settings
-        self._method, self._journal = method, journal
+        self._method, self._journal, self._uses_risk = method, journal, uses_risk
         self._changes: list[Tensor] = []
         self._influence: tuple[int, QuadraticModel] | None = None  # the position of the influence direction's change
         self._last_newton: tuple[Trial, QuadraticModel] | None = None  # the trial at which the Newton step was solved
@@ -124,7 +124,6 @@ class EditProblem:
 
         if task.relabelled is not None and not task.influence_gradient.any():
             raise ObjectiveError("The new labels equal the old ones: there is nothing to correct. Check `relabel`.")
-        self._uses_risk = uses_risk
         self._terms = goal.risk(task) if uses_risk else []
         self._memorization = goal.memorization(task)
         # Weight decay belongs to the terms that are the training loss. It does not belong to terms that keep the
@@ -284,12 +283,8 @@ class EditProblem:
         if settings.max_iter is None and settings.rtol is None:
             settings = replace(settings, max_iter=self.tuning.matching.iterations)
         self._recalled_or_solved(["leave out"], settings, partial(self._solve_leave_out, settings))
-        task, change = self._task, self._changes[-1]
-        self.snapshots = list(task.earlier)
-        parts = {"forget": task.forget_eval, "retain": task.retain_eval, "relabelled": task.relabelled}
-        for name, examples in parts.items():
-            if examples is not None:
-                self._predicted[name] = leave_out.loss_after(self._objective, examples, self.positions, change)
+        self.snapshots = list(self._task.earlier)
+        self._predicted = leave_out.predicted_losses(self._task, self.positions, self._changes[-1])
 
     @property
     def predictions(self) -> tuple[float, float]:
@@ -395,7 +390,10 @@ class EditProblem:
             along = self._add_change(curvature, task.influence_gradient, partial(solve, settings), settings, group)
             curvature.warn_if_zero()
             self.description = self.description or describe(settings, curvature)
-        return QuadraticModel(self._slope_along(self._changes[-1]), along), False
+            slope = self._decay * objective.theta
+            for term in self._terms:
+                slope = slope + term.weight * term.eval_gradient(objective)
+        return QuadraticModel(float(slope[self.positions] @ self._changes[-1]), along), False
 
     def _solve_leave_out(self, settings: Settings) -> tuple[QuadraticModel, bool]:
         self._require_effect(self._task.influence_gradient[self.positions])
@@ -406,13 +404,6 @@ class EditProblem:
         self.description = self.description or found.products
         # The solve for new labels is not linear, like a Newton step.
         return QuadraticModel(0.0, 0.0), self._task.relabelled is not None
-
-    def _slope_along(self, change: Tensor) -> float:
-        """The slope of the risk at the trained weights along a change ``(k,)``."""
-        slope = self._decay * self._objective.theta
-        for term in self._terms:
-            slope = slope + term.weight * term.eval_gradient(self._objective)
-        return float(slope[self.positions] @ change)
 
     def _solve_match(self, settings: Settings, numbers: Matching) -> tuple[QuadraticModel, bool]:
         (change,), (solution,) = self._changes, self.solutions

@@ -130,13 +130,7 @@ def unlearn(
     step, settings = choose_step(step, goal, request, matching, tuning.matching, notes)
     earlier = {epoch: objective.model_state(state) for epoch, state in (snapshots or {}).items()}
     request = replace(request, settings=settings, earlier=earlier)
-    if goal.compares_with_unseen and why_not_unseen:
-        notes.append(
-            f"The validation data of `fit` are not used as unseen examples: {why_not_unseen.rstrip('.')}. Pass a loader"
-            " as `unseen`, or unseen=False."
-        )
-    task = _draw_samples(request, goal, tuning, step, notes)
-
+    task = _draw_samples(request, goal, tuning, step, why_not_unseen, notes)
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
     data = _describe_data(train, found, request, notes)
@@ -251,8 +245,15 @@ def _describe_data(train: Examples, found: Tensor, request: Request, notes: list
     }
 
 
-def _draw_samples(request: Request, goal: Goal, tuning: Tuning, step: Step, notes: list[str]) -> Task:
+def _draw_samples(
+    request: Request, goal: Goal, tuning: Tuning, step: Step, why_not_unseen: str, notes: list[str]
+) -> Task:
     """The task of a request with a goal."""
+    if goal.compares_with_unseen and why_not_unseen:
+        notes.append(
+            f"The validation data of `fit` are not used as unseen examples: {why_not_unseen.rstrip('.')}. Pass a loader"
+            " as `unseen`, or unseen=False."
+        )
     n_fit, sizes = goal.sample_size(request.settings), tuning.sample_sizes
     if step == MATCH:
         note_unknown_damping(request, notes)
