@@ -12,6 +12,7 @@ from ._moved import Finder
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .attribution.gradient_store import GradientStore
     from .attribution.report import InfluenceReport
     from .attribution.validation import ValidationReport
     from .callback import GIFCallback, attach
@@ -43,6 +44,7 @@ else:
     __getattr__ = on_first_use(
         __name__,
         {
+            "attribution.gradient_store": "GradientStore",
             "attribution.report": "InfluenceReport",
             "attribution.validation": "ValidationReport",
             "callback": "GIFCallback attach",
@@ -76,6 +78,7 @@ __all__ = [
     "GIFError",
     "GIFMixin",
     "GIFWarning",
+    "GradientStore",
     "InfluenceReport",
     "NonFiniteError",
     "ObjectiveError",

@@ -230,8 +230,7 @@ class GIFCallback(TrainerCalls, Callback):
         self.report_every_n_epochs = report_every_n_epochs
         self.query = query
         self.report_options = dict(report_options or {})
-        self.store = store
-        self.record = record
+        self.store, self.record = store, record
         self.influence_loss = influence_loss
         self.class_names = class_names
         self.vocabulary = vocabulary
@@ -241,9 +240,7 @@ class GIFCallback(TrainerCalls, Callback):
         self.loaders = Loaders()
         self._state_key: tuple[Settings, str] | None = None  # and the settings that it was made from
         _check_report_arguments(self)
-        check_path("store", store, "folder")
-        check_path("record", record, "file")
-        check_record(record)
+        _check_paths(store, record)
         check_loss_of_module(influence_loss)
         check_class_names(class_names)
         check_vocabulary(vocabulary)
@@ -446,6 +443,12 @@ def _check_report_arguments(callback: GIFCallback) -> None:
     known = keywords(callback.influence)
     settings = {name: value for name, value in options.items() if name not in known}
     check_names(callback.settings.override(settings, known))  # type: ignore[arg-type]
+
+
+def _check_paths(store: str | None, record: str | None) -> None:
+    check_path("store", store, "folder")
+    check_path("record", record, "file")
+    check_record(record)
 
 
 def _check_no_store(folder: str | None) -> None:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_gif import GIFCallback, UnlearnReport, verify
+from lightning_gif.attribution import gradient_store
 from lightning_gif.errors import GIFError
 from lightning_gif.storage.audit_log import read
 from tests.conftest import Classifier, batch_of, blobs, make_trainer
@@ -109,6 +110,22 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     scores("strongest", trainer.influence(query, per_example=True, k=2, keep=6, **few))
     scores("file", trainer.influence(query, per_example=True, **few, scores_to=folder / f"scores {world}"))
     scores("file again", trainer.influence(query, per_example=True, **few, scores_to=folder / f"scores {world}"))
+
+    gradient_store.CHUNK = 8  # so that each process writes several chunks
+    stored = {"whole": {}, "projected": {"rank": 20}}
+    for kind, options in stored.items():
+        at = folder / f"store {kind} {world}"
+        for again in ("", " again"):
+            store = trainer.store_gradients(at, **options)
+            found[f"chunks {kind}{again}"] = torch.tensor(len(list(at.glob("chunk-*"))))
+            scores(f"store {kind}{again}", trainer.influence(query, per_example=True, store=store.folder))
+            trainer.strategy.barrier()
+            if trainer.is_global_zero:
+                (at / "chunk-000003.safetensors").unlink()
+            trainer.strategy.barrier()
+    trainer.store_gradients(at, **options)
+    scores("store, among", trainer.influence(query, store=at, among=[50, 3, 17], k=2))
+    scores("store, strongest", trainer.influence(query, per_example=True, store=at, k=2, keep=6))
 
     snapshots = trainer.callbacks[0].tracker.snapshots
     kept_before = dict(snapshots.kept), snapshots.last, snapshots.count

@@ -21,7 +21,7 @@ from lightning_gif.config import Overrides
 from .conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 from .doubles import quick
 
-CALLS = ("influence", "self_influence", "validate_influence", "unlearn")
+CALLS = ("influence", "self_influence", "validate_influence", "unlearn", "store_gradients")
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +44,7 @@ def test_help_of_a_call_lists_each_setting_with_type_and_meaning(name: str) -> N
         shown = pydoc.plain(pydoc.render_doc(call))
         first = shown.split("\n")[2]
         assert first.startswith(f"{name}(")
-        assert "k: int = 10" in first or name in ("unlearn", "validate_influence")
+        assert "k: int = 10" in first or name in ("unlearn", "validate_influence", "store_gradients")
         assert "damping: float | None = ..." in first
         assert "**overrides" not in first
         for setting in Overrides.__annotations__:
@@ -78,7 +78,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gif import GIFCallback, InfluenceReport, UnlearnReport, ValidationReport, attach
+from lightning_gif import GIFCallback, GradientStore, InfluenceReport, UnlearnReport, ValidationReport, attach
 from lightning_gif.inspection.check import CheckReport
 
 
@@ -109,7 +109,9 @@ def use() -> None:
     tested: ValidationReport = gif.validate_influence(batch, retrain, n_subsets=3, rtol=0.1)
     cost: CheckReport = gif.influence.check(n_queries=4, solver="cg")
     edit: UnlearnReport = gif.unlearn([3, 5], step="natural", dry_run=True, record=Path("log.jsonl"), ratio=0.2)
-    print(found, own, tested, cost, edit)
+    store: GradientStore = gif.store_gradients("gradients", rank=64, damping=0.1)
+    answer: InfluenceReport = gif.influence(batch, store=store.folder, batch_size=8)
+    print(found, own, tested, cost, edit, answer)
     attach(trainer, Net(), train_dataloaders=DataLoader(data, 8)).unlearn(batch, unconverged="raise")
 """
 
@@ -207,6 +209,7 @@ def test_a_call_before_fit_says_what_to_do(name: str) -> None:
     callback = quick()
     call: Any = callback.influence.check if name == "check" else getattr(callback, name)
     given: dict[str, tuple[Any, ...]] = {"influence": (blobs()[:4],), "unlearn": ([3],)}
+    given["store_gradients"] = ("gradients",)
     given["validate_influence"] = (blobs()[:4], lambda indices, seed: Classifier())
     with pytest.raises(
         ConfigurationError, match=r"belongs to no trainer yet.*Trainer\(callbacks=\[gif\]\).*fit.*attach\("

@@ -267,6 +267,19 @@ def test_influence_takes_queries_from_a_split(
     torch.testing.assert_close(InfluenceReport.load("answer").scores, expected.scores)
 
 
+def test_a_store_answers_as_the_training_data_do(trained: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    common = [*OPTIONS, "--ckpt_path", "a.ckpt"]
+    assert main(["store", *common, "--output", "gradients"]) == 0
+    assert "Store of the gradients of" in capsys.readouterr().out
+    asked = ["influence", *common, "--indices", "[5,2]", "--per_example", "true", "--k", "3"]
+    assert main([*asked, "--store", "gradients", "--output", "answer"]) == 0
+    assert main([*asked, "--gif.solver", "ekfac", "--output", "full"]) == 0
+    found, full = InfluenceReport.load("answer"), InfluenceReport.load("full")
+    torch.testing.assert_close(found.scores, full.scores, rtol=0, atol=0.02 * float(full.scores.abs().max()))
+    assert main([*asked, "--store", "nothing", "--output", "other"]) == 2
+    assert "There is no store at 'nothing'" in capsys.readouterr().err
+
+
 def validate(*args: str) -> int:
     length = [] if any(arg.startswith("--trainer.max") for arg in args) else ["--trainer.max_epochs", "2"]
     command = ["validate", *OPTIONS, "--ckpt_path", "a.ckpt", "--output", "answer", "--trainer.accelerator", "cpu"]
@@ -431,9 +444,9 @@ def test_hyperparameters_come_from_the_checkpoint_unless_they_are_given(
     assert "--model.init_args" in told
 
 
-@pytest.mark.parametrize("command", ["influence", "validate", "unlearn", "undo", "verify"])
+@pytest.mark.parametrize("command", ["influence", "store", "validate", "unlearn", "undo", "verify"])
 def test_every_command_prints_its_config(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = OPTIONS if command in ("influence", "validate", "unlearn") else []
+    options = OPTIONS if command in ("influence", "store", "validate", "unlearn") else []
     with pytest.raises(SystemExit) as end:
         main([command, *options, "--print_config"])
     assert end.value.code in (0, None)
@@ -460,7 +473,7 @@ def test_help_begins_with_the_arguments_of_the_command(command: str, capsys: pyt
 
 
 def test_every_command_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("influence", "validate", "unlearn", "undo", "verify"):
+    for command in ("influence", "store", "validate", "unlearn", "undo", "verify"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0

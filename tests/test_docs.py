@@ -28,7 +28,7 @@ from .conftest import batch_of, fitted
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("**/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"])
-METHODS = ("influence", "self_influence", "validate_influence", "unlearn")
+METHODS = ("influence", "self_influence", "validate_influence", "unlearn", "store_gradients")
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
         "Reports how a model's losses are computed, which layers may change, and what the other commands will cost.",
     ),
     "influence": ("model", "Scores the training examples by their influence on the loss of some examples."),
+    "store": ("model", "Writes a store of the gradients of the training examples, from which `influence` answers."),
     "validate": (
         "model",
         "Tests how well the scores of a checkpoint predict retraining, by training new models on random subsets.",
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(interrupt) or "No file was written in part."
         if not str(interrupt) and command == "unlearn":
             message += " With --solves_to, the same command resumes after the last finished solve."
+        if command == "store":
+            message = "The same command resumes after the last complete chunk of 4096 examples."
         if command == "validate":
             message += " The same command resumes after the last model that was trained."
         return _fail(command, f"interrupted. {message}", code=130)

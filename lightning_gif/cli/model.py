@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from ..attribution.gradient_store import RANK
 from ..calls import check_record
 from ..config import check_count
 from ..data.structure import tensors
@@ -18,7 +19,7 @@ from ..session import TargetsChoice
 from .rewriting import check_output, rewrite
 from .tool import Tool
 
-__all__ = ["COMMANDS", "check", "influence", "run", "unlearn", "validate"]
+__all__ = ["COMMANDS", "check", "influence", "run", "store", "unlearn", "validate"]
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
@@ -50,6 +51,7 @@ def influence(
     k: int = 10,
     targets: TargetsChoice | None = None,
     snapshots: bool | None = None,
+    store: str | None = None,
 ) -> int:
     """Scores the training examples by their influence on the loss of some examples.
 
@@ -65,16 +67,41 @@ def influence(
         targets: The parameters that scores are restricted to; by default all parameters are used.
         snapshots: Whether to average over the present weights and the snapshots in the checkpoint; by default if there
             are any. Without ``gif.snapshots``, one of them is used. Set it to their number to use all.
+        store: The folder of a store for this checkpoint, which the command ``store`` has written. Then the training
+            data are not read.
     """
     loader = tool.loader(split)
     wanted = _indices(indices, indices_file)
     if wanted is not None:
         loader = _subset(loader, wanted, split)
     options: dict[str, Any] = {"k": k, "per_example": per_example, "targets": targets, "snapshots": snapshots}
-    report = tool.callback.influence(loader, dataloader=tool.loader("train"), **options)
+    train = None if store is not None else tool.loader("train")
+    report = tool.callback.influence(loader, dataloader=train, store=store, **options)
     report.save(output)
     print(report)
     print(f"The report is in {output}. To draw it in Python: InfluenceReport.load({output!r}).plot()")
+    return 0
+
+
+def store(
+    tool: Tool,
+    ckpt_path: str,
+    output: str,
+    rank: int = RANK,
+    snapshots: bool | None = None,
+) -> int:
+    """Writes a store of the gradients of the training examples, from which `influence` answers.
+
+    After an interruption, the same command resumes after the last complete chunk of 4096 examples.
+
+    Args:
+        tool: The trainer with the model and its data.
+        ckpt_path: The checkpoint.
+        output: The folder of the store.
+        rank: The number of coordinates that are kept of each gradient.
+        snapshots: Whether to store the gradients at the snapshots in the checkpoint, too, as for ``influence``.
+    """
+    print(tool.callback.store_gradients(output, rank=rank, snapshots=snapshots, dataloader=tool.loader("train")))
     return 0
 
 
@@ -223,6 +250,7 @@ def unlearn(
 COMMANDS: dict[str, Callable[..., int]] = {
     "check": check,
     "influence": influence,
+    "store": store,
     "validate": validate,
     "unlearn": unlearn,
 }
