@@ -40,6 +40,10 @@ def text(record: InfluenceRecord) -> str:
         f"score = predicted change of {owner(record)} {measured(record)} if the example were removed; each example is"
         f" given by {_numbering(record)}",
     ]
+    if "store" in record.settings:
+        correlation = record.settings["store_correlation"]
+        known = "" if correlation is None else f"; their correlation with full scores is about {correlation:.3f}"
+        lines.append(f"from the store of gradients at {record.settings['store']!r}{known}")
     if "losses" in record.settings:
         lines.append(f"losses of single examples: {record.settings['losses']}")
     ends, uncertain = ends_of(record), False

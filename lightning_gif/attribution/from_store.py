@@ -76,7 +76,7 @@ def influence_from_store(
     found = _scores(objective, store, states, positions, keep)
     facts = states[0].stored.facts
     seconds = time.perf_counter() - begin
-    solved = Solution.direct(torch.empty(0), facts["damping"], seconds, solver="store")
+    solved = Solution.direct(torch.empty(0), facts["damping"], seconds, solver="ekfac")
     return InfluenceReport(
         scores=found.scores,
         indices=found.indices,

@@ -39,6 +39,9 @@ _LARGEST = 127  # of a coordinate as an int8
 _MANIFEST, _EXAMPLES = "manifest.json", "examples.safetensors"
 _STATE, _CHUNK = "state-{}.safetensors", "chunk-{:06}.safetensors"
 
+# How the names of files begin that are being written.
+_UNFINISHED = tuple(f".{name.partition('{')[0]}" for name in (_MANIFEST, _EXAMPLES, _STATE, _CHUNK))
+
 _NAME, _VERSION = "lightning-gif gradient store", 1
 
 _REMEDY = (
@@ -153,8 +156,11 @@ class GradientStore:
         """
         if folder.exists() and not folder.is_dir():
             raise ConfigurationError(f"{str(folder)!r} is a file. A store is a folder; give another path.")
-        if not folder.exists() or not any(folder.iterdir()):
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".*.*"):  # files that an interrupted call has not completed
+            if left.name.startswith(_UNFINISHED):
+                left.unlink()
+        if not any(folder.iterdir()):
             record = {"format": f"{_NAME} {_VERSION}", "digest": digest({}, asdict(manifest)), **asdict(manifest)}
             replace_file(folder / _MANIFEST, json.dumps(record, indent=1).encode())
         store = cls._read(folder)
@@ -166,8 +172,6 @@ class GradientStore:
                 f"{str(folder)!r} holds a store of other gradients, which differ in: {other}. Give another folder, or"
                 " delete this one."
             )
-        for left in folder.glob(".*.safetensors.*"):  # an interrupted call has left them
-            left.unlink()
         return store
 
     @classmethod

@@ -12,7 +12,17 @@ __all__ = ["check_same_call"]
 
 
 # Settings on which scores do not depend, or that each fit chooses for itself.
-_OF_EACH_FIT = {"damping", "seed", "batch_size", "memory", "unconverged", "snapshots", "losses"}
+_OF_EACH_FIT = {
+    "damping",
+    "seed",
+    "batch_size",
+    "memory",
+    "unconverged",
+    "snapshots",
+    "losses",
+    "store",
+    "store_correlation",
+}
 
 _Report = TypeVar("_Report", bound=InfluenceRecord)
 

@@ -111,6 +111,8 @@ def weights_mark(objective: Objective) -> Fingerprint:
 def _begun(objective: Objective, folder: Path, manifest: Manifest, scored: Examples) -> GradientStore:
     """The store, a new one or that of an interrupted call. The first process creates it."""
     processes = objective.processes
+    given = [str(folder), manifest.rank, manifest.snapshots]
+    processes.assert_equal(given, "folder, rank and snapshots", "Make the same call on all of them.")
     if processes.rank == 0:
         store = GradientStore.create(folder, manifest)
         if damaged := store.drop_damaged():

@@ -66,19 +66,12 @@ def from_plain(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
 
 
 def probe_to_plain(probe: Probe) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The examples of a probe as plain values and tensors."""
+    """The examples of a probe, the rows of its batches, as plain values and tensors."""
     tensors: dict[str, Tensor] = {}
-
-    def plain(batch: Batch) -> dict[str, Any]:
-        return {"ids": batch.ids.tolist(), "data": to_plain(batch.data, tensors, "probe ")}
-
-    record: dict[str, Any] = {
-        "divisible": probe.divisible,
-        "together": plain(probe.together),
-        "many": plain(probe.many),
+    record = {
+        name: {"ids": batch.ids.tolist(), "data": to_plain(batch.data, tensors, "probe ")}
+        for name, batch in (("together", probe.together), ("many", probe.many))
     }
-    if not probe.divisible:  # otherwise they are rows of ``together``
-        record |= {"fewer": plain(probe.fewer), "singles": [plain(single) for single in probe.singles]}
     return record, tensors
 
 
@@ -88,13 +81,10 @@ def probe_from_plain(record: Mapping[str, Any], tensors: Mapping[str, Tensor], d
     Raises:
         LookupError, TypeError, ValueError: If the record is not one.
     """
-    divisible, moved = bool(record["divisible"]), {name: tensor.to(device) for name, tensor in tensors.items()}
+    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def batch(plain: Mapping[str, Any]) -> Batch:
         ids = torch.tensor(plain["ids"], dtype=torch.long)
-        return Batch(from_plain(plain["data"], moved), ids, len(ids), divisible=divisible)
+        return Batch(from_plain(plain["data"], moved), ids, len(ids))
 
-    together, many = batch(record["together"]), batch(record["many"])
-    if divisible:
-        return Probe.of_rows(together, many)
-    return Probe(together, batch(record["fewer"]), tuple(map(batch, record["singles"])), many, False)
+    return Probe.of_rows(batch(record["together"]), batch(record["many"]))

@@ -225,6 +225,16 @@ def test_groups_and_tables_need_no_data(tmp_path: Path) -> None:
     assert torch.equal(InfluenceReport.load(tmp_path / "report").scores, report.scores)
 
 
+def test_reports_of_the_stores_of_several_fits_are_averaged(tmp_path: Path) -> None:
+    reports = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        trainer, _, store = stored(tmp_path / str(seed))
+        reports.append(trainer.influence(QUERY, store=store.folder))
+    mean = InfluenceReport.mean(reports)
+    torch.testing.assert_close(mean.scores, (reports[0].scores + reports[1].scores) / 2)
+
+
 class Halved(Classifier, GIFMixin):
     def influence_measurement(self, batch: Any) -> Tensor:
         return -self(batch[0])[:, 0]
@@ -277,6 +287,7 @@ def test_the_data_may_be_deleted_before_the_query(same_trainer: bool, tmp_path: 
     report = trainer.influence(QUERY, store=tmp_path / "store")
     torch.testing.assert_close(report.scores, full.scores, rtol=0, atol=0.02 * float(full.scores.abs().max()))
     assert "proponents" in str(report)
+    assert "from the store of gradients at" in str(report)
     assert report.by_group().counts.sum() == 40
     with pytest.raises(GIFError, match=r"training data are not at hand.*dataset indices"):
         trainer.influence(QUERY, store=tmp_path / "store", among=lambda batch: batch[1] == 1)
@@ -398,6 +409,7 @@ def test_a_store_that_was_interrupted_says_how_far_it_is_and_goes_on(
     trainer, _, whole = stored(tmp_path, batch_size=7)
     interrupted(trainer, tmp_path / "other", monkeypatch, after=3, batch_size=7)
     (tmp_path / "other" / ".chunk-000003.safetensors.0123").write_bytes(b"half")
+    (tmp_path / "other" / ".manifest.json.0123").write_bytes(b"half")
     with pytest.raises(ConfigurationError, match=r"not finished: it has 30 of 48 examples.*store_gradients again"):
         trainer.influence(QUERY, store=tmp_path / "other")
     passed, original = list[int](), Projection.of_losses
