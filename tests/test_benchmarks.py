@@ -46,6 +46,7 @@ SMALLEST: dict[str, str] = {
     "sensitivity": "--data DATA --nets mlp --goals class --examples 100 --epochs 1 --draws 1 --every 30",
     "small": "--rounds 1 --net convolutions",
     "solve": "--data DATA --examples 32 --max-iter 3 --repeats 1 --epochs 1",
+    "store": "--data DATA --nets cnn --ranks 8 --train 60 --scored 20 --queries 2",
     "synthetic": "--size 30 --columns 5 --sigma 1 --condition 100 --max-iter 10 --budgets 5 --most-products 100",
     "tasks": "--tasks digits --halves 3 --seeds 1",
     "tinynet_forget": "--data DATA --epochs 1",

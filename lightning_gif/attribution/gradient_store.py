@@ -29,7 +29,7 @@ __all__ = ["Chunk", "GradientStore", "Manifest", "StoredState"]
 
 
 # The number of coordinates that are kept of each gradient. benchmarks/README.md, "A store of gradients".
-RANK = 512
+RANK = 1024
 
 # The number of examples in a chunk: what is computed again after an interruption.
 CHUNK = 4096

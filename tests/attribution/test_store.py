@@ -341,10 +341,10 @@ def test_a_stream_is_stored(tmp_path: Path) -> None:
     "data",
     [
         torch.arange(3),
-        (torch.rand(2, 2), [torch.arange(2), None]),
-        {"x": torch.rand(2), "texts": ["a", "b"], "scale": 0.5, "is": True, "of": {"n": 3}},
+        (torch.eye(2), [torch.arange(2), None]),
+        {"x": torch.ones(2), "texts": ["a", "b"], "scale": 0.5, "is": True, "of": {"n": 3}},
     ],
-    ids=repr,
+    ids=["tensor", "tuple", "dictionary"],
 )
 def test_batches_are_written_and_read(data: Any) -> None:
     tensors: dict[str, Tensor] = {}
