@@ -147,10 +147,10 @@ class Influence:
             losses: Whether the report also has the loss of each scored training example, at the present weights: the
                 cheap score to compare with, and a column of ``to_dataframe()``. It takes one more forward pass over
                 these examples. ``False`` by default.
-            store: The folder of a store that :meth:`~TrainerCalls.store_gradients` has written for these weights. Then
-                the training data are not needed, and ``among`` is indices or a mask. Scores are those of
-                ``solver="ekfac"`` with the settings and snapshots of the store, up to the error of the store's
-                projection. By default there is no store.
+            store: The folder of a store that :meth:`store_gradients` has written for these weights. Then the training
+                data are not needed, and ``among`` is indices or a mask. Scores are those of ``solver="ekfac"`` with the
+                settings and snapshots of the store, up to the error of the store's projection. By default there is no
+                store.
             name: The name of the query in logs, such as ``"held-out eights"``. Give queries of different kinds their
                 own names, because each name has its own keys, ``gif_influence/NAME/…``. By default there is no name.
             dataloader: A loader of the training data; by default the one of ``fit``. With ``store``, it only serves to

@@ -22,7 +22,7 @@ from ..objective.objective import Objective
 from ..objective.shadow import ModelState
 from ..storage.artifact import Format, read_file, write_file
 from ..storage.atomic import replace_file
-from ..storage.digests import Fingerprint, differences, digest
+from ..storage.digests import differences, digest
 from ..storage.schema import parse_errors_name, read, restored_fields
 
 __all__ = ["Chunk", "GradientStore", "Manifest", "StoredState"]
@@ -64,7 +64,7 @@ class Manifest:
         snapshots: The epochs of the snapshots.
         epoch: The number of epochs of the trainer.
         settings: The settings.
-        losses: How the losses were computed, see :attr:`LossFunction.origin`.
+        losses: How the losses were computed.
         class_names: The names of the classes, if they were known.
         fingerprint: Digests and values of everything that the gradients depend on.
         chunk: The number of examples in a chunk.
@@ -79,7 +79,7 @@ class Manifest:
     settings: dict[str, Any]
     losses: str
     class_names: list[str] | None
-    fingerprint: Fingerprint
+    fingerprint: dict[str, str]
     chunk: int = field(default_factory=lambda: CHUNK)
 
     @property
