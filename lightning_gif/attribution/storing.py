@@ -152,8 +152,8 @@ def _fitted(objective: Objective, train: Examples, settings: Settings, rank: int
     layers = objective.layers
     assert layers is not None  # was checked before
     sample = kept_sample(objective, train, settings)
-    with objective.progress("Hessian products") as bar:
-        ekfac = EKFACInverse.of(objective, layers, sample, settings, bar.update)
+    with objective.progress.stage("Curvature") as update:
+        ekfac = EKFACInverse.of(objective, layers, sample, settings, update)
     projection = Projection.fit(objective, ekfac, sample, rank)
     decay = ekfac.ihvp(objective.theta[None])[0][0] if settings.weight_decay else None
     facts = {
@@ -210,13 +210,13 @@ def _write_chunks(
     examples = replace(scored.subset(torch.cat([store.positions_of(n) for n in mine])), processes=SINGLE_PROCESS)
     sizes, waiting = iter([(number, store.size_of(number)) for number in mine]), _Rows()
     number, size = next(sizes)
-    with objective.progress("Storing gradients", len(examples)) as bar:
+    with objective.progress.stage("Storing gradients", len(examples)) as update:
         for batch in examples.batches():
             waiting.add(_coordinates(objective, batch, states), batch)
             while number >= 0 and waiting.count >= size:
                 store.write_chunk(number, *waiting.take(size))
                 number, size = next(sizes, (-1, 0))
-            bar.update(batch.size)
+            update(batch.size)
 
 
 def _coordinates(objective: Objective, batch: Batch, states: list[tuple[ModelState, Projection]]) -> Tensor:

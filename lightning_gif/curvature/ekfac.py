@@ -188,7 +188,7 @@ class EKFACInverse(InverseCurvature):
         multiple: float = 1.0,
     ) -> None:
         self._multiple = multiple
-        self._space, self._blocks, self._diagonal, self._rank = space, blocks, diagonal, rank
+        self._space, self.blocks, self.diagonal, self._rank = space, blocks, diagonal, rank
         self._settings, self._facts = settings, facts
         self._own_damping = settings.damping is None
         values = [block.values for block in blocks] + list(diagonal.values())

@@ -390,9 +390,8 @@ class EditProblem:
             along = self._add_change(curvature, task.influence_gradient, partial(solve, settings), settings, group)
             curvature.warn_if_zero()
             self.description = self.description or describe(settings, curvature)
-            slope = self._decay * objective.theta
-            for term in self._terms:
-                slope = slope + term.weight * term.eval_gradient(objective)
+            gradients = (term.weight * term.eval_gradient(objective) for term in self._terms)
+            slope = sum(gradients, self._decay * objective.theta)
         return QuadraticModel(float(slope[self.positions] @ self._changes[-1]), along), False
 
     def _solve_leave_out(self, settings: Settings) -> tuple[QuadraticModel, bool]:
