@@ -195,9 +195,9 @@ def measure(
     for name, linearise in {"edits": CURVATURES[kinds[1]](objective), "scores": of_scores}.items():
         kept = graph_bytes(*linearise(theta, second)[1])
         start = of(partial(linearise, theta))
-        working = max(_peak(partial(_one_product, objective, linearise, first)) - kept, 0)
-        product = line(partial(_product_seconds, objective, linearise, _together(scores, n_queries)))
-        curvatures[name] = CurvatureCosts(start, product, kept, working)
+        measured = partial(_product_seconds, objective, linearise, _together(scores, n_queries))
+        working = max(_peak(partial(measured, first)) - kept, 0)
+        curvatures[name] = CurvatureCosts(start, line(measured), kept, working)
     rows = of(lambda batch: [rows.sum() for rows in objective.gradients(batch)])
     layers, layers_bytes, root, itself = None, 0, 0.0, rows
     if scores.solver == EKFACInverse.name:
@@ -257,12 +257,6 @@ def _inverse(objective: Objective, sample: Examples, settings: Settings) -> tupl
     moments = [(basis * torch.linspace(1, 2, len(basis)).to(basis)) @ basis.T for basis in inverse.bases]
     fixed = min(_seconds(lambda: [eigenvectors(moment) for moment in moments], objective.device), whole)
     return Pass(fixed, (whole - fixed) / len(sample), memory.peak), inverse
-
-
-def _one_product(objective: Objective, linearise: Linearise, batch: Batch) -> Tensor:
-    """The product of the curvature of a batch with a vector."""
-    product, _ = linearise(objective.theta, batch)
-    return product(torch.ones_like(objective.theta))
 
 
 def _of_scores(objective: Objective, train: Examples, settings: Settings, kind: str) -> Linearise:
@@ -488,9 +482,10 @@ class Costs:
         trial = sum(self._over(n, passes.loss) for n in (n_eval, min(n_forget, n_eval), n_forget, n_unseen))
         products = settings.max_iter or numbers.iterations
         solves, kept = self._curvature(passes.edits, settings, n_fit, products)
-        root, fitting, n_root = 0.0, 0, min(n_fit, numbers.preconditioner_examples)
+        root, fitting, n_root = 0.0, 0.0, min(n_fit, numbers.preconditioner_examples)
         if passes.layers is not None:
-            root, fitting = passes.layers.fixed + n_root * passes.layers.each, passes.layers.peak
+            root = passes.layers.fixed + n_root * passes.layers.each
+            fitting = passes.layers.peak * min(n_root / passes.size, 1)
         root += 2 * products * passes.root  # from both sides of the matrix
         rate = sum(self._curvature(passes.edits, settings, n, POWER_STEPS)[0] for n in (few, aimed))
         parts = min(numbers.retained, n_retain), min(numbers.forgotten, n_forget)
@@ -507,7 +502,7 @@ class Costs:
             f"trainer.unlearn of {n_forget} example{'s' * (n_forget != 1)}",
             self.start + begin + solves + root + predicted + 4 * trial,
             self._gib(
-                fitting + kept,
+                fitting,
                 passes.layers_bytes
                 + kept
                 + 12 * self.objective.theta.nbytes
