@@ -105,7 +105,7 @@ class GIFCallback(TrainerCalls, Callback):
         max_iter: The largest number of iterations of one solve; for ``"nystrom"`` the rank of the sketch. An iteration
             takes two Hessian-vector products, or one for ``"cg"`` and Newton steps. Fewer iterations regularise.
             ``None`` (default): 200 if ``rtol`` is given. Otherwise 20 for scores by ``"cg"``, at most 512 by
-            ``"nystrom"``, 6 for the first change of ``step="match"``, and 10 for the influence direction of other
+            ``"nystrom"``, 8 for the first change of ``step="match"``, and 10 for the influence direction of other
             edits. Each later solve of an edit takes 5, or 8 for label correction.
         rtol: The relative residual of the normal equations at which a solve has converged, between 0 and 1. Directions
             of small curvature contribute little to the residual; a smaller ``rtol`` follows them further. ``None``
