@@ -161,9 +161,10 @@ def _forgotten(record: EditRecord) -> Table:
 
 
 def _alert(record: EditRecord) -> tuple[str, str] | None:
-    """A message if the retained loss rose by more than the share that the goal calls notable."""
+    """A message if the retained loss rose by more than ``notable_increase`` of the edit's goal."""
     before, after, _ = record.retain
-    if after - before <= GOALS[record.goal].notable_increase * abs(before):
+    numbers = record.settings.get("tuning", {}).get("goal", {})
+    if after - before <= numbers.get("notable_increase", GOALS[record.goal].notable_increase) * abs(before):
         return None
     name = f" {record.name!r}" if record.name else ""
     return (

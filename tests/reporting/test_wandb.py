@@ -26,6 +26,7 @@ from lightning_gif.reporting.contents import Table
 from lightning_gif.reporting.page import Page
 from lightning_gif.reporting.pictures import markdown, png
 from lightning_gif.reporting.previews import image_of, text_of
+from lightning_gif.unlearning import ExampleRemoval, Tuning
 
 from ..conftest import batch_of, fitted, same_weights, weights
 from ..reports import csv_values, image_net, images
@@ -262,6 +263,16 @@ def test_an_alert_is_sent_if_the_retained_loss_rises(logger: WandbLogger) -> Non
     edit = trainer.unlearn([0, 1, 2], step=30.0)
     assert edit.retain.after > 1.1 * edit.retain.before
     edit.undo()
+    assert read(logger).alerts == ["The retained loss rose"]
+
+
+def test_a_tuned_number_decides_when_an_alert_is_sent(logger: WandbLogger) -> None:
+    trainer, _, _ = fitted(logger=logger)
+    for share in (1e6, 0.1):
+        tuning = Tuning(goals=(ExampleRemoval(notable_increase=share),))
+        edit = trainer.unlearn([0, 1, 2], step=30.0, tuning=tuning)
+        assert 1.1 < edit.retain.after / edit.retain.before < 1e6
+        edit.undo()
     assert read(logger).alerts == ["The retained loss rose"]
 
 
