@@ -174,6 +174,7 @@ class Task:
         *,
         n_fit: int | None,
         compares_with_unseen: bool,
+        aims_at_unseen: bool,
         forgotten_classes: Tensor | None,
         notes: list[str],
     ) -> Task:
@@ -184,6 +185,7 @@ class Task:
             sizes: The numbers of examples to draw.
             n_fit: The number of retained examples that solves see; ``None`` for all.
             compares_with_unseen: Whether the goal compares forget with unseen examples.
+            aims_at_unseen: Whether this comparison decides how far the edit goes.
             forgotten_classes: See the class.
             notes: The notes of the report, which may be extended.
 
@@ -207,10 +209,13 @@ class Task:
                 unseen = budget.hold(request.unseen.sample(n_fit, seed))
                 objective.check(unseen, "unseen")
             else:
+                decides = (
+                    " So only the influence direction and the loss of the retained examples decide how far the edit"
+                    " goes."
+                )
                 notes.append(
-                    f"The losses of forget and unseen examples are not compared, because there are fewer than"
-                    f" {sizes.min_compared} of one kind. So only the influence direction and the loss of the retained"
-                    " examples decide how far the edit goes."
+                    "The losses of forget and unseen examples are not compared, because there are fewer than"
+                    f" {sizes.min_compared} of one kind.{decides * aims_at_unseen}"
                 )
         relabelled = request.relabelled
         return cls(

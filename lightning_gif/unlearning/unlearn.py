@@ -265,6 +265,7 @@ def _draw_samples(
         sizes,
         n_fit=n_fit,
         compares_with_unseen=goal.compares_with_unseen,
+        aims_at_unseen=step != MATCH,
         forgotten_classes=goal.forgotten_classes(request),
         notes=notes,
     )

@@ -19,8 +19,10 @@ from .doubles import scales
 def test_a_note_says_that_too_few_examples_can_be_compared_with_unseen_ones() -> None:
     trainer, _, dataset = fitted()
     unseen = loader(blobs(seed=5))
-    report = trainer.unlearn(batch_of(dataset, slice(0, 3)), unseen=unseen, dry_run=True)
-    assert any("there are fewer than 20 of one kind" in note for note in report.notes)
+    for step in ("match", "relinearise"):
+        report = trainer.unlearn(batch_of(dataset, slice(0, 3)), unseen=unseen, step=step, dry_run=True)
+        (note,) = (note for note in report.notes if "there are fewer than 20 of one kind" in note)
+        assert ("decide how far the edit goes" in note) == (step == "relinearise")  # a match only measures losses
     assert not any("too few" in note for note in trainer.unlearn(batch_of(dataset, slice(0, 3)), dry_run=True).notes)
 
 
