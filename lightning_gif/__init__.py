@@ -1,4 +1,4 @@
-"""Generalized influence functions for PyTorch Lightning: ask which data moved a model, and take it back.
+"""Influence functions for PyTorch Lightning: find the training examples behind a prediction, and forget them.
 
 Add :class:`GIFCallback` to a trainer and fit. Then ``trainer.influence(batch)`` ranks the training examples by their
 effect on a batch, and ``trainer.unlearn(batch)`` edits the weights so that the model behaves as if it had not seen the

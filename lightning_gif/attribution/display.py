@@ -79,7 +79,7 @@ def _by_class(record: InfluenceRecord, query: int) -> Iterator[str]:
     if sums is not None and 1 < len(sums.names) <= _MOST_CLASSES:
         names = record.context.class_names
         parts = zip(sums.names, sums.totals.tolist(), strict=True)
-        start = "sum of scores by class" if len(record.scores) == 1 else f"query {query} sum of scores by class"
+        start = "sum of scores by class" if len(record.scores) == 1 else f"query {query}, sum of scores by class"
         yield f"{start}: " + ", ".join(f"{named(label, names)} {total:+.2g}" for label, total in parts)
 
 

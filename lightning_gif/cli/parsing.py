@@ -76,7 +76,7 @@ def shorten_help(parser: Any, arguments: Sequence[str], own: Sequence[str]) -> N
         parser.print_help()
         parser.exit(0)
     parser.epilog = (
-        "Config files of LightningCLI work unchanged: --config. --help_all also lists the arguments of the trainer"
+        "Config files of LightningCLI work unchanged (--config). --help_all also lists the arguments of the trainer"
         " (--trainer.…), of the callback (--gif.…) and of the optimizer."
     )
     shown = {*own, "help", "config", "print_config", "model", "model.help", "data", "data.help"}

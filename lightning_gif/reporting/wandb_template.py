@@ -1,4 +1,4 @@
-"""A report of W&B with the panels that answer what one asks after influence calls and edits."""
+"""A W&B report with the panels that show the results of influence calls and edits."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["wandb_report"]
 def wandb_report(
     entity: str, project: str, *, queries: Sequence[str | None] = (None,), edits: Sequence[str | None] = (None,)
 ) -> Report:
-    """A report for the runs of a project: for each query the strongest examples, for each edit what it did.
+    """A W&B report for the runs of a project: for each query the strongest examples, for each edit what it did.
 
-    It is built without a network or an account. ``save()`` of the result publishes it, which needs ``wandb login``.
+    Building it needs no network and no account. ``save()`` of the result publishes it, which needs ``wandb login``.
     Needs ``pip install wandb-workspaces``, which the extra ``wandb`` installs.
 
     Args:
@@ -43,11 +43,11 @@ def wandb_report(
     """
     for argument, given in (("entity", entity), ("project", project)):
         if not isinstance(given, str) or not given:
-            raise ConfigurationError(f"`{argument}` must be a text that is not empty, got {given!r}.")
+            raise ConfigurationError(f"`{argument}` must be a text, and not empty, got {given!r}.")
     for name in (*queries, *edits):
         check_log_name(name)
     if importlib.util.find_spec("wandb_workspaces") is None:
-        raise ModuleNotFoundError("A report of W&B needs wandb-workspaces: pip install 'lightning-gif[wandb]'")
+        raise ModuleNotFoundError("W&B reports need wandb-workspaces: pip install wandb-workspaces.")
     from wandb_workspaces.reports import v2
 
     blocks = [v2.P("A score is the predicted change of the query's loss if the training example were removed.")]
@@ -59,11 +59,11 @@ def wandb_report(
 
 
 def _query(name: str | None) -> Iterator[H2 | P | PanelGrid]:
-    """The strongest examples for a query, and how they changed over the training."""
+    """The strongest examples for a query, and the highest and lowest score over the training."""
     from wandb_workspaces.reports import v2
 
     section = section_of("gif_influence", name)
-    yield v2.H2(f"Which training examples moved {'the query' if name is None else name}?")
+    yield v2.H2(f"Which training examples raise or lower the loss on {'the query' if name is None else name}?")
     yield v2.PanelGrid(
         runsets=[v2.Runset()],
         panels=[

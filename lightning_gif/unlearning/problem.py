@@ -65,6 +65,7 @@ class _Solved:
 
 
 _MATCHING = "Steps towards the predictions"
+_PRODUCTS = "Hessian-vector products"
 
 
 class EditProblem:
@@ -380,7 +381,7 @@ class EditProblem:
 
     def _solve_influence(self, settings: Settings) -> tuple[QuadraticModel, bool]:
         objective, task = self._objective, self._task
-        with objective.progress.stage("Hessian products") as update:
+        with objective.progress.stage(_PRODUCTS) as update:
             kept = task.budget.for_curvatures(settings, 1)
             opened = partial(open_curvature, kept, objective, on_product=update)
             curvature = opened(task.retain_fit)
@@ -396,7 +397,7 @@ class EditProblem:
 
     def _solve_leave_out(self, settings: Settings) -> tuple[QuadraticModel, bool]:
         self._require_effect(self._task.influence_gradient[self.positions])
-        with self._objective.progress.stage("Hessian products") as update:
+        with self._objective.progress.stage(_PRODUCTS) as update:
             found = leave_out.solve_step(self._task, settings, self.tuning.matching, self.positions, update)
         self._require_change(found.change)
         self._add(found.change, found.solution, settings)
@@ -418,7 +419,7 @@ class EditProblem:
         objective, goal = self._objective, self.goal
         theta = self.weights_at(at.step_sizes)
         is_far = at.memorization > goal.far_memorization
-        with objective.progress.stage(f"Change {len(self._changes) + 1}: Hessian products") as update:
+        with objective.progress.stage(f"Change {len(self._changes) + 1}: {_PRODUCTS}") as update:
             slope, curvatures, second_moment = self._linearise(theta, is_far, settings, update)
             whole = Combination(*curvatures)
             scale = preconditioner(objective, self.positions, second_moment, self.tuning.preconditioner)

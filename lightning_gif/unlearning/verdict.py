@@ -115,8 +115,8 @@ def _share_of_change(share: float, half_width: float, count: int) -> str:
     if half_width <= _WIDE:
         return f"{whole} ± {100 * half_width:.0f} % of the predicted change."
     return (
-        f"{whole} % of the predicted change, as a mean over {count} examples. Their changes differ much: if they stand"
-        f" for others like them, it is between {100 * (share - half_width):.0f} % and"
+        f"{whole} % of the predicted change, as a mean over {count} examples. Their changes differ much: over many"
+        f" examples like these, the mean would be between {100 * (share - half_width):.0f} % and"
         f" {100 * (share + half_width):.0f} % (95 % interval)."
     )
 

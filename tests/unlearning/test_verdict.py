@@ -101,7 +101,7 @@ def test_a_predicted_loss_is_compared_with_its_uncertainty(after: float, grade: 
     assert wide.grade is grade  # that of the mean, which is a fact about these examples
     low, high = (100 * (after - 0.5 + sign * 10 * half) for sign in (-1, 1))
     assert " as a mean over 3 examples. Their changes differ much: " in str(wide)
-    assert f"it is between {low:.0f} % and {high:.0f} % (95 % interval)." in str(wide)
+    assert f"the mean would be between {low:.0f} % and {high:.0f} % (95 % interval)." in str(wide)
     unaffected = judged("examples", {"forget": losses([0.5], [0.5])}, {"forget": 0.51})
     assert unaffected.grade is Grade.NOTHING_TO_DO
     for verdict in (found, alone, wide, unaffected):  # whatever the grade: a prediction is no retraining
