@@ -54,8 +54,8 @@ def test_the_conda_package_needs_what_the_wheel_with_its_command_line_needs(proj
 
 def test_the_extra_all_has_what_users_need(project: dict[str, Any]) -> None:
     extras = project["optional-dependencies"]
-    assert {"all", "cli", "dev", "examples", "test"} <= set(extras)
-    assert extras["all"] == ["lightning-gif[cli,examples]"]
+    assert {"all", "cli", "dev", "examples", "test", "wandb"} <= set(extras)
+    assert extras["all"] == ["lightning-gif[cli,examples,wandb]"]
 
 
 def test_the_classifiers_name_the_versions_of_python_that_are_supported(project: dict[str, Any]) -> None:
