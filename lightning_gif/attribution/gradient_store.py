@@ -389,10 +389,10 @@ class GradientStore:
 
     def __str__(self) -> str:
         manifest = self.manifest
+        states = f"{manifest.n_states} state{'s' * (manifest.n_states > 1)} of the model"
         lines = [
             f"Store of the gradients of {manifest.n_stored} training examples at {str(self.folder)!r}",
-            f"  {self.nbytes / 2**20:.1f} MiB, {manifest.n_states} state(s) of the model, at most {manifest.rank}"
-            " coordinates for each gradient",
+            f"  {self.nbytes / 2**20:.1f} MiB, {states}, at most {manifest.rank} coordinates for each gradient",
         ]
         for number in range(manifest.n_states):
             facts = self._part(self.folder / _STATE.format(number))[0]["facts"]
