@@ -455,6 +455,14 @@ def test_every_command_prints_its_config(command: str, capsys: pytest.CaptureFix
     assert "ckpt_path" in yaml.safe_load(printed)
 
 
+def test_a_printed_config_has_the_arguments_that_the_help_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["influence", *OPTIONS, "--gif.ratio", "0.03", "--trainer.max_epochs", "7", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["gif"]["ratio"] == 0.03
+    assert printed["trainer"]["max_epochs"] == 7
+
+
 @pytest.mark.parametrize("command", ["check", "influence", "validate", "unlearn"])
 def test_help_begins_with_the_arguments_of_the_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     texts = {}

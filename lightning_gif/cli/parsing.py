@@ -68,6 +68,7 @@ def shorten_help(parser: Any, arguments: Sequence[str], own: Sequence[str]) -> N
     Args:
         parser: The parser of a command on a model.
         arguments: The arguments that will be parsed. If they have ``--help_all``, it is shown, and the process exits.
+            Without ``--help``, the parser stays complete.
         own: The names of the arguments of the command.
     """
     for name, group in parser.groups.items():
@@ -79,6 +80,8 @@ def shorten_help(parser: Any, arguments: Sequence[str], own: Sequence[str]) -> N
         "Config files of LightningCLI work unchanged (--config). --help_all also lists the arguments of the trainer"
         " (--trainer.…), of the callback (--gif.…) and of the optimizer."
     )
+    if not {"--help", "-h"}.intersection(arguments):  # a parser leaves out of --print_config what its help leaves out
+        return
     shown = {*own, "help", "config", "print_config", "model", "model.help", "data", "data.help"}
     for action in parser._actions:
         if action.dest not in shown:
