@@ -192,7 +192,11 @@ def check(
     if edits is matching or _solves_edits(edits):
         n_forget, n_unseen = min(n_forget, len(train) - 1), 0 if unseen is None else len(unseen)
         if edits is matching:
-            estimates.append(costs.match(edits, n_forget, n_unseen, SampleSizes(), Matching(), n_states))
+            damping = session.tracker.length.damping(objective.space, objective.theta)
+            known = edits.damping is not None or damping is not None
+            estimates.append(
+                costs.match(edits, n_forget, n_unseen, SampleSizes(), Matching(), n_states, knows_damping=known)
+            )
         else:
             estimates.append(costs.edit(edits, n_forget, n_unseen, SampleSizes()))
     return CheckReport(

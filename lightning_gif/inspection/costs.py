@@ -461,7 +461,15 @@ class Costs:
         )
 
     def match(
-        self, settings: Settings, n_forget: int, n_unseen: int, sizes: SampleSizes, numbers: Matching, n_states: int
+        self,
+        settings: Settings,
+        n_forget: int,
+        n_unseen: int,
+        sizes: SampleSizes,
+        numbers: Matching,
+        n_states: int,
+        *,
+        knows_damping: bool,
     ) -> Estimate:
         """The cost of ``trainer.unlearn`` for examples that are removed by ``step="match"``.
 
@@ -472,6 +480,7 @@ class Costs:
             sizes: The numbers of examples that an edit uses.
             numbers: The tuned numbers of the strategy.
             n_states: The number of states of training at which the gradient of the forget examples is taken.
+            knows_damping: Whether the damping is given, or the training was recorded. Else it is measured.
         """
         passes, n_retain = self.passes, max(self.n_train - n_forget, 1)
         automatic = isinstance(settings.curvature_examples, str)
@@ -480,7 +489,7 @@ class Costs:
         n_unseen = min(n_unseen, n_fit) if min(n_forget, n_unseen) >= sizes.min_compared else 0
         few, aimed = min(numbers.rate_examples, n_fit), min(numbers.rate_examples // 4, n_forget)
         trial = sum(self._over(n, passes.loss) for n in (n_eval, min(n_forget, n_eval), n_forget, n_unseen))
-        products = settings.max_iter or numbers.iterations
+        products = (settings.max_iter or numbers.iterations) + (0 if knows_damping else POWER_STEPS)
         solves, kept = self._curvature(passes.edits, settings, n_fit, products)
         root, fitting, n_root = 0.0, 0.0, min(n_fit, numbers.preconditioner_examples)
         if passes.layers is not None:
@@ -502,7 +511,7 @@ class Costs:
             f"trainer.unlearn of {n_forget} example{'s' * (n_forget != 1)}",
             self.start + begin + solves + root + predicted + 4 * trial,
             self._gib(
-                fitting,
+                fitting + (0.0 if knows_damping else kept),  # else the graphs of the curvature exist before
                 passes.layers_bytes
                 + kept
                 + 12 * self.objective.theta.nbytes

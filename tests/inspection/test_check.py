@@ -167,6 +167,13 @@ def test_the_products_are_those_of_the_calls(width: int, queries: int) -> None:
     assert made == expected or (solve["status"] == "converged" and made < expected)
 
 
+def test_the_products_that_measure_an_unknown_damping_are_predicted() -> None:
+    trainer = make_trainer(GIFCallback())
+    attach(trainer, Net(), train_dataloaders=DataLoader(DATA, 8))
+    edit = trainer.unlearn([0, 3], dry_run=True, rtol=1e-12, max_iter=8, unconverged="ignore")
+    assert edit.curvature["products"] == trainer.influence.check().costs[-1].products
+
+
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_every_solver_has_estimates_of_the_calls_that_it_serves(solver: str) -> None:
     trainer = trained(Net(), solver=solver, unconverged="ignore")
