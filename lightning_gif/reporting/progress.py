@@ -103,7 +103,7 @@ class Progress:
         try:
             yield update
         finally:
-            self._took[description] = stage.last - stage.begin
+            self._took[description] = monotonic() - stage.begin
             self._rate = stage.rate or self._rate
             is_over = True  # what is done later belongs to no stage
 
@@ -117,9 +117,13 @@ class Progress:
         return sys.stderr.isatty() or any("notebook" in base.__module__ for base in tqdm.__mro__)
 
     def _announced(self, description: str) -> float | None:
-        """The work of a stage that begins now. Announced stages that were left out before it are no more expected."""
+        """The work of a stage that begins now. Announced stages that were left out before it are no more expected.
+
+        After a stage that was not announced, it is not known what remains.
+        """
         names = [name for name, _ in self._expected or []]
         if self._expected is None or description not in names:
+            self._expected = None
             return None
         place = names.index(description)
         work = self._expected[place][1]
@@ -159,10 +163,9 @@ class Progress:
             print(f"{what}; {times}", file=sys.stderr, flush=True)
             return
         shape = f"{what}; {times}" if left is None else f"{what} |{{bar}}| {times}"
-        total = None if left is None else so_far + left
         if self._bar is None:
-            self._bar = tqdm(leave=False, total=total, initial=so_far, bar_format=shape)
-        self._bar.n, self._bar.total, self._bar.bar_format = so_far, total, shape
+            self._bar = tqdm(leave=False, total=1.0, bar_format=shape)  # a bar of a notebook keeps its total
+        self._bar.n, self._bar.bar_format = 0.0 if left is None else so_far / max(so_far + left, _BAR), shape
         self._bar.refresh()
 
 

@@ -120,5 +120,15 @@ def test_the_time_left_is_that_of_the_whole_call(
     assert told(unknown, "solve", None, [10, 10]) == ["solve: 1; 10 s so far", "solve: 2; 20 s so far"]
     unknown.expect(("solve", None), ("score", 1.0))
     assert told(unknown, "solve", 3, [10]) == ["solve: 1 of 3; 30 s so far"]
+    # Nothing is said about the rest of the call in a stage that nobody announced, and after it.
+    assert told(unknown, "another", 2, [10]) == ["another: 1 of 2; 40 s so far"]
+    assert told(unknown, "score", 2, [10]) == ["score: 1 of 2; 50 s so far"]
+    # What a stage does after its last update will take as long again, too.
+    whole = progress.Progress(shown=True)
+    whole.expect(("solve", None), ("solve", None))
+    with whole.stage("solve", 1) as update:
+        update()
+        now += 50
+    assert told(whole, "solve", 1, [20]) == ["solve: 1 of 1; 70 s so far, about 30 s left"]
     hidden = progress.Progress(shown=False)
     assert told(hidden, "solve", 3, [10, 10]) == []
