@@ -33,7 +33,8 @@ def wandb_report(
         A ``wandb_workspaces.reports.v2.Report``, to which other blocks can be added.
 
     Raises:
-        ConfigurationError: If a name is not one that calls accept, or ``entity`` or ``project`` is empty.
+        ConfigurationError: If a name is not one that calls accept, a name is given in place of a list, or ``entity``
+            or ``project`` is empty.
         ModuleNotFoundError: If wandb-workspaces is not installed.
 
     Example::
@@ -44,8 +45,11 @@ def wandb_report(
     for argument, given in (("entity", entity), ("project", project)):
         if not isinstance(given, str) or not given:
             raise ConfigurationError(f"`{argument}` must be a text, and not empty, got {given!r}.")
-    for name in (*queries, *edits):
-        check_log_name(name)
+    for argument, names in (("queries", queries), ("edits", edits)):
+        if isinstance(names, str):
+            raise ConfigurationError(f"`{argument}` must be a list of names, got {names!r}. Write [{names!r}].")
+        for name in names:
+            check_log_name(name)
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise ModuleNotFoundError("W&B reports need wandb-workspaces: pip install wandb-workspaces.")
     from wandb_workspaces.reports import v2

@@ -52,3 +52,9 @@ def test_calls_without_a_name_have_keys_without_one() -> None:
 def test_wrong_arguments_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="must be a text"):
         wandb_report(**{"entity": "team", "project": "digits", **wrong})
+
+
+@pytest.mark.parametrize("argument", ["queries", "edits"])
+def test_a_name_in_place_of_a_list_is_no_list_of_letters(argument: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"`{argument}` must be a list of names, got 'two'"):
+        wandb_report("team", "digits", **{argument: "two"})
