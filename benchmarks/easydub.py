@@ -191,6 +191,8 @@ def main() -> None:
     rows = {"nothing": ({part: data.trained(part, models) for part in PARTS}, 0.0)}
     if (options.root / "models").exists():
         rows["unlearn, default"] = edited(data, models, {"damping": options.damping})
+    else:
+        say(f"{options.root} has no folder models, so nothing is edited")
     print(
         table(
             ["95th percentile of KLOM", *PARTS, "seconds of an edit"],

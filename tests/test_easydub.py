@@ -109,4 +109,6 @@ def test_without_models_there_is_no_edit(
         (tmp_path / part).symlink_to(root / part)
     monkeypatch.setattr(sys, "argv", ["easydub.py", "--root", str(tmp_path), "--models", str(MODELS)])
     easydub.main()
-    assert "unlearn" not in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "unlearn" not in printed.out
+    assert "has no folder models, so nothing is edited" in printed.err
