@@ -267,7 +267,11 @@ class SketchInverse(SolverInverse):
 
     @classmethod
     def n_updates(cls, settings: Settings, n_batches: int, n_queries: int) -> int | None:
-        return _damping_products(settings) + max_iter(settings)
+        rank, kind = max_iter(settings), CURVATURES[settings.curvature]
+        if n_queries:  # and one product for the residual
+            return _damping_products(settings) + rank + 1
+        semidefinite = CURVATURES.declared(kind, "positive_semidefinite")
+        return _damping_products(settings) + (rank if semidefinite else 2 * rank)
 
     @classmethod
     def check(cls, objective: Objective, settings: Settings, method: Method, positions: Tensor) -> None:

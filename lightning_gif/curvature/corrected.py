@@ -60,8 +60,7 @@ class CorrectedEKFAC(InverseCurvature):
         self.damping, self.block_size = ekfac.damping, block_size
         self._curvature, self._ekfac = curvature, ekfac
         self._dampings = ekfac.dampings().to(curvature.device, curvature.dtype)
-        iterations = settings.max_iter or (_ITERATIONS if settings.rtol is None else None)
-        self._settings = replace(settings, solver="cg", damping=0.0, max_iter=iterations)
+        self._settings = _of_solve(settings)
 
     @classmethod
     def fit(
@@ -87,7 +86,7 @@ class CorrectedEKFAC(InverseCurvature):
 
     @classmethod
     def n_updates(cls, settings: Settings, n_batches: int, n_queries: int) -> int | None:
-        return 2 * n_batches + n_queries * max_iter(settings)
+        return 2 * n_batches + n_queries * max_iter(_of_solve(settings))
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         root = self._ekfac.root
@@ -110,3 +109,9 @@ class CorrectedEKFAC(InverseCurvature):
         """How EK-FAC and the products were computed."""
         self._curvature.warn_if_zero()
         return {**self._ekfac.summary(), **describe(self._settings, self._curvature)}
+
+
+def _of_solve(settings: Settings) -> Settings:
+    """The settings of the conjugate gradients."""
+    iterations = settings.max_iter or (_ITERATIONS if settings.rtol is None else None)
+    return replace(settings, solver="cg", damping=0.0, max_iter=iterations)

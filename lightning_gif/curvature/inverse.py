@@ -48,7 +48,7 @@ class InverseCurvature(ABC):
         Args:
             settings: Curvature, solver and their parameters.
             n_batches: The number of batches of the sampled training examples.
-            n_queries: The number of gradients that :meth:`ihvp` will get.
+            n_queries: The number of gradients that :meth:`ihvp` will get; 0 if :meth:`quadratic` is called instead.
         """
         return None
 

@@ -98,6 +98,8 @@ class Progress:
                 at = monotonic()
                 stage.each.append((at - stage.last) / max(count, 1))
                 stage.done, stage.last = stage.done + count, at
+                if stage.total is not None and stage.done > stage.total:
+                    stage.total = None  # it takes longer than expected
                 self._show(stage, at)
 
         try:

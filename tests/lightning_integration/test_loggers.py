@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
 
 import pytest
 
+from lightning_gif import GIFCallback
 from lightning_gif.reporting import progress
 
 from ..conftest import batch_of, fitted
@@ -89,6 +91,35 @@ def test_a_log_file_gets_a_line_of_progress_every_ten_seconds(
     assert len({*lines}) == len(lines)
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(
+    ("solver", "products"),  # 3 of them measure the damping, and EK-FAC takes two passes
+    [
+        ("cg", lambda queries: 3 + 4 * queries),
+        ("nystrom", lambda queries: 3 + 4 + 1),
+        ("ekfac", lambda queries: 2),
+        ("ekfac_cg", lambda queries: 2 + 4 * queries),
+    ],
+)
+def test_the_number_of_products_is_known_before_they_are_computed(
+    solver: str,
+    products: Callable[[int], int],
+    queries: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {} if solver == "ekfac" else {"max_iter": 4, "unconverged": "ignore"}
+    trainer, _, data = fitted(callback=GIFCallback(solver=solver, snapshots=0, **options), enable_progress_bar=True)
+    capsys.readouterr()
+    monkeypatch.setattr(progress, "_LINES", 0.0)
+    trainer.influence(batch_of(data, slice(queries)), per_example=True)
+    lines = [line.split(";")[0] for line in capsys.readouterr().err.splitlines()]
+    total = products(queries)
+    assert [line for line in lines if line.startswith("Curvature")] == [
+        f"Curvature: {count} of {total}" for count in range(1, total + 1)
+    ]
+
+
 def test_the_time_left_is_that_of_the_whole_call(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,5 +161,8 @@ def test_the_time_left_is_that_of_the_whole_call(
         update()
         now += 50
     assert told(whole, "solve", 1, [20]) == ["solve: 1 of 1; 70 s so far, about 30 s left"]
+    longer = progress.Progress(shown=True)
+    longer.expect(("solve", 1.0))
+    assert told(longer, "solve", 1, [10, 10])[1] == "solve: 2; 20 s so far"
     hidden = progress.Progress(shown=False)
     assert told(hidden, "solve", 3, [10, 10]) == []
