@@ -24,7 +24,6 @@ from ..curvature.solve import (
     warn_unconverged,
 )
 from ..curvature.streaming import Curvature
-from ..data.examples import Examples
 from ..errors import ConfigurationError, NonFiniteError, ObjectiveError
 from ..solvers import LinearOperator, Solution
 from ..solvers.operators import Combination, Scaled, Submatrix
@@ -200,22 +199,6 @@ class EditProblem:
         """:attr:`Trial.memorization` at parameters ``(p,)``."""
         return math.nan if self._memorization is None else self._memorization.at(theta)
 
-    @property
-    def measured(self) -> dict[str, Examples]:
-        """The examples on which a report measures the edit, by name."""
-        task = self._task
-        parts = {
-            "forget": task.forget_eval,
-            "retain": task.retain_eval,
-            "relabelled": task.relabelled,
-            "unseen": task.unseen,
-        }
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def mean_losses(self, theta: Tensor) -> dict[str, float]:
-        """The mean losses of :attr:`measured` at parameters ``(p,)``, by name."""
-        return {name: self._objective.mean_loss(part, theta) for name, part in self.measured.items()}
-
     def predicted_losses(self, before: dict[str, float], chosen: Trial) -> dict[str, float]:
         """The mean losses that theory predicts; NaN where it predicts nothing.
 
@@ -261,8 +244,10 @@ class EditProblem:
             that of the retained loss alone.
 
         Raises:
+            ConfigurationError: If the strategy declares that it does not use the risk.
             ObjectiveError: If the loss of the forget examples does not depend on the targets.
         """
+        self._require_risk("influence_direction")
         settings = _with_curvature(self._settings, "hessian")
         model, _ = self._recalled_or_solved(["influence"], settings, partial(self._solve_influence, settings))
         self._influence = len(self._changes) - 1, model
@@ -328,8 +313,10 @@ class EditProblem:
             The quadratic model of the risk along this change.
 
         Raises:
+            ConfigurationError: If the strategy declares that it does not use the risk.
             ObjectiveError: If the risk does not depend on the targets.
         """
+        self._require_risk("descent_direction")
         # A convex risk has a Gauss–Newton matrix without negative eigenvalues.
         settings = _with_curvature(self._settings, "ggn" if self.goal.is_convex(self._task) else "hessian")
         if settings.max_iter is None and settings.rtol is None:
@@ -339,6 +326,12 @@ class EditProblem:
         )
         self._last_newton = (at, model) if newton else None
         return model
+
+    def _require_risk(self, called: str) -> None:
+        if not self._uses_risk:
+            raise ConfigurationError(
+                f"problem.{called} needs the risk, but the strategy declares uses_risk=False. Leave that out."
+            )
 
     def _recalled_or_solved(
         self, question: list[Any], settings: Settings, solve: Callable[[], tuple[QuadraticModel, bool]]

@@ -26,7 +26,8 @@ A strategy can declare by :func:`~lightning_gif.registry.declares`:
 - ``repeats_solves``: whether it solves for up to :attr:`Relinearisation.max_solves` changes, so that the report says if
   this limit ended the edit (by default no);
 - ``predicts_losses``: whether the report compares the loss of the forget examples with its prediction (by default no);
-- ``uses_risk``: whether it uses the risk of trials (by default yes). If not, the risk is NaN, which saves time.
+- ``uses_risk``: whether it uses the risk of trials (by default yes). If not, the risk is NaN, which saves time, and
+  only :meth:`~EditProblem.leave_out` and :meth:`~EditProblem.match` give changes.
 """
 
 

@@ -238,6 +238,17 @@ class Task:
             earlier=request.earlier,
         )
 
+    @property
+    def measured(self) -> dict[str, Examples]:
+        """The examples on which a report measures the edit, by name."""
+        parts = {
+            "forget": self.forget_eval,
+            "retain": self.retain_eval,
+            "relabelled": self.relabelled,
+            "unseen": self.unseen,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
     @cached_property
     def forget_gradient(self) -> Tensor:
         """The gradient ``(p,)`` of the mean loss of the forget examples with their old labels."""

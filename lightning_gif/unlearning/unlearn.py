@@ -330,7 +330,7 @@ def _realise(
     before, memorization = outcomes_at(objective, parts, objective.theta), chosen.memorization
     unrefreshed = None
     if refresh_statistics:
-        unrefreshed = problem.mean_losses(theta)
+        unrefreshed = {name: objective.mean_loss(part, theta) for name, part in task.measured.items()}
         kept = [request.retained] if request.relabelled is None else [request.retained, request.relabelled]
         objective.statistics = objective.refreshed_statistics(theta, *kept)
         memorization = problem.memorization_at(theta)
@@ -345,7 +345,7 @@ def _realise(
     edited = objective.theta.clone()
     edited[positions] = edit.flat_new(objective.space).to(edited)
     after = outcomes_at(objective, parts, edited)
-    means = [{name: float(at[name][0].mean()) for name in problem.measured} for at in (before, after)]
+    means = [{name: float(at[name][0].mean()) for name in task.measured} for at in (before, after)]
     for name in ("forget", "retain"):
         if not math.isfinite(means[1][name]):
             raise NonFiniteError(
@@ -366,7 +366,7 @@ def _measured(problem: EditProblem, task: Task, request: Request) -> dict[str, E
     If the goal does not compare forget with unseen examples, unseen ones are only for pictures: they show what the edit
     did to examples that the model was not trained on. They are left out if their losses cannot be computed.
     """
-    parts = problem.measured
+    parts = task.measured
     if request.unseen is not None and not problem.goal.compares_with_unseen:
         unseen = request.unseen.sample(task.sizes.evaluation, task.settings.seed)
         with contextlib.suppress(GIFError):

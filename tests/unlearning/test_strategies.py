@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_gif import STRATEGIES, ConfigurationError
+from lightning_gif.registry import declares
 from lightning_gif.unlearning import EditProblem, ExampleRemoval, QuadraticModel, Trial
 from lightning_gif.unlearning.protocol import GoalName
 from lightning_gif.unlearning.strategies import natural, relinearise
@@ -218,3 +221,19 @@ def test_old_names_of_a_trial_work_with_a_warning(old: str, new: str) -> None:
         assert getattr(trial, old) == getattr(trial, new)
     with pytest.warns(DeprecationWarning, match=r"`QuadraticModel.bend` is now `curvature`"):
         assert QuadraticModel(-1.0, 3.0).bend == 3.0
+
+
+@pytest.mark.parametrize("called", ["influence_direction", "descent_direction"])
+def test_a_change_that_lowers_the_risk_needs_a_strategy_that_uses_it(called: str) -> None:
+    trainer, module, _ = fitted()
+    before = copy.deepcopy(module.state_dict())
+
+    @declares(uses_risk=False)
+    def without_risk(problem: EditProblem) -> Trial:
+        assert math.isnan(problem.trials[0].risk)
+        getattr(problem, called)(*([problem.trials[0]] if called == "descent_direction" else []))
+        return problem.trials[0]
+
+    with pytest.raises(ConfigurationError, match=f"problem.{called} needs the risk, .*uses_risk=False"):
+        trainer.unlearn([2, 5], step=without_risk)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
