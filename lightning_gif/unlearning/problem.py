@@ -269,7 +269,7 @@ class EditProblem:
         if settings.max_iter is None and settings.rtol is None:
             settings = replace(settings, max_iter=self.tuning.matching.iterations)
         self._recalled_or_solved(["leave out"], settings, partial(self._solve_leave_out, settings))
-        self.snapshots = list(self._task.earlier)
+        self.snapshots = list(self._task.earlier) if self.tuning.matching.earlier_share else []
         self._predicted = leave_out.predicted_losses(self._task, self.positions, self._changes[-1])
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,7 +18,6 @@ from ..data.identity import locate
 from ..data.targets import find_targets
 from ..errors import BatchError, TrainingDataError
 from ..objective.objective import Objective
-from ..objective.shadow import ModelState
 from ..reporting.notes import warn_and_note
 from ..selection.training_length import TrainingLength
 from .budget import MemoryBudget
@@ -85,7 +84,7 @@ class Request:
         forget_weight: ``m/(n−m)``: the weight of the forget examples relative to the retained ones.
         n_classes: The number of classes that the model predicts; ``None`` if its predictions are not known.
         training: How far the optimizers of the training could move each parameter; empty if this is not known.
-        earlier: States of the model during training by epoch: snapshots.
+        earlier: Snapshots: parameters and buffers by name of the model during training, by epoch.
     """
 
     objective: Objective
@@ -98,7 +97,7 @@ class Request:
     forget_weight: float
     n_classes: int | None
     training: TrainingLength = field(default_factory=TrainingLength)
-    earlier: dict[int, ModelState] = field(default_factory=dict)
+    earlier: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class Task:
         budget: The memory that the edit may keep.
         retained: All retained examples.
         training: How far the optimizers of the training could move each parameter; empty if this is not known.
-        earlier: States of the model during training by epoch.
+        earlier: Snapshots: parameters and buffers by name of the model during training, by epoch.
     """
 
     objective: Objective
@@ -164,7 +163,7 @@ class Task:
     budget: MemoryBudget
     retained: Examples
     training: TrainingLength
-    earlier: dict[int, ModelState]
+    earlier: dict[int, Mapping[str, Tensor]]
 
     @classmethod
     def prepare(
@@ -263,7 +262,7 @@ class Task:
             return self.forget_gradient
         total = torch.zeros_like(self.forget_gradient)
         for state in self.earlier.values():
-            with self.objective.at_state(state):
+            with self.objective.at_state(self.objective.model_state(state)):
                 total += self.objective.gradient(self.forget)
         return torch.lerp(self.forget_gradient, total / len(self.earlier), share)
 

@@ -7,7 +7,7 @@ import itertools
 import math
 import numbers
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from ..data.relabel import relabelled
 from ..edit import Edit
 from ..errors import ConfigurationError, GIFError, NonFiniteError
 from ..objective.objective import Objective
-from ..objective.shadow import ModelState
 from ..parameters import Targets, state_digest
 from ..selection.training_length import TrainingLength
 from ..storage.digests import Fingerprint, digest
@@ -128,8 +127,7 @@ def unlearn(
     found, request = _make_request(objective, train, forget, settings, relabel, retain, unseen, training, notes)
     goal = choose_goal(request, tuning.goals, notes)
     step, settings = choose_step(step, goal, request, matching, tuning.matching, notes)
-    earlier = {epoch: objective.model_state(state) for epoch, state in (snapshots or {}).items()}
-    request = replace(request, settings=settings, earlier=earlier)
+    request = replace(request, settings=settings, earlier=dict(snapshots or {}))
     task = _draw_samples(request, goal, tuning, step, why_not_unseen, notes)
     method = METHODS[settings.method]
     targets = method.targets(objective.space, choose_targets)
@@ -495,14 +493,8 @@ def _fingerprint(task: Task, goal: Goal, tuning: Tuning, targets: Targets, train
         "target parameters": digest(dict(targets)),
         "damping of the training": digest({} if damping is None else {"damping": damping}),
         "snapshots": digest(
-            {f"{name} {epoch}": value for epoch, state in task.earlier.items() for name, value in _named(state)}
+            {f"{epoch} {name}": value for epoch, state in task.earlier.items() for name, value in state.items()}
         ),
         **tuning.fingerprint(goal),
         **task.settings.fingerprint(),
     }
-
-
-def _named(state: ModelState) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and the statistics of a state by name."""
-    yield "theta", state.theta
-    yield from state.statistics.items()

@@ -130,6 +130,8 @@ def test_a_report_names_the_snapshots_of_a_match() -> None:
         trainer, _, _ = fitted(callback=GIFCallback(snapshots=snapshots), max_epochs=6)
         assert len(trainer.unlearn(FORGET, dry_run=True).settings["snapshots"]) == count
         assert trainer.unlearn(FORGET, step="natural", dry_run=True).settings["snapshots"] == []
+        unused = Tuning(matching=Matching(earlier_share=0.0))
+        assert trainer.unlearn(FORGET, tuning=unused, dry_run=True).settings["snapshots"] == []
 
 
 def stepped(problem: Any) -> Any:
