@@ -72,7 +72,8 @@ class Estimate:
     Attributes:
         call: The call, as the user writes it.
         seconds: The time of the call in seconds.
-        gib: The memory in GiB that the call takes in addition to the model and the data.
+        gib: The memory in GiB of the tensors at the peak of the call, in addition to the model and the data. The
+            process takes more, because of libraries and of memory that is not returned to the system.
         seconds_per_change: For an edit, the time of each change after the first, in addition to ``seconds``.
         further_changes: For an edit, the largest number of changes after the first.
         products: The number of products with the curvature. Each is over all examples that the curvature is taken over.
