@@ -265,7 +265,7 @@ class GIFCallback(TrainerCalls, Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds hooks to the layers, and checks the query of the reports, so that a warning comes before training."""
-        self.tracker.start_fit(pl_module)
+        self.tracker.start_fit(pl_module, resumed=trainer.global_step > 0)
         self.loaders.train = trainer.train_dataloader
         if self.report_every_n_epochs is not None:
             self.reports.start(self._check_query)

@@ -103,7 +103,8 @@ class CheckReport(HtmlReport):
         warnings: All warnings that the losses, the data and the targets cause.
         seconds: The time that the check took, in seconds.
         matches: Whether an edit of single examples changes all parameters (by ``step="match"``).
-        training_seconds: The time of all recorded fits in seconds; 0 if none was recorded.
+        training_seconds: The time of all recorded fits in seconds; 0 if none was recorded, and NaN if a part of one was
+            not.
     """
 
     module: str

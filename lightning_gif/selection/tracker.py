@@ -95,8 +95,13 @@ class TrainingTracker:
     # Training, in the order of the hooks
     # ----------------------------------------------------------------------------------------------------------------
 
-    def start_fit(self, module: nn.Module) -> None:
-        """Begins a fit. Statistics and targets of another module are dropped."""
+    def start_fit(self, module: nn.Module, *, resumed: bool = False) -> None:
+        """Begins a fit. Statistics and targets of another module are dropped.
+
+        Args:
+            module: The module.
+            resumed: Whether there were optimizer steps before.
+        """
         self.follow(module)
         self.module = module
         self.ranks_on_demand = False
@@ -105,7 +110,7 @@ class TrainingTracker:
         self._names = {}
         self._within_epoch = False
         self._share = None
-        self.length.start()
+        self.length.start(resumed=resumed)
 
     def attach(self, module: nn.Module) -> None:
         """Adds the hooks that read outputs and output gradients."""

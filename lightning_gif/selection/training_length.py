@@ -42,7 +42,7 @@ class TrainingLength:
     Attributes:
         lengths: ``s`` of each parameter by name; NaN if its optimizer is of a kind that this does not know.
         decays: The weight decay of each parameter by name, as the factor of a quadratic penalty on the loss.
-        seconds: The wall time of all fits in seconds.
+        seconds: The wall time of all fits in seconds; NaN if the first one had begun before it was recorded.
         unknown: The names of optimizers of a kind that this does not know.
     """
 
@@ -57,9 +57,15 @@ class TrainingLength:
     def __bool__(self) -> bool:
         return bool(self.lengths)
 
-    def start(self) -> None:
-        """Begins a fit."""
+    def start(self, *, resumed: bool = False) -> None:
+        """Begins a fit.
+
+        Args:
+            resumed: Whether there were optimizer steps before.
+        """
         self._rates, self._started = {}, time.perf_counter()
+        if resumed and not self:
+            self.seconds = math.nan
 
     def add(self, optimizer: Optimizer) -> None:
         """Adds an optimizer step."""
@@ -105,7 +111,7 @@ class TrainingLength:
         """
         lengths = {name: self.lengths.get(name, 0.0) for name in space.slots}
         longest = max(lengths.values(), default=0.0)
-        if not all(map(math.isfinite, lengths.values())) or not longest > 0:
+        if not all(map(math.isfinite, [*lengths.values(), self.seconds])) or not longest > 0:
             return None
         found = like.new_zeros(space.size)
         for name, length in lengths.items():
@@ -118,7 +124,7 @@ class TrainingLength:
         """Why :meth:`damping` is ``None``, as a clause."""
         if self.unknown:
             return f"the effect of the learning rates of {', '.join(sorted(self.unknown))} is not known"
-        return "the training was not recorded"
+        return f"the {'beginning of the ' if math.isnan(self.seconds) else ''}training was not recorded"
 
     def state(self) -> dict[str, Any]:
         """The sums as plain values, for a checkpoint."""

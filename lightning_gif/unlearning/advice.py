@@ -18,7 +18,7 @@ def note_cheaper_retraining(seconds: float, training: float, notes: list[str]) -
 
     Args:
         seconds: The seconds of the edit.
-        training: The seconds of all recorded fits; 0 if none was recorded.
+        training: The seconds of all recorded fits; 0 if none was recorded, and NaN if a part of one was not.
         notes: The notes of the report, which are extended.
     """
     if 0 < training < seconds:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from lightning_gif import GIFCallback, GIFWarning
 from lightning_gif.unlearning import LabelCorrection
 from lightning_gif.unlearning.advice import warn_cost, warn_refreshed_statistics
 
-from ..conftest import batch_of, blobs, fitted, loader
+from ..conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
 from .doubles import scales
 
 
@@ -58,6 +60,24 @@ def test_an_edit_that_takes_longer_than_the_training_says_that_retraining_is_che
         notes = trainer.unlearn([3, 17, 30], dry_run=True).notes
         assert any(note.startswith("Retraining is cheaper here: this edit took") for note in notes) == is_cheaper
         assert ("retraining is cheaper: the whole training took" in str(trainer.influence.check())) == is_cheaper
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_of_a_resumed_training_only_the_whole_record_counts(recorded: bool, tmp_path: Path) -> None:
+    module, data = Classifier(), blobs()
+    trainer = make_trainer(GIFCallback() if recorded else None, max_epochs=4)
+    trainer.fit(module, loader(data))
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    callback = GIFCallback()
+    resumed = make_trainer(callback, max_epochs=5)
+    resumed.fit(module, loader(data), ckpt_path=tmp_path / "first.ckpt")
+    length = callback.tracker.length
+    assert math.isfinite(length.seconds) == recorded
+    length.seconds *= 1e-6  # less than an edit takes
+    notes = resumed.unlearn([3, 17, 30], dry_run=True).notes
+    assert any("Retraining is cheaper" in note for note in notes) == recorded
+    assert any("because the beginning of the training was not recorded" in note for note in notes) != recorded
+    assert ("retraining is cheaper" in str(resumed.influence.check())) == recorded
 
 
 @pytest.mark.parametrize(("old", "new", "count"), [(0.5, 0.6, 1), (0.5, 0.54, 0), (-1.006, -1.018, 0), (-1.0, -0.8, 1)])
