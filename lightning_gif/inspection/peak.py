@@ -19,6 +19,7 @@ class PeakMemory(TorchDispatchMode):
     """A context that counts the bytes of new tensors while they live, and remembers the largest sum.
 
     Tensors from before the context do not count, and memory that an operation uses inside itself does not either.
+    Sparse tensors, the parts of tensor subclasses, and what other threads make are left out, too.
 
     Attributes:
         live: The bytes of the tensors that were made in the context and are alive.
