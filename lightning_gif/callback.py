@@ -492,7 +492,8 @@ def attach(
     Args:
         trainer: A trainer, which need not have run.
         model: The trained model.
-        train_dataloaders: The training data.
+        train_dataloaders: The training data. They can be left out if the last run of ``trainer`` was a ``fit`` of
+            ``model``.
         datamodule: A datamodule with the training data, instead of ``train_dataloaders``.
         callback: The callback to use; by default the one of the trainer, or a new one.
         epoch: The number of epochs that the weights were trained for, for a loss that depends on ``current_epoch``: 3
@@ -528,8 +529,10 @@ def attach(
     if callback not in trainer.callbacks:
         trainer.callbacks.append(callback)
     callback.tracker.follow(model)
-    attach_model(trainer, model, train_dataloaders, datamodule)
     callback.loaders.train, callback.loaders.unseen = train_dataloaders, None
+    if train_dataloaders is None and datamodule is None and trainer.lightning_module is model:
+        callback.loaders.remember(trainer)  # attaching the model removes them from the trainer
+    attach_model(trainer, model, train_dataloaders, datamodule)
     callback.loaders.epoch = epoch
     callback.tracker.ranks_on_demand = True
     callback.bind(trainer)

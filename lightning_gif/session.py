@@ -91,7 +91,7 @@ class Loaders:
             loader = self.find(trainer, "train_dataloader", processes)
         if loader is None:
             raise TrainingDataError(
-                "There is no training data: the trainer has not fitted, and has no datamodule. Pass `dataloader=` with"
+                "There is no training data: the trainer has none from a fit, and no datamodule. Pass `dataloader=` with"
                 " a DataLoader over the training set, or `train_dataloaders=` to lightning_gif.attach()."
             )
         self.train = loader

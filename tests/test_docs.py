@@ -264,11 +264,14 @@ def test_each_message_of_the_troubleshooting_page_is_in_the_code() -> None:
         if (text := text_of(node)) is not None and len(text) > 20
     ]
     headings = re.findall(r"^### (.*)$", (DOCS / "troubleshooting.md").read_text(), re.M)
-    of_python = "'Trainer' object has no attribute 'unlearn'"
+    of_others = {
+        "'Trainer' object has no attribute '…'",
+        "Found more than one stateful callback of type `GIFCallback`.",
+    }
     missing = []
     for heading in headings:
         pattern = re.compile(".*".join(re.escape(part.strip()) for part in heading.split("…")), re.S)
-        if heading != of_python and not any(pattern.search(text) for text in texts):
+        if heading not in of_others and not any(pattern.search(text) for text in texts):
             missing.append(heading)
     assert len(headings) > 40
     assert not missing

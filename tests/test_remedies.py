@@ -137,6 +137,28 @@ def test_both_remedies_for_missing_training_data_work() -> None:
     assert trainer.influence(batch).n_train == 48
 
 
+@pytest.mark.parametrize("datamodule", [False, True])
+def test_a_callback_that_was_forgotten_can_be_added_after_the_fit(datamodule: bool) -> None:
+    data, batch = blobs(), batch_of(blobs(), slice(4))
+    given = {"datamodule": pl.LightningDataModule.from_datasets(data, batch_size=8)} if datamodule else {}
+    loaders = () if datamodule else (loader(data),)
+    trainer, module = make_trainer(), Classifier()
+    trainer.fit(module, *loaders, **given)
+    with pytest.raises(AttributeError, match="'Trainer' object has no attribute 'influence'"):
+        trainer.influence(batch)
+    attach(trainer, module, callback=quick())
+    report = trainer.influence(batch)
+    assert torch.equal(report.scores, trainer.influence(batch, dataloader=loader(data)).scores)
+    assert trainer.unlearn([3], **EDIT).n_retain == 47
+
+
+def test_the_training_data_of_a_fit_are_not_taken_for_those_of_another_model() -> None:
+    trainer, _, data = fitted()
+    attach(trainer, Classifier())
+    with pytest.raises(TrainingDataError, match=r"no training data.*`dataloader=`"):
+        trainer.influence(batch_of(data, slice(4)))
+
+
 def test_training_examples_with_nan_are_named_and_the_remedy_works() -> None:
     clean = blobs()
     x, y = (part.clone() for part in clean.tensors)
