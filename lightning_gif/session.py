@@ -261,7 +261,8 @@ class Session:
         if given is not None and chosen is None:
             raise ConfigurationError(
                 "`among` must be indices of the training dataset, a mask with a truth value for each of its examples,"
-                f" or a function from a batch to one truth value for each of its examples, got {describe(given)}."
+                " or a function from a batch to one truth value for each of its examples, such as lambda batch:"
+                f" batch[1] == 3 for the label 3; got {describe(given)}."
             )
         return chosen
 
@@ -286,7 +287,8 @@ class Session:
             raise BatchError(
                 "Expected the examples as a batch of the training loader, a DataLoader, a Dataset, a list of indices of"
                 " the training dataset, a mask with a truth value for each of its examples, or a function from a batch"
-                f" to one truth value for each of its examples, got {describe(given)}. For one example, pass [17]."
+                f" to one truth value for each of its examples; got {describe(given)}. For one example, pass [17]. For"
+                " a class, pass its label in a function, such as lambda batch: batch[1] == 3."
             )
         return self.examples(given)
 

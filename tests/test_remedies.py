@@ -68,6 +68,35 @@ def test_a_mask_that_cannot_be_meant_is_refused(mask: list[bool], told: str) -> 
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Classes and single items
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_name_of_a_class_is_refused_with_the_function_that_selects_the_class() -> None:
+    trainer, _, data = fitted(callback=quick())
+    with pytest.raises(BatchError, match=r"got str.*For a class.*lambda batch: batch\[1\] == 3"):
+        trainer.unlearn("cat", **EDIT)
+    with pytest.raises(ConfigurationError, match=r"lambda batch: batch\[1\] == 3 for the label 3; got str"):
+        trainer.influence(batch_of(data, slice(2)), among="cat")
+    assert trainer.unlearn(lambda batch: batch[1] == 1, **EDIT).n_forget == int((data.tensors[1] == 1).sum())
+
+
+def test_a_function_that_selects_nothing_is_answered_with_the_labels_that_there_are() -> None:
+    trainer, _, data = fitted(callback=quick())
+    labels = ", ".join(map(str, data.tensors[1].unique().tolist()))
+    with pytest.raises(TrainingDataError, match=rf"none of the 48 .* Their labels are {labels}\. .*where the label"):
+        trainer.unlearn(lambda batch: batch[1] == 9, **EDIT)
+
+
+def test_a_single_item_is_refused_and_the_loader_over_it_works() -> None:
+    trainer, _, data = fitted(callback=quick())
+    with pytest.raises(BatchError, match=r"A batch of 5 .*single items.*DataLoader\(Subset\(dataset"):
+        trainer.influence(data[3])
+    by_loader = trainer.influence(DataLoader(Subset(data, [3]), 64))
+    assert torch.equal(by_loader.scores, trainer.influence(batch_of(data, slice(3, 4))).scores)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Datasets
 # --------------------------------------------------------------------------------------------------------------------
 

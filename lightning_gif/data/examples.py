@@ -388,8 +388,12 @@ class Examples:
             vars(self)["classes"] = self._gather_classes(classes)
         positions = self.all_gather(masks).nonzero().squeeze(1)
         if not len(positions):
+            labels = [] if self.classes is None else self.classes.unique().tolist()
+            shown = f"{', '.join(map(str, labels[:20]))}{' …' if len(labels) > 20 else ''}"
             raise TrainingDataError(
                 f"The function that selects examples is true for none of the {len(self)} training examples."
+                f"{f' Their labels are {shown}.' if labels else ''} It gets a batch as the training loader yields it:"
+                " check where the label stands in the batch, and the value that it is compared with."
             )
         return self.subset(positions)
 
@@ -496,6 +500,6 @@ def _mask(predicate: Callable[[Any], Any], batch: Batch) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch.size,):
         raise BatchError(
             "The function that selects examples must return one truth value for each example of a batch, a bool tensor"
-            f" of shape [{batch.size}]; it returned {describe(mask)}."
+            f" of shape [{batch.size}]; it returned {describe(mask)} for the batch {describe(batch.data)}."
         )
     return mask

@@ -323,8 +323,8 @@ class Objective:
             except Exception as error:
                 raise BatchError(
                     f"The {name} of the {what} batch could not be computed: {type(error).__name__}:"
-                    f" {str(error).rstrip('.')}. Given: {describe(batch.data)}. In training, {_PROBE} at a time:"
-                    f" {describe(self._reference)}."
+                    f" {str(error).rstrip('.')}. Given: {describe(batch.data)}. A batch of {_PROBE}"
+                    f" training examples: {describe(self._reference)}."
                 ) from error
             if not finite:
                 bad = batch.ids[~torch.isfinite(values).cpu()].tolist()
@@ -361,10 +361,15 @@ class Objective:
         if same_structure(data, self._reference):
             return
         several = isinstance(data, Tensor) and data.ndim > 1 and not data.is_floating_point()
-        remedy = " To pass dataset indices, give a tensor with one dimension, such as `.indices[0]`." if several else ""
+        remedy = (
+            "To pass dataset indices, give a tensor with one dimension, such as `.indices[0]`."
+            if several
+            else "Give a batch as the training loader yields it, with its targets. For single items of a dataset, pass"
+            " a loader over them: DataLoader(Subset(dataset, [17, 4]), 64)."
+        )
         raise BatchError(
             f"The {what} batch does not have the structure of the training batches. Given: {describe(data)}."
-            f" In training, {_PROBE} at a time: {describe(self._reference)}.{remedy}"
+            f" A batch of {_PROBE} training examples: {describe(self._reference)}. {remedy}"
         )
 
     def _why_not_finite(self, batch: Batch) -> str:
