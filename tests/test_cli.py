@@ -759,6 +759,14 @@ def test_error_messages_of_older_parsers_are_understood() -> None:
             ["influence", *OPTIONS, "--trainer.max_epochs", "three"],
             ["must be a whole number or null, got three"],
         ),
+        (
+            ["unlearn", *OPTIONS[:2], "--ckpt_path", "a.ckpt", "--indices", "3", "--output", "a", "--edit", "b"],
+            ["no train_dataloader", "Give a datamodule that has one, by --data package.module.Class."],
+        ),
+        (
+            ["influence", *OPTIONS[:2], "--ckpt_path", "a.ckpt", "--output", "a"],
+            ["no test_dataloader", "--data package.module.Class, or give another --split"],
+        ),
         (["influence", *OPTIONS, "--split", "tast"], ["--split must be train or val or test, got tast."]),
         (
             ["influence", *OPTIONS, "--data", "tests.line.Blabs"],

@@ -181,9 +181,10 @@ class Tool(LightningCLI):
         """
         loader = self.find_loader(split)
         if loader is None:
+            other = "" if split == "train" else ", or give another --split (train, val or test)"
             raise TrainingDataError(
-                f"There is no {_LOADERS[split]} in the datamodule or the model. Give another --split (train, val or"
-                " test), or a datamodule that has one by --data."
+                f"There is no {_LOADERS[split]} in the datamodule or the model. Give a datamodule that has one, by"
+                f" --data package.module.Class{other}."
             )
         return loader
 
