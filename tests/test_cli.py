@@ -485,7 +485,9 @@ def test_every_command_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> No
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0
-        assert "checkpoint" in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert "checkpoint" in told
+        assert "Arguments of the command:" in told
     assert main(["unlearn", *OPTIONS, "--indices", "many"]) == 2
     assert "--indices must be a list in brackets or a whole number" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:

@@ -35,6 +35,7 @@ def parsed(command: str, run: Callable[..., int], arguments: Sequence[str]) -> d
         "-c", "--config", action=jsonargparse.ActionConfigFile, help="A configuration file in JSON or YAML."
     )
     parser.add_function_arguments(run)
+    _title_groups(parser)
     with explain_errors(parser):
         given = parser.parse_args(arguments).as_dict()
     given.pop("config", None)
@@ -62,6 +63,11 @@ _TITLES = {
 """The titles of groups of arguments. By default they are the first sentences of docstrings."""
 
 
+def _title_groups(parser: Any) -> None:
+    for name, group in parser.groups.items():
+        group.title = _TITLES.get(name, "Arguments of the command")
+
+
 def shorten_help(parser: Any, arguments: Sequence[str], own: Sequence[str]) -> None:
     """Leaves the arguments of the trainer, the callback and the optimizers out of ``--help``; ``--help_all`` has them.
 
@@ -71,8 +77,7 @@ def shorten_help(parser: Any, arguments: Sequence[str], own: Sequence[str]) -> N
             Without ``--help``, the parser stays complete.
         own: The names of the arguments of the command.
     """
-    for name, group in parser.groups.items():
-        group.title = _TITLES.get(name, "Arguments of the command")
+    _title_groups(parser)
     if "--help_all" in arguments:
         parser.print_help()
         parser.exit(0)
