@@ -45,7 +45,9 @@ def test_the_checkpoint_holds_tensors_and_primitives_only(tmp_path: Path) -> Non
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert saved["lightning_gif"]["neurons"]["outputs"].keys() == {"net.0", "net.2"}
-    assert saved["callbacks"][trainer.callbacks[0].state_key] == {"targets_epoch": 1, "history": []}
+    events = {"number": 0, "in_weights": 0, "rows": []}
+    state = {"targets_epoch": 1, "history": [], "events": events}
+    assert saved["callbacks"][trainer.callbacks[0].state_key] == state
     trainer.save_checkpoint(tmp_path / "b.ckpt", weights_only=True)
     assert "lightning_gif" not in torch.load(tmp_path / "b.ckpt", weights_only=True)
 
