@@ -333,7 +333,8 @@ class SolvedQueries:
         with store.parse_errors_name(state):
             solutions = [Solution.of_record(one) for one in record["solutions"]]
             known = record["curvature"], record["damping"], record.get("gradient_share")
-            return cls(ihvps.to(objective.device), solutions, *known)
+            # The last bits of products depend on the alignment in memory, which a tensor in a file does not have.
+            return cls(ihvps.to(objective.device, copy=True), solutions, *known)
 
     def save(self, store: ScoreStore, state: int) -> None:
         """Stores the iHVPs and the record for a state."""
