@@ -474,7 +474,8 @@ def test_help_begins_with_the_arguments_of_the_command(command: str, capsys: pyt
     for text in texts.values():
         first = text.index("Arguments of the command:")
         assert first < text.index("--ckpt_path") < text.index("The model, as for LightningCLI:")
-    assert len(texts["--help"].splitlines()) < 120
+    # Lines of known subclasses, which depend on what is imported, do not count.
+    assert sum(line.startswith("  --") for line in texts["--help"].splitlines()) < 40
     for hidden in ("--trainer.max_epochs", "--gif.ratio", "--optimizer"):
         assert hidden not in texts["--help"]
         assert hidden in texts["--help_all"]
