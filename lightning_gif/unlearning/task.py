@@ -84,7 +84,7 @@ class Request:
         forget_weight: ``m/(n−m)``: the weight of the forget examples relative to the retained ones.
         n_classes: The number of classes that the model predicts; ``None`` if its predictions are not known.
         training: How far the optimizers of the training could move each parameter; empty if this is not known.
-        earlier: Snapshots: parameters and buffers by name of the model during training, by epoch.
+        earlier: Snapshots: parameters and buffers by name of the model during training, by epoch. New labels use none.
     """
 
     objective: Objective
@@ -234,7 +234,7 @@ class Task:
             budget=budget,
             retained=request.retained,
             training=request.training,
-            earlier=request.earlier,
+            earlier=request.earlier if relabelled is None else {},  # measured for removals only
         )
 
     @property
