@@ -41,7 +41,7 @@ class GIFCallback(TrainerCalls, Callback):
     During ``fit`` the callback gathers statistics from the forward and backward passes of training: the mean output and
     the mean output gradient of every Linear and Conv neuron, by class, and the mean squared gradient of every
     parameter. At the end of each epoch it uses them to pick the *target parameters*, which are the parameters that an
-    edit may change.
+    edit may change. In a small network, this waits until the target parameters are needed.
 
     Training is bit for bit the same as without the callback. Layers that run as compiled code give no statistics. If a
     call needs them, they come from one pass over training examples. An error in gathering never ends a fit. It causes a
@@ -304,10 +304,11 @@ class GIFCallback(TrainerCalls, Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Picks and logs the targets, takes a snapshot, and computes a report if one is due."""
-        previous, epoch = self.targets, trainer.current_epoch
+        epoch, logs = trainer.current_epoch, self.log_reports and bool(trainer.loggers)
         with self.tracker.guard("picking the target parameters"):
-            picked = self.tracker.end_epoch(pl_module, epoch, ProcessGroup.of(trainer))
-            if picked and self.targets is not None and self.log_reports and trainer.loggers:
+            previous = self.targets if logs else None
+            picked = self.tracker.end_epoch(pl_module, epoch, ProcessGroup.of(trainer), may_wait=not logs)
+            if picked and self.targets is not None and logs:
                 values = target_metrics(self.targets, previous, pl_module)
                 # The values are equal on all processes, but Lightning warns about each one without sync_dist.
                 several = trainer.world_size > 1

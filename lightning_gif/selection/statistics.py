@@ -101,6 +101,17 @@ class NeuronStatistics:
     def __bool__(self) -> bool:
         return bool(self.output_counts)
 
+    @property
+    def has_read(self) -> bool:
+        """Whether the hooks have recorded values since the last :meth:`reset`. This takes no sums, unlike ``bool``."""
+        return bool(self._read or self._sums["output_counts"])
+
+    def copy(self) -> NeuronStatistics:
+        """The same statistics, which a later :meth:`reset` does not clear. The copy has no hooks."""
+        made = NeuronStatistics()
+        made._sums, made._read, made._n_read = self._sums, self._read, self._n_read
+        return made
+
     def _summed(self, kind: str) -> dict[str, Tensor]:
         self.sum_batches()
         return self._sums[kind]

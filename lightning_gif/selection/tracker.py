@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -35,6 +35,10 @@ _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 # gathers takes up to half as long again, see benchmarks/README.md, "Small networks and few examples".
 _LARGEST_SHARE, _LEAST = 1 / 20, 2
 
+# With no more parameters than this, the selection of an epoch may wait until somebody reads the targets. It takes as
+# long as a training step of such a network. The statistics that it needs are kept for an epoch longer.
+_MAY_WAIT = 2**16
+
 
 class Selection(Protocol):
     """How targets are picked: the arguments of :func:`~lightning_gif.selection.select`."""
@@ -49,11 +53,28 @@ class Selection(Protocol):
     def seed(self) -> int: ...
 
 
+class _Waiting(NamedTuple):
+    """A selection that is made when it is needed.
+
+    Attributes:
+        module: The module.
+        epoch: The epoch at whose end the targets are picked.
+        neurons: The statistics of that epoch; ``None`` while they are still those of the tracker.
+        gradients: The same for gradients.
+    """
+
+    module: nn.Module
+    epoch: int
+    neurons: NeuronStatistics | None = None
+    gradients: GradientStatistics | None = None
+
+
 class TrainingTracker:
     """Gathers statistics during ``fit``, and picks the target parameters from them at the end of each epoch.
 
-    The statistics come from the forward and backward passes of training. An error in gathering does not end the fit,
-    see :meth:`guard`.
+    The statistics come from the forward and backward passes of training. The targets of small modules are picked when
+    they are read, from the statistics at the end of the epoch. An error in gathering does not end the fit, see
+    :meth:`guard`.
 
     Args:
         selection: How targets are picked.
@@ -64,8 +85,6 @@ class TrainingTracker:
         gradients: Mean squares of the gradients of parameters.
         snapshots: Weights at the end of earlier epochs.
         length: How far the optimizers could move each parameter.
-        targets: The targets of the last selection, or ``None``.
-        targets_epoch: The epoch at whose end they were picked, or ``None``.
         module: The module that the statistics and the targets belong to; ``None`` before the first ``fit``.
         ranks_on_demand: Whether a call may compute missing statistics by a pass over the training data.
         active: Whether the current fit gathers statistics; false after an error in gathering.
@@ -77,8 +96,9 @@ class TrainingTracker:
         self.neurons = NeuronStatistics()
         self.gradients = GradientStatistics()
         self.length = TrainingLength()
-        self.targets: Targets | None = None
-        self.targets_epoch: int | None = None
+        self._targets: Targets | None = None
+        self._targets_epoch: int | None = None
+        self._waiting: _Waiting | None = None
         self.module: nn.Module | None = None
         self.ranks_on_demand = False
         self.active = True
@@ -119,8 +139,10 @@ class TrainingTracker:
 
     def start_epoch(self) -> None:
         """Clears the statistics of the previous epoch."""
+        if self._waiting is not None:
+            self._waiting = self._waiting._replace(neurons=self.neurons.copy(), gradients=self.gradients)
         self.neurons.reset()
-        self.gradients.reset()
+        self.gradients = GradientStatistics()
         self._local = True
         self._share = None
 
@@ -178,15 +200,25 @@ class TrainingTracker:
             with self.guard("reading the learning rates"):
                 raise
 
-    def end_epoch(self, module: nn.Module, epoch: int, processes: ProcessGroup) -> bool:
+    def end_epoch(self, module: nn.Module, epoch: int, processes: ProcessGroup, *, may_wait: bool = False) -> bool:
         """Picks the targets from the statistics of the epoch.
 
+        Args:
+            module: The module.
+            epoch: The number of the epoch.
+            processes: The processes to sum the statistics over.
+            may_wait: Whether the selection may wait until somebody reads the targets.
+
         Returns:
-            Whether there are new targets; the same on all processes.
+            Whether there are new targets now; the same on all processes.
         """
         self._within_epoch = False
         with self.guard("reading the state of the optimizer"):
             self.length.close(module)
+        self._waiting = None
+        if may_wait and processes.size == 1 and self._may_wait(module):
+            self._waiting = _Waiting(module, epoch)
+            return False
         self.sum_over(processes)
         if not self._all_active(processes):
             return False
@@ -202,6 +234,11 @@ class TrainingTracker:
         self.targets_epoch = epoch
         return True
 
+    def _may_wait(self, module: nn.Module) -> bool:
+        if not self.active or not self.neurons.has_read:
+            return False
+        return sum(parameter.numel() for parameter in module.parameters()) <= _MAY_WAIT
+
     def take_snapshot(self, epoch: int, module: nn.Module) -> None:
         """Passes the weights at the end of an epoch to :attr:`snapshots`, which keep them or not."""
         with self.guard("taking a snapshot of the weights"):
@@ -210,6 +247,7 @@ class TrainingTracker:
 
     def end_fit(self, module: nn.Module) -> None:
         """Ends a fit."""
+        self._pick_what_waits()
         with self.guard("reading the state of the optimizer"):
             self.length.end(module)
         self.detach()
@@ -221,6 +259,7 @@ class TrainingTracker:
 
     def abandon_epoch(self, module: nn.Module) -> None:
         """Removes the hooks after an exception. Nothing is summed over the processes, because some may have ended."""
+        self._pick_what_waits()
         self._local = False
         with self.guard("reading the state of the optimizer"):
             self.length.end(module)
@@ -242,6 +281,44 @@ class TrainingTracker:
         self.snapshots = Snapshots(self.snapshots.argument)
         self.length = TrainingLength()
         self._local = False
+
+    @property
+    def targets(self) -> Targets | None:
+        """The targets of the last selection, or ``None``."""
+        self._pick_what_waits()
+        return self._targets
+
+    @targets.setter
+    def targets(self, targets: Targets | None) -> None:
+        self._waiting = None
+        self._targets = targets
+
+    @property
+    def targets_epoch(self) -> int | None:
+        """The epoch at whose end :attr:`targets` were picked, or ``None``."""
+        self._pick_what_waits()
+        return self._targets_epoch
+
+    @targets_epoch.setter
+    def targets_epoch(self, epoch: int | None) -> None:
+        self._targets_epoch = epoch
+
+    def _pick_what_waits(self) -> None:
+        """Makes the selection of the last epoch, if it has waited."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return
+        summed = False
+        with self.guard("summing the statistics of batches"):
+            (self.neurons if waiting.neurons is None else waiting.neurons).sum_batches()
+            summed = True
+        if not summed:
+            return
+        with self.guard("picking the target parameters"):
+            when = f"at the end of epoch {waiting.epoch}"
+            self.pick(waiting.module, when, neurons=waiting.neurons, gradients=waiting.gradients)
+            if self._targets is not None:
+                self._targets_epoch = waiting.epoch
 
     @property
     def has_seen_nothing(self) -> bool:
@@ -296,7 +373,14 @@ class TrainingTracker:
             energies=energies,
         )
 
-    def pick(self, module: nn.Module, when: str) -> None:
+    def pick(
+        self,
+        module: nn.Module,
+        when: str,
+        *,
+        neurons: NeuronStatistics | None = None,
+        gradients: GradientStatistics | None = None,
+    ) -> None:
         """Sets :attr:`targets`. If none can be picked, it warns and sets ``None``.
 
         A selector that ranks by the gradient of the examples in question has no targets until there are such examples.
@@ -304,12 +388,14 @@ class TrainingTracker:
         Args:
             module: The module.
             when: When this happens, for the warning.
+            neurons: Statistics of neurons; by default those of the current epoch.
+            gradients: Statistics of gradients; by default those of the current epoch.
         """
         if energy_of(self.selection.selector) is not None:
             self.targets = None
             return
         try:
-            self.targets = self.select(module, self.selection)
+            self.targets = self.select(module, self.selection, neurons=neurons, gradients=gradients)
         except SelectionError as error:
             self.targets = None
             if not self._has_warned:

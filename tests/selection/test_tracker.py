@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+import lightning_gif.selection.tracker
 from lightning_gif import ConfigurationError, GIFCallback
 
 from ..conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer
@@ -161,3 +162,39 @@ def test_targets_are_picked_although_validation_has_cleared_the_gradients() -> N
     trainer.fit(Classifier(), loader(blobs()), loader(blobs(16, seed=1), shuffle=False))
     assert callback.targets is not None
     assert len(seen) == 1
+
+
+class ReadsTargets(pl.Callback):
+    """Reads the targets in the middle of each epoch, or never."""
+
+    def __init__(self, callback: GIFCallback, read: bool) -> None:
+        self.callback, self.read = callback, read
+        self.seen: list[tuple[int | None, dict[str, Tensor] | None]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.read and batch_idx == 1:
+            targets = self.callback.targets
+            self.seen.append((self.callback.targets_epoch, None if targets is None else dict(targets)))
+
+
+def test_targets_that_are_picked_when_they_are_read_are_those_of_the_end_of_the_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, last = [], []
+    for most, read in ((0, True), (2**16, True), (2**16, False)):  # picked at once, and when they are read
+        monkeypatch.setattr(lightning_gif.selection.tracker, "_MAY_WAIT", most)
+        callback = GIFCallback("largest_gradients", ratio=0.2, cache_steps=None)
+        reads = ReadsTargets(callback, read)
+        torch.manual_seed(0)
+        trainer = make_trainer(callback, max_epochs=3)
+        trainer.callbacks.append(reads)
+        trainer.fit(Classifier(), loader(blobs()))
+        assert callback.targets is not None
+        last.append((callback.targets_epoch, dict(callback.targets)))
+        seen.append(reads.seen)
+    assert [epoch for epoch, _ in seen[0]] == [None, 0, 1]
+    assert not all(torch.equal(seen[0][1][1][name], seen[0][2][1][name]) for name in seen[0][1][1])
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
+    assert not seen[2]
+    torch.testing.assert_close(last[1:], [last[0]] * 2, rtol=0, atol=0)
+    assert last[0][0] == 2
