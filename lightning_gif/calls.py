@@ -30,7 +30,7 @@ from .attribution.storing import store_gradients
 from .attribution.validation import Opened, ValidationReport, check_validation, validate
 from .config import AUTO, Overrides, Settings, check_count
 from .data.examples import Examples
-from .data.names import Vocabulary, find_class_names
+from .data.names import Vocabulary, find_class_names, warn_of_missing_names
 from .data.structure import describe
 from .defaults import check_names, for_influence, for_matching, for_store, for_unlearning
 from .distributed import ProcessGroup
@@ -699,6 +699,8 @@ class TrainerCalls:
             )
         report.settings.update({} if name is None else {"name": name})
         report.settings.update({"dry_run": True} if dry_run else {})
+        of_classes = [(one.labels, one.predicted_before) for one in report.outcomes.values()]
+        warn_of_missing_names(report.class_names, *(labels for pair in of_classes for labels in pair))
         _apply(trainer, report, folder, dry_run)  # last, because without its report an edit cannot be undone
         return report
 
@@ -926,6 +928,8 @@ def _finish(report: InfluenceReport, session: Session, name: str | None, measure
         report.losses = values[order[torch.searchsorted(measured.ids[order], report.indices)]]
     report.settings.update({} if name is None else {"name": name})
     report.read_shown(session.train.ids)
+    shown = torch.tensor([query.label for query in report.queries if isinstance(query.label, int)])
+    warn_of_missing_names(report.class_names, report.labels, shown)
     if session.train.are_absent:
         return
     if any(report.processes.gather(bool(report.loggers))):  # a trainer may have loggers in one process only

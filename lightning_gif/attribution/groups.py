@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from ..reporting.charts import named
 from ..reporting.contents import Table
 from ..reporting.page import Page
 
@@ -55,12 +56,20 @@ class Groups(NamedTuple):
             whole group were removed.
         counts: The number of scored examples in each group, ``(g,)``.
         meaning: The meaning of ``totals`` in words, printed above the table.
+        class_names: The name of each class, printed in place of labels, if groups are labels; ``None`` prints
+            ``names``.
     """
 
     names: list[Any]
     totals: Tensor
     counts: Tensor
     meaning: str
+    class_names: Sequence[str] | None = None
+
+    @property
+    def shown_names(self) -> list[str]:
+        """The names as they are printed: that of its class for a label, if it is known."""
+        return [str(name) if self.class_names is None else named(name, self.class_names) for name in self.names]
 
     @property
     def means(self) -> Tensor:
@@ -78,12 +87,12 @@ class Groups(NamedTuple):
         return pandas.DataFrame({"group": pandas.Series(self.names, dtype=object), **columns})
 
     def _repr_html_(self) -> str:
-        parts = zip(self.names, self.totals.tolist(), self.counts.tolist(), self.means.tolist(), strict=True)
-        rows = [[str(name), f"{total:+.3g}", count, f"{mean:+.2g}"] for name, total, count, mean in parts]
+        parts = zip(self.shown_names, self.totals.tolist(), self.counts.tolist(), self.means.tolist(), strict=True)
+        rows = [[name, f"{total:+.3g}", count, f"{mean:+.2g}"] for name, total, count, mean in parts]
         return Page("Scores by group", self.meaning, (), {"": Table(_COLUMNS, rows)}).fragment()
 
     def __str__(self) -> str:
-        names = [textwrap.shorten(str(name), _WIDEST_NAME, placeholder="…") for name in self.names]
+        names = [textwrap.shorten(name, _WIDEST_NAME, placeholder="…") for name in self.shown_names]
         rows = [
             [name, f"{total:+.3g}", str(count), f"{mean:+.2g}"]
             for name, total, count, mean in zip(
@@ -102,13 +111,16 @@ class Groups(NamedTuple):
         return "\n".join(lines)
 
 
-def group_scores(names: Iterable[Hashable], scores: Tensor, meaning: str) -> Groups:
+def group_scores(
+    names: Iterable[Hashable], scores: Tensor, meaning: str, class_names: Sequence[str] | None = None
+) -> Groups:
     """Sums scores over each group, and ranks the groups by these sums.
 
     Args:
         names: The name of the group of each example.
         scores: The scores ``(n,)``.
         meaning: The meaning of the sums in words.
+        class_names: The name of each class, if the groups are labels.
 
     Raises:
         ConfigurationError: If a name cannot be hashed.
@@ -117,7 +129,7 @@ def group_scores(names: Iterable[Hashable], scores: Tensor, meaning: str) -> Gro
     totals = torch.zeros(len(groups), dtype=scores.dtype).index_add_(0, members, scores)
     counts = torch.bincount(members, minlength=len(groups))
     order = totals.sort(descending=True, stable=True).indices
-    return Groups([groups[i] for i in order.tolist()], totals[order], counts[order], meaning)
+    return Groups([groups[i] for i in order.tolist()], totals[order], counts[order], meaning, class_names)
 
 
 def group_numbers(names: Iterable[Hashable]) -> tuple[Tensor, list[Any]]:

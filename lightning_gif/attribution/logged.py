@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..reporting.charts import named
 from ..reporting.contents import Contents, Files, Table, numbers_of
 from .display import rows, text
 from .groups import group_scores
@@ -89,10 +88,9 @@ def _read_as(record: InfluenceRecord) -> list[Any]:
 
 def _by_class(record: InfluenceRecord) -> Table | None:
     """The sums of the scores of each class, averaged over the queries; ``None`` if they are not known."""
-    labels, names = record.labels, record.context.class_names
-    if labels is None:
+    if record.labels is None:
         return None
-    groups = group_scores(labels.tolist(), record.scores.mean(0), "")
+    groups = group_scores(record.labels.tolist(), record.scores.mean(0), "", record.context.class_names)
     columns = groups.totals.tolist(), groups.counts.tolist(), groups.means.tolist()
-    body = [[named(name, names), *numbers] for name, *numbers in zip(groups.names, *columns, strict=True)]
+    body = [list(row) for row in zip(groups.shown_names, *columns, strict=True)]
     return Table(["class", "total", "examples", "mean"], body, bars=("class", "total"))

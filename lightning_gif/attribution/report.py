@@ -107,15 +107,15 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
         else:
             size = len(self.dataset) if hasattr(self.dataset, "__len__") else None
             names = values_of(groups, self.indices, size)
+        class_names = self.class_names if groups is None else None
         scores = self.scores.mean(0) if query is None else self.scores[query]
         if self.is_self_influence:
-            return group_scores(
-                names, scores, "mean = predicted change of an example's own loss if it were removed, total = their sum"
-            )
+            meaning = "mean = predicted change of an example's own loss if it were removed, total = their sum"
+            return group_scores(names, scores, meaning, class_names)
         queries = len(self.scores)
         on = f"query {query}" if query is not None else f"the mean of {queries} queries" if queries > 1 else "the query"
         meaning = f"total = sum of scores: to first order, the effect of removing the whole group on {on}"
-        return group_scores(names, scores, meaning)
+        return group_scores(names, scores, meaning, class_names)
 
     def _by_index(self, groups: Grouping) -> dict[int, Any]:
         """The group of each scored training example, by dataset index."""

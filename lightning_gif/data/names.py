@@ -7,11 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
-from ..errors import ConfigurationError
+from .._compat import rank_zero_warn
+from ..errors import ConfigurationError, GIFWarning
 from .identity import innermost
 
-__all__ = ["Vocabulary", "check_class_names", "check_vocabulary", "find_class_names", "tokens_of"]
+__all__ = [
+    "Vocabulary",
+    "check_class_names",
+    "check_vocabulary",
+    "find_class_names",
+    "tokens_of",
+    "warn_of_missing_names",
+]
 
 
 def check_class_names(names: Any) -> None:
@@ -24,6 +33,23 @@ def check_class_names(names: Any) -> None:
         raise ConfigurationError(
             "`class_names` must be a list with the name of each class as text, in the order of the labels, such as"
             f" ['cat', 'dog'] for the labels 0 and 1, or None, got {names!r:.200}."
+        )
+
+
+def warn_of_missing_names(names: Sequence[str] | None, *labels: Tensor | None) -> None:
+    """Warns if there are labels that have no name.
+
+    Args:
+        names: The name of each class, in the order of the labels; ``None`` if they are not known.
+        labels: Labels of examples, each of shape ``(n,)``; ``None`` if they are not known.
+    """
+    largest = max((int(some.max()) for some in labels if some is not None and some.numel()), default=-1)
+    if names is not None and largest >= len(names):
+        rank_zero_warn(
+            f"There are names of {len(names)} classes, but the data have the label {largest}. Reports show labels"
+            f" without a name as numbers. Set class_names of GIFCallback to a list of {largest + 1} names, in the order"
+            " of the labels.",
+            category=GIFWarning,
         )
 
 

@@ -50,14 +50,26 @@ class _Stage:
         """The seconds for each unit of work; ``None`` if they are not known."""
         return None if self.pace is None or not self.work or not self.total else self.pace * self.total / self.work
 
+    def rest(self, now: float, expected: float) -> float | None:
+        """The seconds until its end; ``None`` if they are not known.
+
+        Args:
+            now: The time.
+            expected: The seconds that all of it is expected to take; 0 if they are not known.
+        """
+        rest = expected - (now - self.begin)
+        if rest > 0:
+            return rest
+        return None if self.total is None or self.pace is None else max(self.total - self.done, 0) * self.pace
+
 
 class Progress:
     """The progress of one call, which goes through stages one after another.
 
     The time that the call will still take is shown if all stages that remain were announced by :meth:`expect`. A stage
     that was there before is expected to take as long again. Of others the rest is expected to go on as fast as before,
-    and later ones are compared with the present one by their work. Without an announcement, only the stage, its count
-    and the time so far are shown.
+    and later ones are compared with the present or the last one by their work. Without an announcement, only the stage,
+    its count and the time so far are shown.
 
     Args:
         shown: Whether anything is shown at all.
@@ -67,18 +79,20 @@ class Progress:
         self._shown = shown
         self._bar: tqdm[Any] | None = None
         self._expected: list[tuple[str, float | None]] | None = None
+        self._at_most = False
         self._took: dict[str, float] = {}  # the seconds of stages that are over
         self._rate: float | None = None
         self._begin = self._last = -1.0
 
-    def expect(self, *stages: tuple[str, float | None]) -> None:
+    def expect(self, *stages: tuple[str, float | None], at_most: bool = False) -> None:
         """Announces all stages that remain, in their order.
 
         Args:
             *stages: The description of each stage and its work, in any unit that is the same for all; ``None`` if the
                 work is not known.
+            at_most: Whether the last ones may be left out.
         """
-        self._expected = list(stages)
+        self._expected, self._at_most = list(stages), at_most
 
     @contextlib.contextmanager
     def stage(self, description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
@@ -105,8 +119,8 @@ class Progress:
         try:
             yield update
         finally:
-            self._took[description] = monotonic() - stage.begin
-            self._rate = stage.rate or self._rate
+            took = self._took[description] = monotonic() - stage.begin
+            self._rate = stage.rate or (took / stage.work if stage.work else self._rate)
             is_over = True  # what is done later belongs to no stage
 
     def close(self) -> None:
@@ -136,11 +150,9 @@ class Progress:
         """The seconds that the call will still take; ``None`` if they are not known."""
         if self._expected is None:
             return None
-        rest = self._took.get(stage.description, 0.0) - (now - stage.begin)
-        if rest <= 0:
-            if stage.total is None or stage.pace is None:
-                return None
-            rest = max(stage.total - stage.done, 0) * stage.pace
+        rest = stage.rest(now, self._took.get(stage.description, (self._rate or 0.0) * (stage.work or 0.0)))
+        if rest is None:
+            return None
         own = now - stage.begin + rest
         for description, work in self._expected:
             rate = stage.rate or self._rate
@@ -159,7 +171,8 @@ class Progress:
             return
         self._last = now
         so_far, left = now - self._begin, self._left(stage, now)
-        times = f"{duration(so_far)} so far" + ("" if left is None else f", about {duration(left)} left")
+        about = "at most" if self._at_most else "about"
+        times = f"{duration(so_far)} so far" + ("" if left is None else f", {about} {duration(left)} left")
         what = f"{stage.description}: {stage.done}{'' if stage.total is None else f' of {stage.total}'}"
         if not self._is_interactive:
             print(f"{what}; {times}", file=sys.stderr, flush=True)

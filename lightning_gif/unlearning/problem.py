@@ -412,7 +412,11 @@ class EditProblem:
         objective, goal = self._objective, self.goal
         theta = self.weights_at(at.step_sizes)
         is_far = at.memorization > goal.far_memorization
-        with objective.progress.stage(f"Change {len(self._changes) + 1}: {_PRODUCTS}") as update:
+        first = len(self._changes) + 1
+        last = max(first, self.tuning.relinearisation.max_solves)
+        changes = [(f"Change {number}: {_PRODUCTS}", 1.0) for number in range(first, last + 1)]
+        objective.progress.expect(*changes, at_most=True)
+        with objective.progress.stage(changes[0][0]) as update:
             slope, curvatures, second_moment = self._linearise(theta, is_far, settings, update)
             whole = Combination(*curvatures)
             scale = preconditioner(objective, self.positions, second_moment, self.tuning.preconditioner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_gif import ConfigurationError, GIFCallback, GIFMixin, InfluenceReport
+from lightning_gif import ConfigurationError, GIFCallback, GIFMixin, GIFWarning, InfluenceReport
 from lightning_gif.data.names import find_class_names
 from lightning_gif.reporting.notes import describe_solve
 from lightning_gif.reporting.previews import Shown, image_of, text_of
@@ -135,10 +136,29 @@ def test_classes_have_their_names(tmp_path: Path) -> None:
             assert {name.partition(" (")[0] for name in bars} == set(names)
             strongest = int(report.proponents().indices[0, 0])
             assert f"#{strongest} {names[strongest % 3]}" in titles(figure)[3]
+            groups = one.by_group()
+            assert set(groups.names) == {0, 1, 2}
+            assert {line.split()[0] for line in str(groups).splitlines()[2:]} == set(names)
+            assert all(name in groups._repr_html_() for name in names)
+            assert str(one.by_group(list(range(len(images()))))).splitlines()[2].split()[0].isdigit()
     report.class_names = None
     assert report.plot().get_suptitle().startswith("Label 1, read as ")
     with pytest.raises(ConfigurationError, match=r"`class_names` must be a list .* got \[1, 2\]"):
         GIFCallback(class_names=[1, 2])  # type: ignore[list-item]
+
+
+def test_labels_without_a_name_cause_a_warning_whose_remedy_works() -> None:
+    trainer, *_ = fitted(image_net(), images(), GIFCallback(class_names=["ant", "bee"], ratio=0.5))
+    with pytest.warns(GIFWarning, match="names of 2 classes, but the data have the label 2.* list of 3 names"):
+        report = trainer.influence(batch_of(images(), [4]))
+    assert "by class: " in str(report)
+    with pytest.warns(GIFWarning, match="names of 2 classes, but the data have the label 2"):
+        trainer.unlearn(batch_of(images(), [4]), dry_run=True)
+    trainer.callbacks[0].class_names = ["ant", "bee", "cat"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.influence(batch_of(images(), [4]))
+    assert not any("names of" in str(warning.message) for warning in caught)
 
 
 def test_a_datamodule_may_have_the_names_and_a_subset_those_of_its_dataset() -> None:

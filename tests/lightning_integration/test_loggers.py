@@ -164,5 +164,15 @@ def test_the_time_left_is_that_of_the_whole_call(
     longer = progress.Progress(shown=True)
     longer.expect(("solve", 1.0))
     assert told(longer, "solve", 1, [10, 10])[1] == "solve: 2; 20 s so far"
+
+    # Changes of an edit: how many are needed is not known, but the most of them is.
+    edit = progress.Progress(shown=True)
+    edit.expect(("first", 1.0), ("second", 1.0), ("third", 1.0), at_most=True)
+    assert told(edit, "first", None, [20]) == ["first: 1; 20 s so far"]
+    assert told(edit, "second", None, [12, 13]) == [
+        "second: 1; 32 s so far, at most 28 s left",
+        "second: 2; 45 s so far",
+    ]
+    assert told(edit, "third", None, [10]) == ["third: 1; 55 s so far, at most 15 s left"]
     hidden = progress.Progress(shown=False)
     assert told(hidden, "solve", 3, [10, 10]) == []
