@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 from ._compat import at_epoch, brings_own, isolate_rng, rank_zero_info, rank_zero_warn
 from .attribution.gradient_store import GradientStore
 from .config import Overrides, Settings
-from .curvature.by_solver import DENSE_PARAMETERS
+from .curvature.by_solver import DENSE_PARAMETERS, operations
 from .curvature.energy import gradient_energies
 from .curvature.products import has_gauss_newton, require_gauss_newton, warn_if_asymmetric
 from .curvature.sampling import sample_size
@@ -162,7 +162,18 @@ class Session:
         if asked.curvature == "ggn" and not ggn:
             require_gauss_newton(*given)  # says why there is none
         layers = not on_targets and self.objective.space.size > DENSE_PARAMETERS and self.objective.layers is not None
-        choose = partial(for_influence, asked, on_targets=on_targets, queries=queries, itself=itself, layers=layers)
+        passes = math.inf
+        if layers and probed.divisible and not itself:
+            passes = operations(self.objective, probed) * min(sample_size(asked) or math.inf, len(self.train))
+        choose = partial(
+            for_influence,
+            asked,
+            on_targets=on_targets,
+            queries=queries,
+            itself=itself,
+            layers=layers,
+            operations=passes,
+        )
         chosen = choose(ggn=ggn)
         if chosen.curvature != choose(ggn=True).curvature:
             rank_zero_warn(

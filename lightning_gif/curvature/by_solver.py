@@ -126,7 +126,7 @@ def from_layers(objective: Objective, settings: Settings, n: int, products: int)
     return layer_products(objective, CURVATURES["ggn"](objective))
 
 
-def _operations(objective: Objective, batch: Batch) -> int:
+def operations(objective: Objective, batch: Batch) -> int:
     """The number of floating-point operations of a pass over the first example of a batch.
 
     A product with its curvature takes about four times as many. A product with its Jacobian ``(d, p)`` and the
@@ -308,7 +308,7 @@ class SketchInverse(SolverInverse):
         bytes_of_all = n * outputs * size * objective.theta.itemsize
         if _PASSES * outputs > max_iter(settings) or bytes_of_all > _JACOBIAN_BYTES:
             return False
-        return _operations(objective, probed) > outputs * size
+        return operations(objective, probed) > outputs * size
 
     def quadratic(self) -> Callable[[Tensor], Tensor]:
         """See :meth:`InverseCurvature.quadratic`. Values are too large, because the sketch misses some curvature.

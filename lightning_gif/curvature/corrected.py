@@ -23,14 +23,15 @@ from .by_solver import from_layers, solved_together
 from .ekfac import EKFACInverse, require_layers
 from .inverse import INVERSES, InverseCurvature
 from .methods import Method
+from .products import Linearise
 from .sampling import kept_sample
 from .solve import describe, max_iter, open_curvature, solve
 from .streaming import Curvature
 
-__all__ = ["CorrectedEKFAC"]
+__all__ = ["ITERATIONS", "CorrectedEKFAC"]
 
 # The number of iterations without `max_iter` and `rtol`. benchmarks/README.md, "EK-FAC corrected by products".
-_ITERATIONS = 6
+ITERATIONS = 6
 
 # The default damping of a layer as a multiple of that of EK-FAC. benchmarks/README.md, "Scores with the exact matrix".
 DAMPING_MULTIPLE = 10.0
@@ -76,13 +77,18 @@ class CorrectedEKFAC(InverseCurvature):
         layers = require_layers(objective, settings, method)
         examples = kept_sample(objective, train, settings)
         ekfac = EKFACInverse.of(objective, layers, examples, settings, on_product, DAMPING_MULTIPLE)
-        linearise = from_layers(objective, settings, len(examples), _QUERIES * (settings.max_iter or _ITERATIONS))
+        linearise = cls.linearise(objective, settings, len(examples))
         # Weight decay is a part of the damping already.
         curvature = open_curvature(
             settings, objective, examples, weight_decay=0.0, linearise=linearise, on_product=on_product
         )
         together = solved_together(objective, settings, takes_columns=True)
         return cls(settings, curvature, ekfac, together)
+
+    @classmethod
+    def linearise(cls, objective: Objective, settings: Settings, n: int) -> Linearise | None:
+        """How the curvature of a batch is computed for products over ``n`` examples; ``None`` if by passes."""
+        return from_layers(objective, settings, n, _QUERIES * (settings.max_iter or ITERATIONS))
 
     @classmethod
     def n_updates(cls, settings: Settings, n_batches: int, n_queries: int) -> int | None:
@@ -113,5 +119,5 @@ class CorrectedEKFAC(InverseCurvature):
 
 def _of_solve(settings: Settings) -> Settings:
     """The settings of the conjugate gradients."""
-    iterations = settings.max_iter or (_ITERATIONS if settings.rtol is None else None)
+    iterations = settings.max_iter or (ITERATIONS if settings.rtol is None else None)
     return replace(settings, solver="cg", damping=0.0, max_iter=iterations)

@@ -25,6 +25,7 @@ from ..curvature.by_solver import (
     inverse_for_queries,
     n_outputs,
 )
+from ..curvature.corrected import ITERATIONS, CorrectedEKFAC
 from ..curvature.ekfac import EKFACInverse, eigenvectors
 from ..curvature.memory import bytes_to_keep
 from ..curvature.methods import METHODS
@@ -57,6 +58,9 @@ _MOST_ENTRIES = 200_000
 
 # How many rows of Jacobians are multiplied to measure a product.
 _MEASURED_ROWS = 64
+
+# The solvers that compute EK-FAC.
+_LAYERS = EKFACInverse.name, CorrectedEKFAC.name
 
 # How many trials a search along the influence direction evaluates, and how many a further change. Rough numbers: edits
 # of a small perceptron evaluated 13 trials for three changes, and 20 for five.
@@ -112,13 +116,15 @@ class CurvatureCosts:
 
     Attributes:
         first: The first pass.
-        product: A product after it.
+        product: A product after it, for each of the vectors that are multiplied together.
+        alone: A product with one vector alone.
         kept: The bytes that the first pass over a whole batch keeps.
         working: The bytes of the first pass and a product at their peak, without those that are kept.
     """
 
     first: Pass
     product: Pass
+    alone: Pass
     kept: int
     working: int
 
@@ -198,10 +204,12 @@ def measure(
         start = of(partial(linearise, theta))
         measured = partial(_product_seconds, objective, linearise, _together(scores, n_queries))
         working = max(_peak(partial(measured, first)) - kept, 0)
-        curvatures[name] = CurvatureCosts(start, line(measured), kept, working)
+        product = line(measured)
+        alone = product if n_queries == 1 else line(partial(_product_seconds, objective, linearise, 1))
+        curvatures[name] = CurvatureCosts(start, product, alone, kept, working)
     rows = of(lambda batch: [rows.sum() for rows in objective.gradients(batch)])
     layers, layers_bytes, root, itself = None, 0, 0.0, rows
-    if scores.solver == EKFACInverse.name:
+    if scores.solver in _LAYERS:
         layers, inverse = _inverse(objective, sample, scores)
         layers_bytes, root = inverse.nbytes, _seconds(lambda: inverse.root(theta[None]), objective.device)
         if inverse.of_losses(objective, part) is not None:
@@ -263,7 +271,9 @@ def _inverse(objective: Objective, sample: Examples, settings: Settings) -> tupl
 def _of_scores(objective: Objective, train: Examples, settings: Settings, kind: str) -> Linearise:
     """The curvature of a batch, computed as queries with these settings do."""
     inverse, found = inverse_for_queries(settings), None
-    if issubclass(inverse, SolverInverse):
+    # The same settings with fewer queries may correct EK-FAC by products.
+    inverse = CorrectedEKFAC if inverse is EKFACInverse else inverse
+    if issubclass(inverse, (SolverInverse, CorrectedEKFAC)):
         found = inverse.linearise(objective, settings, min(sample_size(settings) or len(train), len(train)))
     return found or CURVATURES[kind](objective)
 
@@ -367,6 +377,12 @@ class Costs:
         else:
             algebra, products, copies = 0.0, 0, 4 * min(n_queries, EKFACInverse.block_size)
             solves, kept, solving = self._layers(passes.layers, settings)
+            if settings.solver == CorrectedEKFAC.name:
+                products, copies = n_queries * (settings.max_iter or ITERATIONS), 12 * min(n_queries, MOST_TOGETHER)
+                costs = passes.scores if n_queries > 1 else replace(passes.scores, product=passes.scores.alone)
+                corrections, graphs = self._curvature(costs, settings, self._sample(settings), products)
+                algebra, solves, kept = 2 * products * passes.root, solves + corrections, kept + graphs
+                solving = max(solving, kept + passes.scores.working)
         scoring = passes.queries if n_queries > 1 else passes.score
         each = algebra + solves + n_queries * self._over(1, passes.gradient) + self._over(self.n_train, scoring)
         stored = (n_states * n_queries + n_states - 1) * self.objective.theta.nbytes
