@@ -15,6 +15,7 @@ chooses the defaults.
 Groups of rows (`--rows`):
 
 - `defaults`: `trainer.influence` with its defaults, with other numbers of snapshots, and averaged over three fits.
+- `layers`: the same with EK-FAC alone.
 - `sketch`: one sketch of the curvature for all queries, and with one setting changed at a time.
 - `solve`: the plain least squares of the paper, by tolerance.
 - `peers`: other libraries (`pip install kronfluence dattri captum`), as their documentation says.
@@ -230,8 +231,15 @@ DEFAULTS: dict[str, Score] = {
     "three fits, `InfluenceReport.mean`": ensemble,
 }
 
+LAYERS: dict[str, Score] = {
+    "`solver='ekfac'`": ours(solver="ekfac"),
+    "the last state only, `solver='ekfac', snapshots=False`": ours(solver="ekfac", snapshots=False),
+    "five states, `solver='ekfac'`, `GIFCallback(snapshots=4)`": ours(solver="ekfac", four=True),
+}
+
 ROWS: dict[str, dict[str, Score]] = {
     "defaults": DEFAULTS,
+    "layers": LAYERS,
     "sketch": {
         "`solver='nystrom', max_iter=512, snapshots=False`": ours(**SKETCH),
         "five states, `GIFCallback(snapshots=4)`": ours(**{**SKETCH, "snapshots": True}, four=True),

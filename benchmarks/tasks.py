@@ -275,11 +275,15 @@ ROWS: dict[str, dict[str, Score]] = {
         "the last state only, `snapshots=False`": ours("none"),
         "five states, `GIFCallback(snapshots=4)`": ours("four"),
     },
+    "layers": {
+        "`solver='ekfac'`": ours(solver="ekfac"),
+        "the last state only, `solver='ekfac', snapshots=False`": ours("none", solver="ekfac"),
+        "five states, `solver='ekfac'`, `GIFCallback(snapshots=4)`": ours("four", solver="ekfac"),
+    },
     "sketch": {
         "`solver='nystrom', max_iter=512, snapshots=False`": ours("none", solver="nystrom", max_iter=512),
         "`solver='nystrom', max_iter=512`": ours(solver="nystrom", max_iter=512),
     },
-    "exact": {"`solver='ekfac_cg'`": ours(solver="ekfac_cg")},
     "peers": {name: theirs(name) for name in ("kronfluence EK-FAC", "gradient dot product")},
 }
 

@@ -88,10 +88,11 @@ class GIFCallback(TrainerCalls, Callback):
             need a symmetric curvature without negative eigenvalues. ``"cg"`` takes one product per iteration.
             ``"nystrom"`` takes as many products for many queries as for one. ``"ekfac"``, for scores only, takes no
             products: it approximates the Gauss–Newton matrix layer by layer. ``"ekfac_cg"``, for queries only, corrects
-            it by products with the exact matrix. You can register your own solver in
-            ``lightning_gif.SOLVERS``. ``"auto"`` (default): for scores ``"ekfac"`` if the module has more than 1024
-            parameters, all in layers that are linear in them, and none of ``max_iter``, ``rtol``, ``discrepancy`` and
-            ``eigenvalues`` is given. Otherwise ``"cg"``, or ``"nystrom"`` for 13 queries or more. ``"lsmr"`` for edits,
+            it by products with the exact matrix. You can register your own solver in ``lightning_gif.SOLVERS``.
+            ``"auto"`` (default): for scores, if the module has more than 1024 parameters, all in layers that are linear
+            in them, and none of ``max_iter``, ``rtol``, ``discrepancy`` and ``eigenvalues`` is given, ``"ekfac_cg"``
+            for as many queries as take 1.2 trillion operations in its products, and ``"ekfac"`` for more queries and
+            for ``self_influence``. Otherwise ``"cg"``, or ``"nystrom"`` for 13 queries or more. ``"lsmr"`` for edits,
             for ``"gif"``, and with the Hessian.
         damping: The damping λ, in the unit of the curvature's eigenvalues. Every solver adds it to the eigenvalues of
             the Gauss–Newton matrix. With ``"gif"`` and with the Hessian, ``‖Ax − g‖² + λ²‖x‖²`` is minimised instead,
