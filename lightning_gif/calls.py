@@ -107,6 +107,7 @@ class Influence:
         keep: int | None = None,
         snapshots: bool | None = None,
         losses: bool = False,
+        tokens: bool = False,
         store: str | os.PathLike[str] | None = None,
         name: str | None = None,
         dataloader: DataLoader[Any] | None = None,
@@ -147,6 +148,9 @@ class Influence:
             losses: Whether the report also has the loss of each scored training example, at the present weights: the
                 cheap score to compare with, and a column of ``to_dataframe()``. It takes one more forward pass over
                 these examples. ``False`` by default.
+            tokens: Whether the report also has the scores of the tokens of the shown training texts, see
+                :meth:`~lightning_gif.reports.InfluenceReport.token_scores`. The loss must be a cross-entropy for each
+                token, as in language models. It takes a few passes for each shown text. ``False`` by default.
             store: The folder of a store that :meth:`store_gradients` has written for these weights. Then the training
                 data are not needed, and ``among`` is indices or a mask. Scores are those of ``solver="ekfac"`` with the
                 settings and snapshots of the store, up to the error of the store's projection. By default there is no
@@ -176,7 +180,8 @@ class Influence:
         check_log_name(name)
         _check_keep(keep, k, scores_to)
         if store is not None:
-            _check_stored(store, {"targets": targets, "scores_to": scores_to, **overrides}, losses=losses)
+            of_examples = [argument for argument, value in (("losses", losses), ("tokens", tokens)) if value]
+            _check_stored(store, {"targets": targets, "scores_to": scores_to, **overrides}, of_examples)
             chosen: dict[str, Any] = {"per_example": per_example, "keep": keep, "snapshots": snapshots, "k": k}
             return calls._from_store(Path(store), batch, requested, among, name, dataloader, chosen)
         states = _snapshot_states(calls.tracker, snapshots)
@@ -199,6 +204,7 @@ class Influence:
                 keep=keep,
                 states=states,
                 k=k,
+                tokens=tokens,
                 context=calls._context(session),
             )
             _finish(report, session, name, (scored or session.train) if losses else None)
@@ -789,13 +795,13 @@ def _check_keep(keep: Any, k: int, scores_to: Any) -> None:
         )
 
 
-def _check_stored(store: Any, given: Mapping[str, Any], *, losses: bool) -> None:
+def _check_stored(store: Any, given: Mapping[str, Any], of_examples: Sequence[str]) -> None:
     """Checks the arguments of a call that takes its training examples from a store."""
     check_path("store", store, "folder")
-    if losses:
+    for argument in of_examples:
         raise ConfigurationError(
-            "`losses=True` cannot be given with `store`, because it needs the training examples, which the call does"
-            " not read. Omit one of the two."
+            f"`{argument}=True` cannot be given with `store`, because it needs the training examples, which the call"
+            " does not read. Omit one of the two."
         )
     others = [name for name, value in given.items() if value is not None and name not in _OF_STORED]
     if others:

@@ -31,8 +31,10 @@ from ..solvers import SOLVERS, Solution
 from ..storage.digests import Fingerprint, digest
 from .predictions import first_predictions, first_tokens
 from .ranking import Strongest
+from .record import TokenScores
 from .report import InfluenceReport, first_shown
 from .score_store import InMemory, ScoreStore
+from .token_scores import token_scores
 from .uncertainty import LEAST_STATES, Spread, agreement_of
 
 __all__ = ["PRODUCTS", "SCORES", "SolveStage", "influence"]
@@ -65,6 +67,7 @@ def influence(
     keep: int | None = None,
     states: Mapping[int, Mapping[str, Tensor]] | None = None,
     k: int = 10,
+    tokens: bool = False,
     context: CallContext | None = None,
 ) -> InfluenceReport:
     """Scores training examples for a query.
@@ -90,6 +93,7 @@ def influence(
         states: Snapshots by epoch. Scores are the mean over the snapshots and the present weights. Each state has its
             own solve.
         k: How many proponents and opponents the report shows.
+        tokens: Whether the report has the scores of the tokens of these.
         context: The trainer's loggers, step count and process group, for the report.
 
     Raises:
@@ -117,6 +121,33 @@ def influence(
     store = _open_store(call, scores_to, None if partial else spill_to)
     solved = [_solved_at(call, number, store) for number in range(len(call.states))]
     found = _all_scores(call, solved, store, keep if partial else None)
+    report = _report_of(call, solved, found, None if partial else call.scored.classes, k, list(states or {}), context)
+    report.train_tokens = _token_scores(call, solved, report) if tokens else {}
+    report.seconds = time.perf_counter() - begin
+    return report
+
+
+def _report_of(
+    call: _Call,
+    solved: list[SolvedQueries],
+    found: _Scores,
+    labels: Tensor | None,
+    k: int,
+    epochs: list[int],
+    context: CallContext,
+) -> InfluenceReport:
+    """The report of scores, without the time that they took.
+
+    Args:
+        call: The call.
+        solved: The iHVPs at each state.
+        found: The scores.
+        labels: The label of each scored example, ``(n,)``; ``None`` if they are not known.
+        k: How many proponents and opponents the report shows.
+        epochs: The epochs of the snapshots.
+        context: The trainer's loggers, step count and process group.
+    """
+    objective, query, train = call.objective, call.query, call.train
     return InfluenceReport(
         scores=found.scores,
         indices=found.indices,
@@ -128,22 +159,35 @@ def influence(
         k=k,
         dataset=train.dataset,
         queries=first_shown(query, vocabulary=context.vocabulary),
-        labels=None if partial else call.scored.classes,
+        labels=labels,
         predictions=first_predictions(objective, query),
         tokens=first_tokens(objective, query, context.vocabulary),
         settings={
-            **asdict(replace(settings, damping=solved[0].damping)),
-            "snapshots": list(states or {}),
+            **asdict(replace(call.settings, damping=solved[0].damping)),
+            "snapshots": epochs,
             "measures": objective.measures,
             "query_size": len(query),
             "losses": objective.loss.origin,
             "dataset_size": len(train.dataset) if hasattr(train.dataset, "__len__") else None,
         },
-        seconds=time.perf_counter() - begin,
+        seconds=0.0,
         standard_errors=found.standard_errors,
         agreement=found.agreement,
         context=context,
     )
+
+
+def _token_scores(call: _Call, solved: list[SolvedQueries], report: InfluenceReport) -> dict[int, TokenScores]:
+    """The scores of the tokens of the texts that a report shows."""
+    if not all(len(one.ihvps) for one in solved):  # all scores were computed by an earlier call
+        raise ConfigurationError(
+            "tokens=True needs the iHVPs, but the folder of an earlier call has the scores only. Delete it, or omit"
+            " `tokens`."
+        )
+    directions = [(state, one.ihvps) for state, one in zip(call.states, solved, strict=True)]
+    shown = sorted(report.strongest())
+    vocabulary = report.context.vocabulary
+    return token_scores(call.objective, call.scored, len(call.train), shown, directions, vocabulary)
 
 
 class SolveStage(NamedTuple):

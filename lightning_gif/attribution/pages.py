@@ -7,7 +7,7 @@ from functools import partial
 
 from ..reporting.charts import named
 from ..reporting.contents import Table
-from ..reporting.page import Page
+from ..reporting.page import Coloured, Page
 from .display import text
 from .ends import End, ends_of, measured, owner
 from .picture import draw, headline, sums_by_class
@@ -57,4 +57,9 @@ def _rows(record: InfluenceRecord, end: End, query: int) -> Iterator[list[object
     for rank, (index, amount) in enumerate(zip(end.indices[query].tolist(), end.amounts(query), strict=True), 1):
         shown = record.shown(index)
         label = None if shown.label is None else named(shown.label, record.context.class_names)
-        yield [rank, index, label, amount, None if shown.image is not None else shown.text]
+        text: object = None if shown.image is not None else shown.text
+        if index in record.train_tokens:
+            tokens = [(token, scores[query]) for token, scores in record.train_tokens[index]]
+            marked = any(token.startswith(("Ġ", "▁")) for token, _ in tokens)
+            text = Coloured(tokens, "" if marked else " ")
+        yield [rank, index, label, amount, text]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,7 +24,10 @@ from ..storage.schema import restored
 from .ranking import Ranking, strongest
 from .uncertainty import LEVEL, Intervals, check_level, t_quantile
 
-__all__ = ["MOST_QUERIES", "InfluenceRecord"]
+__all__ = ["MOST_QUERIES", "InfluenceRecord", "TokenScores"]
+
+TokenScores: TypeAlias = list[tuple[str, list[float]]]
+"""The tokens of a text, each with its score for each query."""
 
 
 MOST_QUERIES = 8
@@ -85,6 +88,8 @@ class InfluenceRecord:
         tokens: For each of :attr:`queries`, if they are texts of tokens: each token, and the predicted change of the
             loss if its embedding were 0. It is positive if the loss would be higher without the token. Empty if the
             module embeds no tokens, or in the folder of an earlier version.
+        train_tokens: For training texts by dataset index, if the call had ``tokens=True``: each token, and its score
+            for each of the first eight queries. The sum over the tokens is the score of the text, without weight decay.
         examples: Labels and pictures or texts of training examples, by dataset index; filled on demand.
         context: The trainer's loggers, step count and process group, and the names of the classes. Only
             ``global_step`` and ``class_names`` are saved.
@@ -108,6 +113,7 @@ class InfluenceRecord:
     losses: Tensor | None = None
     predictions: Tensor | None = None
     tokens: list[list[tuple[str, float]]] = field(default_factory=list)
+    train_tokens: dict[int, TokenScores] = field(default_factory=dict)
     examples: dict[int, Shown] = field(default_factory=dict)
     context: CallContext = field(default_factory=CallContext)
 
@@ -335,6 +341,7 @@ class InfluenceRecord:
             **({} if self.agreement is None else {"agreement": self.agreement}),
             "global_step": self.context.global_step,
             **({"tokens": self.tokens} if self.tokens else {}),
+            **({"train_tokens": {str(i): one for i, one in self.train_tokens.items()}} if self.train_tokens else {}),
             **({} if self.context.class_names is None else {"class_names": list(self.context.class_names)}),
             "solutions": [solution.record() for solution in self.solutions],
             "looks": {name: {"label": example.label, "text": example.text} for name, example in looks.items()},
@@ -391,6 +398,10 @@ class InfluenceRecord:
             losses=_losses(tensors, indices),
             predictions=_predictions(tensors, len(queries)),
             tokens=restored(list[list[tuple[str, float]]], record.get("tokens", []), "tokens"),
+            train_tokens={
+                int(index): restored(TokenScores, one, f"the tokens of example {index}")
+                for index, one in restored(dict[str, Any], record.get("train_tokens", {}), "train_tokens").items()
+            },
             context=CallContext(
                 global_step=restored(int, record["global_step"], "global_step"),
                 class_names=restored(list[str] | None, record.get("class_names"), "class_names"),

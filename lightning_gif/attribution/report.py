@@ -167,6 +167,31 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
         label = self._labels_by_index() if labels else None
         return table_of(self, label=label, group=None if groups is None else self._by_index(groups))
 
+    def token_scores(self, index: int, query: int = 0) -> list[tuple[str, float]]:
+        """The tokens of a training text, each with the part of the text's score that comes from it.
+
+        Removing the loss of this token from training would change the query's loss by its score, to first order. The
+        sum over all tokens is the score of the text (without the part of ``weight_decay``, if it was given).
+
+        Args:
+            index: The dataset index of one of the strongest proponents or opponents of the query.
+            query: The number of the query, at most 7.
+
+        Raises:
+            ConfigurationError: If the call had no ``tokens=True``, or the example is none of the strongest ones.
+        """
+        self.check_query(query)
+        if index not in self.train_tokens or query >= MOST_QUERIES:
+            known = sorted(self.train_tokens)
+            raise ConfigurationError(
+                "The report has no scores of tokens. Call trainer.influence(batch, tokens=True)."
+                if not known
+                else f"The report has no token scores of example {index} for query {query}. It has those of the k"
+                f" strongest proponents and opponents of the first {MOST_QUERIES} queries: {known[:10]}"
+                f"{' …' if len(known) > 10 else ''}. Pass a larger `k` to trainer.influence."
+            )
+        return [(token, scores[query]) for token, scores in self.train_tokens[index]]
+
     # ----------------------------------------------------------------------------------------------------------------
     # Several fits
     # ----------------------------------------------------------------------------------------------------------------

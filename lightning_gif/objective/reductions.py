@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import ObjectiveError
 
-__all__ = ["BranchError", "OneExample"]
+__all__ = ["BranchError", "OneExample", "terms_of"]
 
 
 _REDUCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
@@ -187,23 +187,50 @@ class OneExample(TorchFunctionMode):
 
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A loss function of PyTorch, reduced over the terms of this example."""
-        bound = _signature(func).bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        reduction = given["reduction"]
-        if given.get("size_average") is not None or given.get("reduce") is not None:
-            reduction = legacy_get_string(given["size_average"], given["reduce"])
-            given["size_average"] = given["reduce"] = None
-        if reduction == "none":
-            return func(*args, **kwargs)
-        given["reduction"] = "none"
-        terms = func(*bound.args, **bound.kwargs)
-        if any(tensor in self._unowned for tensor in _tensors([list(given.values())])):
-            self._unowned[terms] = True
-        total = self._pick(self._rows(terms)).sum()
-        if reduction in ("sum", "batchmean"):
+        terms = terms_of(func, args, kwargs)
+        if terms.reduction == "none":
+            return terms.values
+        if any(tensor in self._unowned for tensor in _tensors([list(terms.arguments.values())])):
+            self._unowned[terms.values] = True
+        total = self._pick(self._rows(terms.values)).sum()
+        if terms.reduction in ("sum", "batchmean"):
             return total
-        return total / self._pick(self._rows(_weights(func, given, terms))).sum()
+        return total / self._pick(self._rows(_weights(func, terms.arguments, terms.values))).sum()
+
+
+class Terms(NamedTuple):
+    """The terms of a loss function of PyTorch.
+
+    Attributes:
+        values: The result without reduction.
+        reduction: The reduction that the function was called with.
+        arguments: The arguments by name.
+    """
+
+    values: Tensor
+    reduction: str
+    arguments: dict[str, Any]
+
+    def reduced(self, func: Any, values: Tensor) -> Tensor:
+        """The result of the function, if its terms were ``values``, in the shape of the terms."""
+        if self.reduction == "none":
+            return values
+        if self.reduction in ("sum", "batchmean"):
+            return values.sum()
+        return values.sum() / _weights(func, self.arguments, self.values).sum()
+
+
+def terms_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms:
+    """The terms of a call of a loss function of PyTorch."""
+    bound = _signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    reduction = given["reduction"]
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        reduction = legacy_get_string(given["size_average"], given["reduce"])
+        given["size_average"] = given["reduce"] = None
+    given["reduction"] = "none"
+    return Terms(func(*bound.args, **bound.kwargs), reduction, dict(given))
 
 
 def _weights(func: Any, given: dict[str, Any], terms: Tensor) -> Tensor:

@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.atomic import replace_file
+from .charts import LOWERS, RAISES
 from .contents import Table
 from .pictures import is_picture, png, words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["HtmlReport", "Page"]
+__all__ = ["Coloured", "HtmlReport", "Page"]
 
 
 _DPI = 110
+
+# How opaque the colour of the largest value of a text is, in hexadecimal digits.
+_OPAQUE = 0xC0
 
 # All rules are for the report alone, because a notebook has other content.
 _STYLE = """
@@ -37,6 +41,7 @@ _STYLE = """
 .lightning-gif th.number, .lightning-gif td.number { text-align: right; }
 .lightning-gif td { overflow-wrap: anywhere; max-width: 36rem; }
 .lightning-gif td img { image-rendering: pixelated; height: 64px; }
+.lightning-gif span.token { border-radius: 3px; padding: 0 1px; white-space: pre-wrap; }
 .lightning-gif pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85em; }
 .lightning-gif summary { cursor: pointer; margin-top: 1.2em; }
 """
@@ -55,6 +60,19 @@ _DOCUMENT = """<!doctype html>
 </body>
 </html>
 """
+
+
+@dataclass(frozen=True)
+class Coloured:
+    """A text in the cell of a table, whose tokens have a colour by a number.
+
+    Attributes:
+        tokens: Each token and its number.
+        separator: What is between two tokens.
+    """
+
+    tokens: Sequence[tuple[str, float]]
+    separator: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,7 +177,21 @@ def _table(heading: str, table: Table) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, Coloured):
+        return _tokens(value)
     return _image("", png(value)) if is_picture(value) else _text(words(value))
+
+
+def _tokens(text: Coloured) -> str:
+    """A text whose tokens have a colour by their values, and show these when a pointer is on them."""
+    largest = max((abs(value) for _, value in text.tokens), default=0.0) or 1.0
+    parts = []
+    for token, value in text.tokens:
+        style = f"background: {RAISES if value > 0 else LOWERS}{round(_OPAQUE * abs(value) / largest):02x}"
+        # Tokenizers mark the beginning of a word by a character of its own, or none.
+        shown = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
+        parts.append(f'<span class="token" style="{style}" title="{value:+.2g}">{_text(shown)}</span>')
+    return text.separator.join(parts)
 
 
 def _text(value: Any) -> str:
