@@ -30,9 +30,9 @@ def measure(options: Namespace) -> None:
     import lightning.pytorch as pl
 
     from lightning_gif.config import Settings
-    from lightning_gif.curvature.memory import bytes_to_keep
     from lightning_gif.curvature.solve import open_curvature
     from lightning_gif.data.examples import Examples
+    from lightning_gif.objective.memory import bytes_to_keep
     from lightning_gif.objective.objective import Objective
 
     train, _ = load(options.data)

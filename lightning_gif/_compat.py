@@ -153,23 +153,49 @@ def attach_model(trainer: Trainer, model: LightningModule, train_dataloaders: An
 
 
 def unsupported_strategy(trainer: Trainer) -> str | None:
-    """Why the trainer's strategy is not supported; ``None`` if it is.
-
-    Under FSDP2 (``ModelParallelStrategy``, tested with gloo) there is not even a first derivative. Hooks of the forward
-    pass replace the parameters that ``functional_call`` passes by gathered ones, and hooks of the backward pass bring
-    gradients to the shards. ``autograd.grad`` therefore finds either of them unused.
-    """
+    """Why the trainer's strategy is not supported, and what to do; ``None`` if it is supported."""
     strategy = trainer.strategy
     name = type(strategy).__name__
+    alone = "use lightning_gif.attach() on a Trainer with devices=1"
     if _is_a(strategy.launcher, "_MultiProcessingLauncher"):
-        return f"{name} trains in child processes, and the statistics gathered there are lost when these end"
-    whole = _is_a(strategy, "SingleDeviceStrategy", "DDPStrategy")
-    if not whole or _is_a(strategy, "DeepSpeedStrategy", "XLAStrategy"):  # which derive from DDPStrategy
         return (
-            f"{name} may split the parameters over the processes, and its hooks allow no derivatives of the loss with"
-            " respect to them"
+            f"{name} trains in child processes, and the statistics gathered there are lost when these end. Use"
+            f" strategy='ddp'. Or train without the callback, save a checkpoint, and {alone}."
         )
-    return None
+    if _is_a(strategy, "ModelParallelStrategy"):
+        size = _tensor_parallel_size(strategy)
+        if size == 1:
+            return None
+        return (
+            f"{name} splits each layer over {size} processes (tensor parallelism). Use"
+            " ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) with the number of processes, and"
+            " `fully_shard` in `configure_model`. Or train without the callback, make a single file of the checkpoint"
+            f" with `python -m lightning.fabric.utilities.consolidate_checkpoint`, and {alone}."
+        )
+    whole = _is_a(strategy, "SingleDeviceStrategy", "DDPStrategy")
+    if whole and not _is_a(strategy, "DeepSpeedStrategy", "XLAStrategy"):  # which derive from DDPStrategy
+        return None
+    checkpoint = "gather the weights in one checkpoint"
+    if _is_a(strategy, "FSDPStrategy"):
+        checkpoint = "save checkpoints with FSDPStrategy(state_dict_type='full')"
+    elif _is_a(strategy, "DeepSpeedStrategy"):
+        checkpoint = (
+            "make a single file of the checkpoint with convert_zero_checkpoint_to_fp32_state_dict of"
+            " lightning.pytorch.utilities.deepspeed"
+        )
+    return (
+        f"{name} may split the parameters over the processes in a way of its own. Use ModelParallelStrategy with"
+        f" `fully_shard` in `configure_model`, which is supported. Or train without the callback, {checkpoint}, and"
+        f" {alone}."
+    )
+
+
+def _tensor_parallel_size(strategy: Any) -> int:
+    """The number of processes that share each layer under ``ModelParallelStrategy``."""
+    if strategy._device_mesh is not None:
+        return int(strategy._device_mesh["tensor_parallel"].size())
+    size = strategy._tensor_parallel_size
+    return int(strategy.num_processes if size == "auto" else size)
 
 
 @contextlib.contextmanager

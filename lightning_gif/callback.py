@@ -314,7 +314,7 @@ class GIFCallback(TrainerCalls, Callback):
                 # The values are equal on all processes, but Lightning warns about each one without sync_dist.
                 several = trainer.world_size > 1
                 pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=several, batch_size=1)
-        self.tracker.take_snapshot(epoch, pl_module)
+        self.tracker.take_snapshot(epoch, pl_module, ProcessGroup.of(trainer))
         every = self.report_every_n_epochs
         if every is not None and (epoch + 1) % every == 0:
             ask = partial(self.influence, self.query, **self.report_options)
@@ -471,9 +471,8 @@ def _check_trainer(trainer: Trainer, callback: GIFCallback) -> None:
     reason = unsupported_strategy(trainer)
     if reason is not None:
         raise ConfigurationError(
-            f"GIFCallback works on one device, or on several under strategy='ddp', but {reason}. Use 'ddp', or"
-            " train without the callback, gather the weights in a checkpoint, and use lightning_gif.attach() on a"
-            " Trainer with devices=1."
+            "GIFCallback works on one device, and on several under strategy='ddp' or under ModelParallelStrategy with"
+            f" FSDP2. But {reason}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import errors
 from ._compat import trainer_of
 from .errors import ConfigurationError, GIFError, RankError
+from .sharding import is_sharded
 
 if TYPE_CHECKING:
     from ._compat import Trainer
@@ -23,6 +24,9 @@ __all__ = ["SINGLE_PROCESS", "ProcessGroup"]
 
 
 T = TypeVar("T")
+
+# The attribute of an error of which the other processes know, or cannot be told.
+_IS_KNOWN = "_gif_is_known_to_all_processes"
 
 
 class ProcessGroup:
@@ -63,9 +67,12 @@ class ProcessGroup:
         return cls(dist.get_rank(), dist.get_world_size(), trainer.num_devices, trainer.strategy.root_device)
 
     @classmethod
-    def of_module(cls, module: nn.Module) -> ProcessGroup:
-        """The processes that hold copies of a module; one process if it has no trainer, or they are not running."""
-        trainer = trainer_of(module)
+    def of_weights(cls, weights: nn.Module | Mapping[str, Tensor]) -> ProcessGroup:
+        """The processes that hold copies or parts of the weights of a module.
+
+        It is one process for a ``state_dict``, and if the module has no trainer, or its processes are not running.
+        """
+        trainer = trainer_of(weights)
         if trainer is None or trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
             return SINGLE_PROCESS
         return cls.of(trainer)
@@ -111,6 +118,14 @@ class ProcessGroup:
         values: list[Any] = [value]
         self._call(dist.broadcast_object_list, values, src=0, device=self._device)
         return values[0]
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor with all its entries, if it is sharded; any other tensor as it is. All processes must call it."""
+        if not is_sharded(tensor):
+            return tensor
+        if self.size > 1:
+            self._synchronise(f"{_caller()}: all parts of {tensor.dtype} {list(tensor.shape)}")
+        return self._call(tensor.detach().full_tensor)  # type: ignore[attr-defined]
 
     def interleave(self, values: Iterable[T]) -> Iterator[T]:
         """One value of each process in turn, until all are exhausted. No value may be ``None``."""
@@ -159,9 +174,11 @@ class ProcessGroup:
             yield
             self._synchronise("end")
         except BaseException as error:
-            if not self._failed:
+            # Another object for the same processes may have told them, inside the block.
+            if not self._failed and not getattr(error, _IS_KNOWN, False):
                 with contextlib.suppress(RankError):
                     self._synchronise("error", error)
+            setattr(error, _IS_KNOWN, True)
             raise
 
     def _synchronise(self, what: str, error: BaseException | None = None) -> None:
@@ -186,31 +203,41 @@ class ProcessGroup:
             self._call(dist.all_gather_object, raised, own)
             if error is None:
                 rank = next(rank for rank, other in enumerate(raised) if other is not None)
-                raise _error_of_rank(rank, *raised[rank])
+                raise _known(_error_of_rank(rank, *raised[rank]))
         elif most != -least:  # the maximum and the minimum of the marks
             self._failed = True
-            raise RankError(
-                f"The processes are out of step: rank {self.rank} is at {what!r}, and another one is not. Make the same"
-                " calls with the same arguments on all processes. Functions that you pass in (a strategy, a selector, a"
-                " predicate) must not depend on the rank, on time or on chance."
+            raise _known(
+                RankError(
+                    f"The processes are out of step: rank {self.rank} is at {what!r}, and another one is not. Make the"
+                    " same calls with the same arguments on all processes. Functions that you pass in (a strategy, a"
+                    " selector, a predicate) must not depend on the rank, on time or on chance."
+                )
             )
 
-    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def _call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Calls a collective of ``torch.distributed``.
 
         Raises:
             RankError: If it fails. (All backends then raise a ``RuntimeError``.)
         """
         try:
-            function(*args, **kwargs)
+            return function(*args, **kwargs)
         except RuntimeError as error:
             self._failed = True
             lines = str(error).splitlines() or [type(error).__name__]
-            raise RankError(
-                f"Rank {self.rank} cannot reach the other processes: one has ended, or did not answer within the time"
-                f" limit of the process group ({lines[0][:200]}). No weight was changed. See the last output of the"
-                " other processes, and start again."
+            raise _known(
+                RankError(
+                    f"Rank {self.rank} cannot reach the other processes: one has ended, or did not answer within the"
+                    f" time limit of the process group ({lines[0][:200]}). No weight was changed. See the last output"
+                    " of the other processes, and start again."
+                )
             ) from error
+
+
+def _known(error: GIFError) -> GIFError:
+    """Marks an error of which the other processes know, or cannot be told."""
+    setattr(error, _IS_KNOWN, True)
+    return error
 
 
 def _caller() -> str:

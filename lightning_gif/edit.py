@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .distributed import ProcessGroup
 from .errors import EditError, NonFiniteError
 from .parameters import ParameterSpace, Targets, Weights, tensors_of
+from .sharding import is_sharded, local, part_of
 from .storage.digests import digest
 
 __all__ = ["Edit"]
@@ -163,7 +165,7 @@ class Edit:
         tensors = tensors_of(module)
         if not self.shapes.keys() <= tensors.keys():
             return None
-        present = digest({name: tensors[name] for name in self.indices})
+        present = digest(self._present(module))
         return present == self.digest_after if present in (self.digest_before, self.digest_after) else None
 
     def tensors(self, module: Weights, *, edited: bool) -> dict[str, Tensor]:
@@ -177,7 +179,12 @@ class Edit:
             EditError: If the module does not have the edited parameters.
         """
         self.check_fits(module)
-        return self._with_values(tensors_of(module), self.new if edited else self.old)
+        return self._with_values(self._present(module), self.new if edited else self.old)
+
+    def _present(self, module: Weights) -> dict[str, Tensor]:
+        """The tensors that the edit changes, by name; with all their entries, if they are sharded."""
+        tensors, processes = tensors_of(module), ProcessGroup.of_weights(module)
+        return {name: processes.whole(tensors[name].detach()) for name in self.indices}
 
     def _with_values(self, tensors: Mapping[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
         wanted = {}
@@ -207,8 +214,7 @@ class Edit:
 
     def _swap(self, module: Weights, values: dict[str, Tensor], expected: str, result: str, verb: str) -> None:
         self.check_fits(module)
-        tensors = tensors_of(module)
-        present = {name: tensors[name].detach() for name in self.indices}
+        present = self._present(module)
         actual = digest(present)
         if actual == result != expected:
             state = "the edit is in the weights already" if verb == "apply" else "the edit is not in the weights"
@@ -224,5 +230,9 @@ class Edit:
                 f"Cannot {verb} the edit: its indices or values were changed, so they do not give the weights whose"
                 " digest it recorded. Nothing was changed. Load the edit again from its file."
             )
+        held = {name: tensor.detach() for name, tensor in tensors_of(module).items() if name in wanted}
+        if any(map(is_sharded, held.values())):  # no process writes its part before all have passed the checks
+            ProcessGroup.of_weights(module).gather(None)
+        parts = [part_of(wanted[name], like) for name, like in held.items()]
         # One call, which Ctrl-C cannot interrupt: so either all of the edit is in the weights, or nothing.
-        torch._foreach_copy_(list(present.values()), list(wanted.values()))
+        torch._foreach_copy_([local(tensor) for tensor in held.values()], parts)

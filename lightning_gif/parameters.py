@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ._moved import forward
+from .distributed import ProcessGroup
 from .errors import ConfigurationError, SelectionError
 from .registry import nearest
+from .sharding import reshard
 from .storage.digests import digest
 
 __all__ = ["ParameterSpace", "Targets", "Weights", "match_names", "state_digest", "tensors_of", "weights_digest"]
@@ -192,20 +194,24 @@ def match_names(names: Iterable[str], patterns: Sequence[str], *, what: str = "t
 
 
 def weights_digest(weights: Weights) -> str:
-    """SHA-256 of the parameters and persistent buffers of a module, which are the tensors of its ``state_dict``."""
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    return digest({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    """SHA-256 of the parameters and persistent buffers of a module, which are the tensors of its ``state_dict``.
+
+    If parameters are sharded, all processes must call it. They are gathered one after the other.
+    """
+    state = reshard(weights).state_dict() if isinstance(weights, nn.Module) else weights
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return digest(tensors, whole=ProcessGroup.of_weights(weights).whole)
 
 
 def state_digest(module: nn.Module) -> str:
     """SHA-256 of all parameters and buffers, including non-persistent buffers, which are not in the ``state_dict``."""
-    return digest(tensors_of(module))
+    return digest(tensors_of(module), whole=ProcessGroup.of_weights(module).whole)
 
 
 def tensors_of(weights: Weights) -> dict[str, Tensor]:
-    """All parameters and buffers of a module, or all tensors of a ``state_dict``, by name."""
+    """All parameters and buffers of a module, or all tensors of a ``state_dict``, by name. They may be sharded."""
     if isinstance(weights, nn.Module):
-        return {**dict(weights.named_parameters()), **dict(weights.named_buffers())}
+        return {**dict(reshard(weights).named_parameters()), **dict(weights.named_buffers())}
     return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
 
 

@@ -1,4 +1,7 @@
-"""The script of each process of ``tests/test_ddp.py``. Lightning starts its copies, as those of a user's script."""
+"""The script of each process of ``tests/test_ddp.py`` and ``tests/test_fsdp.py``.
+
+Lightning starts its copies, as those of a user's script.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,25 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_gif import GIFCallback, UnlearnReport, verify
 from lightning_gif.attribution import gradient_store
+from lightning_gif.distributed import ProcessGroup
 from lightning_gif.errors import GIFError
+from lightning_gif.objective import memory
+from lightning_gif.parameters import tensors_of
+from lightning_gif.sharding import is_sharded, local, reshard
 from lightning_gif.storage.audit_log import read
 from tests.conftest import Classifier, batch_of, blobs, make_trainer
 
 warnings.filterwarnings("ignore")
+
+STRATEGY = "ddp"  # or "fsdp2", for several processes
 
 N, CLASSES = 52, 3  # as many for each process, so that training repeats none; parts are no multiples of a batch
 
@@ -39,13 +48,35 @@ def points(n: int = 48, seed: int = 0) -> TensorDataset:
     return TensorDataset(x.double(), y)
 
 
-def trained(normal: bool = False) -> Classifier:
-    """Weights that fit the data roughly, the same in every process. Fits do not change them."""
+class Sharded(Classifier):
+    """A classifier whose parameters are sharded, if its strategy has a device mesh."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is None or hasattr(self.net, "reshard"):  # on one device, or sharded before
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = self.device_mesh["data_parallel"]
+        for layer in (self.net[0], self.net):  # the second one has what is left
+            fully_shard(layer, mesh=mesh)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), self.lr) if self.lr else super().configure_optimizers()
+
+
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers, whole."""
+    wholes = {name: ProcessGroup().whole(value.detach()) for name, value in tensors_of(module).items()}
+    return {name: value.clone() for name, value in wholes.items()}
+
+
+def trained(normal: bool = False, lr: float = 0.0) -> Sharded:
+    """Weights that fit the data roughly, the same in every process. Fits do not change them, unless ``lr`` is given."""
     torch.manual_seed(1)
     net = nn.Sequential(
         nn.Linear(6, 12), nn.BatchNorm1d(12) if normal else nn.Tanh(), nn.Tanh(), nn.Linear(12, CLASSES)
     )
-    module = Classifier(net, lr=0.0).double()
+    module = Sharded(net, lr=lr).double()
     x, y = points(N).tensors
     optimizer = torch.optim.Adam(module.parameters(), 0.05)
     for _ in range(8):  # stops before the remaining gradient is only rounding
@@ -57,7 +88,12 @@ def trained(normal: bool = False) -> Classifier:
 
 def trainer_of(world: int, **options: Any) -> pl.Trainer:
     callback = GIFCallback(**{"ratio": 0.4, "unconverged": "ignore", "double": True, "batch_size": 8, **options})
-    strategy = "auto" if world == 1 else DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=180))
+    group: dict[str, Any] = {"process_group_backend": "gloo", "timeout": timedelta(seconds=180)}
+    strategy: Any = "auto"
+    if world > 1 and STRATEGY == "ddp":
+        strategy = DDPStrategy(**group)
+    elif world > 1:
+        strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, **group)
     return make_trainer(callback, max_epochs=1, devices=world, strategy=strategy, use_distributed_sampler=False)
 
 
@@ -77,6 +113,105 @@ def after_fit(world: int, dataset: TensorDataset, **options: Any) -> tuple[pl.Tr
         warning for warning in told if "gif_" in str(warning.message)
     ]  # for values that differ between processes
     return trainer, module
+
+
+def learned(world: int, *callbacks: pl.Callback, **options: Any) -> tuple[pl.Trainer, Sharded]:
+    """A trainer after three epochs of Adam, whose steps see the same examples for each number of processes."""
+    module, trainer = trained(lr=0.01), trainer_of(world, cache_steps=None, snapshots=2, **options)
+    trainer.fit_loop.max_epochs = 3
+    if callbacks:
+        trainer.callbacks[:] = callbacks
+    sampler = None
+    if world > 1:
+        sampler = DistributedSampler(points(N), world, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
+    trainer.fit(module, DataLoader(points(N), 12 // world, sampler=sampler), DataLoader(points(40, seed=5), 16))
+    return trainer, module
+
+
+def seen(trainer: pl.Trainer) -> dict[str, Any]:
+    """What the callback gathered in a fit."""
+    callback = trainer.callbacks[0]
+    assert isinstance(callback, GIFCallback)
+    assert callback.tracker.active
+    found: dict[str, Any] = {f"length of {name}": value for name, value in callback.tracker.length.lengths.items()}
+    for epoch, state in callback.tracker.snapshots.kept.items():
+        found |= {f"epoch {epoch}: {name}": value for name, value in state.items()}
+    gradients = callback.gradients.whole(ProcessGroup.of(trainer)).state()
+    found |= {f"squares of {name}": value for name, value in gradients["squares"].items()}
+    found |= {f"steps of {name}": value for name, value in gradients["steps"].items()}
+    for kind, layers in callback.neurons.state().items():
+        found |= {f"{kind} of {name}": value.double() for name, value in layers.items()}
+    assert callback.targets is not None
+    found |= {f"targets of {name}": entries for name, entries in callback.targets.items()}
+    return {name: torch.as_tensor(value) for name, value in found.items()}
+
+
+QUERY = batch_of(points(60, seed=7), range(3))
+
+
+def answers(trainer: pl.Trainer, folder: Path) -> dict[str, Tensor]:
+    """Scores that must be the same on several processes with sharded parameters as on one device."""
+    store = trainer.store_gradients(folder / f"store of {trainer.world_size}")
+    # More iterations, or less damping, amplify rounding.
+    options = {"per_example": True, "snapshots": False, "max_iter": 8, "damping": 0.05}
+    return {
+        "influence": trainer.influence(QUERY, **options).scores,
+        "on targets": trainer.influence(QUERY, method="gif", targets="cached", **options).scores,
+        "self": trainer.self_influence(snapshots=False).scores,
+        "from the store": trainer.influence(QUERY, per_example=True, store=store.folder).scores,
+    }
+
+
+def sharded(world: int, folder: Path) -> dict[str, Any]:
+    """A fit with sharded parameters, scores, an edit, its record, and a checkpoint, to compare with one device."""
+    found: dict[str, Any] = {}
+    # A report in each epoch, which gathers the parameters, leaves training the same bit for bit.
+    reports = {"report_every_n_epochs": 1, "query": QUERY, "report_options": {"max_iter": 2}}
+    trainer, module = learned(world, **reports)
+    _, plain = learned(world, pl.callbacks.Timer())
+    parts = zip(reshard(module).named_parameters(), reshard(plain).named_parameters(), strict=True)
+    found["same training"] = all(torch.equal(local(one), local(other)) for (_, one), (_, other) in parts)
+    found["sharded"] = all(map(is_sharded, module.parameters()))
+    found["reports"] = len({epoch for epoch, *_ in trainer.callbacks[0].reports.history})
+    found["seen"] = seen(trainer)
+
+    trainer.validate(module, DataLoader(points(40, seed=5), 16), verbose=False)
+    found["whole after validation"] = not all(map(is_sharded, module.parameters()))  # what FSDP2 does by itself
+    trainer.save_checkpoint(folder / "trained")
+    found["answers"] = answers(trainer, folder)
+
+    before = held(module)
+    free, always = memory.free_memory, memory.ALWAYS_IN_MEMORY
+    memory.free_memory, memory.ALWAYS_IN_MEMORY = lambda device: 2**11, 0
+    found["no memory"] = told(lambda: trainer.influence(QUERY))
+    memory.free_memory, memory.ALWAYS_IN_MEMORY = free, always
+
+    edit = trainer.unlearn([3, 17, 30], record=folder / "record")
+    if trainer.is_global_zero:
+        print(edit)  # one process may print a report
+        edit.log([CSVLogger(folder / "logs")])
+    edit.save(folder / "edit.safetensors")
+    found["edited"] = held(module)
+    found["in the weights"] = edit.edit.is_in(module)
+    module.eval()
+    with torch.no_grad():
+        found["logits"] = module(QUERY[0])  # by FSDP2, which gathers the edited parts
+    trainer.save_checkpoint(folder / "edited")
+    edit.undo()
+    found["undone"] = all(torch.equal(value, before[name]) for name, value in held(module).items())
+    UnlearnReport.load(folder / "edit.safetensors", module).apply(record=folder / "record")
+    found["applied"] = all(torch.equal(value, found["edited"][name]) for name, value in held(module).items())
+    found["verified"] = verify(folder / "record", edits=folder / "edit.safetensors", module=module).ok
+    with torch.no_grad():
+        local(next(module.parameters())).add_(1.0)
+    found["no undo"] = told(edit.undo)
+
+    # The state of the callback is in the checkpoint, also of one that is sharded.
+    other = trainer_of(world, snapshots=2)
+    other.validate(trained(), DataLoader(points(40, seed=5), 16), ckpt_path=folder / "trained", verbose=False)
+    targets, loaded = trainer.callbacks[0].targets, other.callbacks[0].targets
+    found["restored"] = all(torch.equal(targets[name], loaded[name]) for name in targets)
+    return found
 
 
 def results(world: int, folder: Path) -> dict[str, Any]:
@@ -130,8 +265,7 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     snapshots = trainer.callbacks[0].tracker.snapshots
     kept_before = dict(snapshots.kept), snapshots.last, snapshots.count
     snapshots.kept = {
-        epoch: {name: factor * value.detach() for name, value in module.state_dict().items()}
-        for epoch, factor in enumerate((0.8, 0.9))
+        epoch: {name: factor * value for name, value in held(module).items()} for epoch, factor in enumerate((0.8, 0.9))
     }
     snapshots.last, snapshots.count = 2, 2
     places: dict[str, dict[str, Any]] = {
@@ -151,16 +285,16 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     snapshots.kept, snapshots.last, snapshots.count = kept_before
 
     def edit(name: str, *args: Any, **options: Any) -> None:
-        before = {key: value.clone() for key, value in module.state_dict().items()}
+        before = held(module)
         report = trainer.unlearn(*args, **options)
         assert "solves_to" not in options or any("Solves recalled from" in note for note in report.notes), name
-        for key, value in module.state_dict().items():
+        for key, value in held(module).items():
             found[f"edit {name}: {key}"] = value.double() - before[key].double()
         found[f"losses {name}"] = torch.tensor(
             [*report.step_sizes, report.forget.after, report.retain.after, *(trial.risk for trial in report.trials)]
         ).double()
         report.undo()
-        assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items()), name
+        assert all(torch.equal(value, before[key]) for key, value in held(module).items()), name
 
     edit("natural", [3, 17], step="natural", solver="dense")
     edit("one", batch_of(data, [5]), step="search", solver="dense")
@@ -193,7 +327,8 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     assert isinstance(callback, GIFCallback)
     for kind, layers in callback.neurons.state().items():
         found |= {f"{kind} of {name}": value.double() for name, value in layers.items()}
-    found |= {f"squares of {name}": value for name, value in callback.gradients.state()["squares"].items()}
+    gradients = callback.gradients.whole(ProcessGroup.of(trainer))
+    found |= {f"squares of {name}": value for name, value in gradients.state()["squares"].items()}
     assert callback.targets is not None
     found |= {f"targets of {name}": entries for name, entries in callback.targets.items()}
     trainer.save_checkpoint(folder / f"{world}.ckpt")
@@ -251,7 +386,7 @@ def failures(world: int, folder: Path) -> dict[str, Any]:
     dataset = Breaking(missing)
     trainer, module = after_fit(world, dataset)  # type: ignore[arg-type]
     rank, query = trainer.global_rank, batch_of(points(), range(3))
-    before = {name: value.clone() for name, value in module.state_dict().items()}
+    before = held(module)
     found: dict[str, Any] = {}
     whole = trainer.influence(query).scores
     for reading in (4, 20, 35):  # comparing the data, and the passes
@@ -287,12 +422,13 @@ def failures(world: int, folder: Path) -> dict[str, Any]:
         return problem.evaluate(1.0)
 
     found["out of step"] = told(lambda: trainer.unlearn([3], step=differently))
-    with torch.no_grad():
-        module.net[0].weight += rank
-    found["other weights"] = told(lambda: trainer.influence(query))
-    module.load_state_dict(before)
+    if STRATEGY == "ddp":  # processes that hold parts cannot have other weights
+        with torch.no_grad():
+            module.net[0].weight += rank
+        found["other weights"] = told(lambda: trainer.influence(query))
+        module.load_state_dict(before)
     found["same scores afterwards"] = bool(torch.equal(whole, trainer.influence(query).scores))
-    found["same weights afterwards"] = all(torch.equal(before[name], v) for name, v in module.state_dict().items())
+    found["same weights afterwards"] = all(torch.equal(before[name], v) for name, v in held(module).items())
     return found
 
 
@@ -373,9 +509,10 @@ def death(world: int, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    world, folder, stories = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    world, folder, STRATEGY, stories = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
     known = {
         "results": results,
+        "sharded": sharded,
         "failures": failures,
         "unreadable": unreadable,
         "logged": logged,

@@ -39,13 +39,13 @@ class Launched(NamedTuple):
         return [self.answer(story, rank) for rank in range(self.world)]
 
 
-def launch(world: int, folder: Path, *stories: str) -> Launched:
+def launch(world: int, folder: Path, *stories: str, strategy: str = "ddp") -> Launched:
     """Runs scenarios, one after the other, in a number of processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, str(WORKER), str(world), str(folder), *stories],
+        [sys.executable, str(WORKER), str(world), str(folder), strategy, *stories],
         capture_output=True,
         text=True,
         check=False,

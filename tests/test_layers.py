@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_gif"
 
 # The layers from the bottom up. A module may import from its own layer and from lower ones.
 FLOORS = (
-    *("_version", "_moved", "_lazy", "_compat", "errors", "mixin", "registry"),
+    *("_version", "_moved", "_lazy", "_compat", "errors", "mixin", "registry", "sharding"),
     *("storage", "distributed", "config", "signatures", "parameters", "solvers", "data", "edit", "selection"),
     *("reporting", "metrics", "objective", "curvature", "defaults", "attribution", "fits", "session", "unlearning"),
     *("inspection", "reports", "calls", "callback", "verification", "cli", "__init__", "__main__"),

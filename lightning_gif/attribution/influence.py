@@ -16,13 +16,13 @@ from ..config import Settings
 from ..curvature.by_solver import inverse_for_queries
 from ..curvature.energy import gradient_share
 from ..curvature.inverse import InverseCurvature
-from ..curvature.memory import is_large
 from ..curvature.methods import METHODS
 from ..curvature.sampling import sample_size
 from ..data.batch import Batch
 from ..data.examples import Examples
 from ..data.identity import data_digest, fingerprints
 from ..errors import ConfigurationError, GIFWarning, NonFiniteError
+from ..objective.memory import is_large
 from ..objective.objective import Objective
 from ..objective.shadow import ModelState
 from ..parameters import Targets, state_digest

@@ -15,6 +15,7 @@ from ..config import Settings
 from ..data.batch import Batch
 from ..data.examples import Examples
 from ..errors import ConfigurationError
+from ..objective.memory import bytes_to_keep, check_fits
 from ..objective.objective import Objective
 from ..solvers import (
     SOLVERS,
@@ -30,7 +31,6 @@ from ..solvers.power_iteration import largest_eigenvalue
 from ..solvers.vectors import norms
 from .inverse import INVERSES, InverseCurvature
 from .layer_products import layer_products, saves_time
-from .memory import bytes_to_keep, check_fits
 from .methods import Method
 from .products import CURVATURES, Linearise, jacobian_products
 from .sampling import kept_sample

@@ -10,10 +10,10 @@ from torch import Tensor
 from ..config import Settings
 from ..data.examples import Examples
 from ..errors import ConfigurationError
+from ..objective.memory import bytes_to_keep
 from ..objective.objective import Objective
 from ..objective.outputs import features, predictions
 from ..registry import Registry
-from .memory import bytes_to_keep
 
 __all__ = ["CURVATURE_EXAMPLES", "SAMPLERS", "Sampler", "curvature_sample", "kept_sample", "sample_size"]
 

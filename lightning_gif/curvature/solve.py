@@ -13,10 +13,10 @@ from .._compat import rank_zero_warn
 from ..config import AUTO, Settings
 from ..data.examples import Examples
 from ..errors import ConfigurationError, ConvergenceError, ConvergenceWarning
+from ..objective.memory import bytes_to_keep
 from ..objective.objective import Objective
 from ..solvers import SOLVERS, LinearOperator, Solution, Status, lsmr, require_finite, spectrum, truncated_newton
 from ..solvers.vectors import norms
-from .memory import bytes_to_keep
 from .products import CURVATURES, Linearise, Losses
 from .streaming import Curvature
 

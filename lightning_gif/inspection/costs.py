@@ -27,7 +27,6 @@ from ..curvature.by_solver import (
 )
 from ..curvature.corrected import ITERATIONS, CorrectedEKFAC
 from ..curvature.ekfac import EKFACInverse, eigenvectors
-from ..curvature.memory import bytes_to_keep
 from ..curvature.methods import METHODS
 from ..curvature.products import CURVATURES, Linearise
 from ..curvature.sampling import sample_size
@@ -36,6 +35,7 @@ from ..curvature.streaming import graph_bytes
 from ..data.batch import Batch
 from ..data.examples import Examples
 from ..objective.autograd import gradient_of
+from ..objective.memory import bytes_to_keep
 from ..objective.objective import Objective
 from ..solvers import SOLVERS, low_rank
 from ..unlearning.goals import Goal

@@ -20,7 +20,7 @@ from ..mixin import LossOfModule, overrides
 from ..parameters import ParameterSpace
 from ..storage.digests import digest
 from ..storage.interrupts import uninterrupted
-from . import isolation
+from . import gathering, isolation
 from .isolation import Isolation
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ class Shadow:
         space = ParameterSpace(module)
         first = next(parameter for parameter in module.parameters() if parameter.requires_grad)
         dtype = torch.promote_types(first.dtype, torch.float64 if double else torch.float32)
-        with isolation.isolated(trainer, module, device, dtype, processes) as inside:
+        opened = isolation.isolated(trainer, module, device, dtype, processes)
+        with gathering.gathered(module, device, processes, dtype), opened as inside:
             theta = space.flatten(module, dtype)
             common = _common_buffers(module, processes)
             yield cls(

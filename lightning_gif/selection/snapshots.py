@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AUTO, check_count
+from ..distributed import SINGLE_PROCESS, ProcessGroup
+from ..sharding import reshard
 
 __all__ = ["Snapshots"]
 
@@ -51,8 +53,14 @@ class Snapshots:
         """The argument of the constructor."""
         return "auto" if self.is_automatic else self.count
 
-    def add(self, epoch: int, module: nn.Module) -> None:
-        """Adds the state at the end of an epoch, if it is far enough from the one before."""
+    def add(self, epoch: int, module: nn.Module, processes: ProcessGroup = SINGLE_PROCESS) -> None:
+        """Adds the state at the end of an epoch, if it is far enough from the one before.
+
+        Args:
+            epoch: The epoch.
+            module: The module.
+            processes: The processes that hold parts of its parameters, if these are sharded. All must call it.
+        """
         values, most = _values(module), max(2 * self.count, _LEAST_KEPT)
         if not self.count or (self.is_automatic and most * sum(map(_nbytes, values.values())) > _AUTOMATIC_BYTES):
             return
@@ -64,7 +72,8 @@ class Snapshots:
         self.kept = {past: self.kept[past] for past in epochs}
         # With this factor, the states from a third of the epochs on are no more than may be kept.
         if not epochs or epoch + 1 >= 3 ** (1 / (most - 1.5)) * (epochs[-1] + 1):
-            self.kept[epoch] = {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
+            wholes = ((name, processes.whole(value)) for name, value in values.items())
+            self.kept[epoch] = {name: value.detach().to("cpu", copy=True) for name, value in wholes}
 
     def chosen(self) -> dict[int, dict[str, Tensor]]:
         """At most ``count`` states by epoch, evenly spread. Not the last epoch: its weights are the current ones."""
@@ -94,4 +103,4 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 def _values(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {**dict(reshard(module).named_parameters()), **dict(module.named_buffers())}

@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 from ..distributed import ProcessGroup
+from ..sharding import is_sharded, local, part_of
 
 __all__ = ["GradientStatistics", "NeuronStatistics", "n_neurons", "neuron_layers", "own_parameter"]
 
@@ -402,8 +403,9 @@ class GradientStatistics:
     """Mean squares of each parameter's gradient over optimizer steps: ``O(parameters)`` memory.
 
     Attributes:
-        squares: The sum of squared gradients by parameter name, in the parameter's shape.
-        steps: The number of optimizer steps in this sum, by parameter name.
+        squares: The sum of squared gradients by parameter name, in the parameter's shape; sharded like the parameter.
+        steps: The number of optimizer steps in this sum, by parameter name; for sharded parameters in the part of this
+            process.
     """
 
     def __init__(self) -> None:
@@ -418,10 +420,22 @@ class GradientStatistics:
         self.squares, self.steps = {}, {}
 
     def add(self, gradients: Iterable[tuple[str, Tensor | None]]) -> None:
-        """Adds the gradient of each named parameter. Skips missing, sparse, complex and non-finite gradients."""
+        """Adds the gradient of each named parameter. Skips missing, sparse, complex and non-finite gradients.
+
+        Of a sharded gradient, each process skips its own part if that is not finite, since they do not communicate.
+        """
         with torch.no_grad():
+            gradients = list(gradients)
+            for name, gradient in gradients:  # a sum for each, so that all processes have sums of the same parameters
+                held = self.squares.get(name)
+                if gradient is None or not is_sharded(gradient) or (held is not None and is_sharded(held)):
+                    continue
+                squares = torch.zeros_like(gradient, dtype=torch.float32)
+                if held is not None:  # from a checkpoint
+                    local(squares).copy_(part_of(held.to(gradient.device), gradient))
+                self.squares[name], self.steps[name] = squares, self.steps.get(name, 0)
             added = {
-                name: gradient.float()
+                name: local(gradient).float()
                 for name, gradient in gradients
                 if not (gradient is None or gradient.is_sparse or gradient.is_complex())
             }
@@ -437,7 +451,7 @@ class GradientStatistics:
             old = [name for name in kept if name in self.squares]
             if old:
                 values = [kept[name] for name in old]
-                torch._foreach_addcmul_([self.squares[name] for name in old], values, values)
+                torch._foreach_addcmul_([local(self.squares[name]) for name in old], values, values)
             self.squares |= {name: values.square() for name, values in kept.items() if name not in self.squares}
             for name in kept:
                 self.steps[name] = self.steps.get(name, 0) + 1
@@ -452,6 +466,22 @@ class GradientStatistics:
             for name, count in steps.items():
                 counts[name] = counts.get(name, 0) + count
         self.steps = counts
+
+    def whole(self, processes: ProcessGroup) -> GradientStatistics:
+        """The same statistics with whole tensors on the CPU, if parameters are sharded. All processes must call it."""
+        if not any(map(is_sharded, self.squares.values())):
+            return self
+        found = GradientStatistics()
+        for steps in processes.gather(self.steps):
+            found.steps |= {name: max(count, found.steps.get(name, 0)) for name, count in steps.items()}
+        for name, squares in self.squares.items():
+            if not found.steps[name]:
+                del found.steps[name]
+                continue
+            # Parts may have been added up over fewer steps. Their mean squares stay the same.
+            share = found.steps[name] / max(self.steps[name], 1)
+            found.squares[name] = processes.whole(squares if share == 1 else squares * share).cpu()
+        return found
 
     def root_mean_square(self, name: str) -> Tensor | None:
         """The root mean square of each entry of a parameter's gradient; ``None`` if no gradient was added."""

@@ -18,6 +18,7 @@ from ..data.targets import class_targets
 from ..distributed import ProcessGroup
 from ..errors import BatchError, GIFWarning, RankError, SelectionError
 from ..parameters import Targets
+from ..sharding import has_shards, reshard
 from .selectors import energy_of, ranks_neurons, select
 from .snapshots import Snapshots
 from .statistics import GradientStatistics, NeuronStatistics
@@ -184,7 +185,7 @@ class TrainingTracker:
         with self.guard("reading the gradients"):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             if any(id(parameter) not in self._names for parameter in parameters):
-                named = {id(parameter): name for name, parameter in module.named_parameters()}
+                named = {id(parameter): name for name, parameter in reshard(module).named_parameters()}
                 self._names |= {id(parameter): (named.get(id(parameter)), parameter) for parameter in parameters}
             names = [self._names[id(parameter)][0] for parameter in parameters]
             pairs = zip(names, parameters, strict=True)
@@ -213,13 +214,15 @@ class TrainingTracker:
             Whether there are new targets now; the same on all processes.
         """
         self._within_epoch = False
+        self._waiting = None
+        waits = may_wait and processes.size == 1 and self._may_wait(module)
+        if not waits:
+            self.sum_over(processes)
         with self.guard("reading the state of the optimizer"):
             self.length.close(module)
-        self._waiting = None
-        if may_wait and processes.size == 1 and self._may_wait(module):
+        if waits:
             self._waiting = _Waiting(module, epoch)
             return False
-        self.sum_over(processes)
         if not self._all_active(processes):
             return False
         # All layers that have hooks ran as compiled code.
@@ -227,7 +230,7 @@ class TrainingTracker:
         if self.ranks_on_demand and ranks_neurons(self.selection.selector):
             self.targets = self.targets_epoch = None
             return False
-        with self.guard("picking the target parameters"):
+        with self.guard("picking the target parameters"), processes.propagate_errors():
             self.pick(module, f"at the end of epoch {epoch}")
         if not self._all_active(processes) or self.targets is None:
             return False
@@ -239,11 +242,12 @@ class TrainingTracker:
             return False
         return sum(parameter.numel() for parameter in module.parameters()) <= _MAY_WAIT
 
-    def take_snapshot(self, epoch: int, module: nn.Module) -> None:
+    def take_snapshot(self, epoch: int, module: nn.Module, processes: ProcessGroup) -> None:
         """Passes the weights at the end of an epoch to :attr:`snapshots`, which keep them or not."""
-        with self.guard("taking a snapshot of the weights"):
-            if self.active:
-                self.snapshots.add(epoch, module)
+        if not self._all_active(processes):
+            return
+        with self.guard("taking a snapshot of the weights"), processes.propagate_errors():
+            self.snapshots.add(epoch, module, processes)
 
     def end_fit(self, module: nn.Module) -> None:
         """Ends a fit."""
@@ -328,7 +332,8 @@ class TrainingTracker:
     def sum_over(self, processes: ProcessGroup) -> None:
         """Replaces the statistics of neurons by their sums over all processes, unless this has been done.
 
-        The statistics of gradients are the same on all processes already, since DDP averages gradients.
+        The statistics of gradients are the same on all processes already, since DDP averages gradients. Those of
+        sharded parameters stay in parts, see :meth:`~.statistics.GradientStatistics.whole`.
         """
         if self._local:
             with self.guard("summing the statistics of batches"):
@@ -336,6 +341,10 @@ class TrainingTracker:
             self._all_active(processes)
             self.neurons.sum_over(processes)
             self._local = False
+        if self.module is not None and has_shards(self.module):
+            with self.guard("reading the state of the optimizer"):
+                self.length.read(self.module)
+            self.length.sum_over(processes)
 
     def select(
         self,
@@ -367,7 +376,7 @@ class TrainingTracker:
             selection.ratio,
             allowed=list(allowed),
             neurons=self.neurons if neurons is None else neurons,
-            gradients=self.gradients if gradients is None else gradients,
+            gradients=self.gradients.whole(ProcessGroup.of_weights(module)) if gradients is None else gradients,
             classes=classes,
             seed=selection.seed,
             energies=energies,
@@ -417,13 +426,13 @@ class TrainingTracker:
             what: What the block does, for the warning.
 
         Raises:
-            RankError: If the block raises it. Then a process is out of step or has ended, and going on would block.
+            RankError: If a process is out of step or has ended, and going on would block.
         """
         try:
             yield
-        except RankError:
-            raise
         except Exception as error:
+            if isinstance(error, RankError) and error.raised_elsewhere is None:
+                raise
             first = self.active
             self._stop()
             if not first:
@@ -472,7 +481,7 @@ class TrainingTracker:
             "state_key": key,
             "targets": None if self.targets is None else dict(self.targets),
             "neurons": self.neurons.state(),
-            "gradients": self.gradients.state(),
+            "gradients": self.gradients.whole(processes).state(),
             "snapshots": self.snapshots.state(),
             "length": self.length.state(),
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
+from ..distributed import ProcessGroup
 from ..parameters import ParameterSpace
+from ..sharding import is_sharded, local, reshard
 
 __all__ = ["TrainingLength"]
 
@@ -53,6 +55,7 @@ class TrainingLength:
         self.unknown: set[str] = set()
         self._rates: dict[int, tuple[Optimizer, list[float]]] = {}  # sums of learning rates since the last `close`
         self._started: float | None = None
+        self._sums: dict[str, float] = {}  # of the sharded second moments by parameter name, over all processes
 
     def __bool__(self) -> bool:
         return bool(self.lengths)
@@ -78,21 +81,48 @@ class TrainingLength:
         for number, group in enumerate(groups):
             rates[number] += float(group.get("lr", 0.0))
 
+    def read(self, module: nn.Module) -> None:
+        """Sums the sharded second moments of this process. :meth:`sum_over` adds those of the other processes."""
+        self._sums = {}
+        for optimizer, group, _, named in self._groups(module):
+            for name, parameter in named:
+                moment, _ = _second_moment(optimizer.state.get(parameter, {}), group)
+                if moment is not None and is_sharded(moment):
+                    self._sums[name] = float(local(moment).sum(dtype=torch.float64))
+
+    def sum_over(self, processes: ProcessGroup) -> None:
+        """Adds the sums of the other processes, if moments are sharded. All processes must call it."""
+        totals: dict[str, float] = {}
+        for sums in processes.gather(self._sums):
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value
+        self._sums = totals
+
+    def _groups(
+        self, module: nn.Module
+    ) -> Iterator[tuple[Optimizer, dict[str, Any], float, list[tuple[str, nn.Parameter]]]]:
+        """Each optimizer with its groups, the sum of the rates of each, and the parameters of the module in it."""
+        names = {id(one): name for name, one in reshard(module).named_parameters()} if self._rates else {}
+        for optimizer, rates in self._rates.values():
+            for group, rate in zip(optimizer.param_groups, rates, strict=False):
+                yield optimizer, group, rate, [(names[id(one)], one) for one in group["params"] if id(one) in names]
+
     def close(self, module: nn.Module) -> None:
-        """Adds the steps since the last call to :attr:`lengths`, as at the end of an epoch."""
+        """Adds the steps since the last call to :attr:`lengths`, as at the end of an epoch.
+
+        Sharded second moments must have been summed before. Without this, the lengths of their parameters are unknown.
+        """
         now = time.perf_counter()
         self.seconds += 0.0 if self._started is None else now - self._started
         self._started = None if self._started is None else now
-        names = {id(parameter): name for name, parameter in module.named_parameters()} if self._rates else {}
-        for optimizer, rates in self._rates.values():
-            for group, rate in zip(optimizer.param_groups, rates, strict=False):
-                named = [(names[id(one)], one) for one in group["params"] if id(one) in names]
-                for (name, _), divisor in zip(named, _divisors(optimizer, group, named), strict=True):
-                    self.lengths[name] = self.lengths.get(name, 0.0) + rate / divisor
-                    self.unknown |= {type(optimizer).__name__} if math.isnan(divisor) else set()
-                    decay = float(group.get("weight_decay", 0.0) or 0.0)
-                    self.decays[name] = decay * divisor if _is_decoupled(optimizer, group) else decay
-        self._rates = {}
+        for optimizer, group, rate, named in self._groups(module):
+            for name, parameter in named:
+                divisor = _divisor(optimizer.state.get(parameter, {}), group, self._sums.get(name))
+                self.lengths[name] = self.lengths.get(name, 0.0) + rate / divisor
+                self.unknown |= {type(optimizer).__name__} if math.isnan(divisor) else set()
+                decay = float(group.get("weight_decay", 0.0) or 0.0)
+                self.decays[name] = decay * divisor if _is_decoupled(optimizer, group) else decay
+        self._rates, self._sums = {}, {}
 
     def end(self, module: nn.Module) -> None:
         """Ends a fit."""
@@ -153,12 +183,8 @@ class TrainingLength:
         return made
 
 
-def _divisors(optimizer: Optimizer, group: Mapping[str, Any], named: Iterable[tuple[str, nn.Parameter]]) -> list[float]:
-    """What an optimizer divides the gradient of each parameter by, in the long run; NaN if this is not known."""
-    return [_divisor(optimizer.state.get(parameter, {}), group) for _, parameter in named]
-
-
-def _divisor(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
+def _second_moment(state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor | None, float]:
+    """The mean of squared gradients in the state of a parameter, and the share of it that is there by now."""
     for key, option in _SECOND_MOMENTS.items():
         moment = state.get(key)
         if not isinstance(moment, Tensor) or not moment.numel():
@@ -166,8 +192,25 @@ def _divisor(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
         weight = group.get(option, 0.0)
         weight = float(weight[1]) if isinstance(weight, (tuple, list)) else float(weight)
         step = float(state.get("step", math.inf))
-        mean = float(moment.mean(dtype=torch.float32))
-        corrected = mean / (1 - weight**step) if key == "exp_avg_sq" and step > 0 else mean
+        return moment, 1 - weight**step if key == "exp_avg_sq" and step > 0 else 1.0
+    return None, 1.0
+
+
+def _divisor(state: Mapping[str, Any], group: Mapping[str, Any], total: float | None) -> float:
+    """What an optimizer divides the gradient of a parameter by, in the long run; NaN if this is not known.
+
+    Args:
+        state: The optimizer's state of the parameter.
+        group: The options of its group.
+        total: The sum of the second moment, if it is sharded; ``None`` if it was not read.
+    """
+    moment, share = _second_moment(state, group)
+    if moment is not None:
+        if is_sharded(moment):
+            mean = math.nan if total is None else total / moment.numel()
+        else:
+            mean = float(moment.mean(dtype=torch.float32))
+        corrected = mean / share
         root = max(math.sqrt(max(corrected, 0.0)) + float(group.get("eps", 0.0)), 1e-12)
         return root * (1 - float(group.get("momentum", 0.0) or 0.0))  # which RMSprop may have
     if not _PLAIN_STATE.issuperset(state):

@@ -31,8 +31,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     name = os.fspath(path)
     if os.path.isdir(path):
         raise CheckpointError(
-            f"{name!r} is a folder, such as a checkpoint of a sharded strategy. Give a single file: consolidate it"
-            " first (for FSDP with `python -m lightning.pytorch.utilities.consolidate_checkpoint`)."
+            f"{name!r} is a folder, such as a checkpoint of a strategy that shards parameters. Give a single file:"
+            " consolidate it first, for ModelParallelStrategy with `python -m"
+            " lightning.fabric.utilities.consolidate_checkpoint`, and for FSDPStrategy with `python -m"
+            " lightning.pytorch.utilities.consolidate_checkpoint`."
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -24,16 +24,19 @@ def raw(tensor: Tensor, rows: int = 1) -> Tensor:
     return value.view(-1).view(torch.uint8).view(rows, -1)
 
 
-def digest(values: Mapping[str, Tensor], record: object = None) -> str:
+def digest(
+    values: Mapping[str, Tensor], record: object = None, *, whole: Callable[[Tensor], Tensor] | None = None
+) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the given tensors; equal only for bit-equal values.
 
     Args:
         values: The tensors.
         record: Plain values for JSON that the digest covers, too. The order of keys matters.
+        whole: Returns a tensor with all its entries, if tensors may be sharded. It is called for one after the other.
     """
     state = hashlib.sha256()
     for name in sorted(values):
-        value = values[name]
+        value = values[name] if whole is None else whole(values[name])
         state.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
         state.update(raw(value).numpy().data)
     if record is not None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..config import Settings
-from ..curvature.memory import bytes_to_keep
 from ..data.batch import Batch
 from ..data.examples import Examples
+from ..objective.memory import bytes_to_keep
 from ..objective.objective import Objective
 
 __all__ = ["MemoryBudget"]

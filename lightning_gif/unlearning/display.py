@@ -6,6 +6,7 @@ import math
 import os
 
 from ..reporting.notes import describe_share
+from ..sharding import has_shards
 from .goals import GOALS
 from .picture import solve_text
 from .record import Change, EditRecord
@@ -33,13 +34,15 @@ def text(record: EditRecord) -> str:
     context = record.context
     if context.record is not None:
         lines.append(f"Applying and undoing the edit is recorded in {os.fspath(context.record)}.")
-    if context.module is not None and record.edit.digest_before != record.edit.digest_after:
+    # One process may print a report, but it cannot compare weights of which it holds a part only.
+    module = None if context.module is None or has_shards(context.module) else context.module
+    if module is not None and record.edit.digest_before != record.edit.digest_after:
         state = {
             True: "The edit is in the weights.",
             False: "The edit is not in the weights: apply() applies it.",
             None: "The weights have changed since the edit was computed.",
         }
-        lines.append(state[record.edit.is_in(context.module)])
+        lines.append(state[record.edit.is_in(module)])
     return "\n".join(lines)
 
 

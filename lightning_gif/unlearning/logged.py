@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from ..objective.labels import predicted_labels
 from ..objective.objective import Objective
 from ..parameters import Weights, weights_digest
 from ..reporting.contents import Contents, Files, Lineage, Table
+from ..sharding import has_shards
 from .display import text
 from .events import Happened
 from .goals import GOALS
@@ -87,7 +88,7 @@ def contents(record: EditRecord, section: str, save: Callable[[Path], None], wei
             ),
             save,
             {"name": record.name, "goal": str(record.goal), "event": happened.event, **record.digests()},
-            None if weights is None or happened.is_dry_run else lambda: _lineage(record, weights),
+            None if not _is_known(weights) or happened.is_dry_run else lambda: _lineage(record, weights),
         ),
         alert=None if happened.is_dry_run else _alert(record),
     )
@@ -173,6 +174,11 @@ def _alert(record: EditRecord) -> tuple[str, str] | None:
         f" training examples from {before:.4g} to {after:.4g}. Measure the model, and call undo() on the report if it"
         " is not worth the cost.",
     )
+
+
+def _is_known(weights: Weights | None) -> TypeGuard[Weights]:
+    """Whether this process knows the weights: it logs alone, and of sharded weights it holds a part only."""
+    return weights is not None and not (isinstance(weights, nn.Module) and has_shards(weights))
 
 
 def _lineage(record: EditRecord, weights: Weights) -> Lineage:

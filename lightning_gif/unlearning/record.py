@@ -112,10 +112,13 @@ class EditContext(CallContext):
         return model
 
     def processes_of(self, weights: Weights) -> ProcessGroup:
-        """The processes that hold copies of the weights; also for a report that each of them has loaded from a file."""
+        """The processes that hold copies or parts of the weights.
+
+        Also for a report that each of them has loaded from a file.
+        """
         if self.processes.size > 1 or not isinstance(weights, nn.Module):
             return self.processes
-        return ProcessGroup.of_module(weights)
+        return ProcessGroup.of_weights(weights)
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ def change(
         event: ``"undo"`` undoes the edit, ``"dry_run"`` changes nothing, any other event applies it.
         weights: The weights to change.
         audit_log: The audit log, which the first process writes; ``None`` to add no entry.
-        processes: The processes that hold copies of the weights. If one of them fails, all restore their copy.
+        processes: The processes that hold copies or parts of the weights. If one of them fails, all restore theirs.
 
     Raises:
         EditError: If the weights differ from those before the edit or, for ``"undo"``, from those after it.
@@ -44,15 +44,16 @@ def change(
     edit = record.edit
     make, revert = (edit.undo, edit.apply) if event == "undo" else (edit.apply, edit.undo)
     log = audit_log if processes.rank == 0 else None
-    before, after = "" if log is None else weights_digest(weights), ""
+    before, after = "" if audit_log is None else weights_digest(weights), ""
     changed = logged = False
     try:
         with processes.propagate_errors():
             with uninterrupted():
                 make(weights)
                 changed = True
-            if log is not None:
+            if audit_log is not None:  # on all processes, because the weights may be sharded
                 after = weights_digest(weights)
+            if log is not None:
                 write_entry(record, event, log, before, after)
                 logged = True
     except BaseException:
@@ -77,7 +78,7 @@ def log_metrics(
         metrics: Numbers by name.
         weights: The weights that were measured.
         audit_log: The audit log, which the first process writes.
-        processes: The processes that hold copies of the weights.
+        processes: The processes that hold copies or parts of the weights.
 
     Raises:
         RecordError: If there is no audit log, a value is not a number, or the entry cannot be written.

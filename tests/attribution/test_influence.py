@@ -27,10 +27,11 @@ from lightning_gif import (
     ObjectiveError,
     attach,
 )
-from lightning_gif.curvature import by_solver, memory
+from lightning_gif.curvature import by_solver
 from lightning_gif.curvature.by_solver import SolverInverse
 from lightning_gif.data.batch import Batch
 from lightning_gif.data.examples import Examples
+from lightning_gif.objective import memory
 from lightning_gif.objective.objective import Objective
 from lightning_gif.parameters import ParameterSpace
 from lightning_gif.storage.digests import digest

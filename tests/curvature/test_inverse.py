@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from lightning_gif import SOLVERS, ConfigurationError, GIFCallback, attach, curvature
 from lightning_gif.config import Settings
-from lightning_gif.curvature import by_solver, memory
+from lightning_gif.curvature import by_solver
 from lightning_gif.curvature.by_solver import (
     DenseInverse,
     SketchInverse,
@@ -27,6 +27,7 @@ from lightning_gif.curvature.inverse import INVERSES, InverseCurvature
 from lightning_gif.curvature.methods import METHODS
 from lightning_gif.curvature.solve import open_curvature
 from lightning_gif.data.examples import Examples
+from lightning_gif.objective import memory
 from lightning_gif.objective.objective import Objective
 from lightning_gif.solvers import Solution, nystrom, to_matrix
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gif import attach
-from lightning_gif.curvature import by_solver, memory
+from lightning_gif.curvature import by_solver
 from lightning_gif.curvature.layer_products import layer_products, saves_time
 from lightning_gif.curvature.products import CURVATURES
 from lightning_gif.curvature.streaming import Curvature, graph_bytes
 from lightning_gif.data.batch import Batch
 from lightning_gif.data.examples import Examples
 from lightning_gif.errors import ObjectiveError
-from lightning_gif.objective import outputs
+from lightning_gif.objective import memory, outputs
 from lightning_gif.objective.jacobians import _Factors, _Rows, layer_jacobians
 from lightning_gif.objective.objective import Objective
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import torch
@@ -10,9 +11,8 @@ import torch
 from ..config import Settings
 from ..distributed import ProcessGroup
 from ..errors import ConfigurationError
-from ..objective.objective import Objective
 
-__all__ = ["bytes_to_keep", "check_fits", "free_memory", "is_large"]
+__all__ = ["ALWAYS_IN_MEMORY", "bytes_to_keep", "check_fits", "free_for_each", "free_memory", "is_large"]
 
 # Results of up to this many bytes are always kept in memory, even if less is free.
 ALWAYS_IN_MEMORY = 2**26
@@ -21,7 +21,17 @@ ALWAYS_IN_MEMORY = 2**26
 _SHARE = 1 / 4
 
 
-def bytes_to_keep(settings: Settings, objective: Objective) -> float:
+class _Place(Protocol):
+    """Where something is computed, such as an objective."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def processes(self) -> ProcessGroup: ...
+
+
+def bytes_to_keep(settings: Settings, objective: _Place) -> float:
     """The bytes of batches, and also the bytes of first passes, that a process may keep between products.
 
     Each of the two is half of ``memory``. If ``memory`` is ``None``, each is an eighth of the free memory of the
@@ -38,10 +48,10 @@ def is_large(settings: Settings, size: float, processes: ProcessGroup) -> bool:
 def _half(settings: Settings, device: torch.device, processes: ProcessGroup) -> float:
     if settings.memory is not None:
         return settings.memory * 2**30 / 2
-    return _free_for_each(device, processes) * _SHARE / 2
+    return free_for_each(device, processes) * _SHARE / 2
 
 
-def check_fits(settings: Settings, objective: Objective, size: float, what: str, advice: str) -> None:
+def check_fits(settings: Settings, objective: _Place, size: float, what: str, advice: str) -> None:
     """Checks that ``size`` bytes fit into ``settings.memory``, or into the free memory if that is ``None``.
 
     Args:
@@ -55,7 +65,7 @@ def check_fits(settings: Settings, objective: Objective, size: float, what: str,
         ConfigurationError: On all processes, if it does not fit on one of them.
     """
     if settings.memory is None:
-        limit = _free_for_each(objective.device, objective.processes)
+        limit = free_for_each(objective.device, objective.processes)
         available, remedy = f"{limit / 2**30:.3g} GiB are free for each process", "free some memory"
     else:
         limit = settings.memory * 2**30
@@ -64,7 +74,7 @@ def check_fits(settings: Settings, objective: Objective, size: float, what: str,
         raise ConfigurationError(f"{what} takes {size / 2**30:.3g} GiB, but {available}. {advice}. Or {remedy}.")
 
 
-def _free_for_each(device: torch.device, processes: ProcessGroup) -> float:
+def free_for_each(device: torch.device, processes: ProcessGroup) -> float:
     """The free bytes of the process with the least. The free CPU memory of a machine is divided by its processes."""
     free = free_memory(device)
     return min(processes.gather(free if device.type == "cuda" else free / processes.here))

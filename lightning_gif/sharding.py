@@ -1,0 +1,62 @@
+"""Sharded parameters: tensors of which each process holds a part, as FSDP2 makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["has_shards", "is_sharded", "local", "part_of", "reshard"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a ``DTensor``. (Its class is not imported, because that takes long.)"""
+    return hasattr(tensor, "full_tensor")
+
+
+def has_shards(module: nn.Module) -> bool:
+    """Whether a module has sharded parameters, also while FSDP2 holds some of them whole."""
+    return any(map(_is_fsdp, module.modules())) or any(map(is_sharded, module.parameters()))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, with the same memory; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor that this process would hold if it were sharded like ``like``. Nothing is sent.
+
+    Args:
+        whole: The same tensor on all processes.
+        like: A sharded tensor of the same shape. With any other tensor, the result is ``whole``.
+    """
+    if not is_sharded(like):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    sharded: Any = like
+    mesh = sharded.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    with torch.no_grad():
+        return replicated.redistribute(mesh, sharded.placements).to_local()
+
+
+def reshard(module: nn.Module) -> nn.Module:
+    """Makes FSDP2 free whole parameters, such as it keeps after a forward pass without a backward pass.
+
+    Without this, the parameters of the module would not be those that its optimizer updates.
+
+    Returns:
+        The same module.
+    """
+    for submodule in module.modules():
+        if _is_fsdp(submodule):
+            submodule.reshard()  # type: ignore[operator]
+    return module
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on a module. Its class then has another base class."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
