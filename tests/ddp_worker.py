@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -58,7 +58,9 @@ class Sharded(Classifier):
 
         mesh = self.device_mesh["data_parallel"]
         for layer in (self.net[0], self.net):  # the second one has what is left
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, **self.sharding)
+
+    sharding: ClassVar[dict[str, Any]] = {}  # options of `fully_shard`
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), self.lr) if self.lr else super().configure_optimizers()
@@ -212,6 +214,44 @@ def sharded(world: int, folder: Path) -> dict[str, Any]:
     targets, loaded = trainer.callbacks[0].targets, other.callbacks[0].targets
     found["restored"] = all(torch.equal(targets[name], loaded[name]) for name in targets)
     return found
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank term that is trained (LoRA)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 12).requires_grad_(False)
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 12, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+def adapted(world: int, folder: Path) -> dict[str, Any]:
+    """A low-rank adapter and a tied layer, in mixed precision and with accumulated gradients."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    torch.manual_seed(3)
+    tied = nn.Linear(12, 12)
+    net = nn.Sequential(Adapted(), nn.Tanh(), tied, nn.Tanh(), tied, nn.Linear(12, CLASSES))
+    module, trainer = Sharded(net, lr=0.01).double(), trainer_of(world)
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32)
+    module.sharding = {"mp_policy": policy, "reshard_after_forward": False}
+    trainer.fit_loop.max_epochs, trainer.accumulate_grad_batches = 3, 2
+    trainer.fit(module, DataLoader(points(N), 4), DataLoader(points(40, seed=5), 16))
+    assert trainer.callbacks[0].tracker.active
+    before = held(module)
+    edit = trainer.unlearn([3, 17], step="natural", max_iter=8, damping=0.05)
+    after = held(module)
+    edit.undo()
+    return {
+        "before": before,
+        "frozen": all(torch.equal(before[name], after[name]) for name in before if "layer" in name),
+        "after": after,
+        "undone": all(torch.equal(value, before[name]) for name, value in held(module).items()),
+        "scores": trainer.influence(QUERY, per_example=True, max_iter=8, damping=0.05, snapshots=False).scores,
+    }
 
 
 def results(world: int, folder: Path) -> dict[str, Any]:
@@ -513,6 +553,7 @@ if __name__ == "__main__":
     known = {
         "results": results,
         "sharded": sharded,
+        "adapted": adapted,
         "failures": failures,
         "unreadable": unreadable,
         "logged": logged,

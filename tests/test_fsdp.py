@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.fabric.utilities import consolidate_checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gif import GIFCallback, attach, verify
 from lightning_gif.cli import main
+from lightning_gif.parameters import tensors_of
 
 from .conftest import make_trainer
-from .ddp_worker import QUERY, N, Sharded, answers, learned, points, results, seen, trained
+from .ddp_worker import QUERY, Adapted, N, Sharded, answers, learned, points, results, seen, trained
 from .test_ddp import AMPLIFIED, LOOSE, Launched, launch
 
 pytestmark = pytest.mark.xdist_group("fsdp")  # these tests share the results of a launch
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("fsdp")  # these tests share the results of
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """What two processes left, whose checkpoints are consolidated."""
-    return launch(2, tmp_path_factory.mktemp("fsdp"), "sharded", strategy="fsdp2")
+    return launch(2, tmp_path_factory.mktemp("fsdp"), "sharded", "adapted", strategy="fsdp2")
 
 
 def consolidated(folder: Path) -> Path:
@@ -96,6 +97,25 @@ def test_the_record_of_sharded_weights_verifies_their_consolidated_checkpoint(
     assert main([*command, str(edited)]) == 0
     assert main([*command, str(two.folder / "edited")]) != 0
     assert "consolidate_checkpoint" in capsys.readouterr().out
+
+
+def test_adapters_and_tied_layers_in_mixed_precision_give_the_results_of_one_device(two: Launched) -> None:
+    first, second = two.answers("adapted")
+    torch.manual_seed(3)
+    tied = nn.Linear(12, 12)
+    net = nn.Sequential(Adapted(), nn.Tanh(), tied, nn.Tanh(), tied, nn.Linear(12, 3))
+    module = Sharded(net).double()
+    module.load_state_dict(first["before"], strict=False)
+    trainer = make_trainer(GIFCallback(ratio=0.4, double=True, batch_size=8), devices=1)
+    attach(trainer, module, train_dataloaders=DataLoader(points(N), 12))
+    scores = trainer.influence(QUERY, per_example=True, max_iter=8, damping=0.05).scores
+    trainer.unlearn([3, 17], step="natural", max_iter=8, damping=0.05, unseen=DataLoader(points(40, seed=5), 16))
+    for found in (first, second):
+        assert found["undone"]
+        assert found["frozen"]
+        close(found["scores"], scores, "scores")
+        for name, value in tensors_of(module).items():
+            close(found["after"][name], value.detach(), name)
 
 
 def test_parameters_that_do_not_fit_in_memory_are_not_gathered(two: Launched) -> None:
