@@ -168,25 +168,16 @@ def unsupported_strategy(trainer: Trainer) -> str | None:
             return None
         return (
             f"{name} splits each layer over {size} processes (tensor parallelism). Use"
-            " ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) with the number of processes, and"
-            " `fully_shard` in `configure_model`. Or train without the callback, make a single file of the checkpoint"
-            f" with `python -m lightning.fabric.utilities.consolidate_checkpoint`, and {alone}."
+            f" {name}(data_parallel_size={size}, tensor_parallel_size=1) and `fully_shard` in `configure_model`. Or"
+            f" train without the callback, with {name}(save_distributed_checkpoint=False), and {alone}."
         )
     whole = _is_a(strategy, "SingleDeviceStrategy", "DDPStrategy")
     if whole and not _is_a(strategy, "DeepSpeedStrategy", "XLAStrategy"):  # which derive from DDPStrategy
         return None
-    checkpoint = "gather the weights in one checkpoint"
-    if _is_a(strategy, "FSDPStrategy"):
-        checkpoint = "save checkpoints with FSDPStrategy(state_dict_type='full')"
-    elif _is_a(strategy, "DeepSpeedStrategy"):
-        checkpoint = (
-            "make a single file of the checkpoint with convert_zero_checkpoint_to_fp32_state_dict of"
-            " lightning.pytorch.utilities.deepspeed"
-        )
     return (
         f"{name} may split the parameters over the processes in a way of its own. Use ModelParallelStrategy with"
-        f" `fully_shard` in `configure_model`, which is supported. Or train without the callback, {checkpoint}, and"
-        f" {alone}."
+        " `fully_shard` in `configure_model`. Or train without the callback, make a single file of the checkpoint as"
+        f" Lightning's page on the strategy describes, and {alone}."
     )
 
 

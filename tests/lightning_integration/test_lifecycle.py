@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import lightning_gif
 from lightning_gif import ConfigurationError, GIFCallback, attach
@@ -63,7 +64,7 @@ def test_ddp_with_one_process_works() -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_strategies_that_shard_parameters_are_refused() -> None:
+def test_strategies_that_shard_parameters_in_a_way_of_their_own_are_refused() -> None:
     class FSDPStrategy(pl.strategies.ParallelStrategy):
         """Stands for a strategy that this machine cannot run."""
 
@@ -90,8 +91,48 @@ def test_strategies_that_shard_parameters_are_refused() -> None:
 
     callback = quick()
     trainer = make_trainer(callback, strategy=FSDPStrategy(), devices=1)
-    with pytest.raises(ConfigurationError, match="split the parameters"):
+    with pytest.raises(ConfigurationError, match=r"split the parameters.*Use ModelParallelStrategy.*single file"):
         callback.setup(trainer, Classifier(), "fit")
+
+
+@pytest.mark.parametrize("size", [2, "auto"])
+def test_tensor_parallelism_is_refused_before_training(size: int | str) -> None:
+    strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=size)  # type: ignore[arg-type]
+    callback = quick()
+    trainer = make_trainer(callback, strategy=strategy, devices=2)
+    with pytest.raises(ConfigurationError, match=r"over 2 processes \(tensor parallelism\).*tensor_parallel_size=1"):
+        callback.setup(trainer, Classifier(), "fit")
+
+
+class Sharding(Classifier):
+    """A classifier that is sharded over the processes of its trainer, if these have a device mesh."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not hasattr(self.net, "reshard"):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def test_sharded_parameters_with_one_process_work_and_a_single_file_is_attached(tmp_path: Path) -> None:
+    strategy = pl.strategies.ModelParallelStrategy(
+        data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend="gloo"
+    )
+    try:
+        trainer, module, data = fitted(Sharding(), callback=quick(), strategy=strategy, devices=1, max_epochs=1)
+        few, options = batch_of(data, slice(4)), {"max_iter": 4, "damping": 0.1}
+        scores = trainer.influence(few, **options).scores
+        trainer.save_checkpoint(tmp_path / "single.ckpt")
+        before = [parameter.full_tensor().clone() for parameter in module.parameters()]
+        edit = trainer.unlearn(few, step=0.5)
+        assert edit.edit.is_in(module)
+        edit.undo()
+        assert all(map(torch.equal, before, [parameter.full_tensor() for parameter in module.parameters()]))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    other = Sharding.load_from_checkpoint(tmp_path / "single.ckpt")
+    alone = make_trainer(quick(), devices=1)
+    attach(alone, other, train_dataloaders=loader(data))
+    torch.testing.assert_close(alone.influence(few, **options).scores, scores, rtol=1e-4, atol=1e-7)
 
 
 def test_two_callbacks_are_refused() -> None:
