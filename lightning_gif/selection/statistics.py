@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from ..distributed import ProcessGroup
 from ..sharding import is_sharded, local, part_of
@@ -468,30 +469,24 @@ class GradientStatistics:
         self.steps = counts
 
     def whole(self, processes: ProcessGroup) -> GradientStatistics:
-        """The same statistics with whole tensors on the CPU, if parameters are sharded. All processes must call it."""
-        if not any(map(is_sharded, self.squares.values())):
-            return self
-        found = GradientStatistics()
-        for steps in processes.gather(self.steps):
-            found.steps |= {name: max(count, found.steps.get(name, 0)) for name, count in steps.items()}
-        for name, squares in self.squares.items():
-            if not found.steps[name]:
-                del found.steps[name]
-                continue
-            # Parts may have been added up over fewer steps. Their mean squares stay the same.
-            share = found.steps[name] / max(self.steps[name], 1)
-            found.squares[name] = processes.whole(squares if share == 1 else squares * share).cpu()
-        return found
+        """The same statistics, of which whole tensors can be read, if parameters are sharded.
+
+        All processes must call it, and read the same tensors in the same order: each is gathered when it is read.
+        """
+        return _Gathered(self, processes) if any(map(is_sharded, self.squares.values())) else self
 
     def root_mean_square(self, name: str) -> Tensor | None:
         """The root mean square of each entry of a parameter's gradient; ``None`` if no gradient was added."""
-        if name not in self.squares:
+        if not self.steps.get(name):
             return None
-        return (self.squares[name] / self.steps[name]).sqrt()
+        return (self._read(name) / self.steps[name]).sqrt()
+
+    def _read(self, name: str) -> Tensor:
+        return self.squares[name]
 
     def state(self) -> dict[str, dict[str, Any]]:
         """The sums, for a checkpoint."""
-        return {"squares": {name: _stored(value) for name, value in self.squares.items()}, "steps": dict(self.steps)}
+        return {"squares": {name: _stored(self._read(name)) for name in self.steps}, "steps": dict(self.steps)}
 
     def load_state(self, state: Mapping[str, Mapping[str, Any]], module: nn.Module) -> None:
         """Restores what :meth:`state` returned.
@@ -505,3 +500,25 @@ class GradientStatistics:
                 raise ValueError(f"the squared gradients of {name!r} have another shape, or are not finite")
         self.squares = {name: value.clone() for name, value in state["squares"].items()}
         self.steps = {name: int(count) for name, count in state["steps"].items()}
+
+
+class _Gathered(GradientStatistics):
+    """Statistics of sharded parameters, each of which is gathered on the CPU when it is read.
+
+    Args:
+        parts: The statistics with sharded tensors.
+        processes: The processes that hold the parts.
+    """
+
+    def __init__(self, parts: GradientStatistics, processes: ProcessGroup) -> None:
+        super().__init__()
+        self._parts, self._processes = parts, processes
+        for steps in processes.gather(parts.steps):
+            self.steps |= {name: max(count, self.steps.get(name, 0)) for name, count in steps.items()}
+        self.steps = {name: count for name, count in self.steps.items() if count}
+
+    @override
+    def _read(self, name: str) -> Tensor:
+        # Parts may have been added up over fewer steps. Their mean squares stay the same.
+        squares, share = self._parts.squares[name], self.steps[name] / max(self._parts.steps[name], 1)
+        return self._processes.whole(squares if share == 1 else squares * share).cpu()
