@@ -49,6 +49,11 @@ def _seeded() -> Iterator[None]:
         yield
 
 
+FSDP2 = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this version of PyTorch does not run on the CPU"
+)
+
+
 class Classifier(pl.LightningModule):
     """A module of a user, without any code for this package."""
 

@@ -16,11 +16,12 @@ from lightning_gif import GIFCallback, attach, verify
 from lightning_gif.cli import main
 from lightning_gif.parameters import tensors_of
 
-from .conftest import make_trainer
+from .conftest import FSDP2, make_trainer
 from .ddp_worker import QUERY, Adapted, N, Sharded, answers, learned, points, results, seen, trained
 from .test_ddp import AMPLIFIED, LOOSE, Launched, launch
 
-pytestmark = pytest.mark.xdist_group("fsdp")  # these tests share the results of a launch
+# These tests share the results of a launch.
+pytestmark = [pytest.mark.xdist_group("fsdp"), FSDP2]
 
 
 @pytest.fixture(scope="module")

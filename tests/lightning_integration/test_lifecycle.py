@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 import lightning_gif
 from lightning_gif import ConfigurationError, GIFCallback, attach
 
-from ..conftest import Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
+from ..conftest import FSDP2, Classifier, batch_of, blobs, fitted, loader, make_trainer, same_weights, weights
 from ..doubles import Recorder, differences, quick, rng
 from ..line import Blobs
 
@@ -112,6 +112,7 @@ class Sharding(Classifier):
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
+@FSDP2
 def test_sharded_parameters_with_one_process_work_and_a_single_file_is_attached(tmp_path: Path) -> None:
     strategy = pl.strategies.ModelParallelStrategy(
         data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend="gloo"
