@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["has_shards", "is_sharded", "local", "part_of", "reshard"]
+__all__ = ["has_shards", "is_sharded", "local", "own_class", "part_of", "reshard"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -57,6 +57,12 @@ def reshard(module: nn.Module) -> nn.Module:
     return module
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before ``fully_shard``, which derives another one from it and from ``FSDPModule``."""
+    bases = [base for base in type(module).__bases__ if base.__name__ != "FSDPModule"]
+    return bases[0] if _is_fsdp(module) and len(bases) == 1 else type(module)
+
+
 def _is_fsdp(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` was called on a module. Its class then has another base class."""
+    """Whether ``fully_shard`` was called on a module."""
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)

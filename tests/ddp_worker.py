@@ -181,6 +181,9 @@ def sharded(world: int, folder: Path) -> dict[str, Any]:
     found["whole after validation"] = not all(map(is_sharded, module.parameters()))  # what FSDP2 does by itself
     trainer.save_checkpoint(folder / "trained")
     found["answers"] = answers(trainer, folder)
+    kinds = list(map(type, module.modules()))
+    found["check"] = str(trainer.influence.check())
+    found["same classes"] = kinds == list(map(type, module.modules()))
 
     before = held(module)
     free, always = memory.free_memory, memory.ALWAYS_IN_MEMORY

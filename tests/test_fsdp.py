@@ -69,6 +69,12 @@ def test_scores_with_sharded_parameters_are_those_of_one_device_with_a_consolida
             close(found["answers"][name], expected, name)
 
 
+def test_a_check_names_the_layers_as_the_user_wrote_them(two: Launched) -> None:
+    for found in two.answers("sharded"):
+        assert "net.0  Linear: " in found["check"]
+        assert found["same classes"]
+
+
 def test_an_edit_of_sharded_parameters_is_that_of_one_device_and_is_undone_bit_for_bit(two: Launched) -> None:
     trainer, module = learned(1)
     edit = trainer.unlearn([3, 17, 30])

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..distributed import ProcessGroup
 from ..errors import ConfigurationError
-from ..sharding import has_shards, is_sharded, reshard
+from ..sharding import has_shards, is_sharded, own_class, reshard
 from ..storage.interrupts import uninterrupted
 from . import memory
 from .isolation import restore_members
@@ -51,7 +51,7 @@ def gathered(module: nn.Module, device: torch.device, processes: ProcessGroup, d
     held = [one._parameters for one in module.modules()]
     own = [dict(members) for members in held]
     try:
-        with _without_hooks(module):
+        with _without_hooks(module), _with_own_classes(module):
             with uninterrupted():
                 for members in held:
                     members.update({name: whole[id(one)] for name, one in members.items() if one is not None})
@@ -81,6 +81,21 @@ def _check_fits(module: nn.Module, device: torch.device, processes: ProcessGroup
             " `python -m lightning.fabric.utilities.consolidate_checkpoint`, and use lightning_gif.attach() on a"
             " Trainer with devices=1, on a device with more memory: accelerator='cpu', for example."
         )
+
+
+@contextlib.contextmanager
+def _with_own_classes(module: nn.Module) -> Iterator[None]:
+    """Inside the block, modules have the classes that they had before ``fully_shard``, which gave them derived ones."""
+    classes = {one: type(one) for one in module.modules() if own_class(one) is not type(one)}
+    try:
+        with uninterrupted():
+            for one in classes:
+                one.__class__ = own_class(one)
+        yield
+    finally:
+        with uninterrupted():
+            for one, derived in classes.items():
+                one.__class__ = derived
 
 
 @contextlib.contextmanager
