@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["has_shards", "is_sharded", "local", "own_class", "part_of", "reshard"]
+__all__ = ["has_shards", "is_sharded", "local", "own_class", "part_of", "reshard", "sum_of_part"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -23,6 +24,17 @@ def has_shards(module: nn.Module) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, with the same memory; any other tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sum_of_part(tensor: Tensor) -> float:
+    """This process's part of the sum of a sharded tensor. Over all processes these add up to the sum.
+
+    A part that several processes have, as with a mesh that replicates groups of shards, counts once in all.
+    """
+    sharded: Any = tensor
+    sizes = zip(sharded.device_mesh.shape, sharded.placements, strict=True)
+    copies = math.prod(size for size, placement in sizes if placement.is_replicate())
+    return float(local(tensor).sum(dtype=torch.float64)) / copies
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:

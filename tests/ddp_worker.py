@@ -56,11 +56,12 @@ class Sharded(Classifier):
             return
         from torch.distributed.fsdp import fully_shard
 
-        mesh = self.device_mesh["data_parallel"]
+        mesh = self.device_mesh if self.replicated else self.device_mesh["data_parallel"]
         for layer in (self.net[0], self.net):  # the second one has what is left
             fully_shard(layer, mesh=mesh, **self.sharding)
 
     sharding: ClassVar[dict[str, Any]] = {}  # options of `fully_shard`
+    replicated = False  # whether each process has a copy of all, since the mesh has a second dimension of size 1
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), self.lr) if self.lr else super().configure_optimizers()
@@ -117,10 +118,12 @@ def after_fit(world: int, dataset: TensorDataset, **options: Any) -> tuple[pl.Tr
     return trainer, module
 
 
-def learned(world: int, *callbacks: pl.Callback, **options: Any) -> tuple[pl.Trainer, Sharded]:
+def learned(
+    world: int, *callbacks: pl.Callback, replicated: bool = False, **options: Any
+) -> tuple[pl.Trainer, Sharded]:
     """A trainer after three epochs of Adam, whose steps see the same examples for each number of processes."""
     module, trainer = trained(lr=0.01), trainer_of(world, cache_steps=None, snapshots=2, **options)
-    trainer.fit_loop.max_epochs = 3
+    trainer.fit_loop.max_epochs, module.replicated = 3, replicated
     if callbacks:
         trainer.callbacks[:] = callbacks
     sampler = None
@@ -176,6 +179,13 @@ def sharded(world: int, folder: Path) -> dict[str, Any]:
     found["sharded"] = all(map(is_sharded, module.parameters()))
     found["reports"] = len({epoch for epoch, *_ in trainer.callbacks[0].reports.history})
     found["seen"] = seen(trainer)
+    copies, replica = learned(world, replicated=True)
+    found["seen, replicated"] = seen(copies)
+    before = held(replica)
+    edit = copies.unlearn([3, 17], step="natural", max_iter=8, damping=0.05)
+    assert edit.edit.is_in(replica)
+    edit.undo()
+    found["replica undone"] = all(torch.equal(value, before[name]) for name, value in held(replica).items())
 
     trainer.validate(module, DataLoader(points(40, seed=5), 16), verbose=False)
     found["whole after validation"] = not all(map(is_sharded, module.parameters()))  # what FSDP2 does by itself

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from ..distributed import ProcessGroup
 from ..parameters import ParameterSpace
-from ..sharding import is_sharded, local, reshard
+from ..sharding import is_sharded, reshard, sum_of_part
 
 __all__ = ["TrainingLength"]
 
@@ -88,7 +88,7 @@ class TrainingLength:
             for name, parameter in named:
                 moment, _ = _second_moment(optimizer.state.get(parameter, {}), group)
                 if moment is not None and is_sharded(moment):
-                    self._sums[name] = float(local(moment).sum(dtype=torch.float64))
+                    self._sums[name] = sum_of_part(moment)
 
     def sum_over(self, processes: ProcessGroup) -> None:
         """Adds the sums of the other processes, if moments are sharded. All processes must call it."""
