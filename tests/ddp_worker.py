@@ -509,6 +509,32 @@ def unreadable(world: int, folder: Path) -> dict[str, Any]:
     return {**found, "scores": scores}
 
 
+def unkept(world: int, folder: Path) -> dict[str, Any]:
+    """A fit in which one process cannot keep a snapshot."""
+    trainer, data, module = trainer_of(world, snapshots=1), points(N), trained()
+    tracker = trainer.callbacks[0].tracker
+    trainer.fit_loop.max_epochs = 3
+    keep = tracker.snapshots.add
+
+    def failing(epoch: int, *args: Any) -> None:
+        if epoch and trainer.global_rank == world - 1:
+            raise MemoryError("no memory for a snapshot")
+        keep(epoch, *args)
+
+    tracker.snapshots.add = failing
+    sampler = DistributedSampler(data, world, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, DataLoader(data, 4, sampler=sampler))
+    told = sum("no memory for a snapshot" in str(warning.message) for warning in caught)
+    return {
+        "epochs": trainer.current_epoch,
+        "gathers": tracker.active,
+        "kept": list(tracker.snapshots.kept),
+        "told": told,
+    }
+
+
 def logged(world: int, folder: Path) -> dict[str, Any]:
     """Calls of a trainer that has a logger in the first process only."""
     trainer, _ = after_fit(world, points(N))
@@ -569,6 +595,7 @@ if __name__ == "__main__":
         "adapted": adapted,
         "failures": failures,
         "unreadable": unreadable,
+        "unkept": unkept,
         "logged": logged,
         "unreported": unreported,
         "death": death,

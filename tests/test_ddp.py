@@ -67,7 +67,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Launch
     def launched(world: int) -> Launched:
         folder = tmp_path_factory.mktemp("ddp")
         if world > 1:
-            return launch(world, folder, "results", "failures", "unreadable", "logged", "unreported", "death")
+            return launch(world, folder, "results", "failures", "unreadable", "unkept", "logged", "unreported", "death")
         torch.save(results(world, folder), folder / f"results {world} 0.pt")
         return Launched(world, folder, 0, "")
 
@@ -160,6 +160,12 @@ def test_if_one_process_cannot_gather_statistics_all_continue_training_in_sync(s
     for one in found:
         assert (one["epochs"], one["targets of"], one["gathers"]) == (3, 0, False)
         assert torch.equal(one["scores"], found[0]["scores"])
+
+
+@SEVERAL
+def test_if_one_process_cannot_keep_a_snapshot_none_does_and_training_continues(several: Launched) -> None:
+    for one in several.answers("unkept"):
+        assert (one["epochs"], one["gathers"], one["kept"], one["told"]) == (3, False, [0], 1)
 
 
 @SEVERAL

@@ -150,7 +150,7 @@ def test_all_results_with_sharded_parameters_are_those_of_one_process(world: int
 
 @pytest.mark.slow
 def test_a_process_that_fails_or_dies_stops_the_others_that_hold_parts(tmp_path: Path) -> None:
-    launched = launch(2, tmp_path, "failures", "unreadable", "unreported", "death", strategy="fsdp2")
+    launched = launch(2, tmp_path, "failures", "unreadable", "unkept", "unreported", "death", strategy="fsdp2")
     first, last = launched.answers("failures")
     missing = [name for name in last if name.startswith("missing")]
     assert len(missing) == 6
@@ -167,6 +167,8 @@ def test_a_process_that_fails_or_dies_stops_the_others_that_hold_parts(tmp_path:
         assert found["same weights afterwards"]
     for found in launched.answers("unreadable"):
         assert (found["epochs"], found["targets of"], found["gathers"]) == (3, 0, False)
+    for found in launched.answers("unkept"):
+        assert (found["epochs"], found["gathers"], found["kept"], found["told"]) == (3, False, [0], 1)
     for found in launched.answers("unreported"):
         assert found["FileNotFoundError epochs"] == found["LookupError epochs"] == 2
     told = launched.answer("death", 0)["dead"]

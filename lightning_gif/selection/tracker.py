@@ -246,8 +246,14 @@ class TrainingTracker:
         """Passes the weights at the end of an epoch to :attr:`snapshots`, which keep them or not."""
         if not self._all_active(processes):
             return
-        with self.guard("taking a snapshot of the weights"), processes.propagate_errors():
-            self.snapshots.add(epoch, module, processes)
+        before = dict(self.snapshots.kept), self.snapshots.last
+        with self.guard("taking a snapshot of the weights"):
+            try:
+                with processes.propagate_errors():
+                    self.snapshots.add(epoch, module, processes)
+            except BaseException:  # all processes keep the same snapshots
+                self.snapshots.kept, self.snapshots.last = before
+                raise
 
     def end_fit(self, module: nn.Module) -> None:
         """Ends a fit."""
