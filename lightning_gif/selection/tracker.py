@@ -215,7 +215,7 @@ class TrainingTracker:
         """
         self._within_epoch = False
         self._waiting = None
-        waits = may_wait and processes.size == 1 and self._may_wait(module)
+        waits = may_wait and processes.size == 1 and self.active and self.neurons.has_read and _is_small(module)
         if not waits:
             self.sum_over(processes)
         with self.guard("reading the state of the optimizer"):
@@ -236,11 +236,6 @@ class TrainingTracker:
             return False
         self.targets_epoch = epoch
         return True
-
-    def _may_wait(self, module: nn.Module) -> bool:
-        if not self.active or not self.neurons.has_read:
-            return False
-        return sum(parameter.numel() for parameter in module.parameters()) <= _MAY_WAIT
 
     def take_snapshot(self, epoch: int, module: nn.Module, processes: ProcessGroup) -> None:
         """Passes the weights at the end of an epoch to :attr:`snapshots`, which keep them or not."""
@@ -529,6 +524,11 @@ class TrainingTracker:
             )
             with self.guard("picking the target parameters"):
                 self.pick(module, "from the checkpoint")
+
+
+def _is_small(module: nn.Module) -> bool:
+    """Whether the selection for a module may wait."""
+    return sum(parameter.numel() for parameter in module.parameters()) <= _MAY_WAIT
 
 
 def share_of_steps(trainer: Trainer, batch_idx: int, wanted: int | None) -> float:
