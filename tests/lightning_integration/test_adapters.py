@@ -118,3 +118,25 @@ def test_adapters_of_peft_are_scored_edited_and_restored(kind: str) -> None:
     assert all("lora_" in name or "modules_to_save" in name for name in changed)
     edit.undo()
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_token_scores_of_gpt2_with_adapters_are_products_with_gradients_of_tokens() -> None:
+    module, data = Transformer(network("GPT-2")).double(), Texts(False)
+    trainer = make_trainer(GIFCallback(double=True, damping=0.1, snapshots=0))
+    trainer.fit(module, loader(data))
+    report = trainer.influence(next(iter(loader(data))), tokens=True, k=1)
+    ihvp = report.solutions[0].x
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    index = int(report.proponents().indices[0, 0])
+    ids = data[index]["input_ids"]
+    module.eval()
+    losses = F.cross_entropy(module.net(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none") / (len(ids) - 1)
+    expected = []
+    for loss in losses:
+        slopes = torch.autograd.grad(loss, parameters, retain_graph=True)
+        expected.append(float(torch.cat([slope.flatten() for slope in slopes]) @ ihvp) / (len(data) - 1))
+    found = report.token_scores(index)
+    assert [token for token, _ in found if not token.startswith("-")][: len(ids) - 1] == list(
+        map(str, ids[1:].tolist())
+    )
+    assert [score for _, score in found] == pytest.approx(expected, rel=1e-5, abs=1e-12)
