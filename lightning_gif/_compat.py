@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -43,6 +43,7 @@ __all__ = [
     "stage_of_training",
     "trainer_of",
     "unsupported_strategy",
+    "watch_iterators",
 ]
 
 
@@ -202,15 +203,63 @@ def stage_of_training(trainer: Trainer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def at_epoch(trainer: Trainer, epoch: int | None) -> Iterator[None]:
-    """Inside the block, ``trainer.current_epoch`` is ``epoch``. With ``None`` it is unchanged."""
-    progress = trainer.fit_loop.epoch_progress.current
-    before = progress.completed
-    progress.completed = before if epoch is None else epoch
+def at_epoch(trainer: Trainer, epoch: int | None, step: int | None = None) -> Iterator[None]:
+    """Inside the block, ``trainer.current_epoch`` is ``epoch``, and ``trainer.global_step`` is ``step``.
+
+    With ``None`` they are unchanged.
+    """
+    epochs = trainer.fit_loop.epoch_progress.current
+    steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    before = epochs.completed, steps.completed
+    epochs.completed = before[0] if epoch is None else epoch
+    steps.completed = before[1] if step is None else step
     try:
         yield
     finally:
-        progress.completed = before
+        epochs.completed, steps.completed = before
+
+
+def watch_iterators(
+    trainer: Trainer, around: Callable[[list[Any]], contextlib.AbstractContextManager[Any]]
+) -> Callable[[], None]:
+    """Makes the next ``fit`` enter a block around the creation of each iterator over the training data.
+
+    The loaders and their iterators are created by ``fit``, the first before ``on_train_start``. Workers read ahead as
+    soon as an iterator exists.
+
+    Args:
+        trainer: The trainer, in ``setup`` of a fit.
+        around: Returns the block, given the training loaders.
+
+    Returns:
+        A function that ends this.
+    """
+    combined = _lightning(".utilities.combined_loader").CombinedLoader
+
+    class Watched(combined):  # type: ignore[misc, valid-type]
+        def __iter__(self) -> Any:
+            with around(self.flattened):
+                return super().__iter__()
+
+    source, made = trainer.fit_loop._data_source, list[Any]()
+    original = source.dataloader
+
+    def dataloader() -> Any:
+        given = original()
+        loader = given if isinstance(given, combined) else combined(given, "max_size_cycle")
+        if type(loader) is combined:
+            loader.__class__ = Watched
+            made.append(loader)
+        return loader
+
+    def end() -> None:
+        if vars(source).get("dataloader") is dataloader:
+            del vars(source)["dataloader"]
+        for loader in made:
+            loader.__class__ = combined
+
+    vars(source)["dataloader"] = dataloader
+    return end
 
 
 def brings_own(owner: object, hook: str) -> bool:

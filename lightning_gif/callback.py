@@ -28,6 +28,7 @@ from .selection import GradientStatistics, NeuronStatistics
 from .selection.tracker import TrainingTracker, target_metrics
 from .session import Loaders
 from .signatures import check_argument_names, keywords, spell_out
+from .trajectory.recording import TrajectoryRecorder
 from .unlearning.events import EventList
 
 __all__ = ["GIFCallback", "attach"]
@@ -171,6 +172,12 @@ class GIFCallback(TrainerCalls, Callback):
         record: The audit log: a file, such as ``"deletions.jsonl"``, that gets an entry for each edit that is applied
             or undone, and for each dry run. It is created if it does not exist; see :func:`~lightning_gif.verify`. An
             edit that cannot be recorded is not applied. ``None`` (default) records nothing.
+        trajectory: A folder in which each ``fit`` is recorded, so that ``trainer.influence(batch, through="training")``
+            can replay it: the state of the training before about √T of its T optimizer steps, and for each step the
+            dataset indices of its examples and the settings of the optimizer. A message at the start says how large it
+            gets. The folder must not exist, or be empty, when a fit starts from the beginning; a fit from a checkpoint
+            continues the record of its run. It needs one process, automatic optimization with ``SGD``, ``Adam`` or
+            ``AdamW``, and full precision. ``None`` (default) records nothing.
         influence_loss: A function ``(module, batch) -> (B,)`` that returns the training loss of each example of a
             batch, for modules whose code you cannot change. It replaces the ``influence_loss`` of the module, see
             :class:`~lightning_gif.GIFMixin`. By default, losses come from the module.
@@ -219,6 +226,7 @@ class GIFCallback(TrainerCalls, Callback):
         influence_loss: LossOfModule | None = None,
         class_names: list[str] | None = None,
         vocabulary: Any = None,
+        trajectory: str | None = None,
     ) -> None:
         arguments = locals()
         super().__init__()
@@ -231,17 +239,17 @@ class GIFCallback(TrainerCalls, Callback):
         self.report_every_n_epochs = report_every_n_epochs
         self.query = query
         self.report_options = dict(report_options or {})
-        self.store, self.record = store, record
+        self.store, self.record, self.trajectory = store, record, trajectory
         self.influence_loss = influence_loss
-        self.class_names = class_names
-        self.vocabulary = vocabulary
+        self.class_names, self.vocabulary = class_names, vocabulary
         self.tracker = TrainingTracker(self.settings, snapshots)
+        self.recorder = TrajectoryRecorder(trajectory)
         self.reports = PeriodicReports()
         self.events = EventList()
         self.loaders = Loaders()
         self._state_key: tuple[Settings, str] | None = None  # and the settings that it was made from
         _check_report_arguments(self)
-        _check_paths(store, record)
+        _check_paths(store, record, trajectory)
         check_loss_of_module(influence_loss)
         check_class_names(class_names)
         check_vocabulary(vocabulary)
@@ -261,6 +269,7 @@ class GIFCallback(TrainerCalls, Callback):
         if stage == "fit":
             Objective.check_module(pl_module, self.influence_loss)
             _check_no_store(self.store)
+            self.recorder.setup(trainer, pl_module)
         self.bind(trainer)
 
     @override
@@ -272,6 +281,7 @@ class GIFCallback(TrainerCalls, Callback):
             self.reports.start(self._check_query)
         if self.cache_neurons:
             self.tracker.attach(pl_module)
+        self.recorder.start(trainer, pl_module)
 
     def _check_query(self) -> None:
         with self.open_session(self.settings, "batch") as session:
@@ -287,10 +297,12 @@ class GIFCallback(TrainerCalls, Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts recording the batch, if statistics are gathered at its optimizer step."""
         self.tracker.start_batch(trainer, batch, batch_idx, neurons=self.cache_neurons, steps=self.cache_steps)
+        self.recorder.start_batch(trainer, batch, batch_idx)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Reads the learning rates, and the gradients, which are accumulated and unscaled, and not yet clipped."""
+        self.recorder.before_step(optimizer)
         self.tracker.count_step(optimizer)
         if self.cache_gradients:
             self.tracker.add_gradients(pl_module, optimizer)
@@ -300,11 +312,13 @@ class GIFCallback(TrainerCalls, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Pauses the hooks, because passes before the next batch, such as validation, are not training."""
+        self.recorder.end_batch(trainer, pl_module)
         self.tracker.neurons.pause()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Picks and logs the targets, takes a snapshot, and computes a report if one is due."""
+        self.recorder.end_epoch()
         epoch, logs = trainer.current_epoch, self.log_reports and bool(trainer.loggers)
         with self.tracker.guard("picking the target parameters"):
             previous = self.targets if logs else None
@@ -326,6 +340,7 @@ class GIFCallback(TrainerCalls, Callback):
         """Removes the hooks, and stores the loaders, because ``trainer.test`` removes them from the trainer."""
         self.loaders.remember(trainer)
         self.tracker.end_fit(pl_module)
+        self.recorder.end()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -347,6 +362,7 @@ class GIFCallback(TrainerCalls, Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Removes the hooks, because ``teardown`` does not run after an exception."""
         self.tracker.abandon_epoch(pl_module)
+        self.recorder.abandon()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -387,6 +403,7 @@ class GIFCallback(TrainerCalls, Callback):
 
         All processes must save together, as Lightning requires, because the statistics are summed over them.
         """
+        self.recorder.flush()
         with self.tracker.guard("adding the state of GIFCallback to a checkpoint"):
             checkpoint[_CHECKPOINT_KEY] = self.tracker.state(self.state_key, ProcessGroup.of(trainer))
 
@@ -447,8 +464,9 @@ def _check_report_arguments(callback: GIFCallback) -> None:
     check_names(callback.settings.override(settings, known))  # type: ignore[arg-type]
 
 
-def _check_paths(store: str | None, record: str | None) -> None:
+def _check_paths(store: str | None, record: str | None, trajectory: str | None) -> None:
     check_path("store", store, "folder")
+    check_path("trajectory", trajectory, "folder")
     check_path("record", record, "file")
     check_record(record)
 

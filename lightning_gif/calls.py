@@ -45,6 +45,8 @@ from .session import Loaders, Session, TargetsChoice, open_session, open_stored
 from .signatures import keywords
 from .storage.audit_log import check_whole, read
 from .storage.interrupts import uninterrupted
+from .trajectory.influence import influence_through_training
+from .trajectory.record import Trajectory
 from .unlearning.events import EventList
 from .unlearning.journal import Journal
 from .unlearning.record import EditContext
@@ -62,6 +64,9 @@ _SCORES_FOLDER = "lightning_gif_scores"
 
 # The settings that matter to a validation of scores that are given.
 _OF_MEASURING = ("batch_size", "double", "memory", "seed")
+
+# The settings that a call through training can choose.
+_OF_REPLAYS = ("batch_size", "memory", "double", "seed")
 
 # The settings that a call with a store can choose.
 _OF_STORED = ("batch_size", "memory")
@@ -109,6 +114,7 @@ class Influence:
         losses: bool = False,
         tokens: bool = False,
         store: str | os.PathLike[str] | None = None,
+        through: Literal["training"] | None = None,
         name: str | None = None,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
@@ -155,12 +161,18 @@ class Influence:
                 data are not needed, and ``among`` is indices or a mask. Scores are those of ``solver="ekfac"`` with the
                 settings and snapshots of the store, up to the error of the store's projection. By default there is no
                 store.
+            through: ``"training"``: the exact derivative through the optimizer steps of the run that
+                ``GIFCallback(trajectory=folder)`` has recorded. It tells how examples acted *in this run*: what would
+                change if an example were left out, and all else stayed the same, the random numbers included. It
+                replays the run. How well a derivative predicts this depends on how smooth the training is. By default,
+                scores are about what training *again* without an example would change, whatever the seed.
             name: The name of the query in logs, such as ``"held-out eights"``. Give queries of different kinds their
                 own names, because each name has its own keys, ``gif_influence/NAME/…``. By default there is no name.
             dataloader: A loader of the training data; by default the one of ``fit``. With ``store``, it only serves to
                 show examples.
             **overrides: Arguments of the constructor to change for this call: those from ``selector`` to
-                ``unconverged``, and ``seed``. With ``store``, only ``batch_size`` and ``memory``.
+                ``unconverged``, and ``seed``. With ``store``, only ``batch_size`` and ``memory``; with ``through``
+                these two, ``double`` and ``seed``.
 
         Returns:
             Scores ``(n_queries, n_train)`` with the dataset index of each training example.
@@ -181,9 +193,14 @@ class Influence:
         _check_keep(keep, k, scores_to)
         if store is not None:
             of_examples = [argument for argument, value in (("losses", losses), ("tokens", tokens)) if value]
-            _check_stored(store, {"targets": targets, "scores_to": scores_to, **overrides}, of_examples)
+            others = {"targets": targets, "scores_to": scores_to, "through": through, **overrides}
+            _check_stored(store, others, of_examples)
             chosen: dict[str, Any] = {"per_example": per_example, "keep": keep, "snapshots": snapshots, "k": k}
             return calls._from_store(Path(store), batch, requested, among, name, dataloader, chosen)
+        if through is not None:
+            _check_through(through, {"targets": targets, "scores_to": scores_to, "snapshots": snapshots, **overrides})
+            chosen = {"per_example": per_example, "keep": keep, "k": k}
+            return self._through_training(batch, requested, among, name, dataloader, losses, chosen)
         states = _snapshot_states(calls.tracker, snapshots)
         choice: TargetsChoice = "cached" if targets is None else targets
         on_targets = _are_on_targets(targets, overrides)
@@ -205,6 +222,40 @@ class Influence:
                 states=states,
                 k=k,
                 tokens=tokens,
+                context=calls._context(session),
+            )
+            _finish(report, session, name, (scored or session.train) if losses else None)
+        return _logged(trainer, report, calls.log_reports)
+
+    def _through_training(
+        self,
+        batch: Any,
+        settings: Settings,
+        among: Any,
+        name: str | None,
+        dataloader: DataLoader[Any] | None,
+        losses: bool,
+        options: dict[str, Any],
+    ) -> InfluenceReport:
+        """The report of a call through training. ``options`` are arguments of the function."""
+        calls, trainer = self._of_trainer()
+        if calls.trajectory is None:
+            raise ConfigurationError(
+                "through='training' needs the record of a run, but there is none. Fit with"
+                " GIFCallback(trajectory='folder'), or pass a GIFCallback with the folder of this model's run to"
+                " lightning_gif.attach(…, callback=…)."
+            )
+        trajectory = Trajectory.open(Path(calls.trajectory))
+        with calls.open_session(settings, "batch", dataloader) as session:
+            scored = session.among(among)
+            report = influence_through_training(
+                session.objective,
+                session.train,
+                session.examples(batch),
+                trajectory,
+                settings,
+                **options,
+                among=scored,
                 context=calls._context(session),
             )
             _finish(report, session, name, (scored or session.train) if losses else None)
@@ -272,6 +323,7 @@ class TrainerCalls:
         influence_loss: A function that gives the losses of single examples; ``None`` to take them from the module.
         log_reports: Whether reports are logged.
         store: The folder to which a fit writes a store of gradients.
+        trajectory: The folder in which a fit is recorded.
         record: The audit log.
         class_names: The name of each class, for reports; ``None`` takes those of the data.
         vocabulary: The tokens of texts by their ids, for reports; ``None`` shows ids.
@@ -284,6 +336,7 @@ class TrainerCalls:
     influence_loss: LossOfModule | None
     log_reports: bool
     store: str | None
+    trajectory: str | None
     record: str | None
     class_names: Sequence[str] | None
     vocabulary: Vocabulary | None
@@ -808,6 +861,19 @@ def _check_stored(store: Any, given: Mapping[str, Any], of_examples: Sequence[st
         raise ConfigurationError(
             f"{', '.join(f'`{name}`' for name in others)} cannot be given with `store`, which has the settings that it"
             " was written with. Omit them, or write another store with them."
+        )
+
+
+def _check_through(through: Any, given: Mapping[str, Any]) -> None:
+    """Checks the arguments of a call through training."""
+    if through != "training":
+        raise ConfigurationError(f"`through` must be None or 'training', got {through!r}.")
+    others = [name for name, value in given.items() if value is not None and name not in _OF_REPLAYS]
+    if others:
+        raise ConfigurationError(
+            f"{', '.join(f'`{name}`' for name in others)} cannot be given with `through`, because the derivative"
+            " through the training is exact: it has no solve, and no choice of parameters or states. Omit them, or omit"
+            " `through`."
         )
 
 

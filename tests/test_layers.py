@@ -20,12 +20,23 @@ PACKAGE = Path(__file__).parents[1] / "lightning_gif"
 FLOORS = (
     *("_version", "_moved", "_lazy", "_compat", "errors", "mixin", "registry", "sharding"),
     *("storage", "distributed", "config", "signatures", "parameters", "solvers", "data", "edit", "selection"),
-    *("reporting", "metrics", "objective", "curvature", "defaults", "attribution", "fits", "session", "unlearning"),
+    *(
+        "reporting",
+        "metrics",
+        "objective",
+        "curvature",
+        "defaults",
+        "attribution",
+        "trajectory",
+        "fits",
+        "session",
+        "unlearning",
+    ),
     *("inspection", "reports", "calls", "callback", "verification", "cli", "__init__", "__main__"),
 )
 
 # Only these know that a Trainer exists, besides `_compat`.
-TRAINER = {"distributed", "objective", "selection", "session", "calls", "callback"}
+TRAINER = {"distributed", "objective", "selection", "trajectory", "session", "calls", "callback"}
 
 # Lines of code, without docstrings, comments and blank lines.
 LONGEST_CLASS, LONGEST_FUNCTION = 300, 60

@@ -34,10 +34,12 @@ def text(record: InfluenceRecord) -> str:
         averaged = f", averaged over {record.n_fits} fits{each}"
     else:
         averaged = f", averaged over {record.n_states} states of training" if record.n_states > 1 else ""
+    removed = "left out of this run" if record.is_through_training else "removed"
     lines = [
         f"Influence of {record.n_train} training examples on {on}{averaged} ({record.seconds:.1f} s)",
-        f"computed over {_parameters(record)} by the method {record.settings['method']!r}{_solve(record)}",
-        f"score = predicted change of {owner(record)} {measured(record)} if the example were removed; each example is"
+        _through(record)
+        or f"computed over {_parameters(record)} by the method {record.settings['method']!r}{_solve(record)}",
+        f"score = predicted change of {owner(record)} {measured(record)} if the example were {removed}; each example is"
         f" given by {_numbering(record)}",
     ]
     if "store" in record.settings:
@@ -59,6 +61,15 @@ def text(record: InfluenceRecord) -> str:
     if queries > MOST_QUERIES:
         lines.append(f"and {queries - MOST_QUERIES} more queries, see proponents() and opponents()")
     return "\n".join([*lines, *_error_notes(record, uncertain)])
+
+
+def _through(record: InfluenceRecord) -> str | None:
+    """How the scores of a recorded run were computed; ``None`` for other scores."""
+    if not record.is_through_training:
+        return None
+    steps, difference = record.settings["steps"], record.settings["replay_difference"]
+    same = "bit for bit" if not difference else f"with weights that differ by {difference:.1g} of their norm"
+    return f"the exact derivative through the {steps} optimizer steps of this run, which were replayed {same}"
 
 
 def _reading(record: InfluenceRecord, query: int) -> Iterator[str]:
@@ -90,6 +101,12 @@ def _error_notes(record: InfluenceRecord, uncertain: bool) -> Iterator[str]:
         record: The report.
         uncertain: Whether a shown score has an interval that contains 0.
     """
+    if record.is_through_training and record.standard_errors is None:
+        yield (
+            "about this run: the same seed and order of batches. Without `through`, trainer.influence is about training"
+            " again"
+        )
+        return
     if record.standard_errors is None:
         if record.n_states == 1 and not record.is_self_influence:
             yield (

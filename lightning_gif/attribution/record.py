@@ -61,7 +61,7 @@ class InfluenceRecord:
             each score, ``(n_queries, 2·keep)``. If the training loader draws from a ``Subset``, these are indices of
             the ``Subset``, and :meth:`innermost_indices` gives those of the dataset below it.
         n_train: The number of training examples that were scored.
-        solutions: The diagnostics of the solves, one for each query; empty for self-influence.
+        solutions: The diagnostics of the solves, one for each query; empty for self-influence and through training.
         curvature: How the curvature was computed, and its largest and smallest eigenvalues if ``eigenvalues`` was set.
         targets: The target parameters that the scores are restricted to.
         gradient_share: The share of the squared norm of the query's gradient that the target parameters hold: the mean
@@ -90,6 +90,9 @@ class InfluenceRecord:
             module embeds no tokens, or in the folder of an earlier version.
         train_tokens: For training texts by dataset index, if the call had ``tokens=True``: each token, and its score
             for each of the first eight queries. The sum over the tokens is the score of the text, without weight decay.
+        by_epoch: With ``through="training"``, the part of each score that comes from the optimizer steps of each epoch,
+            ``(n_queries, n_epochs, n_train)`` in float64; the parts add up to the score. ``None`` for other scores,
+            with ``keep``, and if it would take more than 128 MiB.
         examples: Labels and pictures or texts of training examples, by dataset index; filled on demand.
         context: The trainer's loggers, step count and process group, and the names of the classes. Only
             ``global_step`` and ``class_names`` are saved.
@@ -114,6 +117,7 @@ class InfluenceRecord:
     predictions: Tensor | None = None
     tokens: list[list[tuple[str, float]]] = field(default_factory=list)
     train_tokens: dict[int, TokenScores] = field(default_factory=dict)
+    by_epoch: Tensor | None = None
     examples: dict[int, Shown] = field(default_factory=dict)
     context: CallContext = field(default_factory=CallContext)
 
@@ -144,7 +148,12 @@ class InfluenceRecord:
     @property
     def is_self_influence(self) -> bool:
         """Whether each example was scored for its own loss, by ``trainer.self_influence``, without a query."""
-        return not self.solutions
+        return not self.solutions and not self.is_through_training
+
+    @property
+    def is_through_training(self) -> bool:
+        """Whether the scores are about the recorded run itself, by ``through="training"``."""
+        return self.settings.get("through") == "training"
 
     @property
     def n_fits(self) -> int:
@@ -332,6 +341,7 @@ class InfluenceRecord:
             **({} if self.labels is None else {"labels": self.labels}),
             **({} if self.losses is None else {"losses": self.losses}),
             **({} if self.predictions is None else {"predictions": self.predictions}),
+            **({} if self.by_epoch is None else {"by_epoch": self.by_epoch}),
             **{f"targets/{name}": _packed(entries) for name, entries in self.targets.items()},
             **{name: torch.as_tensor(example.image) for name, example in looks.items() if example.image is not None},
         }
@@ -397,6 +407,7 @@ class InfluenceRecord:
             labels=_labels(tensors, indices),
             losses=_losses(tensors, indices),
             predictions=_predictions(tensors, len(queries)),
+            by_epoch=_by_epoch(tensors, scores),
             tokens=restored(list[list[tuple[str, float]]], record.get("tokens", []), "tokens"),
             train_tokens={
                 int(index): restored(TokenScores, one, f"the tokens of example {index}")
@@ -468,6 +479,15 @@ def _predictions(tensors: Mapping[str, Tensor], queries: int) -> Tensor | None:
     if not fit or (found is not None and not bool(torch.isfinite(found).all())):
         raise ValueError("the predictions are not one row of finite numbers for each shown query")
     return found
+
+
+def _by_epoch(tensors: Mapping[str, Tensor], scores: Tensor) -> Tensor | None:
+    """The parts of the scores by epoch in a file; ``None`` if there are none."""
+    parts = tensors.get("by_epoch")
+    fit = parts is None or (parts.ndim == 3 and parts.dtype == torch.float64 and parts[:, 0].shape == scores.shape)
+    if not fit or (parts is not None and not bool(torch.isfinite(parts).all())):
+        raise ValueError("the parts of the scores by epoch are not finite numbers for each query, epoch and example")
+    return parts
 
 
 def _packed(entries: Tensor) -> Tensor:

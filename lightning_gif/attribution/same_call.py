@@ -22,6 +22,7 @@ _OF_EACH_FIT = {
     "losses",
     "store",
     "store_correlation",
+    "replay_difference",
 }
 
 _Report = TypeVar("_Report", bound=InfluenceRecord)

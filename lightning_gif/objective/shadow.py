@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,6 +62,9 @@ class Shadow:
         influence_loss: What gives the losses of single examples: a function of the module and the batch, or
             ``"influence_loss"`` if the module defines that method. ``None`` if neither exists.
         metrics: The module's metrics.
+        batch_index: What ``training_step`` gets as the index of its batch.
+        set_generators: Called before each call to set the random generators, if it is not ``None``. By default they are
+            seeded.
         on_parameters: Called with the parameters of each call by name, if it is not ``None``.
     """
 
@@ -81,6 +84,8 @@ class Shadow:
         self.space = space
         self.device = device
         self.seed = seed
+        self.batch_index = 0
+        self.set_generators: Callable[[], None] | None = None
         self.state = ModelState(theta, {})
         self.metrics = inside.metrics
         self._attributes = inside.attributes
@@ -177,7 +182,10 @@ class Shadow:
     def buffers(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Copies of all buffers by name, which a call may write to."""
         values = {**self._members.buffers, **self._common, **self.state.statistics}
-        return {name: widen(buffer.detach().clone(), dtype) for name, buffer in values.items()}
+        return {
+            name: widen(buffer.clone() if buffer.requires_grad else buffer.detach().clone(), dtype)
+            for name, buffer in values.items()
+        }
 
     def call(
         self, theta: Tensor, method: str | LossOfModule, *args: Any, buffers: dict[str, Tensor] | None = None
@@ -195,27 +203,41 @@ class Shadow:
             theta: Parameters ``(p,)``.
             method: The name of the method, or a function whose first argument is the module.
             args: The other arguments.
-            buffers: Buffers by name that the method may change. By default it gets copies.
+            buffers: Buffers, and possibly frozen parameters, by name that the method may change. Afterwards these are
+                the tensors that it left. By default it gets copies.
         """
-        values = self.buffers(theta.dtype) if buffers is None else buffers
-        frozen = {
-            name: widen(parameter.detach().clone(), theta.dtype)
-            for name, parameter in self._members.parameters.items()
-            if not parameter.requires_grad and name not in self.state.statistics
-        }
-        trainable = {name: value.clone() for name, value in self.space.unflatten(theta).items()}
-        if self.on_parameters is not None:
-            with torch._C.DisableTorchFunction():  # modes count the operations of the module alone
+        with torch._C.DisableTorchFunction():  # modes count the operations of the module alone
+            values = self.buffers(theta.dtype) if buffers is None else buffers
+            frozen = self.frozen(theta.dtype, without={*values, *self.state.statistics})
+            trainable = {name: value.clone() for name, value in self.space.unflatten(theta).items()}
+            if self.on_parameters is not None:
                 self.on_parameters(trainable)
-        # torch.manual_seed would format a stack trace for every kind of accelerator that is not in use.
-        torch.default_generator.manual_seed(self.seed)
-        if self.device.type != "cpu":
-            torch.manual_seed(self.seed)
+        self._draw_anew()
         with self._members.replaced({**values, **frozen, **trainable}):
             try:
                 return getattr(self.module, method)(*args) if isinstance(method, str) else method(self.module, *args)
             finally:
+                if buffers is not None:  # a step may put another tensor in the place of one
+                    buffers.update(self._members.held(buffers))
                 self._attributes.reset()
+
+    def frozen(self, dtype: torch.dtype, *, without: Container[str] = ()) -> dict[str, Tensor]:
+        """Copies of the parameters that are not trainable, by name."""
+        return {
+            name: widen(parameter.detach().clone(), dtype)
+            for name, parameter in self._members.parameters.items()
+            if not parameter.requires_grad and name not in without
+        }
+
+    def _draw_anew(self) -> None:
+        """Sets the random generators, before a call."""
+        if self.set_generators is not None:
+            self.set_generators()
+            return
+        # torch.manual_seed would format a stack trace for every kind of accelerator that is not in use.
+        torch.default_generator.manual_seed(self.seed)
+        if self.device.type != "cpu":
+            torch.manual_seed(self.seed)
 
     def training_step(self, theta: Tensor, data: Any, *, buffers: dict[str, Tensor] | None = None) -> Tensor:
         """The loss ``()`` that ``training_step`` returns for a prepared batch.
@@ -223,7 +245,8 @@ class Shadow:
         Raises:
             ObjectiveError: If it returns anything else.
         """
-        output = self.call(theta, "training_step", data, *self._batch_index, buffers=buffers)
+        index = [self.batch_index] if self._takes_index else []
+        output = self.call(theta, "training_step", data, *index, buffers=buffers)
         loss = output.get("loss") if isinstance(output, dict) else output
         if loss is None:  # Lightning skips such a step, so the model was not trained on these examples
             return theta.new_zeros(())
@@ -254,11 +277,10 @@ class Shadow:
         return values
 
     @cached_property
-    def _batch_index(self) -> list[int]:
-        """The arguments of ``training_step`` after the batch: the batch index 0, if it takes a second argument."""
+    def _takes_index(self) -> bool:
+        """Whether ``training_step`` takes the batch index as a second argument."""
         parameters = inspect.signature(self.module.training_step).parameters.values()
-        takes_index = len(parameters) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
-        return [0] if takes_index else []
+        return len(parameters) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
 def widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -330,6 +352,11 @@ class _Members:
             for key, member in own.items()
             if id(member) in names
         ]
+
+    def held(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors that the module holds now, by name."""
+        wanted = set(names)
+        return {name: members[key] for members, key, name in self._places if name in wanted}
 
     @contextlib.contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:

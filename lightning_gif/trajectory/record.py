@@ -1,0 +1,347 @@
+"""The folder with the record of a training run: its states at some optimizer steps, and what each step did."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from ..storage.artifact import Format, read_file, write_file
+from ..storage.atomic import replace_file
+from ..storage.schema import parse_errors_name, read, restored_fields
+
+__all__ = ["BatchRecord", "Run", "StepRecord", "TrainingState", "Trajectory"]
+
+
+_MANIFEST = "run.json"
+
+_FORMAT = "lightning-gif trajectory 1"
+
+_REMEDY = "Copy the folder again from where it was recorded, or train again with another folder as `trajectory`."
+
+_STATE = Format("lightning-gif training state", (1,), "a state of a recorded training run", _REMEDY)
+
+_STEPS = Format("lightning-gif training steps", (1,), "steps of a recorded training run", _REMEDY)
+
+_STATE_NAME, _STEPS_NAME = re.compile(r"state-(\d+)\.safetensors"), re.compile(r"steps-(\d+)-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """A batch of an optimizer step.
+
+    Attributes:
+        ids: The dataset indices ``(B,)`` of its examples.
+        index: The number of the batch in its epoch.
+        mark: A checksum of some of its values, see :func:`~lightning_gif.trajectory.marks.mark_of`.
+        generators: The states of the random generators before the batch, if it drew random numbers; else empty.
+    """
+
+    ids: Tensor
+    index: int
+    mark: int
+    generators: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """An optimizer step.
+
+    Attributes:
+        number: How many steps there were before.
+        epoch: The epoch.
+        divisor: By what the loss of each batch is divided (``accumulate_grad_batches``).
+        members: The names of the parameters of each group of the optimizer.
+        options: The settings of each group.
+        evaluating: The names of the submodules in evaluation mode.
+        batches: The batches whose gradients are added up.
+    """
+
+    number: int
+    epoch: int
+    divisor: int
+    members: list[list[str]]
+    options: list[dict[str, Any]]
+    evaluating: list[str]
+    batches: tuple[BatchRecord, ...]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The state of a training before an optimizer step.
+
+    Attributes:
+        step: The number of the step.
+        weights: The trainable parameters by name.
+        others: Buffers and frozen parameters by name.
+        optimizer: The optimizer's state of each parameter, by name and then by its name in PyTorch.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    others: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        held = [*self.weights.values(), *self.others.values()]
+        held += [value for state in self.optimizer.values() for value in state.values()]
+        return sum(value.numel() * value.element_size() for value in held)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What holds for a run as a whole.
+
+    Attributes:
+        mark: Tells this run from others.
+        module: The class of the module.
+        shapes: The shape of each trainable parameter by name.
+        optimizer: The class of the optimizer.
+        clip_algorithm: How gradients are clipped; ``None`` if they are not.
+        clip_limit: The limit of the clipping.
+        dataset_size: The number of items of the training dataset.
+        end: The number of steps of the run; ``None`` as long as it has not come to its end.
+    """
+
+    mark: str
+    module: str
+    shapes: dict[str, list[int]]
+    optimizer: str
+    clip_algorithm: str | None
+    clip_limit: float
+    dataset_size: int
+    end: int | None
+
+
+class Trajectory:
+    """The record of a run in a folder.
+
+    Files are written completely or not at all. The manifest is written first, and states its end last.
+
+    Args:
+        folder: The folder.
+        run: What holds for the run as a whole.
+    """
+
+    def __init__(self, folder: Path, run: Run) -> None:
+        self.folder = folder
+        self.run = run
+
+    @classmethod
+    def create(cls, folder: Path, **facts: Any) -> Trajectory:
+        """Begins a record in a new folder. ``facts`` are fields of :class:`Run`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        made = cls(folder, Run(mark=uuid.uuid4().hex, end=None, **facts))
+        made._write_manifest()
+        return made
+
+    @classmethod
+    def open(cls, folder: Path) -> Trajectory:
+        """Opens the record that a fit has left.
+
+        Raises:
+            ConfigurationError: If there is no folder, it holds no record, or the record is damaged.
+        """
+        path = folder / _MANIFEST
+        if not path.is_file():
+            what = "does not exist" if not folder.exists() else f"has no {_MANIFEST}"
+            raise ConfigurationError(
+                f"{str(folder)!r} is not the record of a training run: it {what}. Fit with"
+                f" GIFCallback(trajectory={str(folder)!r}), or give the folder of such a fit."
+            )
+        with parse_errors_name(path, _REMEDY):
+            values = dict(read(path))
+            stated = values.pop("format", None)
+            run = Run(**restored_fields(Run, values)) if stated == _FORMAT else None
+        if run is None:
+            raise ConfigurationError(
+                f"{str(path)!r} states the format {stated!r}, expected {_FORMAT!r}: it is of another program or another"
+                f" version of this package. {_REMEDY}"
+            )
+        return cls(folder, run)
+
+    def _write_manifest(self) -> None:
+        text = json.dumps({"format": _FORMAT, **asdict(self.run)}, indent=1)
+        replace_file(self.folder / _MANIFEST, text.encode())
+
+    def set_end(self, end: int | None) -> None:
+        """Notes the number of steps of the run, or that it goes on."""
+        if end != self.run.end:
+            self.run = replace(self.run, end=end)
+            self._write_manifest()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Files
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def states(self) -> list[int]:
+        """The steps before which there is a state, in order."""
+        return sorted(int(match[1]) for match in self._matches(_STATE_NAME))
+
+    @property
+    def _chunks(self) -> list[tuple[int, int]]:
+        """The first step of each file of steps, and the one after its last, in order."""
+        return sorted((int(match[1]), int(match[2])) for match in self._matches(_STEPS_NAME))
+
+    def _matches(self, pattern: re.Pattern[str]) -> list[re.Match[str]]:
+        return [match for path in self.folder.iterdir() if (match := pattern.fullmatch(path.name))]
+
+    def _state_path(self, step: int) -> Path:
+        return self.folder / f"state-{step:08d}.safetensors"
+
+    def _steps_path(self, first: int, stop: int) -> Path:
+        return self.folder / f"steps-{first:08d}-{stop:08d}.safetensors"
+
+    def check_whole(self) -> None:
+        """Checks that the record has all steps of a run that has ended, and states at its beginning and its end.
+
+        Raises:
+            ConfigurationError: If something is missing.
+        """
+        name, end, states = f"The record of the training in {str(self.folder)!r}", self.run.end, self.states
+        if end is None:
+            reached = max([*states, *(stop for _, stop in self._chunks)], default=0)
+            raise ConfigurationError(
+                f"{name} ends at step {reached}, before the end of the run: the fit was interrupted, or its recording"
+                " stopped with a warning. Finish the fit from a checkpoint (trainer.fit(model, ckpt_path=…)), or use"
+                " the default influence, without `through`."
+            )
+        at = 0
+        for first, stop in self._chunks:
+            if first == at:
+                at = stop
+        if at != end or 0 not in states or end not in states:
+            missing = (
+                f"the steps from {at} on" if at != end else f"the state before step {0 if 0 not in states else end}"
+            )
+            raise ConfigurationError(f"{name} is incomplete: files with {missing} are missing. {_REMEDY}")
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # States
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def add_state(self, state: TrainingState) -> None:
+        """Writes a state."""
+        tensors = {f"weights/{name}": value for name, value in state.weights.items()}
+        tensors |= {f"others/{name}": value for name, value in state.others.items()}
+        tensors |= {f"optimizer/{name}/{key}": one for name, of in state.optimizer.items() for key, one in of.items()}
+        write_file(self._state_path(state.step), _STATE, {"run": self.run.mark, "step": state.step}, tensors)
+
+    def state(self, step: int) -> TrainingState:
+        """Reads the state before a step.
+
+        Raises:
+            ConfigurationError: If its file is damaged, or is of another run.
+        """
+        path = self._state_path(step)
+        record, tensors = self._read(path, _STATE)
+        found = TrainingState(step, {}, {}, {})
+        with parse_errors_name(path, _REMEDY):
+            if record["step"] != step:
+                raise ValueError(f"it is the state before step {record['step']}")
+            for name, value in tensors.items():
+                kind, _, rest = name.partition("/")
+                if kind == "optimizer":
+                    parameter, _, key = rest.rpartition("/")
+                    found.optimizer.setdefault(parameter, {})[key] = value
+                else:
+                    {"weights": found.weights, "others": found.others}[kind][rest] = value
+            if {name: list(value.shape) for name, value in found.weights.items()} != self.run.shapes:
+                raise ValueError("its parameters have other names or shapes than those of the run")
+        return found
+
+    def drop_state(self, step: int) -> None:
+        """Removes a state."""
+        self._state_path(step).unlink(missing_ok=True)
+
+    def _read(self, path: Path, form: Format) -> tuple[Any, dict[str, Tensor]]:
+        """The record and the tensors of a file of this run."""
+        if not path.exists():
+            raise ConfigurationError(f"{str(path)!r} is missing. {_REMEDY}")
+        _, record, tensors = read_file(path, form)
+        if not isinstance(record, Mapping) or record.get("run") != self.run.mark:
+            raise ConfigurationError(
+                f"{str(path)!r} is of another training run than {_MANIFEST} in the same folder. {_REMEDY}"
+            )
+        return record, tensors
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Steps
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def add_steps(self, steps: Sequence[StepRecord]) -> None:
+        """Writes steps that follow each other."""
+        if not steps:
+            return
+        batches = [batch for step in steps for batch in step.batches]
+        tensors = {"ids": torch.cat([batch.ids for batch in batches]).to(torch.int64)}
+        for place, batch in enumerate(batches):
+            tensors |= {f"generators/{place}/{name}": value for name, value in batch.generators.items()}
+        record: dict[str, Any] = {"run": self.run.mark, "steps": []}
+        before: dict[str, Any] = {}
+        for step in steps:
+            values = {name: getattr(step, name) for name in ("epoch", "divisor", "members", "options", "evaluating")}
+            changed = {name: value for name, value in values.items() if before.get(name) != value}
+            parts = [[len(batch.ids), batch.index, batch.mark] for batch in step.batches]
+            record["steps"].append({**changed, "batches": parts})
+            before = values
+        write_file(self._steps_path(steps[0].number, steps[-1].number + 1), _STEPS, record, tensors)
+
+    def steps(self, first: int, stop: int) -> list[StepRecord]:
+        """The steps from ``first`` to before ``stop``.
+
+        Raises:
+            ConfigurationError: If a file is damaged or is of another run.
+        """
+        found = [step for low, high in self._chunks if low < stop and high > first for step in self._chunk(low, high)]
+        chosen = [step for step in found if first <= step.number < stop]
+        if [step.number for step in chosen] != list(range(first, stop)):
+            raise ConfigurationError(
+                f"Files with steps {first} to {stop} of {str(self.folder)!r} are missing. {_REMEDY}"
+            )
+        return chosen
+
+    def _chunk(self, first: int, stop: int) -> Iterable[StepRecord]:
+        path = self._steps_path(first, stop)
+        record, tensors = self._read(path, _STEPS)
+        with parse_errors_name(path, _REMEDY):
+            found, now, place, at = list[StepRecord](), dict[str, Any](), 0, 0
+            for number, values in enumerate(record["steps"], first):
+                now |= {name: value for name, value in values.items() if name != "batches"}
+                batches = []
+                for size, index, mark in values["batches"]:
+                    start = f"generators/{place}/"
+                    generators = {name[len(start) :]: one for name, one in tensors.items() if name.startswith(start)}
+                    batches.append(BatchRecord(tensors["ids"][at : at + size], index, mark, generators))
+                    place, at = place + 1, at + size
+                found.append(StepRecord(number=number, **now, batches=tuple(batches)))
+            if len(found) != stop - first or at != len(tensors["ids"]):
+                raise ValueError("its steps are not those that its name states")
+        return found
+
+    def resume(self, step: int) -> None:
+        """Drops everything from ``step`` on, so that the run can go on from there.
+
+        Raises:
+            ConfigurationError: If steps before it are missing.
+        """
+        kept = [] if step == 0 else self.steps(0, step)
+        for low, high in self._chunks:
+            if high > step:
+                self._steps_path(low, high).unlink()
+                self.add_steps([one for one in kept if low <= one.number < high])
+        for state in self.states:
+            if state > step:
+                self.drop_state(state)
+        self.set_end(None)

@@ -1,0 +1,340 @@
+"""Records a fit, so that it can be replayed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .._compat import rank_zero_info, rank_zero_warn, watch_iterators
+from ..data.loaders import check_loader
+from ..errors import ConfigurationError, GIFWarning, TrainingDataError
+from ..parameters import ParameterSpace, tensors_of
+from .marks import generators, mark_of
+from .record import BatchRecord, StepRecord, TrainingState, Trajectory
+from .sampling import DrawnIndices
+from .updates import UPDATES
+
+if TYPE_CHECKING:
+    from .._compat import LightningModule, Trainer
+
+__all__ = ["TrajectoryRecorder", "training_state"]
+
+
+# The number of steps between two states, if the length of the run is not known. It doubles as the run gets longer.
+_FIRST_SPACING = 8
+
+_PRECISIONS = ("32-true", "64-true")
+
+
+class TrajectoryRecorder:
+    """Records the optimizer steps of a fit in a folder, and the state of the training before some of them.
+
+    The states are about as many as the steps between two of them. So both the folder and a replay from one state to the
+    next take few copies of the weights. An error in recording does not end the fit, see :meth:`guard`.
+
+    Args:
+        folder: The folder; ``None`` records nothing.
+
+    Attributes:
+        active: Whether the current fit is recorded.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = folder
+        self.active = False
+        self._drawn = DrawnIndices()
+        self._unwatch: Callable[[], None] | None = None
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Training, in the order of the hooks
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, module: LightningModule) -> None:
+        """Checks that a fit can be recorded, before it begins, and watches what its loader draws.
+
+        Raises:
+            ConfigurationError: If it cannot.
+        """
+        self.active = False
+        if self.folder is None or trainer.fast_dev_run:
+            return
+        _check_run(trainer, module)
+        _check_folder(Path(self.folder), resumed=trainer.ckpt_path is not None)
+        self._forget()
+        self._unwatch = watch_iterators(trainer, self._drawn.around)
+        self.active = True
+
+    def start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Begins or continues the record, when loaders and optimizers exist."""
+        if not self.active:
+            return
+        with self.guard("the start"):
+            _check_loader(trainer)
+            optimizer = _optimizer_of(trainer)
+            self._names = {id(value): name for name, value in module.named_parameters()}
+            self._module, self._optimizer = module, optimizer
+            self._trajectory = self._opened(trainer, module, optimizer)
+            self._step, self._steps = trainer.global_step, list[StepRecord]()
+            self._batches = list[BatchRecord]()
+            self._pending: BatchRecord | None = None
+            self._options: list[dict[str, Any]] = []
+            self._final: TrainingState | None = None
+            self._spacing, self._grows = self._spaced(trainer)
+            self._add_state(self._state())
+
+    def _opened(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Trajectory:
+        folder, size = Path(self.folder or ""), len(_loader_of(trainer).dataset)
+        shapes = {name: list(slot.shape) for name, slot in ParameterSpace(module).slots.items()}
+        limit = trainer.gradient_clip_val
+        algorithm = None if not limit else str(getattr(trainer.gradient_clip_algorithm, "value", None) or "norm")
+        facts: dict[str, Any] = {
+            "module": type(module).__name__,
+            "shapes": shapes,
+            "optimizer": type(optimizer).__name__,
+            "clip_algorithm": algorithm,
+            "clip_limit": float(limit or 0.0),
+            "dataset_size": size,
+        }
+        step = trainer.global_step
+        if not step:
+            return Trajectory.create(folder, **facts)
+        trajectory = Trajectory.open(folder)
+        differing = [name for name, value in facts.items() if getattr(trajectory.run, name) != value]
+        if differing:
+            raise ConfigurationError(
+                f"{self.folder!r} has the record of another run: {', '.join(differing)} differ. Give another folder"
+            )
+        trajectory.resume(step)
+        return trajectory
+
+    def _spaced(self, trainer: Trainer) -> tuple[int, bool]:
+        """The number of steps between two states, and whether it grows with the run. Says how large the folder gets."""
+        total = float(trainer.estimated_stepping_batches)
+        known = math.isfinite(total) and total > 0
+        spacing = max(round(math.sqrt(total)), 1) if known else _FIRST_SPACING
+        size = self._state().nbytes / 2**20
+        count = f"{math.ceil(total / spacing) + 1}" if known else "as many states as there are steps between two, of"
+        whole = f", {(math.ceil(total / spacing) + 1) * size / 2**10:.2g} GiB in all" if known else ""
+        rank_zero_info(
+            f"The training is recorded in {self.folder!r}: {count} × {size:.3g} MiB (weights and optimizer){whole}, and"
+            " 8 bytes for each example of each step."
+        )
+        return spacing, not known
+
+    def start_batch(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        """Notes a batch before its step, and the state of the training if one is due."""
+        if not self.active:
+            return
+        with self.guard("reading a batch"):
+            ids = self._drawn.next()
+            if ids is None:
+                raise TrainingDataError("the indices of its batches are not known")
+            if not self._batches and self._step % self._spacing == 0 and self._step not in self._trajectory.states:
+                self._add_state(self._state())
+            self._pending = BatchRecord(ids, batch_idx, mark_of(batch), generators(trainer.strategy.root_device))
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Notes the settings of the optimizer for its step."""
+        if self.active:
+            with self.guard("reading the optimizer"):
+                self._options = [_options_of(group) for group in optimizer.param_groups]
+
+    def end_batch(self, trainer: Trainer, module: nn.Module) -> None:
+        """Notes whether a batch drew random numbers, and the optimizer step if there was one."""
+        if not self.active or self._pending is None:
+            return
+        with self.guard("reading a batch"):
+            before, self._pending = self._pending, None
+            now = generators(trainer.strategy.root_device)
+            drew = any(not torch.equal(now[name], value) for name, value in before.generators.items())
+            kept = before.generators if drew else {}
+            self._batches.append(BatchRecord(before.ids, before.index, before.mark, kept))
+            if trainer.global_step == self._step:
+                return
+            groups = self._optimizer.param_groups
+            step = StepRecord(
+                number=self._step,
+                epoch=trainer.current_epoch,
+                divisor=trainer.accumulate_grad_batches,
+                members=[[self._names[id(one)] for one in group["params"]] for group in groups],
+                options=self._options,
+                evaluating=[name for name, one in module.named_modules() if not one.training],
+                batches=tuple(self._batches),
+            )
+            self._steps.append(step)
+            self._batches, self._step, self._final = [], trainer.global_step, None
+
+    def end_epoch(self) -> None:
+        """Keeps the state, which is the last one if no step follows. Later hooks may exchange the weights."""
+        if self.active:
+            with self.guard("reading the weights"):
+                self._final = self._state()
+
+    def flush(self) -> None:
+        """Writes the steps so far, as when Lightning writes a checkpoint."""
+        if self.active:
+            with self.guard("writing steps"):
+                self._write_steps()
+
+    def end(self) -> None:
+        """Ends the record with the state after the last step."""
+        if self.active:
+            with self.guard("the end"):
+                final = self._final if self._final is not None else self._state()
+                self._add_state(final)
+                self._trajectory.set_end(final.step)
+        self._forget()
+
+    def abandon(self) -> None:
+        """Ends the record after an exception: the steps so far are kept, so that a later fit can continue it."""
+        self.flush()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Lets go of the trainer."""
+        self.active = False
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
+        self._drawn.end()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Files
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _state(self) -> TrainingState:
+        return training_state(self._step, self._module, self._optimizer)
+
+    def _add_state(self, state: TrainingState) -> None:
+        self._write_steps()
+        self._trajectory.add_state(state)
+        states = self._trajectory.states
+        if self._grows and len(states) > 2 * self._spacing + 2:
+            self._spacing *= 2
+            for step in states[1:-1]:
+                if step % self._spacing:
+                    self._trajectory.drop_state(step)
+
+    def _write_steps(self) -> None:
+        self._trajectory.add_steps(self._steps)
+        self._steps = []
+
+    @contextlib.contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        """A block whose errors end the recording, with one warning, but not the fit.
+
+        Args:
+            what: What the block does, for the warning.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._forget()
+            rank_zero_warn(
+                f"The training is not recorded any further ({what}): {type(error).__name__}: {str(error).rstrip('.')}."
+                " Training goes on unchanged. trainer.influence(batch) without `through` needs no record.",
+                category=GIFWarning,
+            )
+
+
+def training_state(step: int, module: nn.Module, optimizer: Optimizer) -> TrainingState:
+    """A copy of the state of a training on the CPU, before a step."""
+    slots, copies = ParameterSpace(module).slots, {}
+    for name, value in tensors_of(module).items():
+        copies[name] = value.detach().to("cpu", copy=True)
+    names = {id(value): name for name, value in module.named_parameters()}
+    states = {
+        names[id(parameter)]: {
+            key: value.detach().to("cpu", copy=True) for key, value in state.items() if isinstance(value, Tensor)
+        }
+        for parameter, state in optimizer.state.items()
+        if id(parameter) in names
+    }
+    return TrainingState(
+        step,
+        {name: copies[name] for name in slots},
+        {name: value for name, value in copies.items() if name not in slots},
+        {name: states[name] for name in slots if name in states},
+    )
+
+
+def _options_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group as plain values."""
+    options: dict[str, Any] = {}
+    for name, value in group.items():
+        if isinstance(value, Tensor):
+            options[name] = float(value)
+        elif value is None or isinstance(value, (bool, int, float)):
+            options[name] = value
+        elif name == "betas":
+            options[name] = [float(beta) for beta in value]
+    return options
+
+
+def _loader_of(trainer: Trainer) -> Any:
+    loader: Any = trainer.train_dataloader
+    return loader
+
+
+def _check_loader(trainer: Trainer) -> None:
+    loader = check_loader(_loader_of(trainer))
+    if loader.batch_sampler is None or not hasattr(loader.dataset, "__len__"):
+        raise TrainingDataError("it needs a DataLoader that draws batches from a map-style dataset by their indices")
+    if not getattr(loader, "in_order", True):
+        raise TrainingDataError("it needs a DataLoader with in_order=True")
+
+
+def _optimizer_of(trainer: Trainer) -> Optimizer:
+    """The optimizer, if its steps can be replayed.
+
+    Raises:
+        ConfigurationError: If they cannot.
+    """
+    (optimizer,) = trainer.optimizers
+    if type(optimizer) not in UPDATES:
+        known = ", ".join(kind.__name__ for kind in UPDATES)
+        raise ConfigurationError(
+            f"the optimizer {type(optimizer).__name__} is not supported; those of torch.optim that are: {known}"
+        )
+    return optimizer
+
+
+def _check_run(trainer: Trainer, module: LightningModule) -> None:
+    """Checks what is known of a run before its loaders and optimizers exist."""
+    reason = None
+    if trainer.world_size > 1:
+        reason = f"the trainer has {trainer.world_size} processes, and the record is of one. Use Trainer(devices=1)"
+    elif not module.automatic_optimization:
+        reason = f"{type(module).__name__} optimises manually, and the record is of automatic optimization"
+    elif trainer.precision not in _PRECISIONS:
+        reason = f"the precision {trainer.precision!r} rounds differently in a replay. Use Trainer(precision='32-true')"
+    if reason is not None:
+        raise ConfigurationError(
+            f"The training cannot be recorded: {reason}. Or omit `trajectory`: trainer.influence(batch) without"
+            " `through` needs no record."
+        )
+
+
+def _check_folder(folder: Path, *, resumed: bool) -> None:
+    """Checks that a fit can begin or continue a record in a folder."""
+    empty = not folder.exists() or (folder.is_dir() and not os.listdir(folder))
+    if resumed and not empty:
+        Trajectory.open(folder)
+    elif not empty:
+        raise ConfigurationError(
+            f"The fit would be recorded in {str(folder)!r}, which is a file or is not empty. Give another folder as"
+            " `trajectory`, or delete this one. To continue a recorded run, call trainer.fit(model, ckpt_path=…)."
+        )
+    elif resumed:
+        raise ConfigurationError(
+            f"The fit continues a run from a checkpoint, but the record of its earlier steps is not in"
+            f" {str(folder)!r}. Give the folder of the run as `trajectory`, or omit `trajectory`."
+        )

@@ -1,0 +1,98 @@
+"""Notes the dataset indices that a fit draws, without a change of its loader."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+__all__ = ["DrawnIndices"]
+
+
+class DrawnIndices:
+    """The dataset indices of the batches of a training loader, in the order in which they are drawn.
+
+    Workers of a loader draw ahead. So the indices of each batch are kept until the batch is :meth:`next`.
+    """
+
+    def __init__(self) -> None:
+        self._drawn: list[Any] = []
+        self._place = 0
+        self._iterators: list[tuple[Any, Any]] = []  # those of persistent workers, each with its own sampler
+
+    @contextlib.contextmanager
+    def around(self, loaders: list[Any]) -> Iterator[None]:
+        """The block in which an iterator over the loaders is created: it draws from a sampler that takes notes."""
+        self._drawn, self._place = [], 0
+        loader = loaders[0] if len(loaders) == 1 else None
+        own = getattr(loader, "batch_sampler", None)
+        if not isinstance(loader, DataLoader) or own is None:
+            yield
+            return
+        existing = getattr(loader, "_iterator", None)
+        if existing is not None and isinstance(existing._index_sampler, _Noting):
+            existing._index_sampler.notes = self._drawn  # it is reset, and goes on with its sampler
+            yield
+            return
+        members = vars(loader)
+        members["batch_sampler"] = _Noting(own, self._drawn)  # `DataLoader` refuses a plain assignment
+        if existing is not None:
+            existing._index_sampler = members["batch_sampler"]
+        try:
+            yield
+        finally:
+            members["batch_sampler"] = own
+        if getattr(loader, "_iterator", None) is not None:
+            self._iterators.append((loader._iterator, own))
+
+    def next(self) -> Tensor | None:
+        """The indices ``(B,)`` of the next batch; ``None`` if they are not known."""
+        if self._place >= len(self._drawn):
+            return None
+        self._place += 1
+        indices, self._drawn[self._place - 1] = self._drawn[self._place - 1], None
+        try:
+            return torch.as_tensor([int(index) for index in indices], dtype=torch.int64)
+        except (TypeError, ValueError):  # a sampler may draw keys of any kind
+            return None
+
+    def end(self) -> None:
+        """Puts back the samplers of iterators that outlive the fit."""
+        for iterator, own in self._iterators:
+            iterator._index_sampler = own
+        self._iterators = []
+
+
+class _Noting:
+    """A batch sampler that draws from another one, and notes what is drawn."""
+
+    def __init__(self, own: Any, notes: list[Any]) -> None:
+        self._own = own
+        self.notes = notes
+
+    def __iter__(self) -> _Drawing:
+        return _Drawing(iter(self._own), self.notes)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+class _Drawing:
+    def __init__(self, drawn: Iterator[Any], notes: list[Any]) -> None:
+        self._drawn = drawn
+        self._notes = notes
+
+    def __iter__(self) -> _Drawing:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self._drawn)
+        self._notes.append(list(batch))
+        return batch
