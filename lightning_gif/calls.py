@@ -115,6 +115,7 @@ class Influence:
         tokens: bool = False,
         store: str | os.PathLike[str] | None = None,
         through: Literal["training"] | None = None,
+        leave_outs: int = 0,
         name: str | None = None,
         dataloader: DataLoader[Any] | None = None,
         **overrides: Unpack[Overrides],
@@ -166,6 +167,9 @@ class Influence:
                 change if an example were left out, and all else stayed the same, the random numbers included. It
                 replays the run. How well a derivative predicts this depends on how smooth the training is. By default,
                 scores are about what training *again* without an example would change, whatever the seed.
+            leave_outs: With ``through``: how often to replay the run without a random twentieth of the examples. The
+                report then says whether the scores predict the run. Each takes about twice as long as the training. By
+                default 0.
             name: The name of the query in logs, such as ``"held-out eights"``. Give queries of different kinds their
                 own names, because each name has its own keys, ``gif_influence/NAME/…``. By default there is no name.
             dataloader: A loader of the training data; by default the one of ``fit``. With ``store``, it only serves to
@@ -197,9 +201,10 @@ class Influence:
             _check_stored(store, others, of_examples)
             chosen: dict[str, Any] = {"per_example": per_example, "keep": keep, "snapshots": snapshots, "k": k}
             return calls._from_store(Path(store), batch, requested, among, name, dataloader, chosen)
-        if through is not None:
+        check_count("leave_outs", leave_outs, least=0)
+        if through is not None or leave_outs:
             _check_through(through, {"targets": targets, "scores_to": scores_to, "snapshots": snapshots, **overrides})
-            chosen = {"per_example": per_example, "keep": keep, "k": k}
+            chosen = {"per_example": per_example, "keep": keep, "k": k, "leave_outs": leave_outs}
             return self._through_training(batch, requested, among, name, dataloader, losses, chosen)
         states = _snapshot_states(calls.tracker, snapshots)
         choice: TargetsChoice = "cached" if targets is None else targets
@@ -867,7 +872,7 @@ def _check_stored(store: Any, given: Mapping[str, Any], of_examples: Sequence[st
 def _check_through(through: Any, given: Mapping[str, Any]) -> None:
     """Checks the arguments of a call through training."""
     if through != "training":
-        raise ConfigurationError(f"`through` must be None or 'training', got {through!r}.")
+        raise ConfigurationError(f"`through` must be 'training', or None without `leave_outs`, got {through!r}.")
     others = [name for name, value in given.items() if value is not None and name not in _OF_REPLAYS]
     if others:
         raise ConfigurationError(

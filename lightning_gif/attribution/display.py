@@ -106,6 +106,10 @@ def _error_notes(record: InfluenceRecord, uncertain: bool) -> Iterator[str]:
             "about this run: the same seed and order of batches. Without `through`, trainer.influence is about training"
             " again"
         )
+        if record.leave_outs is None:
+            yield "not tested: leave_outs=2 replays the run without random examples, and says if the scores predict it"
+        else:
+            yield f"{record.leave_outs}"
         return
     if record.standard_errors is None:
         if record.n_states == 1 and not record.is_self_influence:

@@ -21,6 +21,7 @@ from ..reporting.context import CallContext
 from ..reporting.previews import Shown
 from ..solvers import Solution
 from ..storage.schema import restored
+from .leave_outs import LeaveOuts
 from .ranking import Ranking, strongest
 from .uncertainty import LEVEL, Intervals, check_level, t_quantile
 
@@ -93,6 +94,8 @@ class InfluenceRecord:
         by_epoch: With ``through="training"``, the part of each score that comes from the optimizer steps of each epoch,
             ``(n_queries, n_epochs, n_train)`` in float64; the parts add up to the score. ``None`` for other scores,
             with ``keep``, and if it would take more than 128 MiB.
+        leave_outs: With ``through="training"`` and ``leave_outs``, what the scores predict for replays without some
+            examples, and what these replays measured.
         examples: Labels and pictures or texts of training examples, by dataset index; filled on demand.
         context: The trainer's loggers, step count and process group, and the names of the classes. Only
             ``global_step`` and ``class_names`` are saved.
@@ -118,6 +121,7 @@ class InfluenceRecord:
     tokens: list[list[tuple[str, float]]] = field(default_factory=list)
     train_tokens: dict[int, TokenScores] = field(default_factory=dict)
     by_epoch: Tensor | None = None
+    leave_outs: LeaveOuts | None = None
     examples: dict[int, Shown] = field(default_factory=dict)
     context: CallContext = field(default_factory=CallContext)
 
@@ -352,6 +356,7 @@ class InfluenceRecord:
             "global_step": self.context.global_step,
             **({"tokens": self.tokens} if self.tokens else {}),
             **({"train_tokens": {str(i): one for i, one in self.train_tokens.items()}} if self.train_tokens else {}),
+            **({} if self.leave_outs is None else {"leave_outs": self.leave_outs.record()}),
             **({} if self.context.class_names is None else {"class_names": list(self.context.class_names)}),
             "solutions": [solution.record() for solution in self.solutions],
             "looks": {name: {"label": example.label, "text": example.text} for name, example in looks.items()},
@@ -408,6 +413,7 @@ class InfluenceRecord:
             losses=_losses(tensors, indices),
             predictions=_predictions(tensors, len(queries)),
             by_epoch=_by_epoch(tensors, scores),
+            leave_outs=LeaveOuts.of_record(record["leave_outs"]) if "leave_outs" in record else None,
             tokens=restored(list[list[tuple[str, float]]], record.get("tokens", []), "tokens"),
             train_tokens={
                 int(index): restored(TokenScores, one, f"the tokens of example {index}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..objective.batchnorm import RunningStatistics
 from ..objective.objective import Objective
 from ..parameters import Targets
 from ..reporting.context import CallContext
+from .leaving_out import leave_out
 from .record import Trajectory
 from .replay import Replay, State
 from .sweep import Adjoint, Parts, query_adjoint, sweep
@@ -29,8 +31,8 @@ from .weighting import check_weighting
 __all__ = ["influence_through_training"]
 
 
-# The stage of a call, as its progress names it.
-_SWEEP = "Going back through training"
+# The stages of a call, as its progress names them.
+_SWEEP, _REPLAYS = "Going back through training", "Replaying without examples"
 
 # The copies of a flat vector of weights that the adjoint of a query takes: parameters, optimizer state, and gradients.
 _COPIES = 6
@@ -52,6 +54,7 @@ def influence_through_training(
     per_example: bool = False,
     among: Examples | None = None,
     keep: int | None = None,
+    leave_outs: int = 0,
     k: int = 10,
     context: CallContext | None = None,
 ) -> InfluenceReport:
@@ -59,9 +62,9 @@ def influence_through_training(
 
     The score of an example is ``−∂q/∂w``, where ``q`` is the query's measurement at the end of the run, and ``w`` the
     weight of the example's loss in all batches that it was in. So it is the change of ``q`` to first order if the
-    weight were 0 instead of 1, with the same random numbers. One sweep back through the optimizer steps gives all scores
-    (:func:`~lightning_gif.trajectory.sweep.sweep`), as in the method MAGIC (arXiv 2503.13751) and, for SGD, in Hara et
-    al. (2019, arXiv 1906.08473).
+    weight were 0 instead of 1, with the same random numbers. One sweep back through the optimizer steps gives all
+    scores (:func:`~lightning_gif.trajectory.sweep.sweep`), as in the method MAGIC (arXiv 2503.13751) and, for SGD, in
+    Hara et al. (2019, arXiv 1906.08473).
 
     Args:
         objective: An open objective.
@@ -72,6 +75,8 @@ def influence_through_training(
         per_example: Whether each example is a query of its own.
         among: The training examples to score; by default all.
         keep: Keep only the ``keep`` highest and the ``keep`` lowest scores of each query.
+        leave_outs: How often the run is replayed without a random share of the training examples, to see how well the
+            scores predict it; each takes two replays.
         k: How many proponents and opponents the report shows.
         context: The trainer's loggers, step count and process group, for the report.
 
@@ -90,6 +95,11 @@ def influence_through_training(
     _warn_about_buffers(replay, end)
     check_weighting(replay)
     parts = _swept(replay, query_adjoint(objective, query, end, per_example=per_example), settings)
+    tested = None
+    if leave_outs:
+        with objective.progress.stage(_REPLAYS, 2 * leave_outs * replay.n_steps) as update:
+            given: dict[str, Any] = {"per_example": per_example, "seed": settings.seed, "on_step": update}
+            tested = leave_out(replay, query, -parts.total, leave_outs, **given)
     scored = train if among is None else among
     columns = train.positions_of(scored.ids)
     scores, by_epoch = -parts.total[:, columns], None if parts.by_epoch is None else -parts.by_epoch[:, :, columns]
@@ -115,20 +125,30 @@ def influence_through_training(
         predictions=first_predictions(objective, query),
         tokens=first_tokens(objective, query, context.vocabulary),
         by_epoch=by_epoch,
-        settings={
-            **{name: value for name, value in asdict(settings).items() if name in ("batch_size", "memory", "seed")},
-            "method": "through training",
-            "through": "training",
-            "steps": replay.n_steps,
-            "replay_difference": replay.difference,
-            "measures": objective.measures,
-            "query_size": len(query),
-            "losses": "training_step as in training",
-            "dataset_size": len(train.dataset),
-        },
+        leave_outs=tested,
+        settings=_recorded(settings, replay, query),
         seconds=time.perf_counter() - begin,
         context=context,
     )
+
+
+def _recorded(settings: Settings, replay: Replay, query: Examples) -> dict[str, Any]:
+    """The settings of the report."""
+    return {
+        **{
+            name: value
+            for name, value in asdict(settings).items()
+            if name in ("batch_size", "double", "memory", "seed")
+        },
+        "method": "through training",
+        "through": "training",
+        "steps": replay.n_steps,
+        "replay_difference": replay.difference,
+        "measures": replay.objective.measures,
+        "query_size": len(query),
+        "losses": "training_step as in training",
+        "dataset_size": len(replay.train.dataset),
+    }
 
 
 def _swept(replay: Replay, adjoint: Adjoint, settings: Settings) -> Parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data.structure import tensors
 from ..storage.digests import raw
 
-__all__ = ["generators", "mark_of", "set_generators"]
+__all__ = ["Generators", "mark_of"]
 
 
 # At most so many values of each tensor of a batch are read for its checksum.
@@ -35,27 +35,55 @@ def mark_of(batch: Any) -> int:
     return mark
 
 
-def generators(device: torch.device) -> dict[str, Tensor]:
-    """The states of the global random generators, as tensors."""
-    version, words, gauss = random.getstate()
-    _, keys, place, has_gauss, cached = np.random.get_state()  # noqa: NPY002
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(words, dtype=torch.int64),
-        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "more": torch.tensor([version, gauss is not None, gauss or 0.0, place, has_gauss, cached], dtype=torch.float64),
-    }
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+class Generators(NamedTuple):
+    """The states of the global random generators at one moment.
 
+    Attributes:
+        cpu: That of PyTorch on the CPU.
+        cuda: That of PyTorch on the device; ``None`` if this is the CPU.
+        python: That of the module ``random``.
+        numpy: That of NumPy's global generator.
+    """
 
-def set_generators(states: dict[str, Tensor], device: torch.device) -> None:
-    """Sets the global random generators to what :func:`generators` has returned."""
-    version, has_spare, spare, place, has_gauss, cached = states["more"].tolist()
-    torch.set_rng_state(states["torch"])
-    random.setstate((int(version), tuple(states["python"].tolist()), spare if has_spare else None))
-    keys = states["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(place), int(has_gauss), cached))  # noqa: NPY002
-    if "cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
+    cpu: Tensor
+    cuda: Tensor | None
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+
+    @classmethod
+    def now(cls, device: torch.device) -> Generators:
+        """The present states."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        numpy = tuple[Any, ...](np.random.get_state())  # noqa: NPY002
+        return cls(torch.get_rng_state(), cuda, random.getstate(), numpy)
+
+    def differ(self, other: Generators) -> bool:
+        """Whether a random number was drawn between two moments."""
+        same = torch.equal(self.cpu, other.cpu) and self.python == other.python
+        if self.cuda is not None and other.cuda is not None:
+            same = same and torch.equal(self.cuda, other.cuda)
+        one, two = self.numpy, other.numpy
+        return not (same and one[2:] == two[2:] and np.array_equal(one[1], two[1]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The states as tensors by name."""
+        version, words, spare = self.python
+        _, keys, *place = self.numpy
+        found = {
+            "torch": self.cpu,
+            "python": torch.tensor(words, dtype=torch.int64),
+            "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            "more": torch.tensor([version, spare is not None, spare or 0.0, *place], dtype=torch.float64),
+        }
+        return found if self.cuda is None else {**found, "cuda": self.cuda}
+
+    @staticmethod
+    def set_to(states: dict[str, Tensor], device: torch.device) -> None:
+        """Sets the generators to what :meth:`tensors` has returned."""
+        version, has_spare, spare, place, has_gauss, cached = states["more"].tolist()
+        torch.set_rng_state(states["torch"])
+        random.setstate((int(version), tuple(states["python"].tolist()), spare if has_spare else None))
+        keys = states["numpy"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", keys, int(place), int(has_gauss), cached))  # noqa: NPY002
+        if "cuda" in states and device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], device)

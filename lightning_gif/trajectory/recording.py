@@ -6,10 +6,10 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,7 +17,7 @@ from .._compat import rank_zero_info, rank_zero_warn, watch_iterators
 from ..data.loaders import check_loader
 from ..errors import ConfigurationError, GIFWarning, TrainingDataError
 from ..parameters import ParameterSpace, tensors_of
-from .marks import generators, mark_of
+from .marks import Generators, mark_of
 from .record import BatchRecord, StepRecord, TrainingState, Trajectory
 from .sampling import DrawnIndices
 from .updates import UPDATES
@@ -139,7 +139,8 @@ class TrajectoryRecorder:
                 raise TrainingDataError("the indices of its batches are not known")
             if not self._batches and self._step % self._spacing == 0 and self._step not in self._trajectory.states:
                 self._add_state(self._state())
-            self._pending = BatchRecord(ids, batch_idx, mark_of(batch), generators(trainer.strategy.root_device))
+            self._pending = BatchRecord(ids, batch_idx, mark_of(batch), {})
+            self._generators = Generators.now(trainer.strategy.root_device)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Notes the settings of the optimizer for its step."""
@@ -152,11 +153,9 @@ class TrajectoryRecorder:
         if not self.active or self._pending is None:
             return
         with self.guard("reading a batch"):
-            before, self._pending = self._pending, None
-            now = generators(trainer.strategy.root_device)
-            drew = any(not torch.equal(now[name], value) for name, value in before.generators.items())
-            kept = before.generators if drew else {}
-            self._batches.append(BatchRecord(before.ids, before.index, before.mark, kept))
+            batch, self._pending, before = self._pending, None, self._generators
+            drew = before.differ(Generators.now(trainer.strategy.root_device))
+            self._batches.append(replace(batch, generators=before.tensors()) if drew else batch)
             if trainer.global_step == self._step:
                 return
             groups = self._optimizer.param_groups

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -20,7 +20,7 @@ from ..errors import ConfigurationError, NonFiniteError, TrainingDataError
 from ..objective.objective import Objective
 from ..objective.reductions import Weighted
 from ..objective.shadow import widen
-from .marks import mark_of, set_generators
+from .marks import Generators, mark_of
 from .record import BatchRecord, StepRecord, TrainingState, Trajectory
 from .updates import UPDATES, Options, Update, clip
 
@@ -145,13 +145,19 @@ class Replay:
             yield replayed
         self._compare(state, self.stored(stop), stop)
 
-    def weighted_end(self, weights: Tensor, state: State | None = None) -> State:
-        """The last state of the run, if examples had these weights ``(n,)`` by their positions in ``train``."""
-        state = self.stored(0) if state is None else state
+    def weighted_end(self, weights: Tensor, on_step: Callable[[], Any] = lambda: None) -> State:
+        """The last state of the run, if examples had these weights ``(n,)`` by their positions in ``train``.
+
+        Args:
+            weights: The weights.
+            on_step: Called after each step.
+        """
+        state = self.stored(0)
         for first, stop in self.segments:
             steps = self.trajectory.steps(first, stop)
             for step, batches in zip(steps, self.read(steps), strict=True):
                 _, state = self.step(state, step, batches, weights)
+                on_step()
         return state
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -251,7 +257,7 @@ class Replay:
             one.training = name not in evaluating
         shadow.batch_index = batch.index
         if batch.generators:
-            shadow.set_generators = partial(set_generators, batch.generators, self.objective.device)
+            shadow.set_generators = partial(Generators.set_to, batch.generators, self.objective.device)
         try:
             with at_epoch(self.objective.trainer, record.epoch, record.number):
                 yield

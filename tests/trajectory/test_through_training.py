@@ -1,0 +1,166 @@
+"""Scores through training are the derivatives of the run: by autograd through it, and by fits with other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW
+
+from lightning_gif import InfluenceReport
+from lightning_gif.trajectory.record import Trajectory
+
+from ..conftest import weights as weights_of
+from .runs import N, derivatives, numbered, recorded
+
+QUERIES = 3
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def query(count: int = QUERIES) -> list[Tensor]:
+    return [tensor[:count] for tensor in numbered().tensors]
+
+
+def of_kind(kind: type[torch.optim.Optimizer], **options: Any) -> Callable[[nn.Module], Any]:
+    return lambda module: kind(module.parameters(), **options)
+
+
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "SGD": ({"kind": "SGD", "lr": 0.3}, {}),
+    "momentum": ({"kind": "SGD", "lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}, {}),
+    "Nesterov": ({"kind": "SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True}, {}),
+    "maximize": ({"kind": "SGD", "lr": 0.1, "maximize": True}, {}),
+    "Adam": ({"kind": "Adam", "lr": 0.05, "eps": 1e-3, "weight_decay": 0.1}, {}),
+    "amsgrad": ({"kind": "Adam", "lr": 0.05, "eps": 1e-3, "amsgrad": True, "betas": (0.8, 0.6)}, {}),
+    "AdamW": ({"kind": "AdamW", "lr": 0.05, "eps": 1e-3, "weight_decay": 0.2}, {}),
+    "clipped norm": ({"kind": "SGD", "lr": 0.3, "momentum": 0.5}, {"gradient_clip_val": 0.3}),
+    "clipped values": (
+        {"kind": "SGD", "lr": 0.3},
+        {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+    ),
+    "accumulation": ({"kind": "AdamW", "lr": 0.05, "eps": 1e-3}, {"accumulate_grad_batches": 5}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_scores_are_the_derivatives_by_autograd_through_the_whole_run(name: str, tmp_path: Path) -> None:
+    options, of_trainer = RUNS[name]
+    kind = {"SGD": SGD, "Adam": Adam, "AdamW": AdamW}[options["kind"]]
+    given = {key: value for key, value in options.items() if key != "kind"}
+    trainer, module = recorded(tmp_path, net, of_kind(kind, **given), **of_trainer)
+    torch.manual_seed(1)
+    steps = Trajectory.open(tmp_path).steps(0, trainer.global_step)
+    limit = of_trainer.get("gradient_clip_val")
+    clip = None if limit is None else (of_trainer.get("gradient_clip_algorithm", "norm"), limit)
+    final, of = derivatives(net(), [[batch.ids for batch in step.batches] for step in steps], options, clip)
+    own = torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
+    assert torch.allclose(own, final, rtol=1e-10, atol=1e-12)  # the reference is this run
+    report = trainer.influence(query(), through="training", per_example=True)
+    expected = torch.stack([-of(number) for number in range(QUERIES)])
+    assert (report.scores - expected).abs().max() < 1e-8 * expected.abs().max()
+    assert report.settings["replay_difference"] == 0
+    assert report.by_epoch is not None
+    assert torch.allclose(report.by_epoch.sum(1), report.scores, rtol=1e-12, atol=1e-15)
+    mean = trainer.influence(query(), through="training")
+    assert torch.allclose(mean.scores[0], report.scores.mean(0), rtol=1e-9, atol=1e-12)
+
+
+def with_everything(module: nn.Module) -> Any:
+    """Two parameter groups, one of which is decayed, and a learning rate and momentum that change at each step."""
+    first, *rest = module.parameters()
+    optimizer = AdamW([{"params": [first], "weight_decay": 0.3}, {"params": rest, "lr": 0.02}], 0.01, eps=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [0.05, 0.02], total_steps=20)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def normalised() -> nn.Module:
+    layers = (nn.Linear(6, 5), nn.BatchNorm1d(5), nn.SiLU(), nn.Dropout(0.3), nn.Linear(5, 5), nn.BatchNorm1d(5))
+    return nn.Sequential(*layers, nn.Tanh(), nn.Linear(5, 3))
+
+
+def test_scores_are_the_slopes_of_fits_with_other_weights(tmp_path: Path) -> None:
+    """With BatchNorm and dropout, parameter groups, a schedule, accumulation and clipping."""
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "max_epochs": 4}
+    trainer, _ = recorded(tmp_path, normalised, with_everything, **options)
+    report = trainer.influence(query(), through="training")
+    x, y, _ = query()
+
+    def loss_with(number: int, weight: float) -> float:
+        weights = torch.ones(N, dtype=torch.float64)
+        weights[number] = weight
+        _, other = recorded(None, normalised, with_everything, weights, **options)
+        with torch.no_grad():
+            return float(F.cross_entropy(other.eval()(x), y))
+
+    for number in (0, 7, 13):
+        slope = (loss_with(number, 1 + 1e-4) - loss_with(number, 1 - 1e-4)) / 2e-4
+        assert float(report.scores[0, number]) == pytest.approx(-slope, rel=1e-5, abs=1e-9)
+
+
+def test_replays_without_examples_are_fits_without_their_losses(tmp_path: Path) -> None:
+    trainer, module = recorded(tmp_path, normalised, with_everything)
+    report = trainer.influence(query(), through="training", leave_outs=2)
+    assert report.leave_outs is not None
+    assert report.leave_outs.share == 0.05
+    x, y, _ = query()
+    chosen = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:1]
+    weights = torch.ones(N, dtype=torch.float64)
+    weights[chosen] = 0
+    _, other = recorded(None, normalised, with_everything, weights)
+    with torch.no_grad():
+        before, after = (F.cross_entropy(one.eval()(x), y) for one in (module, other))
+    assert float(report.leave_outs.measured[0, 0]) == pytest.approx(float(after - before), rel=1e-8)
+    assert float(report.leave_outs.predicted[0, 0]) == pytest.approx(float(report.scores[0, chosen]), rel=1e-12)
+    assert all(-1 <= value <= 1 for value in report.leave_outs.smoothness)
+    assert str(report.leave_outs) in str(report)
+    report.save(tmp_path / "report")
+    loaded = InfluenceReport.load(tmp_path / "report")
+    assert loaded.leave_outs is not None
+    assert loaded.leave_outs.record() == report.leave_outs.record()
+    assert loaded.by_epoch is not None
+    assert torch.equal(loaded.by_epoch, report.by_epoch)
+    assert str(loaded) == str(report)
+
+
+@pytest.mark.parametrize("memory", [0.0, None])
+def test_memory_changes_no_score(memory: float | None, tmp_path: Path) -> None:
+    """With little memory queries go back through training one after another, else together."""
+    trainer, _ = recorded(tmp_path, normalised, with_everything)
+    report = trainer.influence(query(5), through="training", per_example=True, memory=memory)
+    singly = [
+        trainer.influence([tensor[i : i + 1] for tensor in query(5)], through="training").scores[0] for i in range(5)
+    ]
+    assert (report.scores - torch.stack(singly)).abs().max() < 1e-10 * report.scores.abs().max()
+
+
+def test_scores_of_some_examples_are_those_of_all(tmp_path: Path) -> None:
+    trainer, module = recorded(tmp_path, net, of_kind(SGD, lr=0.1))
+    before, whole = weights_of(module), trainer.influence(query(), through="training")
+    some = trainer.influence(query(), through="training", among=[4, 2, 9])
+    assert torch.equal(some.indices, torch.tensor([4, 2, 9]))
+    assert torch.equal(some.scores, whole.scores[:, [4, 2, 9]])
+    few = trainer.influence(query(), through="training", keep=2, k=2)
+    assert torch.equal(few.proponents(2).indices, whole.proponents(2).indices)
+    assert few.by_epoch is None
+    after = weights_of(module)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_text_says_what_the_scores_are_about(tmp_path: Path) -> None:
+    trainer, _ = recorded(tmp_path, net, of_kind(SGD, lr=0.1))
+    report = trainer.influence(query(), through="training")
+    assert "the exact derivative through the 15 optimizer steps of this run, which were replayed bit for bit" in str(
+        report
+    )
+    assert "if the example were left out of this run" in str(report)
+    assert "leave_outs=2 replays the run" in str(report)
+    assert not report.is_self_influence
+    assert report.summary()["n_queries"] == 1
