@@ -228,7 +228,7 @@ def watch_iterators(
     soon as an iterator exists.
 
     Args:
-        trainer: The trainer, in ``setup`` of a fit.
+        trainer: The trainer, in ``on_fit_start``.
         around: Returns the block, given the training loaders.
 
     Returns:

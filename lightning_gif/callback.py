@@ -269,8 +269,16 @@ class GIFCallback(TrainerCalls, Callback):
         if stage == "fit":
             Objective.check_module(pl_module, self.influence_loss)
             _check_no_store(self.store)
-            self.recorder.setup(trainer, pl_module)
         self.bind(trainer)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prepares the record of the fit: its loaders do not exist yet, and a checkpoint is known.
+
+        Raises:
+            ConfigurationError: If the fit cannot be recorded.
+        """
+        self.recorder.prepare(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -57,7 +57,7 @@ class TrajectoryRecorder:
     # Training, in the order of the hooks
     # ----------------------------------------------------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer, module: LightningModule) -> None:
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Checks that a fit can be recorded, before it begins, and watches what its loader draws.
 
         Raises:
