@@ -110,7 +110,8 @@ def _heading(record: InfluenceRecord, name: str) -> str:
 
 
 def _explanation(record: InfluenceRecord) -> str:
-    text = f"Score: the predicted change of {owner(record)} {measured(record)} if the training example were removed."
+    removed = "left out of this run" if record.is_through_training else "removed"
+    text = f"Score: the predicted change of {owner(record)} {measured(record)} if the training example were {removed}."
     if record.standard_errors is not None:
         text += f" ±: {LEVEL * 100:.0f} % interval. ?: the interval contains 0."
     return text

@@ -23,7 +23,7 @@ from ..reporting.page import HtmlReport, Page
 from ..reporting.previews import Shown, label_of, saved
 from ..storage.artifact import REMEDY, read_folder, write_folder
 from ..storage.schema import parse_errors_name
-from . import display, pages, picture
+from . import curves, display, pages, picture
 from .groups import Grouping, Groups, group_scores, values_of
 from .logged import contents, prefix_of
 from .record import MOST_QUERIES, InfluenceRecord
@@ -369,6 +369,31 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
         if isinstance(query, (str, os.PathLike)):
             path, query = query, 0
         return saved(picture.draw(self, query, k, distribution=distribution), path)
+
+    def plot_by_epoch(
+        self,
+        query: int | str | os.PathLike[str] = 0,
+        k: int | None = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+    ) -> Figure:
+        """Draws in which epochs the strongest proponents and opponents acted, for a report with ``through="training"``.
+
+        Each line is one training example: the parts of its score from the optimizer steps of each epoch, which are in
+        :attr:`by_epoch`.
+
+        Args:
+            query: The number of the query. A path stands for ``path``, for the first query.
+            k: The number of proponents and of opponents; by default up to 3.
+            path: A file to save the plot to; the ending decides its format.
+
+        Raises:
+            ConfigurationError: If the report has no parts by epoch; and as in :meth:`plot`.
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        if isinstance(query, (str, os.PathLike)):
+            path, query = query, 0
+        return saved(curves.draw(self, query, k), path)
 
     def page(self, *, whole: bool) -> Page:
         """The report as HTML: the first query, or with ``whole`` up to eight queries."""

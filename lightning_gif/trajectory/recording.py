@@ -210,7 +210,10 @@ class TrajectoryRecorder:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _state(self) -> TrainingState:
-        return training_state(self._step, self._module, self._optimizer)
+        state = training_state(self._step, self._module, self._optimizer)
+        if state.weights.keys() != self._trajectory.run.shapes.keys():
+            raise ConfigurationError("parameters were frozen or unfrozen during the fit, so there is no one derivative")
+        return state
 
     def _add_state(self, state: TrainingState) -> None:
         self._write_steps()

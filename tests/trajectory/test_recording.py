@@ -394,6 +394,38 @@ def test_an_iterable_dataset_is_not_recorded(tmp_path: Path) -> None:
         fit(tmp_path / "run", data=DataLoader(Rows(), 10))
 
 
+def test_a_fit_that_unfreezes_parameters_ends_the_record(tmp_path: Path) -> None:
+    module = Classifier(net())
+    module.net[0].requires_grad_(False)
+
+    def unfreeze(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            module.requires_grad_(True)
+
+    with pytest.warns(GIFWarning, match="frozen or unfrozen during the fit"):
+        trainer, _ = fit(tmp_path / "run", module, more=(Do("on_train_epoch_start", unfreeze),), max_epochs=3)
+    with pytest.raises(ConfigurationError, match="before the end of the run"):
+        through(trainer)
+
+
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    class Several:
+        world_size = 2
+
+    with pytest.raises(
+        ConfigurationError, match=r"has 2 processes, and the record is of one. Use Trainer\(devices=1\)"
+    ):
+        recording._check_run(Several(), Classifier())  # type: ignore[arg-type]
+
+
+def test_a_run_in_float32_is_replayed_in_float64_too(tmp_path: Path) -> None:
+    trainer, _ = fit(tmp_path / "run", Classifier())
+    report = trainer.influence(batch_of(blobs(50), slice(3)), through="training", double=True)
+    assert 0 < report.settings["replay_difference"] < 1e-5
+    assert "with weights that differ by" in str(report)
+    assert torch.allclose(report.scores, through(trainer), atol=1e-3 * float(report.scores.abs().max()))
+
+
 def test_batches_of_unknown_indices_end_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording.DrawnIndices, "next", lambda self: None)
     with pytest.warns(GIFWarning, match="the indices of its batches are not known"):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
-from lightning_gif import InfluenceReport
+from lightning_gif import ConfigurationError, InfluenceReport
 from lightning_gif.trajectory.record import Trajectory
 
 from ..conftest import weights as weights_of
@@ -164,3 +164,24 @@ def test_the_text_says_what_the_scores_are_about(tmp_path: Path) -> None:
     assert "leave_outs=2 replays the run" in str(report)
     assert not report.is_self_influence
     assert report.summary()["n_queries"] == 1
+
+
+def test_the_curves_of_the_strongest_examples_are_drawn(tmp_path: Path) -> None:
+    trainer, _ = recorded(tmp_path, net, of_kind(SGD, lr=0.1))
+    report = trainer.influence(query(), through="training", per_example=True)
+    assert report.by_epoch is not None
+    figure = report.plot_by_epoch(1, k=2, path=tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    lines = figure.axes[0].lines[:4]
+    strongest = [*report.proponents(2).indices[1].tolist(), *report.opponents(2).indices[1].tolist()]
+    for line, number in zip(lines, strongest, strict=True):
+        assert line.get_label().startswith(f"{number} (")
+        assert torch.equal(torch.as_tensor(line.get_ydata()).double(), report.by_epoch[1, :, number])
+
+
+def test_the_curves_need_parts_by_epoch(tmp_path: Path) -> None:
+    trainer, _ = recorded(tmp_path, net, of_kind(SGD, lr=0.1))
+    few = trainer.influence(query(), through="training", keep=2, k=2)
+    with pytest.raises(ConfigurationError, match=r"through='training'\) have them, without `keep`"):
+        few.plot_by_epoch()
+    trainer.influence(query(), through="training", among=range(5)).plot_by_epoch()
