@@ -7,7 +7,8 @@ batches, with weight 0 for 1 % or 5 % of the examples. A correlation is that of 
 and the change of the query's loss, over the draws, averaged over the queries. `default` are the scores without
 `through`. Smoothness compares the change of the weights up to weight 1/2 with that from there to 0.
 
-Prints a Markdown table. Costs are multiples of the seconds of the fit without a record.
+Prints a Markdown table. Seconds are processor time on one thread, and costs are multiples of those of the fit without a
+record. With `--draws 0` only costs are measured.
 """
 
 from __future__ import annotations
@@ -128,9 +129,9 @@ def fitted(
         enable_model_summary=False,
         callbacks=[callback],
     )
-    begin = time.perf_counter()
+    begin = time.process_time()
     trainer.fit(module, DataLoader(data, training.batch_size, shuffle=True))
-    return trainer, callback, module, time.perf_counter() - begin
+    return trainer, callback, module, time.process_time() - begin
 
 
 def measure(name: str, folder: Path, count: int, examples_used: int | None) -> str:
@@ -143,21 +144,23 @@ def measure(name: str, folder: Path, count: int, examples_used: int | None) -> s
     with tempfile.TemporaryDirectory() as record:
         trainer, callback, _, recorded = fitted(training, data, record)
         options: dict[str, Any] = {"through": "training", "per_example": True}
-        one = trainer.influence((query[0][:1], query[1][:1]), **options).seconds
-        report = trainer.influence(query, **options)
+        times = [time.process_time()]
+        for number in (1, asked):
+            report = trainer.influence((query[0][:number], query[1][:number]), **options)
+            times.append(time.process_time())
         default = trainer.influence(query, per_example=True)
         found: list[float] = []
         with callback.open_session(callback.settings, "batch") as session:
             replay = Replay(session.objective, session.train, Trajectory.open(Path(record)))
             examples = session.examples(query)
-            for share in (0.01, 0.05):
+            for share in (0.01, 0.05) if count else ():
                 test = leave_out(replay, examples, report.scores, count, per_example=True, share=share)
                 sets = draws(len(data), count, share)
                 predicted = torch.stack([default.scores[:, chosen].sum(1) for chosen in sets], 1)
                 found += [test.correlation or 0.0, spearman(predicted, test.measured, dim=1).mean().item()]
                 found += [test.mean_smoothness, test.measured.abs().median().item()]
     steps = report.settings["steps"]
-    costs = (recorded / plain, one / plain, report.seconds / plain)
+    costs = (recorded / plain, (times[1] - times[0]) / plain, (times[2] - times[1]) / plain)
     cells = [name, str(steps), f"{plain:.1f}", *(f"{cost:.2f}" for cost in costs), *(f"{value:.3f}" for value in found)]
     return f"| {' | '.join(cells)} |"
 

@@ -223,10 +223,10 @@ class GIFCallback(TrainerCalls, Callback):
         seed: int = 0,
         store: str | None = None,
         record: str | None = None,
+        trajectory: str | None = None,
         influence_loss: LossOfModule | None = None,
         class_names: list[str] | None = None,
         vocabulary: Any = None,
-        trajectory: str | None = None,
     ) -> None:
         arguments = locals()
         super().__init__()

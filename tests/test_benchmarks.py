@@ -51,6 +51,7 @@ SMALLEST: dict[str, str] = {
     "store": "--data DATA --nets cnn --ranks 8 --train 60 --scored 20 --queries 2",
     "synthetic": "--size 30 --columns 5 --sigma 1 --condition 100 --max-iter 10 --budgets 5 --most-products 100",
     "tasks": "--tasks digits --halves 3 --seeds 1",
+    "through_training": "--data DATA --only 'CNN, GELU, AdamW' --draws 3 --examples 40 --epochs 1",
     "tinynet_forget": "--data DATA --epochs 1",
     "unlearning_ensembles": "--tasks regression --epochs 2 --models 4 --members 2 --sets cluster "
     "--methods nothing oracle",

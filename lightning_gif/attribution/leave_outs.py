@@ -75,6 +75,11 @@ class LeaveOuts:
             f" {self.share:.0%} of the examples)"
         )
 
+    def summary(self) -> dict[str, float]:
+        """The test in plain numbers."""
+        found = self.correlation
+        return {"smoothness": self.mean_smoothness, **({} if found is None else {"leave_out_correlation": found})}
+
     def record(self) -> dict[str, Any]:
         """All fields as plain values."""
         changes = {"predicted": self.predicted.tolist(), "measured": self.measured.tolist()}

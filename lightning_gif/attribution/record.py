@@ -307,6 +307,7 @@ class InfluenceRecord:
             "score_min": float(self.scores.min()),
             "seconds": self.seconds,
             **({} if self.agreement is None else {"agreement": self.agreement}),
+            **({} if self.leave_outs is None else self.leave_outs.summary()),
             **{f"curvature_{name}": value for name, value in self.curvature.items() if not isinstance(value, list)},
             **{f"solve_{name}": value for name, value in (self.solution.summary() if self.solution else {}).items()},
         }

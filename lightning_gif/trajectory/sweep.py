@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,8 +185,8 @@ def through_update(replay: Replay, step: ReplayedStep, adjoint: Adjoint) -> Tens
     outputs, given, inputs, places = list[Tensor](), list[Tensor](), list[Tensor](), list[tuple[Tensor, Tensor]]()
     for block, grad in zip(blocks, grads, strict=True):
         theta, new = replay.update(block.theta, grad, block.state, block.options)
-        after = {name: value for name, value in new.items() if isinstance(value, Tensor)}
-        for name in {*after, *block.tensors}:
+        after = {**block.tensors, **{name: value for name, value in new.items() if isinstance(value, Tensor)}}
+        for name in after:
             if name not in adjoint.optimizer:
                 adjoint.optimizer[name] = torch.zeros_like(adjoint.theta)
         outputs += [theta, *after.values()]
@@ -263,8 +264,8 @@ class _Backward:
         statistics = {name: buffers[name].requires_grad_() for name in adjoint.statistics}
         theta = step.before.theta().requires_grad_()
         weights = torch.ones(len(batch.ids), dtype=theta.dtype, device=theta.device, requires_grad=True)
-        count = _Bytes()
-        with torch.autograd.graph.saved_tensors_hooks(count.pack, count.unpack):
+        count, known = _Bytes(), self._together is not None
+        with nullcontext() if known else torch.autograd.graph.saved_tensors_hooks(count.pack, count.unpack):
             gradient, updated = self._forward(step, recorded, batch, theta, weights, buffers, statistics)
         if gradient is None:  # the step skipped the batch, or its loss is constant
             return mu.new_zeros(len(mu), len(batch.ids))
@@ -295,7 +296,7 @@ class _Backward:
             loss = replay.weighted_loss(theta, batch, buffers, weights) / step.record.divisor
         if not loss.requires_grad:
             return None, running.updated
-        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
         return gradient, running.updated
 
     def _rows(self, outputs: list[Tensor], inputs: list[Tensor], given: list[Tensor]) -> list[Tensor]:

@@ -105,6 +105,35 @@ def test_scores_are_the_slopes_of_fits_with_other_weights(tmp_path: Path) -> Non
         assert float(report.scores[0, number]) == pytest.approx(-slope, rel=1e-5, abs=1e-9)
 
 
+def momentum_that_ends(module: nn.Module) -> Any:
+    """Momentum is switched off after some steps, and comes back with the buffer of before."""
+    optimizer = SGD(module.parameters(), 0.1, momentum=0.8)
+
+    def set_momentum(step: int) -> float:
+        optimizer.param_groups[0]["momentum"] = 0.0 if 3 <= step < 6 else 0.8
+        return 1.0
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, set_momentum)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def test_a_state_that_the_optimizer_keeps_without_a_use_carries_on(tmp_path: Path) -> None:
+    trainer, _ = recorded(tmp_path, net, momentum_that_ends)
+    report = trainer.influence(query(), through="training")
+    assert report.settings["replay_difference"] == 0
+    x, y, _ = query()
+
+    def loss_with(weight: float) -> float:
+        weights = torch.ones(N, dtype=torch.float64)
+        weights[3] = weight
+        _, other = recorded(None, net, momentum_that_ends, weights)
+        with torch.no_grad():
+            return float(F.cross_entropy(other(x), y))
+
+    slope = (loss_with(1 + 1e-4) - loss_with(1 - 1e-4)) / 2e-4
+    assert float(report.scores[0, 3]) == pytest.approx(-slope, rel=1e-6)
+
+
 def test_replays_without_examples_are_fits_without_their_losses(tmp_path: Path) -> None:
     trainer, module = recorded(tmp_path, normalised, with_everything)
     report = trainer.influence(query(), through="training", leave_outs=2)
