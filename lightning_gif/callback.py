@@ -376,6 +376,7 @@ class GIFCallback(TrainerCalls, Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Removes the hooks."""
         self.tracker.detach()
+        self.recorder.close()
 
     # ----------------------------------------------------------------------------------------------------------------
     # State

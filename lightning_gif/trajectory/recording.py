@@ -63,18 +63,16 @@ class TrajectoryRecorder:
         Raises:
             ConfigurationError: If it cannot.
         """
-        self.active = False
+        self.close()
         if self.folder is None or trainer.fast_dev_run:
             return
         _check_run(trainer, module)
         _check_folder(Path(self.folder), resumed=trainer.ckpt_path is not None)
-        self._forget()
         self._unwatch = watch_iterators(trainer, self._drawn.around)
-        self.active = True
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Begins or continues the record, when loaders and optimizers exist."""
-        if not self.active:
+        if self._unwatch is None:
             return
         with self.guard("the start"):
             _check_loader(trainer)
@@ -89,6 +87,7 @@ class TrajectoryRecorder:
             self._final: TrainingState | None = None
             self._spacing, self._grows = self._spaced(trainer)
             self._add_state(self._state())
+            self.active = True
 
     def _opened(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Trajectory:
         folder, size = Path(self.folder or ""), len(_loader_of(trainer).dataset)
@@ -190,14 +189,14 @@ class TrajectoryRecorder:
                 final = self._final if self._final is not None else self._state()
                 self._add_state(final)
                 self._trajectory.set_end(final.step)
-        self._forget()
+        self.close()
 
     def abandon(self) -> None:
         """Ends the record after an exception: the steps so far are kept, so that a later fit can continue it."""
         self.flush()
-        self._forget()
+        self.close()
 
-    def _forget(self) -> None:
+    def close(self) -> None:
         """Lets go of the trainer."""
         self.active = False
         if self._unwatch is not None:
@@ -239,7 +238,7 @@ class TrajectoryRecorder:
         try:
             yield
         except Exception as error:
-            self._forget()
+            self.close()
             rank_zero_warn(
                 f"The training is not recorded any further ({what}): {type(error).__name__}: {str(error).rstrip('.')}."
                 " Training goes on unchanged. trainer.influence(batch) without `through` needs no record.",

@@ -104,10 +104,10 @@ def sweep(
 ) -> None:
     """Goes back through all optimizer steps of a run, and adds the derivatives of queries in the examples' weights.
 
-    The loss of a batch is a function of the weights of its examples, see :class:`~lightning_gif.objective.reductions.
-    Weighted`. With the state ``s`` before a step and the gradient ``g(s, w)`` of the batch's loss, the state after it
-    is ``u(s, g)``. An adjoint ``λ`` of that state gives ``μ = λ ∂u/∂g``, the derivative ``μ ∂g/∂w`` in the weights, and
-    the adjoint ``λ ∂u/∂s + μ ∂g/∂s`` of the state before. These are exact; nothing is approximated but by rounding.
+    The loss of a batch is a function of the weights of its examples (``Weighted``). With the state ``s`` before a step
+    and the gradient ``g(s, w)`` of the batch's loss, the state after it is ``u(s, g)``. An adjoint ``λ`` of that state
+    gives ``μ = λ ∂u/∂g``, the derivative ``μ ∂g/∂w`` in the weights, and the adjoint ``λ ∂u/∂s + μ ∂g/∂s`` of the state
+    before. These are exact; nothing is approximated but by rounding.
 
     Args:
         replay: The run.

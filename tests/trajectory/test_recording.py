@@ -426,6 +426,14 @@ def test_a_run_in_float32_is_replayed_in_float64_too(tmp_path: Path) -> None:
     assert torch.allclose(report.scores, through(trainer), atol=1e-3 * float(report.scores.abs().max()))
 
 
+def test_a_fit_without_steps_leaves_nothing_behind(tmp_path: Path) -> None:
+    trainer, _ = fit(tmp_path / "run", max_epochs=0)
+    assert not (tmp_path / "run").exists()
+    assert "dataloader" not in vars(trainer.fit_loop._data_source)
+    fit(tmp_path / "run")
+    assert Trajectory.open(tmp_path / "run").run.end == 8
+
+
 def test_batches_of_unknown_indices_end_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording.DrawnIndices, "next", lambda self: None)
     with pytest.warns(GIFWarning, match="the indices of its batches are not known"):
