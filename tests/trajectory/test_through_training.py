@@ -11,11 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
+from torch.utils.data import TensorDataset
 
-from lightning_gif import ConfigurationError, InfluenceReport
+from lightning_gif import ConfigurationError, GIFCallback, InfluenceReport
+from lightning_gif.trajectory.leaving_out import measured_at
 from lightning_gif.trajectory.record import Trajectory
+from lightning_gif.trajectory.replay import Replay
 
+from ..conftest import Classifier, batch_of, loader, make_trainer
 from ..conftest import weights as weights_of
+from ..nets import NETS, make
 from .runs import N, derivatives, numbered, recorded
 
 QUERIES = 3
@@ -214,3 +219,31 @@ def test_the_curves_need_parts_by_epoch(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"through='training'\) have them, without `keep`"):
         few.plot_by_epoch()
     trainer.influence(query(), through="training", among=range(5)).plot_by_epoch()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_scores_are_slopes_for_networks_of_every_kind(name: str, tmp_path: Path) -> None:
+    """Also with attention, recurrent layers and dropout."""
+    made, data = make(name, 24)
+    data = TensorDataset(*(value.double() if value.is_floating_point() else value for value in data.tensors))
+    callback = GIFCallback(trajectory=str(tmp_path), snapshots=0)
+    trainer = make_trainer(callback, precision="64-true")
+    trainer.fit(Adapted(made).double(), loader(data, batch_size=5))
+    asked = batch_of(data, slice(3))
+    report = trainer.influence(asked, through="training", per_example=True)
+    assert report.settings["replay_difference"] == 0
+    with callback.open_session(callback.settings, "batch") as session:
+        replay, examples = Replay(session.objective, session.train, Trajectory.open(tmp_path)), session.examples(asked)
+        ends = []
+        for change in (1e-4, -1e-4):
+            weights = torch.ones(24, dtype=torch.float64)
+            weights[7] += change
+            end = replay.weighted_end(weights)
+            ends.append(measured_at(session.objective, examples, end, per_example=True))
+    slopes = (ends[0] - ends[1]) / 2e-4
+    assert (report.scores[:, 7] + slopes).abs().max() < 1e-4 * slopes.abs().max()
+
+
+class Adapted(Classifier):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return AdamW(self.parameters(), 0.02, eps=1e-3)
