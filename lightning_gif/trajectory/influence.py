@@ -15,7 +15,7 @@ from ..attribution.predictions import first_predictions, first_tokens
 from ..attribution.ranking import Strongest
 from ..attribution.report import InfluenceReport, first_shown
 from ..config import Settings
-from ..curvature.memory import bytes_to_keep
+from ..curvature.memory import bytes_to_keep, check_fits
 from ..data.examples import Examples
 from ..errors import ConfigurationError
 from ..objective.batchnorm import RunningStatistics
@@ -92,6 +92,7 @@ def influence_through_training(
     replay = Replay(objective, train, trajectory)
     end = replay.stored(replay.n_steps)
     _check_end(objective, end)
+    _check_memory(replay, end, settings)
     _warn_about_buffers(replay, end)
     check_weighting(replay)
     parts = _swept(replay, query_adjoint(objective, query, end, per_example=per_example), settings)
@@ -188,6 +189,18 @@ def _check_end(objective: Objective, end: State) -> None:
             " earlier step, or the result of an edit or of another training. Load the weights of the end of the run"
             " (its last checkpoint), undo the edit, or use the default influence, without `through`."
         )
+
+
+def _check_memory(replay: Replay, end: State, settings: Settings) -> None:
+    """Checks that the states from one stored state to the next fit into memory."""
+    longest = max(stop - first for first, stop in replay.segments)
+    check_fits(
+        settings,
+        replay.objective,
+        longest * (end.nbytes + end.theta().nbytes),  # and the gradients
+        f"A replay of the {longest} optimizer steps between two stored states",
+        "Use the default influence, without `through`",
+    )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

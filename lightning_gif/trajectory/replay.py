@@ -44,6 +44,12 @@ class State:
     others: dict[str, Tensor]
     optimizer: dict[str, dict[str, Any]]
 
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        states = [value for state in self.optimizer.values() for value in state.values() if isinstance(value, Tensor)]
+        return sum(value.nbytes for value in (*self.weights.values(), *self.others.values(), *states))
+
     def theta(self) -> Tensor:
         """The weights as a flat vector ``(p,)``."""
         return torch.cat([value.reshape(-1) for value in self.weights.values()])

@@ -426,6 +426,16 @@ def test_a_run_in_float32_is_replayed_in_float64_too(tmp_path: Path) -> None:
     assert torch.allclose(report.scores, through(trainer), atol=1e-3 * float(report.scores.abs().max()))
 
 
+def test_a_replay_that_does_not_fit_into_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _ = fit(tmp_path / "run")
+    monkeypatch.setattr("lightning_gif.curvature.memory.ALWAYS_IN_MEMORY", 0)
+    with pytest.raises(
+        ConfigurationError, match=r"A replay of the 3 optimizer steps.*Use the default influence.*`memory`"
+    ):
+        through(trainer, memory=1e-9)
+    assert torch.isfinite(through(trainer, memory=0.1)).all()
+
+
 def test_a_fit_without_steps_leaves_nothing_behind(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path / "run", max_epochs=0)
     assert not (tmp_path / "run").exists()
