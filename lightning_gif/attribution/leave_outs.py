@@ -16,8 +16,8 @@ from .lds import spearman
 __all__ = ["LeaveOuts"]
 
 
-# From a smoothness of at least this on, scores of the benchmarks predicted their run, and below the other not at all
-# (benchmarks/README.md, "Through training").
+# On the trainings of benchmarks/README.md, "Scores through training", the correlation without 5 % of the examples was
+# 0.92 above the first smoothness, 0.30 to 0.66 between the two, and 0.19 to 0.37 below the second.
 _SMOOTH, _ROUGH = 0.9, 0.5
 
 
@@ -57,14 +57,15 @@ class LeaveOuts:
 
     @property
     def verdict(self) -> str:
-        """Whether scores predict the run, in words."""
+        """Whether scores predict the run, in words, and which correlation to expect of predicted and real changes."""
         smooth = self.mean_smoothness
         if smooth >= _SMOOTH:
-            return "the scores predict this run"
+            return "the scores predict this run: expect a correlation of about 0.9"
         if smooth >= _ROUGH:
-            return "the scores predict this run in part"
+            return "the scores predict this run in part: expect a correlation of 0.3 to 0.7"
         return (
-            "the scores do not predict this run, because it is not smooth. Use the default influence, without `through`"
+            "the scores do not predict this run, which is not smooth: expect a correlation below 0.4, and use the"
+            " default influence, without `through`"
         )
 
     def __str__(self) -> str:

@@ -14,7 +14,7 @@ from ..objective.objective import Objective
 from ..objective.shadow import ModelState
 from .replay import Replay, State
 
-__all__ = ["SHARE", "draws", "leave_out"]
+__all__ = ["SHARE", "draws", "leave_out", "measured_at", "smoothness_of"]
 
 
 SHARE = 0.05
@@ -59,7 +59,7 @@ def leave_out(
         half, whole = (one.theta() for one in ends)
         predicted.append(scores[:, chosen].sum(1))
         measured.append(measured_at(objective, query, ends[1], per_example=per_example) - base)
-        smoothness.append(_smoothness(start, half, whole))
+        smoothness.append(smoothness_of(start, half, whole))
     return LeaveOuts(share, torch.stack(predicted, 1), torch.stack(measured, 1), smoothness)
 
 
@@ -77,8 +77,8 @@ def measured_at(objective: Objective, query: Examples, state: State, *, per_exam
     return values if per_example else values.mean()[None]
 
 
-def _smoothness(start: Tensor, half: Tensor, whole: Tensor) -> float:
-    """The share of the change between three states that goes on, minus the share that turns back."""
+def smoothness_of(start: Tensor, half: Tensor, whole: Tensor) -> float:
+    """The share of the change between three states that goes on, minus the share that turns back; see ``LeaveOuts``."""
     size = (whole - start).abs()
     agree = (half - start).sign() * (whole - half).sign()
     return float((size * agree).sum() / size.sum()) if bool(size.any()) else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch.optim import SGD, Adam, AdamW
 from torch.utils.data import TensorDataset
 
 from lightning_gif import ConfigurationError, GIFCallback, InfluenceReport
-from lightning_gif.trajectory.leaving_out import measured_at
+from lightning_gif.attribution.leave_outs import LeaveOuts
+from lightning_gif.trajectory.leaving_out import measured_at, smoothness_of
 from lightning_gif.trajectory.record import Trajectory
 from lightning_gif.trajectory.replay import Replay
 
@@ -247,3 +249,29 @@ def test_scores_are_slopes_for_networks_of_every_kind(name: str, tmp_path: Path)
 class Adapted(Classifier):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return AdamW(self.parameters(), 0.02, eps=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("smoothness", "words"),
+    [
+        (0.95, "predict this run: expect a correlation of about 0.9"),
+        (0.8, "predict this run in part"),
+        (0.3, "do not predict this run, which is not smooth.*use the default influence"),
+    ],
+)
+def test_the_verdict_follows_from_the_smoothness(smoothness: float, words: str) -> None:
+    changes = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
+    found = LeaveOuts(0.05, changes, 2 * changes, [smoothness] * 3)
+    assert re.search(words, str(found))
+    assert found.correlation == pytest.approx(1)
+    assert found.summary() == {"smoothness": pytest.approx(smoothness), "leave_out_correlation": pytest.approx(1)}
+    few = LeaveOuts(0.05, changes[:, :2], changes[:, :2], [smoothness] * 2)
+    assert few.correlation is None
+    assert "correlation of predicted and measured" not in str(few)
+
+
+def test_a_straight_change_is_smooth_and_one_that_turns_back_is_not() -> None:
+    start, step = torch.zeros(4), torch.tensor([1.0, -2.0, 3.0, 0.0])
+    assert smoothness_of(start, step, 2 * step) == 1
+    assert smoothness_of(start, 2 * step, step) == -1
+    assert smoothness_of(start, start, start) == 1
