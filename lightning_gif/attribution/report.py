@@ -380,7 +380,7 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
         """Draws in which epochs the strongest proponents and opponents acted, for a report with ``through="training"``.
 
         Each line is one training example: the parts of its score from the optimizer steps of each epoch, which are in
-        :attr:`by_epoch`.
+        ``by_epoch``.
 
         Args:
             query: The number of the query. A path stands for ``path``, for the first query.
