@@ -203,7 +203,8 @@ class Influence:
             return calls._from_store(Path(store), batch, requested, among, name, dataloader, chosen)
         check_count("leave_outs", leave_outs, least=0)
         if through is not None or leave_outs:
-            _check_through(through, {"targets": targets, "scores_to": scores_to, "snapshots": snapshots, **overrides})
+            others = {"targets": targets, "scores_to": scores_to, "snapshots": snapshots, "tokens": tokens or None}
+            _check_through(through, {**others, **overrides})
             chosen = {"per_example": per_example, "keep": keep, "k": k, "leave_outs": leave_outs}
             return self._through_training(batch, requested, among, name, dataloader, losses, chosen)
         states = _snapshot_states(calls.tracker, snapshots)

@@ -30,7 +30,7 @@ SMALLEST: dict[str, str] = {
     "faults": "--injections 4",
     "field": "lightning --only BoringModel",
     "forget_class": "--data DATA --net resnet --epochs 1 --seeds 1 --classes 1 --steps natural",
-    "growth": "--widths 12 24 --counts 64 640",
+    "growth": "--widths 12 24 --counts 64 640 --queries 1 3",
     "hvp": "--data DATA --examples 32 --repeats 1 --epochs 1",
     "intervals": "--tasks cancer --fits 6",
     "lds": "--subsets 4 --queries 2 --seeds 1 --epochs 3 --draws 10 --only nothing",

@@ -15,10 +15,10 @@ from ..attribution.predictions import first_predictions, first_tokens
 from ..attribution.ranking import Strongest
 from ..attribution.report import InfluenceReport, first_shown
 from ..config import Settings
-from ..curvature.memory import bytes_to_keep, check_fits
 from ..data.examples import Examples
 from ..errors import ConfigurationError
 from ..objective.batchnorm import RunningStatistics
+from ..objective.memory import bytes_to_keep, check_fits
 from ..objective.objective import Objective
 from ..parameters import Targets
 from ..reporting.context import CallContext

@@ -428,7 +428,7 @@ def test_a_run_in_float32_is_replayed_in_float64_too(tmp_path: Path) -> None:
 
 def test_a_replay_that_does_not_fit_into_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _ = fit(tmp_path / "run")
-    monkeypatch.setattr("lightning_gif.curvature.memory.ALWAYS_IN_MEMORY", 0)
+    monkeypatch.setattr("lightning_gif.objective.memory.ALWAYS_IN_MEMORY", 0)
     with pytest.raises(
         ConfigurationError, match=r"A replay of the 3 optimizer steps.*Use the default influence.*`memory`"
     ):
