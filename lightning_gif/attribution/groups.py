@@ -68,7 +68,7 @@ class Groups(NamedTuple):
 
     @property
     def shown_names(self) -> list[str]:
-        """The names as they are printed: that of its class for a label, if it is known."""
+        """The printed names. A label has the name of its class, if it is known."""
         return [str(name) if self.class_names is None else named(name, self.class_names) for name in self.names]
 
     @property
