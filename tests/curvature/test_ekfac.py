@@ -226,17 +226,28 @@ def wide(n: int = 60) -> tuple[pl.Trainer, TensorDataset]:
     return trainer, data
 
 
-def test_it_is_the_default_for_models_with_many_parameters() -> None:
+def test_it_is_the_default_for_models_with_many_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, data = wide()
     batch = [tensor[:5] for tensor in data.tensors]
+    for solver in ("ekfac_cg", "ekfac"):  # corrected by products, unless these take too many operations
+        report = trainer.influence(batch, per_example=True)
+        assert {solution.solver for solution in report.solutions} == {solver}
+        assert report.curvature["kind"] == "ggn"
+        assert report.settings["damping"] > 0
+        torch.testing.assert_close(report.scores, trainer.influence(batch, per_example=True, solver=solver).scores)
+        probed = 2 * sum(
+            layer.weight.numel() for layer in trainer.lightning_module.modules() if type(layer) is nn.Linear
+        )
+        products = 6 * 4 * len(data) * probed
+        monkeypatch.setattr("lightning_gif.defaults._EXACT_OPERATIONS", 4.5 * products)
+        assert trainer.influence([one[:4] for one in batch], per_example=True).solution.solver == "ekfac_cg"
+        assert trainer.influence(batch).solution.solver == "ekfac_cg"
     report = trainer.influence(batch, per_example=True)
-    assert {solution.solver for solution in report.solutions} == {"ekfac"}
-    assert report.curvature["kind"] == "ggn"
-    assert report.settings["damping"] > 0
-    one = trainer.influence(batch)
-    torch.testing.assert_close(one.scores[0], report.scores.mean(0), rtol=1e-3, atol=1e-9)
+    whole = trainer.influence(batch, solver="ekfac")
+    torch.testing.assert_close(whole.scores[0], report.scores.mean(0), rtol=1e-3, atol=1e-9)
+    assert trainer.self_influence().settings["solver"] == "ekfac"
     for options in ({"max_iter": 5}, {"rtol": 1e-2}, {"eigenvalues": 2}, {"targets": "batch"}):
-        assert trainer.influence(batch, unconverged="ignore", **options).solution.solver != "ekfac"
+        assert trainer.influence(batch, unconverged="ignore", **options).solution.solver not in ("ekfac", "ekfac_cg")
 
 
 def test_it_serves_self_influence() -> None:
@@ -295,7 +306,7 @@ def test_examples_with_other_layers_are_computed_one_at_a_time() -> None:
     trainer.lightning_module.net.first.load_state_dict({name: state[f"0.{name}"] for name in ("weight", "bias")})
     trainer.lightning_module.net.last.load_state_dict({"weight": state["2.weight"]})
     report = trainer.influence(batch)
-    assert report.solution.solver == "ekfac"
+    assert report.solution.solver == "ekfac_cg"
     torch.testing.assert_close(report.scores, trainer.influence(batch, batch_size=50).scores, rtol=1e-3, atol=1e-8)
     trainer.lightning_module.net = Branching(9)
     assert trainer.influence(batch).solution.solver == "cg"
@@ -329,7 +340,7 @@ def test_parameters_without_curvature_change_nothing(kind: str) -> None:
     torch.manual_seed(0)
     trainer.lightning_module.net = Partly(kind)
     report = trainer.influence(batch, per_example=True)
-    assert report.solution.solver == "ekfac"
+    assert report.solution.solver == "ekfac_cg"
     assert trainer.self_influence(solver="ekfac").scores.isfinite().all()
     if kind == "unused":
         for parameter in (
