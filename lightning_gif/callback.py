@@ -175,7 +175,7 @@ class GIFCallback(TrainerCalls, Callback):
         trajectory: A folder in which each ``fit`` is recorded, so that ``trainer.influence(batch, through="training")``
             can replay it: the state of the training before about √T of its T optimizer steps, and for each step the
             dataset indices of its examples and the settings of the optimizer. A message at the start says how large it
-            gets. The folder must not exist, or be empty, when a fit starts from the beginning; a fit from a checkpoint
+            gets. When a fit starts from the beginning, the folder must be new or empty; a fit from a checkpoint
             continues the record of its run. It needs one process, automatic optimization with ``SGD``, ``Adam`` or
             ``AdamW``, and full precision. ``None`` (default) records nothing.
         influence_loss: A function ``(module, batch) -> (B,)`` that returns the training loss of each example of a

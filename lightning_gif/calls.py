@@ -196,15 +196,13 @@ class Influence:
         check_log_name(name)
         _check_keep(keep, k, scores_to)
         if store is not None:
-            of_examples = [argument for argument, value in (("losses", losses), ("tokens", tokens)) if value]
             others = {"targets": targets, "scores_to": scores_to, "through": through, **overrides}
-            _check_stored(store, others, of_examples)
+            _check_stored(store, others, losses=losses, tokens=tokens, leave_outs=leave_outs)
             chosen: dict[str, Any] = {"per_example": per_example, "keep": keep, "snapshots": snapshots, "k": k}
             return calls._from_store(Path(store), batch, requested, among, name, dataloader, chosen)
-        check_count("leave_outs", leave_outs, least=0)
         if through is not None or leave_outs:
             others = {"targets": targets, "scores_to": scores_to, "snapshots": snapshots, "tokens": tokens or None}
-            _check_through(through, {**others, **overrides})
+            _check_through(through, leave_outs, {**others, **overrides})
             chosen = {"per_example": per_example, "keep": keep, "k": k, "leave_outs": leave_outs}
             return self._through_training(batch, requested, among, name, dataloader, losses, chosen)
         states = _snapshot_states(calls.tracker, snapshots)
@@ -854,14 +852,15 @@ def _check_keep(keep: Any, k: int, scores_to: Any) -> None:
         )
 
 
-def _check_stored(store: Any, given: Mapping[str, Any], of_examples: Sequence[str]) -> None:
+def _check_stored(store: Any, given: Mapping[str, Any], **of_data: Any) -> None:
     """Checks the arguments of a call that takes its training examples from a store."""
     check_path("store", store, "folder")
-    for argument in of_examples:
-        raise ConfigurationError(
-            f"`{argument}=True` cannot be given with `store`, because it needs the training examples, which the call"
-            " does not read. Omit one of the two."
-        )
+    for argument, value in of_data.items():
+        if value:
+            raise ConfigurationError(
+                f"`{argument}={value}` cannot be given with `store`, because it needs the training examples, which the"
+                " call does not read. Omit one of the two."
+            )
     others = [name for name, value in given.items() if value is not None and name not in _OF_STORED]
     if others:
         raise ConfigurationError(
@@ -870,16 +869,20 @@ def _check_stored(store: Any, given: Mapping[str, Any], of_examples: Sequence[st
         )
 
 
-def _check_through(through: Any, given: Mapping[str, Any]) -> None:
+def _check_through(through: Any, leave_outs: Any, given: Mapping[str, Any]) -> None:
     """Checks the arguments of a call through training."""
+    check_count("leave_outs", leave_outs, least=0)
     if through != "training":
-        raise ConfigurationError(f"`through` must be 'training', or None without `leave_outs`, got {through!r}.")
+        if through is None:
+            raise ConfigurationError(
+                "`leave_outs` replays a recorded run, so it needs through='training'. Pass both, or omit `leave_outs`."
+            )
+        raise ConfigurationError(f"`through` must be 'training' or None, got {through!r}.")
     others = [name for name, value in given.items() if value is not None and name not in _OF_REPLAYS]
     if others:
         raise ConfigurationError(
-            f"{', '.join(f'`{name}`' for name in others)} cannot be given with `through`, because the derivative"
-            " through the training is exact: it has no solve, and no choice of parameters or states. Omit them, or omit"
-            " `through`."
+            f"{', '.join(f'`{name}`' for name in others)} cannot be given with `through`. Of the settings, it"
+            f" takes only {', '.join(f'`{name}`' for name in _OF_REPLAYS)}. Omit the others, or omit `through`."
         )
 
 

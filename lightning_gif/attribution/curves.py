@@ -34,7 +34,8 @@ def draw(record: InfluenceRecord, query: int = 0, k: int | None = None) -> Figur
     if record.by_epoch is None:
         raise ConfigurationError(
             "The report has no parts of scores by epoch. Reports of trainer.influence(batch, through='training') have"
-            " them, without `keep`, and if they take no more than 128 MiB; to score fewer examples, pass `among`."
+            " them, if the call has no `keep` and the parts take at most 128 MiB (8 bytes × queries × epochs × training"
+            " examples). Ask fewer queries in one call."
         )
     record.check_query(query)
     count = record.check_k(k, min(record.k, _MOST_LINES))

@@ -107,7 +107,10 @@ def _error_notes(record: InfluenceRecord, uncertain: bool) -> Iterator[str]:
             " again"
         )
         if record.leave_outs is None:
-            yield "not tested: leave_outs=2 replays the run without random examples, and says if the scores predict it"
+            yield (
+                "not tested: leave_outs=4 replays the run without some random examples, and says whether the scores"
+                " predict it"
+            )
         else:
             yield f"{record.leave_outs}"
         return

@@ -181,8 +181,8 @@ def _token_scores(call: _Call, solved: list[SolvedQueries], report: InfluenceRep
     """The scores of the tokens of the texts that a report shows."""
     if not all(len(one.ihvps) for one in solved):  # all scores were computed by an earlier call
         raise ConfigurationError(
-            "tokens=True needs the iHVPs, but the folder of an earlier call has the scores only. Delete it, or omit"
-            " `tokens`."
+            "tokens=True needs the solves of the call, but all scores were read from the folder `scores_to` of an"
+            " earlier call, which has the scores only. Give another folder, delete this one, or omit `tokens`."
         )
     directions = [(state, one.ihvps) for state, one in zip(call.states, solved, strict=True)]
     shown = sorted(report.strongest())

@@ -60,11 +60,11 @@ class LeaveOuts:
         """Whether scores predict the run, in words, and which correlation to expect of predicted and real changes."""
         smooth = self.mean_smoothness
         if smooth >= _SMOOTH:
-            return "the scores predict this run: expect a correlation of about 0.9"
+            return "this run is smooth: the scores should predict it, with a correlation of about 0.9"
         if smooth >= _ROUGH:
-            return "the scores predict this run in part: expect a correlation of 0.3 to 0.7"
+            return "this run is smooth in part: the scores should predict it with a correlation of 0.3 to 0.7"
         return (
-            "the scores do not predict this run, which is not smooth: expect a correlation below 0.4, and use the"
+            "this run is not smooth: the scores do not predict it. Expect a correlation below 0.4, and use the"
             " default influence, without `through`"
         )
 

@@ -184,7 +184,7 @@ def _check_end(objective: Objective, end: State) -> None:
     )
     if differing:
         raise ConfigurationError(
-            f"{' and '.join(differing).capitalize()} of {type(objective.module).__name__} are not those at the end of"
+            f"Of {type(objective.module).__name__}, {' and '.join(differing)} are not those at the end of"
             " the recorded run. They may be an average of weights (a callback for EMA or SWA), a checkpoint of an"
             " earlier step, or the result of an edit or of another training. Load the weights of the end of the run"
             " (its last checkpoint), undo the edit, or use the default influence, without `through`."

@@ -74,7 +74,7 @@ class TrajectoryRecorder:
         """Begins or continues the record, when loaders and optimizers exist."""
         if self._unwatch is None:
             return
-        with self.guard("the start"):
+        with self.guard("at the start of the fit"):
             _check_loader(trainer)
             optimizer = _optimizer_of(trainer)
             self._names = {id(value): name for name, value in module.named_parameters()}
@@ -119,12 +119,13 @@ class TrajectoryRecorder:
         total = float(trainer.estimated_stepping_batches)
         known = math.isfinite(total) and total > 0
         spacing = max(round(math.sqrt(total)), 1) if known else _FIRST_SPACING
-        size = self._state().nbytes / 2**20
-        count = f"{math.ceil(total / spacing) + 1}" if known else "as many states as there are steps between two, of"
-        whole = f", {(math.ceil(total / spacing) + 1) * size / 2**10:.2g} GiB in all" if known else ""
+        size = self._expected_bytes() / 2**20
+        n_states = math.ceil(total / spacing) + 1 if known else 0
+        number = f"{n_states} states" if known else "A number of states that grows like the square root of the steps"
+        whole = f" That is {n_states * size / 2**10:.1f} GiB in all, and" if known else " Besides, there are"
         rank_zero_info(
-            f"The training is recorded in {self.folder!r}: {count} × {size:.3g} MiB (weights and optimizer){whole}, and"
-            " 8 bytes for each example of each step."
+            f"The training is recorded in {self.folder!r}. {number} of {size:.1f} MiB each will be stored (weights,"
+            f" buffers and the optimizer's state).{whole} 8 bytes for each example of each step."
         )
         return spacing, not known
 
@@ -214,6 +215,15 @@ class TrajectoryRecorder:
             raise ConfigurationError("parameters were frozen or unfrozen during the fit, so there is no one derivative")
         return state
 
+    def _expected_bytes(self) -> int:
+        """The size of a stored state. The optimizer may have no state yet, as before its first step."""
+        tensors = 0
+        for group in self._optimizer.param_groups:
+            adaptive = 2 + bool(group.get("amsgrad")) if "betas" in group else bool(group.get("momentum"))
+            new = [one for one in group["params"] if not self._optimizer.state.get(one)]
+            tensors += adaptive * sum(one.numel() * one.element_size() for one in new)
+        return self._state().nbytes + tensors
+
     def _add_state(self, state: TrainingState) -> None:
         self._write_steps()
         self._trajectory.add_state(state)
@@ -288,9 +298,11 @@ def _loader_of(trainer: Trainer) -> Any:
 def _check_loader(trainer: Trainer) -> None:
     loader = check_loader(_loader_of(trainer))
     if loader.batch_sampler is None or not hasattr(loader.dataset, "__len__"):
-        raise TrainingDataError("it needs a DataLoader that draws batches from a map-style dataset by their indices")
+        raise TrainingDataError(
+            "the record needs a DataLoader that draws batches from a map-style dataset by their indices"
+        )
     if not getattr(loader, "in_order", True):
-        raise TrainingDataError("it needs a DataLoader with in_order=True")
+        raise TrainingDataError("the record needs a DataLoader with in_order=True")
 
 
 def _optimizer_of(trainer: Trainer) -> Optimizer:
@@ -303,7 +315,7 @@ def _optimizer_of(trainer: Trainer) -> Optimizer:
     if type(optimizer) not in UPDATES:
         known = ", ".join(kind.__name__ for kind in UPDATES)
         raise ConfigurationError(
-            f"the optimizer {type(optimizer).__name__} is not supported; those of torch.optim that are: {known}"
+            f"the optimizer {type(optimizer).__name__} cannot be replayed. Use one of torch.optim: {known}"
         )
     return optimizer
 

@@ -197,7 +197,7 @@ def test_the_text_says_what_the_scores_are_about(tmp_path: Path) -> None:
         report
     )
     assert "if the example were left out of this run" in str(report)
-    assert "leave_outs=2 replays the run" in str(report)
+    assert "leave_outs=4 replays the run" in str(report)
     assert not report.is_self_influence
     assert report.summary()["n_queries"] == 1
 
@@ -218,7 +218,7 @@ def test_the_curves_of_the_strongest_examples_are_drawn(tmp_path: Path) -> None:
 def test_the_curves_need_parts_by_epoch(tmp_path: Path) -> None:
     trainer, _ = recorded(tmp_path, net, of_kind(SGD, lr=0.1))
     few = trainer.influence(query(), through="training", keep=2, k=2)
-    with pytest.raises(ConfigurationError, match=r"through='training'\) have them, without `keep`"):
+    with pytest.raises(ConfigurationError, match=r"through='training'\) have them, if the call has no `keep`"):
         few.plot_by_epoch()
     trainer.influence(query(), through="training", among=range(5)).plot_by_epoch()
 
@@ -254,9 +254,9 @@ class Adapted(Classifier):
 @pytest.mark.parametrize(
     ("smoothness", "words"),
     [
-        (0.95, "predict this run: expect a correlation of about 0.9"),
-        (0.8, "predict this run in part"),
-        (0.3, "do not predict this run, which is not smooth.*use the default influence"),
+        (0.95, "is smooth: the scores should predict it, with a correlation of about 0.9"),
+        (0.8, "is smooth in part"),
+        (0.3, "is not smooth: the scores do not predict it.*use the default influence"),
     ],
 )
 def test_the_verdict_follows_from_the_smoothness(smoothness: float, words: str) -> None:
