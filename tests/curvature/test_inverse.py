@@ -216,10 +216,10 @@ def wide(**given: Any) -> tuple[Any, Any]:
 
 
 CALLS: dict[str, tuple[Callable[[Any, Any], Any], tuple[str, int | None]]] = {
-    "one query": (lambda trainer, data: trainer.influence(batch_of(data, slice(0, 4))), ("ekfac", None)),
+    "one query": (lambda trainer, data: trainer.influence(batch_of(data, slice(0, 4))), ("ekfac_cg", None)),
     "30 queries": (
         lambda trainer, data: trainer.influence(batch_of(data, slice(0, 30)), per_example=True),
-        ("ekfac", None),
+        ("ekfac_cg", None),
     ),
     "30 queries, a sketch": (
         lambda trainer, data: trainer.influence(
