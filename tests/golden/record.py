@@ -82,10 +82,10 @@ def results(name: str, world: int) -> dict[str, tuple[str, float]]:
     keep("targets", *callback.targets.values())
 
     few, many = ([tensor[:count] for tensor in unseen.tensors] for count in (4, 30))
-    keep("scores", trainer.influence(few, snapshots=False).scores)
-    keep("scores of each", trainer.influence(few, per_example=True, snapshots=False).scores)
+    keep("scores", trainer.influence(few, solver="ekfac", snapshots=False).scores)
+    keep("scores of each", trainer.influence(few, per_example=True, solver="ekfac", snapshots=False).scores)
     keep("scores of many", trainer.influence(many, per_example=True, max_iter=64, snapshots=False).scores)
-    keep("scores, snapshots", trainer.influence(few, snapshots=True).scores)
+    keep("scores, snapshots", trainer.influence(few, solver="ekfac", snapshots=True).scores)
     keep("scores, gif", trainer.influence(few, method="gif", targets="batch", max_iter=20, snapshots=False).scores)
     keep("scores, fif", trainer.influence(few, targets="cached", curvature="ggn", snapshots=False).scores)
     keep(
