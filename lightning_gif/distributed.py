@@ -25,7 +25,7 @@ __all__ = ["SINGLE_PROCESS", "ProcessGroup"]
 
 T = TypeVar("T")
 
-# The attribute of an error of which the other processes know, or cannot be told.
+# The attribute of an error that the other processes have heard of, or cannot hear of.
 _IS_KNOWN = "_gif_is_known_to_all_processes"
 
 
@@ -174,7 +174,7 @@ class ProcessGroup:
             yield
             self._synchronise("end")
         except BaseException as error:
-            # Another object for the same processes may have told them, inside the block.
+            # Another object for the same processes may have sent it to them, inside the block.
             if not self._failed and not getattr(error, _IS_KNOWN, False):
                 with contextlib.suppress(RankError):
                     self._synchronise("error", error)
@@ -235,7 +235,7 @@ class ProcessGroup:
 
 
 def _known(error: GIFError) -> GIFError:
-    """Marks an error of which the other processes know, or cannot be told."""
+    """Marks an error that the other processes have heard of, or cannot hear of."""
     setattr(error, _IS_KNOWN, True)
     return error
 

@@ -109,15 +109,14 @@ class _Weighted(TorchFunctionMode):
         predicted = args[0] if args else kwargs["input"]
         if target.is_floating_point():
             return None
-        if predicted in self._done:
-            self._learn(target, terms_of(func, args, kwargs).arguments["ignore_index"])
-            return None
-        weights = self._weights_for(target.numel(), target)
+        done = predicted in self._done
+        weights = self.weights if done else self._weights_for(target.numel(), target)
         if weights is None:
             return None
         terms = terms_of(func, args, kwargs)
         self._learn(target, terms.arguments["ignore_index"])
-        return terms.reduced(func, terms.values * weights.view_as(terms.values).to(terms.values.dtype))
+        values = terms.values if done else terms.values * weights.view_as(terms.values).to(terms.values.dtype)
+        return terms.reduced(func, values)
 
     def _log_softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Log-probabilities with weights; ``None`` if they are left as they are."""

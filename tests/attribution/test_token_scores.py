@@ -167,6 +167,6 @@ def test_what_has_no_token_scores_is_refused_with_a_way_out(tmp_path: Path) -> N
         report.token_scores(0, 3)
     folder = tmp_path / "scores"
     trainer.influence(texts[:2], scores_to=folder, k=2)
-    with pytest.raises(ConfigurationError, match=r"has the scores only. Delete it, or omit"):
+    with pytest.raises(ConfigurationError, match=r"has the scores only. Give another folder, delete this one, or omit"):
         trainer.influence(texts[:2], scores_to=folder, tokens=True, k=2)
     assert trainer.influence(texts[:2], scores_to=tmp_path / "others", tokens=True, k=2).train_tokens
