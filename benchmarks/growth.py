@@ -1,9 +1,10 @@
 """Measures what the time and the memory of a query grow with.
 
-    python benchmarks/growth.py [--widths 300 2000] [--counts 200000 800000] [--queries 1 100] [--plot growth.png]
+    python benchmarks/growth.py [--widths 300 2000x2] [--counts 200000 800000] [--queries 1 100] [--plot growth.png]
 
-- parameters: a query by EK-FAC on the perceptrons of `scaling.py`. The matrices are those of all layers with `i` inputs
-  (and the bias) and `o` outputs: `4 (i² + o² + i o)` bytes.
+- parameters: a query by EK-FAC on the perceptrons of `scaling.py`. `2000x2` is one with two layers from 2000 to 2000
+  units, and `2000` one with one of them. The matrices are those of all layers with `i` inputs (and the bias) and `o`
+  outputs: `4 (i² + o² + i o)` bytes.
 - examples: a query by a linear model of 6 parameters, on examples of two numbers.
 - queries: scores by EK-FAC on the smallest perceptron, each query on its own.
 
@@ -77,8 +78,8 @@ def measured(
     return {"peak": peak - before, "seconds": seconds, "limit": time.process_time() - start}
 
 
-def of_width(width: int) -> dict[str, float]:
-    model = Perceptron(width)
+def of_width(size: str) -> dict[str, float]:
+    model = Perceptron(*map(int, size.split("x")))
     layers = [layer for layer in model.net if isinstance(layer, nn.Linear)]
     sides = [(layer.in_features + 1, layer.out_features) for layer in layers]
     matrices = sum(4 * (i * i + o * o + i * o) for i, o in sides)
@@ -86,12 +87,14 @@ def of_width(width: int) -> dict[str, float]:
     return {"size": count, "matrices": matrices, **measured(model, data(512), 32, solver="ekfac")}
 
 
-def of_count(count: int) -> dict[str, float]:
+def of_count(size: str) -> dict[str, float]:
+    count = int(size)
     dataset = TensorDataset(torch.randn(count, 2), torch.randint(0, 2, (count,)))
     return {"size": count, **measured(Line(), dataset, 1024, memory=0.0, keep=10)}
 
 
-def of_queries(count: int) -> dict[str, float]:
+def of_queries(size: str) -> dict[str, float]:
+    count = int(size)
     options: dict[str, Any] = {"per_example": True, "solver": "ekfac", "keep": 10}
     return {"size": count, **measured(Perceptron(100), data(1000), 100, count, **options)}
 
@@ -99,9 +102,9 @@ def of_queries(count: int) -> dict[str, float]:
 KINDS = {"width": of_width, "count": of_count, "queries": of_queries}
 
 
-def apart(kind: str, size: int) -> dict[str, float]:
+def apart(kind: str, size: str) -> dict[str, float]:
     """A row that is measured in another process."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--row", kind, str(size)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--row", kind, size]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
@@ -110,9 +113,9 @@ def apart(kind: str, size: int) -> dict[str, float]:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[300, 2000], help="hidden widths, one network each")
-    parser.add_argument("--counts", type=int, nargs="+", default=[200_000, 800_000], help="numbers of examples")
-    parser.add_argument("--queries", type=int, nargs="+", default=[1, 100], help="numbers of queries")
+    parser.add_argument("--widths", nargs="+", default=["300", "2000x2"], help="hidden widths, one network each")
+    parser.add_argument("--counts", nargs="+", default=["200000", "800000"], help="numbers of examples")
+    parser.add_argument("--queries", nargs="+", default=["1", "100"], help="numbers of queries")
     parser.add_argument("--plot", type=Path, help="file for a plot of the tables")
     parser.add_argument("--row", nargs=2, metavar=("KIND", "SIZE"), help="measure one row, for the command itself")
     options = parser.parse_args()
@@ -121,7 +124,7 @@ def main() -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         kind, size = options.row
-        print(json.dumps(KINDS[kind](int(size))))
+        print(json.dumps(KINDS[kind](size)))
         return
     found = {
         "parameters": [apart("width", width) for width in options.widths],

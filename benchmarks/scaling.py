@@ -29,11 +29,10 @@ from lightning_gif.solvers.operators import Submatrix
 
 
 class Perceptron(pl.LightningModule):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, depth: int = 1) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
-        )
+        hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
+        self.net = nn.Sequential(nn.Linear(784, width), nn.ReLU(), *hidden, nn.Linear(width, 10))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])

@@ -161,7 +161,8 @@ def unsupported_strategy(trainer: Trainer) -> str | None:
     if _is_a(strategy.launcher, "_MultiProcessingLauncher"):
         return (
             f"{name} trains in child processes, and the statistics gathered there are lost when these end. Use"
-            f" strategy='ddp'. Or train without the callback, save a checkpoint, and {alone}."
+            " strategy='ddp', which needs a script instead of a notebook, or devices=1. Or train without the callback,"
+            f" save a checkpoint, and {alone}."
         )
     if _is_a(strategy, "ModelParallelStrategy"):
         size = _tensor_parallel_size(strategy)
@@ -169,7 +170,8 @@ def unsupported_strategy(trainer: Trainer) -> str | None:
             return None
         return (
             f"{name} splits each layer over {size} processes (tensor parallelism). Use"
-            f" {name}(data_parallel_size={size}, tensor_parallel_size=1) and `fully_shard` in `configure_model`. Or"
+            f" {name}(data_parallel_size={trainer.world_size}, tensor_parallel_size=1) and `fully_shard` in"
+            " `configure_model`. Or"
             f" train without the callback, with {name}(save_distributed_checkpoint=False), and {alone}."
         )
     whole = _is_a(strategy, "SingleDeviceStrategy", "DDPStrategy")

@@ -33,7 +33,10 @@ from lightning_gif.objective import memory
 from lightning_gif.parameters import tensors_of
 from lightning_gif.sharding import is_sharded, local, reshard
 from lightning_gif.storage.audit_log import read
+from tests.attribution.test_token_scores import LanguageModel, by_cross_entropy, texts
 from tests.conftest import Classifier, batch_of, blobs, make_trainer
+from tests.lightning_integration.test_adapters import Texts as AdapterTexts
+from tests.lightning_integration.test_adapters import network
 
 warnings.filterwarnings("ignore")
 
@@ -265,6 +268,77 @@ def adapted(world: int, folder: Path) -> dict[str, Any]:
         "undone": all(torch.equal(value, before[name]) for name, value in held(module).items()),
         "scores": trainer.influence(QUERY, per_example=True, max_iter=8, damping=0.05, snapshots=False).scores,
     }
+
+
+def first_fsdp(world: int, folder: Path) -> dict[str, Any]:
+    """A sharded checkpoint of ``FSDPStrategy``, whose trainer needs a GPU, but whose strategy can save without one."""
+    from lightning.pytorch.strategies import FSDPStrategy
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    trainer, module = after_fit(world, points(N))
+    strategy = FSDPStrategy(accelerator=trainer.accelerator, state_dict_type="sharded")
+    strategy._lightning_module = module
+    strategy.model = FullyShardedDataParallel(module, device_id=torch.device("cpu"))
+    strategy.optimizers = []
+    trainer._accelerator_connector.strategy = strategy
+    trainer.save_checkpoint(folder / "of the first FSDP", weights_only=True)
+    return {"parts": sum(parameter.numel() for parameter in strategy.model.parameters())}
+
+
+class Texts(Sharded):
+    """A language model of its own, or one of ``transformers`` with adapters of ``peft``."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if isinstance(batch, dict):
+            return self.net(**batch).loss
+        return by_cross_entropy(self.net(batch[0]), batch[0])
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not hasattr(self.net, "reshard"):
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def texts_of(kind: str) -> tuple[Texts, Dataset[Any]]:
+    """A model of texts, and its training data."""
+    if kind == "recurrent":  # whose texts differ in length, so that processes would train it differently
+        return Texts(LanguageModel(), lr=0.0).double(), texts()
+    net = network(kind)
+    for layer in net.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0  # processes draw other numbers than one
+    return Texts(net, lr=0.01).double(), AdapterTexts(kind == "BERT")
+
+
+def of_texts(world: int, folder: Path, *kinds: str) -> dict[str, Any]:
+    """Scores of texts and of their tokens, and an edit that is undone."""
+    found: dict[str, Any] = {}
+    for kind in kinds or ("recurrent",):
+        module, data = texts_of(kind)
+        trainer, query = trainer_of(world), next(iter(DataLoader(data, 3)))
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        sampler = None if world == 1 else DistributedSampler(data, world, rank, shuffle=False)
+        trainer.fit(module, DataLoader(data, 4 // world, sampler=sampler))
+        options = {"snapshots": False, "max_iter": 6, "damping": 0.05, "per_example": True, "k": 2}
+        report = trainer.influence(query, tokens=kind != "BERT", **options)
+        found[f"{kind}: scores"] = report.scores
+        for index, tokens in sorted(report.train_tokens.items()):
+            for at in range(3):
+                scores = report.token_scores(index, at) if tokens else []
+                found[f"{kind}: tokens of {index} for query {at}"] = torch.tensor([score for _, score in scores])
+        before = held(module)
+        edit = trainer.unlearn([3, 17], step="natural", max_iter=6, damping=0.05)
+        for name, value in held(module).items():
+            found[f"{kind}: edit of {name}"] = value - before[name]
+        edit.undo()
+        found[f"{kind}: undone"] = all(torch.equal(value, before[name]) for name, value in held(module).items())
+    return found
+
+
+def with_adapters(world: int, folder: Path) -> dict[str, Any]:
+    """The same for language models with adapters of ``peft``."""
+    return of_texts(world, folder, "GPT-2", "BERT")
 
 
 def results(world: int, folder: Path) -> dict[str, Any]:
@@ -593,6 +667,9 @@ if __name__ == "__main__":
         "results": results,
         "sharded": sharded,
         "adapted": adapted,
+        "first fsdp": first_fsdp,
+        "texts": of_texts,
+        "with adapters": with_adapters,
         "failures": failures,
         "unreadable": unreadable,
         "unkept": unkept,

@@ -12,12 +12,26 @@ from lightning.fabric.utilities import consolidate_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_gif import GIFCallback, attach, verify
+from lightning_gif import CheckpointError, GIFCallback, attach, verify
 from lightning_gif.cli import main
 from lightning_gif.parameters import tensors_of
+from lightning_gif.storage.checkpoints import read_checkpoint
 
 from .conftest import FSDP2, make_trainer
-from .ddp_worker import QUERY, Adapted, N, Sharded, answers, learned, points, results, seen, trained
+from .ddp_worker import (
+    QUERY,
+    Adapted,
+    N,
+    Sharded,
+    answers,
+    learned,
+    of_texts,
+    points,
+    results,
+    seen,
+    trained,
+    with_adapters,
+)
 from .test_ddp import AMPLIFIED, LOOSE, Launched, launch
 
 # These tests share the results of a launch.
@@ -132,6 +146,43 @@ def test_parameters_that_do_not_fit_in_memory_are_not_gathered(two: Launched) ->
         assert found["no memory"].startswith("ConfigurationError (GIFError)"), found["no memory"]
         for part in ("Sharded are sharded", "GiB", "consolidate_checkpoint", "attach()"):
             assert part in found["no memory"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_the_first_fsdp_is_consolidated_and_attached_as_its_refusal_says(tmp_path: Path) -> None:
+    whole = sum(parameter.numel() for parameter in trained().parameters())
+    for found in launch(2, tmp_path, "first fsdp").answers("first fsdp"):
+        assert found["parts"] < whole
+    folder = tmp_path / "of the first FSDP"
+    with pytest.raises(CheckpointError, match=r"lightning\.pytorch\.utilities\.consolidate"):
+        read_checkpoint(folder)
+    file = tmp_path / "whole.ckpt"
+    command = [sys.executable, "-m", "lightning.pytorch.utilities.consolidate_checkpoint", str(folder)]
+    subprocess.run([*command, "--output_file", str(file)], check=True, capture_output=True)
+    scores = []
+    for module in (trained(), Sharded.load_from_checkpoint(file, net=trained().net)):
+        trainer = make_trainer(GIFCallback(double=True), devices=1)
+        attach(trainer, module, train_dataloaders=DataLoader(points(N), 12))
+        scores.append(trainer.influence(QUERY).scores)
+    assert scores[0].equal(scores[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("story", ["texts", "with adapters"])
+def test_scores_of_tokens_and_edits_of_language_models_are_those_of_one_process(
+    story: str, strategy: str, tmp_path: Path
+) -> None:
+    if story == "with adapters":
+        pytest.importorskip("peft")
+        pytest.importorskip("transformers")
+    expected = {"texts": of_texts, "with adapters": with_adapters}[story](1, tmp_path)
+    assert sum("tokens of" in name and len(value) > 0 for name, value in expected.items()) >= 6
+    for found in launch(2, tmp_path, story, strategy=strategy).answers(story):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert value is not False, name
+            close(torch.as_tensor(found[name]), torch.as_tensor(value), name)
 
 
 @pytest.mark.slow

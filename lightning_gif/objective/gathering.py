@@ -74,12 +74,15 @@ def _check_fits(module: nn.Module, device: torch.device, processes: ProcessGroup
     size = vectors + sum(one.numel() * one.element_size() for one in parameters if is_sharded(one))
     free = memory.free_for_each(device, processes)
     if size > max(free, memory.ALWAYS_IN_MEMORY):
+        fewer = (
+            "Start fewer processes on each machine, which share its memory. Or save" if device.type == "cpu" else "Save"
+        )
         raise ConfigurationError(
             f"The parameters of {type(module).__name__} are sharded, and this call gathers them on each process. This"
             f" takes {size / 2**30:.3g} GiB with two vectors of their size, but {free / 2**30:.3g} GiB are free for"
-            " each process. Start fewer processes on each machine. Or save a checkpoint, make a single file of it with"
-            " `python -m lightning.fabric.utilities.consolidate_checkpoint`, and use lightning_gif.attach() on a"
-            " Trainer with devices=1, on a device with more memory: accelerator='cpu', for example."
+            f" each process. {fewer} a checkpoint, make a single file of it with `python -m"
+            " lightning.fabric.utilities.consolidate_checkpoint`, and use lightning_gif.attach() on a Trainer with"
+            " devices=1, on a device with more memory: accelerator='cpu', for example."
         )
 
 

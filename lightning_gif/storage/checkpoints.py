@@ -32,9 +32,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if os.path.isdir(path):
         raise CheckpointError(
             f"{name!r} is a folder, such as a checkpoint of a strategy that shards parameters. Give a single file:"
-            " consolidate it first, for ModelParallelStrategy with `python -m"
-            " lightning.fabric.utilities.consolidate_checkpoint`, and for FSDPStrategy with `python -m"
-            " lightning.pytorch.utilities.consolidate_checkpoint`."
+            f" {_consolidation(path)}."
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -61,6 +59,20 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     _check_state(name, state)
     return checkpoint
+
+
+def _consolidation(folder: str | os.PathLike[str]) -> str:
+    """How to make a single file of a sharded checkpoint."""
+    if os.path.exists(os.path.join(folder, "zero_to_fp32.py")):  # DeepSpeed writes this script into its checkpoints
+        return (
+            "consolidate it first, with `lightning.pytorch.utilities.deepspeed"
+            ".convert_zero_checkpoint_to_fp32_state_dict(folder, file)`"
+        )
+    return (
+        "consolidate it first, for ModelParallelStrategy with `python -m lightning.fabric.utilities"
+        ".consolidate_checkpoint`, and for FSDPStrategy with `python -m lightning.pytorch.utilities"
+        ".consolidate_checkpoint`"
+    )
 
 
 def _check_state(path: str, state: Mapping[Any, Any]) -> None:

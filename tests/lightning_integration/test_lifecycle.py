@@ -97,10 +97,11 @@ def test_strategies_that_shard_parameters_in_a_way_of_their_own_are_refused() ->
 
 @pytest.mark.parametrize("size", [2, "auto"])
 def test_tensor_parallelism_is_refused_before_training(size: int | str) -> None:
-    strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=size)  # type: ignore[arg-type]
+    strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=size)  # type: ignore[arg-type]
     callback = quick()
-    trainer = make_trainer(callback, strategy=strategy, devices=2)
-    with pytest.raises(ConfigurationError, match=r"over 2 processes \(tensor parallelism\).*tensor_parallel_size=1"):
+    trainer = make_trainer(callback, strategy=strategy, devices=2, num_nodes=2)
+    advice = r"over 2 processes \(tensor parallelism\).*data_parallel_size=4, tensor_parallel_size=1"
+    with pytest.raises(ConfigurationError, match=advice):
         callback.setup(trainer, Classifier(), "fit")
 
 
