@@ -176,8 +176,10 @@ class GIFCallback(TrainerCalls, Callback):
             can replay it: the state of the training before about √T of its T optimizer steps, and for each step the
             dataset indices of its examples and the settings of the optimizer. A message at the start says how large it
             gets. When a fit starts from the beginning, the folder must be new or empty; a fit from a checkpoint
-            continues the record of its run. It needs one process, automatic optimization with ``SGD``, ``Adam`` or
-            ``AdamW``, and full precision. ``None`` (default) records nothing.
+            continues the record of its run. It needs automatic optimization with ``SGD``, ``Adam`` or ``AdamW``, full
+            precision, and whole weights on each process. ``None`` (default) records nothing.
+        trajectory_size: The GiB that the states of the training may take in this folder. With fewer states, a replay
+            needs more memory. By default there are about √T of them.
         influence_loss: A function ``(module, batch) -> (B,)`` that returns the training loss of each example of a
             batch, for modules whose code you cannot change. It replaces the ``influence_loss`` of the module, see
             :class:`~lightning_gif.GIFMixin`. By default, losses come from the module.
@@ -224,6 +226,7 @@ class GIFCallback(TrainerCalls, Callback):
         store: str | None = None,
         record: str | None = None,
         trajectory: str | None = None,
+        trajectory_size: float | None = None,
         influence_loss: LossOfModule | None = None,
         class_names: list[str] | None = None,
         vocabulary: Any = None,
@@ -243,7 +246,7 @@ class GIFCallback(TrainerCalls, Callback):
         self.influence_loss = influence_loss
         self.class_names, self.vocabulary = class_names, vocabulary
         self.tracker = TrainingTracker(self.settings, snapshots)
-        self.recorder = TrajectoryRecorder(trajectory)
+        self.recorder = TrajectoryRecorder(trajectory, trajectory_size)
         self.reports = PeriodicReports()
         self.events = EventList()
         self.loaders = Loaders()

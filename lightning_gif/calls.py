@@ -249,8 +249,8 @@ class Influence:
                 " GIFCallback(trajectory='folder'), or pass a GIFCallback with the folder of this model's run to"
                 " lightning_gif.attach(…, callback=…)."
             )
-        trajectory = Trajectory.open(Path(calls.trajectory))
         with calls.open_session(settings, "batch", dataloader) as session:
+            trajectory = Trajectory.open(Path(calls.trajectory))  # here, all processes have written their parts of it
             scored = session.among(among)
             report = influence_through_training(
                 session.objective,

@@ -14,7 +14,7 @@ from .errors import ConfigurationError
 from .registry import nearest
 from .storage.digests import Fingerprint
 
-__all__ = ["AUTO", "RATIO", "SELECTOR", "Overrides", "Settings", "check_count"]
+__all__ = ["AUTO", "RATIO", "SELECTOR", "Overrides", "Settings", "check_count", "check_number"]
 
 
 AUTO = "auto"
@@ -42,6 +42,27 @@ def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         others = "None or " if optional else others
         raise ConfigurationError(f"`{name}` must be {others}a whole number of at least {least}, got {value!r}.")
+
+
+def check_number(
+    name: str, value: Any, expected: str, is_in_range: Callable[[float], bool], *, optional: bool = False
+) -> None:
+    """Checks an argument that must be a number.
+
+    Args:
+        name: The name of the argument.
+        value: The given value.
+        expected: What is accepted, for the message.
+        is_in_range: Whether a number is accepted.
+        optional: Whether ``None`` is accepted.
+
+    Raises:
+        ConfigurationError: If ``value`` is not accepted.
+    """
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_in_range(value):
+        raise ConfigurationError(f"`{name}` must be {'None or ' if optional else ''}{expected}, got {value!r}.")
 
 
 class Overrides(TypedDict, total=False):
@@ -99,30 +120,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         at_least_0 = "a number of at least 0"
-        self._number("damping", at_least_0, lambda value: 0 <= value < math.inf, optional=True)
-        self._number("weight_decay", at_least_0, lambda value: 0 <= value < math.inf)
-        self._number("discrepancy", "a number from 0 to below 1", lambda value: 0 <= value < 1)
+        check_number("damping", self.damping, at_least_0, lambda value: 0 <= value < math.inf, optional=True)
+        check_number("weight_decay", self.weight_decay, at_least_0, lambda value: 0 <= value < math.inf)
+        check_number("discrepancy", self.discrepancy, "a number from 0 to below 1", lambda value: 0 <= value < 1)
         check_count("eigenvalues", self.eigenvalues, least=0)
-        self._number("memory", f"{at_least_0} (GiB)", lambda value: 0 <= value < math.inf, optional=True)
+        check_number("memory", self.memory, f"{at_least_0} (GiB)", lambda value: 0 <= value < math.inf, optional=True)
         if not isinstance(self.double, bool):
             raise ConfigurationError(f"`double` must be True or False, got {self.double!r}.")
         check_count("max_iter", self.max_iter, optional=True)
-        self._number("rtol", "a number between 0 and 1", lambda value: 0 < value < 1, optional=True)
+        check_number("rtol", self.rtol, "a number between 0 and 1", lambda value: 0 < value < 1, optional=True)
         check_count("batch_size", self.batch_size)
         check_count("seed", self.seed, least=0)
         if self.curvature_examples not in (None, AUTO):
             check_count("curvature_examples", self.curvature_examples, others="'auto', None (all) or ")
         if self.unconverged not in ("warn", "raise", "ignore"):
             raise ConfigurationError(f"`unconverged` must be 'warn', 'raise' or 'ignore', got {self.unconverged!r}.")
-
-    def _number(
-        self, name: str, expected: str, is_in_range: Callable[[float], bool], *, optional: bool = False
-    ) -> None:
-        value = getattr(self, name)
-        if optional and value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_in_range(value):
-            raise ConfigurationError(f"`{name}` must be {'None or ' if optional else ''}{expected}, got {value!r}.")
 
     def override(self, changes: Overrides, named: Iterable[str] = ()) -> Settings:
         """The settings with changes for one call.

@@ -33,6 +33,10 @@ from lightning_gif.objective import memory
 from lightning_gif.parameters import tensors_of
 from lightning_gif.sharding import is_sharded, local, reshard
 from lightning_gif.storage.audit_log import read
+from lightning_gif.trajectory import recording
+from lightning_gif.trajectory.leaving_out import measured_at
+from lightning_gif.trajectory.record import Trajectory
+from lightning_gif.trajectory.replay import Replay
 from tests.attribution.test_token_scores import LanguageModel, by_cross_entropy, texts
 from tests.conftest import Classifier, batch_of, blobs, make_trainer
 from tests.lightning_integration.test_adapters import Texts as AdapterTexts
@@ -283,6 +287,91 @@ def first_fsdp(world: int, folder: Path) -> dict[str, Any]:
     trainer._accelerator_connector.strategy = strategy
     trainer.save_checkpoint(folder / "of the first FSDP", weights_only=True)
     return {"parts": sum(parameter.numel() for parameter in strategy.model.parameters())}
+
+
+class Noisy(Classifier):
+    """A classifier with dropout and BatchNorm, whose statistics differ between processes."""
+
+    def __init__(self, lr: float = 0.01) -> None:
+        first = nn.Linear(6, 12, bias=False)  # Adam would divide the rounding of a bias before BatchNorm by its size
+        super().__init__(nn.Sequential(first, nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.3), nn.Linear(12, 3)), lr)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), self.lr)
+
+
+def recorded_fit(
+    world: int, folder: Path, module: Classifier, batch_size: int, **options: Any
+) -> tuple[pl.Trainer, Classifier]:
+    """A trainer after two recorded epochs, whose steps see the same examples for each number of processes."""
+    trainer = trainer_of(world, trajectory=str(folder))
+    trainer.fit_loop.max_epochs = 2
+    for name, value in options.items():
+        setattr(trainer, name, value)
+    sampler = None
+    if world > 1:
+        sampler = DistributedSampler(points(N), world, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
+    trainer.fit(module, DataLoader(points(N), batch_size // world, sampler=sampler))
+    return trainer, module
+
+
+def through_training(world: int, folder: Path) -> dict[str, Any]:
+    """Scores through a recorded training, which must not depend on the number of processes."""
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {"through": "training", "per_example": True}
+    for name, more in {"": {}, " accumulated": {"accumulate_grad_batches": 2}}.items():
+        record = folder / f"run{name} {world}"
+        trainer, _ = recorded_fit(world, record, trained(lr=0.01), 12, **more)
+        report = trainer.influence(QUERY, leave_outs=3, **options)
+        found[f"scores{name}"], found[f"by epoch{name}"] = report.scores, report.by_epoch
+        found[f"measured{name}"] = report.leave_outs.measured
+        found[f"difference{name}"] = torch.tensor(report.settings["replay_difference"])
+        found[f"one query{name}"] = trainer.influence(QUERY, through="training").scores
+    return found
+
+
+def recorded(world: int, folder: Path) -> dict[str, Any]:
+    """A training with dropout and BatchNorm in several processes: slopes of replays, and errors."""
+    torch.manual_seed(3)
+    module = Noisy().double()
+    trainer, _ = recorded_fit(world, folder / "noisy", module, 12)
+    callback = trainer.callbacks[0]
+    report = trainer.influence(QUERY, through="training")
+    found: dict[str, Any] = {"scores": report.scores, "difference": report.settings["replay_difference"]}
+    with callback.open_session(callback.settings, "batch") as session:
+        replay = Replay(session.objective, session.train, Trajectory.open(folder / "noisy"))
+        query, slopes, width = session.examples(QUERY), [], 1e-5
+        for position in (0, 7, 30):
+            ends = []
+            for sign in (1, -1):
+                weights = torch.ones(N, dtype=torch.float64)
+                weights[position] += sign * width
+                ends.append(measured_at(session.objective, query, replay.weighted_end(weights), per_example=False))
+            slopes.append(-(ends[0] - ends[1]) / (2 * width))
+        found["slopes"] = torch.cat(slopes)
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        next((folder / "noisy").glob("steps-*-of-1.safetensors")).unlink()
+    trainer.strategy.barrier()
+    found["missing"] = told(lambda: trainer.influence(QUERY, through="training"))
+
+    rank, write = trainer.global_rank, recording.Trajectory.add_steps
+
+    def failing(self: Any, steps: Any) -> None:
+        if self.rank and steps:
+            raise OSError("no space left")
+        write(self, steps)
+
+    recording.Trajectory.add_steps = failing
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer, _ = recorded_fit(world, folder / "full disk", Noisy().double(), 12)
+    recording.Trajectory.add_steps = write
+    found["epochs"] = trainer.current_epoch
+    found["warned"] = [str(one.message) for one in caught if "not recorded any further" in str(one.message)]
+    found["incomplete"] = told(lambda: trainer.influence(QUERY, through="training"))
+    found["other folder"] = told(lambda: recorded_fit(world, folder / f"of {rank}", Noisy().double(), 12))
+    return found
 
 
 class Texts(Sharded):
@@ -667,6 +756,8 @@ if __name__ == "__main__":
         "results": results,
         "sharded": sharded,
         "adapted": adapted,
+        "through training": through_training,
+        "recorded": recorded,
         "first fsdp": first_fsdp,
         "texts": of_texts,
         "with adapters": with_adapters,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from .ddp_worker import results
+from .ddp_worker import results, through_training
 
 pytestmark = pytest.mark.xdist_group("ddp")  # these tests share the results of a few launches
 
@@ -197,3 +197,21 @@ def test_a_process_that_is_killed_is_noticed_by_all_others(several: Launched) ->
         told = several.answer("death", rank)["dead"]
         assert told.startswith("RankError (GIFError)"), told
         assert "one has ended" in told
+
+
+@pytest.mark.slow
+def test_scores_through_training_of_several_processes_are_those_of_one(tmp_path: Path) -> None:
+    expected = through_training(1, tmp_path)
+    launched = launch(2, tmp_path, "through training", "recorded")
+    for found in launched.answers("through training"):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-11, msg=f"not that of one: {name}")
+    for rank, found in enumerate(launched.answers("recorded")):
+        assert found["difference"] < 1e-12
+        torch.testing.assert_close(found["scores"][0, [0, 7, 30]], found["slopes"], rtol=1e-5, atol=1e-9)
+        assert "the steps from 0 on of process 1 are missing" in found["missing"]
+        assert found["epochs"] == 2
+        assert len(found["warned"]) == rank  # the process whose disk is full
+        assert "is incomplete" in found["incomplete"]
+        assert "All processes must have the same folder `trajectory`" in found["other folder"]

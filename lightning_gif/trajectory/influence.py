@@ -153,17 +153,18 @@ def _recorded(settings: Settings, replay: Replay, query: Examples) -> dict[str, 
 
 
 def _swept(replay: Replay, adjoint: Adjoint, settings: Settings) -> Parts:
-    """The derivatives of all queries, of as many at a time as fit into memory."""
+    """The derivatives of all queries, of as many at a time as fit into memory. Processes share the queries."""
     objective, n_train, n_queries = replay.objective, len(replay.train), len(adjoint.theta)
-    budget = bytes_to_keep(settings, objective)
+    budget, processes = bytes_to_keep(settings, objective), replay.train.processes
     n_epochs = 1 + max(step.epoch for step in replay.trajectory.steps(replay.n_steps - 1, replay.n_steps))
     keeps = 8 * n_queries * n_epochs * n_train <= _MOST_BYTES_OF_PARTS
     whole = Parts(n_queries, n_epochs if keeps else None, n_train)
     together = max(int(budget // (_COPIES * adjoint.theta[0].nbytes)), 1)
-    rounds = -(-n_queries // together)
+    first, last = processes.shard(n_queries)
+    rounds = -(-(last - first) // together)
     with objective.progress.stage(_SWEEP, rounds * replay.n_steps) as update:
-        for start in range(0, n_queries, together):
-            rows = slice(start, start + together)
+        for start in range(first, last, together):
+            rows = slice(start, min(start + together, last))
             statistics = {name: value[rows].clone() for name, value in adjoint.statistics.items()}
             one = Adjoint(adjoint.theta[rows].clone(), {}, statistics)
             part = Parts(len(one.theta), n_epochs if keeps else None, n_train)
@@ -171,6 +172,10 @@ def _swept(replay: Replay, adjoint: Adjoint, settings: Settings) -> Parts:
             whole.total[rows] = part.total
             if whole.by_epoch is not None and part.by_epoch is not None:
                 whole.by_epoch[rows] = part.by_epoch
+    whole.total = processes.sum(whole.total)  # each process has zeros for the queries of the others
+    if whole.by_epoch is not None:
+        whole.by_epoch = processes.sum(whole.by_epoch)
+    replay.difference = max(processes.gather(replay.difference))
     return whole
 
 

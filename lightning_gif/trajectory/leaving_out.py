@@ -34,7 +34,7 @@ def leave_out(
 ) -> LeaveOuts:
     """Replays a run without random examples: their losses are left out of all batches, and nothing else changes.
 
-    Each draw takes two replays: with weight 1/2 and with weight 0 of the examples.
+    Each draw takes two replays: with weight 1/2 and with weight 0 of the examples. Processes share the draws.
 
     Args:
         replay: The run.
@@ -50,7 +50,8 @@ def leave_out(
     end = replay.stored(replay.n_steps)
     base, start = measured_at(objective, query, end, per_example=per_example), end.theta()
     predicted, measured, smoothness = list[Tensor](), list[Tensor](), list[float]()
-    for chosen in draws(n, count, share, seed):
+    processes = replay.train.processes
+    for chosen in draws(n, count, share, seed)[processes.rank :: processes.size]:
         ends = list[State]()
         for weight in (0.5, 0.0):
             weights = torch.ones(n, dtype=torch.float64)
@@ -60,7 +61,9 @@ def leave_out(
         predicted.append(scores[:, chosen].sum(1))
         measured.append(measured_at(objective, query, ends[1], per_example=per_example) - base)
         smoothness.append(smoothness_of(start, half, whole))
-    return LeaveOuts(share, torch.stack(predicted, 1), torch.stack(measured, 1), smoothness)
+    rows = processes.interleave(zip(predicted, measured, smoothness, strict=True))
+    columns = list(zip(*rows, strict=True))
+    return LeaveOuts(share, torch.stack(columns[0], 1), torch.stack(columns[1], 1), list(columns[2]))
 
 
 def draws(n: int, count: int, share: float = SHARE, seed: int = 0) -> list[Tensor]:

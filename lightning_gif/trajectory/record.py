@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ _STATE = Format("lightning-gif training state", (1,), "a state of a recorded tra
 
 _STEPS = Format("lightning-gif training steps", (1,), "steps of a recorded training run", _REMEDY)
 
-_STATE_NAME, _STEPS_NAME = re.compile(r"state-(\d+)\.safetensors"), re.compile(r"steps-(\d+)-(\d+)\.safetensors")
+_STATE_NAME = re.compile(r"state-(\d+)\.safetensors")
+
+_STEPS_NAME = re.compile(r"steps-(\d+)-(\d+)(?:-of-(\d+))?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class BatchRecord:
         index: The number of the batch in its epoch.
         mark: A checksum of some of its values, see :func:`~lightning_gif.trajectory.marks.mark_of`.
         generators: The states of the random generators before the batch, if it drew random numbers; else empty.
+        rank: The process that it was a batch of.
     """
 
     ids: Tensor
     index: int
     mark: int
     generators: dict[str, Tensor]
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,12 @@ class StepRecord:
     Attributes:
         number: How many steps there were before.
         epoch: The epoch.
-        divisor: By what the loss of each batch is divided (``accumulate_grad_batches``).
+        divisor: By what the loss of each batch is divided: ``accumulate_grad_batches``, times the number of processes.
         members: The names of the parameters of each group of the optimizer.
         options: The settings of each group.
         evaluating: The names of the submodules in evaluation mode.
-        batches: The batches whose gradients are added up.
+        batches: The batches whose gradients are added up. With several processes, those of the first process come
+            last among the batches that are computed at the same time, since its buffers are those that go on.
     """
 
     number: int
@@ -110,6 +115,7 @@ class Run:
         clip_algorithm: How gradients are clipped; ``None`` if they are not.
         clip_limit: The limit of the clipping.
         dataset_size: The number of items of the training dataset.
+        n_processes: The number of processes.
         end: The number of steps of the run; ``None`` as long as it has not come to its end.
     """
 
@@ -120,22 +126,27 @@ class Run:
     clip_algorithm: str | None
     clip_limit: float
     dataset_size: int
+    n_processes: int
     end: int | None
 
 
 class Trajectory:
     """The record of a run in a folder.
 
-    Files are written completely or not at all. The manifest is written first, and states its end last.
+    Files are written completely or not at all. The manifest is written first, and states its end last. Each process
+    writes the steps of its own batches, and the first one everything else.
 
     Args:
         folder: The folder.
         run: What holds for the run as a whole.
+        rank: The process that writes.
     """
 
-    def __init__(self, folder: Path, run: Run) -> None:
+    def __init__(self, folder: Path, run: Run, rank: int = 0) -> None:
         self.folder = folder
         self.run = run
+        self.rank = rank
+        self._last: dict[int, tuple[tuple[int, int], list[StepRecord]]] = {}
 
     @classmethod
     def create(cls, folder: Path, **facts: Any) -> Trajectory:
@@ -146,8 +157,8 @@ class Trajectory:
         return made
 
     @classmethod
-    def open(cls, folder: Path) -> Trajectory:
-        """Opens the record that a fit has left.
+    def open(cls, folder: Path, rank: int = 0) -> Trajectory:
+        """Opens the record that a fit has left; ``rank`` is the process that will write to it.
 
         Raises:
             ConfigurationError: If there is no folder, it holds no record, or the record is damaged.
@@ -168,7 +179,7 @@ class Trajectory:
                 f"{str(path)!r} states the format {stated!r}, expected {_FORMAT!r}: it is of another program or another"
                 f" version of this package. {_REMEDY}"
             )
-        return cls(folder, run)
+        return cls(folder, run, rank)
 
     def _write_manifest(self) -> None:
         text = json.dumps({"format": _FORMAT, **asdict(self.run)}, indent=1)
@@ -176,7 +187,7 @@ class Trajectory:
 
     def set_end(self, end: int | None) -> None:
         """Notes the number of steps of the run, or that it goes on."""
-        if end != self.run.end:
+        if end != self.run.end and self.rank == 0:
             self.run = replace(self.run, end=end)
             self._write_manifest()
 
@@ -189,10 +200,9 @@ class Trajectory:
         """The steps before which there is a state, in order."""
         return sorted(int(match[1]) for match in self._matches(_STATE_NAME))
 
-    @property
-    def _chunks(self) -> list[tuple[int, int]]:
-        """The first step of each file of steps, and the one after its last, in order."""
-        return sorted((int(match[1]), int(match[2])) for match in self._matches(_STEPS_NAME))
+    def _chunks(self, rank: int) -> list[tuple[int, int]]:
+        """The first step of each file of steps of a process, and the one after its last, in order."""
+        return sorted((int(one[1]), int(one[2])) for one in self._matches(_STEPS_NAME) if int(one[3] or 0) == rank)
 
     def _matches(self, pattern: re.Pattern[str]) -> list[re.Match[str]]:
         return [match for path in self.folder.iterdir() if (match := pattern.fullmatch(path.name))]
@@ -200,8 +210,9 @@ class Trajectory:
     def _state_path(self, step: int) -> Path:
         return self.folder / f"state-{step:08d}.safetensors"
 
-    def _steps_path(self, first: int, stop: int) -> Path:
-        return self.folder / f"steps-{first:08d}-{stop:08d}.safetensors"
+    def _steps_path(self, first: int, stop: int, rank: int) -> Path:
+        process = f"-of-{rank}" if rank else ""
+        return self.folder / f"steps-{first:08d}-{stop:08d}{process}.safetensors"
 
     def check_whole(self) -> None:
         """Checks that the record has all steps of a run that has ended, and states at its beginning and its end.
@@ -211,21 +222,22 @@ class Trajectory:
         """
         name, end, states = f"The record of the training in {str(self.folder)!r}", self.run.end, self.states
         if end is None:
-            reached = max([*states, *(stop for _, stop in self._chunks)], default=0)
+            reached = max([*states, *(stop for _, stop in self._chunks(0))], default=0)
             raise ConfigurationError(
                 f"{name} ends at step {reached}, before the end of the run: the fit was interrupted, or its recording"
                 " stopped with a warning. Finish the fit from a checkpoint (trainer.fit(model, ckpt_path=…)), or use"
                 " the default influence, without `through`."
             )
-        at = 0
-        for first, stop in self._chunks:
-            if first == at:
-                at = stop
-        if at != end or 0 not in states or end not in states:
-            missing = (
-                f"the steps from {at} on" if at != end else f"the state before step {0 if 0 not in states else end}"
-            )
-            raise ConfigurationError(f"{name} is incomplete: files with {missing} are missing. {_REMEDY}")
+        missing = [f"the state before step {step}" for step in (0, end) if step not in states]
+        for rank in range(self.run.n_processes):
+            at = 0
+            for first, stop in self._chunks(rank):
+                if first == at:
+                    at = stop
+            if at != end:
+                missing.append(f"the steps from {at} on" + (f" of process {rank}" if self.run.n_processes > 1 else ""))
+        if missing:
+            raise ConfigurationError(f"{name} is incomplete: files with {missing[0]} are missing. {_REMEDY}")
 
     # ----------------------------------------------------------------------------------------------------------------
     # States
@@ -296,7 +308,8 @@ class Trajectory:
             parts = [[len(batch.ids), batch.index, batch.mark] for batch in step.batches]
             record["steps"].append({**changed, "batches": parts})
             before = values
-        write_file(self._steps_path(steps[0].number, steps[-1].number + 1), _STEPS, record, tensors)
+        path = self._steps_path(steps[0].number, steps[-1].number + 1, self.rank)
+        write_file(path, _STEPS, record, tensors)
 
     def steps(self, first: int, stop: int) -> list[StepRecord]:
         """The steps from ``first`` to before ``stop``.
@@ -304,16 +317,41 @@ class Trajectory:
         Raises:
             ConfigurationError: If a file is damaged or is of another run.
         """
-        found = [step for low, high in self._chunks if low < stop and high > first for step in self._chunk(low, high)]
-        chosen = [step for step in found if first <= step.number < stop]
+        found = [self._steps_of(rank, first, stop) for rank in range(self.run.n_processes)]
+        if len(found) == 1:
+            return found[0]
+        return [self._joined(steps) for steps in zip(*found, strict=True)]
+
+    def _joined(self, steps: Sequence[StepRecord]) -> StepRecord:
+        """A step of all processes, by rank."""
+        sizes = {len(step.batches) for step in steps}
+        if len(sizes) != 1:
+            raise ConfigurationError(
+                f"In step {steps[0].number} of the run in {str(self.folder)!r}, processes had different numbers of"
+                " batches, so it cannot be replayed. Use the default influence, without `through`."
+            )
+        together = zip(*(step.batches for step in steps), strict=True)
+        batches = [replace(batch, rank=rank) for one in together for rank, batch in reversed(list(enumerate(one)))]
+        return replace(steps[0], divisor=steps[0].divisor * len(steps), batches=tuple(batches))
+
+    def _steps_of(self, rank: int, first: int, stop: int) -> list[StepRecord]:
+        """The steps of a process."""
+        chunks = [chunk for chunk in self._chunks(rank) if chunk[0] < stop and chunk[1] > first]
+        chosen = [step for chunk in chunks for step in self._chunk(rank, *chunk) if first <= step.number < stop]
         if [step.number for step in chosen] != list(range(first, stop)):
             raise ConfigurationError(
                 f"Files with steps {first} to {stop} of {str(self.folder)!r} are missing. {_REMEDY}"
             )
         return chosen
 
-    def _chunk(self, first: int, stop: int) -> Iterable[StepRecord]:
-        path = self._steps_path(first, stop)
+    def _chunk(self, rank: int, first: int, stop: int) -> list[StepRecord]:
+        """The steps of a file. Those of the last one are kept: a sweep asks for one part of it after the other."""
+        if rank not in self._last or self._last[rank][0] != (first, stop):
+            self._last[rank] = (first, stop), self._read_chunk(rank, first, stop)
+        return self._last[rank][1]
+
+    def _read_chunk(self, rank: int, first: int, stop: int) -> list[StepRecord]:
+        path = self._steps_path(first, stop, rank)
         record, tensors = self._read(path, _STEPS)
         with parse_errors_name(path, _REMEDY):
             found, now, place, at = list[StepRecord](), dict[str, Any](), 0, 0
@@ -336,12 +374,13 @@ class Trajectory:
         Raises:
             ConfigurationError: If steps before it are missing.
         """
-        kept = [] if step == 0 else self.steps(0, step)
-        for low, high in self._chunks:
+        kept = [] if step == 0 else self._steps_of(self.rank, 0, step)
+        for low, high in self._chunks(self.rank):
             if high > step:
-                self._steps_path(low, high).unlink()
+                self._steps_path(low, high, self.rank).unlink()
                 self.add_steps([one for one in kept if low <= one.number < high])
-        for state in self.states:
-            if state > step:
-                self.drop_state(state)
+        if self.rank == 0:
+            for state in self.states:
+                if state > step:
+                    self.drop_state(state)
         self.set_end(None)

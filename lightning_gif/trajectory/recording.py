@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._compat import rank_zero_info, rank_zero_warn, watch_iterators
+from ..config import check_number
 from ..data.loaders import check_loader
-from ..errors import ConfigurationError, GIFWarning, TrainingDataError
+from ..distributed import SINGLE_PROCESS, ProcessGroup
+from ..errors import ConfigurationError, GIFWarning, RankError, TrainingDataError
 from ..parameters import ParameterSpace, tensors_of
 from .marks import Generators, mark_of
-from .record import BatchRecord, StepRecord, TrainingState, Trajectory
+from .record import BatchRecord, Run, StepRecord, TrainingState, Trajectory
 from .sampling import DrawnIndices
 from .updates import UPDATES
 
@@ -31,6 +34,9 @@ __all__ = ["TrajectoryRecorder", "training_state"]
 # The number of steps between two states, if the length of the run is not known. It doubles as the run gets longer.
 _FIRST_SPACING = 8
 
+# So many steps are written together. A checkpoint has them written earlier, so that a fit can go on from it.
+_STEPS_TOGETHER = 1000
+
 _PRECISIONS = ("32-true", "64-true")
 
 
@@ -41,16 +47,25 @@ class TrajectoryRecorder:
     next take few copies of the weights. An error in recording does not end the fit, see :meth:`guard`.
 
     Args:
-        folder: The folder; ``None`` records nothing.
+        folder: The folder; ``None`` records nothing. Each process records its own batches in it.
+        gib: The GiB that the states may take (``trajectory_size``); by default as much as about √T states of T steps.
 
     Attributes:
         active: Whether the current fit is recorded.
+
+    Raises:
+        ConfigurationError: If ``gib`` is not a number above 0.
     """
 
-    def __init__(self, folder: str | None) -> None:
+    def __init__(self, folder: str | None, gib: float | None = None) -> None:
+        above_0 = "a number above 0 (GiB)"
+        check_number("trajectory_size", gib, above_0, lambda value: 0 < value < math.inf, optional=True)
         self.folder = folder
+        self._gib = gib
         self.active = False
         self._drawn = DrawnIndices()
+        self._processes = SINGLE_PROCESS
+        self._most: int | None = None
         self._unwatch: Callable[[], None] | None = None
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -67,15 +82,24 @@ class TrajectoryRecorder:
         if self.folder is None or trainer.fast_dev_run:
             return
         _check_run(trainer, module)
-        _check_folder(Path(self.folder), resumed=trainer.ckpt_path is not None)
+        processes = ProcessGroup.of(trainer)
+        with processes.propagate_errors():
+            other = "Give the same folder on all processes, on a disk that all of them share."
+            processes.assert_equal(self.folder, "folder `trajectory`", other)
+            _check_folder(Path(self.folder), resumed=trainer.ckpt_path is not None)
         self._unwatch = watch_iterators(trainer, self._drawn.around)
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Begins or continues the record, when loaders and optimizers exist."""
         if self._unwatch is None:
             return
-        with self.guard("at the start of the fit"):
+        self._processes = ProcessGroup.of(trainer)
+        with self.guard("at the start of the fit"), self._processes.propagate_errors():
             _check_loader(trainer)
+            if any(isinstance(one, nn.SyncBatchNorm) for one in module.modules()):
+                raise ConfigurationError(
+                    "SyncBatchNorm combines the batches of all processes, which a replay cannot. Use BatchNorm"
+                )
             optimizer = _optimizer_of(trainer)
             self._names = {id(value): name for name, value in module.named_parameters()}
             self._module, self._optimizer = module, optimizer
@@ -101,11 +125,13 @@ class TrajectoryRecorder:
             "clip_algorithm": algorithm,
             "clip_limit": float(limit or 0.0),
             "dataset_size": size,
+            "n_processes": trainer.world_size,
         }
-        step = trainer.global_step
+        step, rank = trainer.global_step, self._processes.rank
         if not step:
-            return Trajectory.create(folder, **facts)
-        trajectory = Trajectory.open(folder)
+            begun = Trajectory.create(folder, **facts).run if rank == 0 else Run(mark="", end=None, **facts)
+            return Trajectory(folder, self._processes.broadcast(begun), rank)
+        trajectory = Trajectory.open(folder, rank)
         differing = [name for name, value in facts.items() if getattr(trajectory.run, name) != value]
         if differing:
             raise ConfigurationError(
@@ -119,12 +145,21 @@ class TrajectoryRecorder:
         total = float(trainer.estimated_stepping_batches)
         known = math.isfinite(total) and total > 0
         spacing = max(round(math.sqrt(total)), 1) if known else _FIRST_SPACING
-        size = self._expected_bytes() / 2**20
+        size, self._most = self._expected_bytes(), None
+        if self._gib is not None:
+            self._most = int(self._gib * 2**30 / max(size, 1))
+            if self._most < 2:
+                raise ConfigurationError(
+                    f"a state of the training takes {size / 2**30:.3g} GiB, and the record needs two, but"
+                    f" `trajectory_size` is {self._gib:.3g} GiB. Give at least {2 * size / 2**30:.3g}"
+                )
+            spacing = max(math.ceil(total / (self._most - 1)), 1) if known else spacing
         n_states = math.ceil(total / spacing) + 1 if known else 0
-        number = f"{n_states} states" if known else "A number of states that grows like the square root of the steps"
-        whole = f" That is {n_states * size / 2**10:.1f} GiB in all, and" if known else " Besides, there are"
+        most = "A number of states that grows like the square root of the steps"
+        number = f"{n_states} states" if known else most if self._most is None else f"Up to {self._most} states"
+        whole = f" That is {_in_units(n_states * size)} in all, and" if known else " Besides, there are"
         rank_zero_info(
-            f"The training is recorded in {self.folder!r}. {number} of {size:.1f} MiB each will be stored (weights,"
+            f"The training is recorded in {self.folder!r}. {number} of {_in_units(size)} each will be stored (weights,"
             f" buffers and the optimizer's state).{whole} 8 bytes for each example of each step."
         )
         return spacing, not known
@@ -188,6 +223,7 @@ class TrajectoryRecorder:
         if self.active:
             with self.guard("the end"):
                 final = self._final if self._final is not None else self._state()
+                self._write_steps()
                 self._add_state(final)
                 self._trajectory.set_end(final.step)
         self.close()
@@ -225,10 +261,14 @@ class TrajectoryRecorder:
         return self._state().nbytes + tensors
 
     def _add_state(self, state: TrainingState) -> None:
-        self._write_steps()
+        if len(self._steps) >= _STEPS_TOGETHER:
+            self._write_steps()
+        if self._processes.rank:  # all have the same state
+            return
         self._trajectory.add_state(state)
         states = self._trajectory.states
-        if self._grows and len(states) > 2 * self._spacing + 2:
+        most = 2 * self._spacing + 2 if self._most is None else self._most - 1
+        if self._grows and len(states) > most:
             self._spacing *= 2
             for step in states[1:-1]:
                 if step % self._spacing:
@@ -249,11 +289,23 @@ class TrajectoryRecorder:
             yield
         except Exception as error:
             self.close()
-            rank_zero_warn(
+            text = (
                 f"The training is not recorded any further ({what}): {type(error).__name__}: {str(error).rstrip('.')}."
-                " Training goes on unchanged. trainer.influence(batch) without `through` needs no record.",
-                category=GIFWarning,
+                " Training goes on unchanged. trainer.influence(batch) without `through` needs no record."
             )
+            if self._processes.rank == 0:
+                rank_zero_warn(text, category=GIFWarning)
+            elif not isinstance(error, RankError):  # which the process with the error warns of
+                warnings.warn(f"Process {self._processes.rank}: {text}", GIFWarning, stacklevel=2)
+
+
+def _in_units(size: float) -> str:
+    """A number of bytes as text."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"
 
 
 def training_state(step: int, module: nn.Module, optimizer: Optimizer) -> TrainingState:
@@ -323,8 +375,8 @@ def _optimizer_of(trainer: Trainer) -> Optimizer:
 def _check_run(trainer: Trainer, module: LightningModule) -> None:
     """Checks what is known of a run before its loaders and optimizers exist."""
     reason = None
-    if trainer.world_size > 1:
-        reason = f"the trainer has {trainer.world_size} processes, and the record is of one. Use Trainer(devices=1)"
+    if trainer.world_size > 1 and type(trainer.strategy).__name__ == "ModelParallelStrategy":
+        reason = "its processes hold parts of the weights, and a record has all of them. Use strategy='ddp'"
     elif not module.automatic_optimization:
         reason = f"{type(module).__name__} optimises manually, and the record is of automatic optimization"
     elif trainer.precision not in _PRECISIONS:

@@ -181,15 +181,16 @@ class Replay:
             batches: Its batches.
             weights: Weights of the training examples, by their positions; ``None`` for the run as it was.
         """
-        others, grads = [dict(state.others)], dict[str, Tensor]()
+        before, now, grads = list[dict[str, Tensor]](), dict(state.others), dict[str, Tensor]()
         for batch, recorded in zip(batches, record.batches, strict=True):
-            after = {name: value.clone() for name, value in others[-1].items()}
+            after = {name: value.clone() for name, value in now.items()}
             for name, grad in self._gradients(state, record, recorded, batch, after, weights).items():
                 grads[name] = grads[name] + grad if name in grads else grad
-            others.append(after)
-        replayed = ReplayedStep(record, state, batches, others[:-1], grads)
+            before.append(now)
+            now = now if recorded.rank else after  # the buffers of the first process are those of all
+        replayed = ReplayedStep(record, state, batches, before, grads)
         with torch.no_grad():
-            return replayed, self._updated(state, record, grads, others[-1])
+            return replayed, self._updated(state, record, grads, now)
 
     def _gradients(
         self,

@@ -267,6 +267,8 @@ class _Backward:
         count, known = _Bytes(), self._together is not None
         with nullcontext() if known else torch.autograd.graph.saved_tensors_hooks(count.pack, count.unpack):
             gradient, updated = self._forward(step, recorded, batch, theta, weights, buffers, statistics)
+        if recorded.rank:  # only the buffers of the first process go on
+            updated = {}
         if gradient is None:  # the step skipped the batch, or its loss is constant
             return mu.new_zeros(len(mu), len(batch.ids))
         if self._together is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -41,12 +42,14 @@ def fit(
     data: Any = None,
     more: tuple[pl.Callback, ...] = (),
     ckpt_path: Path | None = None,
+    gif: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[pl.Trainer, pl.LightningModule]:
     """A trainer after a fit that is recorded in a folder, and its module."""
     torch.manual_seed(2)
     module = Classifier(net()) if module is None else module
-    trainer = make_trainer(GIFCallback(trajectory=None if folder is None else str(folder)), **options)
+    callback = GIFCallback(trajectory=None if folder is None else str(folder), **(gif or {}))
+    trainer = make_trainer(callback, **options)
     trainer.callbacks += more
     given = {} if ckpt_path is None else {"ckpt_path": ckpt_path, **WEIGHTS_ONLY}
     trainer.fit(module, loader(blobs(50)) if data is None else data, **given)
@@ -107,7 +110,7 @@ def test_the_start_says_how_large_the_folder_gets(tmp_path: Path, caplog: pytest
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         fit(tmp_path / "run", data=loader(blobs(50), batch_size=5), max_epochs=4)
     assert "is recorded in" in caplog.text
-    assert "8 states of 0.0 MiB each" in caplog.text
+    assert "8 states of 468 bytes each" in caplog.text
 
 
 def test_an_error_in_recording_does_not_end_the_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +274,7 @@ def test_a_call_without_a_record_says_how_to_get_one(tmp_path: Path) -> None:
     assert torch.isfinite(through(trainer, leave_outs=1)).all()
 
 
-@pytest.mark.parametrize("name", ["run.json", "state-00000003.safetensors", "steps-00000000-00000003.safetensors"])
+@pytest.mark.parametrize("name", ["run.json", "state-00000003.safetensors", "steps-00000000-00000010.safetensors"])
 def test_damaged_and_missing_files_are_named(name: str, tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path / "run", data=loader(blobs(50), batch_size=10))
     expected, path = through(trainer), tmp_path / "run" / name
@@ -413,14 +416,39 @@ def test_a_fit_that_unfreezes_parameters_ends_the_record(tmp_path: Path) -> None
         through(trainer)
 
 
-def test_several_processes_are_refused(tmp_path: Path) -> None:
-    class Several:
-        world_size = 2
+def test_parts_of_weights_are_refused(tmp_path: Path) -> None:
+    class ModelParallelStrategy:
+        pass
 
-    with pytest.raises(
-        ConfigurationError, match=r"has 2 processes, and the record is of one. Use Trainer\(devices=1\)"
-    ):
+    class Several:
+        world_size, strategy = 2, ModelParallelStrategy()
+
+    with pytest.raises(ConfigurationError, match=r"hold parts of the weights.* Use strategy='ddp'"):
         recording._check_run(Several(), Classifier())  # type: ignore[arg-type]
+
+
+def test_a_size_bounds_the_states_and_changes_no_score(tmp_path: Path) -> None:
+    trainer, _ = fit(tmp_path / "run", max_epochs=4)
+    whole = Trajectory.open(tmp_path / "run")
+    size = whole.state(whole.states[-1]).nbytes
+    stop = Do("on_train_epoch_end", lambda trainer, module: setattr(trainer, "should_stop", trainer.current_epoch == 3))
+    for most, epochs in ((2, 4), (3, 4), (4, -1)):
+        folder = tmp_path / f"{most} {epochs}"
+        gib = (most + 0.5) * size / 2**30
+        small, _ = fit(folder, gif={"trajectory_size": gib}, max_epochs=epochs, more=(stop,))
+        assert 2 <= len(Trajectory.open(folder).states) <= most
+        assert torch.equal(through(small), through(trainer))
+
+
+def test_a_size_that_is_too_small_says_how_much_is_needed(tmp_path: Path) -> None:
+    with pytest.warns(GIFWarning, match=r"needs two, but `trajectory_size` is .* GiB. Give at least (\S+)") as caught:
+        fit(tmp_path / "small", gif={"trajectory_size": 1e-9})
+    text = next(str(one.message) for one in caught if "Give at least" in str(one.message))
+    least = float(re.search(r"at least (\d\S*?)\. ", text)[1])  # type: ignore[index]
+    trainer, _ = fit(tmp_path / "enough", gif={"trajectory_size": least * 1.01})
+    assert torch.isfinite(through(trainer)).all()
+    with pytest.raises(ConfigurationError, match=r"`trajectory_size` must be None or a number above 0 \(GiB\), got 0"):
+        GIFCallback(trajectory="run", trajectory_size=0)
 
 
 def test_a_run_in_float32_is_replayed_in_float64_too(tmp_path: Path) -> None:
