@@ -235,9 +235,7 @@ class GIFCallback(TrainerCalls, Callback):
         super().__init__()
         self.settings = check_names(Settings(**{field.name: arguments[field.name] for field in fields(Settings)}))
         check_count("cache_steps", cache_steps, optional=True)
-        self.cache_neurons = cache_neurons
-        self.cache_gradients = cache_gradients
-        self.cache_steps = cache_steps
+        self.cache_neurons, self.cache_gradients, self.cache_steps = cache_neurons, cache_gradients, cache_steps
         self.log_reports = log_reports
         self.report_every_n_epochs = report_every_n_epochs
         self.query = query
