@@ -3,12 +3,13 @@
     python benchmarks/through_training.py --data path/to/FashionMNIST/raw [--only "regression" …] [--draws 16]
 
 Each training is recorded and scored for 40 queries. Then it is replayed without random examples: the same seed and
-batches, with weight 0 for 1 % or 5 % of the examples. A correlation is that of Spearman between the sum of their scores
-and the change of the query's loss, over the draws, averaged over the queries. `default` are the scores without
-`through`. Smoothness compares the change of the weights up to weight 1/2 with that from there to 0.
+batches, with weight 0 for 1 %, 5 % or 50 % of the examples. A correlation is that of Spearman between the sum of their
+scores and the change of the query's loss, over the draws, averaged over the queries. The other scores are of the model
+at the end of its training: the default ones, those of EK-FAC alone, and those by conjugate gradients. Smoothness
+compares the change of the weights up to weight 1/2 with that from there to 0.
 
-Prints a Markdown table. Seconds are processor time on one thread, and costs are multiples of those of the fit without a
-record. With `--draws 0` only costs are measured.
+Prints two Markdown tables. Seconds are processor time on one thread, and costs are multiples of those of the fit
+without a record. With `--draws 0` only costs are measured.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from lds import say
 from mnist import load
 from sklearn import datasets
+from tasks import Transformer, chains
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -40,6 +42,15 @@ from lightning_gif.trajectory.record import Trajectory
 from lightning_gif.trajectory.replay import Replay
 
 QUERIES = 40
+
+SHARES = (0.05, 0.01, 0.5)
+
+# The scores of the model at the end of its training.
+AT_THE_END: dict[str, dict[str, Any]] = {
+    "default": {},
+    "EK-FAC": {"solver": "ekfac"},
+    "conjugate gradients": {"solver": "cg"},
+}
 
 
 class Module(pl.LightningModule):
@@ -70,6 +81,10 @@ def fashion(folder: Path, count: int | None, *, examples: int, flat: bool) -> tu
     images, labels = load(folder)[0].tensors
     small = F.avg_pool2d(images[: count or examples + QUERIES], 2)
     return small.flatten(1) if flat else small, labels[: len(small)]
+
+
+def texts(folder: Path, count: int | None) -> tuple[Tensor, Tensor]:
+    return chains({}, count or 1000 + QUERIES)
 
 
 def perceptron(inputs: int, outputs: int, activation: type[nn.Module]) -> nn.Module:
@@ -106,6 +121,7 @@ TRAININGS: dict[str, Training] = {
     "regression, ReLU, AdamW": Training(diabetes, partial(perceptron, 10, 1, nn.ReLU), ADAMW, 32, 30),
     "CNN, GELU, AdamW": Training(IMAGES, partial(convolutions, nn.GELU), ADAMW, 64, 20),
     "CNN, GELU, BatchNorm, AdamW": Training(IMAGES, partial(convolutions, nn.GELU, norm=True), ADAMW, 64, 20),
+    "transformer, ReLU, AdamW": Training(texts, Transformer, partial(torch.optim.AdamW, lr=2e-3), 64, 12),
     "MLP, ReLU, SGD 0.05": Training(ROWS, partial(perceptron, 196, 10, nn.ReLU), SGD, 64, 30),
     "MLP, GELU, SGD 0.05": Training(ROWS, partial(perceptron, 196, 10, nn.GELU), SGD, 64, 30),
     "MLP, ReLU, SGD 0.005": Training(ROWS, partial(perceptron, 196, 10, nn.ReLU), SLOW, 64, 30),
@@ -134,8 +150,8 @@ def fitted(
     return trainer, callback, module, time.process_time() - begin
 
 
-def measure(name: str, folder: Path, count: int, examples_used: int | None) -> str:
-    """A row of the table."""
+def measure(name: str, folder: Path, count: int, examples_used: int | None) -> tuple[str, list[str]]:
+    """The row of a training in the table of costs, and its rows in that of correlations."""
     training = TRAININGS[name]
     x, y = training.data(folder, examples_used)
     asked = min(QUERIES, len(x) // 4)
@@ -148,21 +164,26 @@ def measure(name: str, folder: Path, count: int, examples_used: int | None) -> s
         for number in (1, asked):
             report = trainer.influence((query[0][:number], query[1][:number]), **options)
             times.append(time.process_time())
-        default = trainer.influence(query, per_example=True)
-        found: list[float] = []
-        with callback.open_session(callback.settings, "batch") as session:
-            replay = Replay(session.objective, session.train, Trajectory.open(Path(record)))
-            examples = session.examples(query)
-            for share in (0.01, 0.05) if count else ():
-                test = leave_out(replay, examples, report.scores, count, per_example=True, share=share)
-                sets = draws(len(data), count, share)
-                predicted = torch.stack([default.scores[:, chosen].sum(1) for chosen in sets], 1)
-                found += [test.correlation or 0.0, spearman(predicted, test.measured, dim=1).mean().item()]
-                found += [test.mean_smoothness, test.measured.abs().median().item()]
+        rows = []
+        if count:
+            others = [trainer.influence(query, per_example=True, **given).scores for given in AT_THE_END.values()]
+            with callback.open_session(callback.settings, "batch") as session:
+                replay = Replay(session.objective, session.train, Trajectory.open(Path(record)))
+                examples = session.examples(query)
+                for share in SHARES:
+                    test = leave_out(replay, examples, report.scores, count, per_example=True, share=share)
+                    found = [test.correlation or 0.0]
+                    for scores in others:
+                        sets = draws(len(data), count, share)
+                        predicted = torch.stack([scores[:, chosen].sum(1) for chosen in sets], 1)
+                        found.append(spearman(predicted, test.measured, dim=1).mean().item())
+                    found += [test.mean_smoothness, test.measured.abs().median().item()]
+                    cells = [name, f"{100 * share:g} %", *(f"{value:.3f}" for value in found)]
+                    rows.append(f"| {' | '.join(cells)} |")
     steps = report.settings["steps"]
     costs = (recorded / plain, (times[1] - times[0]) / plain, (times[2] - times[1]) / plain)
-    cells = [name, str(steps), f"{plain:.1f}", *(f"{cost:.2f}" for cost in costs), *(f"{value:.3f}" for value in found)]
-    return f"| {' | '.join(cells)} |"
+    cells = [name, str(steps), f"{plain:.1f}", *(f"{cost:.2f}" for cost in costs)]
+    return f"| {' | '.join(cells)} |", rows
 
 
 def main() -> None:
@@ -176,15 +197,21 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    columns = ["training", "steps", "seconds", "recorded", "1 query", f"{QUERIES} queries", "1 %", "default, 1 %"]
-    columns += ["smoothness, 1 %", "change, 1 %", "5 %", "default, 5 %", "smoothness, 5 %", "change, 5 %"]
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
+    columns = ["training", "left out", "through training", *AT_THE_END, "smoothness", "change"]
+    heads = ["training", "steps", "seconds", "recorded", "1 query", f"{QUERIES} queries"]
+    costs = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    if options.draws:
+        print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
     for name in options.only:
         if options.epochs is not None:
             training = TRAININGS[name]
             TRAININGS[name] = Training(*list(vars(training).values())[:4], options.epochs)
         say(name)
-        print(measure(name, options.data, options.draws, options.examples), flush=True)
+        cost, rows = measure(name, options.data, options.draws, options.examples)
+        costs.append(cost)
+        for row in rows:
+            print(row, flush=True)
+    print("\n" * bool(options.draws) + "\n".join(costs))
 
 
 if __name__ == "__main__":
