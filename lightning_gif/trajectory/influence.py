@@ -90,12 +90,13 @@ def influence_through_training(
     begin, context = time.perf_counter(), context or CallContext()
     objective.check(query, "query", measured=True)
     replay = Replay(objective, train, trajectory)
-    end = replay.stored(replay.n_steps)
+    end = replay.end
     _check_end(objective, end)
     _check_memory(replay, end, settings)
     _warn_about_buffers(replay, end)
     check_weighting(replay)
-    parts = _swept(replay, query_adjoint(objective, query, end, per_example=per_example), settings)
+    adjoint = query_adjoint(objective, query, end, per_example=per_example)
+    parts = _swept(replay, adjoint.of_average() if replay.of_average else adjoint, settings)
     tested = None
     if leave_outs:
         with objective.progress.stage(_REPLAYS, 2 * leave_outs * replay.n_steps) as update:
@@ -165,8 +166,7 @@ def _swept(replay: Replay, adjoint: Adjoint, settings: Settings) -> Parts:
     with objective.progress.stage(_SWEEP, rounds * replay.n_steps) as update:
         for start in range(first, last, together):
             rows = slice(start, min(start + together, last))
-            statistics = {name: value[rows].clone() for name, value in adjoint.statistics.items()}
-            one = Adjoint(adjoint.theta[rows].clone(), {}, statistics)
+            one = adjoint.of_queries(rows)
             part = Parts(len(one.theta), n_epochs if keeps else None, n_train)
             sweep(replay, one, part, most=lambda size: int(budget // max(_OF_GRAPH * size, 1)), on_step=update)
             whole.total[rows] = part.total

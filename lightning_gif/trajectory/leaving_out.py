@@ -47,7 +47,7 @@ def leave_out(
         on_step: Called after each optimizer step.
     """
     objective, n = replay.objective, len(replay.train)
-    end = replay.stored(replay.n_steps)
+    end = replay.end
     base, start = measured_at(objective, query, end, per_example=per_example), end.theta()
     predicted, measured, smoothness = list[Tensor](), list[Tensor](), list[float]()
     processes = replay.train.processes

@@ -6,7 +6,7 @@ import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,11 @@ _REMEDY = "Copy the folder again from where it was recorded, or train again with
 _STATE = Format("lightning-gif training state", (1,), "a state of a recorded training run", _REMEDY)
 
 _STEPS = Format("lightning-gif training steps", (1,), "steps of a recorded training run", _REMEDY)
+
+_AVERAGE = "average.safetensors"
+
+# The plain values of a step.
+_OF_STEP = ("epoch", "divisor", "members", "options", "evaluating", "averaged")
 
 _STATE_NAME = re.compile(r"state-(\d+)\.safetensors")
 
@@ -68,6 +73,8 @@ class StepRecord:
         evaluating: The names of the submodules in evaluation mode.
         batches: The batches whose gradients are added up. With several processes, those of the first process come
             last among the batches that are computed at the same time, since its buffers are those that go on.
+        averaged: For each time that the weights were averaged after the step, the share by which the average moved to
+            the weights, and that by which its buffers moved.
     """
 
     number: int
@@ -77,6 +84,7 @@ class StepRecord:
     options: list[dict[str, Any]]
     evaluating: list[str]
     batches: tuple[BatchRecord, ...]
+    averaged: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -245,10 +253,17 @@ class Trajectory:
 
     def add_state(self, state: TrainingState) -> None:
         """Writes a state."""
+        self._write_state(self._state_path(state.step), state)
+
+    def add_average(self, state: TrainingState) -> None:
+        """Writes the averaged weights and buffers at the end of the run."""
+        self._write_state(self.folder / _AVERAGE, state)
+
+    def _write_state(self, path: Path, state: TrainingState) -> None:
         tensors = {f"weights/{name}": value for name, value in state.weights.items()}
         tensors |= {f"others/{name}": value for name, value in state.others.items()}
         tensors |= {f"optimizer/{name}/{key}": one for name, of in state.optimizer.items() for key, one in of.items()}
-        write_file(self._state_path(state.step), _STATE, {"run": self.run.mark, "step": state.step}, tensors)
+        write_file(path, _STATE, {"run": self.run.mark, "step": state.step}, tensors)
 
     def state(self, step: int) -> TrainingState:
         """Reads the state before a step.
@@ -256,9 +271,20 @@ class Trajectory:
         Raises:
             ConfigurationError: If its file is damaged, or is of another run.
         """
-        path = self._state_path(step)
+        return self._read_state(self._state_path(step), step)
+
+    def average(self) -> TrainingState | None:
+        """Reads the averaged weights and buffers at the end of the run; ``None`` if it had no average.
+
+        Raises:
+            ConfigurationError: If their file is damaged, or is of another run.
+        """
+        path = self.folder / _AVERAGE
+        return self._read_state(path, self.run.end) if path.exists() else None
+
+    def _read_state(self, path: Path, step: int | None) -> TrainingState:
         record, tensors = self._read(path, _STATE)
-        found = TrainingState(step, {}, {}, {})
+        found = TrainingState(record["step"], {}, {}, {})
         with parse_errors_name(path, _REMEDY):
             if record["step"] != step:
                 raise ValueError(f"it is the state before step {record['step']}")
@@ -303,7 +329,7 @@ class Trajectory:
         record: dict[str, Any] = {"run": self.run.mark, "steps": []}
         before: dict[str, Any] = {}
         for step in steps:
-            values = {name: getattr(step, name) for name in ("epoch", "divisor", "members", "options", "evaluating")}
+            values = {name: getattr(step, name) for name in _OF_STEP}
             changed = {name: value for name, value in values.items() if before.get(name) != value}
             parts = [[len(batch.ids), batch.index, batch.mark] for batch in step.batches]
             record["steps"].append({**changed, "batches": parts})
@@ -383,4 +409,5 @@ class Trajectory:
             for state in self.states:
                 if state > step:
                     self.drop_state(state)
+            (self.folder / _AVERAGE).unlink(missing_ok=True)
         self.set_end(None)

@@ -20,6 +20,7 @@ from ..data.loaders import check_loader
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..errors import ConfigurationError, GIFWarning, RankError, TrainingDataError
 from ..parameters import ParameterSpace, tensors_of
+from .averaging import Averages
 from .marks import Generators, mark_of
 from .record import BatchRecord, Run, StepRecord, TrainingState, Trajectory
 from .sampling import DrawnIndices
@@ -110,6 +111,7 @@ class TrajectoryRecorder:
             self._options: list[dict[str, Any]] = []
             self._final: TrainingState | None = None
             self._spacing, self._grows = self._spaced(trainer)
+            self._averages = Averages(trainer)
             self._add_state(self._state())
             self.active = True
 
@@ -172,6 +174,7 @@ class TrajectoryRecorder:
             ids = self._drawn.next()
             if ids is None:
                 raise TrainingDataError("the indices of its batches are not known")
+            self._note_averages()
             if not self._batches and self._step % self._spacing == 0 and self._step not in self._trajectory.states:
                 self._add_state(self._state())
             self._pending = BatchRecord(ids, batch_idx, mark_of(batch), {})
@@ -225,6 +228,9 @@ class TrajectoryRecorder:
                 final = self._final if self._final is not None else self._state()
                 self._write_steps()
                 self._add_state(final)
+                if self._averages.module is not None and self._processes.rank == 0:
+                    average = training_state(final.step, self._averages.module, self._optimizer)
+                    self._trajectory.add_average(average)
                 self._trajectory.set_end(final.step)
         self.close()
 
@@ -274,7 +280,14 @@ class TrajectoryRecorder:
                 if step % self._spacing:
                     self._trajectory.drop_state(step)
 
+    def _note_averages(self) -> None:
+        """Notes how the weights after the last step were averaged."""
+        shares = self._averages.new_shares()
+        if shares and self._steps:
+            self._steps[-1] = replace(self._steps[-1], averaged=[*self._steps[-1].averaged, *shares])
+
     def _write_steps(self) -> None:
+        self._note_averages()
         self._trajectory.add_steps(self._steps)
         self._steps = []
 

@@ -54,6 +54,17 @@ class State:
         """The weights as a flat vector ``(p,)``."""
         return torch.cat([value.reshape(-1) for value in self.weights.values()])
 
+    def moved_to(self, other: State, share: float, of_buffers: float) -> State:
+        """An average of weights and buffers that moves to another state by a share, and by one for buffers."""
+
+        def between(own: dict[str, Tensor], new: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+            return {
+                name: own[name].lerp(value, share) if value.is_floating_point() else value
+                for name, value in new.items()
+            }
+
+        return State(between(self.weights, other.weights, share), between(self.others, other.others, of_buffers), {})
+
 
 @dataclass(frozen=True)
 class ReplayedStep:
@@ -84,6 +95,8 @@ class Replay:
 
     Attributes:
         update: The step of the optimizer.
+        end: The last state of the run, or the averaged one if the module has its weights.
+        of_average: Whether ``end`` is the average of the weights that the run has kept.
         difference: The largest relative difference ``‖θ − θ'‖ / ‖θ‖`` so far between a replayed state and a stored one;
             0 if all bits are equal.
 
@@ -109,6 +122,10 @@ class Replay:
         self._sorted, self._order = train.ids.sort()
         self.update: Update = {kind.__name__: update for kind, update in UPDATES.items()}[run.optimizer]
         self.difference = 0.0
+        average = trajectory.average()
+        averaged = None if average is None else self._at_hand(average)
+        self.of_average = averaged is not None and torch.equal(objective.theta, averaged.theta())
+        self.end = averaged if averaged is not None and self.of_average else self.stored(self.n_steps)
 
     @property
     def n_steps(self) -> int:
@@ -152,19 +169,21 @@ class Replay:
         self._compare(state, self.stored(stop), stop)
 
     def weighted_end(self, weights: Tensor, on_step: Callable[[], Any] = lambda: None) -> State:
-        """The last state of the run, if examples had these weights ``(n,)`` by their positions in ``train``.
+        """What :attr:`end` would be if examples had these weights ``(n,)`` by their positions in ``train``.
 
         Args:
             weights: The weights.
             on_step: Called after each step.
         """
-        state = self.stored(0)
+        state = average = self.stored(0)
         for first, stop in self.segments:
             steps = self.trajectory.steps(first, stop)
             for step, batches in zip(steps, self.read(steps), strict=True):
                 _, state = self.step(state, step, batches, weights)
+                for share, of_buffers in step.averaged if self.of_average else ():
+                    average = average.moved_to(state, share, of_buffers)
                 on_step()
-        return state
+        return average if self.of_average else state
 
     # ----------------------------------------------------------------------------------------------------------------
     # One step

@@ -31,11 +31,35 @@ class Adjoint:
         theta: Those in the parameters, ``(q, p)``.
         optimizer: Those in the optimizer's state, ``(q, p)`` each, by its names in PyTorch.
         statistics: Those in the running statistics of BatchNorm, ``(q, …)`` each, by name.
+        average: Those in the average of weights and statistics that the run keeps; ``None`` if they are zero.
     """
 
     theta: Tensor
     optimizer: dict[str, Tensor]
     statistics: dict[str, Tensor]
+    average: Adjoint | None = None
+
+    def of_average(self) -> Adjoint:
+        """That of a state whose average is the state of this one."""
+        zeros = {name: torch.zeros_like(value) for name, value in self.statistics.items()}
+        return Adjoint(torch.zeros_like(self.theta), {}, zeros, self)
+
+    def of_queries(self, rows: slice) -> Adjoint:
+        """A copy for some of the queries, before the first step of a sweep."""
+        statistics = {name: value[rows].clone() for name, value in self.statistics.items()}
+        average = None if self.average is None else self.average.of_queries(rows)
+        return Adjoint(self.theta[rows].clone(), {}, statistics, average)
+
+    def through_averages(self, averaged: list[list[float]]) -> None:
+        """Goes back through the averages after a step: ``average ← average + share · (state − average)``."""
+        if self.average is None:
+            return
+        for share, of_buffers in reversed(averaged):
+            self.theta += share * self.average.theta
+            self.average.theta *= 1 - share
+            for name, value in self.average.statistics.items():
+                self.statistics[name] = self.statistics[name] + of_buffers * value
+                value *= 1 - of_buffers
 
 
 class Parts:
@@ -119,6 +143,7 @@ def sweep(
     backward = _Backward(replay, most)
     for first, stop in reversed(replay.segments):
         for step in reversed(list(replay.segment(first, stop))):
+            adjoint.through_averages(step.record.averaged)
             mu = through_update(replay, step, adjoint)
             for number in reversed(range(len(step.batches))):
                 rows = backward.through_batch(step, number, mu, adjoint)

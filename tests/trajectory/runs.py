@@ -51,6 +51,7 @@ def recorded(
     net: Callable[[], nn.Module],
     optimizer: Callable[[nn.Module], Any],
     weights: Tensor | None = None,
+    more: tuple[pl.Callback, ...] = (),
     **options: Any,
 ) -> tuple[pl.Trainer, Run]:
     """A trainer after a fit in float64, and its module; recorded if a folder is given."""
@@ -58,6 +59,7 @@ def recorded(
     module = Run(net(), optimizer, weights)
     callback = GIFCallback(trajectory=None if folder is None else str(folder), snapshots=0, cache_neurons=False)
     trainer = make_trainer(callback, precision="64-true", **{"max_epochs": 3, **options})
+    trainer.callbacks += more
     trainer.fit(module, loader(numbered(), batch_size=5))
     return trainer, module
 

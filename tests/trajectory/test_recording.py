@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -324,9 +324,13 @@ def test_an_edit_is_noticed_and_undoing_it_helps(tmp_path: Path) -> None:
     assert torch.equal(through(trainer), expected)
 
 
-def test_averaged_weights_are_noticed(tmp_path: Path) -> None:
-    average = WeightAveraging(avg_fn=lambda old, new, count: 0.5 * old + 0.5 * new)
-    trainer, _ = fit(tmp_path / "run", more=(average,))
+def test_weights_that_another_callback_averages_are_noticed(tmp_path: Path) -> None:
+    def average(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(0.5)
+
+    trainer, _ = fit(tmp_path / "run", more=(Do("on_train_end", average),))
     with pytest.raises(ConfigurationError, match=r"an average of weights \(a callback for EMA or SWA\)"):
         through(trainer)
 

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
+from torch.optim.swa_utils import get_ema_avg_fn, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
-from lightning_gif import ConfigurationError, GIFCallback, InfluenceReport
+from lightning_gif import ConfigurationError, GIFCallback, GIFWarning, InfluenceReport
 from lightning_gif.attribution.leave_outs import LeaveOuts
-from lightning_gif.trajectory.leaving_out import measured_at, smoothness_of
+from lightning_gif.trajectory.leaving_out import draws, measured_at, smoothness_of
 from lightning_gif.trajectory.record import Trajectory
 from lightning_gif.trajectory.replay import Replay
 
@@ -275,3 +277,64 @@ def test_a_straight_change_is_smooth_and_one_that_turns_back_is_not() -> None:
     assert smoothness_of(start, step, 2 * step) == 1
     assert smoothness_of(start, 2 * step, step) == -1
     assert smoothness_of(start, start, start) == 1
+
+
+def biassed() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.SiLU(), nn.Linear(5, 3))
+
+
+class PerEpoch(WeightAveraging):
+    """Averages after each epoch, and after the steps of the last one."""
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return step_idx is None or step_idx > 10
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda: WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.8)),
+        lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.7), use_buffers=False),
+        PerEpoch,
+    ],
+)
+def test_scores_at_averaged_weights_are_slopes_of_their_fits(average: Any, tmp_path: Path) -> None:
+    def fit(folder: Path | None, weights: Tensor | None = None) -> tuple[Any, Any]:
+        return recorded(folder, biassed, of_kind(AdamW, lr=0.02, eps=1e-3), weights, more=(average(),))
+
+    trainer, module = fit(tmp_path / "run")
+    x, y, _ = query()
+    assert not torch.equal(
+        module.net[0].weight, Trajectory.open(tmp_path / "run").state(trainer.global_step).weights["net.0.weight"]
+    )
+    report = trainer.influence(query(), through="training", leave_outs=1)
+    for number in (0, 7, 13):
+        losses = []
+        for weight in (1 + 1e-5, 1 - 1e-5):
+            weights = torch.ones(N, dtype=torch.float64)
+            weights[number] = weight
+            _, other = fit(None, weights)
+            with torch.no_grad():
+                losses.append(float(F.cross_entropy(other.eval()(x), y)))
+        slope = (losses[0] - losses[1]) / 2e-5
+        assert float(report.scores[0, number]) == pytest.approx(-slope, rel=1e-5, abs=1e-9)
+    assert report.leave_outs is not None
+    (chosen,) = draws(N, 1)
+    weights = torch.ones(N, dtype=torch.float64)
+    weights[chosen] = 0.0
+    _, other = fit(None, weights)
+    with torch.no_grad():
+        change = float(F.cross_entropy(other.eval()(x), y) - F.cross_entropy(module.eval()(x), y))
+    assert float(report.leave_outs.measured) == pytest.approx(change, rel=1e-6)
+    # The same run at its last weights.
+    last = Trajectory.open(tmp_path / "run").state(trainer.global_step)
+    module.load_state_dict({**last.weights, **last.others})
+    plain, _ = recorded(tmp_path / "plain", biassed, of_kind(AdamW, lr=0.02, eps=1e-3))
+    expected = plain.influence(query(), through="training").scores
+    assert torch.allclose(trainer.influence(query(), through="training").scores, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_an_average_that_is_no_weighted_mean_ends_the_record(tmp_path: Path) -> None:
+    average = WeightAveraging(avg_fn=lambda old, new, count: 0.5 * old + 0.4 * new)
+    with pytest.warns(GIFWarning, match="is no weighted mean of the average and the weights"):
+        recorded(tmp_path, net, of_kind(SGD, lr=0.1), more=(average,))
