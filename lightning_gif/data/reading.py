@@ -57,6 +57,11 @@ class Reader:
             finally:
                 self._is_reading = False
 
+    def read_again(self, indices: list[int], set_generators: Callable[[], Any]) -> Any:
+        """The collated batch with the given indices, read in this process with generators that a function sets."""
+        set_generators()
+        return self._collate(list(self._items.read(indices)))
+
     def close(self) -> None:
         """Ends the workers."""
         self._kept = None
@@ -99,6 +104,10 @@ class _SeededItems:
             torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
+        return self.read(indices)
+
+    def read(self, indices: list[int]) -> Sequence[Any]:
+        """The items, without a seed."""
         if getattr(self._dataset, "__getitems__", None):
             return self._dataset.__getitems__(indices)
         return [self._dataset[index] for index in indices]

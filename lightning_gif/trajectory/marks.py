@@ -72,8 +72,8 @@ class Generators(NamedTuple):
         _, keys, *place = self.numpy
         found = {
             "torch": self.cpu,
-            "python": torch.tensor(words, dtype=torch.int64),
-            "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            "python": torch.from_numpy(np.array(words, dtype=np.uint32).view(np.int32)),
+            "numpy": torch.from_numpy(np.array(keys, dtype=np.uint32).view(np.int32)),
             "more": torch.tensor([version, spare is not None, spare or 0.0, *place], dtype=torch.float64),
         }
         return found if self.cuda is None else {**found, "cuda": self.cuda}
@@ -83,8 +83,10 @@ class Generators(NamedTuple):
         """Sets the generators to what :meth:`tensors` has returned."""
         version, has_spare, spare, place, has_gauss, cached = states["more"].tolist()
         torch.set_rng_state(states["torch"])
-        random.setstate((int(version), tuple(states["python"].tolist()), spare if has_spare else None))
-        keys = states["numpy"].numpy().astype(np.uint32)
+        random.setstate(
+            (int(version), tuple(states["python"].numpy().view(np.uint32).tolist()), spare if has_spare else None)
+        )
+        keys = states["numpy"].numpy().view(np.uint32)
         np.random.set_state(("MT19937", keys, int(place), int(has_gauss), cached))  # noqa: NPY002
         if "cuda" in states and device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], device)

@@ -36,6 +36,9 @@ _AVERAGE = "average.safetensors"
 # The plain values of a step.
 _OF_STEP = ("epoch", "divisor", "members", "options", "evaluating", "averaged")
 
+# The states of random generators of a batch.
+_GENERATORS = ("generators", "reading")
+
 _STATE_NAME = re.compile(r"state-(\d+)\.safetensors")
 
 _STEPS_NAME = re.compile(r"steps-(\d+)-(\d+)(?:-of-(\d+))?\.safetensors")
@@ -51,6 +54,8 @@ class BatchRecord:
         mark: A checksum of some of its values, see :func:`~lightning_gif.trajectory.marks.mark_of`.
         generators: The states of the random generators before the batch, if it drew random numbers; else empty.
         rank: The process that it was a batch of.
+        reading: The states of the random generators before its items were read, if that may have drawn random numbers;
+            else empty.
     """
 
     ids: Tensor
@@ -58,6 +63,7 @@ class BatchRecord:
     mark: int
     generators: dict[str, Tensor]
     rank: int = 0
+    reading: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -325,7 +331,8 @@ class Trajectory:
         batches = [batch for step in steps for batch in step.batches]
         tensors = {"ids": torch.cat([batch.ids for batch in batches]).to(torch.int64)}
         for place, batch in enumerate(batches):
-            tensors |= {f"generators/{place}/{name}": value for name, value in batch.generators.items()}
+            for kind in _GENERATORS:
+                tensors |= {f"{kind}/{place}/{name}": value for name, value in getattr(batch, kind).items()}
         record: dict[str, Any] = {"run": self.run.mark, "steps": []}
         before: dict[str, Any] = {}
         for step in steps:
@@ -381,13 +388,18 @@ class Trajectory:
         record, tensors = self._read(path, _STEPS)
         with parse_errors_name(path, _REMEDY):
             found, now, place, at = list[StepRecord](), dict[str, Any](), 0, 0
+            states: dict[tuple[str, str], dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                kind, _, rest = name.partition("/")
+                of, _, generator = rest.partition("/")
+                states.setdefault((kind, of), {})[generator] = value
             for number, values in enumerate(record["steps"], first):
                 now |= {name: value for name, value in values.items() if name != "batches"}
                 batches = []
                 for size, index, mark in values["batches"]:
-                    start = f"generators/{place}/"
-                    generators = {name[len(start) :]: one for name, one in tensors.items() if name.startswith(start)}
-                    batches.append(BatchRecord(tensors["ids"][at : at + size], index, mark, generators))
+                    before, reading = (states.get((kind, str(place)), {}) for kind in _GENERATORS)
+                    ids = tensors["ids"][at : at + size]
+                    batches.append(BatchRecord(ids, index, mark, before, reading=reading))
                     place, at = place + 1, at + size
                 found.append(StepRecord(number=number, **now, batches=tuple(batches)))
             if len(found) != stop - first or at != len(tensors["ids"]):

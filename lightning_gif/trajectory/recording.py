@@ -162,7 +162,8 @@ class TrajectoryRecorder:
         whole = f" That is {_in_units(n_states * size)} in all, and" if known else " Besides, there are"
         rank_zero_info(
             f"The training is recorded in {self.folder!r}. {number} of {_in_units(size)} each will be stored (weights,"
-            f" buffers and the optimizer's state).{whole} 8 bytes for each example of each step."
+            f" buffers and the optimizer's state).{whole} 8 bytes for each example of each step, and 10 KiB for a step"
+            " that draws random numbers."
         )
         return spacing, not known
 
@@ -171,13 +172,13 @@ class TrajectoryRecorder:
         if not self.active:
             return
         with self.guard("reading a batch"):
-            ids = self._drawn.next()
-            if ids is None:
+            drawn = self._drawn.next()
+            if drawn is None:
                 raise TrainingDataError("the indices of its batches are not known")
             self._note_averages()
             if not self._batches and self._step % self._spacing == 0 and self._step not in self._trajectory.states:
                 self._add_state(self._state())
-            self._pending = BatchRecord(ids, batch_idx, mark_of(batch), {})
+            self._pending = BatchRecord(drawn.ids, batch_idx, mark_of(batch), {}, reading=drawn.generators)
             self._generators = Generators.now(trainer.strategy.root_device)
 
     def before_step(self, optimizer: Optimizer) -> None:

@@ -318,20 +318,26 @@ class Replay:
         Raises:
             TrainingDataError: If one differs from that of the run.
         """
-        recorded = [batch for step in steps for batch in step.batches]
+        recorded = [batch for step in steps for batch in step.batches if not batch.reading]
         reader = self.train.reader
         assert reader is not None  # since there is a dataset
         found = reader.read([batch.ids.tolist() for batch in recorded])
         for step in steps:
             batches = []
             for batch in step.batches:
-                data = self.train.prepare(next(found))
+                if batch.reading:
+                    as_then = partial(Generators.set_to, batch.reading, torch.device("cpu"))
+                    given = reader.read_again(batch.ids.tolist(), as_then)
+                else:
+                    given = next(found)
+                data = self.train.prepare(given)
                 if mark_of(data) != batch.mark:
                     raise TrainingDataError(
                         f"The batch of optimizer step {step.number} is not the one of the run, now that its examples"
-                        f" are read again (dataset indices {batch.ids[:5].tolist()} …): the data have changed, or the"
-                        " dataset or its collate function draws random numbers. A run can be replayed if each item is"
-                        " always the same. Use the default influence, without `through`."
+                        f" are read again (dataset indices {batch.ids[:5].tolist()} …): the data have changed, or"
+                        " workers of the loader have drawn random numbers, or a hook that changes batches has. A run"
+                        " can be replayed if each item is always the same, or if random numbers are drawn in the"
+                        " dataset and the loader has num_workers=0. Use the default influence, without `through`."
                     )
                 batches.append(Batch(data, batch.ids, len(batch.ids), divisible=False))
             yield batches

@@ -1,22 +1,41 @@
-"""Notes the dataset indices that a fit draws, without a change of its loader."""
+"""Notes the dataset indices that a fit draws, and random numbers of its items, without a change of its loader."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-__all__ = ["DrawnIndices"]
+from .marks import Generators
+
+__all__ = ["Drawn", "DrawnIndices"]
+
+
+_CPU = torch.device("cpu")
+
+
+class Drawn(NamedTuple):
+    """A batch that a loader has drawn.
+
+    Attributes:
+        ids: The dataset indices ``(B,)`` of its examples.
+        generators: The states of the random generators before its items were read, if numbers may have been drawn since
+            then; else empty.
+    """
+
+    ids: Tensor
+    generators: dict[str, Tensor]
 
 
 class DrawnIndices:
     """The dataset indices of the batches of a training loader, in the order in which they are drawn.
 
-    Workers of a loader draw ahead. So the indices of each batch are kept until the batch is :meth:`next`.
+    Workers of a loader draw ahead. So the indices of each batch are kept until the batch is :meth:`next`. Without
+    workers, the states of the random generators before its items are read are kept, too.
     """
 
     def __init__(self) -> None:
@@ -39,7 +58,8 @@ class DrawnIndices:
             yield
             return
         members = vars(loader)
-        members["batch_sampler"] = _Noting(own, self._drawn)  # `DataLoader` refuses a plain assignment
+        # `DataLoader` refuses a plain assignment.
+        members["batch_sampler"] = _Noting(own, self._drawn, reads=loader.num_workers == 0)
         if existing is not None:
             existing._index_sampler = members["batch_sampler"]
         try:
@@ -49,16 +69,21 @@ class DrawnIndices:
         if getattr(loader, "_iterator", None) is not None:
             self._iterators.append((loader._iterator, own))
 
-    def next(self) -> Tensor | None:
-        """The indices ``(B,)`` of the next batch; ``None`` if they are not known."""
+    def next(self) -> Drawn | None:
+        """The next batch; ``None`` if its indices are not known."""
         if self._place >= len(self._drawn):
             return None
+        (indices, before), self._drawn[self._place] = self._drawn[self._place], None
         self._place += 1
-        indices, self._drawn[self._place - 1] = self._drawn[self._place - 1], None
         try:
-            return torch.as_tensor([int(index) for index in indices], dtype=torch.int64)
+            ids = torch.as_tensor([int(index) for index in indices], dtype=torch.int64)
         except (TypeError, ValueError):  # a sampler may draw keys of any kind
             return None
+        if before is None:
+            return Drawn(ids, {})
+        following = self._drawn[self._place] if self._place < len(self._drawn) else None
+        after = Generators.now(_CPU) if following is None else following[1]
+        return Drawn(ids, before.tensors() if before.differ(after) else {})
 
     def end(self) -> None:
         """Puts back the samplers of iterators that outlive the fit."""
@@ -70,12 +95,13 @@ class DrawnIndices:
 class _Noting:
     """A batch sampler that draws from another one, and notes what is drawn."""
 
-    def __init__(self, own: Any, notes: list[Any]) -> None:
+    def __init__(self, own: Any, notes: list[Any], *, reads: bool) -> None:
         self._own = own
         self.notes = notes
+        self._reads = reads
 
     def __iter__(self) -> _Drawing:
-        return _Drawing(iter(self._own), self.notes)
+        return _Drawing(iter(self._own), self.notes, self._reads)
 
     def __len__(self) -> int:
         return len(self._own)
@@ -85,14 +111,15 @@ class _Noting:
 
 
 class _Drawing:
-    def __init__(self, drawn: Iterator[Any], notes: list[Any]) -> None:
+    def __init__(self, drawn: Iterator[Any], notes: list[Any], reads: bool) -> None:
         self._drawn = drawn
         self._notes = notes
+        self._reads = reads  # whether the items of a batch are read in this process, as soon as it is drawn
 
     def __iter__(self) -> _Drawing:
         return self
 
     def __next__(self) -> Any:
         batch = next(self._drawn)
-        self._notes.append(list(batch))
+        self._notes.append((list(batch), Generators.now(_CPU) if self._reads else None))
         return batch

@@ -349,13 +349,16 @@ class Noisy(Dataset[Any]):
         return x + self.noise * torch.randn(6), y
 
 
-def test_random_augmentation_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")
+def test_random_augmentation_in_workers_is_noticed_and_is_replayed_without_them(tmp_path: Path) -> None:
+    trainer, _ = fit(tmp_path / "workers", data=loader(Noisy(0.1), num_workers=1))
+    with pytest.raises(TrainingDataError, match=r"is not the one of the run.*workers.*num_workers=0"):
+        through(trainer)
     trainer, _ = fit(tmp_path / "run", data=loader(Noisy(0.1)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", GIFWarning)
-        with pytest.raises(TrainingDataError, match=r"is not the one of the run.*draws random numbers"):
-            through(trainer)
-    trainer, _ = fit(tmp_path / "other", data=loader(Noisy(0.0)))
+    report = trainer.influence(batch_of(blobs(50), slice(3)), through="training")
+    assert report.settings["replay_difference"] == 0
+    assert torch.isfinite(report.scores).all()
+    trainer, _ = fit(tmp_path / "other", data=loader(Noisy(0.0), num_workers=1))
     assert torch.isfinite(through(trainer)).all()
 
 
