@@ -183,12 +183,15 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
         self.check_query(query)
         if index not in self.train_tokens or query >= MOST_QUERIES:
             known = sorted(self.train_tokens)
+            advice = "Pass a larger `k` to trainer.influence."
+            if query >= MOST_QUERIES:
+                advice = "Pass the example of this query alone to trainer.influence."
             raise ConfigurationError(
                 "The report has no scores of tokens. Call trainer.influence(batch, tokens=True)."
                 if not known
                 else f"The report has no token scores of example {index} for query {query}. It has those of the k"
                 f" strongest proponents and opponents of the first {MOST_QUERIES} queries: {known[:10]}"
-                f"{' …' if len(known) > 10 else ''}. Pass a larger `k` to trainer.influence."
+                f"{' …' if len(known) > 10 else ''}. {advice}"
             )
         return [(token, scores[query]) for token, scores in self.train_tokens[index]]
 

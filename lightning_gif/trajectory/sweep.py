@@ -114,7 +114,10 @@ def query_adjoint(objective: Objective, query: Examples, end: State, *, per_exam
             rows = [part if not rows else [one + other for one, other in zip(rows[0], part, strict=True)]]
     found = [torch.stack(column) for column in zip(*rows, strict=True)]
     if not all(bool(torch.isfinite(one).all()) for one in found):
-        raise NonFiniteError("The gradient of the query at the end of the run is not finite.")
+        raise NonFiniteError(
+            "The gradient of the query at the end of the run is not finite. Look for inf or NaN in the query's examples"
+            " and in their losses: trainer.validate(model, loader) shows them."
+        )
     return Adjoint(found[0], {}, dict(zip(names, found[1:], strict=True)))
 
 

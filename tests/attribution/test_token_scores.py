@@ -165,6 +165,11 @@ def test_what_has_no_token_scores_is_refused_with_a_way_out(tmp_path: Path) -> N
     assert trainer.influence(texts[:2], tokens=True, k=20).token_scores(other)
     with pytest.raises(ConfigurationError, match=r"There is no query|query"):
         report.token_scores(0, 3)
+    many = trainer.influence(texts[:10], tokens=True, per_example=True, k=1)
+    shown = next(iter(many.train_tokens))
+    with pytest.raises(ConfigurationError, match=r"first 8 queries.*Pass the example of this query alone"):
+        many.token_scores(shown, 9)
+    assert trainer.influence(texts[9:10], tokens=True, k=20).token_scores(shown)
     folder = tmp_path / "scores"
     trainer.influence(texts[:2], scores_to=folder, k=2)
     with pytest.raises(ConfigurationError, match=r"has the scores only. Give another folder, delete this one, or omit"):
