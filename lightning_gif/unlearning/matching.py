@@ -44,7 +44,8 @@ class Matching(CheckedNumbers):
         prediction_tolerance: The first change is enough if the loss of the forget examples is as predicted, up to this
             share of the predicted change, and that of the retained examples up to this share of the loss.
         steps: The number of steps of gradient descent.
-        relabel_steps: The same for new labels. The steps also repair what the old labels had spoiled.
+        relabel_steps: The same for new labels, once for every ``2 * forgotten`` of them or a part of these. The steps
+            also repair what the old labels had spoiled.
         retained: The number of retained examples of each step.
         forgotten: The largest number of forget examples of each step.
         forget_weight: The weight of the forget examples in each step, if each step has all of them. It is multiplied by
@@ -71,9 +72,16 @@ class Matching(CheckedNumbers):
     rate: float = number(2.0)
     rate_examples: int = number(256, low=1, open_low=False)
 
-    def of(self, *, relabels: bool) -> Matching:
-        """The numbers of a removal, or of new labels, with :attr:`steps` for it."""
-        return replace(self, steps=self.relabel_steps) if relabels else self
+    def of(self, n_labels: int) -> Matching:
+        """The numbers for some new labels, or for a removal, where there are 0 of them.
+
+        More new labels get more steps, each with less weight, so that each label has the same influence. With few steps
+        they would have so much weight that the rate is too small to repair the retained examples.
+        """
+        times = math.ceil(n_labels / (2 * self.forgotten))
+        if not times:
+            return self
+        return replace(self, steps=times * self.relabel_steps, forget_weight=self.forget_weight / times)
 
 
 @dataclass(frozen=True)

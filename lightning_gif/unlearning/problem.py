@@ -294,7 +294,7 @@ class EditProblem:
         """
         if len(self._changes) != 1 or not self._predicted:
             raise ConfigurationError("problem.match follows problem.leave_out, with no other change before or between.")
-        numbers = self.tuning.matching.of(relabels=self._task.relabelled is not None)
+        numbers = self.tuning.matching.of(len(self._task.relabelled or ()))
         settings = replace(self._settings, max_iter=max(numbers.steps, 1))
         self._recalled_or_solved(["match", 1.0], settings, partial(self._solve_match, settings, numbers))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,6 +128,18 @@ def test_many_new_labels_are_learned_by_changes_that_see_all_of_them() -> None:
     few = trainer.unlearn(list(range(8)), **options)
     assert few.solve["solver"] == "nonlinear_cg"
     assert not any("new labels, more than" in note for note in few.notes)
+
+
+def test_more_new_labels_take_more_steps_in_each_of_which_they_have_less_weight() -> None:
+    numbers = Matching(relabel_steps=3, forgotten=4, forget_weight=0.2, prediction_tolerance=0.0)
+    assert numbers.of(0) == numbers
+    trainer, _, data = fitted(max_epochs=10)
+    for count, times in ((1, 1), (8, 1), (9, 2), (17, 3)):
+        assert numbers.of(count) == replace(numbers, steps=3 * times, forget_weight=0.2 / times)
+        labels = (data.tensors[1][:count] + 1) % 3
+        options: dict[str, Any] = {"relabel": labels, "step": "match", "tuning": Tuning(matching=numbers)}
+        report = trainer.unlearn(list(range(count)), dry_run=True, **options)
+        assert report.solves[1]["iterations"] == 3 * times
 
 
 def test_an_unconverged_solve_for_new_labels_warns_if_a_tolerance_was_given() -> None:
