@@ -501,7 +501,7 @@ class Costs:
         """
         passes, n_retain = self.passes, max(self.n_train - n_forget, 1)
         automatic = isinstance(settings.curvature_examples, str)
-        n_fit = min(n_retain, numbers.curvature_examples if automatic else self._sample(settings))
+        n_fit = min(n_retain, max(numbers.curvature_examples, n_forget) if automatic else self._sample(settings))
         n_eval = min(n_retain, n_fit, sizes.evaluation, numbers.evaluation)
         n_unseen = min(n_unseen, n_fit) if min(n_forget, n_unseen) >= sizes.min_compared else 0
         few, aimed = min(numbers.rate_examples, n_fit), min(numbers.rate_examples // 4, n_forget)

@@ -34,6 +34,7 @@ class Matching(CheckedNumbers):
 
     Attributes:
         curvature_examples: The number of retained examples that give the curvature, with ``curvature_examples="auto"``.
+            If there are more forget examples, it is their number.
         preconditioner_examples: The number of these from which the EK-FAC preconditioner of the solve is fitted.
         iterations: The largest number of iterations of the solve, if neither ``max_iter`` nor ``rtol`` is given.
         evaluation: The largest number of examples of each kind that a trial is measured on.
