@@ -306,9 +306,9 @@ class Replay:
             optimizer[name] = {**old, **new}
         if not all(math.isfinite(float(value.sum())) for value in weights.values()):
             raise NonFiniteError(
-                f"The weights after optimizer step {record.number} of the replay are not finite. If those of the run are,"
-                " leave out other examples (another `seed`), or omit `leave_outs`. Else train with a smaller learning"
-                " rate."
+                f"The weights after optimizer step {record.number} of the replay are not finite. If those of the run"
+                " are, leave out other examples (another `seed`), or omit `leave_outs`. Else train with a smaller"
+                " learning rate."
             )
         return State(weights, others, optimizer)
 
