@@ -24,6 +24,10 @@ _SMALL = 0.02
 # that made just the wanted change could as well have grade "Partly done" by chance.
 _WIDE = 0.25
 
+# A removal that raises the retained loss by more than this share of the rise of the forget loss has changed the model
+# as a whole.
+_SPOILT = 0.5
+
 _NAMES = {"relabelled": "corrected examples with their new labels", "forget": "forget examples"}
 
 _NO_RETRAINING = "This compares the edit with a prediction, not with a retrained model."
@@ -98,7 +102,26 @@ def of_prediction(evidence: Evidence) -> Verdict:
         )
     share = change.mean / wanted
     reached = _share_of_change(share, change.half_width / abs(wanted), len(outcome.before))
-    return Verdict(_grade(share), f"{losses}. After the edit it is {end:.4g}: {reached} {_NO_RETRAINING}")
+    spoilt = "" if name == "relabelled" else _spoilt(evidence.outcomes)
+    grade = Grade.TOO_FAR if spoilt else _grade(share)
+    return Verdict(grade, f"{losses}. After the edit it is {end:.4g}: {reached}{spoilt} {_NO_RETRAINING}")
+
+
+def _spoilt(outcomes: Mapping[str, Outcome]) -> str:
+    """A sentence on a removal that raises the retained loss nearly as much as that of the forget examples; or ``""``.
+
+    Training without some examples minimises the loss of the others, so it does not raise this loss.
+    """
+    retain, forget = outcomes.get("retain"), outcomes["forget"]
+    if retain is None or retain.change.is_noise:
+        return ""
+    start, end, change = float(retain.before.mean()), float(retain.after.mean()), retain.change.mean
+    if change <= _SMALL * _scale(outcomes, start) or change <= _SPOILT * forget.change.mean:
+        return ""
+    return (
+        f" But the loss of the retained examples rose from {start:.4g} to {end:.4g}, which training without the forget"
+        " examples would not do. Undo the edit."
+    )
 
 
 def _share_of_change(share: float, half_width: float, count: int) -> str:

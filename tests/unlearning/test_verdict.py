@@ -212,3 +212,13 @@ def test_a_regression_has_a_verdict_for_removal_and_new_targets() -> None:
     assert "The loss of the corrected examples with their new labels was " in matched.verdict
     lowered = trainer.unlearn([3, 17], relabel=labels, step="relinearise", dry_run=True)
     assert "The loss with the new labels went from" in lowered.verdict
+
+
+@pytest.mark.parametrize(("rise", "grade"), [(0.0, Grade.DONE), (0.05, Grade.DONE), (0.2, Grade.TOO_FAR)])
+def test_a_removal_that_raises_the_retained_loss_as_well_is_not_done(rise: float, grade: Grade) -> None:
+    before = torch.linspace(0.01, 0.02, 40)
+    outcomes = {"forget": losses(before, before + 0.22), "retain": losses(before, before + rise)}
+    found = judged("examples", outcomes, {"forget": float(before.mean()) + 0.22, "retain": 0.3})
+    assert found.grade is grade
+    assert ("But the loss of the retained examples rose from 0.015 to 0.215" in str(found)) == (grade is Grade.TOO_FAR)
+    assert "100 ± 0 % of the predicted change." in str(found)
