@@ -32,6 +32,11 @@ Edge = tuple[Any, int]
 # outputs by a factor of three. With 128 outputs the others are.
 _NARROW = 32
 
+# The bytes of the gradients of examples that are formed at a time for products with directions. On a CPU they stay in
+# the cache, and larger allocations take longer than the products: with 256 examples of a layer of 256 x 1152, the
+# products with 4 directions take a fifth of the time.
+_CACHED, _FORMED = 2**23, 2**28
+
 
 class Axis(NamedTuple):
     """Where the examples are in a tensor.
@@ -207,17 +212,29 @@ class Linear(Layer):
 
     @override
     def products(self, delta: Tensor, axis: Axis, size: int, directions: list[Tensor]) -> Tensor:
-        inputs, outputs = self.sides(delta, axis, size)
-        if inputs.shape[1] > 1 or self.groups > 1:
+        count, positions = len(directions[0]), math.prod(self.shape) // (size * self.weight.shape[0])
+        if count * positions <= count + positions:  # the multiplications for each entry of the matrix
+            return self._along(delta, axis, size, directions)
+        if self.groups > 1:
             return super().products(delta, axis, size, directions)
-        # With one position, the gradients take more memory than these products, and as many operations.
-        matrix, outputs = directions[0].flatten(2), outputs[:, 0]
+        inputs, outputs = self.sides(delta, axis, size)
+        room = _CACHED if delta.device.type == "cpu" else _FORMED
+        rows = max(room // max(size * inputs.shape[2] * inputs.element_size(), 1), 1)
+        pairs = zip(directions[0].flatten(2).split(rows, 1), outputs.split(rows, 2), strict=True)
+        found = sum((along.flatten(1) @ (some.mT @ inputs).flatten(1).T for along, some in pairs), delta.new_zeros(()))
+        return found if self.bias is None else found + directions[1] @ outputs.sum(1).T
+
+    def _along(self, delta: Tensor, axis: Axis, size: int, directions: list[Tensor]) -> Tensor:
+        """The products of :meth:`products` from the derivatives of the result along the directions."""
+        inputs, outputs = (side.flatten(0, 1) for side in self.sides(delta, axis, size))
+        matrix = directions[0].flatten(2)
         if matrix.shape[1] > _NARROW:
-            found = ((inputs[:, 0] @ matrix.mT) * outputs).sum(2)
+            found = ((inputs @ matrix.mT) * outputs).sum(2)
         else:
-            images = (inputs[:, 0] @ matrix.flatten(0, 1).T).unflatten(1, (len(matrix), -1))  # (B, q, o)
+            images = (inputs @ matrix.flatten(0, 1).T).unflatten(1, (len(matrix), -1))  # (B·T, q, o)
             found = (images @ outputs[..., None]).squeeze(2).T
-        return found if self.bias is None else found + directions[1] @ outputs.T
+        found = found if self.bias is None else found + directions[1] @ outputs.T
+        return found.unflatten(1, (size, -1)).sum(2)
 
 
 class Convolution(Linear):
@@ -258,6 +275,18 @@ class Convolution(Linear):
         return [weight] if self.bias is None else [weight, outputs.sum(1)]
 
     @override
+    def _along(self, delta: Tensor, axis: Axis, size: int, directions: list[Tensor]) -> Tensor:
+        _, stride, padding, dilation = self._geometry
+        biases = [None] * len(directions[0]) if self.bias is None else directions[1]
+        found = []
+        for kernel, bias in zip(directions[0], biases, strict=True):
+            image = torch.convolution(
+                *(self._given, kernel, bias, stride, padding, dilation), False, [0] * len(stride), self.groups
+            )
+            found.append((image * delta).flatten(1).sum(1))
+        return axis.first(torch.stack(found, 1), size).sum(1).T
+
+    @override
     def bytes_per_example(self, size: int) -> int:
         values = self.weight.shape[1:].numel() * self.groups + self.weight.shape[0]
         return self.shape[0] * math.prod(self.shape[2:]) * values * self._itemsize // size
@@ -293,6 +322,13 @@ class Embedding(Layer):
         indices, outputs = self.sides(delta, axis, size)
         gradient = outputs.new_zeros(size, *self.weight.shape)
         return [gradient.scatter_add_(1, indices[..., None].expand_as(outputs), outputs)]
+
+    @override
+    def products(self, delta: Tensor, axis: Axis, size: int, directions: list[Tensor]) -> Tensor:
+        indices, outputs = self.sides(delta, axis, size)
+        if indices.shape[1] > len(directions[0][0]):
+            return super().products(delta, axis, size, directions)
+        return torch.stack([(table[indices] * outputs).sum((1, 2)) for table in directions[0]])
 
 
 class Elementwise(Layer):

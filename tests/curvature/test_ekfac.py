@@ -415,3 +415,15 @@ def test_gradients_can_be_rotated_in_parts(name: str, monkeypatch: pytest.Monkey
             forms = [inverse.of_losses(objective, batch) for batch in examples.batches()]
             results.append((inverse.ihvp(torch.ones(1, objective.space.size).double())[0], torch.cat(forms)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["perceptron", "convolution", "tokens"])
+def test_squares_from_pairs_of_positions_are_those_of_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for positions in (0, 16):
+        monkeypatch.setattr(ekfac, "_PAIRED", positions)
+        with opened(name) as (objective, examples):
+            inverse = fit(objective, examples)
+            forms = [inverse.of_losses(objective, batch) for batch in examples.batches()]
+            results.append((torch.cat([block.values.flatten() for block in inverse.blocks]), torch.cat(forms)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)

@@ -156,14 +156,15 @@ def test_gradients_from_layers_equal_those_of_one_example_at_a_time(name: str) -
     torch.manual_seed(0)
     with opened(make().eval(), x) as (objective, batch):
         expected = one_at_a_time(objective, batch)
-        directions = torch.randn(4, objective.space.size, dtype=torch.float64)
+        directions = torch.randn(40, objective.space.size, dtype=torch.float64)
         assert objective.layers is not None
         recorded = objective.layers.record_losses(batch)
         assert recorded is not None
         rows = recorded.rows(objective.space, recorded.output_gradients())
         torch.testing.assert_close(rows, expected, rtol=1e-9, atol=1e-12)
-        products = objective.layers.products(batch, directions)
-        torch.testing.assert_close(products, directions @ expected.T, rtol=1e-9, atol=1e-12)
+        for some in (directions[:1], directions[:2], directions):
+            products = objective.layers.products(batch, some)
+            torch.testing.assert_close(products, some @ expected.T, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(torch.cat(list(objective.gradients(batch))), expected, rtol=1e-9, atol=1e-12)
         found = objective.directional_derivatives(batch, directions)
         torch.testing.assert_close(found, directions @ expected.T, rtol=1e-9, atol=1e-12)
