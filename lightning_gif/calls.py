@@ -210,9 +210,10 @@ class Influence:
         on_targets = _are_on_targets(targets, overrides)
         settings = for_influence(requested, ggn=True, on_targets=on_targets)
         spill_to = _folder_for_scores(trainer)  # inside a session every trainer is in training
-        with calls.open_session(settings, choice, dataloader, overrides) as session:
-            scored, query = session.among(among), session.examples(batch)
-            report = influence(
+
+        def scores(session: Session, scored: Examples | None) -> InfluenceReport:
+            query = session.examples(batch)
+            return influence(
                 session.objective,
                 session.train,
                 query,
@@ -228,8 +229,8 @@ class Influence:
                 tokens=tokens,
                 context=calls._context(session),
             )
-            _finish(report, session, name, (scored or session.train) if losses else None)
-        return _logged(trainer, report, calls.log_reports)
+
+        return calls._scored(calls.open_session(settings, choice, dataloader, overrides), scores, among, name, losses)
 
     def _through_training(
         self,
@@ -242,17 +243,18 @@ class Influence:
         options: dict[str, Any],
     ) -> InfluenceReport:
         """The report of a call through training. ``options`` are arguments of the function."""
-        calls, trainer = self._of_trainer()
+        calls, _ = self._of_trainer()
         if calls.trajectory is None:
             raise ConfigurationError(
                 "through='training' needs the record of a run, but there is none. Fit with"
                 " GIFCallback(trajectory='folder'), or pass a GIFCallback with the folder of this model's run to"
                 " lightning_gif.attach(…, callback=…)."
             )
-        with calls.open_session(settings, "batch", dataloader) as session:
-            trajectory = Trajectory.open(Path(calls.trajectory))  # here, all processes have written their parts of it
-            scored = session.among(among)
-            report = influence_through_training(
+        folder = Path(calls.trajectory)
+
+        def scores(session: Session, scored: Examples | None) -> InfluenceReport:
+            trajectory = Trajectory.open(folder)  # here, all processes have written their parts of it
+            return influence_through_training(
                 session.objective,
                 session.train,
                 session.examples(batch),
@@ -262,8 +264,8 @@ class Influence:
                 among=scored,
                 context=calls._context(session),
             )
-            _finish(report, session, name, (scored or session.train) if losses else None)
-        return _logged(trainer, report, calls.log_reports)
+
+        return calls._scored(calls.open_session(settings, "batch", dataloader), scores, among, name, losses)
 
     def check(
         self,
@@ -623,16 +625,16 @@ class TrainerCalls:
                 "`targets` of trainer.self_influence must be None (all parameters) or 'cached', because there is no"
                 f" batch to rank neurons on, got {targets!r}."
             )
-        trainer, states = self._bound_to, _snapshot_states(self.tracker, snapshots)
+        states = _snapshot_states(self.tracker, snapshots)
         requested = check_names(self.settings.override(overrides, keywords(self.self_influence)))
         check_count("k", k)
         check_log_name(name)
         on_targets = _are_on_targets(targets, overrides)
         settings = for_influence(requested, ggn=True, on_targets=on_targets)
         choice: TargetsChoice = "cached" if targets is None else targets
-        with self.open_session(settings, choice, dataloader, overrides) as session:
-            scored = session.among(among)
-            report = self_influence(
+
+        def scores(session: Session, scored: Examples | None) -> InfluenceReport:
+            return self_influence(
                 session.objective,
                 session.train,
                 session.influence_settings(requested, on_targets=on_targets, queries=len(session.train), itself=True),
@@ -642,8 +644,23 @@ class TrainerCalls:
                 k=k,
                 context=self._context(session),
             )
+
+        return self._scored(self.open_session(settings, choice, dataloader, overrides), scores, among, name, losses)
+
+    def _scored(
+        self,
+        opened: AbstractContextManager[Session],
+        scores: Callable[[Session, Examples | None], InfluenceReport],
+        among: Any,
+        name: str | None,
+        losses: bool,
+    ) -> InfluenceReport:
+        """The report of a function of the session and of the examples to score, finished and logged."""
+        with opened as session:
+            scored = session.among(among)
+            report = scores(session, scored)
             _finish(report, session, name, (scored or session.train) if losses else None)
-        return _logged(trainer, report, self.log_reports)
+        return _logged(self._bound_to, report, self.log_reports)
 
     def unlearn(
         self,

@@ -92,7 +92,11 @@ class CorrectedEKFAC(InverseCurvature):
 
     @classmethod
     def n_updates(cls, settings: Settings, n_batches: int, n_queries: int) -> int | None:
-        return 2 * n_batches + n_queries * max_iter(_of_solve(settings))
+        return 2 * n_batches + cls.corrections(settings, n_queries)
+
+    @classmethod
+    def corrections(cls, settings: Settings, n_queries: int) -> int:
+        return n_queries * max_iter(_of_solve(settings))
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         root = self._ekfac.root

@@ -243,6 +243,10 @@ class EKFACInverse(InverseCurvature):
         return 2 * n_batches
 
     @classmethod
+    def corrections(cls, settings: Settings, n_queries: int) -> int | None:
+        return 0
+
+    @classmethod
     def of(
         cls,
         objective: Objective,

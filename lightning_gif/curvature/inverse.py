@@ -53,6 +53,16 @@ class InverseCurvature(ABC):
         return None
 
     @classmethod
+    def corrections(cls, settings: Settings, n_queries: int) -> int | None:
+        """How many products with the exact matrix correct EK-FAC; ``None`` for an inverse without EK-FAC.
+
+        Args:
+            settings: Curvature, solver and their parameters.
+            n_queries: The number of gradients that :meth:`ihvp` will get.
+        """
+        return None
+
+    @classmethod
     @abstractmethod
     def fit(
         cls,

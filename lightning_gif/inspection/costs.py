@@ -25,7 +25,7 @@ from ..curvature.by_solver import (
     inverse_for_queries,
     n_outputs,
 )
-from ..curvature.corrected import ITERATIONS, CorrectedEKFAC
+from ..curvature.corrected import CorrectedEKFAC
 from ..curvature.ekfac import EKFACInverse, eigenvectors
 from ..curvature.methods import METHODS
 from ..curvature.products import CURVATURES, Linearise
@@ -58,9 +58,6 @@ _MOST_ENTRIES = 200_000
 
 # How many rows of Jacobians are multiplied to measure a product.
 _MEASURED_ROWS = 64
-
-# The solvers that compute EK-FAC.
-_LAYERS = EKFACInverse.name, CorrectedEKFAC.name
 
 # How many trials a search along the influence direction evaluates, and how many a further change. Rough numbers: edits
 # of a small perceptron evaluated 13 trials for three changes, and 20 for five.
@@ -209,7 +206,7 @@ def measure(
         curvatures[name] = CurvatureCosts(start, product, alone, kept, working)
     rows = of(lambda batch: [rows.sum() for rows in objective.gradients(batch)])
     layers, layers_bytes, root, itself = None, 0, 0.0, rows
-    if scores.solver in _LAYERS:
+    if inverse_for_queries(scores).corrections(scores, n_queries) is not None:
         layers, inverse = _inverse(objective, sample, scores)
         layers_bytes, root = inverse.nbytes, _seconds(lambda: inverse.root(theta[None]), objective.device)
         if inverse.of_losses(objective, part) is not None:
@@ -375,10 +372,11 @@ class Costs:
             solving = kept + passes.scores.working
             copies = SKETCH_COPIES * max_iter(settings) if SOLVERS[settings.solver].is_sketch else 12
         else:
-            algebra, products, copies = 0.0, 0, 4 * min(n_queries, EKFACInverse.block_size)
+            algebra, copies = 0.0, 4 * min(n_queries, EKFACInverse.block_size)
             solves, kept, solving = self._layers(passes.layers, settings)
-            if settings.solver == CorrectedEKFAC.name:
-                products, copies = n_queries * (settings.max_iter or ITERATIONS), 12 * min(n_queries, MOST_TOGETHER)
+            products = inverse_for_queries(settings).corrections(settings, n_queries) or 0
+            if products:
+                copies = 12 * min(n_queries, MOST_TOGETHER)
                 costs = passes.scores if n_queries > 1 else replace(passes.scores, product=passes.scores.alone)
                 corrections, graphs = self._curvature(costs, settings, self._sample(settings), products)
                 algebra, solves, kept = 2 * products * passes.root, solves + corrections, kept + graphs
