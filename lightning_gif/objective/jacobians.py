@@ -165,12 +165,15 @@ def layer_jacobians(recorded: RecordedPass, vectors: Sequence[Tensor]) -> list[L
 
 def _of_layer(layer: Layer, axis: Axis, size: int, deltas: Sequence[Tensor]) -> LayerJacobian:
     if isinstance(layer, Linear) and layer.groups == 1:
-        inputs, outputs = layer.sides(deltas[0], axis, size)
-        if _Sizes.of(inputs.shape[1], len(deltas), outputs.shape[2], inputs.shape[2]).keeps_factors:
+        inputs, outputs = layer.inputs(axis, size), [layer.outputs(delta, axis, size) for delta in deltas]
+        if _Sizes.of(inputs.shape[1], len(deltas), outputs[0].shape[2], inputs.shape[2]).keeps_factors:
             if layer.bias is not None:
                 inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], 2)
-            sides = [outputs, *(layer.sides(delta, axis, size)[1] for delta in deltas[1:])]
-            return _Factors(layer, inputs.contiguous(), torch.stack([side.flatten(1) for side in sides], 1))
+            return _Factors(layer, inputs.contiguous(), torch.stack([side.flatten(1) for side in outputs], 1))
+        of_all = torch.cat(outputs, 2)  # (B, T, d·o)
+        rows = [of_all.mT @ inputs] if layer.bias is None else [of_all.mT @ inputs, of_all.sum(1)]
+        by_function = (one.reshape(size, len(deltas), -1).transpose(0, 1) for one in rows)
+        return _Rows(layer.parts, [one.reshape(len(deltas) * size, -1) for one in by_function], size)
     gradients = zip(*(layer.gradients(delta, axis, size) for delta in deltas), strict=True)
     return _Rows(layer.parts, [torch.cat([one.reshape(size, -1) for one in part]) for part in gradients], size)
 

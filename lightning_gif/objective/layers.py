@@ -200,9 +200,17 @@ class Linear(Layer):
         self.weight, self.bias = weight, bias
         self.parts = [weight] if bias is None else [weight, bias]
 
+    def inputs(self, axis: Axis, size: int) -> Tensor:
+        """The inputs ``(B, T, i)`` of each example at its ``T`` positions."""
+        return _of_examples(self._given, axis, size)
+
+    def outputs(self, delta: Tensor, axis: Axis, size: int) -> Tensor:
+        """The output gradients ``(B, T, o)`` of each example at its ``T`` positions."""
+        return _of_examples(delta, axis, size)
+
     def sides(self, delta: Tensor, axis: Axis, size: int) -> tuple[Tensor, Tensor]:
-        """The inputs ``(B, T, i)`` and the output gradients ``(B, T, o)`` of each example at its ``T`` positions."""
-        return _of_examples(self._given, axis, size), _of_examples(delta, axis, size)
+        """:meth:`inputs` and :meth:`outputs`."""
+        return self.inputs(axis, size), self.outputs(delta, axis, size)
 
     @override
     def gradients(self, delta: Tensor, axis: Axis, size: int) -> list[Tensor]:
@@ -263,9 +271,13 @@ class Convolution(Linear):
         return 1
 
     @override
-    def sides(self, delta: Tensor, axis: Axis, size: int) -> tuple[Tensor, Tensor]:
+    def inputs(self, axis: Axis, size: int) -> Tensor:
         patches = _patches(self._given, *self._geometry)  # (N, i, T)
-        return _of_examples(patches.mT, axis, size), _of_examples(delta.flatten(2).mT, axis, size)
+        return _of_examples(patches.mT, axis, size)
+
+    @override
+    def outputs(self, delta: Tensor, axis: Axis, size: int) -> Tensor:
+        return _of_examples(delta.flatten(2).mT, axis, size)
 
     @override
     def gradients(self, delta: Tensor, axis: Axis, size: int) -> list[Tensor]:
