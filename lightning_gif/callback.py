@@ -177,9 +177,9 @@ class GIFCallback(TrainerCalls, Callback):
             dataset indices of its examples and the settings of the optimizer. A message at the start says how large it
             gets. When a fit starts from the beginning, the folder must be new or empty; a fit from a checkpoint
             continues the record of its run. It needs automatic optimization with ``SGD``, ``Adam`` or ``AdamW``, full
-            precision, and whole weights on each process. ``None`` (default) records nothing.
-        trajectory_size: The GiB that the states of the training may take in this folder. With fewer states, a replay
-            needs more memory. By default there are about √T of them.
+            precision, and parameters that are not sharded (FSDP2). ``None`` (default) records nothing.
+        trajectory_size: The most disk space, in GiB, for the stored states. If √T states do not fit, fewer are stored,
+            and a replay needs more memory. ``None`` (default) sets no limit.
         influence_loss: A function ``(module, batch) -> (B,)`` that returns the training loss of each example of a
             batch, for modules whose code you cannot change. It replaces the ``influence_loss`` of the module, see
             :class:`~lightning_gif.GIFMixin`. By default, losses come from the module.

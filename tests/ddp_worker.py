@@ -351,7 +351,7 @@ def recorded(world: int, folder: Path) -> dict[str, Any]:
         found["slopes"] = torch.cat(slopes)
     trainer.strategy.barrier()
     if trainer.is_global_zero:
-        next((folder / "noisy").glob("steps-*-of-1.safetensors")).unlink()
+        next((folder / "noisy").glob("steps-*-process-1.safetensors")).unlink()
     trainer.strategy.barrier()
     found["missing"] = told(lambda: trainer.influence(QUERY, through="training"))
 

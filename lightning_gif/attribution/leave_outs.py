@@ -20,6 +20,9 @@ __all__ = ["LeaveOuts"]
 # 0.92 above the first smoothness, 0.30 to 0.66 between the two, and 0.19 to 0.37 below the second.
 _SMOOTH, _ROUGH = 0.9, 0.5
 
+# With fewer replays, a correlation says little.
+_ENOUGH = 10
+
 
 @dataclass(frozen=True)
 class LeaveOuts:
@@ -70,11 +73,11 @@ class LeaveOuts:
 
     def __str__(self) -> str:
         found = self.correlation
-        measured = "" if found is None else f", correlation of predicted and measured changes {found:.2f}"
-        return (
-            f"{self.verdict} (smoothness {self.mean_smoothness:.2f}{measured}; {len(self.smoothness)} replays without"
-            f" {self.share:.0%} of the examples)"
-        )
+        few = ", which is uncertain with so few replays" if len(self.smoothness) < _ENOUGH else ""
+        measured = "" if found is None else f", correlation of predicted and measured changes {found:.2f}{few}"
+        count = len(self.smoothness)
+        replays = f"{count} {'replay' if count == 1 else 'replays'} without {self.share:.0%} of the examples"
+        return f"{self.verdict} (smoothness {self.mean_smoothness:.2f}{measured}; {replays})"
 
     def summary(self) -> dict[str, float]:
         """The test in plain numbers."""

@@ -185,7 +185,7 @@ class InfluenceReport(InfluenceRecord, HtmlReport):
             known = sorted(self.train_tokens)
             advice = "Pass a larger `k` to trainer.influence."
             if query >= MOST_QUERIES:
-                advice = "Pass the example of this query alone to trainer.influence."
+                advice = "Call trainer.influence with this query's example alone, and tokens=True."
             raise ConfigurationError(
                 "The report has no scores of tokens. Call trainer.influence(batch, tokens=True)."
                 if not known

@@ -514,7 +514,7 @@ def _weighted_squares(
     pairs = _pairs(block, recorded, deltas)
     if pairs is not None:
         left, right = pairs
-        return ((left @ weights) * right).sum((1, 2))
+        return ((left @ weights) * right).sum((1, 2)).clamp_min_(0)  # below zero by rounding
     parts = rotated_gradients(block, recorded, deltas, space)
     return torch.cat([(part.square() * weights).sum((1, 2)) for part in parts])
 

@@ -92,7 +92,7 @@ def influence_through_training(
     replay = Replay(objective, train, trajectory)
     end = replay.end
     _check_end(objective, end)
-    _check_memory(replay, end, settings)
+    _check_memory(replay, replay.stored(replay.n_steps), settings)
     _warn_about_buffers(replay, end)
     check_weighting(replay)
     adjoint = query_adjoint(objective, query, end, per_example=per_example)
@@ -162,13 +162,23 @@ def _swept(replay: Replay, adjoint: Adjoint, settings: Settings) -> Parts:
     whole = Parts(n_queries, n_epochs if keeps else None, n_train)
     together = max(int(budget // (_COPIES * adjoint.theta[0].nbytes)), 1)
     first, last = processes.shard(n_queries)
-    rounds = -(-(last - first) // together)
+    starts = list(range(first, last, together))
+    rounds = max(processes.gather(len(starts)))
+
+    def meet() -> None:
+        processes.total(0.0)  # so that none waits for another one longer than a process group allows
+
     with objective.progress.stage(_SWEEP, rounds * replay.n_steps) as update:
-        for start in range(first, last, together):
-            rows = slice(start, min(start + together, last))
+        for number in range(rounds):
+            if number >= len(starts):  # the other processes have more queries
+                for _ in replay.segments:
+                    meet()
+                continue
+            rows = slice(starts[number], min(starts[number] + together, last))
             one = adjoint.of_queries(rows)
             part = Parts(len(one.theta), n_epochs if keeps else None, n_train)
-            sweep(replay, one, part, most=lambda size: int(budget // max(_OF_GRAPH * size, 1)), on_step=update)
+            options: dict[str, Any] = {"on_step": update, "on_segment": meet}
+            sweep(replay, one, part, most=lambda size: int(budget // max(_OF_GRAPH * size, 1)), **options)
             whole.total[rows] = part.total
             if whole.by_epoch is not None and part.by_epoch is not None:
                 whole.by_epoch[rows] = part.by_epoch

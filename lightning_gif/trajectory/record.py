@@ -33,15 +33,17 @@ _STEPS = Format("lightning-gif training steps", (1,), "steps of a recorded train
 
 _AVERAGE = "average.safetensors"
 
+_AVERAGES = "averages.safetensors"
+
 # The plain values of a step.
-_OF_STEP = ("epoch", "divisor", "members", "options", "evaluating", "averaged")
+_OF_STEP = ("epoch", "divisor", "members", "options", "evaluating")
 
 # The states of random generators of a batch.
 _GENERATORS = ("generators", "reading")
 
 _STATE_NAME = re.compile(r"state-(\d+)\.safetensors")
 
-_STEPS_NAME = re.compile(r"steps-(\d+)-(\d+)(?:-of-(\d+))?\.safetensors")
+_STEPS_NAME = re.compile(r"steps-(\d+)-(\d+)(?:-process-(\d+))?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,6 @@ class StepRecord:
         evaluating: The names of the submodules in evaluation mode.
         batches: The batches whose gradients are added up. With several processes, those of the first process come
             last among the batches that are computed at the same time, since its buffers are those that go on.
-        averaged: For each time that the weights were averaged after the step, the share by which the average moved to
-            the weights, and that by which its buffers moved.
     """
 
     number: int
@@ -90,7 +90,6 @@ class StepRecord:
     options: list[dict[str, Any]]
     evaluating: list[str]
     batches: tuple[BatchRecord, ...]
-    averaged: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,7 @@ class Run:
         clip_limit: The limit of the clipping.
         dataset_size: The number of items of the training dataset.
         n_processes: The number of processes.
+        dtype: The default dtype of PyTorch.
         end: The number of steps of the run; ``None`` as long as it has not come to its end.
     """
 
@@ -141,6 +141,7 @@ class Run:
     clip_limit: float
     dataset_size: int
     n_processes: int
+    dtype: str
     end: int | None
 
 
@@ -225,7 +226,7 @@ class Trajectory:
         return self.folder / f"state-{step:08d}.safetensors"
 
     def _steps_path(self, first: int, stop: int, rank: int) -> Path:
-        process = f"-of-{rank}" if rank else ""
+        process = f"-process-{rank}" if rank else ""
         return self.folder / f"steps-{first:08d}-{stop:08d}{process}.safetensors"
 
     def check_whole(self) -> None:
@@ -251,7 +252,10 @@ class Trajectory:
             if at != end:
                 missing.append(f"the steps from {at} on" + (f" of process {rank}" if self.run.n_processes > 1 else ""))
         if missing:
-            raise ConfigurationError(f"{name} is incomplete: files with {missing[0]} are missing. {_REMEDY}")
+            stopped = (
+                " Or the recording of this process has stopped with a warning." if self.run.n_processes > 1 else ""
+            )
+            raise ConfigurationError(f"{name} is incomplete: files with {missing[0]} are missing. {_REMEDY}{stopped}")
 
     # ----------------------------------------------------------------------------------------------------------------
     # States
@@ -264,6 +268,29 @@ class Trajectory:
     def add_average(self, state: TrainingState) -> None:
         """Writes the averaged weights and buffers at the end of the run."""
         self._write_state(self.folder / _AVERAGE, state)
+
+    def set_averages(self, averages: Sequence[tuple[int, float, float]]) -> None:
+        """Writes how the run has averaged its weights.
+
+        Args:
+            averages: For each average, the number of steps before it, the share by which it moved to the weights, and
+                that by which its buffers moved to those of the module.
+        """
+        values = torch.tensor(averages, dtype=torch.float64).reshape(-1, 3)
+        write_file(self.folder / _AVERAGES, _STEPS, {"run": self.run.mark}, {"averages": values})
+
+    def averages(self) -> list[tuple[int, float, float]]:
+        """Reads what :meth:`set_averages` wrote; empty if nothing was averaged.
+
+        Raises:
+            ConfigurationError: If the file is damaged, or is of another run.
+        """
+        path = self.folder / _AVERAGES
+        if not path.exists():
+            return []
+        _, tensors = self._read(path, _STEPS)
+        with parse_errors_name(path, _REMEDY):
+            return [(int(steps), share, of_buffers) for steps, share, of_buffers in tensors["averages"].tolist()]
 
     def _write_state(self, path: Path, state: TrainingState) -> None:
         tensors = {f"weights/{name}": value for name, value in state.weights.items()}
@@ -412,11 +439,17 @@ class Trajectory:
         Raises:
             ConfigurationError: If steps before it are missing.
         """
+        reached = max([stop for _, stop in self._chunks(self.rank)], default=0)
+        if reached < step:
+            raise ConfigurationError(
+                f"the record in {str(self.folder)!r} ends at step {reached}, before the step {step} of the checkpoint."
+                f" Continue from a checkpoint of step {reached} or earlier"
+            )
         kept = [] if step == 0 else self._steps_of(self.rank, 0, step)
         for low, high in self._chunks(self.rank):
             if high > step:
-                self._steps_path(low, high, self.rank).unlink()
                 self.add_steps([one for one in kept if low <= one.number < high])
+                self._steps_path(low, high, self.rank).unlink()
         if self.rank == 0:
             for state in self.states:
                 if state > step:

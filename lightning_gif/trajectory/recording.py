@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,11 +19,11 @@ from .._compat import rank_zero_info, rank_zero_warn, watch_iterators
 from ..config import check_number
 from ..data.loaders import check_loader
 from ..distributed import SINGLE_PROCESS, ProcessGroup
-from ..errors import ConfigurationError, GIFWarning, RankError, TrainingDataError
+from ..errors import ConfigurationError, GIFError, GIFWarning, RankError, TrainingDataError
 from ..parameters import ParameterSpace, tensors_of
 from .averaging import Averages
 from .marks import Generators, mark_of
-from .record import BatchRecord, Run, StepRecord, TrainingState, Trajectory
+from .record import BatchRecord, StepRecord, TrainingState, Trajectory
 from .sampling import DrawnIndices
 from .updates import UPDATES
 
@@ -37,6 +38,18 @@ _FIRST_SPACING = 8
 
 # So many steps are written together. A checkpoint has them written earlier, so that a fit can go on from it.
 _STEPS_TOGETHER = 1000
+
+# What a run is compared by, in words.
+_FACTS = {
+    "module": "class of the module",
+    "shapes": "set of trainable parameters",
+    "optimizer": "optimizer",
+    "clip_algorithm": "clipping of gradients",
+    "clip_limit": "clipping of gradients",
+    "dataset_size": "size of the dataset",
+    "n_processes": "number of processes",
+    "dtype": "default dtype of PyTorch",
+}
 
 _PRECISIONS = ("32-true", "64-true")
 
@@ -80,40 +93,55 @@ class TrajectoryRecorder:
             ConfigurationError: If it cannot.
         """
         self.close()
-        if self.folder is None or trainer.fast_dev_run:
-            return
-        _check_run(trainer, module)
         processes = ProcessGroup.of(trainer)
         with processes.propagate_errors():
             other = "Give the same folder on all processes, on a disk that all of them share."
             processes.assert_equal(self.folder, "folder `trajectory`", other)
+            if self.folder is None or trainer.fast_dev_run:
+                return
+            _check_run(trainer, module)
             _check_folder(Path(self.folder), resumed=trainer.ckpt_path is not None)
+        self._processes = processes
         self._unwatch = watch_iterators(trainer, self._drawn.around)
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Begins or continues the record, when loaders and optimizers exist."""
+        """Begins or continues the record, when loaders and optimizers exist.
+
+        Raises:
+            ConfigurationError: If the fit cannot be recorded with this loader, optimizer, folder or size.
+        """
         if self._unwatch is None:
             return
-        self._processes = ProcessGroup.of(trainer)
-        with self.guard("at the start of the fit"), self._processes.propagate_errors():
-            _check_loader(trainer)
-            if any(isinstance(one, nn.SyncBatchNorm) for one in module.modules()):
-                raise ConfigurationError(
-                    "SyncBatchNorm combines the batches of all processes, which a replay cannot. Use BatchNorm"
-                )
-            optimizer = _optimizer_of(trainer)
-            self._names = {id(value): name for name, value in module.named_parameters()}
-            self._module, self._optimizer = module, optimizer
-            self._trajectory = self._opened(trainer, module, optimizer)
-            self._step, self._steps = trainer.global_step, list[StepRecord]()
-            self._batches = list[BatchRecord]()
-            self._pending: BatchRecord | None = None
-            self._options: list[dict[str, Any]] = []
-            self._final: TrainingState | None = None
-            self._spacing, self._grows = self._spaced(trainer)
-            self._averages = Averages(trainer)
+        try:
+            with self._processes.propagate_errors():
+                self._start(trainer, module)
+        except GIFError as error:
+            self.close()
+            raise ConfigurationError(
+                f"The training cannot be recorded: {str(error).rstrip('.')}. Or omit `trajectory`:"
+                " trainer.influence(batch) without `through` needs no record."
+            ) from error
+        with self.guard("at the start of the fit"):
             self._add_state(self._state())
             self.active = True
+
+    def _start(self, trainer: Trainer, module: LightningModule) -> None:
+        _check_loader(trainer)
+        if any(isinstance(one, nn.SyncBatchNorm) for one in module.modules()):
+            raise ConfigurationError(
+                "SyncBatchNorm combines the batches of all processes, which a replay cannot do. Use BatchNorm without"
+                " Trainer(sync_batchnorm=True)"
+            )
+        self._trainer, self._module, self._optimizer = trainer, module, _optimizer_of(trainer)
+        self._names = {id(value): name for name, value in module.named_parameters()}
+        self._averages, self._averaged = Averages(trainer), list[tuple[int, float, float]]()
+        self._step, self._steps = trainer.global_step, list[StepRecord]()
+        self._batches = list[BatchRecord]()
+        self._pending: BatchRecord | None = None
+        self._options: list[dict[str, Any]] = []
+        self._final: TrainingState | None = None
+        self._spacing, self._grows = self._spaced(trainer)
+        self._trajectory = self._opened(trainer, module, self._optimizer)
 
     def _opened(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Trajectory:
         folder, size = Path(self.folder or ""), len(_loader_of(trainer).dataset)
@@ -128,18 +156,29 @@ class TrajectoryRecorder:
             "clip_limit": float(limit or 0.0),
             "dataset_size": size,
             "n_processes": trainer.world_size,
+            "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
         }
-        step, rank = trainer.global_step, self._processes.rank
-        if not step:
-            begun = Trajectory.create(folder, **facts).run if rank == 0 else Run(mark="", end=None, **facts)
-            return Trajectory(folder, self._processes.broadcast(begun), rank)
-        trajectory = Trajectory.open(folder, rank)
-        differing = [name for name, value in facts.items() if getattr(trajectory.run, name) != value]
+        step, processes = trainer.global_step, self._processes
+        if not processes.broadcast(bool(step) or (trainer.ckpt_path is not None and any(folder.iterdir()))):
+            begun = Trajectory.create(folder, **facts).run if processes.rank == 0 else None
+            mark = processes.broadcast("" if begun is None else begun.mark)
+            trajectory = Trajectory.open(folder, processes.rank)
+            if trajectory.run.mark != mark:
+                raise ConfigurationError(f"the processes have different folders at {self.folder!r}. Use a shared disk")
+            return trajectory
+        trajectory = Trajectory.open(folder, processes.rank)
+        differing = [_FACTS[name] for name, value in facts.items() if getattr(trajectory.run, name) != value]
         if differing:
             raise ConfigurationError(
-                f"{self.folder!r} has the record of another run: {', '.join(differing)} differ. Give another folder"
+                f"the run in {self.folder!r} had another {', another '.join(dict.fromkeys(differing))}. Continue it"
+                " with the settings of its first fit"
             )
+        self._averaged = trajectory.averages()[: self._averages.count]
         trajectory.resume(step)
+        if self._most is not None and processes.rank == 0:
+            for state in trajectory.states[1:]:
+                if state % self._spacing:
+                    trajectory.drop_state(state)
         return trajectory
 
     def _spaced(self, trainer: Trainer) -> tuple[int, bool]:
@@ -149,21 +188,23 @@ class TrajectoryRecorder:
         spacing = max(round(math.sqrt(total)), 1) if known else _FIRST_SPACING
         size, self._most = self._expected_bytes(), None
         if self._gib is not None:
-            self._most = int(self._gib * 2**30 / max(size, 1))
+            # A fit that goes on has one more state, that of its checkpoint, and an average is about one.
+            more = bool(trainer.global_step) + (self._averages.count > 0 or self._averages.exists)
+            self._most = int(self._gib * 2**30 / max(size, 1)) - more
             if self._most < 2:
+                least = 1.01 * (2 + more) * size / 2**30  # no less when it is rounded
                 raise ConfigurationError(
-                    f"a state of the training takes {size / 2**30:.3g} GiB, and the record needs two, but"
-                    f" `trajectory_size` is {self._gib:.3g} GiB. Give at least {2 * size / 2**30:.3g}"
+                    f"a state of the training takes {_in_units(size)}, and the record needs at least {2 + more} of"
+                    f" them, but `trajectory_size` is {self._gib:.3g} GiB. Give at least {least:.3g}"
                 )
-            spacing = max(math.ceil(total / (self._most - 1)), 1) if known else spacing
+            spacing = max(spacing, math.ceil(total / (self._most - 1))) if known else spacing
         n_states = math.ceil(total / spacing) + 1 if known else 0
-        most = "A number of states that grows like the square root of the steps"
-        number = f"{n_states} states" if known else most if self._most is None else f"Up to {self._most} states"
+        most = "About √T states for T steps" if self._most is None else f"Up to {self._most} states"
         whole = f" That is {_in_units(n_states * size)} in all, and" if known else " Besides, there are"
         rank_zero_info(
-            f"The training is recorded in {self.folder!r}. {number} of {_in_units(size)} each will be stored (weights,"
-            f" buffers and the optimizer's state).{whole} 8 bytes for each example of each step, and 10 KiB for a step"
-            " that draws random numbers."
+            f"The training is recorded in {self.folder!r}. {f'{n_states} states' if known else most} will be stored, of"
+            f" {_in_units(size)} each (weights, buffers and the optimizer's state).{whole} 8 bytes for each example of"
+            " each step. A batch for which random numbers are drawn takes 10 to 20 KiB more."
         )
         return spacing, not known
 
@@ -176,7 +217,8 @@ class TrajectoryRecorder:
             if drawn is None:
                 raise TrainingDataError("the indices of its batches are not known")
             self._note_averages()
-            if not self._batches and self._step % self._spacing == 0 and self._step not in self._trajectory.states:
+            is_due = self._processes.rank == 0 and not self._batches and self._step % self._spacing == 0
+            if is_due and self._step not in self._trajectory.states:
                 self._add_state(self._state())
             self._pending = BatchRecord(drawn.ids, batch_idx, mark_of(batch), {}, reading=drawn.generators)
             self._generators = Generators.now(trainer.strategy.root_device)
@@ -212,7 +254,7 @@ class TrajectoryRecorder:
 
     def end_epoch(self) -> None:
         """Keeps the state, which is the last one if no step follows. Later hooks may exchange the weights."""
-        if self.active:
+        if self.active and self._processes.rank == 0:
             with self.guard("reading the weights"):
                 self._final = self._state()
 
@@ -226,13 +268,14 @@ class TrajectoryRecorder:
         """Ends the record with the state after the last step."""
         if self.active:
             with self.guard("the end"):
-                final = self._final if self._final is not None else self._state()
                 self._write_steps()
-                self._add_state(final)
-                if self._averages.module is not None and self._processes.rank == 0:
-                    average = training_state(final.step, self._averages.module, self._optimizer)
-                    self._trajectory.add_average(average)
-                self._trajectory.set_end(final.step)
+                if self._processes.rank == 0:
+                    final = self._final if self._final is not None else self._state()
+                    self._add_state(final)
+                    if self._averages.module is not None:
+                        average = training_state(final.step, self._averages.module, self._optimizer)
+                        self._trajectory.add_average(average)
+                    self._trajectory.set_end(final.step)
         self.close()
 
     def abandon(self) -> None:
@@ -265,7 +308,7 @@ class TrajectoryRecorder:
             adaptive = 2 + bool(group.get("amsgrad")) if "betas" in group else bool(group.get("momentum"))
             new = [one for one in group["params"] if not self._optimizer.state.get(one)]
             tensors += adaptive * sum(one.numel() * one.element_size() for one in new)
-        return self._state().nbytes + tensors
+        return training_state(self._step, self._module, self._optimizer).nbytes + tensors
 
     def _add_state(self, state: TrainingState) -> None:
         if len(self._steps) >= _STEPS_TOGETHER:
@@ -274,7 +317,7 @@ class TrajectoryRecorder:
             return
         self._trajectory.add_state(state)
         states = self._trajectory.states
-        most = 2 * self._spacing + 2 if self._most is None else self._most - 1
+        most = 2 * self._spacing + 2 if self._most is None else min(2 * self._spacing + 2, self._most - 1)
         if self._grows and len(states) > most:
             self._spacing *= 2
             for step in states[1:-1]:
@@ -283,12 +326,13 @@ class TrajectoryRecorder:
 
     def _note_averages(self) -> None:
         """Notes how the weights after the last step were averaged."""
-        shares = self._averages.new_shares()
-        if shares and self._steps:
-            self._steps[-1] = replace(self._steps[-1], averaged=[*self._steps[-1].averaged, *shares])
+        done = self._trainer.global_step  # another callback may save a checkpoint before :meth:`end_batch`
+        self._averaged += [(done, share, of_buffers) for share, of_buffers in self._averages.new_shares()]
 
     def _write_steps(self) -> None:
         self._note_averages()
+        if self._averaged and self._processes.rank == 0:
+            self._trajectory.set_averages(self._averaged)
         self._trajectory.add_steps(self._steps)
         self._steps = []
 
@@ -389,8 +433,12 @@ def _optimizer_of(trainer: Trainer) -> Optimizer:
 def _check_run(trainer: Trainer, module: LightningModule) -> None:
     """Checks what is known of a run before its loaders and optimizers exist."""
     reason = None
-    if trainer.world_size > 1 and type(trainer.strategy).__name__ == "ModelParallelStrategy":
+    if trainer.world_size > 1 and any(
+        kind.__name__ == "ModelParallelStrategy" for kind in type(trainer.strategy).__mro__
+    ):
         reason = "its processes hold parts of the weights, and a record has all of them. Use strategy='ddp'"
+    elif any(type(one).__name__ == "StochasticWeightAveraging" for one in trainer.callbacks):
+        reason = "StochasticWeightAveraging replaces the weights at the end. Use Lightning's WeightAveraging"
     elif not module.automatic_optimization:
         reason = f"{type(module).__name__} optimises manually, and the record is of automatic optimization"
     elif trainer.precision not in _PRECISIONS:

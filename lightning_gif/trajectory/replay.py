@@ -73,6 +73,7 @@ class ReplayedStep:
     Attributes:
         record: The step.
         before: The state before the step.
+        after: The state after it.
         batches: Its batches, prepared for the model.
         others: The buffers before each batch.
         grads: The gradients that the optimizer got, before clipping, of the parameters that had one.
@@ -80,6 +81,7 @@ class ReplayedStep:
 
     record: StepRecord
     before: State
+    after: State
     batches: list[Batch]
     others: list[dict[str, Tensor]]
     grads: dict[str, Tensor]
@@ -122,10 +124,25 @@ class Replay:
         self._sorted, self._order = train.ids.sort()
         self.update: Update = {kind.__name__: update for kind, update in UPDATES.items()}[run.optimizer]
         self.difference = 0.0
-        average = trajectory.average()
+        self._averages: dict[int, list[tuple[float, float]]] = {}
+        for steps, share, of_buffers in trajectory.averages():
+            self._averages.setdefault(steps, []).append((share, of_buffers))
+        average = trajectory.average() if self._averages else None
         averaged = None if average is None else self._at_hand(average)
         self.of_average = averaged is not None and torch.equal(objective.theta, averaged.theta())
         self.end = averaged if averaged is not None and self.of_average else self.stored(self.n_steps)
+
+    def averages_after(self, step: StepRecord) -> list[tuple[float, float]]:
+        """For each average of the weights after a step, the share of the weights, and that of the buffers."""
+        return self._averages.get(step.number + 1, [])
+
+    def compare_average(self, replayed: Tensor) -> None:
+        """Compares the averaged weights ``(p,)`` of a replay with those of the run.
+
+        Raises:
+            ConfigurationError: If they have little in common.
+        """
+        self._compare_weights(replayed, self.end.theta(), "at the end its averaged weights")
 
     @property
     def n_steps(self) -> int:
@@ -164,25 +181,30 @@ class Replay:
         """
         steps, state = self.trajectory.steps(first, stop), self.stored(first)
         for step, batches in zip(steps, self.read(steps), strict=True):
-            replayed, state = self.step(state, step, batches)
+            replayed = self.step(state, step, batches)
+            state = replayed.after
             yield replayed
         self._compare(state, self.stored(stop), stop)
 
-    def weighted_end(self, weights: Tensor, on_step: Callable[[], Any] = lambda: None) -> State:
+    def weighted_end(
+        self, weights: Tensor, on_step: Callable[[], Any] = lambda: None, on_segment: Callable[[], Any] = lambda: None
+    ) -> State:
         """What :attr:`end` would be if examples had these weights ``(n,)`` by their positions in ``train``.
 
         Args:
             weights: The weights.
             on_step: Called after each step.
+            on_segment: Called after the steps between two stored states.
         """
         state = average = self.stored(0)
         for first, stop in self.segments:
             steps = self.trajectory.steps(first, stop)
             for step, batches in zip(steps, self.read(steps), strict=True):
-                _, state = self.step(state, step, batches, weights)
-                for share, of_buffers in step.averaged if self.of_average else ():
+                state = self.step(state, step, batches, weights).after
+                for share, of_buffers in self.averages_after(step) if self.of_average else ():
                     average = average.moved_to(state, share, of_buffers)
                 on_step()
+            on_segment()
         return average if self.of_average else state
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -191,8 +213,8 @@ class Replay:
 
     def step(
         self, state: State, record: StepRecord, batches: list[Batch], weights: Tensor | None = None
-    ) -> tuple[ReplayedStep, State]:
-        """One optimizer step: what a sweep needs of it, and the state after it.
+    ) -> ReplayedStep:
+        """One optimizer step.
 
         Args:
             state: The state before.
@@ -207,9 +229,9 @@ class Replay:
                 grads[name] = grads[name] + grad if name in grads else grad
             before.append(now)
             now = now if recorded.rank else after  # the buffers of the first process are those of all
-        replayed = ReplayedStep(record, state, batches, before, grads)
         with torch.no_grad():
-            return replayed, self._updated(state, record, grads, now)
+            updated = self._updated(state, record, grads, now)
+        return ReplayedStep(record, state, updated, batches, before, grads)
 
     def _gradients(
         self,
@@ -329,22 +351,34 @@ class Replay:
         for step in steps:
             batches = []
             for batch in step.batches:
-                if batch.reading:
-                    as_then = partial(Generators.set_to, batch.reading, torch.device("cpu"))
-                    given = reader.read_again(batch.ids.tolist(), as_then)
-                else:
-                    given = next(found)
+                with self._default_dtype():
+                    if batch.reading:
+                        as_then = partial(Generators.set_to, batch.reading, torch.device("cpu"))
+                        given = reader.read_again(batch.ids.tolist(), as_then)
+                    else:
+                        given = next(found)
                 data = self.train.prepare(given)
                 if mark_of(data) != batch.mark:
                     raise TrainingDataError(
                         f"The batch of optimizer step {step.number} is not the one of the run, now that its examples"
                         f" are read again (dataset indices {batch.ids[:5].tolist()} …): the data have changed, or"
-                        " workers of the loader have drawn random numbers, or a hook that changes batches has. A run"
-                        " can be replayed if each item is always the same, or if random numbers are drawn in the"
-                        " dataset and the loader has num_workers=0. Use the default influence, without `through`."
+                        " workers of the loader have drawn random numbers, or a dataset with a random"
+                        " generator of its own. A run can be replayed if each item is always the same, or if the loader"
+                        " has num_workers=0 and numbers are drawn from the global generators of torch, random and"
+                        " numpy.random. Use the default influence, without `through`."
                     )
                 batches.append(Batch(data, batch.ids, len(batch.ids), divisible=False))
             yield batches
+
+    @contextlib.contextmanager
+    def _default_dtype(self) -> Iterator[None]:
+        """A block with the default dtype of the run, in which a dataset creates tensors and draws numbers."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, self.trajectory.run.dtype))
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
     def _compare(self, state: State, stored: State, step: int) -> None:
         """Compares a replayed state with the stored one.
@@ -352,14 +386,16 @@ class Replay:
         Raises:
             ConfigurationError: If they have little in common.
         """
-        one, other = state.theta(), stored.theta()
+        self._compare_weights(state.theta(), stored.theta(), f"before optimizer step {step} its weights")
+
+    def _compare_weights(self, one: Tensor, other: Tensor, which: str) -> None:
         if not torch.equal(one, other):
             difference = float((one - other).norm() / other.norm())
             self.difference = max(self.difference, difference)
             if not difference < _LARGEST_DIFFERENCE:
                 raise ConfigurationError(
-                    f"The replay does not follow the run: before optimizer step {step} its weights differ from the"
-                    f" recorded ones by {difference:.2g} of their norm. {_OTHER_RUN}"
+                    f"The replay does not follow the run: {which} differ from the recorded ones by {difference:.2g} of"
+                    f" their norm. {_OTHER_RUN}"
                 )
 
 

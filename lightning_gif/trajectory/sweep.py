@@ -50,7 +50,7 @@ class Adjoint:
         average = None if self.average is None else self.average.of_queries(rows)
         return Adjoint(self.theta[rows].clone(), {}, statistics, average)
 
-    def through_averages(self, averaged: list[list[float]]) -> None:
+    def through_averages(self, averaged: list[tuple[float, float]]) -> None:
         """Goes back through the averages after a step: ``average ← average + share · (state − average)``."""
         if self.average is None:
             return
@@ -128,6 +128,7 @@ def sweep(
     *,
     most: Callable[[int], int],
     on_step: Callable[[], Any] = lambda: None,
+    on_segment: Callable[[], Any] = lambda: None,
 ) -> None:
     """Goes back through all optimizer steps of a run, and adds the derivatives of queries in the examples' weights.
 
@@ -142,16 +143,23 @@ def sweep(
         parts: What the derivatives are added to.
         most: From the bytes of the graph of one batch to the number of queries that may share a backward pass.
         on_step: Called after each step.
+        on_segment: Called after the steps between two stored states.
     """
-    backward = _Backward(replay, most)
+    backward, average, rest = _Backward(replay, most), torch.zeros_like(replay.end.theta()), 1.0
     for first, stop in reversed(replay.segments):
         for step in reversed(list(replay.segment(first, stop))):
-            adjoint.through_averages(step.record.averaged)
+            averaged = replay.averages_after(step.record)
+            adjoint.through_averages(averaged)
+            for share, _ in reversed(averaged):
+                average, rest = average + rest * share * step.after.theta(), rest * (1 - share)
             mu = through_update(replay, step, adjoint)
             for number in reversed(range(len(step.batches))):
                 rows = backward.through_batch(step, number, mu, adjoint)
                 parts.add(step.record.epoch, replay.positions_of(step.batches[number]), rows)
             on_step()
+        on_segment()
+    if replay.of_average:
+        replay.compare_average(average)
     if not all(bool(torch.isfinite(one).all()) for one in (parts.total, adjoint.theta)):
         raise NonFiniteError(
             "The derivative through the training is not finite: it has grown beyond all limits on its way back through"

@@ -45,8 +45,8 @@ class Matching(CheckedNumbers):
         prediction_tolerance: The first change is enough if the loss of the forget examples is as predicted, up to this
             share of the predicted change, and that of the retained examples up to this share of the loss.
         steps: The number of steps of gradient descent.
-        relabel_steps: The same for new labels, once for every ``2 * forgotten`` of them or a part of these. The steps
-            also repair what the old labels had spoiled.
+        relabel_steps: The number of steps for every ``2 * forgotten`` new labels, rounded up. The steps also repair
+            what the old labels had spoiled.
         retained: The number of retained examples of each step.
         forgotten: The largest number of forget examples of each step.
         forget_weight: The weight of the forget examples in each step, if each step has all of them. It is multiplied by

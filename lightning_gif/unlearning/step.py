@@ -114,9 +114,8 @@ def choose_step(
     most = numbers.relabel_steps * numbers.forgotten
     if request.relabelled is not None and len(request.forget) > most:
         notes.append(
-            f"There are {len(request.forget)} new labels, more than the {most} up to which a match takes few steps."
-            " So several changes lower the loss of the data instead (step='relinearise'). For a match, pass"
-            " step='match'."
+            f"There are {len(request.forget)} new labels. With more than {most}, a match takes long, so"
+            " step='relinearise' is used. For a match, pass step='match'."
         )
         return _OTHERWISE, settings
     return MATCH, matching

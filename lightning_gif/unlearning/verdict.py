@@ -40,7 +40,7 @@ class Grade(str, Enum):
         DONE: The measure has reached its target, within its uncertainty.
         PARTLY: It came closer, but not all the way.
         NOT_DONE: It did not come closer, or hardly.
-        TOO_FAR: It went beyond the target.
+        TOO_FAR: It went beyond the target, or changed the retained examples nearly as much.
         NOTHING_TO_DO: It was at the target before the edit.
         UNKNOWN: Nothing measures it.
     """
@@ -102,15 +102,16 @@ def of_prediction(evidence: Evidence) -> Verdict:
         )
     share = change.mean / wanted
     reached = _share_of_change(share, change.half_width / abs(wanted), len(outcome.before))
-    spoilt = "" if name == "relabelled" else _spoilt(evidence.outcomes)
-    grade = Grade.TOO_FAR if spoilt else _grade(share)
+    grade = _grade(share)
+    spoilt = _spoilt(evidence.outcomes) if name == "forget" and grade is Grade.DONE and wanted > 0 else ""
+    grade = Grade.TOO_FAR if spoilt else grade
     return Verdict(grade, f"{losses}. After the edit it is {end:.4g}: {reached}{spoilt} {_NO_RETRAINING}")
 
 
 def _spoilt(outcomes: Mapping[str, Outcome]) -> str:
     """A sentence on a removal that raises the retained loss nearly as much as that of the forget examples; or ``""``.
 
-    Training without some examples minimises the loss of the others, so it does not raise this loss.
+    Training without some examples lowers the loss of the others, so it is not expected to raise this loss.
     """
     retain, forget = outcomes.get("retain"), outcomes["forget"]
     if retain is None or retain.change.is_noise:
@@ -120,7 +121,7 @@ def _spoilt(outcomes: Mapping[str, Outcome]) -> str:
         return ""
     return (
         f" But the loss of the retained examples rose from {start:.4g} to {end:.4g}, which training without the forget"
-        " examples would not do. Undo the edit."
+        " examples is not expected to do. Undo the edit."
     )
 
 

@@ -167,7 +167,7 @@ def test_what_has_no_token_scores_is_refused_with_a_way_out(tmp_path: Path) -> N
         report.token_scores(0, 3)
     many = trainer.influence(texts[:10], tokens=True, per_example=True, k=1)
     shown = next(iter(many.train_tokens))
-    with pytest.raises(ConfigurationError, match=r"first 8 queries.*Pass the example of this query alone"):
+    with pytest.raises(ConfigurationError, match=r"first 8 queries.*with this query's example alone, and tokens=True"):
         many.token_scores(shown, 9)
     assert trainer.influence(texts[9:10], tokens=True, k=20).token_scores(shown)
     folder = tmp_path / "scores"

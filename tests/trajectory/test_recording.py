@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -110,7 +110,7 @@ def test_the_start_says_how_large_the_folder_gets(tmp_path: Path, caplog: pytest
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         fit(tmp_path / "run", data=loader(blobs(50), batch_size=5), max_epochs=4)
     assert "is recorded in" in caplog.text
-    assert "8 states of 468 bytes each" in caplog.text
+    assert "8 states will be stored, of 468 bytes each" in caplog.text
 
 
 def test_an_error_in_recording_does_not_end_the_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,12 +141,11 @@ class Other(Classifier):
 
 @pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.NAdam])
 def test_an_optimizer_that_cannot_be_replayed_is_named(kind: Any, tmp_path: Path) -> None:
-    with pytest.warns(
-        GIFWarning, match=rf"{kind.__name__} cannot be replayed. Use one of torch.optim: SGD, Adam, AdamW"
-    ):
-        trainer, _ = fit(tmp_path / "run", Other(lambda parameters: kind(parameters, 0.01)))
-    with pytest.raises(ConfigurationError, match=r"is not the record of a training run.*does not exist"):
-        through(trainer)
+    wrong = rf"{kind.__name__} cannot be replayed. Use one of torch.optim: SGD, Adam, AdamW. Or omit `trajectory`"
+    with pytest.raises(ConfigurationError, match=wrong):
+        fit(tmp_path / "run", Other(lambda parameters: kind(parameters, 0.01)))
+    assert not (tmp_path / "run").exists()
+    fit(None, Other(lambda parameters: kind(parameters, 0.01)))
     trainer, _ = fit(tmp_path / "run", Other(lambda parameters: torch.optim.AdamW(parameters, 0.01)))
     assert torch.isfinite(through(trainer)).all()
 
@@ -218,6 +217,66 @@ def test_a_resumed_fit_continues_the_record(tmp_path: Path) -> None:
     report = trainer.influence(batch_of(blobs(50), slice(3)), through="training")
     assert report.settings["replay_difference"] == 0
     assert report.settings["steps"] == trainer.global_step
+
+
+def test_a_size_also_bounds_the_states_of_a_fit_that_goes_on(tmp_path: Path) -> None:
+    folder, saved, layer = tmp_path / "run", tmp_path / "saved", nn.Linear(6, 3)
+    size = sum(parameter.nbytes for parameter in layer.parameters())
+    path = None
+    for epochs in range(1, 6):
+        keep = ModelCheckpoint(saved, filename=f"{epochs}")
+        given = {"trajectory_size": 4.5 * size / 2**30}
+        fit(folder, Classifier(nn.Linear(6, 3)), None, (keep,), path, given, max_epochs=epochs)
+        path = saved / f"{epochs}.ckpt"
+        trajectory = Trajectory.open(folder)
+        assert 2 <= len(trajectory.states) <= 4
+        trajectory.check_whole()
+
+
+def test_a_large_size_stores_no_more_states(tmp_path: Path) -> None:
+    fit(tmp_path / "run", gif={"trajectory_size": 1.0}, data=loader(blobs(50), batch_size=5), max_epochs=4)
+    assert Trajectory.open(tmp_path / "run").states == [*range(0, 40, 6), 40]
+
+
+def test_a_fit_that_goes_on_from_its_beginning_replaces_the_record(tmp_path: Path) -> None:
+    folder, saved = tmp_path / "run", tmp_path / "first.ckpt"
+
+    def save(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not saved.exists():
+            trainer.save_checkpoint(saved)
+
+    fit(folder, Classifier(nn.Linear(6, 3)), more=(Do("on_train_start", save),), max_epochs=3)
+    trainer, _ = fit(folder, Classifier(nn.Linear(6, 3)), ckpt_path=saved, max_epochs=2)
+    assert Trajectory.open(folder).run.end == trainer.global_step
+    assert torch.isfinite(through(trainer)).all()
+
+
+def test_other_settings_of_a_fit_that_goes_on_are_named(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path / "saved", filename="last")
+    fit(tmp_path / "run", more=(keep,))
+    path = tmp_path / "saved" / "last.ckpt"
+    with pytest.raises(
+        ConfigurationError, match=r"had another clipping of gradients. Continue it with the settings of"
+    ):
+        fit(tmp_path / "run", ckpt_path=path, max_epochs=3, gradient_clip_val=1.0)
+    trainer, _ = fit(tmp_path / "run", ckpt_path=path, max_epochs=3)
+    assert torch.isfinite(through(trainer)).all()
+
+
+def test_a_gap_before_a_checkpoint_is_named(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path / "saved", filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    fit(tmp_path / "run", more=(keep,), max_epochs=1)
+    fit(None, more=(keep,), ckpt_path=tmp_path / "saved" / "epoch=0.ckpt", max_epochs=2)
+    with pytest.raises(ConfigurationError, match="ends at step 4, before the step 8 of the checkpoint"):
+        fit(tmp_path / "run", ckpt_path=tmp_path / "saved" / "epoch=1.ckpt", max_epochs=3)
+    fit(tmp_path / "run", ckpt_path=tmp_path / "saved" / "epoch=0.ckpt", max_epochs=3)
+
+
+def test_lightnings_older_average_of_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"StochasticWeightAveraging replaces.*Use Lightning's WeightAveraging"
+    ):
+        fit(tmp_path / "run", more=(StochasticWeightAveraging(1e-2),))
 
 
 def test_a_fit_that_was_interrupted_says_how_to_finish_it(tmp_path: Path) -> None:
@@ -358,6 +417,8 @@ def test_random_augmentation_in_workers_is_noticed_and_is_replayed_without_them(
     report = trainer.influence(batch_of(blobs(50), slice(3)), through="training")
     assert report.settings["replay_difference"] == 0
     assert torch.isfinite(report.scores).all()
+    in_float64 = trainer.influence(batch_of(blobs(50), slice(3)), through="training", double=True)
+    assert in_float64.settings["replay_difference"] < 1e-5
     trainer, _ = fit(tmp_path / "other", data=loader(Noisy(0.0), num_workers=1))
     assert torch.isfinite(through(trainer)).all()
 
@@ -405,7 +466,7 @@ def test_an_iterable_dataset_is_not_recorded(tmp_path: Path) -> None:
         def __iter__(self) -> Any:
             return iter(blobs(50))
 
-    with pytest.warns(GIFWarning, match="not recorded any further"):
+    with pytest.raises(ConfigurationError, match="needs a DataLoader that draws batches from a map-style dataset"):
         fit(tmp_path / "run", data=DataLoader(Rows(), 10))
 
 
@@ -448,11 +509,10 @@ def test_a_size_bounds_the_states_and_changes_no_score(tmp_path: Path) -> None:
 
 
 def test_a_size_that_is_too_small_says_how_much_is_needed(tmp_path: Path) -> None:
-    with pytest.warns(GIFWarning, match=r"needs two, but `trajectory_size` is .* GiB. Give at least (\S+)") as caught:
-        fit(tmp_path / "small", gif={"trajectory_size": 1e-9})
-    text = next(str(one.message) for one in caught if "Give at least" in str(one.message))
-    least = float(re.search(r"at least (\d\S*?)\. ", text)[1])  # type: ignore[index]
-    trainer, _ = fit(tmp_path / "enough", gif={"trajectory_size": least * 1.01})
+    with pytest.raises(ConfigurationError, match=r"needs at least 2 of them, but `trajectory_size` is") as error:
+        fit(tmp_path / "run", gif={"trajectory_size": 1e-9})
+    least = float(re.search(r"Give at least (\d\S*?)\. ", str(error.value))[1])  # type: ignore[index]
+    trainer, _ = fit(tmp_path / "run", gif={"trajectory_size": least})
     assert torch.isfinite(through(trainer)).all()
     with pytest.raises(ConfigurationError, match=r"`trajectory_size` must be None or a number above 0 \(GiB\), got 0"):
         GIFCallback(trajectory="run", trajectory_size=0)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.swa_utils import get_ema_avg_fn, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
-from lightning_gif import ConfigurationError, GIFCallback, GIFWarning, InfluenceReport
+from lightning_gif import ConfigurationError, GIFCallback, InfluenceReport
 from lightning_gif.attribution.leave_outs import LeaveOuts
 from lightning_gif.trajectory.leaving_out import draws, measured_at, smoothness_of
 from lightning_gif.trajectory.record import Trajectory
@@ -334,7 +334,43 @@ def test_scores_at_averaged_weights_are_slopes_of_their_fits(average: Any, tmp_p
     assert torch.allclose(trainer.influence(query(), through="training").scores, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_an_average_that_is_no_weighted_mean_ends_the_record(tmp_path: Path) -> None:
-    average = WeightAveraging(avg_fn=lambda old, new, count: 0.5 * old + 0.4 * new)
-    with pytest.warns(GIFWarning, match="is no weighted mean of the average and the weights"):
-        recorded(tmp_path, net, of_kind(SGD, lr=0.1), more=(average,))
+@pytest.mark.parametrize("options", [{"every_n_train_steps": 5}, {"save_on_train_epoch_end": False}, {}])
+def test_averages_are_recorded_whenever_checkpoints_are_saved(options: dict[str, Any], tmp_path: Path) -> None:
+    scores = []
+    for name in ("plain", "saved"):
+        keep = (ModelCheckpoint(tmp_path / "checkpoints", **options),) if name == "saved" else ()
+        trainer, _ = recorded(tmp_path / name, biassed, of_kind(AdamW, lr=0.02, eps=1e-3), more=(PerEpoch(), *keep))
+        assert len(Trajectory.open(tmp_path / name).averages()) > 3
+        report = trainer.influence(query(), through="training")
+        assert report.settings["replay_difference"] < 1e-12
+        scores.append(report.scores)
+    assert torch.equal(*scores)
+
+
+def decaying() -> Callable[..., Any]:
+    count = [0]
+
+    def average(old: Tensor, new: Tensor, number: Tensor) -> Tensor:
+        count[0] += 1
+        return old + (new - old) / count[0]
+
+    return average
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda old, new, count: 0.5 * old + 0.4 * new, "does not return a weighted mean"),
+        (decaying(), "may keep a state of its own"),
+    ],
+)
+def test_an_average_that_cannot_be_replayed_is_refused(function: Any, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{reason}.* Use get_ema_avg_fn of torch.optim.swa_utils"):
+        recorded(tmp_path, net, of_kind(SGD, lr=0.1), more=(WeightAveraging(avg_fn=function),))
+
+
+def test_an_average_that_depends_on_the_shape_is_noticed(tmp_path: Path) -> None:
+    average = WeightAveraging(avg_fn=lambda old, new, count: old + (new - old) / (1 + old.numel()))
+    trainer, _ = recorded(tmp_path, net, of_kind(SGD, lr=0.1), more=(average,))
+    with pytest.raises(ConfigurationError, match="at the end its averaged weights differ from the recorded ones"):
+        trainer.influence(query(), through="training")

@@ -121,7 +121,7 @@ def test_many_new_labels_are_learned_by_changes_that_see_all_of_them() -> None:
     options: dict[str, Any] = {"relabel": labels, "dry_run": True}
     options["tuning"] = Tuning(matching=Matching(relabel_steps=2, forgotten=4))
     report = trainer.unlearn(list(range(9)), **options)
-    assert any("There are 9 new labels, more than the 8" in note for note in report.notes)
+    assert any("There are 9 new labels. With more than 8" in note for note in report.notes)
     assert report.solve["solver"] != "nonlinear_cg"
     assert trainer.unlearn(list(range(9)), step="match", **options).solve["solver"] == "nonlinear_cg"
     options["relabel"] = labels[:8]
