@@ -32,6 +32,7 @@ __all__ = [
     "at_epoch",
     "attach_model",
     "brings_own",
+    "is_a",
     "is_lightning_module",
     "is_loaded",
     "is_misconfiguration",
@@ -158,24 +159,24 @@ def unsupported_strategy(trainer: Trainer) -> str | None:
     strategy = trainer.strategy
     name = type(strategy).__name__
     alone = "use lightning_gif.attach() on a Trainer with devices=1"
-    if _is_a(strategy.launcher, "_MultiProcessingLauncher"):
+    if is_a(strategy.launcher, "_MultiProcessingLauncher"):
         return (
             f"{name} trains in child processes, and the statistics gathered there are lost when these end. Use"
             " strategy='ddp', which needs a script instead of a notebook, or devices=1. Or train without the callback,"
             f" save a checkpoint, and {alone}."
         )
-    if _is_a(strategy, "ModelParallelStrategy"):
+    if is_a(strategy, "ModelParallelStrategy"):
         size = _tensor_parallel_size(strategy)
         if size == 1:
             return None
         return (
             f"{name} splits each layer over {size} processes (tensor parallelism). Use"
             f" {name}(data_parallel_size={trainer.world_size}, tensor_parallel_size=1) and `fully_shard` in"
-            " `configure_model`. Or"
-            f" train without the callback, with {name}(save_distributed_checkpoint=False), and {alone}."
+            f" `configure_model`. Or train without the callback, with {name}(save_distributed_checkpoint=False), and"
+            f" {alone}."
         )
-    whole = _is_a(strategy, "SingleDeviceStrategy", "DDPStrategy")
-    if whole and not _is_a(strategy, "DeepSpeedStrategy", "XLAStrategy"):  # which derive from DDPStrategy
+    whole = is_a(strategy, "SingleDeviceStrategy", "DDPStrategy")
+    if whole and not is_a(strategy, "DeepSpeedStrategy", "XLAStrategy"):  # which derive from DDPStrategy
         return None
     return (
         f"{name} may split the parameters over the processes in a way of its own. Use ModelParallelStrategy with"
@@ -271,14 +272,14 @@ def brings_own(owner: object, hook: str) -> bool:
 
 def is_lightning_module(module: object) -> TypeGuard[LightningModule]:
     """Whether an object is a LightningModule of either of Lightning's packages."""
-    return _is_a(module, "LightningModule")
+    return is_a(module, "LightningModule")
 
 
 def is_misconfiguration(error: object) -> bool:
     """Whether an error is a MisconfigurationException of either of Lightning's packages."""
-    return _is_a(error, "MisconfigurationException")
+    return is_a(error, "MisconfigurationException")
 
 
-def _is_a(instance: object, *names: str) -> bool:
+def is_a(instance: object, *names: str) -> bool:
     """``isinstance`` by class name, because the class may come from either of Lightning's packages."""
     return any(kind.__name__ in names for kind in type(instance).__mro__)

@@ -97,6 +97,11 @@ class ProcessGroup:
         self._call(dist.all_reduce, total)
         return total.to(tensor.device)
 
+    def meet(self) -> None:
+        """Waits for all processes, so that none waits longer for a later collective than a process group allows."""
+        if self.size > 1:
+            self._synchronise("meet")
+
     def total(self, value: float) -> float:
         """The sum of a number over all processes."""
         return value if self.size == 1 else float(self.sum(torch.tensor(value, dtype=torch.float64)))

@@ -205,7 +205,7 @@ def sharded(world: int, folder: Path) -> dict[str, Any]:
     before = held(module)
     free, always = memory.free_memory, memory.ALWAYS_IN_MEMORY
     memory.free_memory, memory.ALWAYS_IN_MEMORY = lambda device: 2**11, 0
-    found["no memory"] = told(lambda: trainer.influence(QUERY))
+    found["no memory"] = error_of(lambda: trainer.influence(QUERY))
     memory.free_memory, memory.ALWAYS_IN_MEMORY = free, always
 
     edit = trainer.unlearn([3, 17, 30], record=folder / "record")
@@ -226,7 +226,7 @@ def sharded(world: int, folder: Path) -> dict[str, Any]:
     found["verified"] = verify(folder / "record", edits=folder / "edit.safetensors", module=module).ok
     with torch.no_grad():
         local(next(module.parameters())).add_(1.0)
-    found["no undo"] = told(edit.undo)
+    found["no undo"] = error_of(edit.undo)
 
     # The state of the callback is in the checkpoint, also of one that is sharded.
     other = trainer_of(world, snapshots=2)
@@ -353,7 +353,7 @@ def recorded(world: int, folder: Path) -> dict[str, Any]:
     if trainer.is_global_zero:
         next((folder / "noisy").glob("steps-*-process-1.safetensors")).unlink()
     trainer.strategy.barrier()
-    found["missing"] = told(lambda: trainer.influence(QUERY, through="training"))
+    found["missing"] = error_of(lambda: trainer.influence(QUERY, through="training"))
 
     rank, write = trainer.global_rank, recording.Trajectory.add_steps
 
@@ -369,8 +369,8 @@ def recorded(world: int, folder: Path) -> dict[str, Any]:
     recording.Trajectory.add_steps = write
     found["epochs"] = trainer.current_epoch
     found["warned"] = [str(one.message) for one in caught if "not recorded any further" in str(one.message)]
-    found["incomplete"] = told(lambda: trainer.influence(QUERY, through="training"))
-    found["other folder"] = told(lambda: recorded_fit(world, folder / f"of {rank}", Noisy().double(), 12))
+    found["incomplete"] = error_of(lambda: trainer.influence(QUERY, through="training"))
+    found["other folder"] = error_of(lambda: recorded_fit(world, folder / f"of {rank}", Noisy().double(), 12))
     return found
 
 
@@ -582,7 +582,7 @@ class Breaking(Dataset[Any]):
         return self.data[index]
 
 
-def told(action: Callable[[], Any]) -> str:
+def error_of(action: Callable[[], Any]) -> str:
     try:
         action()
     except (Exception, KeyboardInterrupt) as error:
@@ -607,41 +607,41 @@ def failures(world: int, folder: Path) -> dict[str, Any]:
     whole = trainer.influence(query).scores
     for reading in (4, 20, 35):  # comparing the data, and the passes
         dataset.left = reading if rank == world - 1 else -1
-        found[f"missing {reading}"] = told(lambda: trainer.influence(query))
+        found[f"missing {reading}"] = error_of(lambda: trainer.influence(query))
         dataset.left = reading if rank == world - 1 else -1
-        found[f"missing in unlearn {reading}"] = told(lambda: trainer.unlearn([3]))
+        found[f"missing in unlearn {reading}"] = error_of(lambda: trainer.unlearn([3]))
     dataset.what, dataset.left = interrupted, 40 if rank == 0 else -1
-    found["interrupted"] = told(lambda: trainer.influence(query))
+    found["interrupted"] = error_of(lambda: trainer.influence(query))
     bad = batch_of(points(), range(3))
     bad[0][2] = torch.nan
-    found["nan"] = told(lambda: trainer.influence(bad))
-    found["other batch"] = told(lambda: trainer.influence(batch_of(points(), range(rank, rank + 3))))
-    found["other settings"] = told(lambda: trainer.influence(query, ratio=0.1 + rank / 10))
-    found["other indices"] = told(lambda: trainer.unlearn([rank]))
+    found["nan"] = error_of(lambda: trainer.influence(bad))
+    found["other batch"] = error_of(lambda: trainer.influence(batch_of(points(), range(rank, rank + 3))))
+    found["other settings"] = error_of(lambda: trainer.influence(query, ratio=0.1 + rank / 10))
+    found["other indices"] = error_of(lambda: trainer.unlearn([rank]))
     (folder / "file").write_text("")  # below which there can be no record
-    found["no record"] = told(lambda: trainer.unlearn([3], record=folder / "file" / "record"))
+    found["no record"] = error_of(lambda: trainer.unlearn([3], record=folder / "file" / "record"))
     made = trainer.unlearn([3], step="natural", record=folder / "record")
     made.record_metrics({"loss": 0.5})
-    found["no undo"] = told(lambda: made.undo(record=folder / "file" / "record"))
+    found["no undo"] = error_of(lambda: made.undo(record=folder / "file" / "record"))
     found["still edited"] = made.edit.is_in(module)
     made.undo()
     differing = {"record": folder / f"record {rank}"}
-    found["other record"] = told(lambda: trainer.unlearn([3], **differing))
-    found["other labels"] = told(lambda: trainer.unlearn([3, 5], relabel=torch.tensor([1, rank % 2])))
+    found["other record"] = error_of(lambda: trainer.unlearn([3], **differing))
+    found["other labels"] = error_of(lambda: trainer.unlearn([3, 5], relabel=torch.tensor([1, rank % 2])))
     part = DataLoader(points(20, seed=rank), 4)
-    found["other loader"] = told(lambda: trainer.influence(part))
-    found["other data"] = told(lambda: trainer.influence(query, dataloader=part))
+    found["other loader"] = error_of(lambda: trainer.influence(part))
+    found["other data"] = error_of(lambda: trainer.influence(query, dataloader=part))
 
     def differently(problem: Any) -> Any:
         for _ in range(1 + rank):
             problem.influence_direction()
         return problem.evaluate(1.0)
 
-    found["out of step"] = told(lambda: trainer.unlearn([3], step=differently))
+    found["out of step"] = error_of(lambda: trainer.unlearn([3], step=differently))
     if STRATEGY == "ddp":  # processes that hold parts cannot have other weights
         with torch.no_grad():
             module.net[0].weight += rank
-        found["other weights"] = told(lambda: trainer.influence(query))
+        found["other weights"] = error_of(lambda: trainer.influence(query))
         module.load_state_dict(before)
     found["same scores afterwards"] = bool(torch.equal(whole, trainer.influence(query).scores))
     found["same weights afterwards"] = all(torch.equal(before[name], v) for name, v in held(module).items())
@@ -747,7 +747,7 @@ def death(world: int, folder: Path) -> dict[str, Any]:
     dataset = Breaking(lambda: os.kill(os.getpid(), signal.SIGKILL))
     trainer, _ = after_fit(world, dataset)  # type: ignore[arg-type]
     dataset.left = 40 if trainer.global_rank == world - 1 else -1
-    return {"dead": told(lambda: trainer.influence(batch_of(points(), range(3))))}
+    return {"dead": error_of(lambda: trainer.influence(batch_of(points(), range(3))))}
 
 
 if __name__ == "__main__":

@@ -165,19 +165,16 @@ def _swept(replay: Replay, adjoint: Adjoint, settings: Settings) -> Parts:
     starts = list(range(first, last, together))
     rounds = max(processes.gather(len(starts)))
 
-    def meet() -> None:
-        processes.total(0.0)  # so that none waits for another one longer than a process group allows
-
     with objective.progress.stage(_SWEEP, rounds * replay.n_steps) as update:
         for number in range(rounds):
             if number >= len(starts):  # the other processes have more queries
                 for _ in replay.segments:
-                    meet()
+                    processes.meet()
                 continue
             rows = slice(starts[number], min(starts[number] + together, last))
             one = adjoint.of_queries(rows)
             part = Parts(len(one.theta), n_epochs if keeps else None, n_train)
-            options: dict[str, Any] = {"on_step": update, "on_segment": meet}
+            options: dict[str, Any] = {"on_step": update, "on_segment": processes.meet}
             sweep(replay, one, part, most=lambda size: int(budget // max(_OF_GRAPH * size, 1)), **options)
             whole.total[rows] = part.total
             if whole.by_epoch is not None and part.by_epoch is not None:

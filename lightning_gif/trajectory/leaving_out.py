@@ -52,19 +52,16 @@ def leave_out(
     predicted, measured, smoothness = list[Tensor](), list[Tensor](), list[float]()
     processes = replay.train.processes
 
-    def meet() -> None:
-        processes.total(0.0)  # so that none waits for another one longer than a process group allows
-
     own = draws(n, count, share, seed)[processes.rank :: processes.size]
     for _ in range(-(-count // processes.size) - len(own)):  # the others have more draws
         for _ in range(2 * len(replay.segments)):
-            meet()
+            processes.meet()
     for chosen in own:
         ends = list[State]()
         for weight in (0.5, 0.0):
             weights = torch.ones(n, dtype=torch.float64)
             weights[chosen] = weight
-            ends.append(replay.weighted_end(weights, on_step, meet))
+            ends.append(replay.weighted_end(weights, on_step, processes.meet))
         half, whole = (one.theta() for one in ends)
         predicted.append(scores[:, chosen].sum(1))
         measured.append(measured_at(objective, query, ends[1], per_example=per_example) - base)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._compat import rank_zero_info, rank_zero_warn, watch_iterators
+from .._compat import is_a, rank_zero_info, rank_zero_warn, watch_iterators
 from ..config import check_number
 from ..data.loaders import check_loader
 from ..distributed import SINGLE_PROCESS, ProcessGroup
@@ -122,7 +122,8 @@ class TrajectoryRecorder:
                 " trainer.influence(batch) without `through` needs no record."
             ) from error
         with self.guard("at the start of the fit"):
-            self._add_state(self._state())
+            if self._processes.rank == 0:  # all have the same state
+                self._add_state(self._state())
             self.active = True
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -189,7 +190,7 @@ class TrajectoryRecorder:
         size, self._most = self._expected_bytes(), None
         if self._gib is not None:
             # A fit that goes on has one more state, that of its checkpoint, and an average is about one.
-            more = bool(trainer.global_step) + (self._averages.count > 0 or self._averages.exists)
+            more = bool(trainer.global_step) + self._averages.exists
             self._most = int(self._gib * 2**30 / max(size, 1)) - more
             if self._most < 2:
                 least = 1.01 * (2 + more) * size / 2**30  # no less when it is rounded
@@ -213,7 +214,8 @@ class TrajectoryRecorder:
         if not self.active:
             return
         with self.guard("reading a batch"):
-            drawn = self._drawn.next()
+            self._generators = Generators.now(trainer.strategy.root_device)
+            drawn = self._drawn.next(self._generators)
             if drawn is None:
                 raise TrainingDataError("the indices of its batches are not known")
             self._note_averages()
@@ -221,7 +223,6 @@ class TrajectoryRecorder:
             if is_due and self._step not in self._trajectory.states:
                 self._add_state(self._state())
             self._pending = BatchRecord(drawn.ids, batch_idx, mark_of(batch), {}, reading=drawn.generators)
-            self._generators = Generators.now(trainer.strategy.root_device)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Notes the settings of the optimizer for its step."""
@@ -251,6 +252,8 @@ class TrajectoryRecorder:
             )
             self._steps.append(step)
             self._batches, self._step, self._final = [], trainer.global_step, None
+            if len(self._steps) >= _STEPS_TOGETHER:
+                self._write_steps()
 
     def end_epoch(self) -> None:
         """Keeps the state, which is the last one if no step follows. Later hooks may exchange the weights."""
@@ -311,10 +314,6 @@ class TrajectoryRecorder:
         return training_state(self._step, self._module, self._optimizer).nbytes + tensors
 
     def _add_state(self, state: TrainingState) -> None:
-        if len(self._steps) >= _STEPS_TOGETHER:
-            self._write_steps()
-        if self._processes.rank:  # all have the same state
-            return
         self._trajectory.add_state(state)
         states = self._trajectory.states
         most = 2 * self._spacing + 2 if self._most is None else min(2 * self._spacing + 2, self._most - 1)
@@ -433,11 +432,9 @@ def _optimizer_of(trainer: Trainer) -> Optimizer:
 def _check_run(trainer: Trainer, module: LightningModule) -> None:
     """Checks what is known of a run before its loaders and optimizers exist."""
     reason = None
-    if trainer.world_size > 1 and any(
-        kind.__name__ == "ModelParallelStrategy" for kind in type(trainer.strategy).__mro__
-    ):
+    if trainer.world_size > 1 and is_a(trainer.strategy, "ModelParallelStrategy"):
         reason = "its processes hold parts of the weights, and a record has all of them. Use strategy='ddp'"
-    elif any(type(one).__name__ == "StochasticWeightAveraging" for one in trainer.callbacks):
+    elif any(is_a(one, "StochasticWeightAveraging") for one in trainer.callbacks):
         reason = "StochasticWeightAveraging replaces the weights at the end. Use Lightning's WeightAveraging"
     elif not module.automatic_optimization:
         reason = f"{type(module).__name__} optimises manually, and the record is of automatic optimization"

@@ -124,16 +124,16 @@ class Replay:
         self._sorted, self._order = train.ids.sort()
         self.update: Update = {kind.__name__: update for kind, update in UPDATES.items()}[run.optimizer]
         self.difference = 0.0
-        self._averages: dict[int, list[tuple[float, float]]] = {}
-        for steps, share, of_buffers in trajectory.averages():
-            self._averages.setdefault(steps, []).append((share, of_buffers))
-        average = trajectory.average() if self._averages else None
+        average = trajectory.average()
         averaged = None if average is None else self._at_hand(average)
         self.of_average = averaged is not None and torch.equal(objective.theta, averaged.theta())
         self.end = averaged if averaged is not None and self.of_average else self.stored(self.n_steps)
+        self._averages: dict[int, list[tuple[float, float]]] = {}
+        for steps, share, of_buffers in trajectory.averages() if self.of_average else ():
+            self._averages.setdefault(steps, []).append((share, of_buffers))
 
     def averages_after(self, step: StepRecord) -> list[tuple[float, float]]:
-        """For each average of the weights after a step, the share of the weights, and that of the buffers."""
+        """For each average after a step, the share of weights and that of buffers; empty if ``end`` is no average."""
         return self._averages.get(step.number + 1, [])
 
     def compare_average(self, replayed: Tensor) -> None:
@@ -201,7 +201,7 @@ class Replay:
             steps = self.trajectory.steps(first, stop)
             for step, batches in zip(steps, self.read(steps), strict=True):
                 state = self.step(state, step, batches, weights).after
-                for share, of_buffers in self.averages_after(step) if self.of_average else ():
+                for share, of_buffers in self.averages_after(step):
                     average = average.moved_to(state, share, of_buffers)
                 on_step()
             on_segment()

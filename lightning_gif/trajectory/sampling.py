@@ -69,8 +69,8 @@ class DrawnIndices:
         if getattr(loader, "_iterator", None) is not None:
             self._iterators.append((loader._iterator, own))
 
-    def next(self) -> Drawn | None:
-        """The next batch; ``None`` if its indices are not known."""
+    def next(self, now: Generators) -> Drawn | None:
+        """The next batch; ``None`` if its indices are not known. ``now`` are the present states of the generators."""
         if self._place >= len(self._drawn):
             return None
         (indices, before), self._drawn[self._place] = self._drawn[self._place], None
@@ -82,7 +82,7 @@ class DrawnIndices:
         if before is None:
             return Drawn(ids, {})
         following = self._drawn[self._place] if self._place < len(self._drawn) else None
-        after = Generators.now(_CPU) if following is None else following[1]
+        after = now if following is None else following[1]
         return Drawn(ids, before.tensors() if before.differ(after) else {})
 
     def end(self) -> None:

@@ -545,7 +545,7 @@ def test_a_fit_without_steps_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_batches_of_unknown_indices_end_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording.DrawnIndices, "next", lambda self: None)
+    monkeypatch.setattr(recording.DrawnIndices, "next", lambda self, now: None)
     with pytest.warns(GIFWarning, match="the indices of its batches are not known"):
         fit(tmp_path / "run")
 
