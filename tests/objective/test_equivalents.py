@@ -14,6 +14,7 @@ from lightning_gif.objective.equivalents import TwiceDifferentiable
 BAGS, OFFSETS = torch.tensor([0, 1, 2, 2, 3, 3]), torch.tensor([0, 2, 2, 5])
 LABELS = torch.tensor([1, 0, 3, 5])
 SETS = torch.tensor([[1, 3, -1, 2, 0, 0], [0, -1, 1, 1, 1, 1], [-1, 0, 0, 0, 0, 0], [5, 4, 3, 2, 1, 0]])
+MEAN = torch.linspace(-2, 3, 6, dtype=torch.float64)
 SPOKEN = torch.tensor([[1, 2], [3, 3], [4, 1], [2, 0]])
 
 
@@ -43,6 +44,10 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "weight_norm": lambda x: torch._weight_norm(x, x.sum(1, keepdim=True), 0),
     "weight_norm, second": lambda x: torch._weight_norm(x, x[:1] + 1, 1),
     "weight_norm, whole": lambda x: torch._weight_norm(x, x[0, 0], -1),
+    "batch_norm": lambda x: F.batch_norm(x, MEAN, MEAN.square() + 0.1, x[0], x[1]),
+    "batch_norm, images": lambda x: F.batch_norm(x.reshape(4, 6, 2, 2), MEAN, MEAN.exp()),
+    "batch_norm, in training": lambda x: F.batch_norm(x, MEAN.clone(), MEAN.exp(), x[0], training=True),
+    "batch_norm, no statistics": lambda x: F.batch_norm(x, None, None, x[0], training=True),
     "ctc": _ctc,
     "ctc, none": lambda x: _ctc(x, "none"),
     "ctc, sum": lambda x: _ctc(x, "sum", zero_infinity=True),
