@@ -545,6 +545,7 @@ def divergence(outputs: Tensor, old: Tensor, y: Tensor) -> Tensor:
 METHODS: dict[str, list[Variant]] = {
     "nothing": [nothing],
     "unlearn, default": [unlearn()],
+    "unlearn, fewer products": [unlearn(curvature_examples=200, max_iter=4)],
     "unlearn, natural": [unlearn(step="natural")],
     "unlearn, search": [unlearn(step="search")],
     "fine-tuning, 1/10": [fine_tuning(0.1)],

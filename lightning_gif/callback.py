@@ -89,7 +89,8 @@ class GIFCallback(TrainerCalls, Callback):
             need a symmetric curvature without negative eigenvalues. ``"cg"`` takes one product per iteration.
             ``"nystrom"`` takes as many products for many queries as for one. ``"ekfac"``, for scores only, takes no
             products: it approximates the Gauss–Newton matrix layer by layer. ``"ekfac_cg"``, for queries only, corrects
-            it by products with the exact matrix. You can register your own solver in ``lightning_gif.SOLVERS``.
+            it by products with the exact matrix; ``"ekfac_lsmr"`` and ``"ekfac_lissa"`` take twice as many products
+            for the same. You can register your own solver in ``lightning_gif.SOLVERS``.
             ``"auto"`` (default): for scores, if the module has more than 1024 parameters, all in layers that are linear
             in them, and none of ``max_iter``, ``rtol``, ``discrepancy`` and ``eigenvalues`` is given, ``"ekfac_cg"``
             for as many queries as take 1.2 trillion operations in its products, and ``"ekfac"`` for more queries and

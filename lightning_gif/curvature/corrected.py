@@ -1,14 +1,14 @@
-"""EK-FAC corrected by exact products: conjugate gradients with EK-FAC as the preconditioner.
+"""EK-FAC corrected by exact products: iterative solvers with EK-FAC as the preconditioner.
 
-ASTRA (arXiv 2507.14740) corrects EK-FAC by a preconditioned stochastic iteration. This is its deterministic form:
-conjugate gradients on a fixed sample.
+ASTRA (arXiv 2507.14740) corrects EK-FAC by a preconditioned stochastic iteration. This is its deterministic form, on a
+fixed sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from typing_extensions import Self
 from ..config import Settings
 from ..data.examples import Examples
 from ..objective.objective import Objective
-from ..solvers import Solution
+from ..solvers import SOLVERS, Solution
 from ..solvers.operators import Transformed
 from .by_solver import from_layers, solved_together
 from .ekfac import EKFACInverse, require_layers
@@ -28,7 +28,7 @@ from .sampling import kept_sample
 from .solve import describe, max_iter, open_curvature, solve
 from .streaming import Curvature
 
-__all__ = ["ITERATIONS", "CorrectedEKFAC"]
+__all__ = ["ITERATIONS", "CorrectedEKFAC", "LeastSquaresEKFAC", "LissaEKFAC"]
 
 # The number of iterations without `max_iter` and `rtol`. benchmarks/README.md, "EK-FAC corrected by products".
 ITERATIONS = 6
@@ -48,6 +48,9 @@ class CorrectedEKFAC(InverseCurvature):
     EK-FAC were exact, one iteration would do. One product with ``G`` for each iteration and query corrects it where it
     is not.
 
+    Attributes:
+        iteration: The solver that iterates.
+
     Args:
         settings: The settings.
         curvature: The exact matrix ``G``, ``(p, p)``.
@@ -56,12 +59,13 @@ class CorrectedEKFAC(InverseCurvature):
     """
 
     name = "ekfac_cg"
+    iteration: ClassVar[str] = "cg"
 
     def __init__(self, settings: Settings, curvature: Curvature, ekfac: EKFACInverse, block_size: int) -> None:
         self.damping, self.block_size = ekfac.damping, block_size
         self._curvature, self._ekfac = curvature, ekfac
         self._dampings = ekfac.dampings().to(curvature.device, curvature.dtype)
-        self._settings = _of_solve(settings)
+        self._settings = self._of_solve(settings)
 
     @classmethod
     def fit(
@@ -88,7 +92,7 @@ class CorrectedEKFAC(InverseCurvature):
     @classmethod
     def linearise(cls, objective: Objective, settings: Settings, n: int) -> Linearise | None:
         """How the curvature of a batch is computed for products over ``n`` examples; ``None`` if by passes."""
-        return from_layers(objective, settings, n, _QUERIES * (settings.max_iter or ITERATIONS))
+        return from_layers(objective, settings, n, cls.corrections(settings, _QUERIES))
 
     @classmethod
     def n_updates(cls, settings: Settings, n_batches: int, n_queries: int) -> int | None:
@@ -96,7 +100,8 @@ class CorrectedEKFAC(InverseCurvature):
 
     @classmethod
     def corrections(cls, settings: Settings, n_queries: int) -> int:
-        return n_queries * max_iter(_of_solve(settings))
+        each = 1 if SOLVERS[cls.iteration].requires_symmetric_psd else 2
+        return n_queries * each * max_iter(cls._of_solve(settings))
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         root = self._ekfac.root
@@ -120,8 +125,24 @@ class CorrectedEKFAC(InverseCurvature):
         self._curvature.warn_if_zero()
         return {**self._ekfac.summary(), **describe(self._settings, self._curvature)}
 
+    @classmethod
+    def _of_solve(cls, settings: Settings) -> Settings:
+        """The settings of the iterations."""
+        iterations = settings.max_iter or (ITERATIONS if settings.rtol is None else None)
+        return replace(settings, solver=cls.iteration, damping=0.0, max_iter=iterations)
 
-def _of_solve(settings: Settings) -> Settings:
-    """The settings of the conjugate gradients."""
-    iterations = settings.max_iter or (ITERATIONS if settings.rtol is None else None)
-    return replace(settings, solver="cg", damping=0.0, max_iter=iterations)
+
+@INVERSES.register("ekfac_lsmr")
+class LeastSquaresEKFAC(CorrectedEKFAC):
+    """The same system as :class:`CorrectedEKFAC`, solved by LSMR: two products for each iteration."""
+
+    name = "ekfac_lsmr"
+    iteration = "lsmr"
+
+
+@INVERSES.register("ekfac_lissa")
+class LissaEKFAC(CorrectedEKFAC):
+    """The same system as :class:`CorrectedEKFAC`, solved by accelerated LiSSA: two products for each iteration."""
+
+    name = "ekfac_lissa"
+    iteration = "lissa"

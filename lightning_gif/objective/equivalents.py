@@ -89,9 +89,8 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """With running statistics, a scale and a shift of each channel, as PyTorch computes it on a CPU."""
-    statistics = (running_mean, running_var)
-    # In half precision, PyTorch computes in float32.
-    if training or running_mean is None or running_var is None or any(one.dtype != input.dtype for one in statistics):
+    if training or running_mean is None or running_var is None or running_var.dtype != input.dtype:
+        # In half precision, the statistics are in float32, and PyTorch computes in that.
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = torch.rsqrt(running_var + eps)
     scale = scale if weight is None else scale * weight

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from lightning_gif import GIFCallback, attach
-from lightning_gif.curvature import CorrectedEKFAC
+from lightning_gif.curvature import CorrectedEKFAC, LeastSquaresEKFAC, LissaEKFAC
 from lightning_gif.curvature.corrected import DAMPING_MULTIPLE
 from lightning_gif.curvature.ekfac import EKFACInverse
 from lightning_gif.curvature.methods import METHODS
@@ -33,11 +33,14 @@ def fit(kind: Any, objective: Any, examples: Any, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("damping", [0.05, None])
 @pytest.mark.parametrize("name", NETS)
-def test_converged_it_is_the_dense_inverse_with_the_damping_of_ekfac(name: str, damping: float | None) -> None:
+@pytest.mark.parametrize("kind", [CorrectedEKFAC, LeastSquaresEKFAC, LissaEKFAC])
+def test_converged_it_is_the_dense_inverse_with_the_damping_of_ekfac(
+    kind: type[CorrectedEKFAC], name: str, damping: float | None
+) -> None:
     """A damping that is not given is ten times that of EK-FAC, layer by layer."""
     decay, multiple = 0.01, 1.0 if damping else DAMPING_MULTIPLE
     with opened(name) as (objective, examples):
-        inverse = fit(CorrectedEKFAC, objective, examples, damping=damping, weight_decay=decay)
+        inverse = fit(kind, objective, examples, damping=damping, weight_decay=decay)
         matrix = to_matrix(open_curvature(SETTINGS, objective, examples, weight_decay=0.0))
         ekfac = fit(
             EKFACInverse,
