@@ -444,6 +444,7 @@ def results(world: int, folder: Path) -> dict[str, Any]:
     query, many = batch_of(points(60, seed=7), range(3)), batch_of(points(60, seed=7), range(60))
     few = {"max_iter": 8, "damping": 0.05}
     scores("by default", trainer.influence(query))
+    scores("ekfac", trainer.influence(query, per_example=True, solver="ekfac"))
     scores("cg", trainer.influence(query, **few))
     scores("per example", trainer.influence(query, per_example=True, curvature_examples=31, **few))
     scores("nystrom", trainer.influence(many, per_example=True, solver="nystrom", max_iter=64, damping=0.05))
@@ -514,6 +515,7 @@ def results(world: int, folder: Path) -> dict[str, Any]:
 
     edit("natural", [3, 17], step="natural", solver="dense")
     edit("one", batch_of(data, [5]), step="search", solver="dense")
+    edit("single examples", [3, 17], damping=0.5)
     edit("class", lambda batch: batch[1] == 1)
     kept = {"solves_to": folder / f"solves {world}"}
     trainer.unlearn(lambda batch: batch[1] == 1, **kept, dry_run=True)
