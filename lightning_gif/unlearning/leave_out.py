@@ -60,8 +60,7 @@ def solve_step(
         positions: The targets, ``(k,)``.
         on_product: Called for each product with ``G``.
     """
-    objective, old = task.objective, task.forget_gradient_in_training(numbers.earlier_share)
-    gradient = (task.influence_gradient + task.forget_weight * (old - task.forget_gradient))[positions]
+    objective, gradient = task.objective, task.leave_out_gradient(numbers.earlier_share)[positions]
     kept = task.budget.for_curvatures(settings, 1)
     curvature = open_curvature(kept, objective, task.retain_fit, on_product=on_product)
     matrix = Submatrix(curvature, positions, positions)
@@ -77,7 +76,7 @@ def solve_step(
     if task.relabelled is None:
         (solution,) = solve(free, system, root(gradient))
     else:
-        solution = _solve_relabelled(task, free, positions, system, root, old)
+        solution = _solve_relabelled(task, free, positions, system, root)
     change = root(solution.x)
     curvature.warn_if_zero()
     return LeaveOutStep(
@@ -93,14 +92,13 @@ def _solve_relabelled(
     positions: Tensor,
     system: LinearOperator,
     root: Callable[[Tensor], Tensor],
-    old: Tensor,
 ) -> Solution:
     """The minimum for training with new labels, in coordinates of the preconditioner, see :func:`.minimise`."""
     assert task.relabelled is not None
     size = len(task.objective.theta)
     solution = minimise(
         system,
-        old,
+        task.forget_gradient,
         LinearisedLoss(task.objective, task.relabelled),
         task.forget_weight,
         lambda vector: scatter(root(vector), positions, size),

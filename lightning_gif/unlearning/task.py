@@ -253,18 +253,30 @@ class Task:
         """The gradient ``(p,)`` of the mean loss of the forget examples with their old labels."""
         return self.objective.gradient(self.forget)
 
-    def forget_gradient_in_training(self, share: float) -> Tensor:
-        """:attr:`forget_gradient`, with a share of the mean over :attr:`earlier` states if there are any, ``(p,)``.
+    def leave_out_gradient(self, share: float) -> Tensor:
+        """The gradient ``(p,)`` of the mean loss of all training examples less that of the retained ones.
 
-        What is memorized has hardly a gradient in the end, but had a large one before.
+        It is ``(m/n) (∇F − ∇R)``, with the mean losses ``F`` of the forget and ``R`` of the retained examples. In the
+        minimum of the loss of all examples it equals :attr:`influence_gradient`. Short of that, both gradients have a
+        part in common, which training without the forget examples would follow as well. A share of the gradient is
+        that of :attr:`earlier` states, if there are any: what is memorized has hardly a gradient in the end, but had a
+        large one before. For new labels this is :attr:`influence_gradient`.
+
+        Args:
+            share: The share of the mean over earlier states.
         """
-        if not self.earlier or not share:
-            return self.forget_gradient
-        total = torch.zeros_like(self.forget_gradient)
-        for state in self.earlier.values():
-            with self.objective.at_state(self.objective.model_state(state)):
-                total += self.objective.gradient(self.forget)
-        return torch.lerp(self.forget_gradient, total / len(self.earlier), share)
+        if self.relabelled is not None:
+            return self.influence_gradient
+        objective = self.objective
+
+        found = self.forget_gradient - objective.gradient(self.retain_fit)
+        if self.earlier and share:
+            total = torch.zeros_like(found)
+            for state in self.earlier.values():
+                with objective.at_state(objective.model_state(state)):
+                    total += objective.gradient(self.forget) - objective.gradient(self.retain_fit)
+            found = torch.lerp(found, total / len(self.earlier), share)
+        return self.forget_weight / (1 + self.forget_weight) * found
 
     @cached_property
     def relabelled_gradient(self) -> Tensor | None:
