@@ -32,7 +32,8 @@ from lightning_gif import attach
 from lightning_gif.data.examples import Examples
 from lightning_gif.objective.objective import Objective
 
-OURS = "trainer.influence"
+OURS = {"auto": "trainer.influence", "ekfac": 'trainer.influence, solver="ekfac"'}
+"""The names of our rows, by solver."""
 
 
 def trained(net: str, weights: Path) -> pl.LightningModule:
@@ -55,9 +56,9 @@ def measure(name: str, net: str, weights: Path, folder: Path, examples: int, que
     model = trained(net, weights)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
-    if name == OURS:
+    if name in OURS:
         trainer = attached(model, train)
-        trainer.influence(asked.tensors, per_example=queries > 1).proponents(10)
+        trainer.influence(asked.tensors, per_example=queries > 1, solver=name).proponents(10)
     else:
         PEERS[name](model.eval(), train, asked).topk(10)
     seconds = time.process_time() - start
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--net", default="tinynet", choices=list(NETS), help="the network")
     parser.add_argument("--examples", type=int, default=60000, help="training images to score")
     parser.add_argument("--queries", type=int, default=1, help="test images, each of which is one query")
+    parser.add_argument("--solvers", nargs="+", default=list(OURS), choices=list(OURS), help="our rows")
     parser.add_argument(
         "--peers",
         nargs="*",
@@ -115,11 +117,11 @@ def main() -> None:
         weights = Path(folder) / "weights.pt"
         train, _ = load(options.data)
         torch.save(fit(train, [], epochs=1, net=options.net)[1].state_dict(), weights)
-        print("| | queries | training images | seconds | relative to ours | memory (MiB) |")
+        print("| | queries | training images | seconds | relative to the first | memory (MiB) |")
         print("| --- |" + " --- |" * 5)
         base = 0.0
-        for name in (OURS, *options.peers):
-            title = f"`{name}`" if name == OURS else name
+        for name in (*options.solvers, *options.peers):
+            title = f"`{OURS[name]}`" if name in OURS else name
             command = [sys.executable, __file__, "--row", name, "--net", options.net, "--weights", str(weights)]
             command += ["--data", str(options.data), "--examples", str(options.examples)]
             done = subprocess.run(
