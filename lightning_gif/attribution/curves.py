@@ -34,8 +34,8 @@ def draw(record: InfluenceRecord, query: int = 0, k: int | None = None) -> Figur
     if record.by_epoch is None:
         raise ConfigurationError(
             "The report has no parts of scores by epoch. Reports of trainer.influence(batch, through='training') have"
-            " them, if the call has no `keep` and the parts take at most 128 MiB (8 bytes × queries × epochs × training"
-            " examples). Ask fewer queries in one call."
+            " them, if the parts take at most 128 MiB (8 bytes × queries × epochs × training examples). Ask fewer"
+            " queries in one call."
         )
     record.check_query(query)
     count = record.check_k(k, min(record.k, _MOST_LINES))
@@ -64,4 +64,5 @@ def _name(record: InfluenceRecord, column: int, query: int) -> str:
     """The dataset index of an example, its label if it is known, and its score."""
     score: Tensor = record.scores[query, column]
     label = "" if record.labels is None else f" ({named(int(record.labels[column]), record.context.class_names)})"
-    return f"{int(record.indices[column])}{label}: {float(score):+.2g}"
+    index = record.indices[column] if record.n_kept is None else record.indices[query, column]
+    return f"{int(index)}{label}: {float(score):+.2g}"

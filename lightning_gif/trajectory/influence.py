@@ -111,7 +111,10 @@ def influence_through_training(
     if not whole:
         ends = Strongest(len(scores), scored.ids, keep or 0)
         ends.write(0, scores)
-        (scores, indices), by_epoch = ends.both(), None
+        scores, indices = ends.both()
+        if by_epoch is not None:
+            kept = scored.positions_of(indices.flatten()).view(len(indices), 1, -1)
+            by_epoch = by_epoch.gather(2, kept.expand(-1, by_epoch.shape[1], -1))
     return InfluenceReport(
         scores=scores,
         indices=indices,

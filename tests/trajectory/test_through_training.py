@@ -187,7 +187,13 @@ def test_scores_of_some_examples_are_those_of_all(tmp_path: Path) -> None:
     assert torch.equal(some.scores, whole.scores[:, [4, 2, 9]])
     few = trainer.influence(query(), through="training", keep=2, k=2)
     assert torch.equal(few.proponents(2).indices, whole.proponents(2).indices)
-    assert few.by_epoch is None
+    assert few.by_epoch is not None
+    assert whole.by_epoch is not None
+    assert torch.equal(few.by_epoch[0], whole.by_epoch[0][:, few.indices[0]])
+    few.save(tmp_path / "few")
+    loaded = InfluenceReport.load(tmp_path / "few").by_epoch
+    assert loaded is not None
+    assert torch.equal(loaded, few.by_epoch)
     after = weights_of(module)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -217,12 +223,14 @@ def test_the_curves_of_the_strongest_examples_are_drawn(tmp_path: Path) -> None:
         assert torch.equal(torch.as_tensor(line.get_ydata()).double(), report.by_epoch[1, :, number])
 
 
-def test_the_curves_need_parts_by_epoch(tmp_path: Path) -> None:
+def test_the_curves_need_parts_by_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _ = recorded(tmp_path, net, of_kind(SGD, lr=0.1))
-    few = trainer.influence(query(), through="training", keep=2, k=2)
-    with pytest.raises(ConfigurationError, match=r"through='training'\) have them, if the call has no `keep`"):
-        few.plot_by_epoch()
+    trainer.influence(query(), through="training", keep=2, k=2).plot_by_epoch()
     trainer.influence(query(), through="training", among=range(5)).plot_by_epoch()
+    monkeypatch.setattr("lightning_gif.trajectory.influence._MOST_BYTES_OF_PARTS", 8)
+    many = trainer.influence(query(), through="training")
+    with pytest.raises(ConfigurationError, match=r"through='training'\) have them, if the parts take at most 128 MiB"):
+        many.plot_by_epoch()
 
 
 @pytest.mark.parametrize("name", NETS)
