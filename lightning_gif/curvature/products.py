@@ -13,6 +13,7 @@ from .._compat import rank_zero_warn
 from ..data.batch import Batch
 from ..data.structure import map_tensors, same_structure
 from ..errors import GIFWarning, ObjectiveError
+from ..objective.equivalents import FastSecondDerivatives
 from ..registry import Registry, declares
 
 __all__ = [
@@ -54,7 +55,8 @@ def hessian(loss_sum: Callable[[Tensor, Batch], Tensor]) -> Linearise:
 
     def linearise(theta: Tensor, batch: Batch) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()
-        loss = loss_sum(theta, batch)
+        with FastSecondDerivatives():
+            loss = loss_sum(theta, batch)
         if not loss.requires_grad:
             return torch.zeros_like, ()
         gradient = _derivative(loss, theta, create_graph=True)
@@ -154,7 +156,8 @@ def gauss_newton(
 
     def linearise(theta: Tensor, batch: Batch) -> tuple[Product, tuple[Tensor, ...]]:
         theta = theta.detach().requires_grad_()
-        out = outputs(theta, batch)
+        with FastSecondDerivatives():
+            out = outputs(theta, batch)
         at = out.detach().requires_grad_()
         loss = loss_sum_at(theta.detach(), batch)(at)
         slope = torch.zeros_like(at)
@@ -210,7 +213,7 @@ def output_derivative(
         direction: The direction ``v``.
     """
     theta = theta.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), FastSecondDerivatives():
         out = outputs(theta, batch)
         if not out.requires_grad:
             return out, torch.zeros_like(out)
@@ -375,7 +378,8 @@ def require_gauss_newton(losses: Losses, theta: Tensor, batch: Batch) -> None:
 
     def products(point: Tensor) -> tuple[Product, Product]:
         point = point.requires_grad_()
-        out = losses.outputs(point, batch)
+        with FastSecondDerivatives():
+            out = losses.outputs(point, batch)
         if not out.requires_grad:  # no prediction depends on the parameters
             return lambda vector: torch.zeros_like(out), lambda vector: torch.zeros_like(point)
         return _products_with_jacobian(out, point)[:2]

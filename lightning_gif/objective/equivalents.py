@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,28 +12,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-__all__ = ["TwiceDifferentiable", "without_checkpoints"]
+__all__ = ["FastSecondDerivatives", "TwiceDifferentiable", "without_checkpoints"]
 
 
 # Log-probability of what cannot happen: finite, so that no derivative is inf − inf.
 _IMPOSSIBLE = -1e30
 
 
-class TwiceDifferentiable(TorchFunctionMode):
-    """Inside of it, some operations are computed by equivalent ones that have second derivatives.
+class _Equivalents(TorchFunctionMode):
+    """Inside of it, some operations are computed by equivalent ones, with the same values up to rounding."""
 
-    The values are the same up to rounding. As of PyTorch 2.13 these operations have a first derivative only:
-    ``F.hardsigmoid``, ``F.embedding_bag``, ``torch.cdist``, ``F.pdist``, ``F.ctc_loss``, ``F.multi_margin_loss`` and
-    ``F.multilabel_margin_loss``. ``torch._weight_norm``, which layers with weight normalisation call, has a wrong
-    second derivative on a CPU: it is not symmetric. An embedding with ``sparse=True`` has a dense gradient inside.
-    ``F.batch_norm`` with running statistics has a slow second derivative: products with the curvature of a ResNet take
-    a quarter less time without it.
-    """
+    _functions: ClassVar[dict[Callable[..., Any], Callable[..., Any]]]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _EQUIVALENTS.get(func, func)(*args, **(kwargs or {}))
+        return self._functions.get(func, func)(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -98,6 +92,23 @@ def _batch_norm(
     shift = shift if bias is None else shift + bias
     channels = [-1] + [1] * (input.ndim - 2)
     return input * scale.view(channels) + shift.view(channels)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    if input.dtype.itemsize < 4 or (weight is not None and weight.dtype != input.dtype):
+        # In half precision, PyTorch computes in float32.
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    last = list(range(-len(normalized_shape), 0))
+    centred = input - input.mean(last, keepdim=True)
+    normalised = centred * torch.rsqrt(centred.square().mean(last, keepdim=True) + eps)
+    scaled = normalised if weight is None else normalised * weight
+    return scaled if bias is None else scaled + bias
 
 
 def _embedding(
@@ -252,17 +263,37 @@ def _ctc_loss(
     return _reduced(losses[0] if single and reduction == "none" else losses, reduction)
 
 
-_EQUIVALENTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.hardsigmoid: _hardsigmoid,
-    torch._weight_norm: _weight_norm,
-    F.batch_norm: _batch_norm,
-    F.embedding: _embedding,
-    F.embedding_bag: _embedding_bag,
-    torch.cdist: _cdist,
-    F.pdist: _pdist,
-    torch.pdist: _pdist,
-    F.ctc_loss: _ctc_loss,
-    torch.ctc_loss: _ctc_loss,
-    F.multi_margin_loss: _multi_margin_loss,
-    F.multilabel_margin_loss: _multilabel_margin_loss,
-}
+class TwiceDifferentiable(_Equivalents):
+    """Inside of it, some operations are computed by equivalent ones that have second derivatives.
+
+    As of PyTorch 2.13 these operations have a first derivative only: ``F.hardsigmoid``, ``F.embedding_bag``,
+    ``torch.cdist``, ``F.pdist``, ``F.ctc_loss``, ``F.multi_margin_loss`` and ``F.multilabel_margin_loss``.
+    ``torch._weight_norm``, which layers with weight normalisation call, has a wrong second derivative on a CPU: it is
+    not symmetric. An embedding with ``sparse=True`` has a dense gradient inside.
+    """
+
+    _functions: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {
+        F.hardsigmoid: _hardsigmoid,
+        torch._weight_norm: _weight_norm,
+        F.embedding: _embedding,
+        F.embedding_bag: _embedding_bag,
+        torch.cdist: _cdist,
+        F.pdist: _pdist,
+        torch.pdist: _pdist,
+        F.ctc_loss: _ctc_loss,
+        torch.ctc_loss: _ctc_loss,
+        F.multi_margin_loss: _multi_margin_loss,
+        F.multilabel_margin_loss: _multilabel_margin_loss,
+    }
+
+
+class FastSecondDerivatives(_Equivalents):
+    """Inside of it, normalisations are computed by simple operations, whose second derivatives take less time.
+
+    These are ``F.layer_norm``, and ``F.batch_norm`` with running statistics. Their first derivatives take more time.
+    """
+
+    _functions: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {
+        F.batch_norm: _batch_norm,
+        F.layer_norm: _layer_norm,
+    }

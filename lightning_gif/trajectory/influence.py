@@ -112,9 +112,7 @@ def influence_through_training(
         ends = Strongest(len(scores), scored.ids, keep or 0)
         ends.write(0, scores)
         scores, indices = ends.both()
-        if by_epoch is not None:
-            kept = scored.positions_of(indices.flatten()).view(len(indices), 1, -1)
-            by_epoch = by_epoch.gather(2, kept.expand(-1, by_epoch.shape[1], -1))
+        by_epoch = None if by_epoch is None else _parts_of(by_epoch, scored.positions_of(indices.flatten()))
     return InfluenceReport(
         scores=scores,
         indices=indices,
@@ -154,6 +152,12 @@ def _recorded(settings: Settings, replay: Replay, query: Examples) -> dict[str, 
         "losses": "training_step as in training",
         "dataset_size": len(replay.train.dataset),
     }
+
+
+def _parts_of(by_epoch: Tensor, positions: Tensor) -> Tensor:
+    """The parts of scores ``(q, n_epochs, n)`` for some examples of each query, at positions ``(q * m,)``."""
+    kept = positions.view(len(by_epoch), 1, -1)
+    return by_epoch.gather(2, kept.expand(-1, by_epoch.shape[1], -1))
 
 
 def _swept(replay: Replay, adjoint: Adjoint, settings: Settings) -> Parts:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_gif.objective.equivalents import TwiceDifferentiable
+from lightning_gif.objective.equivalents import FastSecondDerivatives, TwiceDifferentiable
 
 BAGS, OFFSETS = torch.tensor([0, 1, 2, 2, 3, 3]), torch.tensor([0, 2, 2, 5])
 LABELS = torch.tensor([1, 0, 3, 5])
@@ -48,6 +48,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "batch_norm, images": lambda x: F.batch_norm(x.reshape(4, 6, 2, 2), MEAN, MEAN.exp()),
     "batch_norm, in training": lambda x: F.batch_norm(x, MEAN.clone(), MEAN.exp(), x[0], training=True),
     "batch_norm, no statistics": lambda x: F.batch_norm(x, None, None, x[0], training=True),
+    "layer_norm": lambda x: F.layer_norm(x, (6,), x[0], x[1]),
+    "layer_norm, two dimensions": lambda x: F.layer_norm(x.reshape(4, 4, 6), (4, 6), eps=0.1),
     "ctc": _ctc,
     "ctc, none": lambda x: _ctc(x, "none"),
     "ctc, sum": lambda x: _ctc(x, "sum", zero_infinity=True),
@@ -61,7 +63,7 @@ def test_values_and_derivatives_are_those_of_the_operation(name: str) -> None:
     expected = operation(x.requires_grad_())
     weights = torch.randn_like(expected)
     (slope,) = torch.autograd.grad((expected * weights).sum(), x)
-    with TwiceDifferentiable():
+    with TwiceDifferentiable(), FastSecondDerivatives():
         value = operation(x)
         torch.testing.assert_close(value, expected)
         (same,) = torch.autograd.grad((value * weights).sum(), x, create_graph=True)
@@ -73,12 +75,22 @@ def test_second_derivatives_are_slopes_of_the_first(name: str) -> None:
     operation = OPERATIONS[name]
 
     def scalar(x: Tensor) -> Tensor:
-        with TwiceDifferentiable():
+        with TwiceDifferentiable(), FastSecondDerivatives():
             return operation(x.reshape(16, 6)).square().sum().sin()
 
     x = torch.randn(96, dtype=torch.float64)
     assert torch.autograd.gradgradcheck(scalar, (x.requires_grad_(),), atol=1e-4)
     torch.func.jvp(scalar, (x.detach(),), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("weight", [None, torch.rand(6)])
+def test_normalisation_in_half_precision_is_that_of_pytorch(weight: Tensor | None) -> None:
+    x = torch.randn(8, 6).bfloat16()
+    mean, variance, half = torch.randn(6), torch.rand(6) + 0.1, None if weight is None else weight.bfloat16()
+    expected = F.layer_norm(x, (6,), half), F.batch_norm(x, mean, variance, weight)
+    with FastSecondDerivatives():
+        found = F.layer_norm(x, (6,), half), F.batch_norm(x, mean, variance, weight)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_labels_that_no_alignment_has_are_impossible() -> None:
