@@ -55,7 +55,7 @@ _LARGEST_SIDE = 8192
 _MATRICES = (Linear.kind, Convolution.kind)
 
 # The number of gradients whose iHVPs are computed at a time, which limits the memory for copies.
-_TOGETHER = 64
+_TOGETHER = 32
 
 # Gradients of examples are rotated into the Kronecker basis in parts of about this size, which stay in the cache.
 _PART_BYTES = 2**22

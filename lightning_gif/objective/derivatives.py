@@ -30,6 +30,9 @@ __all__ = [
 DirectionalDerivatives = Callable[[LossFunction, Batch, Tensor], Tensor]
 """``(loss, batch, directions (q, p)) → (q, B)``: ``wᵀ∇ℓ(zᵢ)`` for each direction and example."""
 
+# The number of gradients of queries that are formed or checked at a time, which limits the memory for copies.
+_ROWS = 32
+
 # How many examples, spread evenly over the training data, are used to compare ways to differentiate.
 _SPREAD = 8
 
@@ -88,9 +91,11 @@ def query_gradients(
     position = examples.shard[0]
     for batch in examples.local_batches():
         if per_example and rows is not None:
-            for some in rows(batch):
-                gradients[position : position + len(some)] = some
-                position += len(some)
+            step = _ROWS if batch.divisible else batch.size
+            for start in range(0, batch.size, step):
+                for some in rows(batch.slice(start, start + step)):
+                    gradients[position : position + len(some)] = some
+                    position += len(some)
             continue
         at = theta.detach().requires_grad_()
         values = measurements(at, batch)
@@ -108,7 +113,7 @@ def query_gradients(
 
 
 def _require_finite(gradients: Tensor, space: ParameterSpace) -> Tensor:
-    if torch.isfinite(gradients).all():
+    if all(bool(torch.isfinite(some).all()) for some in gradients.split(_ROWS)):  # a mask of all would be as large
         return gradients
     parts = space.unflatten(gradients.reshape(-1, space.size).abs().sum(0))
     names = [name for name, part in parts.items() if not torch.isfinite(part).all()]
