@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from lightning_gif import SOLVERS, GIFCallback
-from lightning_gif.curvature import CorrectedEKFAC, EKFACInverse, LeastSquaresEKFAC, LissaEKFAC
+from lightning_gif.curvature import CorrectedEKFAC, EKFACInverse, LsmrEKFAC, LissaEKFAC
 from lightning_gif.curvature.corrected import DAMPING_MULTIPLE
 from lightning_gif.curvature.ekfac import require_layers
 from lightning_gif.curvature.methods import METHODS
@@ -37,7 +37,7 @@ from lightning_gif.solvers.power_iteration import largest_eigenvalue
 
 ITERATIONS = 20
 EXACT = 400
-KINDS: dict[str, type[CorrectedEKFAC]] = {"cg": CorrectedEKFAC, "lsmr": LeastSquaresEKFAC, "lissa": LissaEKFAC}
+KINDS: dict[str, type[CorrectedEKFAC]] = {"cg": CorrectedEKFAC, "lsmr": LsmrEKFAC, "lissa": LissaEKFAC}
 SHARES = {"1e-3": 1e-3, "1e-4": 1e-4, "1e-5": 1e-5, "the default": None}
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=["mlp", "cnn"], choices=list(NETS))
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--examples", type=int, default=1000, help="examples that the matrix is the mean over")
-    parser.add_argument("--queries", type=int, default=6)
+    parser.add_argument("--queries", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(1)
     data, _ = load(options.data)

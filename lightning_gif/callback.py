@@ -89,8 +89,8 @@ class GIFCallback(TrainerCalls, Callback):
             need a symmetric curvature without negative eigenvalues. ``"cg"`` takes one product per iteration.
             ``"nystrom"`` takes as many products for many queries as for one. ``"ekfac"``, for scores only, takes no
             products: it approximates the Gauss–Newton matrix layer by layer. ``"ekfac_cg"``, for queries only, corrects
-            it by products with the exact matrix; ``"ekfac_lsmr"`` and ``"ekfac_lissa"`` take twice as many products
-            for the same. You can register your own solver in ``lightning_gif.SOLVERS``.
+            it by products with the exact matrix. ``"ekfac_lsmr"`` and ``"ekfac_lissa"`` solve the same system by these
+            solvers, with two products per iteration instead of one. You can register your own solver in ``lightning_gif.SOLVERS``.
             ``"auto"`` (default): for scores, if the module has more than 1024 parameters, all in layers that are linear
             in them, and none of ``max_iter``, ``rtol``, ``discrepancy`` and ``eigenvalues`` is given, ``"ekfac_cg"``
             for as many queries as take 1.2 trillion operations in its products, and ``"ekfac"`` for more queries and
@@ -101,13 +101,13 @@ class GIFCallback(TrainerCalls, Callback):
             where an eigenvalue ``c`` counts as ``√(c² + λ²)``. More damping gives smaller and more cautious results.
             ``None`` (default): for scores a thousandth of the largest eigenvalue (three extra products). With
             ``"ekfac"``, each layer has its own: the mean of those of its eigenvalues that can differ from zero; with
-            ``"ekfac_cg"`` ten times that. With ``step="match"`` it follows from the learning rates of the training. For
+            ``"ekfac_cg"``, ``"ekfac_lsmr"`` and ``"ekfac_lissa"`` ten times that. With ``step="match"`` it follows from the learning rates of the training. For
             ``"gif"`` and other edits 0. The first label-correction solves of a classifier use ``‖Aᵀg‖ / (5‖g‖)`` (one
             extra product), and more after a rejected step. The values used are in ``report.solution.damping`` and
             ``report.solves[i]["damping"]``.
         max_iter: The largest number of iterations of one solve; for ``"nystrom"`` the rank of the sketch. An iteration
-            takes two Hessian-vector products, or one for ``"cg"`` and Newton steps. Fewer iterations regularise.
-            ``None`` (default): 200 if ``rtol`` is given. Otherwise 20 for scores by ``"cg"``, at most 512 by
+            takes two Hessian-vector products, or one for ``"cg"``, ``"ekfac_cg"`` and Newton steps. Fewer iterations regularise.
+            ``None`` (default): 200 if ``rtol`` is given. Otherwise 20 for scores by ``"cg"``, 6 by ``"ekfac_cg"``, 36 by ``"ekfac_lsmr"`` and ``"ekfac_lissa"``, at most 512 by
             ``"nystrom"``, 8 for the first change of ``step="match"``, and 10 for the influence direction of other
             edits. Each later solve of an edit takes 5, or 8 for label correction.
         rtol: The relative residual of the normal equations at which a solve has converged, between 0 and 1. Directions

@@ -861,7 +861,8 @@ def _check_keep(keep: Any, k: int, scores_to: Any) -> None:
     """Checks the argument ``keep`` of a call that shows ``k`` examples."""
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < k):
         raise ConfigurationError(
-            f"`keep` must be None or a whole number of at least k={k}, the number of shown examples, got {keep!r}."
+            f"`keep` must be None or a whole number of at least k={k}, the number of shown examples, got {keep!r}. To"
+            " keep fewer, pass a smaller `k`, too."
         )
     if keep is not None and scores_to is not None:
         raise ConfigurationError(

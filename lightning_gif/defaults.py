@@ -110,8 +110,8 @@ def for_unlearning(settings: Settings) -> Settings:
     solver = _chosen(settings.solver, LEAST_SQUARES)
     if solver in INVERSES:
         raise ConfigurationError(
-            f"solver={solver!r} is an inverse of the curvature, which serves scores only. An edit needs a solver:"
-            f" {', '.join(SOLVERS)}. Pass one to the call: trainer.unlearn(…, solver={LEAST_SQUARES!r})."
+            f"solver={solver!r} is for scores only. An edit needs a solver: {', '.join(SOLVERS)}. Pass one to the call:"
+            f" trainer.unlearn(…, solver={LEAST_SQUARES!r})."
         )
     return replace(settings, method=_chosen(settings.method, "gif"), solver=solver)
 

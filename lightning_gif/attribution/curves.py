@@ -34,7 +34,7 @@ def draw(record: InfluenceRecord, query: int = 0, k: int | None = None) -> Figur
     if record.by_epoch is None:
         raise ConfigurationError(
             "The report has no parts of scores by epoch. Reports of trainer.influence(batch, through='training') have"
-            " them, if the parts take at most 128 MiB (8 bytes × queries × epochs × training examples). Ask fewer"
+            " them, if the parts take at most 128 MiB (8 bytes × queries × epochs × training examples). Score fewer"
             " queries in one call."
         )
     record.check_query(query)

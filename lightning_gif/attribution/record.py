@@ -92,8 +92,9 @@ class InfluenceRecord:
         train_tokens: For training texts by dataset index, if the call had ``tokens=True``: each token, and its score
             for each of the first eight queries. The sum over the tokens is the score of the text, without weight decay.
         by_epoch: With ``through="training"``, the part of each score that comes from the optimizer steps of each epoch,
-            ``(n_queries, n_epochs, n_train)`` in float64, with ``keep`` for the examples that the report has; the parts
-            add up to the score. ``None`` for other scores, and if it would take more than 128 MiB for all examples.
+            ``(n_queries, n_epochs, n_train)`` in float64; with ``keep``, only of the examples in the report. The parts
+            add up to the score. ``None`` for other scores, and if the parts of all examples would take more than 128
+            MiB.
         leave_outs: With ``through="training"`` and ``leave_outs``, what the scores predict for replays without some
             examples, and what these replays measured.
         examples: Labels and pictures or texts of training examples, by dataset index; filled on demand.

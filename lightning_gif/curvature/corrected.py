@@ -28,15 +28,16 @@ from .sampling import kept_sample
 from .solve import describe, max_iter, open_curvature, solve
 from .streaming import Curvature
 
-__all__ = ["ITERATIONS", "CorrectedEKFAC", "LeastSquaresEKFAC", "LissaEKFAC"]
+__all__ = ["ITERATIONS", "CorrectedEKFAC", "LsmrEKFAC", "LissaEKFAC"]
 
-# The number of iterations without `max_iter` and `rtol`. benchmarks/README.md, "EK-FAC corrected by products".
+# The number of iterations without `max_iter` and `rtol`. Least squares take the square of it, since their condition
+# number is the square. benchmarks/README.md, "EK-FAC corrected by products".
 ITERATIONS = 6
 
 # The default damping of a layer as a multiple of that of EK-FAC. benchmarks/README.md, "Scores with the exact matrix".
 DAMPING_MULTIPLE = 10.0
 
-# The number of queries for which the faster products are chosen.
+# The number of queries for which the faster kind of products is chosen.
 _QUERIES = 4
 
 
@@ -92,16 +93,19 @@ class CorrectedEKFAC(InverseCurvature):
     @classmethod
     def linearise(cls, objective: Objective, settings: Settings, n: int) -> Linearise | None:
         """How the curvature of a batch is computed for products over ``n`` examples; ``None`` if by passes."""
-        return from_layers(objective, settings, n, cls.corrections(settings, _QUERIES))
+        return from_layers(objective, settings, n, _QUERIES * (settings.max_iter or ITERATIONS))
 
     @classmethod
     def n_updates(cls, settings: Settings, n_batches: int, n_queries: int) -> int | None:
+        if not SOLVERS[cls.iteration].requires_symmetric_psd:  # they may take more products than iterations say
+            return None
         return 2 * n_batches + cls.corrections(settings, n_queries)
 
     @classmethod
     def corrections(cls, settings: Settings, n_queries: int) -> int:
-        each = 1 if SOLVERS[cls.iteration].requires_symmetric_psd else 2
-        return n_queries * each * max_iter(cls._of_solve(settings))
+        iterations = max_iter(cls._of_solve(settings))
+        # Least squares take two products for an iteration, one before them, and two to check the solution.
+        return n_queries * (iterations if SOLVERS[cls.iteration].requires_symmetric_psd else 2 * iterations + 3)
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         root = self._ekfac.root
@@ -128,12 +132,13 @@ class CorrectedEKFAC(InverseCurvature):
     @classmethod
     def _of_solve(cls, settings: Settings) -> Settings:
         """The settings of the iterations."""
-        iterations = settings.max_iter or (ITERATIONS if settings.rtol is None else None)
+        first = ITERATIONS if SOLVERS[cls.iteration].requires_symmetric_psd else ITERATIONS**2
+        iterations = settings.max_iter or (first if settings.rtol is None else None)
         return replace(settings, solver=cls.iteration, damping=0.0, max_iter=iterations)
 
 
 @INVERSES.register("ekfac_lsmr")
-class LeastSquaresEKFAC(CorrectedEKFAC):
+class LsmrEKFAC(CorrectedEKFAC):
     """The same system as :class:`CorrectedEKFAC`, solved by LSMR: two products for each iteration."""
 
     name = "ekfac_lsmr"
@@ -142,7 +147,10 @@ class LeastSquaresEKFAC(CorrectedEKFAC):
 
 @INVERSES.register("ekfac_lissa")
 class LissaEKFAC(CorrectedEKFAC):
-    """The same system as :class:`CorrectedEKFAC`, solved by accelerated LiSSA: two products for each iteration."""
+    """The same system as :class:`CorrectedEKFAC`, solved by :func:`~lightning_gif.solvers.lissa`.
+
+    That takes two products for each iteration. Its first 20 iterations are CGLS.
+    """
 
     name = "ekfac_lissa"
     iteration = "lissa"

@@ -494,7 +494,7 @@ class Costs:
             n_unseen: The number of unseen examples.
             sizes: The numbers of examples that an edit uses.
             numbers: The tuned numbers of the strategy.
-            n_states: The number of states of training at which the gradient of the forget examples is taken.
+            n_states: The number of states of training at which the gradient of the leave-out step is taken.
             knows_damping: Whether the damping is given, or the training was recorded. Else it is measured.
         """
         passes, n_retain = self.passes, max(self.n_train - n_forget, 1)
@@ -519,7 +519,7 @@ class Costs:
         )
         begin = (
             self._over(n_fit + n_eval + n_unseen + 2 * n_forget, passes.read)
-            + n_states * self._over(n_forget, passes.gradient)
+            + n_states * self._over(n_forget + n_fit, passes.gradient)
             + self._over(n_unseen, passes.loss)
         )
         return Estimate(

@@ -1,4 +1,4 @@
-"""Operations that PyTorch differentiates twice slowly, wrongly or not at all, computed by others."""
+"""Replacements for operations whose second derivatives are slow, wrong or missing in PyTorch."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """With running statistics, a scale and a shift of each channel, as PyTorch computes it on a CPU."""
-    if training or running_mean is None or running_var is None or running_var.dtype != input.dtype:
-        # In half precision, the statistics are in float32, and PyTorch computes in that.
+    others = (running_mean, running_var, weight, bias)
+    if training or running_mean is None or running_var is None or not _fits(input, input.shape[1:2], *others):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = torch.rsqrt(running_var + eps)
     scale = scale if weight is None else scale * weight
@@ -94,6 +94,15 @@ def _batch_norm(
     return input * scale.view(channels) + shift.view(channels)
 
 
+def _fits(input: Tensor, shape: Sequence[int], *others: Tensor | None) -> bool:
+    """Whether tensors have a shape, and the dtype of an input that is not in half precision.
+
+    In half precision PyTorch computes in float32. For a wrong shape it raises an error.
+    """
+    same = (one.shape == torch.Size(shape) and one.dtype == input.dtype for one in others if one is not None)
+    return input.dtype.itemsize >= 4 and all(same)
+
+
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -101,10 +110,10 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    if input.dtype.itemsize < 4 or (weight is not None and weight.dtype != input.dtype):
-        # In half precision, PyTorch computes in float32.
+    shape = tuple(normalized_shape)
+    if input.shape[-len(shape) :] != shape or not _fits(input, shape, weight, bias):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    last = list(range(-len(normalized_shape), 0))
+    last = list(range(-len(shape), 0))
     centred = input - input.mean(last, keepdim=True)
     normalised = centred * torch.rsqrt(centred.square().mean(last, keepdim=True) + eps)
     scaled = normalised if weight is None else normalised * weight
@@ -288,9 +297,9 @@ class TwiceDifferentiable(_Equivalents):
 
 
 class FastSecondDerivatives(_Equivalents):
-    """Inside of it, normalisations are computed by simple operations, whose second derivatives take less time.
+    """Inside of it, LayerNorm, and BatchNorm with running statistics, are computed by simple operations.
 
-    These are ``F.layer_norm``, and ``F.batch_norm`` with running statistics. Their first derivatives take more time.
+    Their second derivatives take less time, and their first derivatives more.
     """
 
     _functions: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {

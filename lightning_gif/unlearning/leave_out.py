@@ -27,7 +27,7 @@ from .task import Task
 
 __all__ = ["POWER_STEPS", "LeaveOutStep", "match_predictions", "predicted_losses", "solve_step"]
 
-# The number of products that estimate a largest eigenvalue from the gradient of the forget examples.
+# The number of products that estimate a largest eigenvalue. They start at the gradient of the edit.
 POWER_STEPS = 4
 
 

@@ -38,7 +38,7 @@ class Matching(CheckedNumbers):
         preconditioner_examples: The number of these from which the EK-FAC preconditioner of the solve is fitted.
         iterations: The largest number of iterations of the solve, if neither ``max_iter`` nor ``rtol`` is given.
         evaluation: The largest number of examples of each kind that a trial is measured on.
-        earlier_share: The weight of snapshots in the gradient of the forget examples; 1 minus it is that of the trained
+        earlier_share: The weight of snapshots in the gradient of the leave-out step; 1 minus it is that of the trained
             model.
         unknown_damping: The damping if the training was not recorded and none is given, as a share of the largest
             eigenvalue of the curvature.

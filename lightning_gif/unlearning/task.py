@@ -254,13 +254,14 @@ class Task:
         return self.objective.gradient(self.forget)
 
     def leave_out_gradient(self, share: float) -> Tensor:
-        """The gradient ``(p,)`` of the mean loss of all training examples less that of the retained ones.
+        """The gradient ``(p,)`` of the mean loss of all training examples, minus that of the retained ones.
 
-        It is ``(m/n) (∇F − ∇R)``, with the mean losses ``F`` of the forget and ``R`` of the retained examples. In the
-        minimum of the loss of all examples it equals :attr:`influence_gradient`. Short of that, both gradients have a
-        part in common, which training without the forget examples would follow as well. A share of the gradient is
-        that of :attr:`earlier` states, if there are any: what is memorized has hardly a gradient in the end, but had a
-        large one before. For new labels this is :attr:`influence_gradient`.
+        It is ``(m/n) (∇F − ∇R)``, where ``F`` and ``R`` are the mean losses of the forget and of the retained examples,
+        and ``R`` is estimated on the examples of the curvature. At the minimum of the loss of all examples it equals
+        :attr:`influence_gradient`. Before the minimum, ``∇F`` and ``∇R`` have a part in common. Training without the
+        forget examples would follow this part as well, so it cancels. A share of the result is taken at
+        :attr:`earlier` states, if there are any: memorized examples have hardly any gradient at the end, but had a
+        large one before. For new labels, this is :attr:`influence_gradient`.
 
         Args:
             share: The share of the mean over earlier states.
@@ -358,8 +359,8 @@ def retained_examples(train: Examples, forget: Examples, found: Tensor, notes: l
     if not len(found):
         raise TrainingDataError(
             f"None of the {len(forget)} forget examples is in the training data, by dataset index or by content. Either"
-            " the model was not trained on them, or the training data are augmented at random, or padded to other"
-            " lengths. Then give dataset indices, or a DataLoader over a Subset of the training set, or pass the data"
+            " the model was not trained on them, or they have other labels there, or the training data are augmented at"
+            " random, or padded to other lengths. Then give dataset indices, or a DataLoader over a Subset of the training set, or pass the data"
             " to keep as `retain`."
         )
     if len(found) > len(forget):

@@ -97,7 +97,7 @@ def of_prediction(evidence: Evidence) -> Verdict:
     if abs(wanted) <= _SMALL * _scale(evidence.outcomes, start):
         return Verdict(
             Grade.NOTHING_TO_DO,
-            f"{losses}: the model hardly depends on these examples. After the edit it is {end:.4g}{_bounds(change)}."
+            f"{losses}, which is hardly a change. After the edit it is {end:.4g}{_bounds(change)}. You can undo the edit."
             f" {_NO_RETRAINING}",
         )
     share = change.mean / wanted

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from lightning_gif import GIFCallback, attach
-from lightning_gif.curvature import CorrectedEKFAC, LeastSquaresEKFAC, LissaEKFAC
+from lightning_gif.curvature import CorrectedEKFAC, LsmrEKFAC, LissaEKFAC
 from lightning_gif.curvature.corrected import DAMPING_MULTIPLE
 from lightning_gif.curvature.ekfac import EKFACInverse
 from lightning_gif.curvature.methods import METHODS
@@ -33,7 +33,7 @@ def fit(kind: Any, objective: Any, examples: Any, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("damping", [0.05, None])
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("kind", [CorrectedEKFAC, LeastSquaresEKFAC, LissaEKFAC])
+@pytest.mark.parametrize("kind", [CorrectedEKFAC, LsmrEKFAC, LissaEKFAC])
 def test_converged_it_is_the_dense_inverse_with_the_damping_of_ekfac(
     kind: type[CorrectedEKFAC], name: str, damping: float | None
 ) -> None:

@@ -83,14 +83,28 @@ def test_second_derivatives_are_slopes_of_the_first(name: str) -> None:
     torch.func.jvp(scalar, (x.detach(),), (torch.ones_like(x),))
 
 
-@pytest.mark.parametrize("weight", [None, torch.rand(6)])
-def test_normalisation_in_half_precision_is_that_of_pytorch(weight: Tensor | None) -> None:
-    x = torch.randn(8, 6).bfloat16()
-    mean, variance, half = torch.randn(6), torch.rand(6) + 0.1, None if weight is None else weight.bfloat16()
-    expected = F.layer_norm(x, (6,), half), F.batch_norm(x, mean, variance, weight)
+@pytest.mark.parametrize("statistics", [torch.float32, torch.bfloat16])
+def test_normalisation_in_half_precision_is_that_of_pytorch(statistics: torch.dtype) -> None:
+    x, half = torch.randn(8, 6).bfloat16(), torch.rand(6).bfloat16()
+    mean, variance, weight = (part.to(statistics) for part in (torch.randn(6), torch.rand(6) + 0.1, torch.rand(6)))
+
+    def normalised() -> list[Tensor]:
+        return [F.layer_norm(x, (6,), half), F.layer_norm(x, (6,)), F.batch_norm(x, mean, variance, weight)]
+
+    expected = normalised()
     with FastSecondDerivatives():
-        found = F.layer_norm(x, (6,), half), F.batch_norm(x, mean, variance, weight)
+        found = normalised()
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_shapes_that_do_not_fit_are_errors_as_in_pytorch() -> None:
+    x = torch.randn(4, 6)
+    with FastSecondDerivatives():
+        for shape in ((5,), (3, 6, 2)):
+            with pytest.raises(RuntimeError):
+                F.layer_norm(x, shape)
+        with pytest.raises(RuntimeError):
+            F.batch_norm(x, torch.zeros(1), torch.ones(1))
 
 
 def test_labels_that_no_alignment_has_are_impossible() -> None:
