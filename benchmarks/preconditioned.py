@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from lightning_gif import SOLVERS, GIFCallback
-from lightning_gif.curvature import CorrectedEKFAC, EKFACInverse, LsmrEKFAC, LissaEKFAC
+from lightning_gif.curvature import CorrectedEKFAC, EKFACInverse, LissaEKFAC, LsmrEKFAC
 from lightning_gif.curvature.corrected import DAMPING_MULTIPLE
 from lightning_gif.curvature.ekfac import require_layers
 from lightning_gif.curvature.methods import METHODS

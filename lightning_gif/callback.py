@@ -90,26 +90,27 @@ class GIFCallback(TrainerCalls, Callback):
             ``"nystrom"`` takes as many products for many queries as for one. ``"ekfac"``, for scores only, takes no
             products: it approximates the Gauss–Newton matrix layer by layer. ``"ekfac_cg"``, for queries only, corrects
             it by products with the exact matrix. ``"ekfac_lsmr"`` and ``"ekfac_lissa"`` solve the same system by these
-            solvers, with two products per iteration instead of one. You can register your own solver in ``lightning_gif.SOLVERS``.
-            ``"auto"`` (default): for scores, if the module has more than 1024 parameters, all in layers that are linear
-            in them, and none of ``max_iter``, ``rtol``, ``discrepancy`` and ``eigenvalues`` is given, ``"ekfac_cg"``
-            for as many queries as take 1.2 trillion operations in its products, and ``"ekfac"`` for more queries and
-            for ``self_influence``. Otherwise ``"cg"``, or ``"nystrom"`` for 13 queries or more. ``"lsmr"`` for edits,
-            for ``"gif"``, and with the Hessian.
+            solvers, with two products per iteration instead of one. You can register your own solver in
+            ``lightning_gif.SOLVERS``. ``"auto"`` (default): for scores, if the module has more than 1024 parameters,
+            all in layers that are linear in them, and none of ``max_iter``, ``rtol``, ``discrepancy`` and
+            ``eigenvalues`` is given, ``"ekfac_cg"`` for as many queries as take 1.2 trillion operations in its
+            products, and ``"ekfac"`` for more queries and for ``self_influence``. Otherwise ``"cg"``, or ``"nystrom"``
+            for 13 queries or more. ``"lsmr"`` for edits, for ``"gif"``, and with the Hessian.
         damping: The damping λ, in the unit of the curvature's eigenvalues. Every solver adds it to the eigenvalues of
             the Gauss–Newton matrix. With ``"gif"`` and with the Hessian, ``‖Ax − g‖² + λ²‖x‖²`` is minimised instead,
             where an eigenvalue ``c`` counts as ``√(c² + λ²)``. More damping gives smaller and more cautious results.
             ``None`` (default): for scores a thousandth of the largest eigenvalue (three extra products). With
             ``"ekfac"``, each layer has its own: the mean of those of its eigenvalues that can differ from zero; with
-            ``"ekfac_cg"``, ``"ekfac_lsmr"`` and ``"ekfac_lissa"`` ten times that. With ``step="match"`` it follows from the learning rates of the training. For
-            ``"gif"`` and other edits 0. The first label-correction solves of a classifier use ``‖Aᵀg‖ / (5‖g‖)`` (one
-            extra product), and more after a rejected step. The values used are in ``report.solution.damping`` and
-            ``report.solves[i]["damping"]``.
+            ``"ekfac_cg"``, ``"ekfac_lsmr"`` and ``"ekfac_lissa"`` ten times that. With ``step="match"`` it follows from
+            the learning rates of the training. For ``"gif"`` and other edits 0. The first label-correction solves of a
+            classifier use ``‖Aᵀg‖ / (5‖g‖)`` (one extra product), and more after a rejected step. The values used are
+            in ``report.solution.damping`` and ``report.solves[i]["damping"]``.
         max_iter: The largest number of iterations of one solve; for ``"nystrom"`` the rank of the sketch. An iteration
-            takes two Hessian-vector products, or one for ``"cg"``, ``"ekfac_cg"`` and Newton steps. Fewer iterations regularise.
-            ``None`` (default): 200 if ``rtol`` is given. Otherwise 20 for scores by ``"cg"``, 6 by ``"ekfac_cg"``, 36 by ``"ekfac_lsmr"`` and ``"ekfac_lissa"``, at most 512 by
-            ``"nystrom"``, 8 for the first change of ``step="match"``, and 10 for the influence direction of other
-            edits. Each later solve of an edit takes 5, or 8 for label correction.
+            takes two Hessian-vector products, or one for ``"cg"``, ``"ekfac_cg"`` and Newton steps. Fewer iterations
+            regularise. ``None`` (default): 200 if ``rtol`` is given. Otherwise 20 for scores by ``"cg"``, 6 by
+            ``"ekfac_cg"``, 36 by ``"ekfac_lsmr"`` and ``"ekfac_lissa"``, at most 512 by ``"nystrom"``, 8 for the first
+            change of ``step="match"``, and 10 for the influence direction of other edits. Each later solve of an edit
+            takes 5, or 8 for label correction.
         rtol: The relative residual of the normal equations at which a solve has converged, between 0 and 1. Directions
             of small curvature contribute little to the residual; a smaller ``rtol`` follows them further. ``None``
             (default): 1e-3 for the scores of ``"gif"``; otherwise a solve ends after ``max_iter`` iterations.

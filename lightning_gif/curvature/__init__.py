@@ -5,7 +5,7 @@ Modules that register inverses in :data:`INVERSES` are imported here, so that th
 
 from .._moved import forward
 from .by_solver import DenseInverse, SketchInverse, SolverInverse
-from .corrected import CorrectedEKFAC, LsmrEKFAC, LissaEKFAC
+from .corrected import CorrectedEKFAC, LissaEKFAC, LsmrEKFAC
 from .ekfac import EKFACInverse
 from .inverse import INVERSES, InverseCurvature
 
@@ -15,8 +15,8 @@ __all__ = [
     "DenseInverse",
     "EKFACInverse",
     "InverseCurvature",
-    "LsmrEKFAC",
     "LissaEKFAC",
+    "LsmrEKFAC",
     "SketchInverse",
     "SolverInverse",
 ]

@@ -28,7 +28,7 @@ from .sampling import kept_sample
 from .solve import describe, max_iter, open_curvature, solve
 from .streaming import Curvature
 
-__all__ = ["ITERATIONS", "CorrectedEKFAC", "LsmrEKFAC", "LissaEKFAC"]
+__all__ = ["ITERATIONS", "CorrectedEKFAC", "LissaEKFAC", "LsmrEKFAC"]
 
 # The number of iterations without `max_iter` and `rtol`. Least squares take the square of it, since their condition
 # number is the square. benchmarks/README.md, "EK-FAC corrected by products".

@@ -360,8 +360,8 @@ def retained_examples(train: Examples, forget: Examples, found: Tensor, notes: l
         raise TrainingDataError(
             f"None of the {len(forget)} forget examples is in the training data, by dataset index or by content. Either"
             " the model was not trained on them, or they have other labels there, or the training data are augmented at"
-            " random, or padded to other lengths. Then give dataset indices, or a DataLoader over a Subset of the training set, or pass the data"
-            " to keep as `retain`."
+            " random, or padded to other lengths. Then give dataset indices, or a DataLoader over a Subset of the"
+            " training set, or pass the data to keep as `retain`."
         )
     if len(found) > len(forget):
         notes.append(

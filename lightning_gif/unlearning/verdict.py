@@ -97,8 +97,8 @@ def of_prediction(evidence: Evidence) -> Verdict:
     if abs(wanted) <= _SMALL * _scale(evidence.outcomes, start):
         return Verdict(
             Grade.NOTHING_TO_DO,
-            f"{losses}, which is hardly a change. After the edit it is {end:.4g}{_bounds(change)}. You can undo the edit."
-            f" {_NO_RETRAINING}",
+            f"{losses}, which is hardly a change. After the edit it is {end:.4g}{_bounds(change)}. You can undo the"
+            f" edit. {_NO_RETRAINING}",
         )
     share = change.mean / wanted
     reached = _share_of_change(share, change.half_width / abs(wanted), len(outcome.before))

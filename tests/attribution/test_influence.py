@@ -826,7 +826,7 @@ def test_keeping_half_of_the_scores_at_each_end_keeps_all() -> None:
 def test_invalid_values_of_keep_are_refused(keep: Any) -> None:
     trainer, _, dataset = fitted()
     with pytest.raises(
-        ConfigurationError, match="`keep` must be None or a whole number of at least k=10.* a smaller `k`"
+        ConfigurationError, match=r"`keep` must be None or a whole number of at least k=10.* a smaller `k`"
     ):
         trainer.influence(batch_of(dataset, slice(0, 3)), keep=keep)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from lightning_gif import GIFCallback, attach
-from lightning_gif.curvature import CorrectedEKFAC, LsmrEKFAC, LissaEKFAC
+from lightning_gif.curvature import CorrectedEKFAC, LissaEKFAC, LsmrEKFAC
 from lightning_gif.curvature.corrected import DAMPING_MULTIPLE
 from lightning_gif.curvature.ekfac import EKFACInverse
 from lightning_gif.curvature.methods import METHODS
@@ -56,7 +56,8 @@ def test_converged_it_is_the_dense_inverse_with_the_damping_of_ekfac(
         ihvps, solutions = inverse.ihvp(gradients)
         diagonal = (multiple * (ekfac.dampings() - decay) + decay).to(matrix)
         expected = torch.linalg.solve(matrix + diagonal.diag(), gradients.T).T
-    torch.testing.assert_close(ihvps, expected, rtol=1e-6, atol=1e-9)
+    atol = 1e-9 if kind is CorrectedEKFAC else 1e-6  # least squares converge more slowly in the end
+    torch.testing.assert_close(ihvps, expected, rtol=1e-6, atol=atol)
     assert all(
         solution.converged and torch.equal(solution.x, row) for solution, row in zip(solutions, ihvps, strict=True)
     )
