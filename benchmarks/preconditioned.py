@@ -4,7 +4,7 @@
 
 Networks are trained for a few epochs. The system is `(G + D) x = q`: the Gauss-Newton matrix of training examples, a
 damping, and the gradients of held-out queries. The damping is a share of the largest eigenvalue, or the default, which
-is ten times that of EK-FAC for each layer. Each solver runs plainly for 20 iterations. Then it runs with EK-FAC, for
+is ten times that of EK-FAC for each layer. Each solver runs plainly for `--iterations`. Then it runs with EK-FAC, for
 more and more iterations, until it is as near to the solution. There are two measures, as medians over
 queries: the relative residual, and the error in the energy norm, relative to that of zero, which conjugate gradients
 minimise.
@@ -35,16 +35,16 @@ from lightning_gif.curvature.solve import open_curvature
 from lightning_gif.solvers.operators import Transformed
 from lightning_gif.solvers.power_iteration import largest_eigenvalue
 
-ITERATIONS = 20
 EXACT = 400
 KINDS: dict[str, type[CorrectedEKFAC]] = {"cg": CorrectedEKFAC, "lsmr": LsmrEKFAC, "lissa": LissaEKFAC}
 SHARES = {"1e-3": 1e-3, "1e-4": 1e-4, "1e-5": 1e-5, "the default": None}
 
 
-def rows(net: str, data: Any, epochs: int, n_examples: int, n_queries: int) -> Iterator[list[str]]:
-    """The rows of the table for a network."""
+def rows(net: str, data: Any, epochs: int, n_examples: int, n_queries: int, most: int) -> Iterator[list[str]]:
+    """The rows of the table for a network, with up to ``most`` iterations."""
     callback = GIFCallback(method="if", curvature="ggn", solver="ekfac_cg", curvature_examples=n_examples)
-    train, held_out = Subset(data, range(5000)), Subset(data, range(5000, 5000 + n_queries))
+    n_train = min(5000, len(data) - n_queries)
+    train, held_out = (Subset(data, range(*ends)) for ends in ((n_train,), (n_train, n_train + n_queries)))
     fit(train, [callback], net=net, epochs=epochs)
     with callback.open_session(callback.settings, "batch") as session:
         objective = session.objective
@@ -53,7 +53,7 @@ def rows(net: str, data: Any, epochs: int, n_examples: int, n_queries: int) -> I
         layers, examples = require_layers(objective, settings, METHODS["if"]), session.train.sample(n_examples, 0)
         linearise = CorrectedEKFAC.linearise(objective, settings, n_examples)
         curvature = open_curvature(settings, objective, examples, weight_decay=0.0, linearise=linearise)
-        largest = largest_eigenvalue(curvature, queries[0], ITERATIONS)
+        largest = largest_eigenvalue(curvature, queries[0], most)
         for name, share in SHARES.items():
             damped = replace(settings, damping=None if share is None else share * largest)
             ekfac = EKFACInverse.of(objective, layers, examples, damped, lambda: None, DAMPING_MULTIPLE)
@@ -64,16 +64,16 @@ def rows(net: str, data: Any, epochs: int, n_examples: int, n_queries: int) -> I
             system = Transformed(curvature, ekfac.dampings().to(queries), lambda vectors: vectors, takes_columns=True)
             measures = _residual(system, queries.T), _energy(system, solved(CorrectedEKFAC, EXACT))
             for solver, kind in KINDS.items():
-                found = SOLVERS[solver](system, queries.T, rtol=1e-12, max_iter=ITERATIONS)
+                found = SOLVERS[solver](system, queries.T, rtol=1e-12, max_iter=most)
                 assert isinstance(found, list)  # since there are columns
                 plain = torch.stack([one.x for one in found], dim=1)
                 each = 1 if SOLVERS[solver].requires_symmetric_psd else 2
-                cells = [net, name, solver, str(each * ITERATIONS)]
+                cells = [net, name, solver, str(each * most)]
                 for measure in measures:
                     reached = measure(plain)
-                    near = (k for k in range(1, ITERATIONS + 1) if measure(solved(kind, k)) <= reached)
+                    near = (k for k in range(1, most + 1) if measure(solved(kind, k)) <= reached)
                     least = next(near, None)
-                    products = f"more than {each * ITERATIONS}" if least is None else str(each * least)
+                    products = f"more than {each * most}" if least is None else str(each * least)
                     cells += [f"{reached:.2g}", products]
                 say(" ".join(cells))
                 yield cells
@@ -107,12 +107,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--examples", type=int, default=1000, help="examples that the matrix is the mean over")
     parser.add_argument("--queries", type=int, default=4)
+    parser.add_argument("--iterations", type=int, default=20, help="iterations without EK-FAC")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data, _ = load(options.data)
-    found = [row for net in options.nets for row in rows(net, data, options.epochs, options.examples, options.queries)]
-    header = ["network", "damping", "solver", "products of 20 iterations"]
-    header += ["residual", "products with EK-FAC", "energy norm", "products with EK-FAC"]
+    found = [
+        row
+        for net in options.nets
+        for row in rows(net, data, options.epochs, options.examples, options.queries, options.iterations)
+    ]
+    header = ["network", "damping", "solver", f"products of {options.iterations} iterations"]
+    header += ["their residual", "with EK-FAC", "their error in the energy norm", "with EK-FAC"]
     print(table(header, found))
 
 

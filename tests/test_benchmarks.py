@@ -39,6 +39,7 @@ SMALLEST: dict[str, str] = {
     "mislabeled": "--data DATA --nets mlp --examples 60 --epochs 3 --seeds 1",
     "overhead": "--steps 40 --net resnet",
     "paper": "--table 1 --data DATA --net resnet --epochs 1 --runs 1 --solve_steps 2 --rows 1",
+    "preconditioned": "--data DATA --nets mlp --epochs 1 --examples 16 --queries 2 --iterations 2",
     "processes": "--widths 12 --examples 64",
     "products": "--data DATA --nets mlp --examples 16 --vectors 2 --repeats 1",
     "random_removal": "--data DATA --net resnet --epochs 1 --seeds 1 --steps natural --shares 0.1",
