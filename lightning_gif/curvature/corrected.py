@@ -30,8 +30,9 @@ from .streaming import Curvature
 
 __all__ = ["ITERATIONS", "CorrectedEKFAC", "LissaEKFAC", "LsmrEKFAC"]
 
-# The number of iterations without `max_iter` and `rtol`. Least squares take the square of it, since their condition
-# number is the square. benchmarks/README.md, "EK-FAC corrected by products".
+# The number of iterations without `max_iter` and `rtol`. The scores of benchmarks/README.md, "Scores with the exact
+# matrix", were measured with it. Least squares take the square of it, since their condition number is the square: see
+# "EK-FAC corrected by products" there.
 ITERATIONS = 6
 
 # The default damping of a layer as a multiple of that of EK-FAC. benchmarks/README.md, "Scores with the exact matrix".
