@@ -5,9 +5,8 @@
 Networks are trained for a few epochs. The system is `(G + D) x = q`: the Gauss-Newton matrix of training examples, a
 damping, and the gradients of held-out queries. The damping is a share of the largest eigenvalue, or the default, which
 is ten times that of EK-FAC for each layer. Each solver runs plainly for `--iterations`. Then it runs with EK-FAC, for
-more and more iterations, until it is as near to the solution. There are two measures, as medians over
-queries: the relative residual, and the error in the energy norm, relative to that of zero, which conjugate gradients
-minimise.
+more and more iterations, until it is as near to the solution. There are two measures, as medians over queries: the
+relative residual, and the error in the energy norm, relative to that of zero, which conjugate gradients minimise.
 
 Prints a Markdown table.
 """
