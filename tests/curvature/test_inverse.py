@@ -173,7 +173,7 @@ def test_a_custom_inverse_needs_one_class_and_one_name(monkeypatch: pytest.Monke
         attach(trainer, module, train_dataloaders=loader(dataset), callback=callback)
         report = trainer.influence(batch_of(dataset, slice(0, 5)), per_example=True)
         itself = trainer.self_influence()
-        with pytest.raises(ConfigurationError, match=r"'identity' is an inverse .* scores only.*solver='lsmr'"):
+        with pytest.raises(ConfigurationError, match=r"'identity' is for scores only.*solver='lsmr'"):
             trainer.unlearn([3, 17])
         assert trainer.unlearn([3, 17], solver="lsmr", dry_run=True).step_sizes
         with pytest.raises(ConfigurationError, match=r"Unknown solver 'identy'\. Did you mean 'identity'\?"):
