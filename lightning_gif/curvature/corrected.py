@@ -98,7 +98,7 @@ class CorrectedEKFAC(InverseCurvature):
 
     @classmethod
     def n_updates(cls, settings: Settings, n_batches: int, n_queries: int) -> int | None:
-        if not SOLVERS[cls.iteration].requires_symmetric_psd:  # they may take more products than iterations say
+        if cls._takes_least_squares():  # which may take more products than iterations say
             return None
         return 2 * n_batches + cls.corrections(settings, n_queries)
 
@@ -106,7 +106,7 @@ class CorrectedEKFAC(InverseCurvature):
     def corrections(cls, settings: Settings, n_queries: int) -> int:
         iterations = max_iter(cls._of_solve(settings))
         # Least squares take two products for an iteration, one before them, and two to check the solution.
-        return n_queries * (iterations if SOLVERS[cls.iteration].requires_symmetric_psd else 2 * iterations + 3)
+        return n_queries * (2 * iterations + 3 if cls._takes_least_squares() else iterations)
 
     def ihvp(self, gradients: Tensor) -> tuple[Tensor, list[Solution]]:
         root = self._ekfac.root
@@ -131,10 +131,14 @@ class CorrectedEKFAC(InverseCurvature):
         return {**self._ekfac.summary(), **describe(self._settings, self._curvature)}
 
     @classmethod
+    def _takes_least_squares(cls) -> bool:
+        return not SOLVERS[cls.iteration].requires_symmetric_psd
+
+    @classmethod
     def _of_solve(cls, settings: Settings) -> Settings:
         """The settings of the iterations."""
-        first = ITERATIONS if SOLVERS[cls.iteration].requires_symmetric_psd else ITERATIONS**2
-        iterations = settings.max_iter or (first if settings.rtol is None else None)
+        default = ITERATIONS**2 if cls._takes_least_squares() else ITERATIONS
+        iterations = settings.max_iter or (default if settings.rtol is None else None)
         return replace(settings, solver=cls.iteration, damping=0.0, max_iter=iterations)
 
 

@@ -30,8 +30,8 @@ __all__ = [
 DirectionalDerivatives = Callable[[LossFunction, Batch, Tensor], Tensor]
 """``(loss, batch, directions (q, p)) → (q, B)``: ``wᵀ∇ℓ(zᵢ)`` for each direction and example."""
 
-# The number of gradients of queries that are formed or checked at a time, which limits the memory for copies.
-_ROWS = 32
+# The bytes of the gradients of queries that are formed or checked at a time, which limits the memory for copies.
+_COPIED = 2**26
 
 # How many examples, spread evenly over the training data, are used to compare ways to differentiate.
 _SPREAD = 8
@@ -91,7 +91,7 @@ def query_gradients(
     position = examples.shard[0]
     for batch in examples.local_batches():
         if per_example and rows is not None:
-            step = _ROWS if batch.divisible else batch.size
+            step = _rows_at_a_time(theta) if batch.divisible else batch.size
             for start in range(0, batch.size, step):
                 for some in rows(batch.slice(start, start + step)):
                     gradients[position : position + len(some)] = some
@@ -112,8 +112,14 @@ def query_gradients(
     return _require_finite(gradients, space)
 
 
+def _rows_at_a_time(row: Tensor) -> int:
+    """How many gradients as long as this vector ``(p,)`` are copied at a time."""
+    return max(_COPIED // max(row.nbytes, 1), 1)
+
+
 def _require_finite(gradients: Tensor, space: ParameterSpace) -> Tensor:
-    if all(bool(torch.isfinite(some).all()) for some in gradients.split(_ROWS)):  # a mask of all would be as large
+    some_rows = gradients.split(_rows_at_a_time(gradients[0]))  # a mask of all would be as large as they are
+    if all(bool(torch.isfinite(some).all()) for some in some_rows):
         return gradients
     parts = space.unflatten(gradients.reshape(-1, space.size).abs().sum(0))
     names = [name for name, part in parts.items() if not torch.isfinite(part).all()]

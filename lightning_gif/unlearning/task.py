@@ -269,7 +269,6 @@ class Task:
         if self.relabelled is not None:
             return self.influence_gradient
         objective = self.objective
-
         found = self.forget_gradient - objective.gradient(self.retain_fit)
         if self.earlier and share:
             total = torch.zeros_like(found)
