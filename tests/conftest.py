@@ -29,6 +29,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # else Lightning's launchers give torch all
 _told = "weights_only" in inspect.signature(pl.Trainer.fit).parameters
 WEIGHTS_ONLY: dict[str, Any] = {"weights_only": True} if _told else {}
 
+SEED = int(os.environ.get("TEST_SEED", "0"))
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(CpuTimes())
@@ -40,10 +42,26 @@ def _interruptible() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """Modules draw the same data at import, in whatever order they are collected."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(SEED)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+    """Fixtures that several tests share are the same, whichever test runs first."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(SEED)
+    return (yield)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Each test starts from the same random state, and warnings of Lightning about small data sets are silent."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="lightning.*")
         yield

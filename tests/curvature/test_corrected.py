@@ -39,8 +39,10 @@ def test_converged_it_is_the_dense_inverse_with_the_damping_of_ekfac(
 ) -> None:
     """A damping that is not given is ten times that of EK-FAC, layer by layer."""
     decay, multiple = 0.01, 1.0 if damping else DAMPING_MULTIPLE
+    # The condition number of least squares is the square. They need more iterations, and rounding decides how many.
+    least_squares = kind is not CorrectedEKFAC
     with opened(name) as (objective, examples):
-        inverse = fit(kind, objective, examples, damping=damping, weight_decay=decay)
+        inverse = fit(kind, objective, examples, damping=damping, weight_decay=decay, max_iter=3000)
         matrix = to_matrix(open_curvature(SETTINGS, objective, examples, weight_decay=0.0))
         ekfac = fit(
             EKFACInverse,
@@ -56,8 +58,7 @@ def test_converged_it_is_the_dense_inverse_with_the_damping_of_ekfac(
         ihvps, solutions = inverse.ihvp(gradients)
         diagonal = (multiple * (ekfac.dampings() - decay) + decay).to(matrix)
         expected = torch.linalg.solve(matrix + diagonal.diag(), gradients.T).T
-    atol = 1e-9 if kind is CorrectedEKFAC else 1e-6  # least squares converge more slowly in the end
-    torch.testing.assert_close(ihvps, expected, rtol=1e-6, atol=atol)
+    torch.testing.assert_close(ihvps, expected, rtol=1e-6, atol=1e-6 if least_squares else 1e-9)
     assert all(
         solution.converged and torch.equal(solution.x, row) for solution, row in zip(solutions, ihvps, strict=True)
     )
