@@ -15,7 +15,7 @@ from ..distributed import ProcessGroup
 from ..errors import GIFWarning
 from ..storage.interrupts import uninterrupted
 from .attributes import Attributes, attributes_restored
-from .equivalents import TwiceDifferentiable, without_checkpoints
+from .equivalents import without_checkpoints
 from .silence import Metrics, silenced
 
 if TYPE_CHECKING:
@@ -81,7 +81,6 @@ def isolated(
             torch.set_float32_matmul_precision("highest")
             stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
             torch.backends.mha.set_fastpath_enabled(False)
-            stack.enter_context(TwiceDifferentiable())
             stack.enter_context(without_checkpoints())
             # Tensors that a step creates should have the dtype of the computation.
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())

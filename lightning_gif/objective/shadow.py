@@ -21,6 +21,7 @@ from ..parameters import ParameterSpace
 from ..storage.digests import digest
 from ..storage.interrupts import uninterrupted
 from . import gathering, isolation
+from .equivalents import TwiceDifferentiable
 from .isolation import Isolation
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ class Shadow:
             if self.on_parameters is not None:
                 self.on_parameters(trainable)
         self._draw_anew()
-        with self._members.replaced({**values, **frozen, **trainable}):
+        with self._members.replaced({**values, **frozen, **trainable}), TwiceDifferentiable():
             try:
                 return getattr(self.module, method)(*args) if isinstance(method, str) else method(self.module, *args)
             finally:
