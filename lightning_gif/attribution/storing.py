@@ -211,7 +211,8 @@ def _write_chunks(
     sizes, waiting = iter([(number, store.size_of(number)) for number in mine]), _Rows()
     number, size = next(sizes)
     with objective.progress.stage("Storing gradients", len(examples)) as update:
-        for batch in examples.batches():
+        # Batches of other examples could round differently, and a chunk that is written again should be the same.
+        for batch in examples.batches(within=store.manifest.chunk):
             waiting.add(_coordinates(objective, batch, states), batch)
             while number >= 0 and waiting.count >= size:
                 store.write_chunk(number, *waiting.take(size))

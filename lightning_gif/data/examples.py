@@ -242,12 +242,18 @@ class Examples:
     # Reading
     # ----------------------------------------------------------------------------------------------------------------
 
-    def batches(self) -> Iterator[Batch]:
-        """The examples as prepared batches, in order."""
+    def batches(self, within: int | None = None) -> Iterator[Batch]:
+        """The examples as prepared batches, in order.
+
+        Args:
+            within: No batch that is read has examples of two parts of so many examples. So it is the same whether all
+                parts are read, or some.
+        """
         if self.in_memory is not None and self.in_memory_shard is None:
             yield from self.in_memory
         else:
-            yield from self._read(self.ids.split(self.batch_size))
+            parts = self.ids.split(within or max(len(self), 1))
+            yield from self._read([ids for part in parts for ids in part.split(self.batch_size)])
 
     @property
     def shard(self) -> tuple[int, int]:
