@@ -20,8 +20,9 @@ _STEPS = 32
 # What is added to a diagonal before a triangular root, as a share of its mean.
 _SHIFT = 1e-12
 
-# A multiplier that spreads consecutive numbers over 32 bits (Knuth, *The Art of Computer Programming* 3, section 6.4).
-_SPREAD = 2654435761
+# The constants of SplitMix64, as signed numbers: the golden ratio, and the shifts and factors that mix bits.
+_STEP_OF_64_BITS = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIXING = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 
 # The largest relative difference between products that counts as rounding.
 _ROUNDING = 1e-3
@@ -105,9 +106,10 @@ def _root(product: Callable[[Tensor], Tensor], at: Tensor, size: int) -> Tensor 
     means = blocks.diagonal(dim1=1, dim2=2).mean(1)
     shift = _SHIFT * (means + _SHIFT * means.max()) + torch.finfo(blocks.dtype).tiny
     roots, failed = torch.linalg.cholesky_ex(blocks + torch.diag_embed(shift[:, None].expand(rows.shape)))
-    if failed.any():
-        values, vectors = torch.linalg.eigh(blocks)
-        roots = vectors * values.clamp_min(0).sqrt()[:, None, :]
+    failing = failed.nonzero().squeeze(1)
+    if len(failing):  # rounding made an eigenvalue negative
+        values, vectors = torch.linalg.eigh(blocks[failing])
+        roots[failing] = vectors * values.clamp_min(0).sqrt()[:, None, :]
     return roots.to(at)
 
 
@@ -135,10 +137,18 @@ def _root_product(product: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor
 
 def _signs(ids: Tensor, seed: int, total: int, like: Tensor) -> Tensor:
     """Random signs, ``(total,)``: an equal number for each example, drawn from its id."""
-    each = -(-total // len(ids))
-    rows = []
-    for number in ids.tolist():
-        # The generator of the CPU uses the lower 32 bits of a seed.
-        generator = torch.Generator().manual_seed((number * _SPREAD + seed * _SPREAD**2) % 2**32)
-        rows.append(torch.randint(0, 2, (each,), generator=generator))
-    return (2 * torch.cat(rows)[:total] - 1).to(like)
+    ids = ids.to(like.device)
+    each = torch.arange(-(-total // len(ids)), device=like.device)
+    first = _mixed(_mixed(torch.full_like(ids, seed)) + ids)
+    return 1 - 2 * (_mixed(first[:, None] + each).flatten()[:total] < 0).to(like.dtype)
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Numbers of 64 bits that look random, one for each given one: a step of SplitMix64 (Steele, Lea, Flood 2014).
+
+    Each is a one-to-one function of the given one, with the same bits on every device.
+    """
+    numbers = numbers * _STEP_OF_64_BITS
+    for shift, factor in _MIXING:
+        numbers = (numbers ^ (numbers >> shift & (1 << 64 - shift) - 1)) * factor
+    return numbers ^ (numbers >> 31 & (1 << 33) - 1)

@@ -17,7 +17,7 @@ from lightning_gif import GIFCallback, attach
 from lightning_gif.curvature import ekfac
 from lightning_gif.curvature.ekfac import EKFACInverse
 from lightning_gif.curvature.methods import METHODS
-from lightning_gif.curvature.output_curvature import _root_product, output_vectors
+from lightning_gif.curvature.output_curvature import _mixed, _root_product, _signs, output_vectors
 from lightning_gif.curvature.solve import open_curvature
 from lightning_gif.data.examples import Examples
 from lightning_gif.errors import ConfigurationError, GIFWarning
@@ -206,6 +206,41 @@ def test_the_second_moment_of_output_vectors_is_the_second_derivative() -> None:
         [next(output_vectors(loss_at(targets), logits, torch.arange(4), count=1, seed=s)) for s in range(4000)]
     ).view(-1, 12)
     assert (drawn.T @ drawn / len(drawn) - hessian).norm() < 0.05 * hessian.norm()
+
+
+def test_mixed_numbers_are_those_of_splitmix64() -> None:
+    """The first outputs of its author's program for the seed 0."""
+    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
+    assert [number % (1 << 64) for number in _mixed(torch.arange(1, 5)).tolist()] == expected
+
+
+def test_signs_are_balanced_and_depend_on_the_id_alone() -> None:
+    like = torch.zeros(1, dtype=torch.float64)
+    ids = torch.randperm(2000)
+    signs = _signs(ids, 3, 2000 * 10, like).view(2000, 10)
+    assert signs.dtype == like.dtype
+    assert torch.equal(signs.abs(), torch.ones_like(signs))
+    assert torch.equal(_signs(ids[7:9], 3, 20, like).view(2, 10), signs[7:9])
+    # The mean of 20000 signs, and the correlations of columns, of neighbours and of seeds, within five deviations.
+    assert signs.mean().abs() < 5 / 20000**0.5
+    moment = signs.T @ signs / 2000 - torch.eye(10, dtype=torch.float64)
+    assert moment.abs().max() < 5 / 2000**0.5
+    ordered = signs[ids.argsort()]
+    assert (ordered[1:] * ordered[:-1]).mean().abs() < 5 / 20000**0.5
+    assert (_signs(ids, 4, 2000 * 10, like).view(2000, 10) * signs).mean().abs() < 5 / 20000**0.5
+
+
+def test_the_vectors_of_an_example_do_not_depend_on_its_batch() -> None:
+    """Also where the second derivative of a confident example is too small for a triangular root."""
+    torch.manual_seed(0)
+    logits, targets, ids = torch.randn(12, 3), torch.arange(12) % 3, torch.arange(12) + 100
+    logits[4] = torch.tensor([80.0, 0.0, -3.0])
+    logits[9] = torch.tensor([9.0, 9.0, -50.0])
+    together = torch.stack(list(output_vectors(loss_at(targets), logits, ids, count=2, seed=0)), dim=1)
+    for row in range(12):
+        of = slice(row, row + 1)
+        alone = torch.stack(list(output_vectors(loss_at(targets[of]), logits[of], ids[of], count=2, seed=0)), dim=1)
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-4, atol=1e-6)
 
 
 def test_the_product_with_a_root_is_right_for_any_layout() -> None:
