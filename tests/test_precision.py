@@ -27,9 +27,9 @@ from .conftest import WEIGHTS_ONLY, Classifier, batch_of, blobs, fitted, loader,
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-# After the default 20 iterations, rounding errors are some per cent of the solution on these networks.
-CONVERGED: Any = {"damping": 1e-2, "max_iter": 200, "rtol": 1e-6}
-SOLVED = 5e-3  # the accuracy of least squares at a residual of 1e-3
+# Solves that stop early or have less damping amplify rounding to per cents of the solution.
+CONVERGED: Any = {"damping": 0.05, "max_iter": 200, "rtol": 1e-6}
+SOLVED = 1e-3
 
 
 class Silent(Classifier):
@@ -55,9 +55,9 @@ def story(
     devices = {name: value.device for name, value in module.state_dict().items()}
     batch = batch_of(data, slice(4))
     scores = trainer.influence(batch, **CONVERGED).scores
-    theory = trainer.influence(batch, method="gif", selector=["*.weight"]).scores
+    theory = trainer.influence(batch, method="gif", selector=["*.weight"], **CONVERGED).scores
     assert same_weights(before, weights(module))
-    edit = trainer.unlearn(batch, step=4.0, selector=["*.weight"])
+    edit = trainer.unlearn(batch, step=4.0, selector=["*.weight"], **CONVERGED)
     assert not same_weights(before, weights(module))
     assert {name: value.dtype for name, value in module.state_dict().items()} == dtypes
     edit.save(path / "edit")
