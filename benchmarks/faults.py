@@ -26,7 +26,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dis
 import errno
+import functools
 import logging
 import math
 import os
@@ -43,7 +45,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -340,14 +342,24 @@ CALLS = [
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _acts(code: CodeType, offset: int) -> bool:
+    """Whether the instruction at an offset does something."""
+    return dis.opname[code.co_code[offset]] != "NOP"
+
+
 @contextlib.contextmanager
 def before_line(number: float, strike: Callable[[], None], passed: list[tuple[str, int]]) -> Iterator[None]:
-    """Calls ``strike`` before line ``number`` of the lines of the package that run, and records these lines."""
+    """Calls ``strike`` before line ``number`` of the lines of the package that run, and records these lines.
+
+    Lines without an instruction, such as a ``try:``, do not count. Python delivers no interrupt there, and an exception
+    of a trace function there skips the ``with`` blocks around the line.
+    """
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        if event == "line":
+        if event == "line" and _acts(frame.f_code, frame.f_lasti):
             passed.append((frame.f_code.co_filename, frame.f_lineno))
             if len(passed) == number:
                 strike()
