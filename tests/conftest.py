@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,19 @@ SEED = int(os.environ.get("TEST_SEED", "0"))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(CpuTimes())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with the mark ``slow_after(n)``, the parameters after the first ``n`` are slow."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("slow_after")
+        if mark is not None:
+            test = item.nodeid.partition("[")[0]
+            seen[test] += 1
+            if seen[test] > mark.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -124,6 +124,7 @@ def test_a_smallest_run_prints_a_table(
     assert any(character.isdigit() for character in printed), printed
 
 
+@pytest.mark.slow
 def test_the_callback_works_on_demos_of_lightning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

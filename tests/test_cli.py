@@ -286,6 +286,7 @@ def validate(*args: str) -> int:
     return main([*command, "--n_subsets", "3", *length, *args])
 
 
+@pytest.mark.slow
 def test_scores_are_tested_by_new_models_of_the_same_configuration(
     trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -675,6 +676,7 @@ print(code, *sorted({name.split(".")[0] for name in sys.modules} & {"torch", "li
 """
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("arguments", "code", "imported"),
     [

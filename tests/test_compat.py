@@ -58,13 +58,8 @@ else:
 """
 
 
-@pytest.mark.parametrize(
-    "alone",
-    [
-        pytest.param(True, id="pytorch-lightning alone"),
-        pytest.param(False, id="beside lightning", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [True, False], ids=["pytorch-lightning alone", "beside lightning"])
 def test_the_package_works_with_pytorch_lightning(alone: bool) -> None:
     pytest.importorskip("pytorch_lightning", reason="the other package name is not installed")
     hide = "import sys; sys.modules['lightning'] = None\n" if alone else ""

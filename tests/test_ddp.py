@@ -15,7 +15,7 @@ import torch
 
 from .ddp_worker import results, through_training
 
-pytestmark = pytest.mark.xdist_group("ddp")  # these tests share the results of a few launches
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp")]  # these tests share the results of a few launches
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
@@ -84,7 +84,7 @@ def several(request: pytest.FixtureRequest, launched: Callable[[int], Launched])
     return launched(request.param)
 
 
-SEVERAL = pytest.mark.parametrize("several", [2, pytest.param(4, marks=pytest.mark.slow)], indirect=True)
+SEVERAL = pytest.mark.parametrize("several", [2, 4], indirect=True)
 
 
 @SEVERAL
@@ -199,7 +199,6 @@ def test_a_process_that_is_killed_is_noticed_by_all_others(several: Launched) ->
         assert "one has ended" in told
 
 
-@pytest.mark.slow
 def test_scores_through_training_of_several_processes_are_those_of_one(tmp_path: Path) -> None:
     expected = through_training(1, tmp_path)
     launched = launch(2, tmp_path, "through training", "recorded")

@@ -81,6 +81,7 @@ def test_the_models_have_the_margins_that_are_stored(root: Path) -> None:
             torch.testing.assert_close(values.float(), data.trained(part, [model])[0])
 
 
+@pytest.mark.slow
 def test_the_command_compares_edited_models_with_retrained_ones(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def assert_pictures(folder: Path, *names: str) -> None:
         assert len(content) > 5000
 
 
+@pytest.mark.slow
 def test_forget_a_digit(run: Run, tmp_path: Path) -> None:
     printed = run("forget_a_digit.py", "--output", tmp_path, "--epochs", 4, "--digit", 3, "--logger", "csv")
     before, after, retrained = map(percent, row(printed, "digit 3"))
@@ -125,6 +126,7 @@ def test_find_poisoned(run: Run, tmp_path: Path) -> None:
     assert_pictures(tmp_path, "suspects.png")
 
 
+@pytest.mark.slow
 def test_why_misread(run: Run, tmp_path: Path) -> None:
     printed = run("why_misread.py", "--output", tmp_path)
     asked, label, read_as = map(int, re.findall(r"#(\d+): label (\d), prediction (\d)", printed)[0])
@@ -139,6 +141,7 @@ def test_why_misread(run: Run, tmp_path: Path) -> None:
     assert f"read as {read_as} (" in page
 
 
+@pytest.mark.slow
 def test_wandb_report(run: Run, tmp_path: Path) -> None:
     printed = run("wandb_report.py", "--output", tmp_path, "--epochs", 4)
     where, how, which = printed.splitlines()
@@ -158,6 +161,7 @@ def test_wandb_report(run: Run, tmp_path: Path) -> None:
     assert page.read_text().count("<img ") == 1 + 2 * 10
 
 
+@pytest.mark.slow
 def test_toxic_samples(run: Run, tmp_path: Path) -> None:
     printed = run("toxic_samples.py", "--output", tmp_path, "--per-step", 50)
     assert "after 10 steps" in printed

@@ -62,12 +62,14 @@ INJECTIONS = [
 ]
 
 
+@pytest.mark.slow_after(14)
 @pytest.mark.parametrize(("kind", "call"), INJECTIONS, ids=lambda value: getattr(value, "name", value))
 def test_a_fault_leaves_no_partial_result(kind: str, call: faults.Call, campaign: Campaign) -> None:
     for _ in range(2):
         assert campaign.inject(kind, call) in (*GOOD, "not applicable")
 
 
+@pytest.mark.slow
 def test_damage_to_files_is_detected(campaign: Campaign) -> None:
     for _ in range(12):
         what, outcome = faults.damage(campaign.world, campaign.generator)

@@ -35,7 +35,7 @@ from .ddp_worker import (
 from .test_ddp import AMPLIFIED, LOOSE, Launched, launch
 
 # These tests share the results of a launch.
-pytestmark = [pytest.mark.xdist_group("fsdp"), FSDP2]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fsdp"), FSDP2]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,6 @@ def test_parameters_that_do_not_fit_in_memory_are_not_gathered(two: Launched) ->
             assert part in found["no memory"]
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_the_first_fsdp_is_consolidated_and_attached_as_its_refusal_says(tmp_path: Path) -> None:
     whole = sum(parameter.numel() for parameter in trained().parameters())
     for found in launch(2, tmp_path, "first fsdp").answers("first fsdp"):
@@ -167,7 +166,6 @@ def test_a_checkpoint_of_the_first_fsdp_is_consolidated_and_attached_as_its_refu
     assert scores[0].equal(scores[1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("story", ["texts", "with adapters"])
 def test_scores_of_tokens_and_edits_of_language_models_are_those_of_one_process(
@@ -185,7 +183,6 @@ def test_scores_of_tokens_and_edits_of_language_models_are_those_of_one_process(
             close(torch.as_tensor(found[name]), torch.as_tensor(value), name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_all_results_with_sharded_parameters_are_those_of_one_process(world: int, tmp_path: Path) -> None:
     expected = results(1, tmp_path)
@@ -199,7 +196,6 @@ def test_all_results_with_sharded_parameters_are_those_of_one_process(world: int
             )
 
 
-@pytest.mark.slow
 def test_a_process_that_fails_or_dies_stops_the_others_that_hold_parts(tmp_path: Path) -> None:
     launched = launch(2, tmp_path, "failures", "unreadable", "unkept", "unreported", "death", strategy="fsdp2")
     first, last = launched.answers("failures")

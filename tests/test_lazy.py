@@ -28,6 +28,7 @@ def test_each_name_is_that_of_the_module_in_which_type_checkers_find_it(package:
     assert set(package.__all__) <= set(dir(package))  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_modules_are_attributes_without_an_import_of_their_own() -> None:
     code = "import lightning_gif; print(lightning_gif.solvers.Solution.__name__, lightning_gif.metrics.models.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -57,6 +58,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_an_error_is_one_of_lightning_where_lightning_is_imported() -> None:
     assert issubclass(ConfigurationError, GIFError)
     assert type(ConfigurationError("one")).__name__ == "ConfigurationError"

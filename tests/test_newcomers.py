@@ -107,6 +107,7 @@ def test_that_no_targets_can_be_picked_is_said_once_in_a_fit() -> None:
     assert trainer.influence((x[:1], torch.zeros(1, dtype=torch.long)), unconverged="ignore").n_train == 40
 
 
+@pytest.mark.slow
 def test_an_edit_that_raises_the_loss_of_unseen_examples_warns() -> None:
     """Wrong labels are removed from a net whose training was stopped early, so that the default goes too far."""
     generator = torch.Generator().manual_seed(2)

@@ -88,6 +88,7 @@ def twin(module: pl.LightningModule, data: TensorDataset) -> tuple[pl.Trainer, C
 PRECISIONS = [("32-true", 1e-5), ("bf16-mixed", 1e-5), ("bf16-true", 1e-4), ("64-true", 1e-5)]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("precision", "tolerance"), PRECISIONS)
 def test_scores_and_edits_in_mixed_precision_equal_those_of_float32(
     precision: Any, tolerance: float, tmp_path: Path
@@ -135,6 +136,7 @@ def test_a_module_of_mixed_dtypes_keeps_them(tmp_path: Path) -> None:
     assert {value.dtype for value in edit.edit.new.values()} == {torch.float32, torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["module", "submodule", "method"])
 def test_compiled_modules_are_edited_too(part: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

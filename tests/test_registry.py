@@ -69,6 +69,7 @@ def test_self_influence_takes_every_symmetric_method() -> None:
     assert {name for name, method in METHODS.items() if not method.is_square} == {"gif"}
 
 
+@pytest.mark.slow
 def test_only_a_sketch_takes_a_rank_for_max_iter() -> None:
     """Other solvers that share their products have as many iterations as conjugate gradients."""
     cg = SOLVERS["cg"]
@@ -97,6 +98,7 @@ def test_the_best_solver_is_not_advised_to_those_who_use_it() -> None:
         trainer.influence(query, solver="cgls", **options)
 
 
+@pytest.mark.slow
 def test_a_strategy_says_whether_it_reports_a_shortfall_and_repeats_solves() -> None:
     trainer, _, _ = fitted(max_epochs=60)
     ask = partial(trainer.unlearn, [3, 17, 30], relabel=torch.tensor([1, 0, 2]), dry_run=True)

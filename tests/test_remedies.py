@@ -236,6 +236,7 @@ def test_a_checkpoint_given_as_an_edit_file_is_told_from_damage(tmp_path: Path) 
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_path_given_to_plot_is_the_file_that_it_is_saved_to(tmp_path: Path) -> None:
     trainer, _, data = fitted(callback=quick())
     report, edit = trainer.influence(batch_of(data, slice(3)), per_example=True), trainer.unlearn([3], **EDIT)

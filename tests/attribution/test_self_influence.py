@@ -199,6 +199,7 @@ def test_jacobians_are_formed_where_weights_are_shared(net: Any, forms_jacobians
         assert not by_solver.SketchInverse.uses_jacobians(objective, settings, 10**6)  # more than 2 GiB
 
 
+@pytest.mark.slow
 def test_self_influence_of_few_examples_passes_through_each_example_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module, dataset = Classifier(convolutions()), blobs(30, 512)
     trainer = make_trainer()

@@ -146,6 +146,7 @@ def test_standard_errors_of_self_influence_are_those_of_separate_calls() -> None
     assert "± = 90 % interval from 3 states of one fit (too narrow to cover other fits)" in str(report)
 
 
+@pytest.mark.slow
 def test_standard_errors_do_not_depend_on_batch_size_or_on_where_scores_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

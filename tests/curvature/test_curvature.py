@@ -148,6 +148,7 @@ def test_the_gauss_newton_matrix_of_a_convex_loss_declares_itself_positive_semid
         assert not hessian_of(objective, train).positive_semidefinite
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("method", ["if", "fif", "pif"])
 def test_solvers_solve_the_same_damped_system_of_the_gauss_newton_matrix(method: str) -> None:
     with opened() as (objective, train):
@@ -358,6 +359,7 @@ def logits(objective: Objective, train: Examples) -> tuple[Any, Tensor]:
     return outputs, y
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("name", list(NETS_OF_ALL_KINDS))
 def test_hessian_and_gauss_newton_products_equal_dense_ones_on_every_kind_of_network(name: str) -> None:
     with opened_net(name) as (objective, train):

@@ -118,6 +118,7 @@ def test_at_least_half_of_the_share_that_ratio_asks_for_is_picked(name: str, sel
     assert 0.5 * RATIO * total <= count <= RATIO * total
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", list(NETS))
 def test_a_class_is_forgotten_by_changing_them(name: str) -> None:
     module = Net(name)

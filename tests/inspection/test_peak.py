@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -70,6 +71,7 @@ class Images(Classifier):
         )
 
 
+@pytest.mark.slow
 def test_the_predicted_memory_of_a_call_is_what_it_needs() -> None:
     torch.manual_seed(0)
     x = torch.randn(512, 1, 14, 14)

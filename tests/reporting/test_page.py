@@ -76,6 +76,7 @@ def test_a_notebook_shows_an_influence_report_with_its_picture_and_tables() -> N
     assert str(report) in found.texts
 
 
+@pytest.mark.slow
 def test_the_page_of_several_queries_has_a_picture_of_each(tmp_path: Path) -> None:
     trainer, _, dataset = fitted(image_net(), images())
     report = trainer.influence(batch_of(dataset, [4, 5, 6]), per_example=True, k=2)

@@ -83,6 +83,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_sections_have_few_keys_and_a_step_axis_of_their_own(story: dict[str, Any]) -> None:
     run = story["run"]
     charts = {key for key in run.keys for value in run.values(key)[:1] if isinstance(value, (int, float))}

@@ -849,6 +849,7 @@ def until_convergence(solver: str) -> dict[str, object]:
     return {"rtol": 1e-9, "max_iter": iterations.get(solver, 3000)}
 
 
+@pytest.mark.slow_after(10)
 @pytest.mark.parametrize("solver", BUILT_IN)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 @pytest.mark.parametrize("matrix", [DEFINITE / 100, SINGULAR], ids=["definite", "singular"])

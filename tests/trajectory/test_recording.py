@@ -97,6 +97,7 @@ def test_states_are_about_as_many_as_the_steps_between_two(tmp_path: Path) -> No
     assert Trajectory.open(tmp_path / "known").states == [*range(0, 40, 6), 40]
 
 
+@pytest.mark.slow
 def test_states_are_thinned_if_the_length_of_the_run_is_not_known(tmp_path: Path) -> None:
     stop = Do("on_train_epoch_end", lambda trainer, module: setattr(trainer, "should_stop", trainer.current_epoch > 30))
     trainer, _ = fit(tmp_path / "run", data=loader(blobs(50), batch_size=5), more=(stop,), max_epochs=-1)
@@ -408,6 +409,7 @@ class Noisy(Dataset[Any]):
         return x + self.noise * torch.randn(6), y
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")
 def test_random_augmentation_in_workers_is_noticed_and_is_replayed_without_them(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path / "workers", data=loader(Noisy(0.1), num_workers=1))

@@ -51,6 +51,7 @@ def test_losses_that_an_edit_raised_are_noted() -> None:
     assert "corrected examples rose from 3 to 3.5" in told(0.1, 3.0, 0.1, 3.5)[0]
 
 
+@pytest.mark.slow
 def test_an_edit_that_takes_longer_than_the_training_says_that_retraining_is_cheaper() -> None:
     trainer, _, _ = fitted(callback=(callback := GIFCallback()))
     length = callback.tracker.length
@@ -100,6 +101,7 @@ def test_a_note_says_that_the_last_change_still_helped() -> None:
     assert not any("stopped at the limit" in note for note in one.notes)
 
 
+@pytest.mark.slow
 def test_a_costly_label_correction_warns() -> None:
     """Labels at random for a net that has learned right ones."""
     x, y = blobs(200).tensors

@@ -44,6 +44,7 @@ class Kept:
         monkeypatch.setattr(solve, "Curvature", Watched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("goal", ["class", "examples", "labels"])
 def test_what_an_edit_keeps_stays_within_memory(goal: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = blobs(200)

@@ -217,6 +217,7 @@ def convolutional() -> Classifier:
     )  # fmt: skip
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("applied", [True, False])
 def test_where_a_model_looks_is_grad_cam_with_both_weights_and_leaves_no_trace(applied: bool) -> None:
     trainer, module, dataset = fitted(convolutional(), images(), max_epochs=5)
@@ -298,6 +299,7 @@ def test_a_layer_may_have_one_vector_for_each_patch_and_one_more() -> None:
     torch.testing.assert_close(drawn * wanted.max(), wanted * drawn.max(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_says_why(tmp_path: Path) -> None:
     trainer, module, _ = fitted(convolutional(), images())
     report = trainer.unlearn([4, 7], step="natural")

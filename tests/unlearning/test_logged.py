@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ..conftest import Classifier, fitted
 from ..reports import images
 
 
+@pytest.mark.slow
 def test_an_edit_is_made_and_logged_even_if_few_examples_have_no_predicted_label(tmp_path: Path) -> None:
     class Mixed(Classifier):
         """One example has another loss, so that a sample of examples does not show it."""

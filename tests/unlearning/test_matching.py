@@ -216,6 +216,7 @@ def test_a_ratio_keeps_the_edit_sparse() -> None:
         assert report.solve["solver"] == "cg"
 
 
+@pytest.mark.slow
 def test_match_is_refused_for_other_goals_and_settings_and_the_remedies_work() -> None:
     trainer, _, data = fitted(max_epochs=10)
     with pytest.raises(ConfigurationError, match="for single examples that are removed or get new labels") as error:
@@ -319,6 +320,7 @@ def test_the_length_is_in_checkpoints_and_goes_on_when_training_does(tmp_path: P
     assert callback.tracker.length.lengths == pytest.approx(resumed.tracker.length.lengths)
 
 
+@pytest.mark.slow
 def test_without_a_record_of_the_training_the_damping_is_a_share_of_the_largest_eigenvalue() -> None:
     data = noisy()
     trained, module, _ = fitted(noisy_classifier(), data, callback=GIFCallback(snapshots=0), max_epochs=60)

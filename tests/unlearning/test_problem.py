@@ -96,6 +96,7 @@ def test_the_curvature_of_a_class_is_the_one_that_was_asked_for() -> None:
     assert lowest[1] > -1e-4
 
 
+@pytest.mark.slow
 def test_the_first_step_towards_corrected_labels_is_not_too_long() -> None:
     """The Gauss–Newton matrix of labels that are predicted for certain is next to nothing along much of the slope."""
 
@@ -116,6 +117,7 @@ def test_the_first_step_towards_corrected_labels_is_not_too_long() -> None:
     assert sum(rise > 0 for rise in rises[0.0]) >= 5
 
 
+@pytest.mark.slow
 def test_a_failed_first_step_towards_labels_is_followed_by_a_more_damped_one() -> None:
     """Where the model is sharper than training made it the first step is too long by far more than is tried."""
     trainer, module, _ = fitted(max_epochs=160)
@@ -274,6 +276,7 @@ def test_labels_are_corrected_by_newton_steps_once_three_quarters_of_them_are_ri
     assert max(steps for _, _, steps in seen) == 8
 
 
+@pytest.mark.slow
 def test_while_most_of_a_class_is_remembered_half_of_the_examples_give_the_curvature(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

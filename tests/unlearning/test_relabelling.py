@@ -92,6 +92,7 @@ def test_a_label_that_was_learned_by_heart_is_corrected() -> None:
     assert same_weights(weights(module), before)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_labels_that_contradict_the_other_data_do_not_spoil_the_model() -> None:
     """One in six right labels is replaced, where nothing in the images tells which."""
@@ -130,6 +131,7 @@ def test_many_new_labels_are_learned_by_changes_that_see_all_of_them() -> None:
     assert not any("new labels, more than" in note for note in few.notes)
 
 
+@pytest.mark.slow
 def test_more_new_labels_take_more_steps_in_each_of_which_they_have_less_weight() -> None:
     numbers = Matching(relabel_steps=3, forgotten=4, forget_weight=0.2, prediction_tolerance=0.0)
     assert numbers.of(0) == numbers

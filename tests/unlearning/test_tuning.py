@@ -43,6 +43,7 @@ def test_tuned_numbers_out_of_range_are_refused(name: str, value: Any) -> None:
         TrustRegion(**{name: value})
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize(
     ("goal", "options", "expected"),
     [
@@ -103,6 +104,7 @@ def test_the_tolerance_decides_whether_the_influence_direction_is_enough() -> No
     assert solves[0] > solves[1] == 1
 
 
+@pytest.mark.slow
 def test_a_rejected_step_is_followed_by_one_that_is_damped_by_the_factor() -> None:
     """Where the model is sharper than training made it, the first step is too long by far more than is tried."""
     rejected = 0
@@ -141,6 +143,7 @@ def test_what_is_no_tuning_is_refused() -> None:
         Tuning(goals=(Unregistered(target_memorization=0.1),))
 
 
+@pytest.mark.slow
 def test_tuned_numbers_are_used_and_recorded(tmp_path: Any) -> None:
     trainer, _, _ = fitted(max_epochs=60)
     options: dict[str, Any] = {"relabel": torch.tensor([1, 0, 2]), "dry_run": True, "step": "relinearise"}

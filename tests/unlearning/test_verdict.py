@@ -127,6 +127,7 @@ def test_a_comparison_with_unseen_examples_has_a_tolerance() -> None:
     assert membership(memorized, 0.6 * own, unseen).grade is Grade.PARTLY
 
 
+@pytest.mark.slow
 def test_the_uncertainty_of_an_auroc_is_that_over_new_draws() -> None:
     generator = torch.Generator().manual_seed(0)
     values, errors, changes, change_errors = [], [], [], []
