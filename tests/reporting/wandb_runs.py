@@ -101,6 +101,8 @@ def _records(log: Path) -> Iterator[Any]:
             continue
         _, length, kind = struct.unpack("<IHB", content[position : position + _RECORD_HEADER])
         start = position + _RECORD_HEADER
+        if start + length > len(content):
+            return  # W&B is still writing this record
         parts, position = parts + content[start : start + length], start + length
         if kind in (_WHOLE, _LAST):
             record = wandb_internal_pb2.Record()
