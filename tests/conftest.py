@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,14 +38,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test with the mark ``slow_after(n)``, the parameters after the first ``n`` are slow."""
-    seen: Counter[str] = Counter()
+    """Of a test with the mark ``mostly_slow(n)``, all but ``n`` parameters are slow. Those are evenly spaced."""
+    tests: dict[str, list[pytest.Item]] = {}
     for item in items:
-        mark = item.get_closest_marker("slow_after")
-        if mark is not None:
-            test = item.nodeid.partition("[")[0]
-            seen[test] += 1
-            if seen[test] > mark.args[0]:
+        if item.get_closest_marker("mostly_slow"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for group in tests.values():
+        share = min(group[0].get_closest_marker("mostly_slow").args[0] / len(group), 1)
+        for number, item in enumerate(group):
+            if number and int(number * share) == int((number - 1) * share):
                 item.add_marker(pytest.mark.slow)
 
 

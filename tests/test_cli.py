@@ -498,6 +498,7 @@ def test_every_command_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> No
     assert "unlearn" in capsys.readouterr().err
 
 
+@pytest.mark.mostly_slow(5)
 @pytest.mark.parametrize(
     ("args", "told"),
     [
@@ -676,7 +677,7 @@ print(code, *sorted({name.split(".")[0] for name in sys.modules} & {"torch", "li
 """
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize(
     ("arguments", "code", "imported"),
     [

@@ -62,7 +62,7 @@ INJECTIONS = [
 ]
 
 
-@pytest.mark.slow_after(14)
+@pytest.mark.mostly_slow(8)
 @pytest.mark.parametrize(("kind", "call"), INJECTIONS, ids=lambda value: getattr(value, "name", value))
 def test_a_fault_leaves_no_partial_result(kind: str, call: faults.Call, campaign: Campaign) -> None:
     for _ in range(2):
@@ -253,6 +253,7 @@ def test_derivatives_that_are_nan_raise_and_change_nothing(ask: str, order: int)
     assert [key for key, value in state(module).items() if not equal(value, everything[key])] == []
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("ask", ["influence", "many queries", "self_influence", "scores in a file"])
 def test_a_training_example_that_is_not_finite_is_named(ask: str, bad: float, tmp_path: Path) -> None:

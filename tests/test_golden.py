@@ -20,7 +20,7 @@ SLOW = {world: [name for name in NETS if (name, world) != QUICK] for world in WO
 RUNS = [
     pytest.param(*QUICK),
     *(
-        pytest.param(name, world, marks=[pytest.mark.slow, pytest.mark.xdist_group(f"golden {world}")])
+        pytest.param(name, world, marks=pytest.mark.xdist_group(f"golden {world}"))
         for world in WORLDS
         for name in SLOW[world]
     ),
@@ -38,6 +38,7 @@ def computed() -> Callable[[str, int], Values]:
     return computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "world"), RUNS)
 def test_edits_and_scores_equal_the_recorded_ones(
     name: str, world: int, computed: Callable[[str, int], Values]

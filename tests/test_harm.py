@@ -143,7 +143,7 @@ SHARING: dict[str, Callable[[], pl.LightningModule]] = {
 }
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("name", list(SHARING))
 def test_a_module_with_tensors_in_several_places_keeps_each_of_them(name: str) -> None:
     trainer, module, data = fitted(SHARING[name](), callback=GIFCallback(ratio=0.5, unconverged="ignore"))
@@ -172,7 +172,7 @@ def test_a_module_with_tensors_in_several_places_keeps_each_of_them(name: str) -
     assert not same_weights(weights(module), values)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("name", ["OneLayerTwice", "AliasFirst", "Nested", "Listed", "Thrice"])
 def test_a_second_name_for_a_layer_does_not_change_scores_or_edits(name: str) -> None:
     found = []
@@ -331,7 +331,7 @@ def values_of(module: nn.Module) -> dict[str, Tensor]:
     return {**weights(module), **hidden}
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("name", list(WRITING))
 @pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")
 def test_a_training_step_that_writes_to_parameters_does_not_change_the_users(name: str) -> None:

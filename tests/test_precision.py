@@ -88,7 +88,7 @@ def twin(module: pl.LightningModule, data: TensorDataset) -> tuple[pl.Trainer, C
 PRECISIONS = [("32-true", 1e-5), ("bf16-mixed", 1e-5), ("bf16-true", 1e-4), ("64-true", 1e-5)]
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize(("precision", "tolerance"), PRECISIONS)
 def test_scores_and_edits_in_mixed_precision_equal_those_of_float32(
     precision: Any, tolerance: float, tmp_path: Path

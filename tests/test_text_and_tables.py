@@ -152,7 +152,7 @@ def trained(name: str, epochs: int = 5) -> tuple[pl.Trainer, pl.LightningModule,
     return trainer, model, DataLoader(dataset, 7, collate_fn=collate)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("name", list(STORIES))
 def test_default_scores_are_those_of_the_damped_gauss_newton_matrix(name: str) -> None:
     """``(1/(n−1))·qᵀ(G + λ)⁻¹gᵢ``, with any padding of the batches."""
@@ -179,7 +179,7 @@ def test_default_scores_are_those_of_the_damped_gauss_newton_matrix(name: str) -
     torch.testing.assert_close(many.scores[:7], few.scores, rtol=1e-4, atol=1e-4 * float(few.scores.abs().max()))
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("name", list(STORIES))
 def test_influence_and_unlearning_work_on_every_kind_of_data(name: str, tmp_path: Any) -> None:
     trainer, model, loader = trained(name)

@@ -215,6 +215,7 @@ def test_sums_over_groups_predict_the_removal_of_small_groups_and_underestimate_
         assert low < float(changes @ groups.totals / groups.totals.square().sum()) < high
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("model", [Regression, Logistic], ids=["linear", "logistic"])
 @pytest.mark.parametrize("method", ["gif", "if"])
 def test_scores_predict_leave_one_out_retraining(model: Any, method: str) -> None:
@@ -956,6 +957,7 @@ def quiet(kind: type[Classifier]) -> Classifier:
     return module
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.filterwarnings("ignore:The losses of single examples are computed one after the other")
 @pytest.mark.parametrize("kind", [kind for kind in REVERSE_ONLY if kind is not Clipped])
 def test_scores_agree_with_training_gradients_if_forward_mode_does_not(kind: type[Classifier]) -> None:

@@ -26,7 +26,7 @@ from ..conftest import batch_of, fitted
 from ..reports import answer_on_images, csv_values, drawn, report_of
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("per_example", [False, True])
 @pytest.mark.parametrize("method", ["if", "gif"])
 def test_a_loaded_report_says_and_shows_the_same_without_the_dataset(
@@ -208,6 +208,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
         InfluenceReport.load(tmp_path / "missing")
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

@@ -490,6 +490,7 @@ def of_another_version(path: Path) -> None:
     save_file(load_file(path), path, metadata)
 
 
+@pytest.mark.mostly_slow(5)
 @pytest.mark.parametrize("name", ["examples.safetensors", "state-0.safetensors", "chunk-000001.safetensors"])
 @pytest.mark.parametrize(
     ("damage", "said"),

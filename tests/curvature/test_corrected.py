@@ -31,7 +31,7 @@ def fit(kind: Any, objective: Any, examples: Any, **settings: Any) -> Any:
     return kind.fit(objective, examples, replace(SETTINGS, **settings), METHODS["if"], everything)
 
 
-@pytest.mark.slow_after(8)
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("damping", [0.05, None])
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("kind", [CorrectedEKFAC, LsmrEKFAC, LissaEKFAC])

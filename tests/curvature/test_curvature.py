@@ -87,6 +87,7 @@ def dense_hessian(objective: Objective, examples: Examples) -> Tensor:
     return torch.autograd.functional.hessian(loss, objective.theta)
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("net", list(NETS))
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
 def test_products_equal_those_of_the_dense_hessian_for_any_batches(net: str, batch_size: int) -> None:
@@ -148,7 +149,7 @@ def test_the_gauss_newton_matrix_of_a_convex_loss_declares_itself_positive_semid
         assert not hessian_of(objective, train).positive_semidefinite
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("method", ["if", "fif", "pif"])
 def test_solvers_solve_the_same_damped_system_of_the_gauss_newton_matrix(method: str) -> None:
     with opened() as (objective, train):
@@ -359,7 +360,7 @@ def logits(objective: Objective, train: Examples) -> tuple[Any, Tensor]:
     return outputs, y
 
 
-@pytest.mark.slow_after(4)
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("name", list(NETS_OF_ALL_KINDS))
 def test_hessian_and_gauss_newton_products_equal_dense_ones_on_every_kind_of_network(name: str) -> None:
     with opened_net(name) as (objective, train):
@@ -424,6 +425,7 @@ class OwnReshaped(OwnLosses):
         return F.nll_loss(columns, batch[1][:, None], reduction="none")[:, 0]
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("module", [LogSoftmax, Reshaped, Normalised, Teacher, Criterion, OwnLosses, OwnReshaped])
 def test_predictions_are_recognised_however_the_loss_is_written(module: type[Classifier]) -> None:
     def matrix(kind: type[Classifier]) -> Tensor:

@@ -192,6 +192,7 @@ def loss_at(targets: Tensor) -> Any:
     return lambda predicted: F.cross_entropy(predicted.view(len(targets), -1), targets, reduction="sum")
 
 
+@pytest.mark.slow
 def test_the_second_moment_of_output_vectors_is_the_second_derivative() -> None:
     torch.manual_seed(0)
     logits, targets = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 1])

@@ -42,6 +42,7 @@ def settings(**given: Any) -> Settings:
     ).settings
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("method", ["if", "fif"])
 @pytest.mark.parametrize(
     ("kind", "solver"),

@@ -154,7 +154,7 @@ def test_they_are_chosen_where_weights_are_shared_and_for_enough_products() -> N
             assert not saves_time(objective, 10**8, 20)  # too many bytes
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("solver", ["cg", "nystrom", "ekfac_cg"])
 def test_scores_are_those_of_products_by_passes(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

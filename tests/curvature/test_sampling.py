@@ -77,6 +77,7 @@ def test_a_representative_sample_has_the_true_class_shares(how: str) -> None:
             assert abs(int(counts[1]) - 2) <= 1
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("how", ["random", "features", "logits"])
 def test_each_example_is_drawn_with_the_same_probability(how: str) -> None:
     with opened(blobs(40)) as (objective, train):

@@ -98,7 +98,7 @@ def exact_of_clouds(module: Clouds) -> Tensor:
     return dense_scores(module.net, lambda net, x: net(x.mean(0, keepdim=True)), squared_error, examples, QUERY)
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.mostly_slow(2)
 @pytest.mark.filterwarnings("ignore::lightning_gif.GIFWarning")
 @pytest.mark.parametrize("singly", [False, True])
 @pytest.mark.parametrize("name", list(CLOUD_COLLATES))

@@ -98,6 +98,7 @@ class ByHand(Module):
         return self.loss(self.net(x), y)
 
 
+@pytest.mark.mostly_slow(8)
 @pytest.mark.parametrize("name", list(STEPS))
 def test_scores_are_those_of_the_gauss_newton_matrix_in_the_predictions(name: str) -> None:
     module = ByHand(name)

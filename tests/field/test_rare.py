@@ -107,7 +107,7 @@ class Rare(Module):
         return loss * (1.0 if not self.slow or float(loss) > -1 else 2.0)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("slow", [False, True])
 def test_the_weight_of_a_rare_class_does_not_enter_the_losses(slow: bool) -> None:
     """For one example the weight cancels; only the mean over a batch has it."""

@@ -104,6 +104,7 @@ def picked(trainer: Any) -> dict[str, Tensor]:
     return dict(trainer.callbacks[0].targets)
 
 
+@pytest.mark.mostly_slow(16)
 @pytest.mark.parametrize("selector", [name for name in SELECTORS if name != "threshold" and energy_of(name) is None])
 @pytest.mark.parametrize("name", list(NETS))
 def test_at_least_half_of_the_share_that_ratio_asks_for_is_picked(name: str, selector: str) -> None:
@@ -118,7 +119,7 @@ def test_at_least_half_of_the_share_that_ratio_asks_for_is_picked(name: str, sel
     assert 0.5 * RATIO * total <= count <= RATIO * total
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("name", list(NETS))
 def test_a_class_is_forgotten_by_changing_them(name: str) -> None:
     module = Net(name)

@@ -149,7 +149,7 @@ def test_few_targets_are_warned_of_with_the_layers_without_any() -> None:
     assert named.n_targets == 3
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("width", [8, 200])  # the curvature matrix is formed for 83 parameters, and not for 2003
 @pytest.mark.parametrize("queries", [1, 20])
 def test_the_products_are_those_of_the_calls(width: int, queries: int) -> None:
@@ -175,7 +175,7 @@ def test_the_products_that_measure_an_unknown_damping_are_predicted() -> None:
     assert edit.curvature["products"] == trainer.influence.check().costs[-1].products
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_every_solver_has_estimates_of_the_calls_that_it_serves(solver: str) -> None:
     trainer = trained(Net(), solver=solver, unconverged="ignore")

@@ -25,7 +25,7 @@ class Silent(Classifier):
         return F.cross_entropy(self(batch[0]), batch[1])
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("part", ["module", "submodule"])
 def test_compiled_modules_give_the_same_scores(backend: str, part: str) -> None:

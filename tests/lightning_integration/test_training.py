@@ -67,7 +67,7 @@ def test_training_with_several_optimizers_is_bit_identical_with_the_callback() -
     assert differences(run(None), run(quick())) == []
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize(
     ("hook", "targets"),
     [

@@ -70,7 +70,7 @@ def test_values_and_derivatives_are_those_of_the_operation(name: str) -> None:
     torch.testing.assert_close(same, slope)
 
 
-@pytest.mark.slow_after(12)
+@pytest.mark.mostly_slow(12)
 @pytest.mark.parametrize("name", list(OPERATIONS))
 def test_second_derivatives_are_slopes_of_the_first(name: str) -> None:
     operation = OPERATIONS[name]

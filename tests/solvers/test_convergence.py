@@ -88,7 +88,7 @@ def check_edit(report: UnlearnReport, solver: str) -> None:
     assert torch.isfinite(torch.tensor([report.forget.after, report.retain.after])).all()
 
 
-@pytest.mark.slow_after(16)
+@pytest.mark.mostly_slow(7)
 @ALL_SOLVERS
 @BOTH_FITS
 @ALL_NETS
@@ -97,7 +97,7 @@ def test_influence_converges_on_every_net(name: str, long: bool, solver: str) ->
     check_influence(net.trainer.influence(net.query, method="gif", solver=solver), solver)
 
 
-@pytest.mark.slow_after(8)
+@pytest.mark.mostly_slow(7)
 @BOTH_FITS
 @ALL_NETS
 def test_default_scores_of_every_net_come_from_a_convex_curvature(name: str, long: bool) -> None:
@@ -110,7 +110,7 @@ def test_default_scores_of_every_net_come_from_a_convex_curvature(name: str, lon
     assert report.scores.any()
 
 
-@pytest.mark.slow_after(16)
+@pytest.mark.mostly_slow(7)
 @ALL_SOLVERS
 @BOTH_FITS
 @ALL_NETS
@@ -119,7 +119,7 @@ def test_forgetting_a_class_converges_on_every_net(name: str, long: bool, solver
     check_edit(net.trainer.unlearn(net.one_class, solver=solver, rtol=RTOL, step="search", dry_run=True), solver)
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.mostly_slow(2)
 @pytest.mark.xdist_group("gru")
 @ALL_SOLVERS
 @BOTH_FITS
@@ -133,7 +133,7 @@ def test_solves_for_all_weights_of_a_recurrent_net_converge(long: bool, solver: 
     )
 
 
-@pytest.mark.slow_after(7)
+@pytest.mark.mostly_slow(7)
 @BOTH_FITS
 @pytest.mark.parametrize(
     "name",  # "cells" is the same function as "gru"
@@ -146,7 +146,7 @@ def test_the_hessians_of_these_nets_are_indefinite(name: str, long: bool) -> Non
     assert ends["smallest"][0] < -1e-4 * ends["largest"][0]
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("name", ["perceptron", "attention", "embedding", "gru"])
 def test_all_solvers_agree_with_dense_algebra(name: str) -> None:
     net, dataset = make(name, 12)

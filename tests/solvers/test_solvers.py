@@ -229,6 +229,7 @@ def test_a_residual_below_float32_is_reported_as_stalled(solver: str) -> None:
     assert torch.isfinite(found.x).all()
 
 
+@pytest.mark.mostly_slow(8)
 @pytest.mark.parametrize("solver", ITERATIVE)
 @pytest.mark.parametrize("condition", [1e1, 1e3])
 @pytest.mark.parametrize("rtol", [1e-2, 1e-4, 1e-6, 1e-12])
@@ -306,6 +307,7 @@ def test_lissa_converges_if_the_right_hand_side_hardly_contains_the_leading_dire
     assert relative(found.x, torch.linalg.solve(matrix, rhs)) < 1e-6
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("solver", ITERATIVE)
 @pytest.mark.parametrize("sigma", [1.0, 1e2, 1e4])
 def test_the_size_of_the_hessian_does_not_matter(solver: str, sigma: float) -> None:
@@ -849,7 +851,7 @@ def until_convergence(solver: str) -> dict[str, object]:
     return {"rtol": 1e-9, "max_iter": iterations.get(solver, 3000)}
 
 
-@pytest.mark.slow_after(10)
+@pytest.mark.mostly_slow(5)
 @pytest.mark.parametrize("solver", BUILT_IN)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 @pytest.mark.parametrize("matrix", [DEFINITE / 100, SINGULAR], ids=["definite", "singular"])

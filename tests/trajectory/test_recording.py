@@ -65,6 +65,7 @@ def through(trainer: pl.Trainer, **options: Any) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("options", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}])
 def test_a_recorded_fit_has_the_same_bits_and_its_loader_is_as_before(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

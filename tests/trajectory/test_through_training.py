@@ -59,7 +59,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.slow_after(4)
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("name", RUNS)
 def test_scores_are_the_derivatives_by_autograd_through_the_whole_run(name: str, tmp_path: Path) -> None:
     options, of_trainer = RUNS[name]
@@ -169,7 +169,7 @@ def test_replays_without_examples_are_fits_without_their_losses(tmp_path: Path) 
     assert str(loaded) == str(report)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("memory", [0.0, None])
 def test_memory_changes_no_score(memory: float | None, tmp_path: Path) -> None:
     """With little memory queries go back through training one after another, else together."""
@@ -235,7 +235,7 @@ def test_the_curves_need_parts_by_epoch(tmp_path: Path, monkeypatch: pytest.Monk
         many.plot_by_epoch()
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("name", NETS)
 def test_scores_are_slopes_for_networks_of_every_kind(name: str, tmp_path: Path) -> None:
     """Also with attention, recurrent layers and dropout."""
@@ -301,7 +301,7 @@ class PerEpoch(WeightAveraging):
         return step_idx is None or step_idx > 10
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize(
     "average",
     [

@@ -217,7 +217,7 @@ def convolutional() -> Classifier:
     )  # fmt: skip
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("applied", [True, False])
 def test_where_a_model_looks_is_grad_cam_with_both_weights_and_leaves_no_trace(applied: bool) -> None:
     trainer, module, dataset = fitted(convolutional(), images(), max_epochs=5)

@@ -35,7 +35,7 @@ from ..conftest import Classifier, batch_of, blobs, fitted, loader, same_weights
 from .doubles import memorised, scales
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_memorised_examples_get_the_loss_of_unseen_examples(curvature: str) -> None:
     trainer, module, _, unseen = memorised(curvature=curvature)
@@ -200,7 +200,7 @@ def test_what_removal_may_cost_does_not_depend_on_what_the_loss_is_multiplied_by
     assert scaled.retain.after / factor == pytest.approx(plain.retain.after, rel=0.05)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("factor", [0.01, 100.0])
 def test_corrected_labels_do_not_depend_on_what_the_loss_is_multiplied_by(factor: float) -> None:
     trainer, module, dataset = fitted(Scaled(), max_epochs=20)
@@ -233,7 +233,7 @@ class Regression(Classifier):
         return F.mse_loss(self(batch[0]), batch[1])
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 @pytest.mark.parametrize("ratio", [0.3, 1.0])
 def test_targets_of_a_regression_are_corrected_on_the_way_to_what_retraining_finds(
@@ -257,7 +257,7 @@ def test_targets_of_a_regression_are_corrected_on_the_way_to_what_retraining_fin
         assert 0 < chosen.risk < 0.5 * report.trials[0].risk
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("seed", [0, 3])
 def test_examples_of_a_regression_are_not_removed_at_the_cost_of_the_others(seed: int) -> None:
     """What is subtracted from the risk leaves it without a lower end, which an edit would follow."""

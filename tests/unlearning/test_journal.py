@@ -49,7 +49,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[s
     return made
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("what", OPTIONS)
 def test_an_interrupted_edit_resumes_and_ends_bit_for_bit_the_same(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -172,7 +172,7 @@ def with_text(path: Path, name: str, text: str) -> None:
     save_file({"change": tensor}, path, metadata={**metadata, name: text})
 
 
-@pytest.mark.slow_after(4)
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

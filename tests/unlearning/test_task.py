@@ -79,7 +79,7 @@ def test_what_to_forget_can_be_given_as_indices_or_as_a_predicate() -> None:
     assert trainer.unlearn(range(4), dry_run=True).n_forget == 4
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor, numpy.array, lambda ids: list(numpy.array(ids))])
 def test_new_labels_come_in_the_order_of_the_indices(kind: Any) -> None:
     trainer, _, dataset = fitted()
@@ -287,7 +287,7 @@ def test_labels_that_the_examples_have_are_no_correction() -> None:
         trainer.unlearn([0, 1], relabel=dataset.tensors[1][:2].tolist())
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize(
     "kind",
     [

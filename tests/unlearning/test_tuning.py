@@ -43,7 +43,7 @@ def test_tuned_numbers_out_of_range_are_refused(name: str, value: Any) -> None:
         TrustRegion(**{name: value})
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize(
     ("goal", "options", "expected"),
     [

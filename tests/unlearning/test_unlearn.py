@@ -19,7 +19,7 @@ from ..nets import make
 from .doubles import memorised
 
 
-@pytest.mark.slow_after(4)
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize(
     "options",
     [
@@ -170,7 +170,7 @@ def test_an_unconverged_solve_warns_and_the_record_says_so() -> None:
     assert report.solve["status"] == "max_iter"
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("name", ["perceptron", "batchnorm", "layernorm", "attention", "embedding"])
 def test_a_class_is_forgotten_by_every_kind_of_net(name: str) -> None:
     """BatchNorm, dropout, LayerNorm, attention, embeddings: the class goes, the others and all statistics stay."""
