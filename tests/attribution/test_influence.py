@@ -207,7 +207,7 @@ def test_sums_over_groups_predict_the_removal_of_small_groups_and_underestimate_
         train_to_optimum(retrained, x[:n][~members], y[:n][~members])
         return retrained.influence_loss(query).mean().item() - base
 
-    for column, low, high in ((torch.arange(n) // 10, 1.0, 1.1), (torch.randint(0, 2, (n,)), 1.7, 2.3)):
+    for column, low, high in ((torch.arange(n) // 10, 1.0, 1.1), (torch.randint(0, 2, (n,)), 1.6, 2.6)):
         groups = report.by_group(column)
         changes = torch.tensor([without(column == name) for name in groups.names], dtype=torch.float64)
         assert float(torch.corrcoef(torch.stack([groups.totals, changes]))[0, 1]) > 0.99
@@ -1061,7 +1061,7 @@ def test_a_few_examples_late_in_the_data_are_enough_to_detect_the_difference() -
         batch_of(dataset, slice(None)), damping=10.0, per_example=True
     )
     torch.testing.assert_close(plain.scores[0], many.scores[20], rtol=1e-9, atol=1e-12)
-    assert rows[20].norm() > 0.1
+    assert rows[20].norm() > 1e-3
 
 
 def test_ordinary_modules_use_forward_mode_also_for_perfectly_fitted_examples(

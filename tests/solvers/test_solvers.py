@@ -414,7 +414,7 @@ def test_stochastic_lissa_finds_the_solution_of_the_mean() -> None:
     """With the same batch for both factors, the solution would be that of ``E[BᵢᵀBᵢ]``, with a ridge from the noise."""
     operator = Mean(parts(0.2))
     rhs = torch.randn(30, dtype=torch.float64)
-    found = stochastic_lissa(operator, rhs, rtol=0.05, max_iter=4000)
+    found = stochastic_lissa(operator, rhs, rtol=0.1, max_iter=4000)
     assert isinstance(found, Solution)
     exact = torch.linalg.pinv(operator.matrix) @ rhs
     second_moment = torch.stack([part.T @ part for part in operator.parts]).mean(0)

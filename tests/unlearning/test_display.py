@@ -256,7 +256,7 @@ def test_where_a_model_looks_is_grad_cam_with_both_weights_and_leaves_no_trace(a
 
 
 def test_where_a_model_without_classes_looks_is_the_size_of_its_feature_maps() -> None:
-    x = images().tensors[0]
+    x = 0.3 * images().tensors[0]
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 1))
     trainer, *_ = fitted(Regressor(net), TensorDataset(x, torch.rand(24)))
     figure = trainer.unlearn([4], dry_run=True).plot("attention", count=1)
