@@ -252,7 +252,7 @@ class Examples:
         if self.in_memory is not None and self.in_memory_shard is None:
             yield from self.in_memory
         else:
-            parts = self.ids.split(within or max(len(self), 1))
+            parts = (self.ids,) if within is None else self.ids.split(within)
             yield from self._read([ids for part in parts for ids in part.split(self.batch_size)])
 
     @property

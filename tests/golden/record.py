@@ -118,12 +118,12 @@ def results(name: str, world: int) -> dict[str, tuple[str, float]]:
     return found
 
 
-def compute(world: int, *names: str) -> dict[str, dict[str, tuple[str, float]]]:
+def compute(world: int) -> dict[str, dict[str, tuple[str, float]]]:
     """What :func:`results` finds in processes of their own, by the name of the net. One launch serves all nets."""
     left = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")  # set by earlier tests
     clean = {key: value for key, value in os.environ.items() if key not in left}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(FOLDER / "record.py"), str(world), folder, *names]
+        command = [sys.executable, str(FOLDER / "record.py"), str(world), folder]
         done = subprocess.run(
             command, check=False, capture_output=True, text=True, env={**clean, "OMP_NUM_THREADS": "1"}, timeout=900
         )
@@ -135,13 +135,13 @@ def compute(world: int, *names: str) -> dict[str, dict[str, tuple[str, float]]]:
 
 def main() -> None:
     if len(sys.argv) > 1:  # one of the processes
-        world, folder, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+        world, folder = int(sys.argv[1]), Path(sys.argv[2])
         warnings.filterwarnings("ignore")
-        found = {name: results(name, world) for name in names}
+        found = {name: results(name, world) for name in NETS}
         (folder / f"{os.environ.get('LOCAL_RANK', 0)}.json").write_text(json.dumps(found))
         sys.stderr.flush()
         os._exit(0)  # threads of gloo can abort an interpreter that is torn down
-    found = {world: compute(world, *NETS) for world in WORLDS}
+    found = {world: compute(world) for world in WORLDS}
     values = {f"{name}, {world}": found[world][name] for name in NETS for world in WORLDS}
     VALUES.write_text(json.dumps({"environment": environment(), "values": values}, indent=1) + "\n")
 
